@@ -1,0 +1,261 @@
+"""Memory-bounded Parallax attention in PyTorch operations, for machines that the kernels do not serve.
+
+Walks over tiles of `block_size` queries. A tile meets only the keys that its queries can see (causal bound
+above, window and document bounds below), so the largest buffers are `[B, H, block_size, S]` and the backward
+recomputes them. Equation numbers are those of `parallax.reference`.
+
+A tile holds whole rows of the score matrices, so tbar is known in fp32 before any weight is rounded: the
+forward rounds w of (5) itself, which is (12) with c = tbar, and needs three products. The backward forms b
+and T of (7) in fp32 from the tile, so that the row sums of G and U are zero up to rounding, and takes back by
+(13) what rounding G and U costs. Saved for the backward: q, r, k, v, and per row lse and tbar (fp32).
+
+Letters beside those of the reference: Z = B G, the batch of all matrix products; M = T H / G, a tile's
+queries times the query heads that share its keys (queries outermost), so that GQA needs no repeated keys and
+sums dK and dV in fp32.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from parallax.validation import check_bounds
+
+
+class _Tile(NamedTuple):
+    """One tile of queries, the keys it can see, and what to hide at the two ragged edges."""
+
+    queries: slice
+    keys: slice
+    hidden_right: Tensor  # [t, 1, t]: keys after the query, among the last t of the tile's keys
+    hidden_left: Tensor | None  # [t, 1, c]: keys before the query's first, among the first c
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of sums and statistics for inputs of `dtype`: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def default_block_size(batch_size: int, device: torch.device) -> int:
+    """Return how many queries of each batch row make a tile, unless the caller says.
+
+    On CPU 64, with which a tile stays in cache: of 32 to 1024, the fastest or near it at batch 1 and 8.
+    Elsewhere 1024 over the whole batch: on an H100 smaller tiles wait for kernel launches, larger ones cost
+    memory and mask more.
+
+    Args:
+        batch_size: B.
+        device: Of the inputs.
+
+    Returns:
+        Queries in a tile, for each batch row.
+    """
+    return 64 if device.type == "cpu" else max(1, 1024 // max(1, batch_size))
+
+
+@torch.no_grad()
+def forward(
+    q_BTHK: Tensor,
+    r_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGK: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    window_size: int | None,
+    block_size: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute Parallax attention tile by tile; reads `cu_seqlens` back to the host once.
+
+    Args:
+        q_BTHK: Queries `[B, T, H, K]`, bf16/fp16/fp32/fp64, any strides.
+        r_BTHK: Probes `[B, T, H, K]`.
+        k_BSGK: Keys `[B, S, G, K]`, S == T.
+        v_BSGK: Values `[B, S, G, K]`.
+        cu_seqlens: Document bounds `[N + 1]` int32 from 0 to T with batch 1, or None.
+        scale: Factor of q.k.
+        window_size: Number of newest keys that a query sees, its own included; None for all.
+        block_size: Queries in a tile, for each batch row; None for `default_block_size`.
+
+    Returns:
+        `o [B, T, H, K]` in the dtype of q, `lse [B, T, H]` and `tbar [B, T, H]` in fp32 (fp64 for fp64),
+        contiguous.
+
+    Raises:
+        ValueError: `cu_seqlens` does not rise from 0 to T.
+    """
+    num_kv_heads = k_BSGK.shape[2]
+    dtype = accumulation_dtype(q_BTHK.dtype)
+    rows_ZTRK = [_fold(x, num_kv_heads) for x in (q_BTHK, r_BTHK)]
+    k_ZSK, v_ZSK = (_fold(x, num_kv_heads).squeeze(2) for x in (k_BSGK, v_BSGK))
+    o_BTHK = torch.empty(q_BTHK.shape, dtype=q_BTHK.dtype, device=q_BTHK.device)
+    lse_BTH = torch.empty(q_BTHK.shape[:3], dtype=dtype, device=q_BTHK.device)
+    tbar_BTH = torch.empty_like(lse_BTH)
+
+    for tile in _tiles(q_BTHK, cu_seqlens, window_size, block_size):
+        q_ZMK, r_ZMK = (x[:, tile.queries].flatten(1, 2) for x in rows_ZTRK)
+        k_tile_ZSK, v_tile_ZSK = k_ZSK[:, tile.keys], v_ZSK[:, tile.keys]
+        s_ZMS = _hide(_matmul(q_ZMK, k_tile_ZSK.mT, dtype).mul_(scale), tile, float("-inf"))
+        t_ZMS = _hide(_matmul(r_ZMK, k_tile_ZSK.mT, dtype), tile, 0.0)
+        m_ZM1 = s_ZMS.amax(-1, keepdim=True)
+        p_ZMS = s_ZMS.sub_(m_ZM1).exp_()
+        d_ZM1 = p_ZMS.sum(-1, keepdim=True)
+        tbar_ZM1 = (p_ZMS * t_ZMS).sum(-1, keepdim=True) / d_ZM1
+        # tbar - t first: a row with one visible key then has the weight 1 exactly
+        w_ZMS = torch.sub(tbar_ZM1, t_ZMS, out=t_ZMS).add_(1).mul_(p_ZMS).to(q_BTHK.dtype)
+        o_ZMK = _matmul(w_ZMS, v_tile_ZSK, dtype).div_(d_ZM1)
+        _write(o_BTHK, o_ZMK, tile.queries, num_kv_heads)
+        _write(lse_BTH, d_ZM1.log_().add_(m_ZM1), tile.queries, num_kv_heads)
+        _write(tbar_BTH, tbar_ZM1, tile.queries, num_kv_heads)
+    return o_BTHK, lse_BTH, tbar_BTH
+
+
+@torch.no_grad()
+def backward(
+    do_BTHK: Tensor,
+    q_BTHK: Tensor,
+    r_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGK: Tensor,
+    lse_BTH: Tensor,
+    tbar_BTH: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    window_size: int | None,
+    block_size: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute the gradients (10) and (11) tile by tile; reads `cu_seqlens` back to the host once.
+
+    Args:
+        do_BTHK: Gradient of the output `[B, T, H, K]`, any strides.
+        q_BTHK: Queries `[B, T, H, K]`, as given to `forward`, as all that follows.
+        r_BTHK: Probes `[B, T, H, K]`.
+        k_BSGK: Keys `[B, S, G, K]`.
+        v_BSGK: Values `[B, S, G, K]`.
+        lse_BTH: Log-sum-exp `[B, T, H]` from `forward`.
+        tbar_BTH: Mean probe scores `[B, T, H]` from `forward`.
+        cu_seqlens: Document bounds `[N + 1]` int32, or None.
+        scale: Factor of q.k.
+        window_size: Keys that a query sees, or None.
+        block_size: Queries in a tile, for each batch row; need not be that of the forward.
+
+    Returns:
+        `dq [B, T, H, K]`, `dr [B, T, H, K]`, `dk [B, S, G, K]`, `dv [B, S, G, K]` in the dtype of q,
+        contiguous.
+
+    Raises:
+        ValueError: `cu_seqlens` does not rise from 0 to T.
+    """
+    num_kv_heads = k_BSGK.shape[2]
+    dtype = accumulation_dtype(q_BTHK.dtype)
+    rows = (q_BTHK, r_BTHK, do_BTHK.to(q_BTHK.dtype), lse_BTH[..., None], tbar_BTH[..., None])
+    rows_ZTRK = [_fold(x, num_kv_heads) for x in rows]
+    k_ZSK, v_ZSK = (_fold(x, num_kv_heads).squeeze(2) for x in (k_BSGK, v_BSGK))
+    dq_BTHK, dr_BTHK = (torch.empty(q_BTHK.shape, dtype=q_BTHK.dtype, device=q_BTHK.device) for _ in range(2))
+    dk_ZSK, dv_ZSK = (torch.zeros(k_ZSK.shape, dtype=dtype, device=k_ZSK.device) for _ in range(2))
+
+    for tile in _tiles(q_BTHK, cu_seqlens, window_size, block_size):
+        q_ZMK, r_ZMK, do_ZMK, lse_ZM1, tbar_ZM1 = (x[:, tile.queries].flatten(1, 2) for x in rows_ZTRK)
+        k_tile_ZSK, v_tile_ZSK = k_ZSK[:, tile.keys], v_ZSK[:, tile.keys]
+        s_ZMS = _matmul(q_ZMK, k_tile_ZSK.mT, dtype)
+        p_ZMS = _hide(torch.add(-lse_ZM1, s_ZMS, alpha=scale, out=s_ZMS), tile, float("-inf")).exp_()
+        t_ZMS = _hide(_matmul(r_ZMK, k_tile_ZSK.mT, dtype), tile, 0.0)
+        w_ZMS = torch.sub(tbar_ZM1, t_ZMS, out=t_ZMS).add_(1).mul_(p_ZMS)
+        g_ZMS, u_ZMS, w_ZMS = _score_gradients(p_ZMS, w_ZMS, do_ZMK, v_tile_ZSK, dtype)
+        k_ref_Z1K = k_tile_ZSK.mean(1, keepdim=True, dtype=dtype)
+        dq_ZMK, dr_ZMK = (_centred_product(x_ZMS, k_tile_ZSK, k_ref_Z1K) for x_ZMS in (g_ZMS, u_ZMS))
+        _write(dq_BTHK, dq_ZMK.mul_(scale), tile.queries, num_kv_heads)
+        _write(dr_BTHK, dr_ZMK, tile.queries, num_kv_heads)
+        dk_ZSK[:, tile.keys].add_(_matmul(g_ZMS.mT, q_ZMK, dtype), alpha=scale)
+        dk_ZSK[:, tile.keys].add_(_matmul(u_ZMS.mT, r_ZMK, dtype))
+        dv_ZSK[:, tile.keys].add_(_matmul(w_ZMS.mT, do_ZMK, dtype))
+    return dq_BTHK, dr_BTHK, _unfold_keys(dk_ZSK, k_BSGK), _unfold_keys(dv_ZSK, v_BSGK)
+
+
+def _score_gradients(
+    p_ZMS: Tensor, w_ZMS: Tensor, do_ZMK: Tensor, v_ZSK: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return G (9), U (8) and w (5) of a tile, rounded to the inputs' dtype; overwrites p and w."""
+    a_ZMS = _matmul(do_ZMK, v_ZSK.mT, dtype)
+    b_ZM1 = (p_ZMS * a_ZMS).sum(-1, keepdim=True)
+    total_ZM1 = (w_ZMS * a_ZMS).sum(-1, keepdim=True)
+    w_rounded_ZMS = w_ZMS.to(do_ZMK.dtype, copy=True)
+    a_ZMS.sub_(b_ZM1)
+    g_ZMS = w_ZMS.mul_(a_ZMS).addcmul_(p_ZMS, b_ZM1 - total_ZM1)
+    u_ZMS = p_ZMS.mul_(a_ZMS).neg_()
+    return g_ZMS.to(do_ZMK.dtype), u_ZMS.to(do_ZMK.dtype), w_rounded_ZMS
+
+
+def _centred_product(g_ZMS: Tensor, k_ZSK: Tensor, k_ref_Z1K: Tensor) -> Tensor:
+    """Return the product of a tile of zero row sums, as rounded, with the keys, (13)."""
+    row_sum_ZM1 = g_ZMS.sum(-1, keepdim=True, dtype=k_ref_Z1K.dtype)
+    return _matmul(g_ZMS, k_ZSK, k_ref_Z1K.dtype).addcmul_(row_sum_ZM1, k_ref_Z1K, value=-1)
+
+
+def _hide(x_ZMS: Tensor, tile: _Tile, value: float) -> Tensor:
+    """Overwrite, in place, what belongs to keys that the query does not see."""
+    x_ZTRS = x_ZMS.unflatten(1, (tile.hidden_right.shape[0], -1))
+    x_ZTRS[..., -tile.hidden_right.shape[-1] :].masked_fill_(tile.hidden_right, value)
+    if tile.hidden_left is not None:
+        x_ZTRS[..., : tile.hidden_left.shape[-1]].masked_fill_(tile.hidden_left, value)
+    return x_ZMS
+
+
+def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiply batches of matrices of the inputs' dtype; sums and result in `dtype`."""
+    if a.dtype == dtype:
+        return torch.bmm(a, b)
+    if a.is_cuda:
+        return torch.bmm(a, b, out_dtype=dtype)
+    # the product of two 16-bit numbers is exact in fp32: the same result as above
+    return torch.bmm(a.to(dtype), b.to(dtype))
+
+
+def _tiles(
+    q_BTHK: Tensor, cu_seqlens: Tensor | None, window_size: int | None, block_size: int | None
+) -> Iterator[_Tile]:
+    """Yield the tiles of queries with the keys that they can see."""
+    batch_size, num_tokens = q_BTHK.shape[:2]
+    block_size = default_block_size(batch_size, q_BTHK.device) if block_size is None else block_size
+    bounds = [0, num_tokens] if cu_seqlens is None else cu_seqlens.tolist()
+    check_bounds(bounds, num_tokens)
+
+    def first_key(query: int) -> int:
+        document = bounds[bisect_right(bounds, query) - 1]
+        return document if window_size is None else max(document, query - window_size + 1)
+
+    position_T = torch.arange(num_tokens, device=q_BTHK.device)
+    first_T = torch.zeros_like(position_T)
+    if cu_seqlens is not None:
+        first_T = cu_seqlens.long()[torch.searchsorted(cu_seqlens.long(), position_T, right=True) - 1]
+    if window_size is not None:
+        first_T = torch.maximum(first_T, position_T - (window_size - 1))
+
+    for start in range(0, num_tokens, block_size):
+        stop = min(start + block_size, num_tokens)
+        first, last_first = first_key(start), first_key(stop - 1)
+        rows_T11 = position_T[start:stop, None, None]
+        hidden_left = None
+        if last_first > first:
+            hidden_left = position_T[first:last_first] < first_T[start:stop, None, None]
+        yield _Tile(slice(start, stop), slice(first, stop), position_T[start:stop] > rows_T11, hidden_left)
+
+
+def _fold(x_BTHK: Tensor, num_kv_heads: int) -> Tensor:
+    """Return `[B, T, H, K]` as contiguous `[Z, T, H / G, K]`."""
+    x_BTGRK = x_BTHK.unflatten(2, (num_kv_heads, -1))
+    return x_BTGRK.permute(0, 2, 1, 3, 4).contiguous().flatten(0, 1)
+
+
+def _write(out_BTHx: Tensor, x_ZMx: Tensor, queries: slice, num_kv_heads: int) -> None:
+    """Write a tile's rows into `[B, T, H, K]` or, one column wide, `[B, T, H]`."""
+    out_BGTRx = out_BTHx[:, queries].unflatten(2, (num_kv_heads, -1)).transpose(1, 2)
+    out_BGTRx.copy_(x_ZMx.view(out_BGTRx.shape))
+
+
+def _unfold_keys(x_ZSK: Tensor, like_BSGK: Tensor) -> Tensor:
+    """Return `[Z, S, K]` as contiguous `[B, S, G, K]` in the dtype of `like`."""
+    out_BSGK = torch.empty(like_BSGK.shape, dtype=like_BSGK.dtype, device=like_BSGK.device)
+    out_BSGK.transpose(1, 2).copy_(x_ZSK.unflatten(0, (like_BSGK.shape[0], like_BSGK.shape[2])))
+    return out_BSGK

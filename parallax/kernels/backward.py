@@ -1,0 +1,472 @@
+"""Backward kernels of Parallax attention, (7) to (11) and (13) of `parallax.reference`, in two passes.
+
+First pass, one program a tile of queries: b = dO.vbar and T = dO.o of its rows, then dQ and dR with five
+products a tile. The row sums of the rounded G and U times a reference key are taken off dQ and dR at the end,
+(13). It leaves the row constants of the second pass behind: lse in base 2, 1 + tbar, b and b - T.
+
+Second pass, one program a tile of keys: dK and dV with six products a tile, summed over the query heads of
+the group in fp32 registers. It works on the transposed scores, so that P^T and the two gradient tiles stay in
+registers as left operands of the products that follow.
+
+Eleven products instead of the eight that one pass needs, but no reductions in memory: the result does not
+depend on the order in which programs run, and is the same bits every time.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from parallax.kernels.common import (
+    LOG2E,
+    Mask,
+    can_use_descriptors,
+    describe,
+    document_bounds,
+    end_query,
+    first_key,
+    heads_per_section,
+    key_bounds,
+    load_tile,
+    program_of,
+    strides_of,
+    with_contiguous_rows,
+)
+from parallax.kernels.tiles import Tile, tile_of
+
+
+@triton.jit
+def _dqdr_tile(
+    b_q, b_r, b_do, k, v, k_strides, v_strides, i_b, i_g, i_s, o_t, b_first, b_rows, state, T, scale_log2,
+    BS: tl.constexpr, BK: tl.constexpr, K: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr,
+    BOUNDED: tl.constexpr, RANK_ONE: tl.constexpr,
+):  # fmt: skip
+    """Add one tile of keys to dQ / scale and -dR, and to the row sums of the rounded G and -U."""
+    b_lse, b_t1, b_b, b_e = b_rows
+    b_dq, b_dr, b_g_sum, b_u_sum = state
+    # [BS, BK]
+    b_k = load_tile(k, k_strides, i_b, i_g, i_s, T, BS, BK, K, TMA)
+    b_v = load_tile(v, v_strides, i_b, i_g, i_s, T, BS, BK, K, TMA)
+    # [BT, BS]
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+    b_t = tl.dot(b_r, tl.trans(b_k), input_precision="ieee")
+    b_a = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
+    b_p = tl.math.exp2(b_s * scale_log2 - b_lse[:, None])
+    if MASKED:
+        o_s = i_s + tl.arange(0, BS)
+        m_s = o_s[None, :] <= o_t[:, None]
+        if BOUNDED:
+            m_s = m_s & (o_s[None, :] >= b_first[:, None])
+        b_p = tl.where(m_s, b_p, 0.0)
+        b_t = tl.where(m_s, b_t, 0.0)
+    b_a = b_a - b_b[:, None]
+    b_g = (b_p * ((b_t1[:, None] - b_t) * b_a + b_e[:, None])).to(b_k.dtype)
+    b_u = (b_p * b_a).to(b_k.dtype)
+    if RANK_ONE:
+        b_g_sum += tl.sum(b_g.to(tl.float32), 1)
+        b_u_sum += tl.sum(b_u.to(tl.float32), 1)
+    # [BT, BK]
+    b_dq = tl.dot(b_g, b_k, b_dq, input_precision="ieee")
+    b_dr = tl.dot(b_u, b_k, b_dr, input_precision="ieee")
+    return b_dq, b_dr, b_g_sum, b_u_sum
+
+
+@triton.jit
+def _row_products(do, o, vbar, strides, i_b, i_h, o_t, T, H: tl.constexpr, K: tl.constexpr, BC: tl.constexpr):
+    """Return dO.o and dO.vbar of each row."""
+    b_total = o_t * 0.0
+    b_b = o_t * 0.0
+    o_c = tl.arange(0, BC)
+    p_do = do + tl.cast(i_b, tl.int64) * strides[0] + tl.cast(i_h, tl.int64) * strides[2]
+    p_do = p_do + o_t[:, None].to(tl.int64) * strides[1] + o_c[None, :]
+    p_o = (tl.cast(i_b, tl.int64) * T + o_t[:, None]) * (H * K) + i_h * K + o_c[None, :]
+    # in strips: whole rows of three tensors would not fit the registers
+    for i_c in tl.range(0, K, BC):
+        m_c = (o_t < T)[:, None] & (i_c + o_c < K)[None, :]
+        b_do = tl.load(p_do + i_c, mask=m_c, other=0.0).to(tl.float32)
+        b_total += tl.sum(b_do * tl.load(o + p_o + i_c, mask=m_c, other=0.0).to(tl.float32), 1)
+        b_b += tl.sum(b_do * tl.load(vbar + p_o + i_c, mask=m_c, other=0.0).to(tl.float32), 1)
+    return b_total, b_b
+
+
+@triton.jit(do_not_specialize=["T", "T_padded", "window_size", "num_heads", "section"])
+def _parallax_bwd_dqdr_kernel(
+    q, r, k, v, do, p_do, o, vbar, lse, tbar, rows, dq, dr, first,
+    q_strides, r_strides, k_strides, v_strides, do_strides,
+    T, T_padded, window_size, num_heads, section, scale,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr,
+    TMA: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr, RANK_ONE: tl.constexpr,
+):  # fmt: skip
+    """Compute BT rows of one head's dQ and dR, and their row constants; one program each."""
+    BOUNDED: tl.constexpr = PACKED or WINDOW
+    scale_log2 = scale * LOG2E
+    num_tiles = tl.cdiv(T, BT)
+    i_rank, i_bh = program_of(tl.program_id(0), num_tiles, num_heads, section)
+    i_t = (num_tiles - 1 - i_rank) * BT
+    i_b = i_bh // H
+    i_h = i_bh % H
+    i_g = i_h // (H // G)
+
+    o_t = i_t + tl.arange(0, BT)
+    m_t = o_t < T
+    b_total, b_b = _row_products(p_do, o, vbar, do_strides, i_b, i_h, o_t, T, H, K, 32)
+    b_e = b_b - b_total
+    p_t = tl.cast(i_bh, tl.int64) * T + o_t
+    b_lse = tl.load(lse + p_t, mask=m_t, other=0.0) * LOG2E
+    b_t1 = tl.load(tbar + p_t, mask=m_t, other=0.0) + 1.0
+    p_rows = tl.cast(i_bh, tl.int64) * 4 * T_padded + o_t
+    tl.store(rows + p_rows, b_lse)
+    tl.store(rows + p_rows + T_padded, b_t1)
+    tl.store(rows + p_rows + 2 * T_padded, b_b)
+    tl.store(rows + p_rows + 3 * T_padded, b_e)
+    b_rows = (b_lse, b_t1, b_b, b_e)
+
+    b_q = load_tile(q, q_strides, i_b, i_h, i_t, T, BT, BK, K, TMA)
+    b_r = load_tile(r, r_strides, i_b, i_h, i_t, T, BT, BK, K, TMA)
+    b_do = load_tile(do, do_strides, i_b, i_h, i_t, T, BT, BK, K, TMA)
+    b_first = o_t
+    if BOUNDED:
+        b_first = first_key(first, o_t, T, window_size, PACKED, WINDOW)
+    i_first, i_unmasked, i_diagonal = key_bounds(first, i_t, T, window_size, BT, BS, PACKED, WINDOW)
+
+    b_zero = tl.zeros([BT], tl.float32)
+    state = (tl.zeros([BT, BK], tl.float32), tl.zeros([BT, BK], tl.float32), b_zero, b_zero)
+    num_diagonal = tl.cdiv(tl.minimum(i_t + BT, T) - i_diagonal, BS)
+    for i_x in tl.range(0, num_diagonal + (i_unmasked - i_first) // BS):
+        i_s = tl.where(i_x < num_diagonal, i_diagonal + i_x * BS, i_first + (i_x - num_diagonal) * BS)
+        state = _dqdr_tile(
+            b_q, b_r, b_do, k, v, k_strides, v_strides, i_b, i_g, i_s, o_t, b_first, b_rows, state, T,
+            scale_log2, BS, BK, K, TMA, True, BOUNDED, RANK_ONE,
+        )  # fmt: skip
+    for i_s in tl.range(i_unmasked, i_diagonal, BS):
+        state = _dqdr_tile(
+            b_q, b_r, b_do, k, v, k_strides, v_strides, i_b, i_g, i_s, o_t, b_first, b_rows, state, T,
+            scale_log2, BS, BK, K, TMA, False, BOUNDED, RANK_ONE,
+        )  # fmt: skip
+
+    b_dq, b_dr, b_g_sum, b_u_sum = state
+    if RANK_ONE:
+        # any vector is exact; the mean key of the diagonal tile is close to the common part of the keys
+        b_k = load_tile(k, k_strides, i_b, i_g, i_diagonal, T, BS, BK, K, TMA)
+        b_k_ref = tl.sum(b_k.to(tl.float32), 0) / tl.minimum(T - i_diagonal, BS)
+        b_dq = b_dq - b_g_sum[:, None] * b_k_ref[None, :]
+        b_dr = b_dr - b_u_sum[:, None] * b_k_ref[None, :]
+    o_k = tl.arange(0, BK)
+    m_o = m_t[:, None] & (o_k < K)[None, :]
+    # [BT, BK]
+    p_o = (tl.cast(i_b, tl.int64) * T + o_t[:, None]) * (H * K) + i_h * K + o_k[None, :]
+    tl.store(dq + p_o, (b_dq * scale).to(dq.dtype.element_ty), mask=m_o)
+    tl.store(dr + p_o, (-b_dr).to(dr.dtype.element_ty), mask=m_o)
+
+
+@triton.jit
+def _load_row_constant(rows, i_bh, i_x: tl.constexpr, i_t, T_padded, BT: tl.constexpr, TMA: tl.constexpr):
+    """Load one of the four row constants, [BT]; zeros past the end."""
+    if TMA:
+        b_x = rows.load([i_bh, i_x, i_t]).reshape(BT)
+    else:
+        o_t = i_t + tl.arange(0, BT)
+        p_x = rows + (tl.cast(i_bh, tl.int64) * 4 + i_x) * T_padded + o_t
+        b_x = tl.load(p_x, mask=o_t < T_padded, other=0.0)
+    return b_x
+
+
+@triton.jit
+def _in_registers(b_x, BK: tl.constexpr):
+    """Return x out of a product, by one with it: the left operands of products may then be registers.
+
+    The tensor cores read a left operand from shared memory otherwise, which bounds narrow tiles.
+    """
+    o_k = tl.arange(0, BK)
+    b_one = (o_k[:, None] == o_k[None, :]).to(b_x.dtype)
+    return tl.dot(b_x, b_one, input_precision="ieee").to(b_x.dtype)
+
+
+@triton.jit
+def _dkdv_tile(
+    b_k, b_v, q, r, do, rows, q_strides, r_strides, do_strides, i_b, i_h, i_t, o_s, b_end, state,
+    T, T_padded, scale, scale_log2, H: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, K: tl.constexpr,
+    TMA: tl.constexpr, MASKED: tl.constexpr, BOUNDED: tl.constexpr, FROM_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Add one tile of one head's queries to dK and -dV."""
+    b_dk, b_dv = state
+    # [BT, BK]
+    b_q = load_tile(q, q_strides, i_b, i_h, i_t, T, BT, BK, K, TMA)
+    b_r = load_tile(r, r_strides, i_b, i_h, i_t, T, BT, BK, K, TMA)
+    b_do = load_tile(do, do_strides, i_b, i_h, i_t, T, BT, BK, K, TMA)
+    i_bh = i_b * H + i_h
+    b_lse = _load_row_constant(rows, i_bh, 0, i_t, T_padded, BT, TMA)
+    b_t1 = _load_row_constant(rows, i_bh, 1, i_t, T_padded, BT, TMA)
+    b_b = _load_row_constant(rows, i_bh, 2, i_t, T_padded, BT, TMA)
+    b_e = _load_row_constant(rows, i_bh, 3, i_t, T_padded, BT, TMA)
+    # [BS, BT]
+    if FROM_ROWS:
+        # the products start from the row constants: no subtraction, fewer registers
+        b_zero = (o_s * 0.0)[:, None]
+        b_s = tl.dot(b_k, tl.trans(b_q), b_zero - (b_lse / scale_log2)[None, :], input_precision="ieee")
+        b_t = tl.dot(b_k, tl.trans(b_r), b_zero - b_t1[None, :], input_precision="ieee")
+        b_a = tl.dot(b_v, tl.trans(b_do), b_zero - b_b[None, :], input_precision="ieee")
+        b_p = tl.math.exp2(b_s * scale_log2)
+    else:
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
+        b_t = tl.dot(b_k, tl.trans(b_r), input_precision="ieee") - b_t1[None, :]
+        b_a = tl.dot(b_v, tl.trans(b_do), input_precision="ieee") - b_b[None, :]
+        b_p = tl.math.exp2(b_s * scale_log2 - b_lse[None, :])
+    if MASKED:
+        o_t = i_t + tl.arange(0, BT)
+        m_s = o_s[:, None] <= o_t[None, :]
+        if BOUNDED:
+            m_s = m_s & (o_t[None, :] < b_end[:, None])
+        b_p = tl.where(m_s, b_p, 0.0)
+        b_t = tl.where(m_s, b_t, 0.0)
+    b_w = b_p * b_t
+    # [BS, BK]
+    b_dv = tl.dot(b_w.to(b_do.dtype), b_do, b_dv, input_precision="ieee")
+    b_u = -(b_p * b_a)
+    b_g = b_p * (b_e * scale)[None, :] - (b_w * scale) * b_a
+    b_dk = tl.dot(b_g.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
+    b_dk = tl.dot(b_u.to(b_q.dtype), b_r, b_dk, input_precision="ieee")
+    return b_dk, b_dv
+
+
+@triton.jit(do_not_specialize=["T", "T_padded", "window_size", "num_heads", "section"])
+def _parallax_bwd_dkdv_kernel(
+    q, r, k, v, do, rows, dk, dv, end, q_strides, r_strides, k_strides, v_strides, do_strides,
+    T, T_padded, window_size, num_heads, section, scale,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr,
+    TMA: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr, FROM_ROWS: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
+):  # fmt: skip
+    """Compute BS rows of one kv head's dK and dV; one program each."""
+    BOUNDED: tl.constexpr = PACKED or WINDOW
+    scale_log2 = scale * LOG2E
+    GROUP: tl.constexpr = H // G
+    i_rank, i_bg = program_of(tl.program_id(0), tl.cdiv(T, BS), num_heads, section)
+    i_s = i_rank * BS
+    i_b = i_bg // G
+    i_g = i_bg % G
+
+    b_k = load_tile(k, k_strides, i_b, i_g, i_s, T, BS, BK, K, TMA)
+    b_v = load_tile(v, v_strides, i_b, i_g, i_s, T, BS, BK, K, TMA)
+    if IN_REGISTERS >= 1:
+        b_k = _in_registers(b_k, BK)
+    if IN_REGISTERS == 2:
+        b_v = _in_registers(b_v, BK)
+    o_s = i_s + tl.arange(0, BS)
+    b_end = o_s
+    i_end = T
+    i_unmasked = T
+    if BOUNDED:
+        b_end = end_query(end, o_s, T, window_size, PACKED, WINDOW)
+        i_end = end_query(end, tl.minimum(i_s + BS, T) - 1, T, window_size, PACKED, WINDOW)
+        i_unmasked = end_query(end, i_s, T, window_size, PACKED, WINDOW) // BT * BT
+    i_start = i_s // BT * BT
+    i_diagonal = tl.minimum(tl.cdiv(i_s + BS - 1, BT) * BT, tl.cdiv(i_end, BT) * BT)
+    i_unmasked = tl.maximum(i_unmasked, i_diagonal)
+
+    # every zone runs over all heads of the group in one loop, which keeps the load pipeline filled
+    state = (tl.zeros([BS, BK], tl.float32), tl.zeros([BS, BK], tl.float32))
+    num_diagonal = tl.cdiv(i_diagonal - i_start, BT)
+    num_masked = num_diagonal
+    if BOUNDED:
+        num_masked += tl.cdiv(tl.maximum(i_end - i_unmasked, 0), BT)
+    for i_x in tl.range(0, num_masked * GROUP):
+        i_h = i_g * GROUP + i_x // num_masked
+        i_y = i_x % num_masked
+        i_t = tl.where(i_y < num_diagonal, i_start + i_y * BT, i_unmasked + (i_y - num_diagonal) * BT)
+        state = _dkdv_tile(
+            b_k, b_v, q, r, do, rows, q_strides, r_strides, do_strides, i_b, i_h, i_t, o_s, b_end, state,
+            T, T_padded, scale, scale_log2, H, BT, BK, K, TMA, True, BOUNDED, FROM_ROWS,
+        )  # fmt: skip
+    num_unmasked = tl.cdiv(i_unmasked - i_diagonal, BT)
+    for i_x in tl.range(0, num_unmasked * GROUP):
+        i_h = i_g * GROUP + i_x // num_unmasked
+        i_t = i_diagonal + i_x % num_unmasked * BT
+        state = _dkdv_tile(
+            b_k, b_v, q, r, do, rows, q_strides, r_strides, do_strides, i_b, i_h, i_t, o_s, b_end, state,
+            T, T_padded, scale, scale_log2, H, BT, BK, K, TMA, False, BOUNDED, FROM_ROWS,
+        )  # fmt: skip
+
+    b_dk, b_dv = state
+    o_k = tl.arange(0, BK)
+    m_s = (o_s < T)[:, None] & (o_k < K)[None, :]
+    # [BS, BK]
+    p_s = (tl.cast(i_b, tl.int64) * T + o_s[:, None]) * (G * K) + i_g * K + o_k[None, :]
+    tl.store(dk + p_s, b_dk.to(dk.dtype.element_ty), mask=m_s)
+    tl.store(dv + p_s, (-b_dv).to(dv.dtype.element_ty), mask=m_s)
+
+
+def backward(
+    do: Tensor,
+    q: Tensor,
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    vbar: Tensor,
+    lse: Tensor,
+    tbar: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    window_size: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Launch the backward kernels. Nothing is read back to the host; the result is deterministic.
+
+    Args:
+        do: Gradient of o `[B, T, H, K]`.
+        q: Queries `[B, T, H, K]`, as given to `forward`, as all inputs not listed here.
+        r: Probes `[B, T, H, K]`.
+        k: Keys `[B, T, G, K]`.
+        v: Values `[B, T, G, K]`.
+        o: From `forward`, as are the next three.
+        vbar: Softmax attention `[B, T, H, K]`.
+        lse: `[B, H, T]` fp32.
+        tbar: `[B, H, T]` fp32.
+        cu_seqlens: Document bounds `[N + 1]` int32, or None.
+        scale: Factor of q.k, positive.
+        window_size: Keys that a query sees, or None.
+
+    Returns:
+        `dq`, `dr` `[B, T, H, K]` and `dk`, `dv` `[B, T, G, K]` in the dtype of q, contiguous.
+    """
+    operands = Operands(*(with_contiguous_rows(x) for x in (q, r, k, v, do.to(q.dtype))))
+    mask = Mask(*document_bounds(cu_seqlens, q.shape[1]), window_size)
+    if q.numel() == 0:
+        return torch.empty_like(q), torch.empty_like(r), torch.zeros_like(k), torch.zeros_like(v)
+    dq, dr, rows = query_gradients(operands, o, vbar, lse, tbar, mask, scale)
+    dk, dv = key_gradients(operands, rows, mask, scale)
+    return dq, dr, dk, dv
+
+
+class Operands(NamedTuple):
+    """What both passes load tile by tile, each with a contiguous last dimension.
+
+    Attributes:
+        q: Queries `[B, T, H, K]`.
+        r: Probes `[B, T, H, K]`.
+        k: Keys `[B, T, G, K]`.
+        v: Values `[B, T, G, K]`.
+        do: Gradient of the output `[B, T, H, K]`.
+    """
+
+    q: Tensor
+    r: Tensor
+    k: Tensor
+    v: Tensor
+    do: Tensor
+
+    def described(self, tile: Tile) -> list[TensorDescriptor]:
+        """Return the descriptors that load this tile's rows."""
+        rows = (tile.block_t, tile.block_t, tile.block_s, tile.block_s, tile.block_t)
+        block_k = triton.next_power_of_2(self.q.shape[3])
+        return [describe(x, n, block_k) for x, n in zip(self, rows, strict=True)]
+
+
+def query_gradients(
+    operands: Operands,
+    o: Tensor,
+    vbar: Tensor,
+    lse: Tensor,
+    tbar: Tensor,
+    mask: Mask,
+    scale: float,
+    *,
+    tile: Tile | None = None,
+    use_descriptors: bool | None = None,
+    is_corrected: bool = True,
+    section: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the first pass.
+
+    Args:
+        operands: Inputs and dO.
+        o: From `forward`, as are the next three.
+        vbar: Softmax attention `[B, T, H, K]`.
+        lse: `[B, H, T]` fp32.
+        tbar: `[B, H, T]` fp32.
+        mask: What queries see.
+        scale: Factor of q.k.
+        tile: For tuning; None takes the table's.
+        use_descriptors: For tuning; None uses tensor descriptors where they can be used.
+        is_corrected: For measuring what (13) costs and gives.
+        section: For tuning; heads that run side by side.
+
+    Returns:
+        dq, dr `[B, T, H, K]` and the row constants `[B * H, 4, T rounded up]` fp32 for `key_gradients`.
+    """
+    batch_size, num_tokens, num_heads, head_dim = operands.q.shape
+    num_kv_heads = operands.k.shape[2]
+    tile = tile or tile_of("dqdr", operands.q)
+    dq, dr = (torch.empty(o.shape, dtype=o.dtype, device=o.device) for _ in range(2))
+    num_tiles = triton.cdiv(num_tokens, tile.block_t)
+    num_programs = batch_size * num_heads
+    rows = torch.empty(num_programs, 4, num_tiles * tile.block_t, dtype=torch.float32, device=o.device)
+    if use_descriptors is None:
+        use_descriptors = can_use_descriptors(*operands)
+    q, r, k, v, do = operands.described(tile) if use_descriptors else operands
+    section = section or heads_per_section(
+        num_programs, num_heads // num_kv_heads, 2 * num_tokens * head_dim * o.element_size()
+    )
+    _parallax_bwd_dqdr_kernel[(num_tiles * num_programs,)](
+        q, r, k, v, do, operands.do, o, vbar, lse, tbar, rows, dq, dr, mask.first,
+        strides_of(operands.q), strides_of(operands.r), strides_of(operands.k), strides_of(operands.v),
+        strides_of(operands.do),
+        num_tokens, rows.shape[2], mask.window_size or 0, num_programs, section, scale,
+        H=num_heads, G=num_kv_heads, K=head_dim, BK=triton.next_power_of_2(head_dim),
+        BT=tile.block_t, BS=tile.block_s, TMA=use_descriptors, PACKED=mask.is_packed, WINDOW=mask.has_window,
+        RANK_ONE=is_corrected, num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return dq, dr, rows
+
+
+def key_gradients(
+    operands: Operands,
+    rows: Tensor,
+    mask: Mask,
+    scale: float,
+    *,
+    tile: Tile | None = None,
+    use_descriptors: bool | None = None,
+    from_rows: bool = True,
+    section: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Launch the second pass.
+
+    Args:
+        operands: Inputs and dO.
+        rows: Row constants from `query_gradients`.
+        mask: What queries see.
+        scale: Factor of q.k.
+        tile: For tuning; None takes the table's.
+        use_descriptors: For tuning; None uses tensor descriptors where they can be used.
+        from_rows: For tuning; the products start from the row constants.
+        section: For tuning; heads that run side by side.
+
+    Returns:
+        dk, dv `[B, T, G, K]`.
+    """
+    batch_size, num_tokens, num_heads, head_dim = operands.q.shape
+    num_kv_heads = operands.k.shape[2]
+    tile = tile or tile_of("dkdv", operands.q)
+    dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (operands.k, operands.v))
+    num_programs = batch_size * num_kv_heads
+    if use_descriptors is None:
+        use_descriptors = can_use_descriptors(*operands)
+    q, r, k, v, do = operands.described(tile) if use_descriptors else operands
+    constants = TensorDescriptor.from_tensor(rows, [1, 1, tile.block_t]) if use_descriptors else rows
+    bytes_per_head = 3 * num_heads // num_kv_heads * num_tokens * head_dim * dk.element_size()
+    section = section or heads_per_section(num_programs, 1, bytes_per_head)
+    _parallax_bwd_dkdv_kernel[(triton.cdiv(num_tokens, tile.block_s) * num_programs,)](
+        q, r, k, v, do, constants, dk, dv, mask.end,
+        strides_of(operands.q), strides_of(operands.r), strides_of(operands.k), strides_of(operands.v),
+        strides_of(operands.do),
+        num_tokens, rows.shape[2], mask.window_size or 0, num_programs, section, scale,
+        H=num_heads, G=num_kv_heads, K=head_dim, BK=triton.next_power_of_2(head_dim),
+        BT=tile.block_t, BS=tile.block_s, TMA=use_descriptors, PACKED=mask.is_packed, WINDOW=mask.has_window,
+        FROM_ROWS=from_rows, IN_REGISTERS=tile.in_registers,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return dk, dv

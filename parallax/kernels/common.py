@@ -1,0 +1,208 @@
+"""Device code and host code that the forward and the backward kernels share.
+
+Visibility. Query i sees the keys first_i <= j <= i, where first_i is the larger of its document's start and
+i - window_size + 1; key j is seen by the queries j <= i < end_j, where end_j is the smaller of its document's
+end and j + window_size. Both bounds never decrease along the rows, so a tile's bounds follow from its first
+and last row. Packed rows are tiled as one sequence: a tile may span documents, so short documents waste
+nothing, and the grid does not depend on the documents.
+
+Vocabulary of the kernels: bare names are pointers or descriptors, b_ blocks in registers, o_ offsets,
+m_ masks, i_ program and loop indices; capitals are compile-time constants, except T, the number of tokens.
+BT query rows and BS keys in a tile, K head width, BK its next power of two, H query heads, G kv heads.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def program_of(i_p, num_tiles, num_heads, heads_per_section):
+    """Return (tile rank, head) of a program: heads in sections whose operands share the L2 cache.
+
+    Within a section rank 0 of every head comes first, so that the longest tiles start first.
+    """
+    i_section = i_p // (heads_per_section * num_tiles)
+    i_first = i_section * heads_per_section
+    heads_here = tl.minimum(num_heads - i_first, heads_per_section)
+    i_rest = i_p - i_first * num_tiles
+    return i_rest // heads_here, i_first + i_rest % heads_here
+
+
+@triton.jit
+def load_tile(
+    x, strides, i_b, i_h, i_t, T, ROWS: tl.constexpr, BK: tl.constexpr, K: tl.constexpr, TMA: tl.constexpr
+):
+    """Load rows i_t .. i_t + ROWS of one head, [ROWS, BK]; zeros past T and past K."""
+    if TMA:
+        b_x = x.load([i_b, i_h, i_t, 0]).reshape(ROWS, BK)
+    else:
+        o_t = tl.arange(0, ROWS)
+        o_k = tl.arange(0, BK)
+        i_x = tl.cast(i_b, tl.int64) * strides[0] + tl.cast(i_h, tl.int64) * strides[2]
+        p_x = x + i_x + tl.cast(i_t, tl.int64) * strides[1]
+        # [ROWS, BK]
+        p_x = p_x + o_t[:, None].to(tl.int64) * strides[1] + o_k[None, :]
+        b_x = tl.load(p_x, mask=(i_t + o_t < T)[:, None] & (o_k < K)[None, :], other=0.0)
+    return b_x
+
+
+@triton.jit
+def first_key(first, o_t, T, window_size, PACKED: tl.constexpr, WINDOW: tl.constexpr):
+    """Return first_i for query rows (a block or a scalar)."""
+    b_first = o_t * 0
+    if PACKED:
+        b_first = tl.load(first + o_t, mask=o_t < T, other=0)
+    if WINDOW:
+        b_first = tl.maximum(b_first, o_t - window_size + 1)
+    return b_first
+
+
+@triton.jit
+def end_query(end, o_s, T, window_size, PACKED: tl.constexpr, WINDOW: tl.constexpr):
+    """Return end_j for keys (a block or a scalar)."""
+    b_end = o_s * 0 + T
+    if PACKED:
+        b_end = tl.load(end + o_s, mask=o_s < T, other=0)
+    if WINDOW:
+        # the sum would overflow for windows near 2^31
+        b_end = tl.where(b_end - o_s > window_size, o_s + window_size, b_end)
+    return b_end
+
+
+@triton.jit
+def key_bounds(
+    first, i_t, T, window_size, BT: tl.constexpr, BS: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr
+):
+    """Return the key tiles of BT queries: their first key, the first key of unmasked tiles, their end.
+
+    Tiles between the last two need no mask; those before them and from their end to the diagonal do.
+    """
+    i_diagonal = i_t // BS * BS
+    i_first = i_t * 0
+    i_unmasked = i_first
+    if PACKED or WINDOW:
+        i_first = tl.maximum(first_key(first, i_t, T, window_size, PACKED, WINDOW), 0) // BS * BS
+        i_last = first_key(first, tl.minimum(i_t + BT, T) - 1, T, window_size, PACKED, WINDOW)
+        i_unmasked = tl.minimum(tl.maximum(tl.cdiv(i_last, BS) * BS, i_first), i_diagonal)
+    return i_first, i_unmasked, i_diagonal
+
+
+@triton.jit(do_not_specialize=["T"])
+def _document_bounds_kernel(cu_seqlens, first, end, T, BLOCK: tl.constexpr):
+    """Write the document's start and end to each of its rows; one program a document."""
+    i_start = tl.load(cu_seqlens + tl.program_id(0))
+    i_end = tl.load(cu_seqlens + tl.program_id(0) + 1)
+    for i_t in range(i_start, i_end, BLOCK):
+        o_t = i_t + tl.arange(0, BLOCK)
+        m_t = (o_t < i_end) & (o_t < T)
+        tl.store(first + o_t, o_t * 0 + i_start, mask=m_t)
+        tl.store(end + o_t, o_t * 0 + i_end, mask=m_t)
+
+
+def document_bounds(cu_seqlens: Tensor | None, num_tokens: int) -> tuple[Tensor | None, Tensor | None]:
+    """Return the start and the end of each row's document, without a look at the values on the host.
+
+    Args:
+        cu_seqlens: Document bounds `[N + 1]` int32 rising from 0 to T, or None.
+        num_tokens: T.
+
+    Returns:
+        Two `[T]` int32 tensors, or two None.
+    """
+    if cu_seqlens is None:
+        return None, None
+    bounds = torch.empty(2, num_tokens, dtype=torch.int32, device=cu_seqlens.device)
+    _document_bounds_kernel[(cu_seqlens.shape[0] - 1,)](
+        cu_seqlens, bounds[0], bounds[1], num_tokens, BLOCK=1024
+    )
+    return bounds[0], bounds[1]
+
+
+class Mask(NamedTuple):
+    """What queries see, beside causality.
+
+    Attributes:
+        first: Start of each row's document `[T]` int32, or None.
+        end: End of each row's document `[T]` int32, or None.
+        window_size: Keys that a query sees, or None.
+    """
+
+    first: Tensor | None
+    end: Tensor | None
+    window_size: int | None
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether rows hold several documents."""
+        return self.first is not None
+
+    @property
+    def has_window(self) -> bool:
+        """Whether a window bounds what queries see."""
+        return self.window_size is not None
+
+
+def with_contiguous_rows(x: Tensor) -> Tensor:
+    """Return x, copied only where its last dimension is not contiguous."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def strides_of(x: Tensor) -> tuple[int, int, int]:
+    """Return the strides of batch, token and head of `[B, T, H, K]`."""
+    return x.stride(0), x.stride(1), x.stride(2)
+
+
+def can_use_descriptors(*tensors: Tensor) -> bool:
+    """Return whether the tensor memory accelerator (Hopper on) can read all of these 16-bit tensors."""
+    device = tensors[0].device
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        return False
+    return all(
+        x.element_size() == 2
+        and x.data_ptr() % 16 == 0
+        and all(s % 8 == 0 and s > 0 for s in _row_strides(x))
+        for x in tensors
+    )
+
+
+def describe(x: Tensor, num_rows: int, block_k: int) -> TensorDescriptor:
+    """Return the descriptor that loads `num_rows` rows of one head of `[B, T, H, K]`."""
+    batch_size, num_tokens, num_heads, head_dim = x.shape
+    stride_b, stride_h, stride_t = _row_strides(x)
+    return TensorDescriptor(
+        x,
+        [batch_size, num_heads, num_tokens, head_dim],
+        [stride_b, stride_h, stride_t, 1],
+        [1, 1, num_rows, block_k],
+    )
+
+
+def _row_strides(x: Tensor) -> tuple[int, int, int]:
+    """Return the strides of batch, head and token, a harmless one for a dimension of size one."""
+    unused = -(-x.shape[3] // 8) * 8
+    stride_b, stride_h, stride_t = (x.stride(d) if x.shape[d] > 1 else unused for d in (0, 2, 1))
+    return stride_b, stride_h, stride_t
+
+
+def heads_per_section(num_heads: int, group: int, bytes_per_head: int, cache_bytes: int = 25 << 20) -> int:
+    """Return how many heads run side by side so that what they stream stays in half of an H100's L2 cache.
+
+    Args:
+        num_heads: Batch times heads.
+        group: Heads that stream the same operands; a section holds whole groups.
+        bytes_per_head: Of the streamed operands of one group.
+        cache_bytes: To fill.
+    """
+    num_groups = num_heads // group
+    groups = max(1, min(num_groups, cache_bytes // max(bytes_per_head, 1)))
+    # sections of nearly equal size
+    num_sections = -(-num_groups // groups)
+    return -(-num_groups // num_sections) * group

@@ -1,0 +1,200 @@
+"""Forward kernel of Parallax attention, (1) to (6) and (12) of `parallax.reference`.
+
+One pass over keys and values with the running maximum m of the logits in base 2:
+
+    P1 = 2^(s - m),  P2 = P1 (t - c),  d1 = sum P1,  d2 = sum P2,  O1 = P1 V,  O2 = P2 V,
+    vbar = O1 / d1,  tbar = c + d2 / d1,  o = (O1 (1 + d2 / d1) - O2) / d1.
+
+c_i is the weighted mean of t over the first tile in which query i sees a key, which is formed in fp32 before
+that tile's P2 is rounded. The tiles on the diagonal come first, so that every row has its c there.
+
+Written: o in the dtype of the inputs, lse and tbar in fp32, and vbar in the dtype of the inputs when a
+backward follows (it needs dO.vbar, and vbar cannot be had from o; the copy costs as much memory as o, a
+recomputation would cost the backward a quarter of its products).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from parallax.kernels.common import (
+    LN2,
+    LOG2E,
+    Mask,
+    can_use_descriptors,
+    describe,
+    document_bounds,
+    first_key,
+    heads_per_section,
+    key_bounds,
+    load_tile,
+    program_of,
+    strides_of,
+    with_contiguous_rows,
+)
+from parallax.kernels.tiles import Tile, tile_of
+
+
+@triton.jit
+def _attend_tile(
+    b_q, b_r, k, v, k_strides, v_strides, i_b, i_g, i_s, o_t, b_first, state, T, scale_log2,
+    BS: tl.constexpr, BK: tl.constexpr, K: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr,
+    BOUNDED: tl.constexpr, CENTRED: tl.constexpr,
+):  # fmt: skip
+    """Add one tile of keys to the sums of (6)."""
+    b_m, b_c, b_d1, b_d2, b_o1, b_o2 = state
+    # [BS, BK]
+    b_k = load_tile(k, k_strides, i_b, i_g, i_s, T, BS, BK, K, TMA)
+    b_v = load_tile(v, v_strides, i_b, i_g, i_s, T, BS, BK, K, TMA)
+    # [BT, BS]
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+    b_t = tl.dot(b_r, tl.trans(b_k), input_precision="ieee")
+    if MASKED:
+        o_s = i_s + tl.arange(0, BS)
+        m_s = o_s[None, :] <= o_t[:, None]
+        if BOUNDED:
+            m_s = m_s & (o_s[None, :] >= b_first[:, None])
+        b_s = tl.where(m_s, b_s, float("-inf"))
+        b_t = tl.where(m_s, b_t, 0.0)
+    b_m_new = tl.maximum(b_m, tl.max(b_s, 1) * scale_log2)
+    b_alpha = tl.math.exp2(b_m - b_m_new)
+    b_p1 = tl.math.exp2(b_s * scale_log2 - b_m_new[:, None])
+    b_sum = tl.sum(b_p1, 1)
+    if MASKED and CENTRED:
+        # rows that see their first keys in this tile; the largest of which gives the sum at least one half
+        b_c = tl.where((b_d1 == 0.0) & (b_sum > 0.0), tl.sum(b_p1 * b_t, 1) / tl.maximum(b_sum, 0.5), b_c)
+    b_p2 = b_p1 * (b_t - b_c[:, None])
+    b_d1 = b_d1 * b_alpha + b_sum
+    b_d2 = b_d2 * b_alpha + tl.sum(b_p2, 1)
+    # [BT, BK]
+    b_o1 = tl.dot(b_p1.to(b_v.dtype), b_v, b_o1 * b_alpha[:, None], input_precision="ieee")
+    b_o2 = tl.dot(b_p2.to(b_v.dtype), b_v, b_o2 * b_alpha[:, None], input_precision="ieee")
+    return b_m_new, b_c, b_d1, b_d2, b_o1, b_o2
+
+
+@triton.jit(do_not_specialize=["T", "window_size", "num_heads", "section"])
+def _parallax_fwd_kernel(
+    q, r, k, v, o, vbar, lse, tbar, first, q_strides, r_strides, k_strides, v_strides,
+    T, window_size, num_heads, section, scale,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr,
+    TMA: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr, SAVE_VBAR: tl.constexpr,
+    CENTRED: tl.constexpr,
+):  # fmt: skip
+    """Compute BT rows of one head's output; one program each."""
+    BOUNDED: tl.constexpr = PACKED or WINDOW
+    scale_log2 = scale * LOG2E
+    num_tiles = tl.cdiv(T, BT)
+    i_rank, i_bh = program_of(tl.program_id(0), num_tiles, num_heads, section)
+    i_t = (num_tiles - 1 - i_rank) * BT
+    i_b = i_bh // H
+    i_h = i_bh % H
+    i_g = i_h // (H // G)
+
+    o_t = i_t + tl.arange(0, BT)
+    b_q = load_tile(q, q_strides, i_b, i_h, i_t, T, BT, BK, K, TMA)
+    b_r = load_tile(r, r_strides, i_b, i_h, i_t, T, BT, BK, K, TMA)
+    b_first = o_t
+    if BOUNDED:
+        b_first = first_key(first, o_t, T, window_size, PACKED, WINDOW)
+    i_first, i_unmasked, i_diagonal = key_bounds(first, i_t, T, window_size, BT, BS, PACKED, WINDOW)
+
+    # a finite start: a row without a visible key in a tile must not form inf - inf
+    b_m = tl.full([BT], -1.0e30, tl.float32)
+    b_zero = tl.zeros([BT], tl.float32)
+    state = (b_m, b_zero, b_zero, b_zero, tl.zeros([BT, BK], tl.float32), tl.zeros([BT, BK], tl.float32))
+    num_diagonal = tl.cdiv(tl.minimum(i_t + BT, T) - i_diagonal, BS)
+    for i_x in tl.range(0, num_diagonal + (i_unmasked - i_first) // BS):
+        i_s = tl.where(i_x < num_diagonal, i_diagonal + i_x * BS, i_first + (i_x - num_diagonal) * BS)
+        state = _attend_tile(
+            b_q, b_r, k, v, k_strides, v_strides, i_b, i_g, i_s, o_t, b_first, state, T, scale_log2,
+            BS, BK, K, TMA, True, BOUNDED, CENTRED,
+        )  # fmt: skip
+    for i_s in tl.range(i_unmasked, i_diagonal, BS):
+        state = _attend_tile(
+            b_q, b_r, k, v, k_strides, v_strides, i_b, i_g, i_s, o_t, b_first, state, T, scale_log2,
+            BS, BK, K, TMA, False, BOUNDED, CENTRED,
+        )  # fmt: skip
+
+    b_m, b_c, b_d1, b_d2, b_o1, b_o2 = state
+    b_inverse = 1.0 / tl.maximum(b_d1, 0.5)
+    b_shift = b_d2 * b_inverse
+    o_k = tl.arange(0, BK)
+    m_o = (o_t < T)[:, None] & (o_k < K)[None, :]
+    # [BT, BK]
+    p_o = (tl.cast(i_b, tl.int64) * T + o_t[:, None]) * (H * K) + i_h * K + o_k[None, :]
+    b_o = (b_o1 * (1.0 + b_shift)[:, None] - b_o2) * b_inverse[:, None]
+    tl.store(o + p_o, b_o.to(o.dtype.element_ty), mask=m_o)
+    if SAVE_VBAR:
+        tl.store(vbar + p_o, (b_o1 * b_inverse[:, None]).to(vbar.dtype.element_ty), mask=m_o)
+    p_t = tl.cast(i_bh, tl.int64) * T + o_t
+    tl.store(lse + p_t, (b_m + tl.math.log2(tl.maximum(b_d1, 0.5))) * LN2, mask=o_t < T)
+    tl.store(tbar + p_t, b_c + b_shift, mask=o_t < T)
+
+
+def forward(
+    q: Tensor,
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    window_size: int | None,
+    *,
+    save_vbar: bool,
+    tile: Tile | None = None,
+    use_descriptors: bool | None = None,
+    is_centred: bool = True,
+    section: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Launch the forward kernel. Nothing is read back to the host.
+
+    Args:
+        q: Queries `[B, T, H, K]`, bf16/fp16/fp32; read in place if the last dimension is contiguous.
+        r: Probes `[B, T, H, K]`.
+        k: Keys `[B, T, G, K]`.
+        v: Values `[B, T, G, K]`.
+        cu_seqlens: Document bounds `[N + 1]` int32 rising from 0 to T with batch 1, or None.
+        scale: Factor of q.k, positive.
+        window_size: Number of newest keys that a query sees, its own included; None for all.
+        save_vbar: Whether a backward follows.
+        tile: For tuning; None takes the table's.
+        use_descriptors: For tuning; None uses tensor descriptors where they can be used.
+        is_centred: For measuring what (12) costs and gives.
+        section: For tuning; heads that run side by side.
+
+    Returns:
+        o `[B, T, H, K]` and vbar, the same or empty `[0]`, in the dtype of q; lse and tbar `[B, H, T]` fp32.
+    """
+    q, r, k, v = (with_contiguous_rows(x) for x in (q, r, k, v))
+    batch_size, num_tokens, num_heads, head_dim = q.shape
+    num_kv_heads = k.shape[2]
+    tile = tile or tile_of("forward", q)
+    block_k = triton.next_power_of_2(head_dim)
+    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    vbar = torch.empty(q.shape if save_vbar else (0,), dtype=q.dtype, device=q.device)
+    lse = torch.empty(batch_size, num_heads, num_tokens, dtype=torch.float32, device=q.device)
+    tbar = torch.empty_like(lse)
+    if q.numel() == 0:
+        return o, vbar, lse, tbar
+
+    mask = Mask(*document_bounds(cu_seqlens, num_tokens), window_size)
+    if use_descriptors is None:
+        use_descriptors = can_use_descriptors(q, r, k, v)
+    q_in, r_in, k_in, v_in = q, r, k, v
+    if use_descriptors:
+        q_in, r_in = (describe(x, tile.block_t, block_k) for x in (q, r))
+        k_in, v_in = (describe(x, tile.block_s, block_k) for x in (k, v))
+    num_programs = batch_size * num_heads
+    section = section or heads_per_section(
+        num_programs, num_heads // num_kv_heads, 2 * num_tokens * head_dim * o.element_size()
+    )
+    _parallax_fwd_kernel[(triton.cdiv(num_tokens, tile.block_t) * num_programs,)](
+        q_in, r_in, k_in, v_in, o, vbar, lse, tbar, mask.first,
+        strides_of(q), strides_of(r), strides_of(k), strides_of(v),
+        num_tokens, window_size or 0, num_programs, section, scale,
+        H=num_heads, G=num_kv_heads, K=head_dim, BK=block_k, BT=tile.block_t, BS=tile.block_s,
+        TMA=use_descriptors, PACKED=mask.is_packed, WINDOW=mask.has_window,
+        SAVE_VBAR=save_vbar, CENTRED=is_centred, num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return o, vbar, lse, tbar

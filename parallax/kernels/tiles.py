@@ -1,0 +1,95 @@
+"""Tile sizes of the kernels, by head width, dtype and GPU generation; from benchmarks/tune_attention.py."""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+KernelName = Literal["forward", "dqdr", "dkdv"]
+
+HEAD_DIMS = (64, 96, 128, 256)
+"""Head widths that the kernels serve."""
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""Dtypes that the kernels serve."""
+
+
+class Tile(NamedTuple):
+    """How one kernel is cut.
+
+    Attributes:
+        block_t: Query rows in a tile.
+        block_s: Keys in a tile.
+        num_warps: Warps of a program.
+        num_stages: Depth of the load pipeline.
+        in_registers: Operands that the dK/dV kernel keeps in registers: 0 none, 1 keys, 2 keys and values.
+    """
+
+    block_t: int
+    block_s: int
+    num_warps: int
+    num_stages: int
+    in_registers: int = 0
+
+
+_HOPPER: dict[tuple[KernelName, int], Tile] = {
+    ("forward", 64): Tile(64, 64, 4, 2),
+    ("forward", 128): Tile(64, 64, 4, 2),
+    ("forward", 256): Tile(64, 32, 8, 2),
+    ("dqdr", 64): Tile(64, 64, 4, 2),
+    ("dqdr", 128): Tile(64, 64, 4, 2),
+    ("dqdr", 256): Tile(64, 32, 8, 2),
+    ("dkdv", 64): Tile(64, 64, 4, 2, 2),
+    ("dkdv", 128): Tile(32, 64, 4, 2, 1),
+    ("dkdv", 256): Tile(32, 32, 8, 2),
+}
+
+_AMPERE: dict[tuple[KernelName, int], Tile] = {
+    ("forward", 64): Tile(64, 64, 4, 2),
+    ("forward", 128): Tile(64, 32, 4, 2),
+    ("forward", 256): Tile(64, 32, 8, 1),
+    ("dqdr", 64): Tile(64, 64, 4, 2),
+    ("dqdr", 128): Tile(64, 32, 8, 2),
+    ("dqdr", 256): Tile(32, 32, 8, 1),
+    ("dkdv", 64): Tile(32, 64, 4, 2),
+    ("dkdv", 128): Tile(32, 64, 8, 2),
+    ("dkdv", 256): Tile(32, 32, 8, 1),
+}
+
+_FP32: dict[tuple[KernelName, int], Tile] = {
+    (kernel, head_dim): Tile(32, 32, 4 if head_dim == 64 else 8, 1)
+    for kernel in ("forward", "dqdr", "dkdv")
+    for head_dim in (64, 128, 256)
+}
+
+
+def tile_of(kernel: KernelName, x: Tensor) -> Tile:
+    """Return the tile of a kernel for inputs like x.
+
+    Args:
+        kernel: Which of the three.
+        x: Queries or keys `[B, T, H, K]`, on the device that runs the kernel.
+    """
+    width = 64 if x.shape[3] <= 64 else 128 if x.shape[3] <= 128 else 256
+    if x.dtype == torch.float32:
+        return _FP32[kernel, width]
+    is_hopper = x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return (_HOPPER if is_hopper else _AMPERE)[kernel, width]
+
+
+def refusal(q: Tensor, k: Tensor) -> str | None:
+    """Return why the kernels cannot serve these inputs, or None.
+
+    Args:
+        q: Queries `[B, T, H, K]`.
+        k: Keys `[B, T, G, K]`.
+    """
+    if q.device.type != "cuda":
+        return f"needs CUDA, got {q.device.type}"
+    if torch.cuda.get_device_capability(q.device) < (8, 0):
+        return "needs compute capability 8.0"
+    if q.dtype not in DTYPES:
+        return f"serves bfloat16, float16 and float32, got {q.dtype}"
+    if q.shape[3] not in HEAD_DIMS:
+        return f"serves the head widths {', '.join(map(str, HEAD_DIMS))}, got {q.shape[3]}"
+    return None
