@@ -1,0 +1,1 @@
+"""The Qwen3 decoder, what attends in it, and its parallelization."""

@@ -1,0 +1,1 @@
+"""What mixes tokens: one file per attention, all behind the contract in base.py."""

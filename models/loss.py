@@ -1,0 +1,88 @@
+"""Cross-entropy of a linear head without its logits: chunks of tokens, gradients made on the way.
+
+The fp32 logits of 32k tokens over 151,936 ids take 20 GB; a chunk of 4096 tokens takes an eighth of that, and
+only for a moment. The backward multiplies the gradients that the forward left by the incoming scalar.
+"""
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+IGNORE_INDEX = -100
+CHUNK_TOKENS = 4096
+
+
+def _chunk_loss(
+    x_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed loss of a chunk and the gradient of its logits, `[T, V]` in x's dtype."""
+    logits = x_TD @ weight_VD.T
+    wide = logits.double() if logits.dtype == torch.float64 else logits.float()
+    lse = torch.logsumexp(wide, dim=-1, keepdim=True)
+    valid = (labels_T != IGNORE_INDEX).unsqueeze(1)
+    target = labels_T.clamp(min=0).unsqueeze(1)
+    loss = torch.where(valid, lse - wide.gather(1, target), 0.0).sum()
+    columns = torch.arange(wide.shape[1], device=wide.device)
+    grad = torch.where(valid, torch.exp(wide - lse) - (columns == target).to(wide.dtype), 0.0)
+    return loss, grad.to(logits.dtype)
+
+
+_compiled_chunk_loss = torch.compile(_chunk_loss)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TD: torch.Tensor,
+        weight_VD: torch.Tensor,
+        labels_T: torch.Tensor,
+        chunk_tokens: int,
+    ) -> torch.Tensor:
+        needs_grad = any(ctx.needs_input_grad)
+        chunk_loss = _compiled_chunk_loss if x_TD.is_cuda else _chunk_loss
+        accumulator = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
+        loss = torch.zeros((), dtype=accumulator, device=x_TD.device)
+        dx = torch.empty_like(x_TD) if needs_grad else None
+        dweight = torch.zeros_like(weight_VD, dtype=accumulator) if needs_grad else None
+        for start in range(0, x_TD.shape[0], chunk_tokens):
+            rows = slice(start, start + chunk_tokens)
+            part, dlogits = chunk_loss(x_TD[rows], weight_VD, labels_T[rows])
+            loss += part
+            if dx is not None and dweight is not None:
+                torch.mm(dlogits, weight_VD, out=dx[rows])
+                dweight += dlogits.T @ x_TD[rows]
+        if dx is not None and dweight is not None:
+            ctx.save_for_backward(dx, dweight.to(weight_VD.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        (dloss,) = grad_outputs
+        dx, dweight = ctx.saved_tensors
+        return dx * dloss.to(dx.dtype), dweight * dloss.to(dweight.dtype), None, None
+
+
+def linear_cross_entropy(
+    x_BTD: torch.Tensor, weight_VD: torch.Tensor, labels_BT: torch.Tensor, chunk_tokens: int = CHUNK_TOKENS
+) -> torch.Tensor:
+    """Summed cross-entropy of `x @ weight.T` against labels.
+
+    Args:
+        x_BTD: Hidden states `[B, T, D]`.
+        weight_VD: Head `[V, D]`, x's dtype.
+        labels_BT: Ids `[B, T]`, int64; IGNORE_INDEX counts nothing.
+        chunk_tokens: Tokens whose logits exist at one time.
+
+    Returns:
+        The sum over valid labels in nats, a scalar in fp32 (fp64 for fp64 input).
+    """
+    return _LinearCrossEntropy.apply(x_BTD.flatten(0, 1), weight_VD, labels_BT.flatten(), chunk_tokens)
+
+
+def cross_entropy(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+    """The same sum from logits that exist; the oracle of linear_cross_entropy."""
+    wide = logits_BTV.flatten(0, 1)
+    wide = wide if wide.dtype == torch.float64 else wide.float()
+    return F.cross_entropy(wide, labels_BT.flatten(), reduction="sum", ignore_index=IGNORE_INDEX)

@@ -1,0 +1,134 @@
+"""What the models give to torchtitan: the trainable model and its parallelization."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torchtitan.config import JobConfig
+from torchtitan.config.job_config import ActivationCheckpoint
+from torchtitan.distributed.activation_checkpoint import apply_ac
+from torchtitan.protocols import BaseModelArgs
+
+from models.config import ModelConfig
+from models.init import init_weights
+from models.qwen3 import Qwen3
+
+
+@dataclass(kw_only=True)
+class TitanModelArgs(BaseModelArgs):
+    """torchtitan's model arguments.
+
+    Attributes:
+        config: The [model] table.
+        seed: Seed of the initial weights.
+    """
+
+    config: ModelConfig
+    seed: int
+
+    def update_from_config(self, job_config: JobConfig, **kwargs: object) -> None:
+        """Nothing is taken from torchtitan's own config."""
+
+    def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
+        """Parameters, and training FLOPs per token at seq_len, both exact."""
+        assert isinstance(model, Qwen3)
+        return model.num_parameters()["total"], round(model.num_flops_per_token(seq_len))
+
+
+class TitanQwen3(Qwen3):
+    """Qwen3 as torchtitan's trainer builds it."""
+
+    def __init__(self, model_args: TitanModelArgs) -> None:
+        """Build the model.
+
+        Args:
+            model_args: Config and seed.
+        """
+        super().__init__(model_args.config)
+        self.seed = model_args.seed
+
+    def init_weights(self, buffer_device: torch.device | None = None) -> None:
+        """Set the weights from the run's seed; the model has no buffers."""
+        init_weights(self, self.seed)
+
+
+# what selective checkpointing keeps: matrix products (torchtitan drops every second) and attention
+_SAVED_OPS = (
+    "aten.mm.default",
+    "aten._scaled_dot_product_flash_attention.default",
+    "aten._scaled_dot_product_cudnn_attention.default",
+    "aten._scaled_dot_product_efficient_attention.default",
+    "aten._scaled_dot_product_flash_attention_for_cpu.default",
+    "torch_attn._varlen_attn.default",
+)
+
+
+def _saved_ops() -> set[torch._ops.OpOverload]:
+    saved = set()
+    for name in _SAVED_OPS:
+        namespace, op, overload = name.split(".")
+        saved.add(getattr(getattr(getattr(torch.ops, namespace), op), overload))
+    parallax_ops = torch.ops.parallax
+    saved.update(getattr(parallax_ops, op).default for op in parallax_ops if "backward" not in op)
+    return saved
+
+
+def device_mesh(device_type: str, replicate: int, shard: int) -> DeviceMesh:
+    """The mesh of FSDP (one axis) or HSDP (two), one rank included."""
+    if replicate == 1:
+        return init_device_mesh(device_type, (shard,), mesh_dim_names=("shard",))
+    return init_device_mesh(device_type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
+
+
+def parallelize(
+    model: Qwen3,
+    mesh: DeviceMesh,
+    *,
+    precision: torch.dtype,
+    activation_checkpointing: Literal["selective", "full"] | None,
+    compile_blocks: bool,
+    reshard_after_forward: bool,
+) -> Qwen3:
+    """Apply activation checkpointing, per-block compile and FSDP2, on one rank too: one path for any number.
+
+    Args:
+        model: The model, on the meta device or not.
+        mesh: From device_mesh.
+        precision: Dtype of gathered weights and activations; gradients are reduced in fp32.
+        activation_checkpointing: What the backward recomputes; None for nothing.
+        compile_blocks: torch.compile each block.
+        reshard_after_forward: Free a block's gathered weights between forward and backward.
+
+    Returns:
+        The same model.
+    """
+    if activation_checkpointing is not None:
+        settings = ActivationCheckpoint(mode=activation_checkpointing, selective_ac_option="op")
+        apply_ac(model, settings, model_compile_enabled=compile_blocks, op_sac_save_list=_saved_ops())
+    if compile_blocks:
+        for block in model.layers:
+            block.compile(fullgraph=True)
+    # the rotary tables are fp32 and must stay so: inputs are not cast
+    policy = MixedPrecisionPolicy(
+        param_dtype=precision, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    # embedding and head share their weight, so they are one group
+    fully_shard(
+        [model.tok_embeddings, model.norm, model.output],
+        mesh=mesh,
+        mp_policy=policy,
+        reshard_after_forward=False,
+    )
+    for block in model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # the trainer divides by the global number of tokens
+            module.set_gradient_divide_factor(1.0)
+            if mesh.device_type == "cpu":
+                module.set_force_sum_reduction_for_comms(True)  # gloo has no PREMUL_SUM
+    return model

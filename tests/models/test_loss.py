@@ -1,0 +1,48 @@
+"""The chunked loss against the loss of logits that exist."""
+
+import pytest
+import torch
+
+from models.loss import IGNORE_INDEX, cross_entropy, linear_cross_entropy
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 64])
+def test_chunks_give_the_plain_loss_and_gradients(chunk_tokens: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 15, 8, dtype=torch.float64, generator=generator, requires_grad=True)
+    weight = torch.randn(33, 8, dtype=torch.float64, generator=generator, requires_grad=True)
+    labels = torch.randint(0, 33, (2, 15), generator=generator)
+    labels[0, 3:9] = IGNORE_INDEX
+    loss = linear_cross_entropy(x, weight, labels, chunk_tokens)
+    expected = cross_entropy(x @ weight.T, labels)
+    torch.testing.assert_close(loss, expected)
+    gradients = torch.autograd.grad(loss / 7, (x, weight))
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected / 7, (x, weight)))
+
+
+def test_only_ignored_labels_give_zero() -> None:
+    x = torch.randn(1, 4, 8, requires_grad=True)
+    weight = torch.randn(5, 8, requires_grad=True)
+    loss = linear_cross_entropy(x, weight, torch.full((1, 4), IGNORE_INDEX))
+    loss.backward()
+    assert loss == 0
+    for gradient in (x.grad, weight.grad):
+        assert gradient is not None
+        assert not gradient.any()
+
+
+def test_bfloat16_is_as_near_to_the_truth_as_plain_bfloat16() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 64, 32, generator=generator).bfloat16().requires_grad_()
+    weight = (torch.randn(100, 32, generator=generator) / 5).bfloat16().requires_grad_()
+    labels = torch.randint(0, 100, (1, 64), generator=generator)
+
+    def gradients(loss: torch.Tensor, *inputs: torch.Tensor) -> list[torch.Tensor]:
+        return [g.double() for g in torch.autograd.grad(loss, inputs)]
+
+    wide = [t.detach().double().requires_grad_() for t in (x, weight)]
+    truth = gradients(cross_entropy(wide[0] @ wide[1].T, labels), *wide)
+    ours = gradients(linear_cross_entropy(x, weight, labels, 16), x, weight)
+    plain = gradients(cross_entropy(x @ weight.T, labels), x, weight)
+    for a, b, t in zip(ours, plain, truth, strict=True):
+        assert (a - t).norm() <= 2 * (b - t).norm() + 1e-3 * t.norm()

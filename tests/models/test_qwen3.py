@@ -1,0 +1,213 @@
+"""The decoder: equal to Hugging Face's, packed equal to separate, and Parallax without a probe equal to
+softmax."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from models import sizes
+from models.attention.base import mean_visible_keys
+from models.attention.parallax import ParallaxAttention
+from models.attention.softmax import softmax_attention
+from models.config import AttentionConfig, ModelConfig, ParallaxConfig, SoftmaxConfig
+from models.convert import to_hugging_face
+from models.init import init_weights
+from models.qwen3 import Qwen3
+
+VOCAB = 97
+TINY = sizes.ModelSize(width=48, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=16, mlp_width=80)
+
+
+@pytest.fixture(autouse=True)
+def _tiny_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sizes.SIZES, "tiny", TINY)
+
+
+def build(
+    attention: AttentionConfig, dtype: torch.dtype = torch.float32, seed: int = 1, **options: float
+) -> Qwen3:
+    model = Qwen3(ModelConfig(size="tiny", vocab_size=VOCAB, attention=attention, init_std=0.2, **options))
+    init_weights(model, seed)
+    return model.to(dtype)
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def test_logits_and_gradients_equal_hugging_face() -> None:
+    transformers = pytest.importorskip("transformers")
+    model = build(SoftmaxConfig())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.uniform_(0.5, 1.5)
+    config = transformers.Qwen3Config(
+        vocab_size=VOCAB,
+        hidden_size=TINY.width,
+        num_hidden_layers=TINY.num_layers,
+        num_attention_heads=TINY.num_heads,
+        num_key_value_heads=TINY.num_kv_heads,
+        head_dim=TINY.head_dim,
+        intermediate_size=TINY.mlp_width,
+        rms_norm_eps=model.config.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": model.config.rope_theta},
+        tie_word_embeddings=True,
+        attn_implementation="eager",
+    )
+    theirs = transformers.Qwen3ForCausalLM(config)
+    missing = theirs.load_state_dict(to_hugging_face(model.state_dict()), strict=False)
+    assert not missing.unexpected_keys
+    assert set(missing.missing_keys) <= {"lm_head.weight"}
+    theirs.tie_weights()
+    ids = tokens(2, 23)
+    ours_logits, their_logits = model(ids), theirs(ids).logits
+    torch.testing.assert_close(ours_logits, their_logits, atol=1e-5, rtol=1e-5)
+    weight = torch.randn(ours_logits.shape, generator=torch.Generator().manual_seed(3))
+    (ours_logits * weight).mean().backward()
+    (their_logits * weight).mean().backward()
+    grads = to_hugging_face({name: p.grad for name, p in model.named_parameters()})
+    for name, parameter in theirs.named_parameters():
+        torch.testing.assert_close(grads[name], parameter.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+@pytest.mark.parametrize("window_size", [None, 5])
+def test_parallax_with_zero_probe_gain_equals_softmax(
+    dtype: torch.dtype, tolerance: float, window_size: int | None
+) -> None:
+    parallax = build(ParallaxConfig(r_gain_init=0.0, window_size=window_size), dtype)
+    softmax = build(SoftmaxConfig(window_size=window_size), dtype)
+    ids = tokens(2, 40)
+    torch.testing.assert_close(parallax(ids), softmax(ids), atol=tolerance, rtol=0)
+    # and the correction is not zero as soon as the gain is not
+    other = build(ParallaxConfig(r_gain_init=0.25, window_size=window_size), dtype)
+    assert (other(ids) - softmax(ids)).abs().max() > 100 * tolerance
+
+
+ATTENTIONS = [
+    SoftmaxConfig(),
+    SoftmaxConfig(window_size=6),
+    ParallaxConfig(),
+    ParallaxConfig(r_norm=False, rope_on_r=False, window_size=6),
+    ParallaxConfig(gate="token"),
+    ParallaxConfig(gate="head"),
+]
+attentions = pytest.mark.parametrize("attention", ATTENTIONS, ids=lambda a: str(a).split("(", 1)[1][:60])
+
+
+@attentions
+def test_packed_documents_equal_separate_rows(attention: AttentionConfig) -> None:
+    model = build(attention, torch.float64)
+    lengths = [1, 7, 20, 12]
+    ids = tokens(1, sum(lengths))
+    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    packed = model(ids, cu_seqlens=bounds, max_seqlen=20)
+    separate = torch.cat([model(part) for part in ids.split(lengths, dim=1)], dim=1)
+    torch.testing.assert_close(packed, separate, atol=1e-10, rtol=0)
+
+
+@attentions
+def test_a_token_never_changes_its_past(attention: AttentionConfig) -> None:
+    model = build(attention)
+    ids = tokens(1, 30)
+    changed = ids.clone()
+    changed[0, 17] = (changed[0, 17] + 1) % VOCAB
+    before, after = model(ids), model(changed)
+    torch.testing.assert_close(before[:, :17], after[:, :17], atol=0, rtol=0)
+    assert (before[:, 17] - after[:, 17]).abs().max() > 0
+
+
+@attentions
+def test_gradient_checks_in_every_direction_that_a_parameter_has(attention: AttentionConfig) -> None:
+    model = build(attention, torch.float64)
+    ids, labels = tokens(1, 12), tokens(1, 12, seed=1)
+    model(ids, labels_BT=labels).backward()
+    for name, parameter in model.named_parameters():
+        direction = torch.randn(
+            parameter.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5)
+        )
+        with torch.no_grad():
+            losses = []
+            for step in (1e-5, -2e-5):
+                parameter += step * direction
+                losses.append(model(ids, labels_BT=labels))
+            parameter += 1e-5 * direction
+        assert parameter.grad is not None, name
+        expected = (losses[0] - losses[1]) / 2e-5
+        torch.testing.assert_close(
+            (parameter.grad * direction).sum(), expected, rtol=1e-5, atol=1e-6, msg=name
+        )
+
+
+def test_windows_and_documents_in_blocks_equal_one_dense_mask() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 50, h, 16, dtype=torch.float64, generator=generator) for h in (4, 2, 2))
+    bounds = torch.tensor([0, 3, 3, 20, 41, 50], dtype=torch.int32)
+    ids = torch.bucketize(torch.arange(50), bounds, right=True)
+    distance = torch.arange(50).unsqueeze(1) - torch.arange(50)
+    mask = (ids.unsqueeze(1) == ids) & (distance >= 0) & (distance < 9)
+    dense = nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask, enable_gqa=True
+    ).transpose(1, 2)
+    for longest in (21, 30, 50):
+        out = softmax_attention(q, k, v, bounds, longest, 9)
+        torch.testing.assert_close(out, dense, atol=1e-12, rtol=0)
+
+
+def test_published_sizes_have_the_published_parameters() -> None:
+    for size, total, with_probe in (("0.6b", 596.05, 654.77), ("1.7b", 1720.57, 1838.02)):
+        for attention, expected in ((SoftmaxConfig(), total), (ParallaxConfig(), with_probe)):
+            with torch.device("meta"):
+                model = Qwen3(ModelConfig(size=size, vocab_size=151936, attention=attention))
+            assert round(model.num_parameters()["total"] / 1e6, 2) == expected
+    with torch.device("meta"):
+        counts = Qwen3(ModelConfig(size="60m", vocab_size=16384)).num_parameters()
+    assert 58e6 < counts["total"] - counts["embedding"] < 62e6
+    assert counts["total"] == sum(counts[part] for part in ("embedding", "attention", "mlp", "norms"))
+
+
+def test_flops_count_every_product_of_a_small_model_by_hand() -> None:
+    length, width, heads, kv = 10, 48, 4 * 16, 2 * 16
+    projections = width * heads * 2 + width * kv * 2
+    shared = 6 * (3 * (projections + 3 * width * 80) + VOCAB * width)
+    pairs = sum(range(1, length + 1)) / length
+    softmax, parallax = build(SoftmaxConfig()), build(ParallaxConfig())
+    assert softmax.num_flops_per_token(length) == pytest.approx(shared + 3 * 6 * 2 * heads * pairs)
+    assert parallax.num_flops_per_token(length) == pytest.approx(
+        shared + 3 * (6 * width * heads + 10 * 2 * heads * pairs)
+    )
+    assert mean_visible_keys(10, 3) == pytest.approx((1 + 2 + 3 * 8) / 10)
+
+
+def test_initial_loss_is_that_of_guessing() -> None:
+    model = Qwen3(ModelConfig(size="tiny", vocab_size=VOCAB, attention=ParallaxConfig()))
+    init_weights(model, 0)
+    loss = model(tokens(4, 64), labels_BT=tokens(4, 64, seed=1)) / 256
+    assert float(loss.detach()) == pytest.approx(math.log(VOCAB), abs=0.1)
+
+
+def test_initial_weights_depend_on_seed_and_name_alone() -> None:
+    first, again, other = (build(ParallaxConfig(), seed=s) for s in (1, 1, 2))
+    for (name, a), b, c in zip(first.named_parameters(), again.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b), name
+        assert a.ndim == 1 or not torch.equal(a, c), name
+    attention = first.layers[0].attention
+    assert isinstance(attention, ParallaxAttention)
+    assert not torch.equal(attention.wq.weight, attention.wr.weight)
+    assert float(attention.wr.weight.detach().std()) == pytest.approx(0.2, rel=0.1)
+    assert torch.all(attention.r_norm.weight == 0.25)
+
+
+def test_bad_dimensions_and_inputs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sizes.SIZES, "odd", replace(TINY, num_kv_heads=3))
+    with pytest.raises(ValueError, match=r"num_heads \(4\) must be a multiple of num_kv_heads \(3\)"):
+        Qwen3(ModelConfig(size="odd", vocab_size=VOCAB))
+    model = build(SoftmaxConfig())
+    with pytest.raises(ValueError, match="at least one token"):
+        model(tokens(1, 0))
+    with pytest.raises(ValueError, match="cu_seqlens goes with batch 1"):
+        model(tokens(2, 4), cu_seqlens=torch.tensor([0, 4], dtype=torch.int32))
