@@ -1,0 +1,80 @@
+"""Learning-rate schedules as pure functions of the step."""
+
+import math
+
+from optimizers.config import ScheduleConfig
+
+
+def lr_factor(step: int, config: ScheduleConfig, total_steps: int) -> float:
+    """Return the factor of the peak learning rate for one optimizer step.
+
+    With W warm-up steps, N steps in all and D decay steps:
+
+        factor(s) = (s + 1) / W                              s < W
+        factor(s) = m + (1 - m) shape(t(s))                  s >= W,  m = min_lr_ratio
+        t(s)      = clamp((s - (N - D)) / D, 0, 1)
+
+    D is round(decay_ratio N) for wsd, N - W for cosine, and 0 for constant, where t is always 0. t would
+    reach 1 at step N, one after the last, so that no step is spent at a learning rate of zero. These are
+    the values of torchtitan 0.2.2 (components/lr_scheduler.py, linear_warmup_stable_decay with its virtual
+    last step); the 1 - sqrt shape is from Haegele et al., arXiv 2405.18392.
+
+    Args:
+        step: Index of the optimizer step about to be taken, from 0.
+        config: The schedule.
+        total_steps: Steps of the run; config.total_steps, where set, takes its place.
+
+    Returns:
+        The factor, in [0, 1].
+
+    Raises:
+        ValueError: Warm-up and decay do not fit into the steps.
+    """
+    if step < config.warmup_steps:
+        decay_progress(step, config, total_steps)
+        return (step + 1) / config.warmup_steps
+    shape = _decay_shape(config, decay_progress(step, config, total_steps))
+    return config.min_lr_ratio + (1.0 - config.min_lr_ratio) * shape
+
+
+def decay_progress(step: int, config: ScheduleConfig, total_steps: int) -> float:
+    """Return how much of the decay phase lies behind a step, t in lr_factor.
+
+    Args:
+        step: Index of the optimizer step about to be taken, from 0.
+        config: The schedule.
+        total_steps: Steps of the run; config.total_steps, where set, takes its place.
+
+    Returns:
+        0 before the decay, towards 1 at its end.
+
+    Raises:
+        ValueError: Warm-up and decay do not fit into the steps.
+    """
+    total = total_steps if config.total_steps is None else config.total_steps
+    decay_steps = _num_decay_steps(config, total)
+    if config.warmup_steps + decay_steps > total:
+        raise ValueError(
+            f"warmup_steps ({config.warmup_steps}) and the decay ({decay_steps} steps) must fit into the "
+            f"{total} steps of the schedule; lower warmup_steps or decay_ratio, or set total_steps"
+        )
+    if decay_steps == 0:
+        return 0.0
+    return min(max((step - (total - decay_steps)) / decay_steps, 0.0), 1.0)
+
+
+def _num_decay_steps(config: ScheduleConfig, total_steps: int) -> int:
+    if config.kind == "wsd":
+        return round(total_steps * config.decay_ratio)
+    if config.kind == "cosine":
+        return max(total_steps - config.warmup_steps, 0)
+    return 0
+
+
+def _decay_shape(config: ScheduleConfig, t: float) -> float:
+    shape = "cosine" if config.kind == "cosine" else config.decay_shape
+    if shape == "linear":
+        return 1.0 - t
+    if shape == "one_minus_sqrt":
+        return 1.0 - math.sqrt(t)
+    return 0.5 * (1.0 + math.cos(math.pi * t))

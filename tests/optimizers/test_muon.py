@@ -1,0 +1,159 @@
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from optimizers.muon import Muon
+from optimizers.orthogonalize import newton_schulz5, polar_express
+
+SHAPES = [(16, 16), (24, 8), (8, 24), (24, 8), (24, 8)]
+
+
+def parameters(dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.nn.Parameter(torch.randn(s, generator=generator).to(device, dtype)) for s in SHAPES]
+
+
+def set_gradients(params: list[torch.nn.Parameter], step: int) -> None:
+    generator = torch.Generator().manual_seed(100 + step)
+    for p in params:
+        # Not centred, so that successive gradients agree and momentum matters.
+        p.grad = (torch.randn(p.shape, generator=generator) + 0.5).to(p.device, p.dtype)
+
+
+def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((got - wanted).norm() / wanted.norm()).item()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize(
+    ("scale", "theirs"), [("match_rms_adamw", "match_rms_adamw"), ("spectral", "original")]
+)
+def test_is_torchs_muon(device: str, nesterov: bool, scale: Any, theirs: str) -> None:
+    values = {"lr": 0.02, "weight_decay": 0.3, "momentum": 0.9, "nesterov": nesterov}
+    ours, reference, start = (parameters(device=device) for _ in range(3))
+    muon = Muon(ours, **values, scale=scale)
+    expected = torch.optim.Muon(reference, **values, adjust_lr_fn=theirs)
+    for step in range(6):
+        for params, optimizer in ((ours, muon), (reference, expected)):
+            set_gradients(params, step)
+            optimizer.step()
+    for p, q, p0 in zip(ours, reference, start, strict=True):
+        assert relative(p - p0, q - p0) < 1e-2
+        buffer, wanted = muon.state[p]["momentum_buffer"], expected.state[q]["momentum_buffer"]
+        torch.testing.assert_close(buffer, wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_follows_its_formula_in_fp32() -> None:
+    lr, decay, beta = 0.1, 0.2, 0.8
+    ours = parameters()
+    wanted = [p.detach().clone() for p in ours]
+    momenta = [torch.zeros_like(p) for p in wanted]
+    muon = Muon(
+        ours,
+        lr=lr,
+        weight_decay=decay,
+        momentum=beta,
+        orthogonalization="polar_express",
+        scale="unit",
+        dtype="float32",
+    )
+    for step in range(4):
+        set_gradients(ours, step)
+        for i, p in enumerate(ours):
+            assert p.grad is not None
+            momenta[i] = beta * momenta[i] + (1 - beta) * p.grad
+            update = polar_express((1 - beta) * p.grad + beta * momenta[i], 8)
+            wanted[i] = (1 - lr * decay) * wanted[i] - lr * update
+        muon.step()
+    torch.testing.assert_close([p.detach() for p in ours], wanted, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("scale", "factor"),
+    [("match_rms_adamw", 0.2 * math.sqrt(24)), ("spectral", math.sqrt(3)), ("unit", 1.0)],
+)
+@pytest.mark.parametrize("num_iterations", [None, 3])
+def test_scale_and_number_of_iterations(scale: Any, factor: float, num_iterations: int | None) -> None:
+    p = torch.nn.Parameter(torch.zeros(24, 8))
+    gradient = torch.randn(24, 8, generator=torch.Generator().manual_seed(0))
+    p.grad = gradient.clone()
+    Muon([p], lr=0.5, scale=scale, num_iterations=num_iterations, dtype="float32").step()
+    expected = -0.5 * factor * newton_schulz5(gradient, num_iterations or 5)
+    torch.testing.assert_close(p.detach(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_match_rms_adamw_gives_the_size_of_an_adamw_update() -> None:
+    p = torch.nn.Parameter(torch.zeros(64, 256))
+    p.grad = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    Muon([p], lr=1.0, orthogonalization="polar_express").step()
+    assert p.detach().square().mean().sqrt().item() == pytest.approx(0.2, rel=0.01)
+
+
+def test_zero_gradient_only_decays_the_weights() -> None:
+    params = parameters()
+    before = [p.detach().clone() for p in params]
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    Muon(params, lr=0.1, weight_decay=0.5).step()
+    torch.testing.assert_close([p.detach() for p in params], [0.95 * p for p in before])
+
+
+def test_a_parameter_without_gradient_stays_as_it_is() -> None:
+    params = parameters()
+    set_gradients(params, 0)
+    params[1].grad = None
+    before = [p.detach().clone() for p in params]
+    Muon(params, lr=0.1, weight_decay=0.5).step()
+    assert [torch.equal(p, q) for p, q in zip(params, before, strict=True)] == [
+        False,
+        True,
+        False,
+        False,
+        False,
+    ]
+
+
+@pytest.mark.parametrize("max_stacked_elements", [1, 400, 2**26])
+def test_stack_size_does_not_change_the_result(max_stacked_elements: int) -> None:
+    together, bounded = parameters(), parameters()
+    for params, bound in ((together, 2**26), (bounded, max_stacked_elements)):
+        muon = Muon(params, lr=0.1, dtype="float32", max_stacked_elements=bound)
+        for step in range(3):
+            set_gradients(params, step)
+            muon.step()
+    torch.testing.assert_close(bounded, together, rtol=0, atol=1e-5)
+
+
+def test_bfloat16_parameters_keep_their_dtype() -> None:
+    params, masters = parameters(torch.bfloat16), parameters()
+    for group in (params, masters):
+        set_gradients(group, 0)
+        Muon(group, lr=0.5).step()
+    for p, master in zip(params, masters, strict=True):
+        assert p.dtype == torch.bfloat16
+        assert relative(p.detach().float(), master.detach()) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lr": -1.0}, r"lr \(-1.0\)"),
+        ({"weight_decay": -1.0}, r"weight_decay \(-1.0\)"),
+        ({"momentum": 1.0}, r"momentum \(1.0\)"),
+        ({"num_iterations": 0}, r"num_iterations \(0\)"),
+        ({"scale": "none"}, r"scale \('none'\) must be one of match_rms_adamw, spectral, unit"),
+        ({"dtype": "float16"}, r"dtype \('float16'\)"),
+        ({"orthogonalization": "svd"}, r"orthogonalization \('svd'\)"),
+    ],
+)
+def test_values_out_of_range_are_named(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Muon([{"params": parameters(), **values}], lr=0.1)
+
+
+def test_a_vector_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"shape \[7\]; use AdamW"):
+        Muon([torch.nn.Parameter(torch.zeros(7))], lr=0.1)

@@ -1,0 +1,109 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from optimizers.orthogonalize import newton_schulz5, polar_express
+
+Method = Callable[..., torch.Tensor]
+SHAPES = [(48, 48), (96, 40), (40, 96), (1, 17), (17, 1)]
+# Of the Frobenius norm; directions below it are too weak for the iterations to reach one.
+WEAK = 0.003
+BOUNDS = [
+    pytest.param(newton_schulz5, 0.65, 1.25, id="newton_schulz5"),
+    pytest.param(polar_express, 0.95, 1.05, id="polar_express"),
+]
+METHODS = [pytest.param(m, id=m.__name__) for m in (newton_schulz5, polar_express)]
+
+
+def gaussian(rows: int, cols: int) -> torch.Tensor:
+    return torch.randn(rows, cols, dtype=torch.float64)
+
+
+def low_rank(rows: int, cols: int) -> torch.Tensor:
+    return gaussian(rows, 3) @ gaussian(3, cols)
+
+
+def ill_conditioned(rows: int, cols: int) -> torch.Tensor:
+    u, s, vh = torch.linalg.svd(gaussian(rows, cols), full_matrices=False)
+    return u @ torch.diag(torch.logspace(0, -6, s.numel(), dtype=torch.float64)) @ vh
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize(("method", "low", "high"), BOUNDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("make", [gaussian, low_rank, ill_conditioned])
+@pytest.mark.parametrize(("rows", "cols"), SHAPES)
+def test_keeps_directions_and_brings_their_strengths_near_one(
+    method: Method,
+    low: float,
+    high: float,
+    dtype: torch.dtype,
+    make: Callable[[int, int], torch.Tensor],
+    rows: int,
+    cols: int,
+) -> None:
+    matrix = make(rows, cols).to(dtype)
+    out = method(matrix)
+    assert out.dtype == dtype
+    u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    strong = s > WEAK * s.norm()
+    in_directions = u[:, strong].mT @ out.double() @ vh[strong].mT
+    strengths = torch.linalg.svdvals(in_directions)
+    assert strengths.min() > low
+    assert strengths.max() < high
+    assert torch.linalg.svdvals(out.double()).max() < high
+    assert in_directions.diagonal().min() > low - 0.02
+
+
+@pytest.mark.parametrize(("rows", "cols"), SHAPES)
+def test_polar_express_is_the_polar_factor_of_a_well_conditioned_matrix(rows: int, cols: int) -> None:
+    u, s, vh = torch.linalg.svd(gaussian(rows, cols), full_matrices=False)
+    matrix = u @ torch.diag(torch.linspace(0.2, 3.0, s.numel(), dtype=torch.float64)) @ vh
+    torch.testing.assert_close(polar_express(matrix, 9), u @ vh, rtol=0, atol=1e-9)
+
+
+def test_newton_schulz5_applies_its_polynomial_to_the_singular_values() -> None:
+    u, s, vh = torch.linalg.svd(gaussian(30, 20), full_matrices=False)
+    expected = s / s.norm()
+    for _ in range(5):
+        expected = 3.4445 * expected - 4.7750 * expected**3 + 2.0315 * expected**5
+    torch.testing.assert_close(newton_schulz5(u @ torch.diag(s) @ vh), u @ torch.diag(expected) @ vh)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_matrix_of_a_batch_is_on_its_own(method: Method) -> None:
+    batch = torch.randn(2, 3, 12, 7, dtype=torch.float64)
+    batch[0, 1] *= 1e4
+    batch[1, 2] = 0
+    alone = torch.stack([torch.stack([method(matrix) for matrix in row]) for row in batch])
+    torch.testing.assert_close(method(batch), alone)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_zero_gives_zero_and_strength_does_not_matter(method: Method, dtype: torch.dtype) -> None:
+    assert torch.equal(method(torch.zeros(4, 9, dtype=dtype)), torch.zeros(4, 9, dtype=dtype))
+    matrix = torch.randn(9, 4).to(dtype)
+    # A power of two scales floating-point numbers exactly.
+    for factor in (2.0**-20, 2.0**40):
+        assert torch.equal(method(matrix * factor), method(matrix))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_leaves_its_input_alone(method: Method) -> None:
+    matrix = torch.randn(5, 8)
+    before = matrix.clone()
+    method(matrix)
+    assert torch.equal(matrix, before)
+
+
+def test_polar_express_takes_fewer_iterations_than_it_lists() -> None:
+    s = torch.tensor([[0.5]], dtype=torch.float64)
+    x = 1 / 1.02
+    expected = 8.156554524902461 * x - 22.48329292557795 * x**3 + 15.878769915207462 * x**5
+    assert polar_express(s, 1).item() == pytest.approx(expected, rel=1e-12)

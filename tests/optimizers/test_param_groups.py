@@ -1,0 +1,133 @@
+import dataclasses
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+from optimizers.config import AdamWGroup, MuonGroup, OptimizerConfig, ParameterGroup, ScheduleConfig
+from optimizers.param_groups import assign_parameters, clean_name
+
+HIDDEN = MuonGroup(parameters=[r"layers\.\d+\.(wq|wo)\.weight"], lr=0.01)
+REST = AdamWGroup(parameters=[r"tok_embeddings\.weight", r"(layers\.\d+\.)?norm\.weight"], lr=0.003)
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(4)
+        self.wq = nn.Linear(4, 6, bias=False)
+        self.wo = nn.Linear(6, 4, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.wo(self.wq(self.norm(x)))
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tok_embeddings = nn.Embedding(5, 4)
+        self.layers = nn.ModuleList([Layer(), Layer()])
+        self.norm = nn.RMSNorm(4)
+        self.output = nn.Linear(4, 5, bias=False)
+        self.output.weight = self.tok_embeddings.weight
+
+
+def names(root: nn.Module, groups: dict[str, ParameterGroup]) -> dict[str, list[str]]:
+    by_id = {id(p): name for name, p in root.named_parameters()}
+    assigned = assign_parameters(root.named_parameters(), groups)
+    return {group: [by_id[id(p)] for p in members] for group, members in assigned.items()}
+
+
+def test_each_parameter_goes_to_its_group_and_a_tied_one_once() -> None:
+    assert names(Model(), {"hidden": HIDDEN, "rest": REST}) == {
+        "hidden": [f"layers.{i}.{w}.weight" for i in (0, 1) for w in ("wq", "wo")],
+        "rest": ["tok_embeddings.weight", "layers.0.norm.weight", "layers.1.norm.weight", "norm.weight"],
+    }
+
+
+def test_compiled_and_checkpointed_layers_keep_their_names() -> None:
+    root = Model()
+    root.layers[0] = checkpoint_wrapper(Layer())
+    compiled = torch.compile(Layer())
+    assert isinstance(compiled, nn.Module)
+    root.layers[1] = compiled
+    assigned = names(root, {"hidden": HIDDEN, "rest": REST})
+    assert "layers.0._checkpoint_wrapped_module.wq.weight" in assigned["hidden"]
+    assert "layers.1._orig_mod.wq.weight" in assigned["hidden"]
+    assert clean_name("layers.0._orig_mod._checkpoint_wrapped_module.wq.weight") == "layers.0.wq.weight"
+
+
+def test_frozen_parameters_need_no_group() -> None:
+    root = Model()
+    root.tok_embeddings.weight.requires_grad_(False)
+    rest = dataclasses.replace(REST, parameters=[r".*norm\.weight"])
+    assert names(root, {"hidden": HIDDEN, "rest": rest})["rest"][0] == "layers.0.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (
+            {"hidden": HIDDEN, "rest": AdamWGroup(parameters=["norm"], lr=1.0)},
+            "no group.*tok_embeddings.weight",
+        ),
+        # A pattern must match the whole name, not a part of it.
+        (
+            {"hidden": HIDDEN, "rest": AdamWGroup(parameters=["tok", "norm"], lr=1.0)},
+            "no group.*tok_embeddings",
+        ),
+        (
+            {"hidden": HIDDEN, "rest": REST, "probe": MuonGroup(parameters=[r".*\.0\.wq\.weight"], lr=1.0)},
+            r"several groups.*: layers\.0\.wq\.weight \(hidden, probe\);",
+        ),
+        (
+            {"hidden": HIDDEN, "rest": REST, "probe": MuonGroup(parameters=["wr"], lr=1.0)},
+            "no trainable.*: probe;",
+        ),
+        (
+            {"all": MuonGroup(parameters=[".*"], lr=1.0)},
+            r"no matrices: layers\.0\.norm\.weight \[4\] \(all\)",
+        ),
+    ],
+    ids=["unmatched", "partly matched", "contested", "empty", "vector under Muon"],
+)
+def test_faulty_groups_are_named(groups: dict[str, ParameterGroup], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        names(Model(), groups)
+
+
+def test_many_names_are_cut_short() -> None:
+    many = [(f"p{i}", nn.Parameter(torch.zeros(1))) for i in range(30)]
+    with pytest.raises(ValueError, match=r"p7 and 22 more;"):
+        assign_parameters(many, {"one": AdamWGroup(parameters=["q"], lr=1.0)})
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        (MuonGroup, {"lr": -0.1}, r"lr \(-0.1\)"),
+        (MuonGroup, {"lr": float("nan")}, r"lr \(nan\)"),
+        (MuonGroup, {"momentum": 1.0}, r"momentum \(1.0\)"),
+        (MuonGroup, {"num_iterations": 0}, r"num_iterations \(0\)"),
+        (MuonGroup, {"parameters": []}, "parameters is empty"),
+        (AdamWGroup, {"parameters": ["a("]}, re.escape("parameters: 'a(' is not a regular expression")),
+        (AdamWGroup, {"weight_decay": float("inf")}, r"weight_decay \(inf\)"),
+        (AdamWGroup, {"beta1": -0.5}, r"beta1 \(-0.5\)"),
+        (AdamWGroup, {"beta2": 1.0}, r"beta2 \(1.0\)"),
+        (AdamWGroup, {"eps": 0.0}, r"eps \(0.0\)"),
+        (ScheduleConfig, {"warmup_steps": -1}, r"warmup_steps \(-1\)"),
+        (ScheduleConfig, {"decay_ratio": 1.5}, r"decay_ratio \(1.5\)"),
+        (ScheduleConfig, {"min_lr_ratio": -0.1}, r"min_lr_ratio \(-0.1\)"),
+        (ScheduleConfig, {"total_steps": 0}, r"total_steps \(0\)"),
+        (OptimizerConfig, {"groups": {}}, "groups is empty"),
+    ],
+)
+def test_values_out_of_range_are_named(kind: type, values: dict[str, object], message: str) -> None:
+    required: dict[type, dict[str, object]] = {
+        MuonGroup: {"parameters": ["a"], "lr": 1.0},
+        AdamWGroup: {"parameters": ["a"], "lr": 1.0},
+    }
+    with pytest.raises(ValueError, match=message):
+        kind(**{**required.get(kind, {}), **values})

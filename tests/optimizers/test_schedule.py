@@ -1,0 +1,86 @@
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from torchtitan.components.lr_scheduler import build_lr_schedulers as titan_schedulers
+from torchtitan.config import LRScheduler
+
+from optimizers.config import AdamWGroup, OptimizerConfig, ScheduleConfig
+from optimizers.schedule import lr_factor
+from optimizers.titan import GroupedOptimizers, build_lr_schedulers, build_optimizers
+
+
+def one_group_optimizers() -> GroupedOptimizers:
+    model = torch.nn.Linear(2, 2, bias=False)
+    config = OptimizerConfig(groups={"all": AdamWGroup(parameters=["weight"], lr=1.0)})
+    return build_optimizers([model], config)
+
+
+def factors(config: ScheduleConfig, total_steps: int) -> list[float]:
+    return [lr_factor(step, config, total_steps) for step in range(total_steps)]
+
+
+def test_wsd_at_named_steps() -> None:
+    config = ScheduleConfig(kind="wsd", warmup_steps=10, decay_ratio=0.2)
+    at = {0: 0.1, 4: 0.5, 9: 1.0, 10: 1.0, 79: 1.0, 80: 1.0, 81: 0.95, 90: 0.5, 99: 0.05, 100: 0.0, 999: 0.0}
+    for step, factor in at.items():
+        assert lr_factor(step, config, 100) == pytest.approx(factor, abs=1e-12), step
+
+
+def test_decay_shapes_at_the_middle_and_towards_a_floor() -> None:
+    for shape, value in (("linear", 0.5), ("one_minus_sqrt", 1 - math.sqrt(0.5)), ("cosine", 0.5)):
+        config = ScheduleConfig(kind="wsd", decay_ratio=0.5, decay_shape=shape, min_lr_ratio=0.1)
+        assert lr_factor(75, config, 100) == pytest.approx(0.1 + 0.9 * value)
+        assert lr_factor(100, config, 100) == pytest.approx(0.1)
+    quarter = ScheduleConfig(kind="wsd", decay_ratio=0.4, decay_shape="cosine")
+    assert lr_factor(70, quarter, 100) == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
+
+
+def test_cosine_starts_its_decay_after_the_warmup() -> None:
+    config = ScheduleConfig(
+        kind="cosine", warmup_steps=20, decay_shape="linear", decay_ratio=0.9, min_lr_ratio=0.2
+    )
+    assert lr_factor(19, config, 120) == 1.0
+    assert lr_factor(20, config, 120) == 1.0
+    assert lr_factor(70, config, 120) == pytest.approx(0.2 + 0.8 * 0.5)
+    assert lr_factor(119, config, 120) == pytest.approx(0.2 + 0.4 * (1 + math.cos(math.pi * 0.99)))
+
+
+def test_constant_holds_after_the_warmup() -> None:
+    assert factors(ScheduleConfig(kind="constant", warmup_steps=4), 8) == [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]
+
+
+def test_schedule_of_a_longer_run_is_cut_short() -> None:
+    full = ScheduleConfig(kind="wsd", warmup_steps=5, decay_ratio=0.5)
+    cut = ScheduleConfig(kind="wsd", warmup_steps=5, decay_ratio=0.5, total_steps=40)
+    assert factors(cut, 30) == factors(full, 40)[:30]
+
+
+@pytest.mark.parametrize("shape", ["linear", "one_minus_sqrt", "cosine"])
+@pytest.mark.parametrize(("warmup", "ratio"), [(0, 1.0), (7, 0.25), (3, 0.0), (10, 0.5)])
+def test_agrees_with_torchtitan(shape: Any, warmup: int, ratio: float) -> None:
+    ours = ScheduleConfig(
+        kind="wsd", warmup_steps=warmup, decay_ratio=ratio, decay_shape=shape, min_lr_ratio=0.05
+    )
+    theirs = LRScheduler(
+        warmup_steps=warmup,
+        decay_ratio=ratio,
+        decay_type="sqrt" if shape == "one_minus_sqrt" else shape,
+        min_lr_factor=0.05,
+    )
+    scheduler = titan_schedulers(one_group_optimizers(), theirs, 20).schedulers[0]
+    assert isinstance(scheduler, LambdaLR)
+    for step in range(20):
+        assert lr_factor(step, ours, 20) == pytest.approx(scheduler.lr_lambdas[0](step), rel=1e-12), step
+
+
+def test_warmup_and_decay_that_do_not_fit_are_named() -> None:
+    config = ScheduleConfig(kind="wsd", warmup_steps=15, decay_ratio=0.5)
+    with pytest.raises(ValueError, match=r"warmup_steps \(15\).*decay \(10 steps\).*20 steps"):
+        build_lr_schedulers(one_group_optimizers(), config, 20)
+    with pytest.raises(ValueError, match=r"warmup_steps \(30\)"):
+        lr_factor(0, ScheduleConfig(kind="constant", warmup_steps=30), 20)
+    with pytest.raises(ValueError, match=r"warmup_steps \(30\)"):
+        lr_factor(0, ScheduleConfig(kind="cosine", warmup_steps=30), 20)
