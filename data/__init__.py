@@ -1,0 +1,1 @@
+"""Text to batches: sources of documents, tokenizers, packing, and a loader whose state is global."""

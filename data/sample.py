@@ -1,0 +1,246 @@
+"""A small corpus of real text that is on every machine: the running Python's own standard library.
+
+`python -m data.sample --out .cache/sample` writes train.parquet and validation.parquet in Ultra-FineWeb's
+schema (content: string, score: float32, source: string), tokenizer.json trained on the training part, and
+sample.json with counts and the unigram entropy of the held-out text. A complete folder is left as it is;
+anything missing, damaged or made with other settings is made again.
+"""
+
+import argparse
+import hashlib
+import importlib
+import json
+import math
+import os
+import platform
+import sysconfig
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data.split import content_hash, is_held_out
+from data.tokenizer import TOKENIZER_FILE, Tokenizer, train_byte_level_bpe
+
+TRAIN_FILE = "train.parquet"
+VALIDATION_FILE = "validation.parquet"
+SUMMARY_FILE = "sample.json"
+
+_FORMAT = 1
+_SCHEMA = pa.schema([("content", pa.string()), ("score", pa.float32()), ("source", pa.string())])
+_ROWS_A_GROUP = 128
+_ENCODE_DOCUMENTS = 64
+_MAX_FILE_BYTES = 1 << 18
+_MIN_DOCUMENT_BYTES = 200
+_SKIPPED_FOLDERS = {"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages", "lib2to3"}
+
+
+class Text(NamedTuple):
+    """A document and the part of the library it is from."""
+
+    content: str
+    source: str
+
+
+def collect(library: Path) -> list[Text]:
+    """Gather the documents of a standard library, each content once, in an order that their contents decide.
+
+    A module's source with its docstrings is one document, and so is each help topic of pydoc. Left out are
+    tests, generated and very long files, and files that are not UTF-8.
+
+    Args:
+        library: The folder that holds the library's modules.
+
+    Raises:
+        ValueError: If the folder holds no usable source.
+    """
+    found: dict[str, str] = {}
+    for file in sorted(library.rglob("*.py")):
+        parts = file.relative_to(library).parts
+        if _SKIPPED_FOLDERS.intersection(parts) or file.stat().st_size > _MAX_FILE_BYTES:
+            continue
+        try:
+            content = file.read_text(encoding="utf-8")
+        except (UnicodeDecodeError, OSError):
+            continue
+        if "generated" not in content[:1000].lower():
+            found.setdefault(content, "python-source/" + "/".join(parts))
+    if not found:
+        raise ValueError(
+            f"{library} holds no Python source: use a Python whose standard library is not compiled away"
+        )
+    for topic, content in _help_topics().items():
+        found.setdefault(content, f"python-help/{topic}")
+    texts = [
+        Text(content, source) for content, source in found.items() if len(content) >= _MIN_DOCUMENT_BYTES
+    ]
+    # Not by the hash's first bytes, which decide what is held out: a cut would take those documents first.
+    return sorted(texts, key=lambda text: content_hash(text.content)[8:])
+
+
+def limit(texts: Iterable[Text], max_bytes: int) -> list[Text]:
+    """Keep the first documents that together have at most `max_bytes` of UTF-8."""
+    kept: list[Text] = []
+    for text in texts:
+        max_bytes -= len(text.content.encode())
+        if max_bytes < 0:
+            break
+        kept.append(text)
+    return kept
+
+
+def unigram_entropy(counts: Counter[int]) -> float:
+    """Return the entropy of an empirical token distribution in nats/token.
+
+    It is the lowest loss that a model can reach without looking at a token's context.
+
+    Args:
+        counts: How often each token id occurs.
+    """
+    total = counts.total()
+    return sum(count / total * math.log(total / count) for count in counts.values())
+
+
+def make(
+    out: Path, *, vocab_size: int = 4096, max_bytes: int = 10_000_000, force: bool = False
+) -> dict[str, Any]:
+    """Make the sample, unless the folder holds a complete one of the same settings.
+
+    Args:
+        out: Folder to write to; made if missing.
+        vocab_size: Size of the tokenizer's vocabulary.
+        max_bytes: Most bytes of text, the held-out part included.
+        force: Whether to make it again in any case.
+
+    Returns:
+        What sample.json holds.
+
+    Raises:
+        ValueError: If there is too little text for a training and a held-out part.
+    """
+    settings = {
+        "format": _FORMAT,
+        "python": platform.python_version(),
+        "vocab_size": vocab_size,
+        "max_bytes": max_bytes,
+    }
+    if not force and (summary := _complete(out, settings)) is not None:
+        return summary
+    texts = limit(collect(Path(sysconfig.get_paths()["stdlib"])), max_bytes)
+    train = [text for text in texts if not is_held_out(text.content)]
+    validation = [text for text in texts if is_held_out(text.content)]
+    if not train or not validation:
+        raise ValueError(
+            f"max_bytes is {max_bytes}, which leaves {len(train)} documents to train on and "
+            f"{len(validation)} held out: allow more"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    # The summary vouches for the rest, so it goes first and comes last.
+    (out / SUMMARY_FILE).unlink(missing_ok=True)
+    _write(out / TRAIN_FILE, lambda path: _write_parquet(train, path))
+    _write(out / VALIDATION_FILE, lambda path: _write_parquet(validation, path))
+    backend = train_byte_level_bpe((text.content for text in train), vocab_size)
+    _write(out / TOKENIZER_FILE, lambda path: backend.save(str(path)))
+    tokenizer = Tokenizer.load(out)
+    parts = {"train": _count(train, tokenizer), "validation": _count(validation, tokenizer)}
+    summary = {
+        "settings": settings,
+        "tokenizer_vocab_size": tokenizer.vocab_size,
+        **{key: sum(part[0][key] for part in parts.values()) for key in ("documents", "bytes", "tokens")},
+        **{name: part[0] for name, part in parts.items()},
+        "unigram_entropy_nats": unigram_entropy(parts["validation"][1]),
+        "sha256": {name: _sha256(out / name) for name in (TRAIN_FILE, VALIDATION_FILE, TOKENIZER_FILE)},
+    }
+    _write(out / SUMMARY_FILE, lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
+    return summary
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m data.sample", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--vocab-size", type=int, default=4096, help="size of the tokenizer's vocabulary")
+    parser.add_argument("--max-bytes", type=int, default=10_000_000, help="most bytes of text")
+    parser.add_argument("--force", action="store_true", help="make it again even if it is complete")
+    options = parser.parse_args(arguments)
+    try:
+        summary = make(
+            options.out, vocab_size=options.vocab_size, max_bytes=options.max_bytes, force=options.force
+        )
+    except ValueError as error:
+        parser.exit(1, f"{error}\n")
+    print(f"{options.out}: standard library of Python {summary['settings']['python']}")
+    for name in ("train", "validation"):
+        part = summary[name]
+        print(
+            f"  {name + ':':<12}{part['documents']:>7,} documents {part['bytes']:>12,} bytes "
+            f"{part['tokens']:>11,} tokens"
+        )
+    print(
+        f"  unigram entropy of the held-out text: {summary['unigram_entropy_nats']:.4f} nats/token "
+        f"({summary['tokenizer_vocab_size']} token ids)"
+    )
+
+
+def _help_topics() -> dict[str, str]:
+    try:
+        return dict(sorted(importlib.import_module("pydoc_data.topics").topics.items()))
+    except ImportError:  # some distributions leave it out
+        return {}
+
+
+def _complete(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    try:
+        summary = json.loads((out / SUMMARY_FILE).read_text())
+        is_same = summary["settings"] == settings
+        is_whole = all(_sha256(out / name) == digest for name, digest in summary["sha256"].items())
+    except (OSError, ValueError, KeyError):
+        return None
+    return summary if is_same and is_whole else None
+
+
+def _count(texts: list[Text], tokenizer: Tokenizer) -> tuple[dict[str, int], Counter[int]]:
+    counts: Counter[int] = Counter({tokenizer.end_of_document_id: len(texts)})
+    for first in range(0, len(texts), _ENCODE_DOCUMENTS):
+        batch = [text.content for text in texts[first : first + _ENCODE_DOCUMENTS]]
+        for ids in tokenizer.encode_batch(batch):
+            counts.update(ids)
+    num_bytes = sum(len(text.content.encode()) for text in texts)
+    return {"documents": len(texts), "bytes": num_bytes, "tokens": counts.total()}, counts
+
+
+def _write_parquet(texts: list[Text], path: Path) -> None:
+    table = pa.table(
+        {
+            "content": [text.content for text in texts],
+            "score": [1.0] * len(texts),
+            "source": [text.source for text in texts],
+        },
+        schema=_SCHEMA,
+    )
+    pq.write_table(table, path, row_group_size=_ROWS_A_GROUP)
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file beside its place and move it there whole."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Text to token ids and back: a thin wrapper on a `tokenizer.json`, and training one from text."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+END_OF_DOCUMENT = "<|endoftext|>"
+TOKENIZER_FILE = "tokenizer.json"
+
+
+class Tokenizer:
+    """A tokenizer that encodes plain text and knows which token ends a document.
+
+    A special token spelled out in a text is encoded as ordinary characters, so that no document can forge the
+    end of one. Nothing is added around the text, cut off or padded, whatever the file's own settings are.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        end_of_document: str = END_OF_DOCUMENT,
+        name: str = "tokenizer",
+    ) -> None:
+        """Wrap a backend, switching off whatever it would add to a text or cut from it.
+
+        Args:
+            backend: The tokenizer as the `tokenizers` library holds it; its settings are changed.
+            end_of_document: The token that closes each document.
+            name: What error messages call this tokenizer.
+
+        Raises:
+            ValueError: If `end_of_document` is not in the vocabulary.
+        """
+        # Unless this is stated, release 0.22.0 prints a warning at each later fork; compile workers fork.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+        end_of_document_id = backend.token_to_id(end_of_document)
+        if end_of_document_id is None:
+            raise ValueError(
+                f"end_of_document {end_of_document!r} is not in the vocabulary of {name}: "
+                "set data.end_of_document to a token that it has"
+            )
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True
+        self._backend = backend
+        self.name = name
+        self.end_of_document = end_of_document
+        self.end_of_document_id: int = end_of_document_id
+        # Ids may have gaps: the number of tokens says nothing about the rows an embedding needs.
+        self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @classmethod
+    def load(cls, path: str | Path, *, end_of_document: str = END_OF_DOCUMENT) -> "Tokenizer":
+        """Load a tokenizer from disk.
+
+        Args:
+            path: A folder that holds a tokenizer.json, or the file itself.
+            end_of_document: The token that closes each document.
+
+        Raises:
+            ValueError: If the path or its tokenizer.json is missing, the file is damaged, or
+                `end_of_document` is not in the vocabulary.
+        """
+        file = Path(path)
+        if not file.exists():
+            raise ValueError(
+                f"data.tokenizer {str(path)!r} does not exist: give a folder that holds a {TOKENIZER_FILE}, "
+                "or make a small one with `python -m data.sample --out FOLDER`"
+            )
+        if file.is_dir():
+            folder, file = file, file / TOKENIZER_FILE
+            if not file.is_file():
+                there = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+                raise ValueError(
+                    f"data.tokenizer {str(path)!r} has no {TOKENIZER_FILE} (it holds {there}): "
+                    "save the tokenizer in the format of the `tokenizers` library"
+                )
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(
+                f"{file} is no tokenizer that can be read ({error}): fetch it or make it again"
+            ) from error
+        return cls(backend, end_of_document=end_of_document, name=str(path))
+
+    @property
+    def fingerprint(self) -> str:
+        """A short hash of the vocabulary and of the token that ends a document."""
+        # The serialized file would change with the library's release.
+        vocabulary = sorted(self._backend.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
+        return hashlib.sha256(json.dumps([self.end_of_document, vocabulary]).encode()).hexdigest()[:16]
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text, with nothing added around it."""
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of each text; uses all the cores the library is given."""
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids, special tokens included."""
+        return self._backend.decode(list(ids), skip_special_tokens=False)
+
+    def save(self, path: Path) -> None:
+        """Write the tokenizer as one JSON file."""
+        self._backend.save(str(path))
+
+
+def train_byte_level_bpe(
+    texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = (END_OF_DOCUMENT,)
+) -> tokenizers.Tokenizer:
+    """Train a byte-level BPE tokenizer; the same texts in the same order give the same one.
+
+    Every byte is in the vocabulary, so that any text can be encoded and decodes to itself.
+
+    Args:
+        texts: The documents to learn from.
+        vocab_size: Size to reach, special tokens included; little text may give fewer.
+        special_tokens: Tokens that no text is split into; they get the lowest ids.
+
+    Raises:
+        ValueError: If `vocab_size` cannot hold the 256 bytes and the special tokens.
+    """
+    smallest = 256 + len(special_tokens)
+    if vocab_size < smallest:
+        raise ValueError(
+            f"vocab_size is {vocab_size}, must be at least {smallest}: 256 bytes and {len(special_tokens)} "
+            "special tokens"
+        )
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(special_tokens),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return backend
+
+
+def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> None:
+    """Refuse a model whose embedding has no row for some token.
+
+    Args:
+        tokenizer: The run's tokenizer.
+        model_vocab_size: Rows of the model's embedding.
+
+    Raises:
+        ValueError: If the tokenizer's ids reach beyond the embedding.
+    """
+    if tokenizer.vocab_size > model_vocab_size:
+        raise ValueError(
+            f"the model's vocab_size is {model_vocab_size}, but {tokenizer.name} has ids up to "
+            f"{tokenizer.vocab_size - 1}: set model.vocab_size to at least {tokenizer.vocab_size}"
+        )

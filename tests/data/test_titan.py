@@ -1,0 +1,130 @@
+import copy
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import torch.multiprocessing as mp
+
+from data.config import DataConfig, ParquetSource
+from data.titan import TitanLoader, build_dataloader, build_validation_loader
+from data.tokenizer import Tokenizer
+
+TEXTS = ["x" * 30, "short", None, "a somewhat longer document", "b" * 70, "end"]
+
+
+@pytest.fixture
+def config(write_parquet: Callable[..., Path], byte_tokenizer: Tokenizer, tmp_path: Path) -> DataConfig:
+    byte_tokenizer.save(tmp_path / "tokenizer.json")
+    path = str(write_parquet("train.parquet", TEXTS))
+    return DataConfig(
+        tokenizer=str(tmp_path),
+        train=ParquetSource(files=[path]),
+        validation=ParquetSource(files=[path]),
+        prefetch_batches=2,
+    )
+
+
+def _build(config: DataConfig, rank: int = 0, world: int = 1) -> TitanLoader:
+    return build_dataloader(
+        config,
+        tokenizer=Tokenizer.load(config.tokenizer),
+        seq_len=8,
+        local_batch_size=1,
+        global_batch_size=4,
+        dp_rank=rank,
+        dp_world_size=world,
+    )
+
+
+def _inputs(loader: TitanLoader, count: int) -> list[list[int]]:
+    taken = [batch["input"][0].tolist() for batch, _ in itertools.islice(loader, count)]
+    loader.close()
+    return taken
+
+
+@pytest.mark.parametrize("taken", [0, 1, 4, 13, 40])
+def test_a_distributed_checkpoint_brings_the_position_back(
+    config: DataConfig, tmp_path: Path, taken: int
+) -> None:
+    whole = _inputs(_build(config), taken + 6)
+    saved = _build(config)
+    assert _inputs(saved, taken) == whole[:taken]
+    dcp.save({"dataloader": saved}, checkpoint_id=tmp_path / "checkpoint", no_dist=True)
+    resumed = _build(config)
+    # A position of another length must give way to the saved one.
+    _inputs(resumed, 25)
+    dcp.load({"dataloader": resumed}, checkpoint_id=tmp_path / "checkpoint", no_dist=True)
+    assert resumed.state_dict() == saved.state_dict()
+    assert _inputs(resumed, 6) == whole[taken:]
+
+
+def test_the_state_is_a_snapshot(config: DataConfig) -> None:
+    loader = _build(config)
+    iterator = iter(loader)
+    next(iterator)
+    state = loader.state_dict()
+    before = copy.deepcopy(state)
+    for _ in range(20):
+        next(iterator)
+    assert state == before != loader.state_dict()
+    loader.close()
+
+
+def _save_from_two_ranks(rank: int, config: DataConfig, folder: str) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
+    loader = _build(config, rank, 2)
+    _inputs(loader, 6)
+    dcp.save({"dataloader": loader}, checkpoint_id=f"{folder}/checkpoint")
+    torch.distributed.destroy_process_group()
+
+
+def test_a_checkpoint_of_two_ranks_continues_on_one_and_on_four(config: DataConfig, tmp_path: Path) -> None:
+    mp.spawn(_save_from_two_ranks, (config, str(tmp_path)), nprocs=2)
+    whole = _inputs(_build(config), 20)
+    for world in (1, 4):
+        loaders = [_build(config, rank, world) for rank in range(world)]
+        for loader in loaders:
+            dcp.load({"dataloader": loader}, checkpoint_id=tmp_path / "checkpoint", no_dist=True)
+        ranks = [_inputs(loader, 8 // world) for loader in loaders]
+        assert [row for micro_step in zip(*ranks, strict=True) for row in micro_step] == whole[12:20]
+
+
+def test_a_state_of_another_loader_is_refused(config: DataConfig) -> None:
+    loader = _build(config)
+    loader.load_state_dict({})
+    assert _inputs(loader, 1) == _inputs(_build(config), 1)
+    with pytest.raises(ValueError, match=r"packed_loader.*dp_rank_0"):
+        loader.load_state_dict({"dp_rank_0": b"", "world_size": 1})
+
+
+def test_validation_reads_its_own_files_once(
+    config: DataConfig, write_parquet: Callable[..., Path], byte_tokenizer: Tokenizer
+) -> None:
+    held_out = str(write_parquet("held_out.parquet", ["held out"]))
+    changed = DataConfig(
+        tokenizer=config.tokenizer, train=config.train, validation=ParquetSource(files=[held_out])
+    )
+    sizes: dict[str, Any] = {"seq_len": 4, "local_batch_size": 1, "dp_rank": 0, "dp_world_size": 1}
+    loader = build_validation_loader(changed, tokenizer=byte_tokenizer, **sizes)
+    for _ in range(2):
+        labels = torch.cat([labels[0] for _, labels in loader])
+        assert byte_tokenizer.decode(labels[labels != -100].tolist()) == "eld out<|endoftext|>"
+
+
+def test_validation_without_a_set_is_refused(config: DataConfig, byte_tokenizer: Tokenizer) -> None:
+    none = DataConfig(tokenizer=config.tokenizer, train=config.train)
+    with pytest.raises(ValueError, match=r"data\.validation is none"):
+        build_validation_loader(
+            none, tokenizer=byte_tokenizer, seq_len=4, local_batch_size=1, dp_rank=0, dp_world_size=1
+        )
+
+
+def test_a_negative_prefetch_is_refused(config: DataConfig) -> None:
+    with pytest.raises(ValueError, match=r"data\.prefetch_batches is -1"):
+        DataConfig(tokenizer=config.tokenizer, train=config.train, prefetch_batches=-1)

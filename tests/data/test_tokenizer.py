@@ -1,0 +1,113 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.tokenizer import Tokenizer, check_vocabulary, train_byte_level_bpe
+
+QWEN3 = Path(__file__).parents[2] / "../shared/data/qwen3_tokenizer"
+needs_qwen3 = pytest.mark.skipif(not QWEN3.is_dir(), reason="the Qwen3 tokenizer is not here")
+
+
+@settings(deadline=None)
+@given(text=st.text())
+def test_any_text_decodes_to_itself(byte_tokenizer: Tokenizer, text: str) -> None:
+    ids = byte_tokenizer.encode(text)
+    assert byte_tokenizer.decode(ids) == text
+    assert byte_tokenizer.encode_batch([text, "x", text]) == [ids, byte_tokenizer.encode("x"), ids]
+
+
+def test_a_special_token_spelled_out_in_a_text_stays_text(byte_tokenizer: Tokenizer) -> None:
+    forged = "before<|endoftext|>after"
+    assert byte_tokenizer.end_of_document_id not in byte_tokenizer.encode(forged)
+    assert byte_tokenizer.end_of_document_id not in byte_tokenizer.encode_batch([forged])[0]
+    assert byte_tokenizer.decode(byte_tokenizer.encode(forged)) == forged
+
+
+def test_the_files_own_truncation_padding_and_template_are_off(tmp_path: Path) -> None:
+    from tokenizers import processors
+
+    backend = train_byte_level_bpe([], 257)
+    backend.enable_truncation(4)
+    backend.enable_padding(length=9)
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.decode(tokenizer.encode("abcdefg")) == "abcdefg"
+    assert [tokenizer.decode(ids) for ids in tokenizer.encode_batch(["abcdefg", "a"])] == ["abcdefg", "a"]
+
+
+def test_training_is_deterministic_and_reaches_its_size() -> None:
+    texts = [f"the {index} quick brown foxes jump over {index * 7} lazy dogs" for index in range(300)]
+    first, second = train_byte_level_bpe(texts, 300), train_byte_level_bpe(iter(texts), 300)
+    assert first.to_str() == second.to_str()
+    tokenizer = Tokenizer(first)
+    assert tokenizer.vocab_size == 300
+    assert len(tokenizer.encode(texts[0])) < len(texts[0]) / 2
+
+
+def test_vocab_size_is_the_highest_id_and_not_the_count(byte_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models
+
+    backend = Backend(models.WordLevel({"<|endoftext|>": 0, "a": 70}, unk_token="a"))
+    assert Tokenizer(backend).vocab_size == 71
+    assert byte_tokenizer.vocab_size == 257
+
+
+def test_too_small_a_vocabulary_to_train_is_refused() -> None:
+    with pytest.raises(ValueError, match="vocab_size is 256, must be at least 257"):
+        train_byte_level_bpe(["x"], 256)
+
+
+def test_check_vocabulary_names_both_sizes(byte_tokenizer: Tokenizer) -> None:
+    check_vocabulary(byte_tokenizer, 257)
+    with pytest.raises(
+        ValueError, match=r"vocab_size is 256, .* ids up to 256: set model.vocab_size to at least 257"
+    ):
+        check_vocabulary(byte_tokenizer, 256)
+
+
+def test_a_missing_path_is_named_with_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nowhere' does not exist: .*data\.sample"):
+        Tokenizer.load(tmp_path / "nowhere")
+
+
+def test_a_folder_without_tokenizer_json_lists_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("a")
+    with pytest.raises(ValueError, match=r"has no tokenizer\.json \(it holds vocab\.txt\)"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_damaged_tokenizer_json_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text('{"model": ')
+    with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer"):
+        Tokenizer.load(tmp_path)
+
+
+def test_an_end_of_document_token_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    train_byte_level_bpe([], 257).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match=r"'</s>' is not in the vocabulary of .*data\.end_of_document"):
+        Tokenizer.load(tmp_path, end_of_document="</s>")
+
+
+def test_the_fingerprint_tells_vocabularies_apart(byte_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    byte_tokenizer.save(tmp_path / "tokenizer.json")
+    assert Tokenizer.load(tmp_path / "tokenizer.json").fingerprint == byte_tokenizer.fingerprint
+    other = Tokenizer(train_byte_level_bpe(["abab abab"], 258))
+    assert other.fingerprint != byte_tokenizer.fingerprint
+    assert Tokenizer.load(tmp_path, end_of_document="a").fingerprint != byte_tokenizer.fingerprint
+
+
+@needs_qwen3
+def test_qwen3_has_the_published_ids() -> None:
+    tokenizer = Tokenizer.load(QWEN3)
+    assert tokenizer.vocab_size == 151_669
+    assert tokenizer.end_of_document_id == 151_643
+    assert tokenizer.encode("Hello, world!") == [9707, 11, 1879, 0]
+    check_vocabulary(tokenizer, 151_936)
+    with pytest.raises(ValueError, match="151669"):
+        check_vocabulary(tokenizer, 151_668)
