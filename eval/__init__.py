@@ -1,0 +1,1 @@
+"""Evaluation of a model: perplexity on held-out text."""
