@@ -1,0 +1,127 @@
+"""The strict loader: what it merges, what it refuses and how it says so."""
+
+from pathlib import Path
+
+import pytest
+
+import config
+from training.config_table import to_toml
+
+RUN = """
+[model]
+size = "debug"
+vocab_size = 300
+[model.attention]
+kind = "parallax"
+r_gain_init = 0.5
+[training]
+steps = 10
+seq_len = 16
+global_batch_size = 4
+local_batch_size = 2
+[schedule]
+warmup_steps = 1
+[optimizer.groups.all]
+kind = "adamw"
+parameters = [".*"]
+lr = 1e-3
+[data]
+tokenizer = "tokenizer.json"
+validation = "none"
+[data.train]
+kind = "parquet"
+files = ["a.parquet"]
+"""
+
+
+def write(folder: Path, text: str, name: str = "run.toml") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    with pytest.raises(config.ConfigError) as error:
+        config.load(path, overrides)
+    return str(error.value)
+
+
+def test_a_run_is_typed_and_named_after_its_file(tmp_path: Path) -> None:
+    run = config.load(write(tmp_path, RUN))
+    assert (run.run.name, run.run.folder) == ("run", "runs/run")
+    assert run.training.stop_at_step is None
+    assert run.data.validation is None
+    assert run.model.attention.kind == "parallax"
+
+
+def test_overrides_of_every_spelling(tmp_path: Path) -> None:
+    path = write(tmp_path, RUN)
+    words = [
+        "--training.steps",
+        "7",
+        "--training.compile=false",
+        "--run.name",
+        "other",
+        "--schedule.kind=cosine",
+    ]
+    run = config.load(path, [*words, "--data.train.files", '["b.parquet"]', "--training.max_grad_norm", "2"])
+    assert (run.training.steps, run.training.compile, run.run.folder) == (7, False, "runs/other")
+    assert run.data.train.files == ["b.parquet"]
+    assert run.training.max_grad_norm == 2.0
+    assert isinstance(run.training.max_grad_norm, float)
+
+
+def test_extends_merges_tables_and_replaces_values(tmp_path: Path) -> None:
+    write(tmp_path, RUN, "base.toml")
+    child = 'extends = "base.toml"\n[training]\nsteps = 3\n[model.attention]\nkind = "softmax"\n'
+    run = config.load(write(tmp_path, child))
+    assert (run.training.steps, run.training.seq_len) == (3, 16)
+    # the parallax options below do not leak into another kind
+    assert run.model.attention.kind == "softmax"
+
+
+def test_later_files_win_and_cycles_are_found(tmp_path: Path) -> None:
+    write(tmp_path, RUN, "a.toml")
+    write(tmp_path, "[training]\nsteps = 5\n", "b.toml")
+    assert config.load(write(tmp_path, 'extends = ["a.toml", "b.toml"]')).training.steps == 5
+    assert "extends itself" in refusal(write(tmp_path, 'extends = "run.toml"'))
+
+
+def test_toml_of_a_run_loads_to_the_same_run(tmp_path: Path) -> None:
+    run = config.load(write(tmp_path, RUN))
+    assert config.load(write(tmp_path, to_toml(run), "again.toml")) == run
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["--training.step", "3"], ["training.step:", "unknown key", "nearest is training.steps"]),
+        (["--trainng.steps", "3"], ["trainng:", "nearest is training"]),
+        (["--training.steps", "3.5"], ["training.steps:", "3.5", "an integer"]),
+        (["--training.steps", "true"], ["training.steps:", "true", "an integer"]),
+        (["--training.compile", "1"], ["training.compile:", "true or false"]),
+        (["--training.precision", "float16"], ["training.precision:", '"bfloat16"', '"float32"']),
+        (["--model.attention.kind", "linear"], ["model.attention.kind:", '"softmax"', '"parallax"']),
+        (["--model.size", "3b"], ["model.size", "3b", "0.6b"]),
+        (["--model.attention.window_size", "0"], ["model.attention.window_size", "at least 1"]),
+        (["--training.seq_len", "0"], ["training.seq_len", "at least 1"]),
+        (["--training.global_batch_size", "3"], ["training.global_batch_size", "multiple"]),
+        (["--data.train.files", "[1]"], ["data.train.files[0]:", "a string"]),
+        (["--optimizer.groups.all.momentum", "0.9"], ["optimizer.groups.all.momentum:", "unknown key"]),
+        (["--checkpoint.keep", "1"], ["checkpoint.keep", "at least 2"]),
+        (["--training", "3"], ["training:", "a table"]),
+    ],
+)
+def test_refusals_name_key_value_and_remedy(tmp_path: Path, overrides: list[str], said: list[str]) -> None:
+    message = refusal(write(tmp_path, RUN), *overrides)
+    for part in said:
+        assert part in message, message
+
+
+def test_missing_key_missing_file_bad_toml_and_bad_words(tmp_path: Path) -> None:
+    assert "training.steps: missing" in refusal(write(tmp_path, RUN.replace("steps = 10", "", 1)))
+    assert "no such config file" in refusal(tmp_path / "absent.toml")
+    assert "not valid TOML" in refusal(write(tmp_path, "a = ["))
+    path = write(tmp_path, RUN)
+    assert "has no value" in refusal(path, "--training.steps")
+    assert "expected an override" in refusal(path, "training.steps=3")

@@ -1,0 +1,73 @@
+"""Starts train.py as a user does, on a small corpus, and reads what it wrote."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+SMALL = [
+    *("--model.vocab_size", "300"),
+    *("--training.seq_len", "32"),
+    *("--training.global_batch_size", "8"),
+    *("--training.local_batch_size", "2"),
+    *("--training.steps", "20"),
+    *("--metrics.tensorboard", "false"),
+    *("--metrics.console_every", "1"),
+]
+# ranks are comparable in fp32 alone
+EXACT = ["--optimizer.groups.hidden.dtype", "float32"]
+
+
+def arguments(config: str, corpus: Path, folder: Path, *overrides: str) -> list[str]:
+    """train.py's words for a config of configs/ on the small corpus."""
+    data = [
+        *("--data.tokenizer", str(corpus)),
+        *("--data.train.files", json.dumps([str(corpus / "train.parquet")])),
+        *("--data.validation.files", json.dumps([str(corpus / "validation.parquet")])),
+    ]
+    return [
+        *("train.py", "--config", f"configs/{config}.toml", "--run.folder", str(folder)),
+        *(*data, *SMALL, *overrides),
+    ]
+
+
+def command(ranks: int) -> list[str]:
+    """How a user starts train.py on a number of ranks."""
+    if ranks == 1:
+        return [sys.executable]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+
+
+def environment() -> dict[str, str]:
+    """One thread a process, so that sums have one order."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "PYTHONUNBUFFERED": "1"}
+
+
+def train(config: str, corpus: Path, folder: Path, *overrides: str, ranks: int = 1, code: int = 0) -> str:
+    """Run train.py to its end; checks the exit code and gives what it printed."""
+    done = subprocess.run(
+        [*command(ranks), *arguments(config, corpus, folder, *overrides)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    printed = done.stdout + done.stderr
+    assert done.returncode == code, printed[-4000:]
+    return printed
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> list[tuple[int, float, float]]:
+    """(step, loss, gradient norm) of every training step on record."""
+    return [(r["step"], r["loss"], r["grad_norm"]) for r in records(folder) if "loss" in r]

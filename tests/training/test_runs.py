@@ -1,0 +1,130 @@
+"""Whole runs from the command line: resume, ranks, records."""
+
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from tests.training.launch import EXACT, losses, records, train
+
+RANKS = pytest.mark.parametrize("ranks", [1, 2])
+
+
+@pytest.fixture(scope="module")
+def straight(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """A run of 20 steps on 1 and on 2 ranks, with a checkpoint after step 10."""
+    folders = {}
+    for ranks in (1, 2):
+        folders[ranks] = tmp_path_factory.mktemp(f"straight{ranks}") / "run"
+        train("debug_parallax_muon", corpus, folders[ranks], *EXACT, "--checkpoint.every", "10", ranks=ranks)
+    return folders
+
+
+@RANKS
+def test_ten_steps_and_ten_more_equal_twenty_to_the_last_digit(
+    ranks: int, straight: dict[int, Path], corpus: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    train("debug_parallax_muon", corpus, folder, *EXACT, "--training.stop_at_step", "10", ranks=ranks)
+    assert [step for step, *_ in losses(folder)] == list(range(1, 11))
+    train("debug_parallax_muon", corpus, folder, *EXACT, ranks=ranks)
+    assert losses(folder) == losses(straight[ranks])
+
+
+def test_a_checkpoint_of_two_ranks_continues_on_one(
+    straight: dict[int, Path], corpus: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(straight[2], folder)
+    shutil.rmtree(folder / "checkpoint" / "step-20")
+    # what a kill during the writing of step 15 leaves: shards, and no metadata
+    partial = folder / "checkpoint" / "step-15"
+    shutil.copytree(folder / "checkpoint" / "step-10", partial)
+    (partial / ".metadata").unlink()
+    train("debug_parallax_muon", corpus, folder, *EXACT, "--training.stop_at_step", "14")
+    assert [step for step, *_ in losses(folder)] == list(range(1, 15))
+    for ours, theirs in zip(losses(folder), losses(straight[2]), strict=False):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_one_and_two_ranks_give_the_same_losses(
+    optimizer: str, straight: dict[int, Path], corpus: Path, tmp_path: Path
+) -> None:
+    folders = straight
+    if optimizer == "adamw":
+        folders = {ranks: tmp_path / f"run{ranks}" for ranks in (1, 2)}
+        for ranks, folder in folders.items():
+            stop = ("--training.stop_at_step", "10")
+            train("debug_parallax_adamw", corpus, folder, *stop, ranks=ranks)
+    one, two = losses(folders[1])[:10], losses(folders[2])[:10]
+    assert len(one) == 10
+    for a, b in zip(one, two, strict=True):
+        assert a[1] == pytest.approx(b[1], abs=1e-5)
+    assert one[-1][1] < one[0][1]
+
+
+def test_initial_weights_are_bitwise_equal_on_one_and_two_ranks(corpus: Path, tmp_path: Path) -> None:
+    weights = []
+    for ranks in (1, 2):
+        folder = tmp_path / f"run{ranks}"
+        # a learning rate of zero leaves the weights as they were drawn
+        still = [f"--optimizer.groups.{g}.lr=0.0" for g in ("hidden", "embedding", "vectors")]
+        train("debug_parallax_muon", corpus, folder, *still, "--training.stop_at_step", "1", ranks=ranks)
+        saved = tmp_path / f"weights{ranks}.pt"
+        dcp_to_torch_save(folder / "checkpoint" / "step-1", saved)
+        weights.append(torch.load(saved, weights_only=False))
+    names = [name for name, value in weights[0].items() if isinstance(value, torch.Tensor)]
+    assert sum(name.startswith("layers.") for name in names) == 4 * 13
+    for name in names:
+        assert torch.equal(weights[0][name], weights[1][name]), name
+
+
+def test_the_record_holds_every_step_with_its_metrics(straight: dict[int, Path]) -> None:
+    lines = records(straight[2])
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 21))
+    assert [line["tokens"] for line in steps] == [8 * 32 * step for step in range(1, 21)]
+    for line in steps:
+        assert line["tokens_per_second"] > 0
+        assert 0 <= line["data_wait_percent"] <= 100
+        assert line["mfu_percent"] is None
+    # warm-up over 5 steps, decay over the last 5 of 20
+    rates = [line["lr/hidden"] / 0.01 for line in steps]
+    assert rates[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
+    assert rates[-2:] == pytest.approx([0.4, 0.2])
+    held_out = [line for line in lines if "validation_loss" in line]
+    assert [line["step"] for line in held_out] == [0, 20]
+    for line in held_out:
+        assert line["validation_perplexity"] == pytest.approx(math.exp(line["validation_loss"]))
+    assert held_out[1]["validation_loss"] < held_out[0]["validation_loss"] - 0.5
+    assert (straight[2] / "config.toml").exists()
+
+
+def test_every_way_of_running_gives_the_same_losses(
+    straight: dict[int, Path], corpus: Path, tmp_path: Path
+) -> None:
+    ways = {
+        "hsdp": ["--parallelism.replicate", "2"],
+        "selective": ["--training.activation_checkpointing", "selective"],
+        "full": ["--training.activation_checkpointing", "full", "--training.local_batch_size", "4"],
+        "async": ["--checkpoint.async_save", "true", "--checkpoint.every", "1"],
+    }
+    for name, words in ways.items():
+        folder = tmp_path / name
+        train("debug_parallax_muon", corpus, folder, *EXACT, *words, "--training.stop_at_step", "4", ranks=2)
+        for ours, theirs in zip(losses(folder), losses(straight[2]), strict=False):
+            assert ours == pytest.approx(theirs, abs=1e-5), name
+    assert len(list((tmp_path / "async" / "checkpoint").glob("step-*"))) >= 2
+
+
+def test_tensorboard_and_wandb_offline(corpus: Path, tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    folder = tmp_path / "run"
+    words = ["--metrics.tensorboard", "true", "--metrics.wandb", "true", "--training.stop_at_step", "2"]
+    train("debug_softmax_adamw", corpus, folder, *words)
+    assert list((folder / "tensorboard").glob("events.*"))
+    assert list((folder / "wandb").glob("offline-run-*/*.wandb"))

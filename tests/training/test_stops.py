@@ -1,0 +1,129 @@
+"""Signals, non-finite losses and runs that can't be: nothing is lost and the error says what to do."""
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import write_parquet
+from tests.training.launch import ROOT, arguments, command, environment, losses, train
+
+LONG = ["--training.steps", "100000", "--data.validation", "none"]
+
+
+def start(corpus: Path, folder: Path, ranks: int) -> subprocess.Popen[str]:
+    """A run that will not end by itself, once it has taken a step."""
+    process = subprocess.Popen(
+        [*command(ranks), *arguments("debug_parallax_muon", corpus, folder, *LONG)],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (folder / "metrics.jsonl").exists() or not losses(folder):
+        assert process.poll() is None, process.communicate()[0][-4000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    return process
+
+
+@pytest.mark.parametrize(("number", "ranks"), [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)])
+def test_a_signal_writes_a_checkpoint_and_the_run_goes_on_from_it(
+    number: signal.Signals, ranks: int, corpus: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    process = start(corpus, folder, ranks)
+    process.send_signal(number)
+    printed, _ = process.communicate(timeout=120)
+    # torchrun answers a signal with 1 whatever its workers do
+    assert process.returncode == (0 if ranks == 1 else 1), printed[-4000:]
+    assert "stopped by a signal after step" in printed
+    step = losses(folder)[-1][0]
+    assert (folder / "checkpoint" / f"step-{step}" / ".metadata").exists()
+    train("debug_parallax_muon", corpus, folder, *LONG, "--training.stop_at_step", str(step + 2), ranks=ranks)
+    assert [s for s, *_ in losses(folder)] == list(range(1, step + 3))
+
+
+def test_a_second_signal_ends_at_once() -> None:
+    program = (
+        "import time; from training import signals; signals.GRACE_SECONDS = 0.2\n"
+        "stop = signals.StopRequest(); stop.install(); print('ready', flush=True)\n"
+        "while True: time.sleep(0.05)"
+    )
+    process = subprocess.Popen(
+        [*command(1), "-c", program], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)  # a launcher's second copy of the same request
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == 128 + signal.SIGTERM
+
+
+def test_a_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(corpus: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    train("debug_softmax_adamw", corpus, folder, "--training.stop_at_step", "3")
+    wild = [f"--optimizer.groups.{group}.lr=1e36" for group in ("hidden", "embedding", "vectors")]
+    printed = train("debug_softmax_adamw", corpus, folder, *wild, code=1)
+    assert "stopped without saving" in printed
+    bad_step = len(losses(folder)) + 1
+    assert f"step {bad_step}: loss " in printed
+    assert [p.name for p in (folder / "checkpoint").iterdir()] == ["step-3"]
+    # the last good state trains on
+    train("debug_softmax_adamw", corpus, folder, "--training.stop_at_step", "5")
+    assert [step for step, *_ in losses(folder)] == [1, 2, 3, 4, 5]
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(corpus: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    train("debug_softmax_adamw", corpus, folder, "--training.stop_at_step", "1")
+    printed = train("debug_parallax_muon", corpus, folder, code=2)
+    assert "holds checkpoints of another architecture" in printed
+    assert "model.attention.kind is 'softmax' there and 'parallax' here" in printed
+    assert "run.folder" in printed
+
+
+def refusal(corpus: Path, tmp_path: Path, *overrides: str, ranks: int = 1) -> str:
+    folder = tmp_path / "refused"
+    code = 2 if ranks == 1 else 1  # torchrun gives 1 for any failed worker
+    printed = train("debug_softmax_adamw", corpus, folder, *overrides, ranks=ranks, code=code)
+    assert not folder.exists()
+    assert "Traceback" not in printed or ranks > 1
+    return printed
+
+
+def test_data_and_tokenizer_that_are_not_there(corpus: Path, tmp_path: Path) -> None:
+    printed = refusal(corpus, tmp_path, "--data.train.files", '["absent.parquet"]')
+    assert "absent.parquet" in printed
+    printed = refusal(corpus, tmp_path, "--data.tokenizer", "absent")
+    assert "absent" in printed
+    assert "tokenizer" in printed
+
+
+def test_vocabulary_larger_than_the_model(corpus: Path, tmp_path: Path) -> None:
+    printed = refusal(corpus, tmp_path, "--model.vocab_size", "200")
+    assert "300" in printed
+    assert "200" in printed
+    assert "model.vocab_size" in printed
+
+
+def test_parquet_without_the_text_column(corpus: Path, tmp_path: Path) -> None:
+    write_parquet(tmp_path / "other.parquet", ["some text"])
+    words = ["--data.train.files", f'["{tmp_path / "other.parquet"}"]', "--data.train.text_column", "text"]
+    printed = refusal(corpus, tmp_path, *words)
+    for part in ("other.parquet", "text", "content"):
+        assert part in printed
+
+
+def test_batch_that_does_not_divide_among_the_ranks(corpus: Path, tmp_path: Path) -> None:
+    words = ["--training.global_batch_size", "6"]
+    printed = refusal(corpus, tmp_path, *words, ranks=2)
+    assert "training.global_batch_size (6) must be a multiple of" in printed
+    assert "ranks (2)" in printed

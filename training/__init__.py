@@ -1,0 +1,1 @@
+"""The training run: torchtitan's trainer with our parts, metrics and signals."""

@@ -1,0 +1,198 @@
+"""Metrics of a run: every step in a JSONL, a console line now and then, TensorBoard and wandb on request."""
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.config import JobConfig
+from torchtitan.distributed import ParallelDims
+
+from training.log import logger
+from training.run_config import MetricsConfig
+
+GIB = 2**30
+BAR_WIDTH = 20
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 1d02h, 3h05m, 4m07s or 9s."""
+    total = round(seconds)
+    days, hours, minutes = total // 86400, total // 3600 % 24, total // 60 % 60
+    if days:
+        return f"{days}d{hours:02}h"
+    if hours:
+        return f"{hours}h{minutes:02}m"
+    return f"{minutes}m{total % 60:02}s" if minutes else f"{total}s"
+
+
+def progress_bar(step: int, steps: int) -> str:
+    """[######..............]  30% of a run."""
+    filled = BAR_WIDTH * step // steps
+    return f"[{'#' * filled}{'.' * (BAR_WIDTH - filled)}] {100 * step // steps:3}%"
+
+
+class JsonlWriter:
+    """The run's record: one JSON object a line, each with its step."""
+
+    def __init__(self, path: Path) -> None:
+        """Open for appending.
+
+        Args:
+            path: The file.
+        """
+        self.path = path
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append a line; it's on its way to the disk when this returns."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def forget_after(self, step: int) -> None:
+        """Drop what a run wrote past the checkpoint that it now continues from."""
+        self._file.close()
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        # a line cut off by a kill has no newline
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class RunMetrics(MetricsProcessor):
+    """torchtitan's metrics processor with our sinks; rank 0 writes."""
+
+    def __init__(
+        self,
+        job_config: JobConfig,
+        parallel_dims: ParallelDims,
+        *,
+        config: MetricsConfig,
+        resolved_config: Mapping[str, Any],
+    ) -> None:
+        """Open the sinks.
+
+        Args:
+            job_config: torchtitan's config; its own sinks are off.
+            parallel_dims: Degrees of parallelism.
+            config: The [metrics] table.
+            resolved_config: The whole run, for wandb.
+        """
+        super().__init__(job_config, parallel_dims)
+        self.config = config
+        self.world_size = parallel_dims.world_size
+        self.is_writer = torch.distributed.get_rank() == 0
+        self.total_steps = job_config.training.steps
+        self.folder = Path(job_config.job.dump_folder)
+        self.jsonl = self.tensorboard = self.wandb_run = None
+        if self.is_writer:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.jsonl = JsonlWriter(self.folder / "metrics.jsonl")
+            if config.tensorboard:
+                self.tensorboard = SummaryWriter(str(self.folder / "tensorboard"))
+            if config.wandb:
+                self.wandb_run = _start_wandb(self.folder, job_config.job.description, resolved_config)
+
+    def resume(self, step: int) -> None:
+        """Continue the record after a step."""
+        if self.jsonl is not None:
+            self.jsonl.forget_after(step)
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Begin a new interval of throughput; an evaluation or a checkpoint before it is no training."""
+        self.ntokens_since_last_log = 0
+        self.data_loading_times.clear()
+        self.time_last_log = time.perf_counter()
+        self.device_memory_monitor.reset_peak_stats()
+
+    def throughput(self) -> dict[str, float | None]:
+        """Throughput of the interval that ends now, over all ranks; begins the next interval.
+
+        Returns:
+            tokens/s, model FLOPs utilization in percent of the bf16 peak (None without a GPU), seconds,
+            percent of the time spent waiting for data, and peak memory in GiB (None without a GPU).
+        """
+        seconds = time.perf_counter() - self.time_last_log
+        tokens_per_second = self.ntokens_since_last_log * self.world_size / seconds
+        on_gpu = torch.cuda.is_available()
+        flops = self.num_flops_per_token * tokens_per_second / self.world_size
+        record = {
+            "tokens_per_second": tokens_per_second,
+            "mfu_percent": 100 * flops / self.gpu_peak_flops if on_gpu else None,
+            "step_seconds": seconds,
+            "data_wait_percent": 100 * sum(self.data_loading_times) / seconds,
+            "peak_memory_gib": torch.cuda.max_memory_allocated() / GIB if on_gpu else None,
+            "peak_reserved_gib": torch.cuda.max_memory_reserved() / GIB if on_gpu else None,
+        }
+        self.restart_clock()
+        return record
+
+    def record(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Write metrics of a step to every sink.
+
+        Args:
+            step: Optimizer steps taken.
+            metrics: Plain numbers; None where there is nothing to say.
+        """
+        if self.jsonl is not None:
+            self.jsonl.write({"step": step, **metrics})
+        numbers = {name: value for name, value in metrics.items() if value is not None}
+        if self.tensorboard is not None:
+            for name, value in numbers.items():
+                self.tensorboard.add_scalar(name, value, step)
+        if self.wandb_run is not None:
+            self.wandb_run.log(numbers, step=step)
+
+    def console(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Print a step's line: progress, loss, speed, time left."""
+        left = (self.total_steps - step) * metrics["step_seconds"]
+        mfu, memory = metrics["mfu_percent"], metrics["peak_memory_gib"]
+        parts = [
+            f"{progress_bar(step, self.total_steps)} step {step}/{self.total_steps}",
+            f"loss {metrics['loss']:.4f}",
+            f"grad_norm {metrics['grad_norm']:.3f}",
+            f"{metrics['tokens_per_second']:,.0f} tokens/s",
+            f"MFU {mfu:.1f}%" if mfu is not None else "",
+            f"{memory:.1f} GiB" if memory is not None else "",
+            f"{duration(left)} left",
+        ]
+        logger.info("  ".join(part for part in parts if part))
+
+    def close(self) -> None:
+        """Flush and close every sink."""
+        super().close()
+        for sink in (self.jsonl, self.tensorboard):
+            if sink is not None:
+                sink.close()
+        if self.wandb_run is not None:
+            self.wandb_run.finish()
+
+
+def _start_wandb(folder: Path, name: str, resolved_config: Mapping[str, Any]) -> Any:
+    import wandb
+
+    # the id is the folder's, so that a resumed run goes on in the same wandb run
+    id_file = folder / "wandb_id"
+    if not id_file.exists():
+        id_file.write_text(secrets.token_hex(4), encoding="utf-8")
+    return wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "parallax"),
+        name=name,
+        id=id_file.read_text(encoding="utf-8"),
+        resume="allow",
+        dir=str(folder),
+        config=dict(resolved_config),
+    )

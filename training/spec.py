@@ -1,0 +1,92 @@
+"""torchtitan's TrainSpec for a run, put together from the packages' parts."""
+
+import torch
+from torch import nn
+from torchtitan.protocols import train_spec
+from torchtitan.tools.utils import device_type
+
+from data.parquet import ParquetDocuments
+from data.titan import build_dataloader
+from data.tokenizer import Tokenizer, check_vocabulary
+from models.loss import cross_entropy
+from models.titan import TitanModelArgs, TitanQwen3, device_mesh, parallelize
+from optimizers.titan import build_lr_schedulers, build_optimizers
+from training.config_table import to_table
+from training.metrics import RunMetrics
+from training.run_config import RunConfig
+from training.run_folder import check_architecture
+
+
+def check_run(run: RunConfig, world_size: int) -> Tokenizer:
+    """Find what is wrong with a run before anything is built.
+
+    Args:
+        run: The run.
+        world_size: Number of ranks.
+
+    Returns:
+        The run's tokenizer, which fits the model.
+
+    Raises:
+        ValueError: Batch or degrees do not fit the ranks; the run folder holds another architecture; the
+            tokenizer is missing, or its vocabulary is larger than the model's; a data file is missing or has
+            no text column.
+    """
+    run.gradient_accumulation_steps(world_size)
+    run.parallelism.degrees(world_size)
+    check_architecture(run)
+    for source in (run.data.train, run.data.validation):
+        if source is not None:
+            ParquetDocuments(source)
+    tokenizer = Tokenizer.load(run.data.tokenizer, end_of_document=run.data.end_of_document)
+    check_vocabulary(tokenizer, run.model.vocab_size)
+    return tokenizer
+
+
+def _parallelized(run: RunConfig, model: nn.Module, world_size: int) -> nn.Module:
+    assert isinstance(model, TitanQwen3)
+    return parallelize(
+        model,
+        device_mesh(device_type, *run.parallelism.degrees(world_size)),
+        precision=getattr(torch, run.training.precision),
+        activation_checkpointing=run.training.activation_checkpointing,
+        compile_blocks=run.training.compile,
+        reshard_after_forward=run.parallelism.reshard_after_forward,
+    )
+
+
+def build_train_spec(run: RunConfig, tokenizer: Tokenizer) -> train_spec.TrainSpec:
+    """All that torchtitan's trainer builds, bound to a run.
+
+    Args:
+        run: The run.
+        tokenizer: From check_run.
+
+    Returns:
+        The spec; training uses the model's own loss (models/loss.py), evaluation is the trainer's
+        (training/trainer.py).
+    """
+    return train_spec.TrainSpec(
+        model_cls=TitanQwen3,  # pyrefly: ignore [bad-argument-type]
+        model_args={run.model.size: TitanModelArgs(config=run.model, seed=run.run.seed)},
+        parallelize_fn=lambda model, dims, job: _parallelized(run, model, dims.world_size),
+        pipelining_fn=None,
+        build_optimizers_fn=lambda parts, config, dims: build_optimizers(parts, run.optimizer),
+        build_lr_schedulers_fn=lambda optimizers, config, steps: build_lr_schedulers(
+            optimizers, run.schedule, steps
+        ),
+        build_dataloader_fn=lambda dp_world_size, dp_rank, **job: build_dataloader(
+            run.data,
+            tokenizer=tokenizer,
+            seq_len=run.training.seq_len,
+            local_batch_size=run.training.local_batch_size,
+            global_batch_size=run.training.global_batch_size,
+            dp_rank=dp_rank,
+            dp_world_size=dp_world_size,
+        ),
+        build_tokenizer_fn=None,
+        build_loss_fn=lambda job, **parts: cross_entropy,
+        build_metrics_processor_fn=lambda job, dims, args: RunMetrics(
+            job, dims, config=run.metrics, resolved_config=to_table(run)
+        ),
+    )

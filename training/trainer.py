@@ -1,0 +1,248 @@
+"""torchtitan's Trainer with our parts.
+
+The loss is inside the model, every step is on record, the held-out loss is weighted by tokens, and a signal
+ends the run with a checkpoint.
+"""
+
+import contextlib
+import itertools
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torchtitan.distributed import utils as dist_utils
+from torchtitan.protocols import train_spec
+from torchtitan.tools.profiling import maybe_enable_profiling
+from torchtitan.train import Trainer as TitanTrainer
+
+from data.titan import TitanLoader, build_validation_loader
+from data.tokenizer import Tokenizer
+from eval.perplexity import IGNORE_INDEX, HeldOutLoss, held_out_loss
+from optimizers.titan import GroupedSchedule
+from training.job import MODEL_NAME, to_job_config
+from training.log import logger
+from training.metrics import RunMetrics
+from training.run_config import RunConfig
+from training.run_folder import write_config
+from training.signals import StopRequest
+from training.spec import build_train_spec
+
+MicroBatch = tuple[dict[str, torch.Tensor], torch.Tensor]
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss or the gradient norm is no number."""
+
+
+class Trainer(TitanTrainer):
+    """Trains one run. torchtitan sets up processes, meshes, the model and checkpoints; the loop is here."""
+
+    def __init__(self, run: RunConfig, tokenizer: Tokenizer) -> None:
+        """Build everything that the run names.
+
+        Args:
+            run: The run; RANK, WORLD_SIZE and LOCAL_RANK are in the environment, as torchrun sets them.
+            tokenizer: From training.spec.check_run.
+        """
+        self.run = run
+        world_size = int(os.environ["WORLD_SIZE"])
+        if int(os.environ["RANK"]) == 0:
+            write_config(run)
+        train_spec._extra_train_specs[MODEL_NAME] = build_train_spec(run, tokenizer)
+        super().__init__(to_job_config(run, world_size))
+        # FSDP2's policy sets the precision on any number of ranks; torchtitan would use autocast on one
+        self.model = self.model_parts[0]
+        self.text_tokenizer = tokenizer
+        self.stop = StopRequest()
+        assert isinstance(self.metrics_processor, RunMetrics)
+        assert isinstance(self.lr_schedulers, GroupedSchedule)
+        assert isinstance(self.dataloader, TitanLoader)
+        self.metrics, self.schedule, self.loader = self.metrics_processor, self.lr_schedulers, self.dataloader
+
+    def state_dict(self) -> dict[str, Any]:
+        """Step and generators; every rank draws the same numbers, so one copy serves any number of ranks."""
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state()
+        return {"step": self.step, "rng": rng}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what state_dict gave."""
+        self.step = state_dict["step"]
+        torch.set_rng_state(state_dict["rng"]["cpu"])
+        if "cuda" in state_dict["rng"]:
+            torch.cuda.set_rng_state(state_dict["rng"]["cuda"])
+
+    def _loss_sum(self, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+        cu_seqlens = inputs.get("cu_seqlens")
+        if cu_seqlens is not None:
+            cu_seqlens = cu_seqlens.to(self.device, non_blocking=True)
+            # its length changes from batch to batch; compile once for all
+            torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)
+        return self.model(
+            inputs["input"].to(self.device, non_blocking=True),
+            cu_seqlens=cu_seqlens,
+            max_seqlen=self.run.training.seq_len,
+            labels_BT=labels.to(self.device, non_blocking=True),
+        )
+
+    def optimizer_step(self, data_iterator: Iterator[MicroBatch]) -> dict[str, Any]:
+        """One optimizer step.
+
+        Args:
+            data_iterator: This rank's micro-batches.
+
+        Returns:
+            The step's metrics: loss in nats/token over the global batch, gradient norm before clipping,
+            learning rates, tokens predicted, and whether any rank was asked to stop.
+
+        Raises:
+            NonFiniteLossError: The loss or the gradient norm is no number. Nothing is saved; the last
+                checkpoint is the last good state.
+        """
+        self.optimizers.zero_grad()
+        rates = self.schedule.lr_by_group()
+        microbatches = [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
+        num_predicted = sum((labels != IGNORE_INDEX).sum() for _, labels in microbatches)
+        num_predicted = torch.as_tensor(num_predicted, device=self.device)
+        dist.all_reduce(num_predicted)
+        loss = torch.zeros((), device=self.device)
+        for inputs, labels in microbatches:
+            part = self._loss_sum(inputs, labels) / num_predicted
+            part.backward()
+            loss += part.detach()
+        grad_norm = dist_utils.clip_grad_norm_(
+            self.model.parameters(), self.run.training.max_grad_norm, foreach=True
+        )
+        self.checkpointer.maybe_wait_for_staging()
+        self.optimizers.step()
+        self.schedule.step()
+        # the only wait for the device in a step
+        sums = torch.stack([loss.double(), loss.new_tensor(self.stop.requested).double()])
+        dist.all_reduce(sums)
+        global_loss, num_stops = sums.tolist()
+        norm = float(grad_norm)
+        if not (torch.tensor([global_loss, norm]).isfinite().all()):
+            folder = Path(self.run.run.folder) / "checkpoint"
+            raise NonFiniteLossError(
+                f"step {self.step}: loss {global_loss}, gradient norm {norm}; stopped without saving. The "
+                f"newest checkpoint in {folder} is the last good state; continue from it with a lower "
+                "learning rate or a lower training.max_grad_norm"
+            )
+        return {
+            "loss": global_loss,
+            "grad_norm": norm,
+            **{f"lr/{name}": rate for name, rate in rates.items()},
+            "predicted_tokens": int(num_predicted),
+            "stop": num_stops > 0,
+        }
+
+    def evaluate(self) -> HeldOutLoss | None:
+        """The held-out loss now, on record; None where the run has no held-out text."""
+        if self.run.data.validation is None:
+            return None
+        settings, world_size = self.run.training, dist.get_world_size()
+        loader = build_validation_loader(
+            self.run.data,
+            tokenizer=self.text_tokenizer,
+            seq_len=settings.seq_len,
+            local_batch_size=settings.local_batch_size,
+            dp_rank=dist.get_rank(),
+            dp_world_size=world_size,
+        )
+        limit = self.run.eval.max_tokens
+        if limit is not None:
+            limit = math.ceil(limit / (settings.seq_len * settings.local_batch_size * world_size))
+        self.model.eval()
+        with contextlib.closing(loader):
+            result = held_out_loss(
+                self.model,
+                itertools.islice(loader, limit),
+                vocab_size=self.run.model.vocab_size,
+                max_seqlen=settings.seq_len,
+                device=self.device,
+            )
+        self.model.train()
+        names = {"loss": "validation_loss", "num_tokens": "validation_tokens"}
+        record = {names.get(k, k): v for k, v in asdict(result).items()}
+        self.metrics.record(self.step, {**record, "validation_perplexity": result.perplexity})
+        loss = f"{result.loss:.4f} nats/token  perplexity {result.perplexity:.2f}"
+        logger.info(f"step {self.step}  held-out loss {loss}  ({result.num_tokens:,} tokens)")
+        self.metrics.restart_clock()
+        return result
+
+    def train(self) -> None:
+        """Train from the newest checkpoint in the run folder, or from the start, to the end or a signal."""
+        self.stop.install()
+        self.checkpointer.load(step=-1)
+        self.metrics.resume(self.step)
+        before = self.evaluate() if self.step == 0 else None
+        logger.info(f"training from step {self.step + 1} to {self.run.training.last_step}")
+        metrics: dict[str, Any] = {}
+        with maybe_enable_profiling(
+            self.job_config.profiling, global_step=self.step, base_folder=self.job_config.job.dump_folder
+        ) as profiler:
+            batches = self.batch_generator(self.loader)
+            self.metrics.restart_clock()
+            stopped = False
+            last_step, every = self.run.training.last_step, self.run.eval.every
+            while self.step < last_step and not stopped:
+                self.step += 1
+                self.gc_handler.run(self.step)
+                metrics = self.optimizer_step(batches)
+                stopped = metrics.pop("stop")
+                self._record_step(metrics)
+                self._save(last=stopped or self.step == last_step)
+                if every and self.step % every == 0 and not stopped and self.step < last_step:
+                    self.evaluate()
+                if profiler:
+                    profiler.step()
+        after = None if stopped else self.evaluate()
+        self._summarize(metrics, before, after, stopped)
+
+    def _record_step(self, metrics: dict[str, Any]) -> None:
+        tokens = self.step * self.run.training.global_batch_size * self.run.training.seq_len
+        record = {**metrics, "tokens": tokens, **self.metrics.throughput()}
+        self.metrics.record(self.step, record)
+        if self.step == 1 or self.step % self.run.metrics.console_every == 0:
+            self.metrics.console(self.step, record)
+
+    def _save(self, last: bool) -> None:
+        if self.checkpointer._should_save(self.step, last):
+            self.checkpointer.save(self.step, last_step=last)
+            logger.info(f"step {self.step}  checkpoint written")
+            self.metrics.restart_clock()
+
+    def _summarize(
+        self,
+        metrics: dict[str, Any],
+        before: HeldOutLoss | None,
+        after: HeldOutLoss | None,
+        stopped: bool,
+    ) -> None:
+        folder = Path(self.run.run.folder)
+        lines = [f"{'stopped by a signal' if stopped else 'finished'} after step {self.step}"]
+        if metrics:
+            lines.append(f"training loss        {metrics['loss']:.4f} nats/token")
+        for name, result in (("before training", before), ("after training", after)):
+            if result is not None:
+                loss = f"{result.loss:.4f} nats/token, perplexity {result.perplexity:.2f}"
+                lines.append(f"held-out loss        {loss} ({name})")
+        if after is not None:
+            lines.append(f"unigram entropy      {after.unigram_entropy:.4f} nats/token (held-out text)")
+        lines += [
+            f"checkpoint           {folder / 'checkpoint' / f'step-{self.step}'}",
+            f"metrics, config      {folder / 'metrics.jsonl'}, {folder / 'config.toml'}",
+        ]
+        logger.info("\n  ".join(lines))
+
+    def close(self) -> None:
+        """Finish background saves, stop the loader's thread and close the sinks."""
+        self.checkpointer._async_wait()
+        self.loader.close()
+        super().close()
