@@ -1,0 +1,54 @@
+"""What a benchmark ran on, and where its result goes."""
+
+import json
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def describe() -> dict[str, Any]:
+    """Hardware, versions, commit and time."""
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    on_gpu = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),
+        "num_devices": torch.cuda.device_count() if on_gpu else 0,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": _version("triton"),
+        "torchtitan": _version("torchtitan"),
+        "commit": git.stdout.strip() or None,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def write_result(name: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Write a result with the machine it ran on.
+
+    Args:
+        name: File name without ending.
+        result: What was measured, with the command that measured it.
+        folder: Where to.
+
+    Returns:
+        The file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps({"machine": describe(), **result}, indent=1) + "\n", encoding="utf-8")
+    return path

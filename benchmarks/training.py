@@ -1,0 +1,124 @@
+"""Speed and memory of whole training steps.
+
+`python -m benchmarks.training configs/0.6b_softmax_adamw.toml ... [-- --data.tokenizer DIR ...]` runs each
+config from its TOML with torchrun for --steps steps of one micro-batch a rank, reads what the run recorded,
+and prints medians over the steps after the warm-up beside what --dry-run said of the memory. Words after `--`
+are overrides for every run, for example the data's place.
+"""
+
+import argparse
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import config
+from benchmarks.machine import RESULTS, describe, write_result
+
+WARMUP_STEPS = 5
+
+
+def _launch(path: str, num_ranks: int, arguments: Sequence[str]) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(num_ranks),
+    ]
+    subprocess.run([*command, "train.py", "--config", path, *arguments], check=True)
+
+
+def measure(path: str, *, steps: int, num_ranks: int, overrides: Sequence[str]) -> dict[str, Any]:
+    """Train a config for some steps.
+
+    Args:
+        path: The TOML file.
+        steps: Optimizer steps; the first WARMUP_STEPS are not counted.
+        num_ranks: Processes, one per GPU.
+        overrides: Words for train.py.
+
+    Returns:
+        Medians of tokens/s, MFU and seconds a step, peak memory and what the dry run said of it, first and
+        last loss.
+    """
+    rows = config.load(path, overrides).training.local_batch_size
+    fixed = ["--training.global_batch_size", str(rows * num_ranks), "--training.stop_at_step", str(steps)]
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = [*overrides, *fixed, "--run.folder", folder, "--data.validation", "none"]
+        said = subprocess.run(
+            [
+                sys.executable,
+                "train.py",
+                "--config",
+                path,
+                *arguments,
+                "--dry-run",
+                "--world-size",
+                str(num_ranks),
+            ],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        _launch(path, num_ranks, arguments)
+        lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    timed = [r for r in records if "loss" in r][WARMUP_STEPS:]
+    return {
+        "config": path,
+        "dry_run_peak_gib": float(said.rstrip().splitlines()[-1].split()[-2]),
+        "peak_memory_gib": max((r["peak_memory_gib"] or 0.0 for r in timed), default=None),
+        "peak_reserved_gib": max((r["peak_reserved_gib"] or 0.0 for r in timed), default=None),
+        **{
+            name: statistics.median([r[name] for r in timed])
+            for name in ("tokens_per_second", "mfu_percent", "step_seconds", "data_wait_percent")
+            if timed[0][name] is not None
+        },
+        "first_loss": records[0]["loss"],
+        "last_loss": timed[-1]["loss"],
+        "rows": rows,
+    }
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("configs", nargs="+")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--name", default="training", help="name of the JSON in the results folder")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    words = sys.argv[1:]
+    split = words.index("--") if "--" in words else len(words)
+    options, overrides = parser.parse_args(words[:split]), words[split + 1 :]
+    rows = [
+        measure(path, steps=options.steps, num_ranks=options.ranks, overrides=overrides)
+        for path in options.configs
+    ]
+    command = "python -m benchmarks.training " + shlex.join(words)
+    print("wrote", write_result(options.name, {"command": command, "rows": rows}, options.out))
+    print(describe())
+    print("| config | tokens/s | MFU % | step s | data wait % | peak GiB (said) | loss |")
+    print("|---|---|---|---|---|---|---|")
+    for r in rows:
+        cells = [
+            Path(r["config"]).stem,
+            f"{r['tokens_per_second']:,.0f}",
+            f"{r.get('mfu_percent', 0):.1f}",
+            f"{r['step_seconds']:.3f}",
+            f"{r['data_wait_percent']:.2f}",
+            f"{r['peak_memory_gib']:.1f} ({r['dry_run_peak_gib']:.1f})",
+            f"{r['first_loss']:.3f} to {r['last_loss']:.3f}",
+        ]
+        print("| " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
