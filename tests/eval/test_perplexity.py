@@ -1,6 +1,7 @@
 """Held-out loss: every token weighs the same, whatever batch it is in."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -31,9 +32,9 @@ def test_tokens_weigh_the_same_over_batches_of_different_sizes() -> None:
 
 
 def test_document_bounds_reach_the_model() -> None:
-    seen = []
+    seen: list[dict[str, Any]] = []
 
-    def model(tokens: torch.Tensor, **given: object) -> torch.Tensor:
+    def model(tokens: torch.Tensor, **given: Any) -> torch.Tensor:
         seen.append(given)
         return torch.zeros(())
 
