@@ -1,13 +1,18 @@
 """Text to token ids and back: a thin wrapper on a `tokenizer.json`, and training one from text."""
 
+import argparse
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from data.config import ParquetSource
+from data.documents import DocumentSource
+from data.parquet import ParquetDocuments
 
 END_OF_DOCUMENT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
@@ -163,3 +168,39 @@ def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> None:
             f"the model's vocab_size is {model_vocab_size}, but {tokenizer.name} has ids up to "
             f"{tokenizer.vocab_size - 1}: set model.vocab_size to at least {tokenizer.vocab_size}"
         )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run `python -m data.tokenizer train --files GLOB ... --vocab-size N --out FOLDER`."""
+    parser = argparse.ArgumentParser(description="Train a byte-level BPE tokenizer on parquet files.")
+    train = parser.add_subparsers(dest="command", required=True).add_parser("train")
+    train.add_argument("--files", nargs="+", required=True, help="parquet files or globs")
+    train.add_argument("--text-column", default="content")
+    train.add_argument("--vocab-size", type=int, required=True)
+    train.add_argument("--max-bytes", type=int, default=100_000_000, help="most bytes of text to learn from")
+    train.add_argument("--out", type=Path, required=True, help="folder to write tokenizer.json to")
+    options = parser.parse_args(arguments)
+    try:
+        documents = ParquetDocuments(ParquetSource(files=options.files, text_column=options.text_column))
+        texts = _first_bytes(documents, options.max_bytes)
+        tokenizer = Tokenizer(train_byte_level_bpe(texts, options.vocab_size))
+    except ValueError as error:
+        parser.error(str(error))
+    options.out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(options.out / TOKENIZER_FILE)
+    print(f"{tokenizer.vocab_size} ids in {options.out / TOKENIZER_FILE}")
+
+
+def _first_bytes(documents: DocumentSource, max_bytes: int) -> Iterator[str]:
+    left = max_bytes
+    for row in documents.read(0, 0):
+        if row.text is None:
+            continue
+        left -= len(row.text.encode())
+        if left < 0:
+            return
+        yield row.text
+
+
+if __name__ == "__main__":
+    main()

@@ -1,10 +1,13 @@
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.tokenizer import Tokenizer, check_vocabulary, train_byte_level_bpe
+from data.tokenizer import main as tokenizer_main
 
 QWEN3 = Path(__file__).parents[2] / "../shared/data/qwen3_tokenizer"
 needs_qwen3 = pytest.mark.skipif(not QWEN3.is_dir(), reason="the Qwen3 tokenizer is not here")
@@ -111,3 +114,19 @@ def test_qwen3_has_the_published_ids() -> None:
     check_vocabulary(tokenizer, 151_936)
     with pytest.raises(ValueError, match="151669"):
         check_vocabulary(tokenizer, 151_668)
+
+
+def test_the_train_command_learns_from_parquet_and_what_it_writes_loads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = ["some words of text, words again", None, "", "more words"]
+    pq.write_table(pa.table({"content": rows}), tmp_path / "a.parquet")
+    words = ["train", "--files", str(tmp_path / "*.parquet"), "--out", str(tmp_path / "out"), "--vocab-size"]
+    tokenizer_main([*words, "262"])
+    tokenizer = Tokenizer.load(tmp_path / "out")
+    assert tokenizer.vocab_size == 262
+    assert tokenizer.decode(tokenizer.encode("some words, unseen ones too")) == "some words, unseen ones too"
+    assert len(tokenizer.encode("words")) < 5
+    with pytest.raises(SystemExit):
+        tokenizer_main([*words, "100"])
+    assert "vocab_size is 100, must be at least 257" in capsys.readouterr().err
