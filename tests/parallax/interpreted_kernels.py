@@ -99,14 +99,13 @@ def test_tile_shape_changes_only_rounding(tile: Tile) -> None:
     o, vbar, lse, tbar = forward.forward(*inputs[:4], cu_seqlens, 0.25, 21, save_vbar=True, tile=tile)
     operands = backward.Operands(*inputs)
     dq, dr, rows = backward.query_gradients(operands, o, vbar, lse, tbar, mask, 0.25, tile=tile)
-    for from_rows in (True, False):
-        dk, dv = backward.key_gradients(operands, rows, mask, 0.25, tile=tile, from_rows=from_rows)
-        actual = {"o": o, "dq": dq, "dr": dr, "dk": dk, "dv": dv}
-        expected = output_and_gradients(
-            parallax_reference, inputs.to(torch.float64), cu_seqlens=cu_seqlens, window_size=21
-        )
-        for name in expected:
-            torch.testing.assert_close(actual[name].double(), expected[name], rtol=1e-4, atol=2e-5)
+    dk, dv = backward.key_gradients(operands, rows, mask, 0.25, tile=tile)
+    actual = {"o": o, "dq": dq, "dr": dr, "dk": dk, "dv": dv}
+    expected = output_and_gradients(
+        parallax_reference, inputs.to(torch.float64), cu_seqlens=cu_seqlens, window_size=21
+    )
+    for name in expected:
+        torch.testing.assert_close(actual[name].double(), expected[name], rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -121,6 +121,20 @@ def test_every_way_of_running_gives_the_same_losses(
     assert len(list((tmp_path / "async" / "checkpoint").glob("step-*"))) >= 2
 
 
+def test_rows_without_document_masks_give_the_same_losses_on_one_and_two_ranks(
+    corpus: Path, tmp_path: Path
+) -> None:
+    words = ["--data.mask_documents", "false", "--training.stop_at_step", "4"]
+    for ranks in (1, 2):
+        train("debug_parallax_adamw", corpus, tmp_path / f"run{ranks}", *words, ranks=ranks)
+    one, two = losses(tmp_path / "run1"), losses(tmp_path / "run2")
+    assert len(one) == 4
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, abs=1e-5)
+    # without a mask the label after a document's end counts too
+    assert {line["predicted_tokens"] for line in records(tmp_path / "run1") if "loss" in line} == {8 * 32}
+
+
 def test_tensorboard_and_wandb_offline(corpus: Path, tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     folder = tmp_path / "run"
