@@ -68,5 +68,5 @@ class ParallaxAttention(HeadProjections):
         )
 
     def num_saved_elements_per_token(self) -> int:
-        """See Attention: besides, r as projected and as rotated."""
-        return super().num_saved_elements_per_token() + 2 * self.size.num_heads * self.size.head_dim
+        """See Attention: besides, r as projected and as rotated, and vbar."""
+        return super().num_saved_elements_per_token() + 3 * self.size.num_heads * self.size.head_dim
