@@ -1,8 +1,11 @@
 # make train: set up, then the main job on this machine.  make test: set up, then every check.
 PYTHON ?= python3
 BIN := .venv/bin
-# one process per GPU; without a GPU two processes on gloo
-NPROC = $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c ^GPU); [ "$$n" -gt 0 ] && echo $$n || echo 2)
+# one process per GPU, a power of two up to 8 so that the batch divides; without a GPU two processes on gloo
+NPROC = $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c ^GPU); \
+	p=1; while [ $$((2 * p)) -le $${n:-0} ] && [ $$p -lt 8 ]; do p=$$((2 * p)); done; \
+	[ "$${n:-0}" -gt 0 ] && echo $$p || echo 2)
+export OMP_NUM_THREADS ?= 1
 
 .PHONY: train test lint clean
 

@@ -29,6 +29,8 @@ def _read_toml(path: Path) -> Table:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: can't be read as a config file: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
 
@@ -81,8 +83,21 @@ def _parse_overrides(arguments: Sequence[str]) -> Table:
     return table
 
 
+def _keys(hint: Any, prefix: str = "") -> list[str]:
+    """Every dotted key of a schema; names that a run chooses are not known."""
+    if dataclasses.is_dataclass(hint):
+        hints = typing.get_type_hints(hint)
+        names = [f"{prefix}.{f.name}".lstrip(".") for f in dataclasses.fields(hint)]
+        return [key for n in names for key in (n, *_keys(hints[n.rpartition(".")[2]], n))]
+    return [key for a in get_args(hint) if dataclasses.is_dataclass(a) for key in _keys(a, prefix)]
+
+
 def _nearest(key: str, prefix: str, allowed: Sequence[str]) -> str:
-    close = difflib.get_close_matches(key, allowed, n=1, cutoff=0.0)
+    close = difflib.get_close_matches(key, allowed, n=1, cutoff=0.6)
+    elsewhere = [k for k in _keys(RunConfig) if k.rpartition(".")[2] == key]
+    if not close and elsewhere:
+        return f"nearest is {elsewhere[0]}"
+    close = close or difflib.get_close_matches(key, allowed, n=1, cutoff=0.0)
     return f"nearest is {prefix}{close[0]}" if close else "no key is allowed here"
 
 

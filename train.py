@@ -9,7 +9,9 @@ size and cost on --world-size ranks. Any other --table.key VALUE overrides the c
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 import config
 from training.config_table import to_toml
@@ -18,7 +20,7 @@ from training.run_config import RunConfig
 
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--config", required=True, help="TOML file of the run")
     parser.add_argument("--print-config", action="store_true", help="print the resolved run and end")
@@ -29,7 +31,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args(arguments)
 
 
-def _train(run: RunConfig) -> int:
+def _train(run: RunConfig) -> None:
     for name, value in (
         ("RANK", "0"),
         ("LOCAL_RANK", "0"),
@@ -49,19 +51,19 @@ def _train(run: RunConfig) -> int:
 
     rank = int(os.environ["RANK"])
     log.setup(rank)
-    try:
-        tokenizer = check_run(run, int(os.environ["WORLD_SIZE"]))
-    except ValueError as error:
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    trainer = Trainer(run, tokenizer)
+    trainer = Trainer(run, check_run(run, int(os.environ["WORLD_SIZE"])))
     try:
         trainer.train()
     finally:
         trainer.close()
     dist.destroy_process_group()
-    return 0
+
+
+def _is_ours(error: ValueError) -> bool:
+    """Whether this project raised it: ours say what the user got wrong, others are faults."""
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    root = Path(__file__).parent
+    return raised_in.is_relative_to(root) and ".venv" not in raised_in.relative_to(root).parts
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -83,12 +85,18 @@ def main(arguments: Sequence[str]) -> int:
 
             print(dry_run(run, options.world_size))
         else:
-            return _train(run)
-    except config.ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+            _train(run)
+    except ValueError as error:
+        if not _is_ours(error):
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:  # before training has taken over the signal: there is nothing to save
+        sys.exit(130)

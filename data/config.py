@@ -53,5 +53,5 @@ class DataConfig:
         """Refuse values that no run can use."""
         if self.prefetch_batches < 0:
             raise ValueError(
-                f"data.prefetch_batches is {self.prefetch_batches}, must be 0 (no background thread) or more"
+                f"prefetch_batches is {self.prefetch_batches}, must be 0 (no background thread) or more"
             )

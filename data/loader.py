@@ -5,6 +5,7 @@ local_batch_size and micro-step m, rank w takes rows [m*W*b + w*b, m*W*b + (w + 
 rank reads and tokenizes the whole stream, and builds tensors for its own rows only.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -40,6 +41,7 @@ class PackedLoader:
         dp_world_size: int,
         mask_documents: bool = True,
         repeat: bool = True,
+        max_sequences: int | None = None,
         prefetch_batches: int = 4,
     ) -> None:
         """Check the sizes and set the position to the start; nothing is read yet.
@@ -54,6 +56,7 @@ class PackedLoader:
             dp_world_size: Number of data-parallel ranks, W.
             mask_documents: Whether tokens see only their own document.
             repeat: Whether to read the source again and again.
+            max_sequences: End each iterator after this many sequences over all ranks; None for no limit.
             prefetch_batches: Micro-batches prepared ahead by a thread; 0 for none and no thread.
 
         Raises:
@@ -64,6 +67,7 @@ class PackedLoader:
         self._rank_rows = (dp_rank * local_batch_size, dp_world_size * local_batch_size, local_batch_size)
         self._mask_documents = mask_documents
         self._repeat = repeat
+        self._max_sequences = max_sequences
         self._prefetch_batches = prefetch_batches
         self._fingerprint = {"source": source.fingerprint, "tokenizer": tokenizer.fingerprint}
         self._state = StreamState()
@@ -90,7 +94,8 @@ class PackedLoader:
         if not self._repeat:
             self._state = StreamState()
         pin_device = torch.cuda.current_device() if torch.cuda.is_available() else None
-        produce = _Producer(self._stream, self._rank_rows, self._mask_documents, self._state, pin_device)
+        rows = itertools.islice(self._stream.rows(self._state), self._max_sequences)
+        produce = _Producer(rows, self._stream, self._rank_rows, self._mask_documents, pin_device)
         if not self._prefetch_batches:
             yield from self._consume(produce(), generation)
             return
@@ -134,8 +139,7 @@ class PackedLoader:
             if saved != mine:
                 raise ValueError(
                     f"the saved data position belongs to another {part} (fingerprint {saved}, this run has "
-                    f"{mine}): restore the {part}, or leave the data position out when loading "
-                    '(checkpoint.exclude_from_loading = ["dataloader"])'
+                    f"{mine}): restore the {part}, or start another run.folder"
                 )
         self.close()
         self._state = StreamState.from_dict(state_dict["position"])
@@ -162,16 +166,16 @@ class _Producer:
 
     def __init__(
         self,
+        rows: Iterator[tuple[PackedRow, StreamState]],
         stream: RowStream,
         rank_rows: tuple[int, int, int],
         mask_documents: bool,
-        start: StreamState,
         pin_device: int | None,
     ) -> None:
+        self._rows = rows
         self._stream = stream
         self._first, self._group, self._count = rank_rows
         self._mask_documents = mask_documents
-        self._start = start
         self._pin_device = pin_device
 
     def __call__(self) -> Iterator[tuple[MicroBatch, StreamState]]:
@@ -181,8 +185,8 @@ class _Producer:
             torch.cuda.set_device(self._pin_device)
         own: list[PackedRow] = []
         position = 0
-        state = self._start
-        for row, state in self._stream.rows(self._start):
+        state = StreamState()
+        for row, state in self._rows:
             if self._first <= position < self._first + self._count:
                 own.append(row)
             position += 1

@@ -125,7 +125,7 @@ def _resolve(patterns: list[str]) -> list[Path]:
         if not matches:
             raise ValueError(
                 f"no file matches {pattern!r} in the files of a parquet source (searched from {Path.cwd()}): "
-                "correct the path, or make the sample with `python -m data.sample --out .cache/sample`"
+                "correct the path; `python -m data.sample --out .cache/sample` makes the debug configs' files"
             )
         files.extend(matches)
     return files

@@ -1,6 +1,7 @@
 """What `data` gives to torchtitan's trainer: loaders that its checkpoints can save."""
 
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -85,6 +86,7 @@ def build_dataloader(
     Raises:
         ValueError: If a file is missing or damaged, or the batch sizes do not fit the ranks.
     """
+    num_microbatches = global_batch_size // (local_batch_size * dp_world_size)
     loader = PackedLoader(
         ParquetDocuments(config.train),
         tokenizer,
@@ -94,7 +96,8 @@ def build_dataloader(
         dp_rank=dp_rank,
         dp_world_size=dp_world_size,
         mask_documents=config.mask_documents,
-        prefetch_batches=config.prefetch_batches,
+        # a step takes all its micro-batches at once
+        prefetch_batches=config.prefetch_batches and max(config.prefetch_batches, num_microbatches),
     )
     return TitanLoader(loader)
 
@@ -105,6 +108,7 @@ def build_validation_loader(
     tokenizer: Tokenizer,
     seq_len: int,
     local_batch_size: int,
+    max_tokens: int | None,
     dp_rank: int,
     dp_world_size: int,
 ) -> TitanLoader:
@@ -115,6 +119,7 @@ def build_validation_loader(
         tokenizer: Turns documents into tokens.
         seq_len: Tokens a sequence, T.
         local_batch_size: Sequences a micro-batch.
+        max_tokens: Read the first sequences that hold this many tokens, whatever the ranks; None for all.
         dp_rank: This rank's index among the data-parallel ranks.
         dp_world_size: Number of data-parallel ranks.
 
@@ -135,6 +140,7 @@ def build_validation_loader(
         dp_world_size=dp_world_size,
         mask_documents=config.mask_documents,
         repeat=False,
+        max_sequences=None if max_tokens is None else math.ceil(max_tokens / seq_len),
         prefetch_batches=config.prefetch_batches,
     )
     return TitanLoader(loader)

@@ -82,6 +82,9 @@ class ModelConfig:
             raise ValueError(f"size must be one of {sorted(SIZES)}, got {self.size!r}")
         if self.vocab_size < 1:
             raise ValueError(f"vocab_size must be at least 1, got {self.vocab_size}")
+        for name in ("rope_theta", "norm_eps", "init_std"):
+            if not 0.0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
 
     @property
     def dimensions(self) -> ModelSize:

@@ -39,8 +39,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight_VD: torch.Tensor,
         labels_T: torch.Tensor,
         chunk_tokens: int,
+        needs_grad: bool,
     ) -> torch.Tensor:
-        needs_grad = any(ctx.needs_input_grad)
         chunk_loss = _compiled_chunk_loss if x_TD.is_cuda else _chunk_loss
         accumulator = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
         loss = torch.zeros((), dtype=accumulator, device=x_TD.device)
@@ -54,14 +54,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(dlogits, weight_VD, out=dx[rows])
                 dweight += dlogits.T @ x_TD[rows]
         if dx is not None and dweight is not None:
-            ctx.save_for_backward(dx, dweight.to(weight_VD.dtype))
+            ctx.save_for_backward(dx, dweight)
+            ctx.weight_dtype = weight_VD.dtype
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (dloss,) = grad_outputs
         dx, dweight = ctx.saved_tensors
-        return dx * dloss.to(dx.dtype), dweight * dloss.to(dweight.dtype), None, None
+        # in dloss's precision: a factor rounded to 16 bits would scale all gradients alike
+        dx = (dx.to(dloss.dtype) * dloss).to(dx.dtype)
+        return dx, (dweight * dloss).to(ctx.weight_dtype), None, None, None
 
 
 def linear_cross_entropy(
@@ -78,7 +81,9 @@ def linear_cross_entropy(
     Returns:
         The sum over valid labels in nats, a scalar in fp32 (fp64 for fp64 input).
     """
-    return _LinearCrossEntropy.apply(x_BTD.flatten(0, 1), weight_VD, labels_BT.flatten(), chunk_tokens)
+    return _LinearCrossEntropy.apply(
+        x_BTD.flatten(0, 1), weight_VD, labels_BT.flatten(), chunk_tokens, torch.is_grad_enabled()
+    )
 
 
 def cross_entropy(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:

@@ -35,8 +35,6 @@ _IMPLEMENTATIONS = {
 }
 """Whatever is here can be asked for by name."""
 
-_NAMES = ("reference", "eager", "triton")
-
 _PREFERRED = {"cuda": ("triton", "eager")}
 """What `impl=None` tries, in this order, by device type; elsewhere eager."""
 
@@ -93,23 +91,19 @@ def _pick(impl: str | None, q: Tensor, k: Tensor) -> _Implementation:
     if impl is None:
         preferred = _PREFERRED.get(q.device.type, ("eager",))
         return next(_IMPLEMENTATIONS[name] for name in preferred if _refusal(name, q, k) is None)
-    if impl not in _NAMES:
-        raise ValueError(
-            f"impl is {impl!r}, wanted one of {', '.join(map(repr, _NAMES))}, or None to pick by device"
-        )
+    if impl not in _IMPLEMENTATIONS:
+        names = ", ".join(map(repr, _IMPLEMENTATIONS))
+        raise ValueError(f"impl is {impl!r}, wanted one of {names}, or None to pick by device")
     refusal = _refusal(impl, q, k)
     if refusal is not None:
-        able = [name for name in _NAMES if _refusal(name, q, k) is None]
+        able = [name for name in _IMPLEMENTATIONS if _refusal(name, q, k) is None]
         raise NotImplementedError(f"impl={impl!r} {refusal}; use one of {', '.join(map(repr, able))}")
     return _IMPLEMENTATIONS[impl]
 
 
 def _refusal(name: str, q: Tensor, k: Tensor) -> str | None:
     """Return why an implementation cannot serve, or None."""
-    implementation = _IMPLEMENTATIONS.get(name)
-    if implementation is None:
-        return "is not part of this build"
-    return implementation.refuse(q, k)
+    return _IMPLEMENTATIONS[name].refuse(q, k)
 
 
 def _cast_under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

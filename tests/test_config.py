@@ -88,8 +88,11 @@ def test_later_files_win_and_cycles_are_found(tmp_path: Path) -> None:
 
 
 def test_toml_of_a_run_loads_to_the_same_run(tmp_path: Path) -> None:
-    run = config.load(write(tmp_path, RUN))
-    assert config.load(write(tmp_path, to_toml(run), "again.toml")) == run
+    words = ["--run.name", 'run \U0001f600 "quoted"', "--optimizer.groups.all.lr", "1e-7"]
+    named = RUN.replace("[optimizer.groups.all]", '[optimizer.groups."every one"]')
+    for text, overrides in ((RUN, words), (named, [])):
+        run = config.load(write(tmp_path, text), overrides)
+        assert config.load(write(tmp_path, to_toml(run), "again.toml")) == run
 
 
 @pytest.mark.parametrize(
@@ -110,6 +113,9 @@ def test_toml_of_a_run_loads_to_the_same_run(tmp_path: Path) -> None:
         (["--optimizer.groups.all.momentum", "0.9"], ["optimizer.groups.all.momentum:", "unknown key"]),
         (["--checkpoint.keep", "1"], ["checkpoint.keep", "at least 2"]),
         (["--training", "3"], ["training:", "a table"]),
+        (["--steps", "3"], ["steps:", "nearest is training.steps"]),
+        (["--training.max_grad_norm", "-1"], ["training.max_grad_norm", "positive"]),
+        (["--model.init_std", "nan"], ["model.init_std", "positive"]),
     ],
 )
 def test_refusals_name_key_value_and_remedy(tmp_path: Path, overrides: list[str], said: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from typing import Any
 
 from training.run_config import RunConfig
@@ -20,6 +21,15 @@ def to_table(config: Any) -> Any:
     return "none" if config is None else config
 
 
+def _value(value: Any) -> str:
+    # JSON's strings, numbers, booleans and lists are TOML's, but for its escapes of characters beyond 16 bits
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _key(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _value(name)
+
+
 def to_toml(config: RunConfig) -> str:
     """The resolved run as TOML; loaded again it gives an equal RunConfig."""
     lines: list[str] = []
@@ -28,11 +38,10 @@ def to_toml(config: RunConfig) -> str:
         scalars = {k: v for k, v in table.items() if not isinstance(v, dict)}
         if scalars and name:
             lines.append(f"\n[{name}]")
-        # JSON's strings, numbers, booleans and lists are TOML's
-        lines.extend(f"{key} = {json.dumps(value)}" for key, value in scalars.items())
+        lines.extend(f"{_key(key)} = {_value(value)}" for key, value in scalars.items())
         for key, value in table.items():
             if isinstance(value, dict):
-                write(value, f"{name}.{key}" if name else key)
+                write(value, f"{name}.{_key(key)}" if name else _key(key))
 
     write(to_table(config), "")
     return "\n".join(lines).lstrip() + "\n"

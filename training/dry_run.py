@@ -1,11 +1,8 @@
 """What a run would be: parameters, cost and memory, from a model on the meta device."""
 
-import torch
-
-from models.qwen3 import Qwen3
 from optimizers.param_groups import assign_parameters
-from optimizers.schedule import lr_factor
 from training.memory import GIB, estimate_memory
+from training.plan import build_meta_model
 from training.run_config import RunConfig
 
 
@@ -22,11 +19,11 @@ def dry_run(run: RunConfig, world_size: int) -> str:
     Raises:
         ValueError: The run does not fit the ranks, its groups not the model, or its schedule not the steps.
     """
+    if world_size < 1:
+        raise ValueError(f"--world-size must be at least 1, got {world_size}")
     accumulation = run.gradient_accumulation_steps(world_size)
-    with torch.device("meta"):
-        model = Qwen3(run.model)
+    model = build_meta_model(run)
     groups = assign_parameters(model.named_parameters(), run.optimizer.groups)
-    lr_factor(0, run.schedule, run.training.steps)
     counts = model.num_parameters()
     memory = estimate_memory(run, model, world_size)
     settings = run.training

@@ -1,5 +1,6 @@
 """torchtitan's JobConfig for a run: the part of it that torchtitan's Trainer reads."""
 
+import torch
 from torchtitan.config import JobConfig
 
 from training.run_config import RunConfig
@@ -27,13 +28,11 @@ def to_job_config(run: RunConfig, world_size: int) -> JobConfig:
     job.training.local_batch_size = run.training.local_batch_size
     job.training.global_batch_size = run.training.global_batch_size
     job.training.max_norm = run.training.max_grad_norm
-    job.training.mixed_precision_param = run.training.precision
     replicate, shard = run.parallelism.degrees(world_size)
     job.parallelism.data_parallel_replicate_degree = replicate
     job.parallelism.data_parallel_shard_degree = shard
     job.compile.enable = False  # models.titan compiles
     job.activation_checkpoint.mode = "none"  # models.titan checkpoints
-    job.lr_scheduler.warmup_steps = run.schedule.warmup_steps
     job.debug.seed = run.run.seed
     job.debug.deterministic = run.run.deterministic
     job.metrics.log_freq = 1
@@ -42,6 +41,8 @@ def to_job_config(run: RunConfig, world_size: int) -> JobConfig:
     job.checkpoint.keep_latest_k = run.checkpoint.keep or 0
     job.checkpoint.async_mode = "async" if run.checkpoint.async_save else "disabled"
     job.checkpoint.last_save_model_only = False  # a finished run can be continued
+    if not torch.cuda.is_available():
+        job.comm.trace_buf_size = 0  # the flight recorder is NCCL's
     if run.metrics.profile_every is not None:
         job.profiling.enable_profiling = True
         job.profiling.profile_freq = run.metrics.profile_every

@@ -58,9 +58,15 @@ class JsonlWriter:
     def forget_after(self, step: int) -> None:
         """Drop what a run wrote past the checkpoint that it now continues from."""
         self._file.close()
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        # a line cut off by a kill has no newline
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        kept = []
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                is_kept = json.loads(line)["step"] <= step
+            except (json.JSONDecodeError, KeyError, TypeError):
+                logger.warning(f"{self.path}: dropped a damaged line: {line[:80]}")
+                continue
+            if is_kept:
+                kept.append(line + "\n")
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(kept), encoding="utf-8")
         os.replace(temporary, self.path)
@@ -96,6 +102,8 @@ class RunMetrics(MetricsProcessor):
         self.is_writer = torch.distributed.get_rank() == 0
         self.total_steps = job_config.training.steps
         self.folder = Path(job_config.job.dump_folder)
+        self.time_launched = time.perf_counter()
+        self._second_step: tuple[int, float] | None = None
         self.jsonl = self.tensorboard = self.wandb_run = None
         if self.is_writer:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -156,9 +164,17 @@ class RunMetrics(MetricsProcessor):
         if self.wandb_run is not None:
             self.wandb_run.log(numbers, step=step)
 
-    def console(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Print a step's line: progress, loss, speed, time left."""
-        left = (self.total_steps - step) * metrics["step_seconds"]
+    def mean_step_seconds(self, step: int) -> float:
+        """Mean time of a step since the second one of this launch; the first compiles."""
+        now = time.perf_counter()
+        if self._second_step is None:
+            self._second_step = (step, now)
+        first, since = self._second_step
+        return (now - since) / (step - first) if step > first else now - self.time_launched
+
+    def console(self, step: int, metrics: Mapping[str, Any], last_step: int) -> None:
+        """Print a step's line: progress, loss, speed, time left until last_step."""
+        left = (last_step - step) * self.mean_step_seconds(step)
         mfu, memory = metrics["mfu_percent"], metrics["peak_memory_gib"]
         parts = [
             f"{progress_bar(step, self.total_steps)} step {step}/{self.total_steps}",

@@ -68,6 +68,8 @@ class TrainingConfig:
                 f"global_batch_size ({self.global_batch_size}) must be a multiple of local_batch_size "
                 f"({self.local_batch_size})"
             )
+        if not 0.0 < self.max_grad_norm < float("inf"):
+            raise ValueError(f"max_grad_norm must be positive and finite, got {self.max_grad_norm}")
 
     @property
     def last_step(self) -> int:

@@ -1,40 +1,77 @@
 """The run folder: the resolved config beside the checkpoints, and what may change between two launches."""
 
+import dataclasses
 import os
+import shutil
 import tomllib
 from pathlib import Path
 from typing import Any
 
-from training.config_table import to_table, to_toml
+from training.config_table import Table, to_table, to_toml
 from training.run_config import RunConfig
 
+# keys of [model] that leave weights and function as they are
+_FREE_MODEL_KEYS = ("impl", "init_std", "r_gain_init")
 
-def _differences(saved: Any, now: Any, key: str) -> list[str]:
+
+def _defaults(config: Any) -> Table:
+    """What a config's keys are where a table does not name them."""
+    table = {
+        field.name: to_table(field.default)
+        for field in dataclasses.fields(config)
+        if field.default is not dataclasses.MISSING
+    }
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            table[field.name] = _defaults(value)
+    return table
+
+
+def _differences(saved: Any, now: Any, defaults: Any, key: str) -> list[str]:
     if isinstance(saved, dict) and isinstance(now, dict):
+        below = defaults if isinstance(defaults, dict) else {}
         return [
             line
-            for name in sorted({*saved, *now})
-            for line in _differences(saved.get(name), now.get(name), f"{key}.{name}")
+            for name in sorted({*saved, *now} - {*_FREE_MODEL_KEYS})
+            for line in _differences(
+                saved.get(name, below.get(name)), now.get(name), below.get(name), f"{key}.{name}"
+            )
         ]
     return [] if saved == now else [f"{key} is {saved!r} there and {now!r} here"]
 
 
-def check_architecture(run: RunConfig) -> None:
-    """Refuse to continue a run folder with another model.
+def _who_updates_what(optimizer: Table) -> Table:
+    groups = optimizer.get("groups", {})
+    return {name: {k: group.get(k) for k in ("kind", "parameters")} for name, group in groups.items()}
+
+
+def check_folder(run: RunConfig) -> None:
+    """Refuse to continue a run folder with another model or other optimizers.
 
     Raises:
-        ValueError: The folder has checkpoints of another [model]; names the keys that differ.
+        ValueError: The folder can't be a folder, or has checkpoints of another [model] or of optimizers whose
+            state is another; names the keys that differ.
     """
     folder = Path(run.run.folder)
+    if any(path.exists() and not path.is_dir() for path in (folder, *folder.parents)):
+        raise ValueError(f"run.folder is {str(folder)!r}, but a file is in its place; give another folder")
     saved = folder / "config.toml"
-    if not saved.exists() or not any((folder / "checkpoint").glob("step-*")):
+    if not saved.exists() or not any((folder / "checkpoint").glob("step-*/.metadata")):
         return
     table = tomllib.loads(saved.read_text(encoding="utf-8"))
-    differences = _differences(table.get("model"), to_table(run.model), "model")
+    differences = _differences(table["model"], to_table(run.model), _defaults(run.model), "model")
     if differences:
         raise ValueError(
             f"{folder} holds checkpoints of another architecture: {'; '.join(differences)}. "
             "Give this run another run.folder, or restore the model's keys"
+        )
+    groups = (_who_updates_what(table["optimizer"]), _who_updates_what(to_table(run.optimizer)))
+    differences = _differences(*groups, None, "optimizer.groups")
+    if differences:
+        raise ValueError(
+            f"{folder} holds checkpoints of other optimizers: {'; '.join(differences)}. "
+            "Give this run another run.folder, or restore the groups"
         )
 
 
@@ -45,3 +82,10 @@ def write_config(run: RunConfig) -> None:
     temporary = folder / "config.toml.tmp"
     temporary.write_text(to_toml(run), encoding="utf-8")
     os.replace(temporary, folder / "config.toml")
+
+
+def remove_partial_checkpoints(run: RunConfig) -> None:
+    """Remove what a kill during a write left; only whole checkpoints count for checkpoint.keep."""
+    for path in (Path(run.run.folder) / "checkpoint").glob("step-*"):
+        if not (path / ".metadata").exists():
+            shutil.rmtree(path)

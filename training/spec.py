@@ -13,8 +13,9 @@ from models.titan import TitanModelArgs, TitanQwen3, device_mesh, parallelize
 from optimizers.titan import build_lr_schedulers, build_optimizers
 from training.config_table import to_table
 from training.metrics import RunMetrics
+from training.plan import build_meta_model
 from training.run_config import RunConfig
-from training.run_folder import check_architecture
+from training.run_folder import check_folder
 
 
 def check_run(run: RunConfig, world_size: int) -> Tokenizer:
@@ -28,13 +29,14 @@ def check_run(run: RunConfig, world_size: int) -> Tokenizer:
         The run's tokenizer, which fits the model.
 
     Raises:
-        ValueError: Batch or degrees do not fit the ranks; the run folder holds another architecture; the
-            tokenizer is missing, or its vocabulary is larger than the model's; a data file is missing or has
-            no text column.
+        ValueError: Batch or degrees do not fit the ranks, the groups not the model, or the schedule not the
+            steps; the run folder holds another architecture; the tokenizer is missing or its vocabulary
+            larger than the model's; a data file is missing or has no text column.
     """
     run.gradient_accumulation_steps(world_size)
     run.parallelism.degrees(world_size)
-    check_architecture(run)
+    build_meta_model(run)
+    check_folder(run)
     for source in (run.data.train, run.data.validation):
         if source is not None:
             ParquetDocuments(source)

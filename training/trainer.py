@@ -5,7 +5,6 @@ ends the run with a checkpoint.
 """
 
 import contextlib
-import itertools
 import math
 import os
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.protocols import train_spec
 from torchtitan.tools.profiling import maybe_enable_profiling
@@ -28,7 +28,7 @@ from training.job import MODEL_NAME, to_job_config
 from training.log import logger
 from training.metrics import RunMetrics
 from training.run_config import RunConfig
-from training.run_folder import write_config
+from training.run_folder import remove_partial_checkpoints, write_config
 from training.signals import StopRequest
 from training.spec import build_train_spec
 
@@ -51,29 +51,28 @@ class Trainer(TitanTrainer):
         """
         self.run = run
         world_size = int(os.environ["WORLD_SIZE"])
-        if int(os.environ["RANK"]) == 0:
-            write_config(run)
         train_spec._extra_train_specs[MODEL_NAME] = build_train_spec(run, tokenizer)
         super().__init__(to_job_config(run, world_size))
         # FSDP2's policy sets the precision on any number of ranks; torchtitan would use autocast on one
         self.model = self.model_parts[0]
         self.text_tokenizer = tokenizer
         self.stop = StopRequest()
+        self.tokens = 0
         assert isinstance(self.metrics_processor, RunMetrics)
         assert isinstance(self.lr_schedulers, GroupedSchedule)
         assert isinstance(self.dataloader, TitanLoader)
         self.metrics, self.schedule, self.loader = self.metrics_processor, self.lr_schedulers, self.dataloader
 
     def state_dict(self) -> dict[str, Any]:
-        """Step and generators; every rank draws the same numbers, so one copy serves any number of ranks."""
+        """Step, tokens and generators; ranks draw the same numbers, so one copy serves any number."""
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state()
-        return {"step": self.step, "rng": rng}
+        return {"step": self.step, "tokens": self.tokens, "rng": rng}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what state_dict gave."""
-        self.step = state_dict["step"]
+        self.step, self.tokens = state_dict["step"], state_dict["tokens"]
         torch.set_rng_state(state_dict["rng"]["cpu"])
         if "cuda" in state_dict["rng"]:
             torch.cuda.set_rng_state(state_dict["rng"]["cuda"])
@@ -132,7 +131,8 @@ class Trainer(TitanTrainer):
             raise NonFiniteLossError(
                 f"step {self.step}: loss {global_loss}, gradient norm {norm}; stopped without saving. The "
                 f"newest checkpoint in {folder} is the last good state; continue from it with a lower "
-                "learning rate or a lower training.max_grad_norm"
+                "learning rate or a lower training.max_grad_norm. If it stops at the same step again, delete "
+                "that checkpoint and continue from the one before"
             )
         return {
             "loss": global_loss,
@@ -146,28 +146,30 @@ class Trainer(TitanTrainer):
         """The held-out loss now, on record; None where the run has no held-out text."""
         if self.run.data.validation is None:
             return None
-        settings, world_size = self.run.training, dist.get_world_size()
+        settings = self.run.training
         loader = build_validation_loader(
             self.run.data,
             tokenizer=self.text_tokenizer,
             seq_len=settings.seq_len,
             local_batch_size=settings.local_batch_size,
+            max_tokens=self.run.eval.max_tokens,
             dp_rank=dist.get_rank(),
-            dp_world_size=world_size,
+            dp_world_size=dist.get_world_size(),
         )
-        limit = self.run.eval.max_tokens
-        if limit is not None:
-            limit = math.ceil(limit / (settings.seq_len * settings.local_batch_size * world_size))
         self.model.eval()
         with contextlib.closing(loader):
             result = held_out_loss(
                 self.model,
-                itertools.islice(loader, limit),
+                loader,
                 vocab_size=self.run.model.vocab_size,
                 max_seqlen=settings.seq_len,
                 device=self.device,
             )
         self.model.train()
+        if not math.isfinite(result.loss):
+            raise NonFiniteLossError(
+                f"step {self.step}: the held-out loss is {result.loss}; lower the learning rate"
+            )
         names = {"loss": "validation_loss", "num_tokens": "validation_tokens"}
         record = {names.get(k, k): v for k, v in asdict(result).items()}
         self.metrics.record(self.step, {**record, "validation_perplexity": result.perplexity})
@@ -180,7 +182,17 @@ class Trainer(TitanTrainer):
         """Train from the newest checkpoint in the run folder, or from the start, to the end or a signal."""
         self.stop.install()
         self.checkpointer.load(step=-1)
-        self.metrics.resume(self.step)
+        if dist.get_rank() == 0:
+            remove_partial_checkpoints(self.run)
+            write_config(self.run)
+        if self.step >= self.run.training.last_step:
+            logger.info(
+                f"{self.run.run.folder} has finished at step {self.step}; raise training.steps or "
+                "training.stop_at_step to go on, or give another run.folder"
+            )
+            return
+        # an evaluation at step 0 is made again
+        self.metrics.resume(self.step or -1)
         before = self.evaluate() if self.step == 0 else None
         logger.info(f"training from step {self.step + 1} to {self.run.training.last_step}")
         metrics: dict[str, Any] = {}
@@ -205,15 +217,31 @@ class Trainer(TitanTrainer):
         after = None if stopped else self.evaluate()
         self._summarize(metrics, before, after, stopped)
 
+    def _check_weights(self) -> None:
+        """Refuse to save weights that the last update made non-finite.
+
+        Raises:
+            NonFiniteLossError: They are; the checkpoint before stays the newest.
+        """
+        norm = torch.nn.utils.get_total_norm(self.model.parameters(), foreach=True)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if not norm.isfinite():
+            raise NonFiniteLossError(
+                f"step {self.step}: the weights' norm is {float(norm)}; stopped without saving. The "
+                "checkpoint before it stays; continue from it with a lower learning rate"
+            )
+
     def _record_step(self, metrics: dict[str, Any]) -> None:
-        tokens = self.step * self.run.training.global_batch_size * self.run.training.seq_len
-        record = {**metrics, "tokens": tokens, **self.metrics.throughput()}
+        self.tokens += self.run.training.global_batch_size * self.run.training.seq_len
+        skipped = {"skipped_documents": sum(self.loader.loader.skipped.values())}
+        record = {**metrics, "tokens": self.tokens, **skipped, **self.metrics.throughput()}
         self.metrics.record(self.step, record)
         if self.step == 1 or self.step % self.run.metrics.console_every == 0:
-            self.metrics.console(self.step, record)
+            self.metrics.console(self.step, record, self.run.training.last_step)
 
     def _save(self, last: bool) -> None:
         if self.checkpointer._should_save(self.step, last):
+            self._check_weights()
             self.checkpointer.save(self.step, last_step=last)
             logger.info(f"step {self.step}  checkpoint written")
             self.metrics.restart_clock()
@@ -234,7 +262,12 @@ class Trainer(TitanTrainer):
                 loss = f"{result.loss:.4f} nats/token, perplexity {result.perplexity:.2f}"
                 lines.append(f"held-out loss        {loss} ({name})")
         if after is not None:
-            lines.append(f"unigram entropy      {after.unigram_entropy:.4f} nats/token (held-out text)")
+            entropy, gain = after.unigram_entropy, after.unigram_entropy - after.loss
+            lines.append(f"unigram entropy      {entropy:.4f} nats/token; the model is {gain:.4f} below it")
+        skipped = {reason: count for reason, count in self.loader.loader.skipped.items() if count}
+        if skipped:
+            counts = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
+            lines.append(f"documents skipped    {counts}")
         lines += [
             f"checkpoint           {folder / 'checkpoint' / f'step-{self.step}'}",
             f"metrics, config      {folder / 'metrics.jsonl'}, {folder / 'config.toml'}",

@@ -110,21 +110,52 @@ def test_validation_reads_its_own_files_once(
     changed = DataConfig(
         tokenizer=config.tokenizer, train=config.train, validation=ParquetSource(files=[held_out])
     )
-    sizes: dict[str, Any] = {"seq_len": 4, "local_batch_size": 1, "dp_rank": 0, "dp_world_size": 1}
+    ranks = {"dp_rank": 0, "dp_world_size": 1}
+    sizes: dict[str, Any] = {"seq_len": 4, "local_batch_size": 1, "max_tokens": None, **ranks}
     loader = build_validation_loader(changed, tokenizer=byte_tokenizer, **sizes)
     for _ in range(2):
         labels = torch.cat([labels[0] for _, labels in loader])
         assert byte_tokenizer.decode(labels[labels != -100].tolist()) == "eld out<|endoftext|>"
 
 
+def test_the_limit_on_held_out_tokens_gives_the_same_text_on_any_number_of_ranks(
+    config: DataConfig, byte_tokenizer: Tokenizer
+) -> None:
+    held_out = DataConfig(tokenizer=config.tokenizer, train=config.train, validation=config.train)
+    totals = []
+    for ranks, batch in ((1, 1), (1, 3), (2, 2), (4, 1)):
+        labels = []
+        for rank in range(ranks):
+            loader = build_validation_loader(
+                held_out,
+                tokenizer=byte_tokenizer,
+                seq_len=4,
+                local_batch_size=batch,
+                max_tokens=18,
+                dp_rank=rank,
+                dp_world_size=ranks,
+            )
+            labels += [label for _, row in loader for label in row.flatten().tolist() if label != -100]
+            loader.close()
+        totals.append(sorted(labels))
+    assert 0 < len(totals[0]) <= 5 * 4
+    assert all(total == totals[0] for total in totals)
+
+
 def test_validation_without_a_set_is_refused(config: DataConfig, byte_tokenizer: Tokenizer) -> None:
     none = DataConfig(tokenizer=config.tokenizer, train=config.train)
     with pytest.raises(ValueError, match=r"data\.validation is none"):
         build_validation_loader(
-            none, tokenizer=byte_tokenizer, seq_len=4, local_batch_size=1, dp_rank=0, dp_world_size=1
+            none,
+            tokenizer=byte_tokenizer,
+            seq_len=4,
+            local_batch_size=1,
+            max_tokens=None,
+            dp_rank=0,
+            dp_world_size=1,
         )
 
 
 def test_a_negative_prefetch_is_refused(config: DataConfig) -> None:
-    with pytest.raises(ValueError, match=r"data\.prefetch_batches is -1"):
+    with pytest.raises(ValueError, match=r"prefetch_batches is -1"):
         DataConfig(tokenizer=config.tokenizer, train=config.train, prefetch_batches=-1)

@@ -31,12 +31,21 @@ def test_every_size_has_both_attentions_with_both_optimizers() -> None:
             assert {f"{size}_{attention}_{optimizer}" for optimizer in ("muon", "adamw")} <= names
 
 
+def test_small_runs_start_on_any_power_of_two_of_gpus() -> None:
+    for path in CONFIGS:
+        run = config.load(path)
+        if run.model.size in ("debug", "60m"):
+            assert [run.gradient_accumulation_steps(ranks) for ranks in (1, 2, 4, 8)] == [8, 4, 2, 1]
+
+
 def test_the_dry_run_refuses_what_the_run_would() -> None:
     path = next(p for p in CONFIGS if p.stem == "debug_softmax_muon")
     with pytest.raises(ValueError, match="no group matches these parameters"):
         dry_run(config.load(path, ["--optimizer.groups.vectors.parameters", '["norm.weight"]']), 1)
     with pytest.raises(ValueError, match="warmup_steps"):
         dry_run(config.load(path, ["--training.steps", "3"]), 1)
+    with pytest.raises(ValueError, match="--world-size must be at least 1"):
+        dry_run(config.load(path), 0)
     with pytest.raises(ValueError, match="number of ranks"):
         dry_run(config.load(path, ["--parallelism.replicate", "3"]), 2)
 

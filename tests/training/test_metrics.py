@@ -28,7 +28,7 @@ def test_a_resumed_record_forgets_what_came_after_the_checkpoint_and_a_torn_line
         writer.write({"step": step, "loss": 0.1 * step})
     writer.close()
     with path.open("a") as file:
-        file.write('{"step": 2, "lo')  # a kill in the middle of a line
+        file.write('damaged\n{"step": 2, "lo')  # a fault of the disk, and a kill in the middle of a line
     writer = JsonlWriter(path)
     writer.forget_after(3)
     writer.write({"step": 4, "loss": 7.0})

@@ -5,10 +5,12 @@ import subprocess
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import write_parquet
-from tests.training.launch import ROOT, arguments, command, environment, losses, train
+from tests.training.launch import ROOT, arguments, command, environment, losses, records, train
 
 LONG = ["--training.steps", "100000", "--data.validation", "none"]
 
@@ -81,6 +83,39 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(corpus: Path
     assert [step for step, *_ in losses(folder)] == [1, 2, 3, 4, 5]
 
 
+def test_weights_that_the_last_update_destroyed_are_not_saved(corpus: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    wild = [f"--optimizer.groups.{group}.lr=1e36" for group in ("hidden", "embedding", "vectors")]
+    printed = train("debug_softmax_adamw", corpus, folder, *wild, "--training.stop_at_step", "1", code=1)
+    assert "step 1: the weights' norm is inf; stopped without saving" in printed
+    assert not list(folder.glob("checkpoint/step-*"))
+
+
+def test_a_finished_run_says_so_and_keeps_its_record(corpus: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    train("debug_softmax_adamw", corpus, folder, "--training.stop_at_step", "2")
+    before = records(folder)
+    printed = train("debug_softmax_adamw", corpus, folder, "--training.stop_at_step", "2")
+    assert "has finished at step 2; raise training.steps" in printed
+    assert records(folder) == before
+
+
+def test_a_refused_resume_leaves_the_config_as_it_was(corpus: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    train("debug_softmax_adamw", corpus, folder, "--training.stop_at_step", "1")
+    saved = (folder / "config.toml").read_text()
+    write_parquet(tmp_path / "other.parquet", ["some other text"])
+    other = ["--data.train.files", f'["{tmp_path / "other.parquet"}"]']
+    printed = train("debug_softmax_adamw", corpus, folder, *other, code=2)
+    assert "belongs to another source" in printed
+    assert "Traceback" not in printed
+    printed = train("debug_softmax_muon", corpus, folder, code=2)
+    assert "checkpoints of other optimizers: optimizer.groups.hidden.kind is 'adamw' there" in printed
+    assert (folder / "config.toml").read_text() == saved
+    # what leaves weights and function as they are may change
+    train("debug_softmax_adamw", corpus, folder, "--model.init_std", "0.1", "--training.stop_at_step", "2")
+
+
 def test_a_checkpoint_of_another_architecture_is_refused(corpus: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     train("debug_softmax_adamw", corpus, folder, "--training.stop_at_step", "1")
@@ -120,6 +155,31 @@ def test_parquet_without_the_text_column(corpus: Path, tmp_path: Path) -> None:
     printed = refusal(corpus, tmp_path, *words)
     for part in ("other.parquet", "text", "content"):
         assert part in printed
+
+
+def test_a_schedule_that_does_not_fit_and_a_folder_that_is_a_file(corpus: Path, tmp_path: Path) -> None:
+    assert "warmup_steps (5)" in refusal(corpus, tmp_path, "--training.steps", "3")
+    (tmp_path / "file").write_text("")
+    printed = refusal(corpus, tmp_path, "--run.folder", str(tmp_path / "file" / "run"))
+    assert "a file is in its place" in printed
+    printed = refusal(corpus, tmp_path, "--dry-run", "--world-size", "3")
+    assert "training.global_batch_size (8) must be a multiple of" in printed
+
+
+def test_null_and_empty_rows_are_skipped_and_counted(corpus: Path, tmp_path: Path) -> None:
+    table = pa.table({"content": ["the model reads keys", None, "", "  ", "a probe of its past"] * 400})
+    pq.write_table(table, tmp_path / "gaps.parquet")
+    folder = tmp_path / "run"
+    words = ["--data.train.files", f'["{tmp_path / "gaps.parquet"}"]', "--training.stop_at_step", "2"]
+    printed = train("debug_softmax_adamw", corpus, folder, *words)
+    counts = [line["skipped_documents"] for line in records(folder) if "loss" in line]
+    assert 0 < counts[0] < counts[1]
+    assert "documents skipped" in printed
+    only_nulls = pa.table({"content": pa.array([None, None], pa.string())})
+    pq.write_table(only_nulls, tmp_path / "nulls.parquet")
+    words = ["--data.train.files", f'["{tmp_path / "nulls.parquet"}"]']
+    printed = train("debug_softmax_adamw", corpus, tmp_path / "none", *words, code=2)
+    assert "holds no document" in printed
 
 
 def test_batch_that_does_not_divide_among_the_ranks(corpus: Path, tmp_path: Path) -> None:
