@@ -3,14 +3,15 @@
 `python -m benchmarks.tune_attention` first checks the kernels against fp64, with and without their numerical
 corrections, then times every candidate at 32k tokens (T = 4096, 16 query / 8 kv heads, bf16) and writes the
 raw timings. A candidate whose result departs from the first one's is marked wrong. FLOPs count the causal
-half of each product: 4 forward, 5 for dQ and dR, 6 for dK and dV.
+half of each product: 4 forward, 5 for dQ and dR, 6 for dK and dV. The fastest tile of each kernel is then
+timed with other options: without the numerical corrections, and with other orders of the programs.
 """
 
 import argparse
 import itertools
 import multiprocessing
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -60,103 +61,111 @@ class Candidate:
     def label(self) -> str:
         """The candidate in words."""
         options = " ".join(f"{name}={value}" for name, value in self.options.items())
-        return f"{self.kernel} {self.head_dim} {tuple(self.tile)} {options}".strip()
+        return f"{self.kernel} {self.head_dim} {tuple(self.tile[:5])} {options}".strip()
 
     @property
     def time_ms(self) -> float:
         """The best round; infinite if it did not run."""
         return min(self.times_ms, default=float("inf"))
 
-
-def candidates(head_dims: list[int], kernels: list[str]) -> list[Candidate]:
-    """Return what to try; the first of a kernel is the one that its variants change."""
-    found = [*_forward_candidates(), *_dqdr_candidates(), *_dkdv_candidates()]
-    return [c for c in found if c.head_dim in head_dims and c.kernel in kernels]
-
-
-def _forward_candidates() -> Iterator[Candidate]:
-    tiles = {
-        128: [
-            (64, 64, 4, 2),
-            (64, 64, 4, 3),
-            (64, 32, 4, 2),
-            (64, 32, 4, 3),
-            (128, 64, 8, 2),
-            (128, 64, 8, 3),
-        ],
-        64: [
-            *itertools.product((64,), (64,), (4,), (2, 3, 4)),
-            *itertools.product((128,), (64,), (8,), (2, 3)),
-            *[(64, 32, 4, 3), (64, 32, 4, 4), (64, 128, 4, 2), (128, 128, 8, 2), (128, 32, 8, 4)],
-        ],
-        256: [(64, 32, 8, 2), (64, 64, 8, 2), (64, 32, 8, 3)],
-    }
-    for head_dim, shapes in tiles.items():
-        yield from (Candidate("forward", head_dim, Tile(*shape)) for shape in shapes)
-        base = partial(Candidate, "forward", head_dim, Tile(*shapes[0]))
-        yield base({"save_vbar": False})
-        yield base({"is_centred": False})
-        yield base({"section": 2})
-        yield base({"section": 1 << 20})
-        yield base({"use_descriptors": False})
+    @property
+    def is_right(self) -> bool:
+        """Whether it ran and agrees with the kernel's first candidate."""
+        return bool(self.times_ms) and self.deviation < 0.02
 
 
-def _dqdr_candidates() -> Iterator[Candidate]:
-    tiles = {
-        128: [
-            (64, 64, 4, 2),
-            (64, 32, 4, 2),
-            (64, 32, 4, 3),
-            (128, 64, 8, 2),
-            (128, 64, 8, 1),
-            (128, 32, 8, 3),
-        ],
-        64: [
-            *itertools.product((64,), (64,), (4,), (2, 3)),
-            *itertools.product((128,), (64,), (8,), (2, 3)),
-            *[(64, 32, 4, 2), (64, 32, 4, 3), (128, 32, 8, 3)],
-        ],
-        256: [(64, 32, 8, 2), (64, 16, 8, 2), (64, 16, 8, 3)],
-    }
-    for head_dim, shapes in tiles.items():
-        yield from (Candidate("dqdr", head_dim, Tile(*shape)) for shape in shapes)
-        base = partial(Candidate, "dqdr", head_dim, Tile(*shapes[0]))
-        yield base({"is_corrected": False})
-        yield base({"section": 2})
-        yield base({"section": 1 << 20})
-        yield base({"use_descriptors": False})
+TILES: dict[tuple[KernelName, int], list[tuple[int, ...]]] = {
+    ("forward", 64): [
+        (64, 64, 4, 2, 0),
+        (64, 64, 4, 3, 0),
+        (64, 64, 4, 2, 1),
+        (64, 64, 4, 3, 2),
+        (128, 64, 8, 3, 0),
+    ],
+    ("dqdr", 64): [
+        (64, 64, 4, 2, 0),
+        (64, 64, 4, 3, 0),
+        (64, 64, 4, 3, 1),
+        (64, 64, 4, 3, 2),
+        (64, 32, 4, 3, 0),
+        (64, 32, 4, 3, 1),
+    ],
+    ("dkdv", 64): [
+        (64, 64, 4, 3, 0),
+        (64, 64, 4, 3, 1),
+        (64, 64, 4, 2, 0),
+        (64, 64, 4, 2, 1),
+        (32, 64, 4, 3, 0),
+        (32, 64, 4, 3, 1),
+    ],
+    ("forward", 96): [(64, 64, 4, 2, 0), (64, 64, 4, 3, 1)],
+    ("dqdr", 96): [(64, 64, 4, 2, 0), (64, 32, 4, 3, 1)],
+    ("dkdv", 96): [(32, 64, 4, 3, 1), (32, 64, 4, 3, 0)],
+    ("forward", 128): [
+        (64, 64, 4, 2, 0),
+        (64, 64, 4, 2, 1),
+        (64, 64, 4, 3, 1),
+        (128, 64, 8, 2, 0),
+        (128, 64, 8, 3, 0),
+    ],
+    ("dqdr", 128): [
+        (64, 64, 4, 2, 0),
+        (64, 32, 4, 3, 0),
+        (64, 32, 4, 3, 1),
+        (64, 32, 4, 4, 1),
+        (128, 64, 8, 2, 0),
+        (128, 64, 8, 3, 0),
+    ],
+    ("dkdv", 128): [
+        (32, 64, 4, 3, 1),
+        (32, 64, 4, 2, 1),
+        (32, 64, 4, 3, 0),
+        (32, 128, 8, 3, 1),
+    ],
+    ("forward", 256): [(64, 32, 8, 2, 0), (64, 16, 8, 3, 0), (64, 64, 8, 2, 0)],
+    ("dqdr", 256): [(64, 32, 8, 2, 0), (64, 16, 8, 2, 0), (64, 16, 8, 3, 0)],
+    ("dkdv", 256): [(32, 64, 8, 2, 0), (16, 64, 8, 2, 0), (16, 64, 8, 3, 0)],
+}
+"""What to try, by kernel and head width; `Tile` says what the numbers mean."""
+
+VARIANTS: dict[KernelName, list[dict[str, Any]]] = {
+    "forward": [{"is_centred": False}, {"save_vbar": False}, {"section": 2}, {"section": 1 << 20}],
+    "dqdr": [{"is_corrected": False}, {"section": 2}, {"section": 1 << 20}],
+    "dkdv": [{"section": 1}, {"section": 1 << 20}],
+}
+"""Tried with the fastest tile of the kernel, at `VARIED` head widths."""
+
+VARIED = (64, 128)
 
 
-def _dkdv_candidates() -> Iterator[Candidate]:
-    shapes = {
-        128: [
-            (32, 64, 4, 2),
-            (32, 64, 4, 3),
-            (64, 64, 4, 2),
-            (32, 128, 8, 2),
-            (32, 128, 8, 3),
-            (64, 128, 8, 2),
-        ],
-        64: [
-            (64, 64, 4, 2),
-            (64, 64, 4, 3),
-            (32, 64, 4, 2),
-            (32, 64, 4, 3),
-            (64, 128, 8, 2),
-            (32, 128, 8, 3),
-        ],
-        256: [(32, 64, 8, 2), (16, 64, 8, 2), (16, 64, 8, 3)],
-    }
-    for head_dim, tiles in shapes.items():
-        in_registers = {64: (0, 1, 2), 128: (0, 1), 256: (0,)}[head_dim]
-        for shape, registers, from_rows in itertools.product(tiles, in_registers, (True, False)):
-            yield Candidate(
-                "dkdv", head_dim, Tile(*shape, registers), {} if from_rows else {"from_rows": False}
-            )
-        base = partial(Candidate, "dkdv", head_dim, Tile(*tiles[0], in_registers[-1]))
-        yield base({"section": 1})
-        yield base({"section": 1 << 20})
-        yield base({"use_descriptors": False})
+def tile_candidates(head_dims: list[int], kernels: list[KernelName]) -> list[Candidate]:
+    """Return the tiles to try."""
+    return [
+        Candidate(kernel, head_dim, Tile(*shape))
+        for (kernel, head_dim), shapes in TILES.items()
+        for shape in shapes
+        if head_dim in head_dims and kernel in kernels
+    ]
+
+
+def fastest(found: list[Candidate]) -> dict[tuple[KernelName, int], Candidate]:
+    """Return the fastest candidate of each kernel and head width that computes the kernel's whole job."""
+    best: dict[tuple[KernelName, int], Candidate] = {}
+    for c in found:
+        key = c.kernel, c.head_dim
+        if not c.options and c.is_right and (key not in best or c.time_ms < best[key].time_ms):
+            best[key] = c
+    return best
+
+
+def variants_of(found: list[Candidate]) -> list[Candidate]:
+    """Return the fastest tiles with other options."""
+    return [
+        Candidate(kernel, head_dim, best.tile, options)
+        for (kernel, head_dim), best in fastest(found).items()
+        for options in VARIANTS[kernel]
+        if head_dim in VARIED
+    ]
 
 
 class Problem:
@@ -173,6 +182,7 @@ class Problem:
         q, r, do = (normal(NUM_HEADS) for _ in range(3))
         k, v = (normal(NUM_KV_HEADS) for _ in range(2))
         self.operands = backward.Operands(q, r, k, v, do)
+        self.first: dict[KernelName, tuple[Tensor, ...]] = {}
         self.scale = head_dim**-0.5
         self.mask = Mask(None, None, None)
         self.o, self.vbar, self.lse, self.tbar = forward.forward(
@@ -193,6 +203,12 @@ class Problem:
             return backward.query_gradients(self.operands, *saved, self.mask, self.scale, **options)[:2]
         return backward.key_gradients(self.operands, self.rows, self.mask, self.scale, **options)
 
+    def deviation(self, candidate: Candidate) -> float:
+        """Return the largest relative difference from the first candidate of the kernel."""
+        results = self.launch(candidate)
+        truth = self.first.setdefault(candidate.kernel, results)
+        return max(relative_error(*pair) for pair in zip(results, truth, strict=True))
+
 
 def _compile(candidate: Candidate) -> None:
     try:
@@ -201,11 +217,9 @@ def _compile(candidate: Candidate) -> None:
         print(f"{candidate.label}: {type(error).__name__}", file=sys.stderr)
 
 
-def compile_all(found: list[Candidate], num_workers: int) -> None:
+def compile_all(found: list[Candidate], pool: ProcessPoolExecutor) -> None:
     """Fill Triton's cache in parallel; the kernels do not depend on the length."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_workers, mp_context=context) as pool:
-        list(pool.map(_compile, found))
+    list(pool.map(_compile, found))
 
 
 def _median_ms(run: Callable[[], object]) -> float:
@@ -214,25 +228,19 @@ def _median_ms(run: Callable[[], object]) -> float:
     return median
 
 
-def time_all(found: list[Candidate], num_tokens: int, batch_size: int, num_rounds: int) -> None:
+def time_all(found: list[Candidate], problems: dict[int, Problem], num_rounds: int) -> None:
     """Fill in times and deviations, round by round over all candidates of a head width."""
-    for head_dim in sorted({c.head_dim for c in found}):
-        problem = Problem(head_dim, num_tokens, batch_size)
+    for head_dim, problem in problems.items():
         group = [c for c in found if c.head_dim == head_dim]
-        first: dict[str, tuple[Tensor, ...]] = {}
         for candidate in group:
             try:
-                results = problem.launch(candidate)
-                truth = first.setdefault(candidate.kernel, results)
-                candidate.deviation = max(relative_error(*pair) for pair in zip(results, truth, strict=True))
+                candidate.deviation = problem.deviation(candidate)
             except Exception as error:  # a candidate may ask for more than the GPU has
                 candidate.error = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
         for _ in range(num_rounds):
             for candidate in group:
                 if candidate.error is None:
-                    run = partial(problem.launch, candidate)
-                    candidate.times_ms.append(_median_ms(run))
-        del problem, first
+                    candidate.times_ms.append(_median_ms(partial(problem.launch, candidate)))
 
 
 def accuracy(head_dim: int, is_centred: bool, is_corrected: bool, key_offset: float) -> dict[str, float]:
@@ -267,22 +275,32 @@ def check_accuracy(head_dims: list[int]) -> list[dict[str, Any]]:
 
 
 def report(found: list[Candidate], num_tokens: int, batch_size: int) -> None:
-    """Print all candidates, the fastest of each kernel first."""
-    for (kernel, head_dim), group in itertools.groupby(found, key=lambda c: (c.kernel, c.head_dim)):
+    """Print all candidates, the fastest of each kernel first, then the fastest tiles as tiles.py has them."""
+    keys = list(dict.fromkeys((c.head_dim, c.kernel) for c in found))
+    for head_dim, kernel in keys:
         flops = PRODUCTS[kernel] * batch_size * NUM_HEADS * num_tokens**2 * head_dim
         print(f"\n{kernel}, head width {head_dim}: (block_t, block_s, warps, stages, in_registers)")
+        group = [c for c in found if (c.head_dim, c.kernel) == (head_dim, kernel)]
         for c in sorted(group, key=lambda c: c.time_ms):
             times = " ".join(f"{t:.3f}" for t in c.times_ms)
             rate = f"{flops / c.time_ms / 1e9:4.0f} TFLOP/s" if c.times_ms else c.error
-            wrong = f" WRONG by {c.deviation:.1e}" if not c.deviation < 0.02 else ""
-            print(f"  {c.label:72s} {times} ms {rate}{wrong}")
+            wrong = "" if c.is_right or not c.times_ms else f" WRONG by {c.deviation:.1e}"
+            print(f"  {c.label:66s} {times} ms {rate}{wrong}")
+    best = fastest(found)
+    print()
+    for (kernel, head_dim), c in best.items():
+        print(f'    ("{kernel}", {head_dim}): Tile{tuple(c.tile[:5])},  # {c.time_ms:.3f} ms')
+    for head_dim in sorted({head_dim for _, head_dim in best}):
+        times = [c.time_ms for (_, width), c in best.items() if width == head_dim]
+        parts = " + ".join(f"{t:.3f}" for t in times)
+        print(f"head width {head_dim}: {parts} = {sum(times):.3f} ms")
 
 
 def main() -> None:
     """Check, compile, time, report."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--head-dims", type=int, nargs="+", default=[128, 64])
-    parser.add_argument("--kernels", nargs="+", default=list(PRODUCTS))
+    parser.add_argument("--head-dims", type=int, nargs="+", default=[128, 64, 96, 256])
+    parser.add_argument("--kernels", nargs="+", default=list(PRODUCTS), choices=list(PRODUCTS))
     parser.add_argument("--num-tokens", type=int, default=4096)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=2)
@@ -291,11 +309,17 @@ def main() -> None:
     parser.add_argument("--name", default="tune_attention")
     args = parser.parse_args()
 
-    found = candidates(args.head_dims, args.kernels)
-    compile_all(found, args.workers)
-    errors = check_accuracy(args.head_dims)
-    time_all(found, args.num_tokens, args.batch_size, args.rounds)
-    report(found, args.num_tokens, args.batch_size)
+    found = tile_candidates(args.head_dims, args.kernels)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.workers, mp_context=context) as pool:
+        compile_all(found, pool)
+        errors = check_accuracy([k for k in args.head_dims if k in VARIED])
+        problems = {k: Problem(k, args.num_tokens, args.batch_size) for k in args.head_dims}
+        time_all(found, problems, args.rounds)
+        varied = variants_of(found)
+        compile_all(varied, pool)
+    time_all(varied, problems, args.rounds)
+    report([*found, *varied], args.num_tokens, args.batch_size)
     x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     rate = 2 * 8192**3 / _median_ms(lambda: x @ x) / 1e9
     print(
@@ -309,7 +333,7 @@ def main() -> None:
             "batch_size": args.batch_size,
             "matmul_tflops": rate,
             "accuracy": errors,
-            "candidates": [asdict(c) for c in found],
+            "candidates": [asdict(c) for c in [*found, *varied]],
         },
         args.out,
     )

@@ -2,7 +2,8 @@
 
 First pass, one program a tile of queries: b = dO.vbar and T = dO.o of its rows, then dQ and dR with five
 products a tile. The row sums of the rounded G and U times a reference key are taken off dQ and dR at the end,
-(13). It leaves the row constants of the second pass behind: lse in base 2, 1 + tbar, b and b - T.
+(13). It leaves the row constants of the second pass behind: lse in
+base 2, scale (1 + tbar), b / scale and b - T.
 
 Second pass, one program a tile of keys: dK and dV with six products a tile, summed over the query heads of
 the group in fp32 registers. It works on the transposed scores, so that P^T and the two gradient tiles stay in
@@ -23,15 +24,18 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from parallax.kernels.common import (
     LOG2E,
     Mask,
+    add_row_sums,
     can_use_descriptors,
     describe,
     document_bounds,
     end_query,
     first_key,
     heads_per_section,
+    in_registers,
     key_bounds,
     load_tile,
     program_of,
+    store_tile,
     strides_of,
     with_contiguous_rows,
 )
@@ -63,14 +67,15 @@ def _dqdr_tile(
         b_p = tl.where(m_s, b_p, 0.0)
         b_t = tl.where(m_s, b_t, 0.0)
     b_a = b_a - b_b[:, None]
-    b_g = (b_p * ((b_t1[:, None] - b_t) * b_a + b_e[:, None])).to(b_k.dtype)
-    b_u = (b_p * b_a).to(b_k.dtype)
-    if RANK_ONE:
-        b_g_sum += tl.sum(b_g.to(tl.float32), 1)
-        b_u_sum += tl.sum(b_u.to(tl.float32), 1)
+    b_u = b_p * b_a
+    b_g = ((b_t1[:, None] - b_t) * b_u + b_p * b_e[:, None]).to(b_k.dtype)
+    b_u = b_u.to(b_k.dtype)
     # [BT, BK]
     b_dq = tl.dot(b_g, b_k, b_dq, input_precision="ieee")
     b_dr = tl.dot(b_u, b_k, b_dr, input_precision="ieee")
+    if RANK_ONE:
+        b_g_sum = add_row_sums(b_g, b_g_sum)
+        b_u_sum = add_row_sums(b_u, b_u_sum)
     return b_dq, b_dr, b_g_sum, b_u_sum
 
 
@@ -99,6 +104,7 @@ def _parallax_bwd_dqdr_kernel(
     T, T_padded, window_size, num_heads, section, scale,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr,
     TMA: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr, RANK_ONE: tl.constexpr,
+    IN_REGISTERS: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """Compute BT rows of one head's dQ and dR, and their row constants; one program each."""
     BOUNDED: tl.constexpr = PACKED or WINDOW
@@ -112,36 +118,42 @@ def _parallax_bwd_dqdr_kernel(
 
     o_t = i_t + tl.arange(0, BT)
     m_t = o_t < T
-    b_total, b_b = _row_products(p_do, o, vbar, do_strides, i_b, i_h, o_t, T, H, K, 32)
+    b_total, b_b = _row_products(p_do, o, vbar, do_strides, i_b, i_h, o_t, T, H, K, 64)
     b_e = b_b - b_total
     p_t = tl.cast(i_bh, tl.int64) * T + o_t
     b_lse = tl.load(lse + p_t, mask=m_t, other=0.0) * LOG2E
     b_t1 = tl.load(tbar + p_t, mask=m_t, other=0.0) + 1.0
     p_rows = tl.cast(i_bh, tl.int64) * 4 * T_padded + o_t
     tl.store(rows + p_rows, b_lse)
-    tl.store(rows + p_rows + T_padded, b_t1)
-    tl.store(rows + p_rows + 2 * T_padded, b_b)
+    tl.store(rows + p_rows + T_padded, b_t1 * scale)
+    tl.store(rows + p_rows + 2 * T_padded, b_b / scale)
     tl.store(rows + p_rows + 3 * T_padded, b_e)
     b_rows = (b_lse, b_t1, b_b, b_e)
 
     b_q = load_tile(q, q_strides, i_b, i_h, i_t, T, BT, BK, K, TMA)
     b_r = load_tile(r, r_strides, i_b, i_h, i_t, T, BT, BK, K, TMA)
     b_do = load_tile(do, do_strides, i_b, i_h, i_t, T, BT, BK, K, TMA)
+    if IN_REGISTERS >= 1:
+        b_q = in_registers(b_q, BK)
+    if IN_REGISTERS == 2:
+        b_do = in_registers(b_do, BK)
     b_first = o_t
     if BOUNDED:
         b_first = first_key(first, o_t, T, window_size, PACKED, WINDOW)
     i_first, i_unmasked, i_diagonal = key_bounds(first, i_t, T, window_size, BT, BS, PACKED, WINDOW)
 
-    b_zero = tl.zeros([BT], tl.float32)
-    state = (tl.zeros([BT, BK], tl.float32), tl.zeros([BT, BK], tl.float32), b_zero, b_zero)
+    b_zero = tl.zeros([BT, BK], tl.float32)
+    b_sum = tl.zeros([BT, SUMS], tl.float32)
+    state = (b_zero, b_zero, b_sum, b_sum)
     num_diagonal = tl.cdiv(tl.minimum(i_t + BT, T) - i_diagonal, BS)
-    for i_x in tl.range(0, num_diagonal + (i_unmasked - i_first) // BS):
+    # disable_licm: the addresses of the operands that stay would otherwise be held in registers, which spill
+    for i_x in tl.range(0, num_diagonal + (i_unmasked - i_first) // BS, disable_licm=True):
         i_s = tl.where(i_x < num_diagonal, i_diagonal + i_x * BS, i_first + (i_x - num_diagonal) * BS)
         state = _dqdr_tile(
             b_q, b_r, b_do, k, v, k_strides, v_strides, i_b, i_g, i_s, o_t, b_first, b_rows, state, T,
             scale_log2, BS, BK, K, TMA, True, BOUNDED, RANK_ONE,
         )  # fmt: skip
-    for i_s in tl.range(i_unmasked, i_diagonal, BS):
+    for i_s in tl.range(i_unmasked, i_diagonal, BS, disable_licm=True):
         state = _dqdr_tile(
             b_q, b_r, b_do, k, v, k_strides, v_strides, i_b, i_g, i_s, o_t, b_first, b_rows, state, T,
             scale_log2, BS, BK, K, TMA, False, BOUNDED, RANK_ONE,
@@ -152,14 +164,12 @@ def _parallax_bwd_dqdr_kernel(
         # any vector is exact; the mean key of the diagonal tile is close to the common part of the keys
         b_k = load_tile(k, k_strides, i_b, i_g, i_diagonal, T, BS, BK, K, TMA)
         b_k_ref = tl.sum(b_k.to(tl.float32), 0) / tl.minimum(T - i_diagonal, BS)
-        b_dq = b_dq - b_g_sum[:, None] * b_k_ref[None, :]
-        b_dr = b_dr - b_u_sum[:, None] * b_k_ref[None, :]
-    o_k = tl.arange(0, BK)
-    m_o = m_t[:, None] & (o_k < K)[None, :]
+        # the columns of the sums are equal
+        b_dq = b_dq - tl.max(b_g_sum, 1)[:, None] * b_k_ref[None, :]
+        b_dr = b_dr - tl.max(b_u_sum, 1)[:, None] * b_k_ref[None, :]
     # [BT, BK]
-    p_o = (tl.cast(i_b, tl.int64) * T + o_t[:, None]) * (H * K) + i_h * K + o_k[None, :]
-    tl.store(dq + p_o, (b_dq * scale).to(dq.dtype.element_ty), mask=m_o)
-    tl.store(dr + p_o, (-b_dr).to(dr.dtype.element_ty), mask=m_o)
+    store_tile(dq, b_dq * scale, i_b, i_h, i_t, T, H, K)
+    store_tile(dr, -b_dr, i_b, i_h, i_t, T, H, K)
 
 
 @triton.jit
@@ -175,23 +185,12 @@ def _load_row_constant(rows, i_bh, i_x: tl.constexpr, i_t, T_padded, BT: tl.cons
 
 
 @triton.jit
-def _in_registers(b_x, BK: tl.constexpr):
-    """Return x out of a product, by one with it: the left operands of products may then be registers.
-
-    The tensor cores read a left operand from shared memory otherwise, which bounds narrow tiles.
-    """
-    o_k = tl.arange(0, BK)
-    b_one = (o_k[:, None] == o_k[None, :]).to(b_x.dtype)
-    return tl.dot(b_x, b_one, input_precision="ieee").to(b_x.dtype)
-
-
-@triton.jit
 def _dkdv_tile(
     b_k, b_v, q, r, do, rows, q_strides, r_strides, do_strides, i_b, i_h, i_t, o_s, b_end, state,
     T, T_padded, scale, scale_log2, H: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, K: tl.constexpr,
-    TMA: tl.constexpr, MASKED: tl.constexpr, BOUNDED: tl.constexpr, FROM_ROWS: tl.constexpr,
+    TMA: tl.constexpr, MASKED: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """Add one tile of one head's queries to dK and -dV."""
+    """Add one tile of one head's queries to dK / scale and scale * dV."""
     b_dk, b_dv = state
     # [BT, BK]
     b_q = load_tile(q, q_strides, i_b, i_h, i_t, T, BT, BK, K, TMA)
@@ -203,18 +202,13 @@ def _dkdv_tile(
     b_b = _load_row_constant(rows, i_bh, 2, i_t, T_padded, BT, TMA)
     b_e = _load_row_constant(rows, i_bh, 3, i_t, T_padded, BT, TMA)
     # [BS, BT]
-    if FROM_ROWS:
-        # the products start from the row constants: no subtraction, fewer registers
-        b_zero = (o_s * 0.0)[:, None]
-        b_s = tl.dot(b_k, tl.trans(b_q), b_zero - (b_lse / scale_log2)[None, :], input_precision="ieee")
-        b_t = tl.dot(b_k, tl.trans(b_r), b_zero - b_t1[None, :], input_precision="ieee")
-        b_a = tl.dot(b_v, tl.trans(b_do), b_zero - b_b[None, :], input_precision="ieee")
-        b_p = tl.math.exp2(b_s * scale_log2)
-    else:
-        b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
-        b_t = tl.dot(b_k, tl.trans(b_r), input_precision="ieee") - b_t1[None, :]
-        b_a = tl.dot(b_v, tl.trans(b_do), input_precision="ieee") - b_b[None, :]
-        b_p = tl.math.exp2(b_s * scale_log2 - b_lse[None, :])
+    b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
+    b_t = tl.dot(b_k, tl.trans(b_r), input_precision="ieee")
+    b_a = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")
+    b_p = tl.math.exp2(b_s * scale_log2 - b_lse[None, :])
+    # scale * (1 + tbar - t) and (b - a) / scale
+    b_t = b_t1[None, :] - b_t * scale
+    b_a = b_b[None, :] - b_a * (1.0 / scale)
     if MASKED:
         o_t = i_t + tl.arange(0, BT)
         m_s = o_s[:, None] <= o_t[None, :]
@@ -223,10 +217,10 @@ def _dkdv_tile(
         b_p = tl.where(m_s, b_p, 0.0)
         b_t = tl.where(m_s, b_t, 0.0)
     b_w = b_p * b_t
+    b_u = b_p * b_a
+    b_g = b_p * b_e[None, :] - b_w * b_a
     # [BS, BK]
     b_dv = tl.dot(b_w.to(b_do.dtype), b_do, b_dv, input_precision="ieee")
-    b_u = -(b_p * b_a)
-    b_g = b_p * (b_e * scale)[None, :] - (b_w * scale) * b_a
     b_dk = tl.dot(b_g.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
     b_dk = tl.dot(b_u.to(b_q.dtype), b_r, b_dk, input_precision="ieee")
     return b_dk, b_dv
@@ -237,8 +231,7 @@ def _parallax_bwd_dkdv_kernel(
     q, r, k, v, do, rows, dk, dv, end, q_strides, r_strides, k_strides, v_strides, do_strides,
     T, T_padded, window_size, num_heads, section, scale,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr,
-    TMA: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr, FROM_ROWS: tl.constexpr,
-    IN_REGISTERS: tl.constexpr,
+    TMA: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr, IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     """Compute BS rows of one kv head's dK and dV; one program each."""
     BOUNDED: tl.constexpr = PACKED or WINDOW
@@ -252,9 +245,9 @@ def _parallax_bwd_dkdv_kernel(
     b_k = load_tile(k, k_strides, i_b, i_g, i_s, T, BS, BK, K, TMA)
     b_v = load_tile(v, v_strides, i_b, i_g, i_s, T, BS, BK, K, TMA)
     if IN_REGISTERS >= 1:
-        b_k = _in_registers(b_k, BK)
+        b_k = in_registers(b_k, BK)
     if IN_REGISTERS == 2:
-        b_v = _in_registers(b_v, BK)
+        b_v = in_registers(b_v, BK)
     o_s = i_s + tl.arange(0, BS)
     b_end = o_s
     i_end = T
@@ -267,36 +260,38 @@ def _parallax_bwd_dkdv_kernel(
     i_diagonal = tl.minimum(tl.cdiv(i_s + BS - 1, BT) * BT, tl.cdiv(i_end, BT) * BT)
     i_unmasked = tl.maximum(i_unmasked, i_diagonal)
 
-    # every zone runs over all heads of the group in one loop, which keeps the load pipeline filled
+    # every zone runs over all heads of the group in one loop, which keeps the load pipeline filled;
+    # disable_licm as in the first pass
     state = (tl.zeros([BS, BK], tl.float32), tl.zeros([BS, BK], tl.float32))
     num_diagonal = tl.cdiv(i_diagonal - i_start, BT)
     num_masked = num_diagonal
     if BOUNDED:
         num_masked += tl.cdiv(tl.maximum(i_end - i_unmasked, 0), BT)
-    for i_x in tl.range(0, num_masked * GROUP):
+    for i_x in tl.range(0, num_masked * GROUP, disable_licm=True):
         i_h = i_g * GROUP + i_x // num_masked
         i_y = i_x % num_masked
         i_t = tl.where(i_y < num_diagonal, i_start + i_y * BT, i_unmasked + (i_y - num_diagonal) * BT)
         state = _dkdv_tile(
             b_k, b_v, q, r, do, rows, q_strides, r_strides, do_strides, i_b, i_h, i_t, o_s, b_end, state,
-            T, T_padded, scale, scale_log2, H, BT, BK, K, TMA, True, BOUNDED, FROM_ROWS,
+            T, T_padded, scale, scale_log2, H, BT, BK, K, TMA, True, BOUNDED,
         )  # fmt: skip
     num_unmasked = tl.cdiv(i_unmasked - i_diagonal, BT)
-    for i_x in tl.range(0, num_unmasked * GROUP):
-        i_h = i_g * GROUP + i_x // num_unmasked
-        i_t = i_diagonal + i_x % num_unmasked * BT
+    i_h = i_g * GROUP
+    i_t = i_diagonal
+    for _ in tl.range(0, num_unmasked * GROUP, disable_licm=True):
         state = _dkdv_tile(
             b_k, b_v, q, r, do, rows, q_strides, r_strides, do_strides, i_b, i_h, i_t, o_s, b_end, state,
-            T, T_padded, scale, scale_log2, H, BT, BK, K, TMA, False, BOUNDED, FROM_ROWS,
+            T, T_padded, scale, scale_log2, H, BT, BK, K, TMA, False, BOUNDED,
         )  # fmt: skip
+        i_t += BT
+        is_last = i_t >= i_unmasked
+        i_h = tl.where(is_last, i_h + 1, i_h)
+        i_t = tl.where(is_last, i_diagonal, i_t)
 
     b_dk, b_dv = state
-    o_k = tl.arange(0, BK)
-    m_s = (o_s < T)[:, None] & (o_k < K)[None, :]
     # [BS, BK]
-    p_s = (tl.cast(i_b, tl.int64) * T + o_s[:, None]) * (G * K) + i_g * K + o_k[None, :]
-    tl.store(dk + p_s, b_dk.to(dk.dtype.element_ty), mask=m_s)
-    tl.store(dv + p_s, (-b_dv).to(dv.dtype.element_ty), mask=m_s)
+    store_tile(dk, b_dk * scale, i_b, i_g, i_s, T, G, K)
+    store_tile(dv, b_dv / scale, i_b, i_g, i_s, T, G, K)
 
 
 def backward(
@@ -417,7 +412,8 @@ def query_gradients(
         num_tokens, rows.shape[2], mask.window_size or 0, num_programs, section, scale,
         H=num_heads, G=num_kv_heads, K=head_dim, BK=triton.next_power_of_2(head_dim),
         BT=tile.block_t, BS=tile.block_s, TMA=use_descriptors, PACKED=mask.is_packed, WINDOW=mask.has_window,
-        RANK_ONE=is_corrected, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        RANK_ONE=is_corrected, IN_REGISTERS=tile.in_registers, SUMS=tile.sums,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return dq, dr, rows
 
@@ -430,7 +426,6 @@ def key_gradients(
     *,
     tile: Tile | None = None,
     use_descriptors: bool | None = None,
-    from_rows: bool = True,
     section: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch the second pass.
@@ -442,7 +437,6 @@ def key_gradients(
         scale: Factor of q.k.
         tile: For tuning; None takes the table's.
         use_descriptors: For tuning; None uses tensor descriptors where they can be used.
-        from_rows: For tuning; the products start from the row constants.
         section: For tuning; heads that run side by side.
 
     Returns:
@@ -466,7 +460,7 @@ def key_gradients(
         num_tokens, rows.shape[2], mask.window_size or 0, num_programs, section, scale,
         H=num_heads, G=num_kv_heads, K=head_dim, BK=triton.next_power_of_2(head_dim),
         BT=tile.block_t, BS=tile.block_s, TMA=use_descriptors, PACKED=mask.is_packed, WINDOW=mask.has_window,
-        FROM_ROWS=from_rows, IN_REGISTERS=tile.in_registers,
+        IN_REGISTERS=tile.in_registers,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return dk, dv

@@ -55,6 +55,43 @@ def load_tile(
 
 
 @triton.jit
+def store_tile(x, b_x, i_b, i_h, i_t, T, H: tl.constexpr, K: tl.constexpr):
+    """Store rows i_t .. of one head of a contiguous `[B, T, H, K]`, [ROWS, BK]."""
+    o_t = tl.arange(0, b_x.shape[0])
+    o_k = tl.arange(0, b_x.shape[1])
+    # a 64-bit start, 32-bit offsets in the tile
+    p_x = x + (tl.cast(i_b, tl.int64) * T + i_t) * (H * K) + i_h * K
+    p_x = p_x + (o_t[:, None] * (H * K) + o_k[None, :])
+    tl.store(p_x, b_x.to(x.dtype.element_ty), mask=(i_t + o_t < T)[:, None] & (o_k < K)[None, :])
+
+
+@triton.jit
+def in_registers(b_x, BK: tl.constexpr):
+    """Return x [ROWS, BK] out of a product with the identity: as a left operand it is then in registers.
+
+    The tensor cores read a left operand from shared memory otherwise, which bounds narrow tiles.
+    """
+    o_k = tl.arange(0, BK)
+    b_one = (o_k[:, None] == o_k[None, :]).to(b_x.dtype)
+    return tl.dot(b_x, b_one, input_precision="ieee").to(b_x.dtype)
+
+
+@triton.jit
+def add_row_sums(b_x, b_sum):
+    """Add the row sums of a tile as it was rounded to its dtype, to every column of b_sum [ROWS, SUMS] fp32.
+
+    With eight columns by a product with ones: to unpack and to add 16-bit tiles costs more than the tensor
+    cores do. With one column by additions.
+    """
+    if b_sum.shape[1] == 1:
+        b_sum += tl.sum(b_x.to(tl.float32), 1)[:, None]
+    else:
+        b_ones = tl.full([b_x.shape[1], b_sum.shape[1]], 1.0, b_x.dtype)
+        b_sum = tl.dot(b_x, b_ones, b_sum, input_precision="ieee")
+    return b_sum
+
+
+@triton.jit
 def first_key(first, o_t, T, window_size, PACKED: tl.constexpr, WINDOW: tl.constexpr):
     """Return first_i for query rows (a block or a scalar)."""
     b_first = o_t * 0

@@ -8,6 +8,10 @@ One pass over keys and values with the running maximum m of the logits in base 2
 c_i is the weighted mean of t over the first tile in which query i sees a key, which is formed in fp32 before
 that tile's P2 is rounded. The tiles on the diagonal come first, so that every row has its c there.
 
+d1 and d2 sum P1 and P2 as they are rounded for the products, by products with ones. The weights of o then
+sum to one whatever the rounding, and the loop has an eighth fewer instructions. lse and tbar belong to the
+rounded weights too: in 16 bits lse is off by up to half a unit of rounding, 2^-9 in bf16.
+
 Written: o in the dtype of the inputs, lse and tbar in fp32, and vbar in the dtype of the inputs when a
 backward follows (it needs dO.vbar, and vbar cannot be had from o; the copy costs as much memory as o, a
 recomputation would cost the backward a quarter of its products).
@@ -22,14 +26,17 @@ from parallax.kernels.common import (
     LN2,
     LOG2E,
     Mask,
+    add_row_sums,
     can_use_descriptors,
     describe,
     document_bounds,
     first_key,
     heads_per_section,
+    in_registers,
     key_bounds,
     load_tile,
     program_of,
+    store_tile,
     strides_of,
     with_contiguous_rows,
 )
@@ -60,16 +67,18 @@ def _attend_tile(
     b_m_new = tl.maximum(b_m, tl.max(b_s, 1) * scale_log2)
     b_alpha = tl.math.exp2(b_m - b_m_new)
     b_p1 = tl.math.exp2(b_s * scale_log2 - b_m_new[:, None])
-    b_sum = tl.sum(b_p1, 1)
     if MASKED and CENTRED:
+        b_sum = tl.sum(b_p1, 1)
         # rows that see their first keys in this tile; the largest of which gives the sum at least one half
-        b_c = tl.where((b_d1 == 0.0) & (b_sum > 0.0), tl.sum(b_p1 * b_t, 1) / tl.maximum(b_sum, 0.5), b_c)
-    b_p2 = b_p1 * (b_t - b_c[:, None])
-    b_d1 = b_d1 * b_alpha + b_sum
-    b_d2 = b_d2 * b_alpha + tl.sum(b_p2, 1)
+        is_first = (tl.max(b_d1, 1) == 0.0) & (b_sum > 0.0)
+        b_c = tl.where(is_first, tl.sum(b_p1 * b_t, 1) / tl.maximum(b_sum, 0.5), b_c)
+    b_p2 = (b_p1 * (b_t - b_c[:, None])).to(b_v.dtype)
+    b_p1 = b_p1.to(b_v.dtype)
     # [BT, BK]
-    b_o1 = tl.dot(b_p1.to(b_v.dtype), b_v, b_o1 * b_alpha[:, None], input_precision="ieee")
-    b_o2 = tl.dot(b_p2.to(b_v.dtype), b_v, b_o2 * b_alpha[:, None], input_precision="ieee")
+    b_o1 = tl.dot(b_p1, b_v, b_o1 * b_alpha[:, None], input_precision="ieee")
+    b_o2 = tl.dot(b_p2, b_v, b_o2 * b_alpha[:, None], input_precision="ieee")
+    b_d1 = add_row_sums(b_p1, b_d1 * b_alpha[:, None])
+    b_d2 = add_row_sums(b_p2, b_d2 * b_alpha[:, None])
     return b_m_new, b_c, b_d1, b_d2, b_o1, b_o2
 
 
@@ -79,7 +88,7 @@ def _parallax_fwd_kernel(
     T, window_size, num_heads, section, scale,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr,
     TMA: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr, SAVE_VBAR: tl.constexpr,
-    CENTRED: tl.constexpr,
+    CENTRED: tl.constexpr, IN_REGISTERS: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """Compute BT rows of one head's output; one program each."""
     BOUNDED: tl.constexpr = PACKED or WINDOW
@@ -94,6 +103,10 @@ def _parallax_fwd_kernel(
     o_t = i_t + tl.arange(0, BT)
     b_q = load_tile(q, q_strides, i_b, i_h, i_t, T, BT, BK, K, TMA)
     b_r = load_tile(r, r_strides, i_b, i_h, i_t, T, BT, BK, K, TMA)
+    if IN_REGISTERS >= 1:
+        b_q = in_registers(b_q, BK)
+    if IN_REGISTERS == 2:
+        b_r = in_registers(b_r, BK)
     b_first = o_t
     if BOUNDED:
         b_first = first_key(first, o_t, T, window_size, PACKED, WINDOW)
@@ -101,34 +114,34 @@ def _parallax_fwd_kernel(
 
     # a finite start: a row without a visible key in a tile must not form inf - inf
     b_m = tl.full([BT], -1.0e30, tl.float32)
-    b_zero = tl.zeros([BT], tl.float32)
-    state = (b_m, b_zero, b_zero, b_zero, tl.zeros([BT, BK], tl.float32), tl.zeros([BT, BK], tl.float32))
+    b_c = tl.zeros([BT], tl.float32)
+    b_d = tl.zeros([BT, SUMS], tl.float32)
+    state = (b_m, b_c, b_d, b_d, tl.zeros([BT, BK], tl.float32), tl.zeros([BT, BK], tl.float32))
     num_diagonal = tl.cdiv(tl.minimum(i_t + BT, T) - i_diagonal, BS)
-    for i_x in tl.range(0, num_diagonal + (i_unmasked - i_first) // BS):
+    # disable_licm: the addresses of the operands that stay would otherwise be held in registers, which spill
+    for i_x in tl.range(0, num_diagonal + (i_unmasked - i_first) // BS, disable_licm=True):
         i_s = tl.where(i_x < num_diagonal, i_diagonal + i_x * BS, i_first + (i_x - num_diagonal) * BS)
         state = _attend_tile(
             b_q, b_r, k, v, k_strides, v_strides, i_b, i_g, i_s, o_t, b_first, state, T, scale_log2,
             BS, BK, K, TMA, True, BOUNDED, CENTRED,
         )  # fmt: skip
-    for i_s in tl.range(i_unmasked, i_diagonal, BS):
+    for i_s in tl.range(i_unmasked, i_diagonal, BS, disable_licm=True):
         state = _attend_tile(
             b_q, b_r, k, v, k_strides, v_strides, i_b, i_g, i_s, o_t, b_first, state, T, scale_log2,
             BS, BK, K, TMA, False, BOUNDED, CENTRED,
         )  # fmt: skip
 
     b_m, b_c, b_d1, b_d2, b_o1, b_o2 = state
-    b_inverse = 1.0 / tl.maximum(b_d1, 0.5)
-    b_shift = b_d2 * b_inverse
-    o_k = tl.arange(0, BK)
-    m_o = (o_t < T)[:, None] & (o_k < K)[None, :]
+    b_d1 = tl.maximum(tl.max(b_d1, 1), 0.5)
+    b_inverse = 1.0 / b_d1
+    b_shift = tl.max(b_d2, 1) * b_inverse
     # [BT, BK]
-    p_o = (tl.cast(i_b, tl.int64) * T + o_t[:, None]) * (H * K) + i_h * K + o_k[None, :]
     b_o = (b_o1 * (1.0 + b_shift)[:, None] - b_o2) * b_inverse[:, None]
-    tl.store(o + p_o, b_o.to(o.dtype.element_ty), mask=m_o)
+    store_tile(o, b_o, i_b, i_h, i_t, T, H, K)
     if SAVE_VBAR:
-        tl.store(vbar + p_o, (b_o1 * b_inverse[:, None]).to(vbar.dtype.element_ty), mask=m_o)
+        store_tile(vbar, b_o1 * b_inverse[:, None], i_b, i_h, i_t, T, H, K)
     p_t = tl.cast(i_bh, tl.int64) * T + o_t
-    tl.store(lse + p_t, (b_m + tl.math.log2(tl.maximum(b_d1, 0.5))) * LN2, mask=o_t < T)
+    tl.store(lse + p_t, (b_m + tl.math.log2(b_d1)) * LN2, mask=o_t < T)
     tl.store(tbar + p_t, b_c + b_shift, mask=o_t < T)
 
 
@@ -168,9 +181,8 @@ def forward(
     """
     q, r, k, v = (with_contiguous_rows(x) for x in (q, r, k, v))
     batch_size, num_tokens, num_heads, head_dim = q.shape
-    num_kv_heads = k.shape[2]
+    group = num_heads // k.shape[2]
     tile = tile or tile_of("forward", q)
-    block_k = triton.next_power_of_2(head_dim)
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     vbar = torch.empty(q.shape if save_vbar else (0,), dtype=q.dtype, device=q.device)
     lse = torch.empty(batch_size, num_heads, num_tokens, dtype=torch.float32, device=q.device)
@@ -181,20 +193,18 @@ def forward(
     mask = Mask(*document_bounds(cu_seqlens, num_tokens), window_size)
     if use_descriptors is None:
         use_descriptors = can_use_descriptors(q, r, k, v)
-    q_in, r_in, k_in, v_in = q, r, k, v
-    if use_descriptors:
-        q_in, r_in = (describe(x, tile.block_t, block_k) for x in (q, r))
-        k_in, v_in = (describe(x, tile.block_s, block_k) for x in (k, v))
+    block_k = triton.next_power_of_2(head_dim)
+    pairs = ((q, tile.block_t), (r, tile.block_t), (k, tile.block_s), (v, tile.block_s))
+    q_in, r_in, k_in, v_in = (describe(x, n, block_k) if use_descriptors else x for x, n in pairs)
     num_programs = batch_size * num_heads
-    section = section or heads_per_section(
-        num_programs, num_heads // num_kv_heads, 2 * num_tokens * head_dim * o.element_size()
-    )
+    section = section or heads_per_section(num_programs, group, 2 * k[0, :, 0].nbytes)
     _parallax_fwd_kernel[(triton.cdiv(num_tokens, tile.block_t) * num_programs,)](
         q_in, r_in, k_in, v_in, o, vbar, lse, tbar, mask.first,
         strides_of(q), strides_of(r), strides_of(k), strides_of(v),
         num_tokens, window_size or 0, num_programs, section, scale,
-        H=num_heads, G=num_kv_heads, K=head_dim, BK=block_k, BT=tile.block_t, BS=tile.block_s,
-        TMA=use_descriptors, PACKED=mask.is_packed, WINDOW=mask.has_window,
-        SAVE_VBAR=save_vbar, CENTRED=is_centred, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        H=num_heads, G=k.shape[2], K=head_dim, BK=block_k, BT=tile.block_t, BS=tile.block_s, SUMS=tile.sums,
+        TMA=use_descriptors, PACKED=mask.is_packed, WINDOW=mask.has_window, SAVE_VBAR=save_vbar,
+        CENTRED=is_centred, IN_REGISTERS=tile.in_registers,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return o, vbar, lse, tbar

@@ -22,7 +22,9 @@ class Tile(NamedTuple):
         block_s: Keys in a tile.
         num_warps: Warps of a program.
         num_stages: Depth of the load pipeline.
-        in_registers: Operands that the dK/dV kernel keeps in registers: 0 none, 1 keys, 2 keys and values.
+        in_registers: How many of the operands that stay through the loop are kept in registers: of queries
+            and probes forward, queries and dO for dQ and dR, keys and values for dK and dV.
+        sums: Columns of the row sums of `add_row_sums`: 8 by the tensor cores, 1 by additions.
     """
 
     block_t: int
@@ -30,34 +32,35 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
     in_registers: int = 0
+    sums: int = 8
 
 
 _HOPPER: dict[tuple[KernelName, int], Tile] = {
     ("forward", 64): Tile(64, 64, 4, 2),
     ("forward", 128): Tile(64, 64, 4, 2),
     ("forward", 256): Tile(64, 32, 8, 2),
-    ("dqdr", 64): Tile(64, 64, 4, 2),
+    ("dqdr", 64): Tile(64, 64, 4, 3, 1),
     ("dqdr", 128): Tile(64, 64, 4, 2),
-    ("dqdr", 256): Tile(64, 32, 8, 2),
-    ("dkdv", 64): Tile(64, 64, 4, 2, 2),
-    ("dkdv", 128): Tile(32, 64, 4, 2, 1),
-    ("dkdv", 256): Tile(32, 32, 8, 2),
+    ("dqdr", 256): Tile(64, 16, 8, 2),
+    ("dkdv", 64): Tile(64, 64, 4, 3),
+    ("dkdv", 128): Tile(32, 64, 4, 3, 1),
+    ("dkdv", 256): Tile(16, 64, 8, 2),
 }
 
 _AMPERE: dict[tuple[KernelName, int], Tile] = {
     ("forward", 64): Tile(64, 64, 4, 2),
     ("forward", 128): Tile(64, 32, 4, 2),
-    ("forward", 256): Tile(64, 32, 8, 1),
+    ("forward", 256): Tile(64, 32, 8, 1, sums=1),
     ("dqdr", 64): Tile(64, 64, 4, 2),
     ("dqdr", 128): Tile(64, 32, 8, 2),
-    ("dqdr", 256): Tile(32, 32, 8, 1),
+    ("dqdr", 256): Tile(32, 32, 8, 1, sums=1),
     ("dkdv", 64): Tile(32, 64, 4, 2),
     ("dkdv", 128): Tile(32, 64, 8, 2),
     ("dkdv", 256): Tile(32, 32, 8, 1),
 }
 
 _FP32: dict[tuple[KernelName, int], Tile] = {
-    (kernel, head_dim): Tile(32, 32, 4 if head_dim == 64 else 8, 1)
+    (kernel, head_dim): Tile(32, 32, 4 if head_dim == 64 else 8, 1, sums=1)
     for kernel in ("forward", "dqdr", "dkdv")
     for head_dim in (64, 128, 256)
 }

@@ -1,0 +1,389 @@
+"""Speed of Parallax attention in training, beside its peers, in one process.
+
+`python -m benchmarks.attention` checks the accuracy first and reports nothing if that fails. Then, for every
+length at 32k tokens, all providers take turns, so that they share the state of the machine: torch's softmax
+attention with the FlashAttention-2 and the cuDNN backend, compiled FlexAttention (softmax), and the Parallax
+of flash-linear-attention. Times are medians over CUDA events, forward with what a backward needs. FLOPs count
+the causal half of each product: softmax 2 forward and 5 backward, Parallax 4 and 8, however many a kernel
+executes. Memory is the peak of one forward and backward above the inputs.
+
+The authors' own kernels cannot be imported beside ours (same package name). Their time is what they took on
+another H100, times what the yardstick (FlashAttention-2; cuDNN at head width 64) takes here over there.
+"""
+
+import argparse
+import itertools
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cache, partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.machine import RESULTS, write_result
+from parallax import parallax_attention
+from parallax.reference import parallax_reference
+from parallax.testing import Inputs, make_inputs, output_and_gradients, relative_error
+
+BARS = {"o": 0.0026, "dq": 0.0032, "dr": 0.0032, "dk": 0.0032, "dv": 0.0032}
+"""Largest relative norm errors against fp64 that are admitted in bf16."""
+
+KEY_OFFSETS = (0.0, 3.0, 8.0)
+
+FLEX_LENGTHS = (4096, 16384)
+"""FlexAttention compiles for seconds per shape, so it is timed at these alone."""
+
+AUTHORS_MS: dict[tuple[int, int], tuple[float, str, float]] = {
+    (128, 1024): (3.67, "fa2", 2.93),
+    (128, 2048): (6.09, "fa2", 4.40),
+    (128, 4096): (10.97, "fa2", 7.31),
+    (128, 8192): (21.5, "fa2", 13.1),
+    (128, 16384): (41.2, "fa2", 24.5),
+    (128, 32768): (78.3, "fa2", 48.3),
+    (64, 4096): (5.54, "cudnn", 2.60),
+    (64, 32768): (40.1, "cudnn", 18.4),
+}
+"""(head width, length) -> the authors' forward + backward; a yardstick, its forward + backward; milliseconds.
+
+parallax-kernel 0.1.1 and the yardstick in one process on an H100: 16 query and 8 kv heads, 32k tokens, bf16.
+"""
+
+
+class Shape(NamedTuple):
+    """What is attended to: a causal problem of B * T tokens."""
+
+    num_tokens: int
+    head_dim: int
+    num_heads: int
+    num_kv_heads: int
+    batch_size: int
+
+    def tflops(self, num_products: int, time_ms: float) -> float:
+        """Return TFLOP/s of causal T x T x K products."""
+        flops = num_products * self.batch_size * self.num_heads * self.num_tokens**2 * self.head_dim
+        return flops / time_ms / 1e9
+
+
+class Provider(NamedTuple):
+    """An attention to time.
+
+    Attributes:
+        label: For the table.
+        attend: Called as attend(q, r, k, v) in its layout.
+        is_parallax: Whether it has the probe; else r is left out.
+        heads_first: Whether it wants `[B, H, T, K]` in memory.
+    """
+
+    label: str
+    attend: Callable[..., Tensor]
+    is_parallax: bool
+    heads_first: bool = False
+
+    @property
+    def products(self) -> tuple[int, int]:
+        """Tile products that are counted, forward and backward."""
+        return (4, 8) if self.is_parallax else (2, 5)
+
+
+@dataclass
+class Cell:
+    """What one provider took at one shape.
+
+    Attributes:
+        provider: Its name.
+        shape: The problem.
+        forward_ms: Median, milliseconds.
+        backward_ms: Likewise.
+        peak_mib: Peak memory above the inputs, MiB.
+        rounds_ms: The single measurements, forward and backward.
+        error: Why it did not run.
+    """
+
+    provider: str
+    shape: Shape
+    forward_ms: float = 0.0
+    backward_ms: float = 0.0
+    peak_mib: float = 0.0
+    rounds_ms: list[tuple[float, float]] = field(default_factory=list)
+    error: str | None = None
+
+    @property
+    def sum_ms(self) -> float:
+        """Forward and backward."""
+        return self.forward_ms + self.backward_ms
+
+
+def _softmax(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    with sdpa_kernel(backend):
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    return o.transpose(1, 2)
+
+
+@cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    from torch._functorch import config as functorch_config
+    from torch.nn.attention.flex_attention import flex_attention
+
+    # a warm-up and the rounds differentiate separate graphs of the same compiled function
+    functorch_config.donated_buffer = False
+    return torch.compile(flex_attention, dynamic=False)
+
+
+@cache
+def _causal_blocks(num_tokens: int) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def is_visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return i >= j
+
+    return create_block_mask(is_visible, None, None, num_tokens, num_tokens, device="cuda")
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    blocks = _causal_blocks(q.shape[2])
+    return _compiled_flex()(q, k, v, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _fla(q: Tensor, r: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return import_module("fla.ops.parallax").parallel_parallax(q, r, k, v)
+
+
+PROVIDERS = {
+    "ours": Provider("ours", parallax_attention, is_parallax=True),
+    "fla": Provider("fla, Parallax", _fla, is_parallax=True),
+    "cudnn": Provider("cuDNN, softmax", partial(_softmax, SDPBackend.CUDNN_ATTENTION), is_parallax=False),
+    "fa2": Provider(
+        "FlashAttention-2, softmax", partial(_softmax, SDPBackend.FLASH_ATTENTION), is_parallax=False
+    ),
+    "flex": Provider("FlexAttention, softmax", _flex, is_parallax=False, heads_first=True),
+}
+
+
+def check_accuracy(head_dims: list[int]) -> list[dict[str, Any]]:
+    """Print and return errors against fp64 at T = 1024, 16 query and 8 kv heads.
+
+    Raises:
+        SystemExit: An error is above its bar: there is no speed to report.
+    """
+    rows, failures = [], []
+    print("| head width | key offset | o | dQ | dR | dK | dV |\n|" + "---|" * 7)
+    for head_dim, key_offset in itertools.product(head_dims, KEY_OFFSETS):
+        inputs = make_inputs(
+            1, 1024, 16, 8, head_dim, dtype=torch.bfloat16, device="cuda", key_offset=key_offset
+        )
+        actual = output_and_gradients(parallax_attention, inputs)
+        truth = output_and_gradients(parallax_reference, inputs.to(torch.float64))
+        errors = {name: relative_error(actual[name], truth[name]) for name in truth}
+        rows.append({"head_dim": head_dim, "key_offset": key_offset, **errors})
+        numbers = " | ".join(f"{x:.4f}" for x in errors.values())
+        print(f"| {head_dim} | {key_offset:g} | {numbers} |", flush=True)
+        failures += [
+            f"{name} {error:.4f} > {BARS[name]} at head width {head_dim}, key offset {key_offset:g}"
+            for name, error in errors.items()
+            if not error <= BARS[name]
+        ]
+    if failures:
+        sys.exit("no speed is reported, the accuracy check failed: " + "; ".join(failures))
+    return rows
+
+
+class Runner:
+    """One provider with its inputs at one shape."""
+
+    def __init__(self, name: str, shape: Shape, inputs: Inputs) -> None:
+        """Take the inputs in the provider's layout."""
+        self.cell = Cell(name, shape)
+        provider = PROVIDERS[name]
+        tensors = inputs if provider.is_parallax else (inputs.q, inputs.k, inputs.v, inputs.do)
+        if provider.heads_first:
+            tensors = tuple(x.transpose(1, 2).contiguous() for x in tensors)
+        *leaves, self.do = (x.detach() for x in tensors)
+        self.leaves = [x.requires_grad_() for x in leaves]
+        self.attend = provider.attend
+
+    def run(self) -> list[torch.cuda.Event]:
+        """Run forward and backward; return events before, between and after."""
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+        events[0].record()
+        o = self.attend(*self.leaves)
+        events[1].record()
+        torch.autograd.grad(o, self.leaves, self.do)
+        events[2].record()
+        return events
+
+    def warm_up(self) -> None:
+        """Compile, measure the peak of memory, and note what does not run."""
+        try:
+            self.run()
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            self.run()
+            torch.cuda.synchronize()
+            self.cell.peak_mib = (torch.cuda.max_memory_allocated() - before) / 2**20
+        except Exception as error:  # a peer may not serve a shape, or not be installed
+            self.cell.error = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+            print(f"{self.cell.provider} {self.cell.shape}: {self.cell.error}", file=sys.stderr)
+
+
+def _seconds_of_one_rotation(runners: list[Runner]) -> float:
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    events[0].record()
+    for runner in runners:
+        runner.run()
+    events[1].record()
+    torch.cuda.synchronize()
+    return events[0].elapsed_time(events[1]) / 1e3
+
+
+def measure(shape: Shape, names: list[str], seconds: float) -> list[Cell]:
+    """Time providers in turn at one shape.
+
+    Args:
+        shape: The problem.
+        names: Of the providers.
+        seconds: How long the rounds may take; between 5 and 30 of them.
+    """
+    inputs = _draw(shape)
+    every = [Runner(name, shape, inputs) for name in names]
+    for runner in every:
+        runner.warm_up()
+    runners = [runner for runner in every if runner.cell.error is None]
+    num_rounds = max(5, min(30, int(seconds / _seconds_of_one_rotation(runners)))) if runners else 0
+    flushed = torch.empty(2**26, dtype=torch.int32, device="cuda")
+    for i_round in range(num_rounds):
+        taken = []
+        for runner in runners[i_round % len(runners) :] + runners[: i_round % len(runners)]:
+            # a cold L2 cache, and time for the host to run ahead of the GPU
+            flushed.zero_()
+            torch.cuda._sleep(1_000_000)
+            taken.append((runner, runner.run()))
+        torch.cuda.synchronize()
+        for runner, (start, middle, end) in taken:
+            runner.cell.rounds_ms.append((start.elapsed_time(middle), middle.elapsed_time(end)))
+    for runner in runners:
+        forwards, backwards = zip(*runner.cell.rounds_ms, strict=True)
+        runner.cell.forward_ms = statistics.median(forwards)
+        runner.cell.backward_ms = statistics.median(backwards)
+    return [runner.cell for runner in every]
+
+
+def _draw(shape: Shape) -> Inputs:
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(num_heads: int) -> Tensor:
+        size = (shape.batch_size, shape.num_tokens, num_heads, shape.head_dim)
+        return torch.randn(size, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+    q, r, do = (normal(shape.num_heads) for _ in range(3))
+    k, v = (normal(shape.num_kv_heads) for _ in range(2))
+    return Inputs(q, r, k, v, do)
+
+
+def authors_sum_ms(cells: dict[str, Cell]) -> float | None:
+    """Return what the authors' kernels would take here, or None where they were not measured."""
+    shape = cells["ours"].shape
+    known = AUTHORS_MS.get((shape.head_dim, shape.num_tokens))
+    if known is None or (shape.num_heads, shape.num_kv_heads) != (16, 8):
+        return None
+    authors_ms, yardstick, yardstick_ms = known
+    if yardstick not in cells or cells[yardstick].error:
+        return None
+    return authors_ms * cells[yardstick].sum_ms / yardstick_ms
+
+
+def _row(cells: dict[str, Cell], names: list[str]) -> Iterator[str]:
+    """Yield the table's entries for one shape: times, ratios, memory."""
+    ours = cells["ours"]
+    yield str(ours.shape.num_tokens)
+    for name in names:
+        cell = cells.get(name)
+        if cell is None or cell.error:
+            yield "" if cell is None else "does not run"
+            continue
+        pairs = zip(PROVIDERS[name].products, (cell.forward_ms, cell.backward_ms), strict=True)
+        rates = "/".join(f"{cell.shape.tflops(*pair):.0f}" for pair in pairs)
+        yield f"{cell.forward_ms:.2f} + {cell.backward_ms:.2f} = {cell.sum_ms:.2f} ({rates})"
+    authors = authors_sum_ms(cells)
+    yield "" if authors is None else f"{authors:.2f}"
+    against = [None if authors is None else authors / ours.sum_ms]
+    for name in names[1:]:
+        cell = cells.get(name)
+        against.append(None if cell is None or cell.error else cell.sum_ms / ours.sum_ms)
+    yield " / ".join("-" if x is None else f"{x:.2f}" for x in against)
+    memory = [cells[name].peak_mib if name in cells and not cells[name].error else None for name in names]
+    yield " / ".join("-" if x is None else f"{x:.0f}" for x in memory)
+
+
+def table(found: list[Cell]) -> str:
+    """Return the Markdown tables, one for each head width and number of heads."""
+    lines = []
+    shapes = list(dict.fromkeys(c.shape for c in found))
+    kinds = dict.fromkeys((s.head_dim, s.num_heads, s.num_kv_heads) for s in shapes)
+    for kind in kinds:
+        here = [s for s in shapes if (s.head_dim, s.num_heads, s.num_kv_heads) == kind]
+        names = [n for n in PROVIDERS if any(c.provider == n and c.shape in here for c in found)]
+        peers = " / ".join(names[1:])
+        lines.append(f"\nHead width {kind[0]}, {kind[1]} query and {kind[2]} kv heads, ms (TFLOP/s):\n")
+        labels = [PROVIDERS[name].label for name in names]
+        header = [
+            "T",
+            *labels,
+            "authors', scaled",
+            f"times ours: authors' / {peers}",
+            f"MiB: {' / '.join(names)}",
+        ]
+        lines.append("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
+        for shape in here:
+            cells = {c.provider: c for c in found if c.shape == shape}
+            if not cells["ours"].error:
+                lines.append("| " + " | ".join(_row(cells, names)) + " |")
+    return "\n".join(lines)
+
+
+def _providers_of(shape: Shape, asked: list[str], flex_lengths: list[int]) -> list[str]:
+    if shape.head_dim not in (64, 128):
+        return ["ours"]
+    is_flexed = shape.num_tokens in flex_lengths and shape.num_heads != shape.num_kv_heads
+    return ["ours", *(n for n in asked if n != "ours" and (n != "flex" or is_flexed))]
+
+
+def main() -> None:
+    """Check, time, print the table, write the result."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2**i for i in range(10, 16)])
+    parser.add_argument("--head-dims", type=int, nargs="+", default=[128, 64, 96, 256])
+    parser.add_argument("--heads", nargs="+", default=["16/8", "16/16"], help="query/kv heads")
+    parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), choices=list(PROVIDERS))
+    parser.add_argument("--flex-lengths", type=int, nargs="*", default=list(FLEX_LENGTHS))
+    parser.add_argument("--tokens", type=int, default=32768, help="batch size times length")
+    parser.add_argument("--seconds", type=float, default=0.8, help="of measuring at each shape")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--name", default="attention")
+    args = parser.parse_args()
+
+    errors = check_accuracy(args.head_dims)
+    found: list[Cell] = []
+    for heads, head_dim, num_tokens in itertools.product(args.heads, args.head_dims, args.lengths):
+        num_heads, num_kv_heads = map(int, heads.split("/"))
+        shape = Shape(num_tokens, head_dim, num_heads, num_kv_heads, max(1, args.tokens // num_tokens))
+        if head_dim not in (64, 128) and num_heads == num_kv_heads:
+            continue
+        found += measure(shape, _providers_of(shape, args.providers, args.flex_lengths), args.seconds)
+        print(", ".join(f"{c.provider} {c.sum_ms:.2f}" for c in found if c.shape == shape), shape, flush=True)
+    print(table(found))
+    cells = [asdict(c) | {"shape": c.shape._asdict()} for c in found]
+    result = {"command": " ".join(sys.argv), "accuracy": errors, "cells": cells}
+    print(write_result(args.name, result, args.out))
+
+
+if __name__ == "__main__":
+    main()
