@@ -13,6 +13,7 @@ another H100, times what the yardstick (FlashAttention-2; cuDNN at head width 64
 
 import argparse
 import itertools
+import shlex
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -381,7 +382,11 @@ def main() -> None:
         print(", ".join(f"{c.provider} {c.sum_ms:.2f}" for c in found if c.shape == shape), shape, flush=True)
     print(table(found))
     cells = [asdict(c) | {"shape": c.shape._asdict()} for c in found]
-    result = {"command": " ".join(sys.argv), "accuracy": errors, "cells": cells}
+    result = {
+        "command": shlex.join(["python", "-m", "benchmarks.attention", *sys.argv[1:]]),
+        "accuracy": errors,
+        "cells": cells,
+    }
     print(write_result(args.name, result, args.out))
 
 

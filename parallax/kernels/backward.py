@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from parallax.kernels.common import (
+from parallax.kernels.addressing import (
     LOG2E,
     Mask,
     add_row_sums,
@@ -372,7 +372,6 @@ def query_gradients(
     tile: Tile | None = None,
     use_descriptors: bool | None = None,
     is_corrected: bool = True,
-    section: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the first pass.
 
@@ -387,7 +386,6 @@ def query_gradients(
         tile: For tuning; None takes the table's.
         use_descriptors: For tuning; None uses tensor descriptors where they can be used.
         is_corrected: For measuring what (13) costs and gives.
-        section: For tuning; heads that run side by side.
 
     Returns:
         dq, dr `[B, T, H, K]` and the row constants `[B * H, 4, T rounded up]` fp32 for `key_gradients`.
@@ -402,7 +400,7 @@ def query_gradients(
     if use_descriptors is None:
         use_descriptors = can_use_descriptors(*operands)
     q, r, k, v, do = operands.described(tile) if use_descriptors else operands
-    section = section or heads_per_section(
+    section = heads_per_section(
         num_programs, num_heads // num_kv_heads, 2 * num_tokens * head_dim * o.element_size()
     )
     _parallax_bwd_dqdr_kernel[(num_tiles * num_programs,)](
@@ -426,7 +424,6 @@ def key_gradients(
     *,
     tile: Tile | None = None,
     use_descriptors: bool | None = None,
-    section: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch the second pass.
 
@@ -437,7 +434,6 @@ def key_gradients(
         scale: Factor of q.k.
         tile: For tuning; None takes the table's.
         use_descriptors: For tuning; None uses tensor descriptors where they can be used.
-        section: For tuning; heads that run side by side.
 
     Returns:
         dk, dv `[B, T, G, K]`.
@@ -452,7 +448,7 @@ def key_gradients(
     q, r, k, v, do = operands.described(tile) if use_descriptors else operands
     constants = TensorDescriptor.from_tensor(rows, [1, 1, tile.block_t]) if use_descriptors else rows
     bytes_per_head = 3 * num_heads // num_kv_heads * num_tokens * head_dim * dk.element_size()
-    section = section or heads_per_section(num_programs, 1, bytes_per_head)
+    section = heads_per_section(num_programs, 1, bytes_per_head)
     _parallax_bwd_dkdv_kernel[(triton.cdiv(num_tokens, tile.block_s) * num_programs,)](
         q, r, k, v, do, constants, dk, dv, mask.end,
         strides_of(operands.q), strides_of(operands.r), strides_of(operands.k), strides_of(operands.v),

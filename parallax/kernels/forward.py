@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from parallax.kernels.common import (
+from parallax.kernels.addressing import (
     LN2,
     LOG2E,
     Mask,
@@ -158,7 +158,6 @@ def forward(
     tile: Tile | None = None,
     use_descriptors: bool | None = None,
     is_centred: bool = True,
-    section: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch the forward kernel. Nothing is read back to the host.
 
@@ -174,7 +173,6 @@ def forward(
         tile: For tuning; None takes the table's.
         use_descriptors: For tuning; None uses tensor descriptors where they can be used.
         is_centred: For measuring what (12) costs and gives.
-        section: For tuning; heads that run side by side.
 
     Returns:
         o `[B, T, H, K]` and vbar, the same or empty `[0]`, in the dtype of q; lse and tbar `[B, H, T]` fp32.
@@ -197,7 +195,7 @@ def forward(
     pairs = ((q, tile.block_t), (r, tile.block_t), (k, tile.block_s), (v, tile.block_s))
     q_in, r_in, k_in, v_in = (describe(x, n, block_k) if use_descriptors else x for x, n in pairs)
     num_programs = batch_size * num_heads
-    section = section or heads_per_section(num_programs, group, 2 * k[0, :, 0].nbytes)
+    section = heads_per_section(num_programs, group, 2 * k[0, :, 0].nbytes)
     _parallax_fwd_kernel[(triton.cdiv(num_tokens, tile.block_t) * num_programs,)](
         q_in, r_in, k_in, v_in, o, vbar, lse, tbar, mask.first,
         strides_of(q), strides_of(r), strides_of(k), strides_of(v),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from parallax import ops
 from parallax.kernels import backward, forward
-from parallax.kernels.common import Mask, document_bounds
+from parallax.kernels.addressing import Mask, document_bounds
 from parallax.kernels.tiles import Tile
 from parallax.reference import parallax_reference, parallax_reference_stats
 from parallax.testing import (
