@@ -1,10 +1,10 @@
 # make train: set up, then the main job on this machine.  make test: set up, then every check.
 PYTHON ?= python3
 BIN := .venv/bin
-# one process per GPU, a power of two up to 8 so that the batch divides; without a GPU two processes on gloo
-NPROC = $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c ^GPU); \
-	p=1; while [ $$((2 * p)) -le $${n:-0} ] && [ $$p -lt 8 ]; do p=$$((2 * p)); done; \
-	[ "$${n:-0}" -gt 0 ] && echo $$p || echo 2)
+# one process per GPU; without a GPU two processes on gloo
+NPROC := $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c ^GPU); [ "$${n:-0}" -gt 0 ] && echo $$n || echo 2)
+# about 32 rows a step, 4 at a time on each process
+ROWS := $(shell echo $$((4 * $(NPROC) * ((8 + $(NPROC) - 1) / $(NPROC)))))
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: train test lint clean
@@ -16,7 +16,8 @@ export OMP_NUM_THREADS ?= 1
 
 train: .venv/installed
 	$(BIN)/python -m data.sample --out .cache/sample
-	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) --shutdown_timeout 300 train.py --config configs/debug_parallax_muon.toml
+	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) --shutdown_timeout 300 train.py \
+		--config configs/debug_parallax_muon.toml --training.global_batch_size $(ROWS)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -135,9 +135,6 @@ class ScheduleConfig:
     min_lr_ratio: float = 0.0
     """What the decay tends to, as a part of the peak, in [0, 1]."""
 
-    total_steps: int | None = None
-    """Steps that the schedule is laid out for; "none" means the run's own number of steps."""
-
     def __post_init__(self) -> None:
         """Check the values.
 
@@ -149,8 +146,6 @@ class ScheduleConfig:
         for field, value in (("decay_ratio", self.decay_ratio), ("min_lr_ratio", self.min_lr_ratio)):
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"{field} ({value}) must lie in [0, 1]")
-        if self.total_steps is not None and self.total_steps < 1:
-            raise ValueError(f'total_steps ({self.total_steps}) must be at least 1, or "none"')
 
 
 def _check_patterns(patterns: Sequence[str]) -> None:

@@ -22,7 +22,7 @@ def lr_factor(step: int, config: ScheduleConfig, total_steps: int) -> float:
     Args:
         step: Index of the optimizer step about to be taken, from 0.
         config: The schedule.
-        total_steps: Steps of the run; config.total_steps, where set, takes its place.
+        total_steps: Steps of the run.
 
     Returns:
         The factor, in [0, 1].
@@ -43,7 +43,7 @@ def decay_progress(step: int, config: ScheduleConfig, total_steps: int) -> float
     Args:
         step: Index of the optimizer step about to be taken, from 0.
         config: The schedule.
-        total_steps: Steps of the run; config.total_steps, where set, takes its place.
+        total_steps: Steps of the run.
 
     Returns:
         0 before the decay, towards 1 at its end.
@@ -51,16 +51,15 @@ def decay_progress(step: int, config: ScheduleConfig, total_steps: int) -> float
     Raises:
         ValueError: Warm-up and decay do not fit into the steps.
     """
-    total = total_steps if config.total_steps is None else config.total_steps
-    decay_steps = _num_decay_steps(config, total)
-    if config.warmup_steps + decay_steps > total:
+    decay_steps = _num_decay_steps(config, total_steps)
+    if config.warmup_steps + decay_steps > total_steps:
         raise ValueError(
             f"warmup_steps ({config.warmup_steps}) and the decay ({decay_steps} steps) must fit into the "
-            f"{total} steps of the schedule; lower warmup_steps or decay_ratio, or set total_steps"
+            f"{total_steps} steps of the run; lower schedule.warmup_steps or schedule.decay_ratio"
         )
     if decay_steps == 0:
         return 0.0
-    return min(max((step - (total - decay_steps)) / decay_steps, 0.0), 1.0)
+    return min(max((step - (total_steps - decay_steps)) / decay_steps, 0.0), 1.0)
 
 
 def _num_decay_steps(config: ScheduleConfig, total_steps: int) -> int:

@@ -107,15 +107,13 @@ class GroupedSchedule(LRSchedulersContainer):
         Args:
             optimizers: What build_optimizers gave.
             schedule: The factor's configuration.
-            total_steps: Steps of the run; schedule.total_steps, where set, takes its place.
+            total_steps: Steps of the run.
 
         Raises:
             ValueError: The schedule does not fit into the steps.
         """
         self._optimizers = optimizers
         self._factor = functools.partial(lr_factor, config=schedule, total_steps=total_steps)
-        # torchtitan's train_step asks schedulers[0] for get_last_lr().
-        self.schedulers = [self]  # pyrefly: ignore [bad-assignment]
         self._step = 0
         self._apply()
 
@@ -140,10 +138,6 @@ class GroupedSchedule(LRSchedulersContainer):
     def lr_by_group(self) -> dict[str, float]:
         """Return the learning rate of the step about to be taken, by group name."""
         return {group["name"]: group["lr"] for group in self._groups()}
-
-    def get_last_lr(self) -> list[float]:
-        """Return the learning rate of the step about to be taken, group by group."""
-        return [group["lr"] for group in self._groups()]
 
     def _groups(self) -> list[dict[str, Any]]:
         # looked up each time: loading a state gives an optimizer new groups
@@ -179,7 +173,7 @@ def build_lr_schedulers(
     Args:
         optimizers: What build_optimizers gave.
         schedule: The schedule.
-        total_steps: Steps of the run; schedule.total_steps, where set, takes its place.
+        total_steps: Steps of the run.
 
     Returns:
         The schedule, at step 0.

@@ -52,12 +52,6 @@ def test_constant_holds_after_the_warmup() -> None:
     assert factors(ScheduleConfig(kind="constant", warmup_steps=4), 8) == [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]
 
 
-def test_schedule_of_a_longer_run_is_cut_short() -> None:
-    full = ScheduleConfig(kind="wsd", warmup_steps=5, decay_ratio=0.5)
-    cut = ScheduleConfig(kind="wsd", warmup_steps=5, decay_ratio=0.5, total_steps=40)
-    assert factors(cut, 30) == factors(full, 40)[:30]
-
-
 @pytest.mark.parametrize("shape", ["linear", "one_minus_sqrt", "cosine"])
 @pytest.mark.parametrize(("warmup", "ratio"), [(0, 1.0), (7, 0.25), (3, 0.0), (10, 0.5)])
 def test_agrees_with_torchtitan(shape: Any, warmup: int, ratio: float) -> None:
