@@ -1,7 +1,7 @@
 """The sizes of the comparison: one row each.
 
 0.6b and 1.7b are Qwen3's own dimensions (paper, section 3). debug and 60m are our choice: 60m has about 60M
-parameters outside the embedding and trains usefully on one GPU in minutes.
+parameters outside the embedding, a size for one GPU.
 """
 
 from dataclasses import dataclass

@@ -263,7 +263,8 @@ class Trainer(TitanTrainer):
                 lines.append(f"held-out loss        {loss} ({name})")
         if after is not None:
             entropy, gain = after.unigram_entropy, after.unigram_entropy - after.loss
-            lines.append(f"unigram entropy      {entropy:.4f} nats/token; the model is {gain:.4f} below it")
+            side = f"{gain:.4f} below" if gain >= 0 else f"{-gain:.4f} above"
+            lines.append(f"unigram entropy      {entropy:.4f} nats/token; the model is {side} it")
         skipped = {reason: count for reason, count in self.loader.loader.skipped.items() if count}
         if skipped:
             counts = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
