@@ -62,7 +62,7 @@ class Candidate:
     def label(self) -> str:
         """The candidate in words."""
         options = " ".join(f"{name}={value}" for name, value in self.options.items())
-        return f"{self.kernel} {self.head_dim} {tuple(self.tile[:5])} {options}".strip()
+        return f"{self.kernel} {self.head_dim} {tuple(self.tile)} {options}".strip()
 
     @property
     def time_ms(self) -> float:
@@ -76,56 +76,24 @@ class Candidate:
 
 
 TILES: dict[tuple[KernelName, int], list[tuple[int, ...]]] = {
-    ("forward", 64): [
-        (64, 64, 4, 2, 0),
-        (64, 64, 4, 3, 0),
-        (64, 64, 4, 2, 1),
-        (64, 64, 4, 3, 2),
-        (128, 64, 8, 3, 0),
-    ],
+    ("forward", 64): [(64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 3, 0, 1), (128, 64, 8, 3)],
     ("dqdr", 64): [
-        (64, 64, 4, 2, 0),
-        (64, 64, 4, 3, 0),
+        (64, 64, 4, 3),
         (64, 64, 4, 3, 1),
         (64, 64, 4, 3, 2),
-        (64, 32, 4, 3, 0),
-        (64, 32, 4, 3, 1),
+        (64, 64, 4, 3, 2, 1),
+        (64, 32, 4, 3),
     ],
-    ("dkdv", 64): [
-        (64, 64, 4, 3, 0),
-        (64, 64, 4, 3, 1),
-        (64, 64, 4, 2, 0),
-        (64, 64, 4, 2, 1),
-        (32, 64, 4, 3, 0),
-        (32, 64, 4, 3, 1),
-    ],
-    ("forward", 96): [(64, 64, 4, 2, 0), (64, 64, 4, 3, 1)],
-    ("dqdr", 96): [(64, 64, 4, 2, 0), (64, 32, 4, 3, 1)],
-    ("dkdv", 96): [(32, 64, 4, 3, 1), (32, 64, 4, 3, 0)],
-    ("forward", 128): [
-        (64, 64, 4, 2, 0),
-        (64, 64, 4, 2, 1),
-        (64, 64, 4, 3, 1),
-        (128, 64, 8, 2, 0),
-        (128, 64, 8, 3, 0),
-    ],
-    ("dqdr", 128): [
-        (64, 64, 4, 2, 0),
-        (64, 32, 4, 3, 0),
-        (64, 32, 4, 3, 1),
-        (64, 32, 4, 4, 1),
-        (128, 64, 8, 2, 0),
-        (128, 64, 8, 3, 0),
-    ],
-    ("dkdv", 128): [
-        (32, 64, 4, 3, 1),
-        (32, 64, 4, 2, 1),
-        (32, 64, 4, 3, 0),
-        (32, 128, 8, 3, 1),
-    ],
-    ("forward", 256): [(64, 32, 8, 2, 0), (64, 16, 8, 2, 0)],
-    ("dqdr", 256): [(64, 32, 8, 2, 0), (64, 16, 8, 2, 0), (64, 16, 8, 3, 0)],
-    ("dkdv", 256): [(32, 64, 8, 2, 0), (16, 64, 8, 2, 0), (16, 64, 8, 3, 0)],
+    ("dkdv", 64): [(64, 64, 4, 3), (64, 64, 4, 3, 1), (64, 64, 4, 2), (32, 64, 4, 3)],
+    ("forward", 96): [(64, 64, 4, 2), (64, 64, 4, 3, 1)],
+    ("dqdr", 96): [(64, 64, 4, 2), (64, 32, 4, 3, 1)],
+    ("dkdv", 96): [(32, 64, 4, 3, 1), (32, 64, 4, 3)],
+    ("forward", 128): [(64, 64, 4, 2), (64, 64, 4, 3, 1), (64, 64, 4, 2, 0, 1), (128, 64, 8, 3)],
+    ("dqdr", 128): [(64, 64, 4, 2), (64, 64, 4, 2, 0, 1), (64, 32, 4, 3, 1), (64, 32, 4, 4, 1)],
+    ("dkdv", 128): [(32, 64, 4, 3, 1), (32, 64, 4, 2, 1), (32, 64, 4, 3), (32, 128, 8, 3, 1)],
+    ("forward", 256): [(64, 32, 8, 2, 0, 1), (64, 16, 8, 2, 0, 1)],
+    ("dqdr", 256): [(64, 32, 8, 2, 0, 1), (64, 16, 8, 2, 0, 1)],
+    ("dkdv", 256): [(16, 64, 8, 2), (32, 64, 8, 2)],
 }
 """What to try, by kernel and head width; `Tile` says what the numbers mean."""
 
@@ -290,7 +258,7 @@ def report(found: list[Candidate], num_tokens: int, batch_size: int) -> None:
     best = fastest(found)
     print()
     for (kernel, head_dim), c in best.items():
-        print(f'    ("{kernel}", {head_dim}): Tile{tuple(c.tile[:5])},  # {c.time_ms:.3f} ms')
+        print(f'    ("{kernel}", {head_dim}): Tile{tuple(c.tile)},  # {c.time_ms:.3f} ms')
     for head_dim in sorted({head_dim for _, head_dim in best}):
         times = [c.time_ms for (_, width), c in best.items() if width == head_dim]
         parts = " + ".join(f"{t:.3f}" for t in times)

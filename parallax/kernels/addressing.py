@@ -55,14 +55,17 @@ def load_tile(
 
 
 @triton.jit
-def store_tile(x, b_x, i_b, i_h, i_t, T, H: tl.constexpr, K: tl.constexpr):
+def store_tile(x, b_x, i_b, i_h, i_t, T, H: tl.constexpr, K: tl.constexpr, TMA: tl.constexpr):
     """Store rows i_t .. of one head of a contiguous `[B, T, H, K]`, [ROWS, BK]."""
-    o_t = tl.arange(0, b_x.shape[0])
-    o_k = tl.arange(0, b_x.shape[1])
-    # a 64-bit start, 32-bit offsets in the tile
-    p_x = x + (tl.cast(i_b, tl.int64) * T + i_t) * (H * K) + i_h * K
-    p_x = p_x + (o_t[:, None] * (H * K) + o_k[None, :])
-    tl.store(p_x, b_x.to(x.dtype.element_ty), mask=(i_t + o_t < T)[:, None] & (o_k < K)[None, :])
+    if TMA:
+        x.store([i_b, i_h, i_t, 0], b_x.to(x.dtype).reshape(1, 1, b_x.shape[0], b_x.shape[1]))
+    else:
+        o_t = tl.arange(0, b_x.shape[0])
+        o_k = tl.arange(0, b_x.shape[1])
+        # a 64-bit start, 32-bit offsets in the tile
+        p_x = x + (tl.cast(i_b, tl.int64) * T + i_t) * (H * K) + i_h * K
+        p_x = p_x + (o_t[:, None] * (H * K) + o_k[None, :])
+        tl.store(p_x, b_x.to(x.dtype.element_ty), mask=(i_t + o_t < T)[:, None] & (o_k < K)[None, :])
 
 
 @triton.jit

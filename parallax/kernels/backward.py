@@ -168,8 +168,8 @@ def _parallax_bwd_dqdr_kernel(
         b_dq = b_dq - tl.max(b_g_sum, 1)[:, None] * b_k_ref[None, :]
         b_dr = b_dr - tl.max(b_u_sum, 1)[:, None] * b_k_ref[None, :]
     # [BT, BK]
-    store_tile(dq, b_dq * scale, i_b, i_h, i_t, T, H, K)
-    store_tile(dr, -b_dr, i_b, i_h, i_t, T, H, K)
+    store_tile(dq, b_dq * scale, i_b, i_h, i_t, T, H, K, TMA)
+    store_tile(dr, -b_dr, i_b, i_h, i_t, T, H, K, TMA)
 
 
 @triton.jit
@@ -290,8 +290,8 @@ def _parallax_bwd_dkdv_kernel(
 
     b_dk, b_dv = state
     # [BS, BK]
-    store_tile(dk, b_dk * scale, i_b, i_g, i_s, T, G, K)
-    store_tile(dv, b_dv / scale, i_b, i_g, i_s, T, G, K)
+    store_tile(dk, b_dk * scale, i_b, i_g, i_s, T, G, K, TMA)
+    store_tile(dv, b_dv / scale, i_b, i_g, i_s, T, G, K, TMA)
 
 
 def backward(
@@ -400,15 +400,17 @@ def query_gradients(
     if use_descriptors is None:
         use_descriptors = can_use_descriptors(*operands)
     q, r, k, v, do = operands.described(tile) if use_descriptors else operands
+    block_k = triton.next_power_of_2(head_dim)
+    dq_out, dr_out = (describe(x, tile.block_t, block_k) if use_descriptors else x for x in (dq, dr))
     section = heads_per_section(
         num_programs, num_heads // num_kv_heads, 2 * num_tokens * head_dim * o.element_size()
     )
     _parallax_bwd_dqdr_kernel[(num_tiles * num_programs,)](
-        q, r, k, v, do, operands.do, o, vbar, lse, tbar, rows, dq, dr, mask.first,
+        q, r, k, v, do, operands.do, o, vbar, lse, tbar, rows, dq_out, dr_out, mask.first,
         strides_of(operands.q), strides_of(operands.r), strides_of(operands.k), strides_of(operands.v),
         strides_of(operands.do),
         num_tokens, rows.shape[2], mask.window_size or 0, num_programs, section, scale,
-        H=num_heads, G=num_kv_heads, K=head_dim, BK=triton.next_power_of_2(head_dim),
+        H=num_heads, G=num_kv_heads, K=head_dim, BK=block_k,
         BT=tile.block_t, BS=tile.block_s, TMA=use_descriptors, PACKED=mask.is_packed, WINDOW=mask.has_window,
         RANK_ONE=is_corrected, IN_REGISTERS=tile.in_registers, SUMS=tile.sums,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -447,14 +449,16 @@ def key_gradients(
         use_descriptors = can_use_descriptors(*operands)
     q, r, k, v, do = operands.described(tile) if use_descriptors else operands
     constants = TensorDescriptor.from_tensor(rows, [1, 1, tile.block_t]) if use_descriptors else rows
+    block_k = triton.next_power_of_2(head_dim)
+    dk_out, dv_out = (describe(x, tile.block_s, block_k) if use_descriptors else x for x in (dk, dv))
     bytes_per_head = 3 * num_heads // num_kv_heads * num_tokens * head_dim * dk.element_size()
     section = heads_per_section(num_programs, 1, bytes_per_head)
     _parallax_bwd_dkdv_kernel[(triton.cdiv(num_tokens, tile.block_s) * num_programs,)](
-        q, r, k, v, do, constants, dk, dv, mask.end,
+        q, r, k, v, do, constants, dk_out, dv_out, mask.end,
         strides_of(operands.q), strides_of(operands.r), strides_of(operands.k), strides_of(operands.v),
         strides_of(operands.do),
         num_tokens, rows.shape[2], mask.window_size or 0, num_programs, section, scale,
-        H=num_heads, G=num_kv_heads, K=head_dim, BK=triton.next_power_of_2(head_dim),
+        H=num_heads, G=num_kv_heads, K=head_dim, BK=block_k,
         BT=tile.block_t, BS=tile.block_s, TMA=use_descriptors, PACKED=mask.is_packed, WINDOW=mask.has_window,
         IN_REGISTERS=tile.in_registers,
         num_warps=tile.num_warps, num_stages=tile.num_stages,

@@ -137,9 +137,9 @@ def _parallax_fwd_kernel(
     b_shift = tl.max(b_d2, 1) * b_inverse
     # [BT, BK]
     b_o = (b_o1 * (1.0 + b_shift)[:, None] - b_o2) * b_inverse[:, None]
-    store_tile(o, b_o, i_b, i_h, i_t, T, H, K)
+    store_tile(o, b_o, i_b, i_h, i_t, T, H, K, TMA)
     if SAVE_VBAR:
-        store_tile(vbar, b_o1 * b_inverse[:, None], i_b, i_h, i_t, T, H, K)
+        store_tile(vbar, b_o1 * b_inverse[:, None], i_b, i_h, i_t, T, H, K, TMA)
     p_t = tl.cast(i_bh, tl.int64) * T + o_t
     tl.store(lse + p_t, (b_m + tl.math.log2(b_d1)) * LN2, mask=o_t < T)
     tl.store(tbar + p_t, b_c + b_shift, mask=o_t < T)
@@ -194,10 +194,12 @@ def forward(
     block_k = triton.next_power_of_2(head_dim)
     pairs = ((q, tile.block_t), (r, tile.block_t), (k, tile.block_s), (v, tile.block_s))
     q_in, r_in, k_in, v_in = (describe(x, n, block_k) if use_descriptors else x for x, n in pairs)
+    o_out = describe(o, tile.block_t, block_k) if use_descriptors else o
+    vbar_out = describe(vbar, tile.block_t, block_k) if use_descriptors and save_vbar else vbar
     num_programs = batch_size * num_heads
     section = heads_per_section(num_programs, group, 2 * k[0, :, 0].nbytes)
     _parallax_fwd_kernel[(triton.cdiv(num_tokens, tile.block_t) * num_programs,)](
-        q_in, r_in, k_in, v_in, o, vbar, lse, tbar, mask.first,
+        q_in, r_in, k_in, v_in, o_out, vbar_out, lse, tbar, mask.first,
         strides_of(q), strides_of(r), strides_of(k), strides_of(v),
         num_tokens, window_size or 0, num_programs, section, scale,
         H=num_heads, G=k.shape[2], K=head_dim, BK=block_k, BT=tile.block_t, BS=tile.block_s, SUMS=tile.sums,
