@@ -1,57 +1,58 @@
-"""What every source of documents gives: rows with positions, readable from any of them on."""
+"""What every source of documents gives: rows, each with the position at which reading goes on after it."""
 
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
-SKIP_REASONS = ("null", "empty", "not_text")
+import numpy as np
+
+# Plain JSON, small, and only the source that gave it knows what it means.
+Position: TypeAlias = dict[str, Any]
+
+
+class TokenSequence(Protocol):
+    """Token ids that may not have been read yet: a numpy array is one."""
+
+    def __len__(self) -> int:
+        """Return the number of tokens."""
+        ...
+
+    def __getitem__(self, which: slice, /) -> np.ndarray:
+        """Return consecutive tokens, an integer array `[n]`."""
+        ...
 
 
 class Row(NamedTuple):
-    """One row of a source: a document, or the reason why it is none.
+    """One row of a source: a document as text or as tokens, or the reason why it is none.
 
     Attributes:
-        file: Index of the file in the source's order.
-        row: Index of the row in its file.
-        text: The document, or None for a row that is skipped.
-        skipped: None for a document, else one of `SKIP_REASONS`.
+        after: Where reading goes on after this row.
+        text: The document, if the source holds text.
+        tokens: The document with the token that ends it, if the source holds tokens.
+        skipped: None for a document, else why there is none (data/filters.py lists the reasons).
     """
 
-    file: int
-    row: int
-    text: str | None
-    skipped: str | None
+    after: Position
+    text: str | None = None
+    tokens: TokenSequence | None = None
+    skipped: str | None = None
 
 
 class DocumentSource(Protocol):
-    """Rows in a fixed order. Its `str` says in an error message what was read."""
+    """Rows in a fixed order, pass after pass. Its `str` says in an error message what is read."""
 
     @property
     def fingerprint(self) -> str:
         """A short hash of what a position refers to; a saved position is good for an equal one only."""
         ...
 
-    def read(self, file: int = 0, row: int = 0) -> Iterator[Row]:
-        """Yield every row from a position to the end, in order; each call starts anew."""
+    def read(self, position: Position | None = None, *, repeat: bool) -> Iterator[Row]:
+        """Yield every row from a position on, in order; each call starts anew.
+
+        Args:
+            position: `after` of the row before the first, from an equal source; None for the start.
+            repeat: Whether to begin another pass at the end of each, without end.
+
+        Raises:
+            ValueError: If something cannot be read (it is named), or a whole pass holds no document.
+        """
         ...
-
-
-def classify(file: int, row: int, value: object) -> Row:
-    """Make a row of a raw value: text, or UTF-8 bytes, or else the reason to skip it.
-
-    Args:
-        file: Index of the file in the source's order.
-        row: Index of the row in its file.
-        value: What the row holds.
-    """
-    if value is None:
-        return Row(file, row, None, "null")
-    if isinstance(value, bytes):
-        try:
-            value = value.decode()
-        except UnicodeDecodeError:
-            return Row(file, row, None, "not_text")
-    if not isinstance(value, str):
-        return Row(file, row, None, "not_text")
-    if not value or value.isspace():
-        return Row(file, row, None, "empty")
-    return Row(file, row, value, None)

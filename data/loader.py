@@ -2,22 +2,25 @@
 
 Sequences have a global index. A step takes the next `global_batch_size` of them. With W ranks, b =
 local_batch_size and micro-step m, rank w takes rows [m*W*b + w*b, m*W*b + (w + 1)*b) of the step's. Every
-rank reads and tokenizes the whole stream, and builds tensors for its own rows only.
+rank goes through the whole stream, and builds tensors for its own rows only: of prepared shards it reads the
+lengths of all documents and the tokens of its own, of text it reads and tokenizes all, so that text serves
+as many GPUs as one node's cores can feed.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
 
 import torch
 
+from data.best_fit import BestFitPacker
 from data.documents import DocumentSource
-from data.packing import MicroBatch, PackedRow, collate, filler_row
+from data.packing import ConcatenatePacker, MicroBatch, PackedRow, Packer, collate, filler_row
 from data.prefetch import Prefetcher
 from data.stream import RowStream, StreamState
 from data.tokenizer import Tokenizer
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 
 
 class PackedLoader:
@@ -39,6 +42,7 @@ class PackedLoader:
         global_batch_size: int,
         dp_rank: int,
         dp_world_size: int,
+        packing: Literal["concatenate", "best_fit"] = "concatenate",
         mask_documents: bool = True,
         repeat: bool = True,
         max_sequences: int | None = None,
@@ -54,6 +58,7 @@ class PackedLoader:
             global_batch_size: Sequences a step, over all ranks and micro-steps.
             dp_rank: This rank's index among the data-parallel ranks.
             dp_world_size: Number of data-parallel ranks, W.
+            packing: How documents become sequences (data/packing.py, data/best_fit.py).
             mask_documents: Whether tokens see only their own document.
             repeat: Whether to read the source again and again.
             max_sequences: End each iterator after this many sequences over all ranks; None for no limit.
@@ -63,13 +68,22 @@ class PackedLoader:
             ValueError: If a size is below 1, or the global batch does not divide evenly.
         """
         _check_sizes(seq_len, local_batch_size, global_batch_size, dp_rank, dp_world_size)
-        self._stream = RowStream(source, tokenizer, seq_len=seq_len, repeat=repeat, is_reporter=dp_rank == 0)
+        padding = tokenizer.end_of_document_id
+        packers: dict[str, Callable[[int, int], Packer]]
+        packers = {"concatenate": ConcatenatePacker, "best_fit": BestFitPacker}
+        packer = packers[packing](seq_len, padding)
+        self._stream = RowStream(source, tokenizer, packer, repeat=repeat)
+        self._filler = filler_row(seq_len, padding)
         self._rank_rows = (dp_rank * local_batch_size, dp_world_size * local_batch_size, local_batch_size)
         self._mask_documents = mask_documents
         self._repeat = repeat
         self._max_sequences = max_sequences
         self._prefetch_batches = prefetch_batches
-        self._fingerprint = {"source": source.fingerprint, "tokenizer": tokenizer.fingerprint}
+        self._fingerprint = {
+            "source": source.fingerprint,
+            "tokenizer": tokenizer.fingerprint,
+            "packing": packer.name,
+        }
         self._state = StreamState()
         self._generation = 0
         self._prefetcher: Prefetcher[tuple[MicroBatch, StreamState]] | None = None
@@ -95,7 +109,7 @@ class PackedLoader:
             self._state = StreamState()
         pin_device = torch.cuda.current_device() if torch.cuda.is_available() else None
         rows = itertools.islice(self._stream.rows(self._state), self._max_sequences)
-        produce = _Producer(rows, self._stream, self._rank_rows, self._mask_documents, pin_device)
+        produce = _Producer(rows, self._filler, self._rank_rows, self._mask_documents, pin_device)
         if not self._prefetch_batches:
             yield from self._consume(produce(), generation)
             return
@@ -123,7 +137,8 @@ class PackedLoader:
             state_dict: What `state_dict` returned, on any rank.
 
         Raises:
-            ValueError: If the position is of another source or tokenizer, or this loader always starts over.
+            ValueError: If the position is of another source, tokenizer or packing, or this loader always
+                starts over.
         """
         if not self._repeat:
             raise ValueError(
@@ -167,13 +182,13 @@ class _Producer:
     def __init__(
         self,
         rows: Iterator[tuple[PackedRow, StreamState]],
-        stream: RowStream,
+        filler: PackedRow,
         rank_rows: tuple[int, int, int],
         mask_documents: bool,
         pin_device: int | None,
     ) -> None:
         self._rows = rows
-        self._stream = stream
+        self._filler = filler
         self._first, self._group, self._count = rank_rows
         self._mask_documents = mask_documents
         self._pin_device = pin_device
@@ -194,8 +209,7 @@ class _Producer:
                 yield self._batch(own), state
                 own, position = [], 0
         if position:
-            filler = filler_row(self._stream.seq_len, self._stream.tokenizer.end_of_document_id)
-            yield self._batch(own + [filler] * (self._count - len(own))), state
+            yield self._batch(own + [self._filler] * (self._count - len(own))), state
 
     def _batch(self, rows: list[PackedRow]) -> MicroBatch:
         inputs, labels = collate(rows, mask_documents=self._mask_documents)

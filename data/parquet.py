@@ -1,117 +1,130 @@
-"""Documents from local parquet files: one column, a few rows at a time, each row with its position."""
+"""Documents from parquet files: one column, a few rows at a time."""
 
 import glob
-import hashlib
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.config import ParquetSource
-from data.documents import Row, classify
+from data.config import ColumnOptions
+from data.files import RawRow, reading
 
 _ROWS_A_BATCH = 256
+_BYTES_A_BATCH = 1 << 26
 _READ_BUFFER_BYTES = 1 << 20
 
 
-class ParquetDocuments:
-    """The rows of a list of parquet files, readable from any position on.
+class ParquetDocumentFile:
+    """The rows of a parquet file; a row is known by its index.
 
-    Memory is bounded by a batch of rows: row groups are streamed, never held whole. The footer of each file
-    is read at construction, so that a missing or damaged file or a missing column fails before a run starts.
+    Memory is bounded by a batch of rows: row groups are streamed, never held whole.
     """
 
-    def __init__(self, source: ParquetSource) -> None:
-        """Find the files and check that each one can be opened and has the text column.
+    def __init__(self, path: Path, options: ColumnOptions) -> None:
+        """Name the file; nothing is opened yet.
 
         Args:
-            source: Which files, and which of their columns.
-
-        Raises:
-            ValueError: If a path or glob matches no file, a file is no readable parquet, or the column is
-                missing.
+            path: The file.
+            options: Which of its columns.
         """
-        self.files = _resolve(source.files)
-        self.text_column = source.text_column
-        self.num_rows: list[int] = []
-        for file in self.files:
-            with self._open(file) as parquet:
-                self.num_rows.append(parquet.metadata.num_rows)
+        self.path = path
+        self._text_column = options.text_column
+        self._score_column = None if options.min_score is None else options.score_column
+        self.num_rows: int | None = None
 
     def __str__(self) -> str:
-        """Name the column and the files, shortened if they are many."""
-        names = ", ".join(str(file) for file in self.files[:3])
-        more = f" and {len(self.files) - 3} more files" if len(self.files) > 3 else ""
-        return f"column {self.text_column!r} of {names}{more}"
+        """Name the file."""
+        return str(self.path)
 
     @property
-    def fingerprint(self) -> str:
-        """A short hash of what a position refers to: file names, their row counts, the column.
+    def identity(self) -> list[Any]:
+        """The file's name and its number of rows, None for a damaged file."""
+        return [self.path.name, self.num_rows]
 
-        Folders are left out: a data set may move.
-        """
-        names = [[file.name, rows] for file, rows in zip(self.files, self.num_rows, strict=True)]
-        return hashlib.sha256(json.dumps([self.text_column, names]).encode()).hexdigest()[:16]
-
-    def read(self, file: int = 0, row: int = 0) -> Iterator[Row]:
-        """Yield every row from a position to the end of the last file, in order.
-
-        Args:
-            file: Index of the file to begin in; the number of files means the end.
-            row: Index of the row in that file to begin with.
+    def check(self) -> None:
+        """Read the footer.
 
         Raises:
-            ValueError: If a file turns out to be damaged; names it.
+            DamagedFileError: If there is none.
+            ValueError: If the file or a column is missing.
         """
-        for index in range(file, len(self.files)):
-            first = row if index == file else 0
-            try:
-                yield from self._read_file(index, first)
-            except (pa.ArrowException, OSError) as error:
-                raise ValueError(
-                    f"cannot read {self.files[index]} ({_first_line(error)}): the file is damaged or gone, "
-                    "fetch or make it again"
-                ) from error
+        with self._open() as parquet:
+            self.num_rows = parquet.metadata.num_rows
 
-    def _open(self, file: Path) -> pq.ParquetFile:
-        try:
-            parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=_READ_BUFFER_BYTES)
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(
-                f"{file} is no parquet file that can be read ({_first_line(error)}): fetch or make it again"
-            ) from error
+    def read(self, row: int) -> Iterator[RawRow]:
+        """Yield every row from one on.
+
+        Args:
+            row: Index of the row to begin with.
+
+        Raises:
+            DamagedFileError: If the file turns out to be damaged.
+            ValueError: If the file is gone.
+        """
+        with reading(self.path), self._open() as parquet:
+            self.num_rows = parquet.metadata.num_rows
+            for batch, first in self._batches(parquet, row):
+                texts = _values(batch.column(0))
+                scores = [None] * len(texts) if batch.num_columns < 2 else batch.column(1).to_pylist()
+                for index, (text, score) in enumerate(zip(texts, scores, strict=True), first + 1):
+                    yield RawRow(index, text, score)
+
+    def share_before(self, row: int) -> float:
+        """Return how much of the file lies before a row."""
+        return row / self.num_rows if self.num_rows else 0.0
+
+    def prefetch(self) -> None:
+        """Do nothing: the file is here."""
+
+    def _open(self) -> pq.ParquetFile:
+        with reading(self.path):
+            parquet = pq.ParquetFile(self.path, pre_buffer=False, buffer_size=_READ_BUFFER_BYTES)
         columns = parquet.schema_arrow.names
-        if self.text_column not in columns:
-            raise ValueError(
-                f"{file} has no column {self.text_column!r} (it has {', '.join(columns) or 'none'}): "
-                "set text_column to the one that holds the text"
-            )
+        for key, column in (("text_column", self._text_column), ("score_column", self._score_column)):
+            if column is not None and column not in columns:
+                raise ValueError(
+                    f"{self.path} has no column {column!r} (it has {', '.join(columns) or 'none'}): "
+                    f"set {key} to the one that holds the {key.partition('_')[0]}"
+                )
         return parquet
 
-    def _read_file(self, index: int, first: int) -> Iterator[Row]:
-        with self._open(self.files[index]) as parquet:
-            sizes = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
-            position, group = 0, 0
-            while group < len(sizes) and position + sizes[group] <= first:
-                position += sizes[group]
-                group += 1
-            batches = parquet.iter_batches(
-                batch_size=_ROWS_A_BATCH,
-                row_groups=list(range(group, len(sizes))),
-                columns=[self.text_column],
-                use_threads=False,
-            )
-            for batch in batches:
-                if position + len(batch) > first:
-                    drop = max(first - position, 0)
-                    for offset, value in enumerate(_values(batch.column(0).slice(drop)), position + drop):
-                        yield classify(index, offset, value)
-                position += len(batch)
+    def _batches(self, parquet: pq.ParquetFile, first: int) -> Iterator[tuple[pa.RecordBatch, int]]:
+        """Yield batches from a row on, each with the index of its first row."""
+        sizes = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
+        position, group = 0, 0
+        while group < len(sizes) and position + sizes[group] <= first:
+            position += sizes[group]
+            group += 1
+        columns = [self._text_column, *([] if self._score_column is None else [self._score_column])]
+        groups = [parquet.metadata.row_group(each) for each in range(group, len(sizes))]
+        bytes_a_row = max((each.total_byte_size // max(each.num_rows, 1) for each in groups), default=0)
+        batches = parquet.iter_batches(
+            # Rows of many megabytes come one by one.
+            batch_size=max(min(_ROWS_A_BATCH, _BYTES_A_BATCH // max(bytes_a_row, 1)), 1),
+            row_groups=list(range(group, len(sizes))),
+            columns=columns,
+            use_threads=False,
+        )
+        for batch in batches:
+            drop = max(first - position, 0)
+            if drop < len(batch):
+                # The file's own order of columns is not ours.
+                yield batch.select(columns).slice(drop), position + drop
+            position += len(batch)
 
 
-def _resolve(patterns: list[str]) -> list[Path]:
+def local_files(patterns: Sequence[str], kind: str) -> list[Path]:
+    """Find the files that paths and globs name, in order; a glob's matches are sorted.
+
+    Args:
+        patterns: Paths and globs.
+        kind: What kind of source asks, for the message.
+
+    Raises:
+        ValueError: If a pattern matches no file.
+    """
     files: list[Path] = []
     for pattern in patterns:
         path = Path(pattern)
@@ -124,7 +137,7 @@ def _resolve(patterns: list[str]) -> list[Path]:
         matches = [match for match in matches if match.is_file()]
         if not matches:
             raise ValueError(
-                f"no file matches {pattern!r} in the files of a parquet source (searched from {Path.cwd()}): "
+                f"no file matches {pattern!r} in the files of a {kind} source (searched from {Path.cwd()}): "
                 "correct the path; `python -m data.sample --out .cache/sample` makes the debug configs' files"
             )
         files.extend(matches)
@@ -137,7 +150,3 @@ def _values(column: pa.Array) -> list[object]:
     except UnicodeDecodeError:
         # One bad row must not cost its neighbours: take the bytes and decode each alone.
         return column.cast(pa.large_binary()).to_pylist()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -10,7 +10,7 @@ from torchtitan.components.dataloader import BaseDataLoader
 from data.config import DataConfig
 from data.loader import PackedLoader
 from data.packing import MicroBatch
-from data.parquet import ParquetDocuments
+from data.sources import open_source
 from data.tokenizer import Tokenizer
 
 _STATE_KEY = "packed_loader"
@@ -88,13 +88,20 @@ def build_dataloader(
     """
     num_microbatches = global_batch_size // (local_batch_size * dp_world_size)
     loader = PackedLoader(
-        ParquetDocuments(config.train),
+        open_source(
+            config.train,
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            split="train",
+            shuffle_seed=config.shuffle_seed,
+            is_reporter=dp_rank == 0,
+        ),
         tokenizer,
         seq_len=seq_len,
         local_batch_size=local_batch_size,
         global_batch_size=global_batch_size,
         dp_rank=dp_rank,
         dp_world_size=dp_world_size,
+        packing=config.packing,
         mask_documents=config.mask_documents,
         # a step takes all its micro-batches at once
         prefetch_batches=config.prefetch_batches and max(config.prefetch_batches, num_microbatches),
@@ -131,7 +138,12 @@ def build_validation_loader(
             "data.validation is none, but the run validates: name held-out files, or switch validation off"
         )
     loader = PackedLoader(
-        ParquetDocuments(config.validation),
+        open_source(
+            config.validation,
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            split=config.validation_documents,
+            is_reporter=dp_rank == 0,
+        ),
         tokenizer,
         seq_len=seq_len,
         local_batch_size=local_batch_size,

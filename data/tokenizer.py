@@ -1,21 +1,34 @@
 """Text to token ids and back: a thin wrapper on a `tokenizer.json`, and training one from text."""
 
 import argparse
+import functools
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from data.config import ParquetSource
 from data.documents import DocumentSource
-from data.parquet import ParquetDocuments
+from data.hub_client import download
+from data.source_options import add_source_arguments, source_from
+from data.sources import open_text
 
 END_OF_DOCUMENT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
+
+# The library needs some 130 bytes a character at once, and its regular expressions give up within millions of
+# spaces.
+_PIECE_CHARACTERS = 1 << 18
+_BATCH_CHARACTERS = 1 << 22
+# Where byte-level tokenizers end a word whatever follows: after a line, and before a space after a word.
+_LINE_END = re.compile(r"\n(?=\S)")
+_WORD_END = re.compile(r"(?<=\S)(?= )")
+# What a model on the hub is called; a path has other signs, or exists.
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 
 class Tokenizer:
@@ -62,21 +75,30 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path, *, end_of_document: str = END_OF_DOCUMENT) -> "Tokenizer":
-        """Load a tokenizer from disk.
+        """Load a tokenizer from disk, or from the Hugging Face hub.
 
         Args:
-            path: A folder that holds a tokenizer.json, or the file itself.
+            path: A folder that holds a tokenizer.json, or the file itself, or the name of a model on the hub,
+                with "@" and a revision if not the newest is meant.
             end_of_document: The token that closes each document.
 
         Raises:
-            ValueError: If the path or its tokenizer.json is missing, the file is damaged, or
-                `end_of_document` is not in the vocabulary.
+            ValueError: If the path or its tokenizer.json is missing, the file is damaged or cannot be
+                fetched, or `end_of_document` is not in the vocabulary.
         """
         file = Path(path)
+        if not file.exists() and _HUB_NAME.fullmatch(str(path)):
+            repository, _, revision = str(path).partition("@")
+            try:
+                file = download(repository, TOKENIZER_FILE, revision=revision or "main", kind="model")
+            except ValueError as error:
+                raise ValueError(
+                    f"data.tokenizer {str(path)!r} is no path here, and of a model of that name: {error}"
+                ) from error
         if not file.exists():
             raise ValueError(
                 f"data.tokenizer {str(path)!r} does not exist: give a folder that holds a {TOKENIZER_FILE}, "
-                "or make a small one with `python -m data.sample --out FOLDER`"
+                "a model's name on the hub, or make a small one with `python -m data.sample --out FOLDER`"
             )
         if file.is_dir():
             folder, file = file, file / TOKENIZER_FILE
@@ -94,7 +116,11 @@ class Tokenizer:
             ) from error
         return cls(backend, end_of_document=end_of_document, name=str(path))
 
-    @property
+    def __reduce__(self) -> tuple[object, tuple[str, str, str]]:
+        """Say how another process makes the same tokenizer."""
+        return _restore, (self._backend.to_str(), self.end_of_document, self.name)
+
+    @functools.cached_property
     def fingerprint(self) -> str:
         """A short hash of the vocabulary and of the token that ends a document."""
         # The serialized file would change with the library's release.
@@ -103,12 +129,29 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text, with nothing added around it."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each text; uses all the cores the library is given."""
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        """Return the token ids of each text; uses all the cores the library is given.
+
+        A text of more than 262,144 characters is encoded in pieces, cut where a line ends, else before a
+        space, else anywhere. The first two leave the tokens of a byte-level tokenizer as they are.
+        """
+        pieces = [_pieces(text) for text in texts]
+        ids = self._encode_pieces([piece for each in pieces for piece in each])
+        return [
+            next(ids) if len(each) == 1 else [token for _ in each for token in next(ids)] for each in pieces
+        ]
+
+    def _encode_pieces(self, pieces: list[str]) -> Iterator[list[int]]:
+        """Encode so much at a time that memory stays bounded."""
+        first = characters = 0
+        for last, piece in enumerate(pieces, 1):
+            characters += len(piece)
+            if characters >= _BATCH_CHARACTERS or last == len(pieces):
+                for encoding in self._backend.encode_batch_fast(pieces[first:last], add_special_tokens=False):
+                    yield encoding.ids
+                first, characters = last, 0
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids, special tokens included."""
@@ -172,16 +215,15 @@ def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `python -m data.tokenizer train --files GLOB ... --vocab-size N --out FOLDER`."""
-    parser = argparse.ArgumentParser(description="Train a byte-level BPE tokenizer on parquet files.")
+    parser = argparse.ArgumentParser(description="Train a byte-level BPE tokenizer on text.")
     train = parser.add_subparsers(dest="command", required=True).add_parser("train")
-    train.add_argument("--files", nargs="+", required=True, help="parquet files or globs")
-    train.add_argument("--text-column", default="content")
+    add_source_arguments(train)
     train.add_argument("--vocab-size", type=int, required=True)
     train.add_argument("--max-bytes", type=int, default=100_000_000, help="most bytes of text to learn from")
     train.add_argument("--out", type=Path, required=True, help="folder to write tokenizer.json to")
     options = parser.parse_args(arguments)
     try:
-        documents = ParquetDocuments(ParquetSource(files=options.files, text_column=options.text_column))
+        documents = open_text(source_from(options), split="train")
         texts = _first_bytes(documents, options.max_bytes)
         tokenizer = Tokenizer(train_byte_level_bpe(texts, options.vocab_size))
     except ValueError as error:
@@ -193,13 +235,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _first_bytes(documents: DocumentSource, max_bytes: int) -> Iterator[str]:
     left = max_bytes
-    for row in documents.read(0, 0):
+    for row in documents.read(repeat=False):
         if row.text is None:
             continue
         left -= len(row.text.encode())
         if left < 0:
             return
         yield row.text
+
+
+def _restore(backend: str, end_of_document: str, name: str) -> Tokenizer:
+    return Tokenizer(tokenizers.Tokenizer.from_str(backend), end_of_document=end_of_document, name=name)
+
+
+def _pieces(text: str) -> list[str]:
+    pieces: list[str] = []
+    first = 0
+    while len(text) - first > _PIECE_CHARACTERS:
+        middle, last = first + _PIECE_CHARACTERS // 2, first + _PIECE_CHARACTERS
+        for pattern in (_LINE_END, _WORD_END):
+            ends = [match.end() for match in pattern.finditer(text, middle, last)]
+            if ends:
+                last = ends[-1]
+                break
+        pieces.append(text[first:last])
+        first = last
+    return [*pieces, text[first:]]
 
 
 if __name__ == "__main__":

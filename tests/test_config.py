@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 import config
+from data.config import ParquetSource
 from training.config_table import to_toml
 
 RUN = """
@@ -66,6 +67,7 @@ def test_overrides_of_every_spelling(tmp_path: Path) -> None:
     ]
     run = config.load(path, [*words, "--data.train.files", '["b.parquet"]', "--training.max_grad_norm", "2"])
     assert (run.training.steps, run.training.compile, run.run.folder) == (7, False, "runs/other")
+    assert isinstance(run.data.train, ParquetSource)
     assert run.data.train.files == ["b.parquet"]
     assert run.training.max_grad_norm == 2.0
     assert isinstance(run.training.max_grad_norm, float)
@@ -78,6 +80,15 @@ def test_extends_merges_tables_and_replaces_values(tmp_path: Path) -> None:
     assert (run.training.steps, run.training.seq_len) == (3, 16)
     # the parallax options below do not leak into another kind
     assert run.model.attention.kind == "softmax"
+
+
+def test_a_child_says_the_decay_in_steps_where_its_base_says_a_ratio(tmp_path: Path) -> None:
+    write(tmp_path, RUN.replace("warmup_steps = 1", "warmup_steps = 1\ndecay_ratio = 0.5"), "base.toml")
+    child = 'extends = "base.toml"\n[schedule]\ndecay_ratio = "none"\ndecay_steps = 3\n'
+    schedule = config.load(write(tmp_path, child)).schedule
+    assert (schedule.warmup_steps, schedule.decay_ratio, schedule.decay_steps) == (1, None, 3)
+    message = refusal(write(tmp_path, child.replace('decay_ratio = "none"\n', "")))
+    assert "schedule.decay_ratio (0.5) and decay_steps (3) are both given" in message
 
 
 def test_later_files_win_and_cycles_are_found(tmp_path: Path) -> None:
@@ -112,6 +123,11 @@ def test_toml_of_a_run_loads_to_the_same_run(tmp_path: Path) -> None:
         (["--data.train.files", "[1]"], ["data.train.files[0]:", "a string"]),
         (["--optimizer.groups.all.momentum", "0.9"], ["optimizer.groups.all.momentum:", "unknown key"]),
         (["--checkpoint.keep", "1"], ["checkpoint.keep", "at least 2"]),
+        (["--metrics.update_every", "0"], ["metrics.update_every", "at least 1"]),
+        (
+            ["--schedule.decay_ratio=0.1", "--schedule.decay_steps=3"],
+            ["schedule.decay_ratio (0.1) and decay_steps (3)", '"none"'],
+        ),
         (["--training", "3"], ["training:", "a table"]),
         (["--steps", "3"], ["steps:", "nearest is training.steps"]),
         (["--training.max_grad_norm", "-1"], ["training.max_grad_norm", "positive"]),

@@ -5,12 +5,13 @@ from torch import nn
 from torchtitan.protocols import train_spec
 from torchtitan.tools.utils import device_type
 
-from data.parquet import ParquetDocuments
+from data.sources import check_data
 from data.titan import build_dataloader
 from data.tokenizer import Tokenizer, check_vocabulary
 from models.loss import cross_entropy
 from models.titan import TitanModelArgs, TitanQwen3, device_mesh, parallelize
 from optimizers.titan import build_lr_schedulers, build_optimizers
+from training.branch import check_branch
 from training.config_table import to_table
 from training.metrics import RunMetrics
 from training.plan import build_meta_model
@@ -30,18 +31,18 @@ def check_run(run: RunConfig, world_size: int) -> Tokenizer:
 
     Raises:
         ValueError: Batch or degrees do not fit the ranks, the groups not the model, or the schedule not the
-            steps; the run folder holds another architecture; the tokenizer is missing or its vocabulary
-            larger than the model's; a data file is missing or has no text column.
+            steps; the run folder, or the checkpoint to start from, is another architecture's; that checkpoint
+            does not fit the schedule; the tokenizer is missing or its vocabulary larger than the model's; a
+            data file is missing or has no text column; shards are of another tokenizer.
     """
     run.gradient_accumulation_steps(world_size)
     run.parallelism.degrees(world_size)
     build_meta_model(run)
     check_folder(run)
-    for source in (run.data.train, run.data.validation):
-        if source is not None:
-            ParquetDocuments(source)
+    check_branch(run)
     tokenizer = Tokenizer.load(run.data.tokenizer, end_of_document=run.data.end_of_document)
     check_vocabulary(tokenizer, run.model.vocab_size)
+    check_data(run.data, tokenizer.fingerprint)
     return tokenizer
 
 

@@ -3,35 +3,64 @@
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data.documents import Row, classify
+from data.config import Split, TextOptions
+from data.files import DamagedFileError, FileDocuments, RawRow
 from data.tokenizer import Tokenizer, train_byte_level_bpe
 
 
-class ListSource:
-    """Rows held in memory, file by file; may fail at a given position."""
+class ListFile:
+    """Rows held in memory; may be damaged from some row on."""
 
-    def __init__(self, files: Sequence[Sequence[object]], fail_at: tuple[int, int] | None = None) -> None:
-        self.files = files
-        self.fail_at = fail_at
+    def __init__(self, name: str, values: Sequence[object], damaged_at: int | None = None) -> None:
+        self.name = name
+        self.values = values
+        self.damaged_at = damaged_at
 
     def __str__(self) -> str:
-        return "a list"
+        return self.name
 
     @property
-    def fingerprint(self) -> str:
-        return hashlib.sha256(repr(self.files).encode()).hexdigest()[:16]
+    def identity(self) -> list[Any]:
+        return [self.name, hashlib.sha256(repr(self.values).encode()).hexdigest()]
 
-    def read(self, file: int = 0, row: int = 0) -> Iterator[Row]:
-        for index in range(file, len(self.files)):
-            for offset in range(row if index == file else 0, len(self.files[index])):
-                if (index, offset) == self.fail_at:
-                    raise ValueError("part-7.parquet is damaged at row 3")
-                yield classify(index, offset, self.files[index][offset])
+    def check(self) -> None:
+        pass
+
+    def read(self, row: int) -> Iterator[RawRow]:
+        for index in range(row, len(self.values)):
+            if index == self.damaged_at:
+                raise DamagedFileError(f"{self.name} is damaged at row {index}")
+            yield RawRow(index + 1, self.values[index])
+
+    def share_before(self, row: int) -> float:
+        return row / len(self.values)
+
+    def prefetch(self) -> None:
+        pass
+
+
+def make_list_source(
+    files: Sequence[Sequence[object]],
+    damaged_at: tuple[int, int] | None = None,
+    options: TextOptions | None = None,
+    split: Split = "all",
+    shuffle_seed: int | None = None,
+) -> FileDocuments:
+    """A source of lists, each in the place of a file."""
+    damage = {} if damaged_at is None else {damaged_at[0]: damaged_at[1]}
+    return FileDocuments(
+        [ListFile(f"part-{index}", values, damage.get(index)) for index, values in enumerate(files)],
+        options or TextOptions(),
+        description="a list",
+        split=split,
+        shuffle_seed=shuffle_seed,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -41,8 +70,8 @@ def byte_tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
-def list_source() -> type[ListSource]:
-    return ListSource
+def list_source() -> Callable[..., FileDocuments]:
+    return make_list_source
 
 
 @pytest.fixture
@@ -50,10 +79,16 @@ def write_parquet(tmp_path: Path) -> Callable[..., Path]:
     """Write values as the column of a parquet file below the test's folder."""
 
     def write(
-        name: str, values: Sequence[object] | pa.Array, column: str = "content", row_group_size: int = 3
+        name: str,
+        values: Sequence[object] | pa.Array,
+        column: str = "content",
+        row_group_size: int = 3,
+        scores: Sequence[object] | pa.Array | None = None,
     ) -> Path:
         array = values if isinstance(values, pa.Array) else pa.array(values)
-        table = pa.table({column: array, "score": pa.array([1.0] * len(array), pa.float32())})
+        if not isinstance(scores, pa.Array):
+            scores = pa.array([1.0] * len(array), pa.float32()) if scores is None else pa.array(scores)
+        table = pa.table({column: array, "score": scores})
         path = tmp_path / name
         pq.write_table(table, path, row_group_size=row_group_size)
         return path

@@ -1,5 +1,4 @@
 from collections.abc import Sequence
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -7,9 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.packing import Document, PackedRow, RowPacker, collate, filler_row
+from data.packing import ConcatenatePacker, Document, Mark, PackedRow, collate, filler_row
 
 END = 0
+START = Mark(None, 0, {})
 LENGTHS = st.lists(st.integers(1, 23), min_size=1, max_size=12)
 
 
@@ -19,27 +19,24 @@ def _documents(lengths: Sequence[int]) -> list[Document]:
     first = 1
     for row, length in enumerate(lengths):
         tokens = np.array([*range(first, first + length - 1), END], dtype=np.int32)
-        documents.append(Document(tokens=tokens, epoch=0, file=0, row=row, skipped={}))
+        documents.append(_document(tokens, row))
         first += length
     return documents
 
 
+def _document(tokens: np.ndarray, row: int) -> Document:
+    return Document(tokens=tokens, before={"row": row} if row else None, after={"row": row + 1}, skipped={})
+
+
 def _pack(documents: Sequence[Document], seq_len: int) -> list[PackedRow]:
-    packer = RowPacker(seq_len)
-    rows: list[PackedRow] = []
-    for document in documents:
-        packer.add(document)
-        while (row := packer.pop()) is not None:
-            rows.append(row)
-    last = packer.flush(END)
-    return rows if last is None else [*rows, last]
+    return [row for row, _ in ConcatenatePacker(seq_len, END).pack(documents, START)]
 
 
 @settings(deadline=None)
 @given(lengths=LENGTHS, seq_len=st.integers(1, 17))
 def test_each_token_but_the_first_is_a_label_once_and_in_order(lengths: list[int], seq_len: int) -> None:
     documents = _documents(lengths)
-    stream = np.concatenate([document.tokens for document in documents])
+    stream = np.concatenate([document.tokens[:] for document in documents])
     rows = _pack(documents, seq_len)
     inputs: list[int] = []
     labels: list[int] = []
@@ -86,10 +83,7 @@ def test_cu_seqlens_are_exactly_the_document_and_row_bounds(
 def test_a_worked_example() -> None:
     documents = [[11, 12, END], [21, END], [31, 32, 33, 34, END]]
     packed = _pack(
-        [
-            Document(tokens=np.array(tokens, dtype=np.int32), epoch=0, file=0, row=row, skipped={})
-            for row, tokens in enumerate(documents)
-        ],
+        [_document(np.array(tokens, dtype=np.int32), row) for row, tokens in enumerate(documents)],
         4,
     )
     batch, labels = collate(packed, mask_documents=True)
@@ -105,28 +99,25 @@ def test_a_worked_example() -> None:
 
 @settings(deadline=None)
 @given(lengths=LENGTHS, seq_len=st.integers(1, 17))
-def test_each_row_says_where_the_next_one_begins(lengths: list[int], seq_len: int) -> None:
-    rows = _pack(_documents(lengths), seq_len)
-    for row, following in pairwise(rows):
-        assert row.next_document is not None
-        assert row.next_document.tokens[row.next_offset] == row.tokens[-1] == following.tokens[0]
-
-
-@settings(deadline=None)
-@given(lengths=LENGTHS, seq_len=st.integers(1, 17))
-def test_packing_from_where_a_row_begins_gives_the_same_rows(lengths: list[int], seq_len: int) -> None:
+def test_packing_from_the_mark_of_a_row_gives_the_rows_after_it(lengths: list[int], seq_len: int) -> None:
     documents = _documents(lengths)
-    rows = _pack(documents, seq_len)
-    for index, row in enumerate(rows[:-1]):
-        assert row.next_document is not None
-        packer = RowPacker(seq_len)
-        packer.add(row.next_document, offset=row.next_offset)
-        for document in documents[row.next_document.row + 1 :]:
-            packer.add(document)
-        again = packer.pop()
-        if again is not None:
-            assert again.tokens.tolist() == rows[index + 1].tokens.tolist()
-            assert again.starts == rows[index + 1].starts
+    packer = ConcatenatePacker(seq_len, END)
+    packed = list(packer.pack(documents, START))
+    for index, (row, mark) in enumerate(packed):
+        if mark is None:
+            assert index == len(packed) - 1
+            continue
+        first = 0 if mark.position is None else mark.position["row"]
+        assert documents[first].tokens[mark.offset :][:1].tolist() == [row.tokens[-1]]
+        again = [each.tokens.tolist() for each, _ in packer.pack(documents[first:], mark)]
+        assert again == [each.tokens.tolist() for each, _ in packed[index + 1 :]]
+
+
+def test_a_mark_of_other_documents_is_refused() -> None:
+    documents = _documents([5, 5])
+    for mark in (Mark(None, 5, {}), Mark({"row": 1}, 2, {})):
+        with pytest.raises(ValueError, match="the files or the tokenizer changed since the checkpoint"):
+            next(ConcatenatePacker(4, END).pack(documents, mark))
 
 
 def test_padding_after_a_full_row_is_one_document_of_its_own() -> None:
@@ -139,4 +130,4 @@ def test_padding_after_a_full_row_is_one_document_of_its_own() -> None:
 @pytest.mark.parametrize("seq_len", [0, -1])
 def test_a_sequence_length_below_one_is_refused(seq_len: int) -> None:
     with pytest.raises(ValueError, match=f"seq_len is {seq_len}, must be at least 1"):
-        RowPacker(seq_len)
+        ConcatenatePacker(seq_len, END)

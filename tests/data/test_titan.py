@@ -24,6 +24,7 @@ def config(write_parquet: Callable[..., Path], byte_tokenizer: Tokenizer, tmp_pa
         tokenizer=str(tmp_path),
         train=ParquetSource(files=[path]),
         validation=ParquetSource(files=[path]),
+        validation_documents="held_out",
         prefetch_batches=2,
     )
 

@@ -1,3 +1,6 @@
+import functools
+import pickle
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow as pa
@@ -6,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.tokenizer import Tokenizer, check_vocabulary, train_byte_level_bpe
+from data.tokenizer import Tokenizer, _pieces, check_vocabulary, train_byte_level_bpe
 from data.tokenizer import main as tokenizer_main
 
 QWEN3 = Path(__file__).parents[2] / "../shared/data/qwen3_tokenizer"
@@ -105,9 +108,70 @@ def test_the_fingerprint_tells_vocabularies_apart(byte_tokenizer: Tokenizer, tmp
     assert Tokenizer.load(tmp_path, end_of_document="a").fingerprint != byte_tokenizer.fingerprint
 
 
+TEXTS_OF_MANY_PIECES = {
+    "lines": "Some line of a text, 1234 long.\n\n\tThe next, \u00e9t\u00e9!\n" * 100,
+    "words": "words without a line end, and numbers 12 345, " * 100,
+    "one word": "x" * 5000,
+    "spaces": " " * 3000 + "a" + "\t \n" * 900 + "b",
+    "no ascii": "\u4e2d\u6587\U0001f600" * 900,
+}
+
+
+@pytest.mark.parametrize("name", TEXTS_OF_MANY_PIECES)
+def test_a_long_text_is_encoded_in_pieces_and_decodes_to_itself(
+    byte_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    text = TEXTS_OF_MANY_PIECES[name]
+    whole = byte_tokenizer.encode(text)
+    monkeypatch.setattr("data.tokenizer._PIECE_CHARACTERS", 100)
+    monkeypatch.setattr("data.tokenizer._BATCH_CHARACTERS", 700)
+    assert byte_tokenizer.decode(byte_tokenizer.encode(text)) == text
+    assert byte_tokenizer.encode(text) == whole
+    assert byte_tokenizer.encode_batch(["a", text, "b"])[1] == whole
+
+
+@needs_qwen3
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(alphabet=st.sampled_from("ab\u00e9\u03c9 \n\t\r1'.,<|>\u4e2d\U0001f600"), max_size=400))
+def test_pieces_that_end_with_a_line_or_a_word_leave_the_tokens_as_they_are(text: str) -> None:
+    tokenizer = _qwen3()
+    whole = tokenizer.encode(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data.tokenizer._PIECE_CHARACTERS", 40)
+        assert tokenizer.decode(tokenizer.encode(text)) == tokenizer.decode(whole)
+        pieces = _pieces(text)
+        assert "".join(pieces) == text
+        is_clean = all(
+            (before[-1] == "\n" and not after[0].isspace()) or (after[0] == " " and not before[-1].isspace())
+            for before, after in pairwise(pieces)
+        )
+        if is_clean:
+            assert tokenizer.encode(text) == whole
+
+
+@functools.cache
+def _qwen3() -> Tokenizer:
+    return Tokenizer.load(QWEN3)
+
+
+@needs_qwen3
+def test_ten_megabytes_of_spaces_are_no_reason_to_panic() -> None:
+    # The library's own regular expression gives up on them: "retry-limit-in-match over".
+    text = " " * 10_000_000 + "end"
+    assert _qwen3().decode(_qwen3().encode(text)) == text
+
+
+def test_another_process_gets_the_same_tokenizer(byte_tokenizer: Tokenizer) -> None:
+    again = pickle.loads(pickle.dumps(byte_tokenizer))
+    assert again.fingerprint == byte_tokenizer.fingerprint
+    forged = "before<|endoftext|>after"
+    assert again.encode(forged) == byte_tokenizer.encode(forged)
+    assert again.end_of_document_id == byte_tokenizer.end_of_document_id
+
+
 @needs_qwen3
 def test_qwen3_has_the_published_ids() -> None:
-    tokenizer = Tokenizer.load(QWEN3)
+    tokenizer = _qwen3()
     assert tokenizer.vocab_size == 151_669
     assert tokenizer.end_of_document_id == 151_643
     assert tokenizer.encode("Hello, world!") == [9707, 11, 1879, 0]
@@ -130,3 +194,12 @@ def test_the_train_command_learns_from_parquet_and_what_it_writes_loads(
     with pytest.raises(SystemExit):
         tokenizer_main([*words, "100"])
     assert "vocab_size is 100, must be at least 257" in capsys.readouterr().err
+
+
+def test_the_train_command_reads_json_lines_and_text_files_too(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "some words of text"}\n')
+    (tmp_path / "a.txt").write_text("some words of text")
+    for words in (["--files", str(tmp_path / "a.jsonl")], ["--folder", str(tmp_path)]):
+        out = tmp_path / words[0].strip("-")
+        tokenizer_main(["train", *words, "--out", str(out), "--vocab-size", "260"])
+        assert Tokenizer.load(out).vocab_size == 260

@@ -1,0 +1,168 @@
+"""A server on loopback that serves the hub's layout: files by name, a CDN with ranges, and trouble.
+
+The endpoint answers for a file with a redirect to the CDN, as the hub does for large files; small ones come
+directly. Listing a repository is refused and remembered: the real one never ends.
+"""
+
+import hashlib
+import re
+import threading
+from collections import Counter, deque
+from collections.abc import Iterable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+COMMIT = "02c85641e3d19a854be2e09139c25adaa9518063"
+DATASET = "openbmb/Ultra-FineWeb"
+MODEL = "Qwen/Qwen3-0.6B-Base"
+
+
+class HubServer:
+    """Serves files and makes trouble when asked to.
+
+    Attributes:
+        files: What there is, by repository path such as "datasets/org/name" and by the file's path in it.
+        trouble: What the next requests for a file's content meet, in order: a status such as 503, or ("cut",
+            n) to close after n bytes, or ("stall", n, seconds) to pause there, or None for nothing.
+        head_trouble: Statuses that the next requests for where a file lies get.
+        log: Method, path and range of each request.
+        listed: Requests that would have listed a repository.
+    """
+
+    def __init__(self) -> None:
+        self.files: dict[str, dict[str, bytes]] = {f"datasets/{DATASET}": {}, MODEL: {}}
+        self.decoys = [f"data/ultrafineweb_en_v1_4/CC-MAIN-{index}/part.parquet" for index in range(60_000)]
+        self.trouble: deque[Any] = deque()
+        self.head_trouble: deque[int] = deque()
+        self.log: list[tuple[str, str, str | None]] = []
+        self.listed: list[str] = []
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
+        self._thread.start()
+
+    @property
+    def port(self) -> int:
+        return self._server.server_address[1]
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def add_parts(self, parts: dict[str, bytes]) -> None:
+        """Add files to the data set."""
+        self.files[f"datasets/{DATASET}"].update(parts)
+
+    def requests(self, method: str, pattern: str = "") -> list[tuple[str, str | None]]:
+        """Path and range of each request of a method whose path holds a pattern."""
+        return [(path, span) for each, path, span in self.log if each == method and re.search(pattern, path)]
+
+    def downloads(self) -> Counter[str]:
+        """How often each file's content was asked for from its beginning."""
+        names = {_digest(data): name for files in self.files.values() for name, data in files.items()}
+        whole = [path for path, span in self.requests("GET", "^/cdn/") if span is None]
+        return Counter(names[path.removeprefix("/cdn/")] for path in whole)
+
+    def by_digest(self, digest: str) -> bytes | None:
+        contents: Iterable[bytes] = (data for files in self.files.values() for data in files.values())
+        return next((data for data in contents if _digest(data) == digest), None)
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, format: str, *arguments: Any) -> None:
+            pass
+
+        def do_HEAD(self) -> None:
+            self._answer()
+
+        def do_GET(self) -> None:
+            self._answer()
+
+        def _answer(self) -> None:
+            hub.log.append((self.command, self.path, self.headers.get("Range")))
+            if self.path.startswith("/cdn/"):
+                self._content(hub.by_digest(self.path.removeprefix("/cdn/")))
+                return
+            found = re.fullmatch(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.path)
+            if re.match("/api/(datasets|models)/", self.path):
+                hub.listed.append(self.path)
+                self._status(500)
+            elif found is None:
+                self._status(404)
+            elif self.command == "HEAD" and hub.head_trouble:
+                self._status(hub.head_trouble.popleft())
+            else:
+                self._file(*found.groups())
+
+        def _file(self, repository: str, revision: str, name: str) -> None:
+            files = hub.files.get(repository)
+            if files is None:
+                self._status(404, {"X-Error-Code": "RepoNotFound"})
+            elif revision not in ("main", COMMIT):
+                self._status(404, {"X-Error-Code": "RevisionNotFound"})
+            elif name not in files:
+                self._status(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
+            elif name.endswith(".parquet"):
+                data = files[name]
+                # Another host than the endpoint, as the hub's CDN is.
+                where = f"http://localhost:{hub.port}/cdn/{_digest(data)}"
+                linked = {"X-Linked-Etag": f'"{_digest(data)}"', "X-Linked-Size": str(len(data))}
+                self._status(302, {"X-Repo-Commit": COMMIT, "Location": where, **linked})
+            else:
+                self._content(
+                    files[name], {"X-Repo-Commit": COMMIT, "ETag": f'"{_digest(files[name])[:40]}"'}
+                )
+
+        def _content(self, data: bytes | None, headers: dict[str, str] | None = None) -> None:
+            if data is None:
+                self._status(404)
+                return
+            trouble = hub.trouble.popleft() if self.command == "GET" and hub.trouble else None
+            if isinstance(trouble, int):
+                self._status(trouble, {"Retry-After": "1"} if trouble == 429 else {})
+                return
+            first, size = 0, len(data)
+            self.close_connection = trouble is not None
+            if span := self.headers.get("Range"):
+                first = int(span.removeprefix("bytes=").rstrip("-"))
+                self.send_response(206)
+                self.send_header("Content-Range", f"bytes {first}-{size - 1}/{size}")
+            else:
+                self.send_response(200)
+            for name, value in (headers or {}).items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(size - first))
+            self.end_headers()
+            if self.command == "HEAD":
+                return
+            body = data[first:]
+            if trouble is None:
+                self.wfile.write(body)
+                return
+            self.wfile.write(body[: trouble[1]])
+            self.wfile.flush()
+            if trouble[0] == "stall":
+                # Not time.sleep, which tests cut short for the client.
+                threading.Event().wait(trouble[2])
+                self.wfile.write(body[trouble[1] :])
+
+        def _status(self, status: int, headers: dict[str, str] | None = None) -> None:
+            self.send_response(status)
+            for name, value in (headers or {}).items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    return Handler
