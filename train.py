@@ -3,7 +3,8 @@
 `torchrun --nproc-per-node 8 train.py --config configs/0.6b_parallax_muon.toml [--training.steps 100 ...]`
 
 --print-config shows the resolved run; --dry-run builds it without memory, data or tokenizer and prints its
-size and cost on --world-size ranks. Any other --table.key VALUE overrides the config file.
+size and cost on --world-size ranks; --checkpoint runs/stable/checkpoint/step-N starts from a checkpoint of
+another run. Any other --table.key VALUE overrides the config file.
 """
 
 import argparse
@@ -25,21 +26,18 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--config", required=True, help="TOML file of the run")
     parser.add_argument("--print-config", action="store_true", help="print the resolved run and end")
     parser.add_argument("--dry-run", action="store_true", help="print parameters, FLOPs and memory and end")
-    parser.add_argument(
-        "--world-size", type=int, default=1, help="ranks that --dry-run plans for (default 1)"
-    )
-    return parser.parse_known_args(arguments)
+    parser.add_argument("--world-size", type=int, default=1, help="ranks that --dry-run plans for (1)")
+    parser.add_argument("--checkpoint", metavar="FOLDER", help="short for --checkpoint.start_from")
+    options, overrides = parser.parse_known_args(arguments)
+    if options.checkpoint is not None:
+        overrides += ["--checkpoint.start_from", options.checkpoint]
+    return options, overrides
 
 
 def _train(run: RunConfig) -> None:
-    for name, value in (
-        ("RANK", "0"),
-        ("LOCAL_RANK", "0"),
-        ("WORLD_SIZE", "1"),
-        ("MASTER_ADDR", "localhost"),
-    ):
+    os.environ.setdefault("MASTER_ADDR", "localhost")
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_PORT", "0")):
         os.environ.setdefault(name, value)  # one process, started without torchrun
-    os.environ.setdefault("MASTER_PORT", "0")
     from training import device
 
     device.prepare()  # before the first import of torchtitan

@@ -7,8 +7,9 @@ from typing import Literal
 
 Orthogonalization = Literal["newton_schulz5", "polar_express"]
 UpdateScale = Literal["match_rms_adamw", "spectral", "unit"]
-MuonDtype = Literal["bfloat16", "float32"]
+MuonDtype = Literal["float16", "bfloat16", "float32"]
 
+DEFAULT_DECAY_RATIO = 0.2
 DEFAULT_ITERATIONS: dict[Orthogonalization, int] = {"newton_schulz5": 5, "polar_express": 8}
 
 
@@ -27,6 +28,9 @@ class MuonGroup:
     weight_decay: float = 0.0
     """Decoupled: each step multiplies the parameter by 1 - lr * weight_decay."""
 
+    weight_decay_gamma: float | None = None
+    """gamma of weight_decay (1 - t)^gamma over the decay phase (schedule.py); None: constant."""
+
     momentum: float = 0.95
     """Weight of the past in the running mean of gradients, in [0, 1)."""
 
@@ -42,8 +46,15 @@ class MuonGroup:
     scale: UpdateScale = "match_rms_adamw"
     """match_rms_adamw: 0.2 sqrt(max(rows, cols)); spectral: sqrt(max(1, rows / cols)); unit: 1."""
 
-    dtype: MuonDtype = "bfloat16"
-    """Precision of the iteration; momentum and parameters keep the parameter's own."""
+    dtype: MuonDtype = "float16"
+    """Precision of the iteration; momentum and parameters keep the parameter's own. Matrices are normalised
+    before it, so that float16 is more exact than bfloat16, and on a GPU it is faster."""
+
+    block_rows: int | None = None
+    """Orthogonalise every so many rows alone, as the head width for Muon per head; "none": all together."""
+
+    row_beta2: float | None = None
+    """NorMuon's normalisation of rows: weight of the past in their mean square, as 0.95; "none": without."""
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -52,8 +63,12 @@ class MuonGroup:
             ValueError: A value is out of its range, or a pattern is no regular expression.
         """
         _check_patterns(self.parameters)
-        _check_rates(self.lr, self.weight_decay)
+        _check_rates(self.lr, self.weight_decay, self.weight_decay_gamma)
         _check_range("momentum", self.momentum)
+        if self.row_beta2 is not None:
+            _check_range("row_beta2", self.row_beta2)
+        if self.block_rows is not None and self.block_rows < 1:
+            raise ValueError(f'block_rows ({self.block_rows}) must be at least 1, or "none"')
         if self.num_iterations is not None and self.num_iterations < 1:
             raise ValueError(f'num_iterations ({self.num_iterations}) must be at least 1, or "none"')
 
@@ -82,6 +97,9 @@ class AdamWGroup:
     weight_decay: float = 0.0
     """Decoupled: each step multiplies the parameter by 1 - lr * weight_decay."""
 
+    weight_decay_gamma: float | None = None
+    """gamma of weight_decay (1 - t)^gamma over the decay phase (schedule.py); None: constant."""
+
     def __post_init__(self) -> None:
         """Check the values.
 
@@ -89,7 +107,7 @@ class AdamWGroup:
             ValueError: A value is out of its range, or a pattern is no regular expression.
         """
         _check_patterns(self.parameters)
-        _check_rates(self.lr, self.weight_decay)
+        _check_rates(self.lr, self.weight_decay, self.weight_decay_gamma)
         _check_range("beta1", self.beta1)
         _check_range("beta2", self.beta2)
         if not self.eps > 0.0:
@@ -126,8 +144,11 @@ class ScheduleConfig:
     warmup_steps: int = 0
     """Steps of linear warm-up; the last of them is the first at the peak."""
 
-    decay_ratio: float = 0.2
-    """wsd only: part of all steps that the decay takes, in [0, 1]."""
+    decay_ratio: float | None = None
+    """wsd only: part of all steps that the decay takes, in [0, 1]; "none": decay_steps, or 0.2 without it."""
+
+    decay_steps: int | None = None
+    """wsd only: steps that the decay takes, instead of decay_ratio, which must then be "none"."""
 
     decay_shape: Literal["linear", "one_minus_sqrt", "cosine"] = "linear"
     """wsd only: 1 - t, 1 - sqrt(t) or (1 + cos(pi t)) / 2 over the decay, t from 0 to 1."""
@@ -144,8 +165,15 @@ class ScheduleConfig:
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps ({self.warmup_steps}) must not be negative")
         for field, value in (("decay_ratio", self.decay_ratio), ("min_lr_ratio", self.min_lr_ratio)):
-            if not 0.0 <= value <= 1.0:
+            if value is not None and not 0.0 <= value <= 1.0:
                 raise ValueError(f"{field} ({value}) must lie in [0, 1]")
+        if self.decay_steps is not None and self.decay_steps < 0:
+            raise ValueError(f"decay_steps ({self.decay_steps}) must not be negative")
+        if self.decay_ratio is not None and self.decay_steps is not None:
+            raise ValueError(
+                f"decay_ratio ({self.decay_ratio}) and decay_steps ({self.decay_steps}) are both given; "
+                'set one of them to "none"'
+            )
 
 
 def _check_patterns(patterns: Sequence[str]) -> None:
@@ -158,10 +186,14 @@ def _check_patterns(patterns: Sequence[str]) -> None:
             raise ValueError(f"parameters: {pattern!r} is not a regular expression: {error}") from error
 
 
-def _check_rates(lr: float, weight_decay: float) -> None:
+def _check_rates(lr: float, weight_decay: float, weight_decay_gamma: float | None) -> None:
     for field, value in (("lr", lr), ("weight_decay", weight_decay)):
         if not 0.0 <= value < float("inf"):
             raise ValueError(f"{field} ({value}) must be finite and not negative")
+    if weight_decay_gamma is not None and not 0.0 <= weight_decay_gamma < float("inf"):
+        raise ValueError(
+            f'weight_decay_gamma ({weight_decay_gamma}) must be finite and not negative, or "none"'
+        )
 
 
 def _check_range(field: str, value: float) -> None:

@@ -1,20 +1,30 @@
 """Muon: orthogonalised momentum as the update of matrices, on plain tensors and on sharded DTensors."""
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Shard
 
+from optimizers.buckets import Bucket, plan
 from optimizers.config import DEFAULT_ITERATIONS, MuonDtype, Orthogonalization, UpdateScale
+from optimizers.exchange import Pending, check_placements
+from optimizers.kernels.elementwise import advance_momentum, apply_update
 from optimizers.orthogonalize import newton_schulz5, polar_express
 
-_ORTHOGONALIZERS: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
+_ORTHOGONALIZERS: dict[str, Callable[..., torch.Tensor]] = {
     "newton_schulz5": newton_schulz5,
     "polar_express": polar_express,
 }
-_DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_DTYPES: dict[str, torch.dtype] = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+}
+# Momentum can have any magnitude, so that it never travels in fp16.
+_TRAVEL_DTYPES = {torch.float16: torch.bfloat16, torch.bfloat16: torch.bfloat16, torch.float32: torch.float32}
 _SCALES: dict[str, Callable[[int, int], float]] = {
     "match_rms_adamw": lambda rows, cols: 0.2 * math.sqrt(max(rows, cols)),
     "spectral": lambda rows, cols: math.sqrt(max(1.0, rows / cols)),
@@ -39,10 +49,23 @@ class Muon(torch.optim.Optimizer):
         spectral          sqrt(max(1, rows / cols)): Keller Jordan's implementation
         unit              1
 
-    Matrices of equal shape are orthogonalised together. A sharded matrix (FSDP2, HSDP) is gathered whole in
-    the iteration's precision, every rank orthogonalises it, and each keeps its own shard. Momentum is
-    sharded as the parameter is. The result does not depend on the number of ranks. Parameters without a
+    With `block_rows` = h every h rows are a matrix of their own: with the head width, Muon per head of the
+    projections Q, K, R and V. The scale is then that of the blocks.
+
+    With `row_beta2` = b the rows of the orthogonalised matrix O are brought to equal strength (NorMuon, Li et
+    al., arXiv 2510.05491), by a running mean v (from zero) of their mean squares, at the same Frobenius norm:
+
+        v <- b v + (1 - b) mean_cols(O^2),   O' = O / (sqrt(v) + 1e-8),   O <- O' |O| / |O'|
+
+    Sharded matrices (FSDP2, HSDP, tensor parallelism) go whole to one rank each, in bf16 unless `dtype` is
+    float32, which orthogonalises them and returns the shards; equal ones go together, and one bucket travels
+    while another is computed. State is sharded as the parameter is. The result is the same bits from run to
+    run, and depends on the number of ranks only by the rounding of batched products. Parameters without a
     gradient stay as they are.
+
+    Attributes:
+        found_inf: fp32 scalar on the device, or None. While it is not zero a step changes nothing.
+        record_updates: Whether a step keeps what `update_square_sums` and `update_spectra` tell.
     """
 
     def __init__(
@@ -56,8 +79,10 @@ class Muon(torch.optim.Optimizer):
         orthogonalization: Orthogonalization = "newton_schulz5",
         num_iterations: int | None = None,
         scale: UpdateScale = "match_rms_adamw",
-        dtype: MuonDtype = "bfloat16",
-        max_stacked_elements: int = 2**26,
+        dtype: MuonDtype = "float16",
+        block_rows: int | None = None,
+        row_beta2: float | None = None,
+        max_stacked_elements: int = 2**27,
     ) -> None:
         """Take parameters and the values of groups that do not state their own.
 
@@ -70,9 +95,11 @@ class Muon(torch.optim.Optimizer):
             orthogonalization: "newton_schulz5" or "polar_express".
             num_iterations: Steps of the iteration; None means 5 for newton_schulz5 and 8 for polar_express.
             scale: "match_rms_adamw", "spectral" or "unit".
-            dtype: "bfloat16" or "float32", the precision of gathering and iteration.
-            max_stacked_elements: Most elements (not bytes) of equal matrices that are stacked at once; bounds
-                the extra memory to about six such stacks in dtype. A larger matrix goes alone.
+            dtype: "float16", "bfloat16" or "float32", the precision of the iteration.
+            block_rows: Rows of a block that is orthogonalised by itself, or None for whole matrices.
+            row_beta2: b of the row normalisation, in [0, 1), or None for none.
+            max_stacked_elements: Most elements (not bytes) of equal matrices that a rank stacks at once;
+                bounds the extra memory to about six such stacks in dtype. A larger matrix goes alone.
 
         Raises:
             ValueError: A parameter is no matrix, or a value is out of its range.
@@ -87,8 +114,15 @@ class Muon(torch.optim.Optimizer):
             "num_iterations": num_iterations,
             "scale": scale,
             "dtype": dtype,
+            "block_rows": block_rows,
+            "row_beta2": row_beta2,
         }
         self.max_stacked_elements = max_stacked_elements
+        self.found_inf: torch.Tensor | None = None
+        self.record_updates = False
+        self._square_sums: dict[str, torch.Tensor] = {}
+        self._own_updates: dict[str, torch.Tensor] = {}
+        self._plan: tuple[Any, list[Bucket]] = (None, [])
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -125,39 +159,121 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            for bucket in _buckets(params, self.max_stacked_elements):
-                self._step_bucket(bucket, group)
+        self._square_sums.clear()
+        self._own_updates.clear()
+        buckets = self._buckets()
+        if not buckets:
+            return loss
+        # a bucket's shards travel while the one before it is orthogonalised, its results during the one after
+        incoming = self._send(buckets[0])
+        last: tuple[Bucket, Pending] | None = None
+        for bucket, following in zip(buckets, [*buckets[1:], None], strict=True):
+            arriving = incoming
+            if following is not None:
+                incoming = self._send(following)
+            results = bucket.exchange.to_shards(self._orthogonalize(bucket, arriving.wait()))
+            if last is not None:
+                self._apply(*last)
+            last = bucket, results
+        assert last is not None
+        self._apply(*last)
         return loss
 
-    def _step_bucket(self, params: list[torch.Tensor], group: dict[str, Any]) -> None:
-        """Update matrices of one shape, dtype and sharding."""
-        update = self._advance_momentum(params, group)
+    def update_square_sums(self) -> dict[str, torch.Tensor]:
+        """Return the sum of squares of this rank's shards of the last recorded updates, by group name.
+
+        Returns:
+            fp32 scalars on the device; the learning rate is left out, the scale is not.
+        """
+        return dict(self._square_sums)
+
+    def update_spectra(self) -> dict[str, tuple[float, float, float]]:
+        """Return the spread of an orthogonalised matrix, by group name; waits for the device.
+
+        Returns:
+            Least, median and largest singular value of the first block of the first matrix that this rank
+            owned in the last recorded step; nothing for groups of which it owned none.
+        """
+        spectra = {}
+        for name, matrix in self._own_updates.items():
+            values = torch.linalg.svdvals(matrix.float())
+            spectra[name] = (values.min().item(), values.median().item(), values.max().item())
+        return spectra
+
+    def _buckets(self) -> list[Bucket]:
+        """Plan the step, or take over the last plan where the same parameters have gradients."""
+        key = [[id(p) for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        if self._plan[0] != key:
+            self._plan = key, plan(self.param_groups, self.max_stacked_elements)
+        return self._plan[1]
+
+    def _send(self, bucket: Bucket) -> Pending:
+        """Advance the momentum of a bucket, and start to send what is to be orthogonalised."""
+        group = self.param_groups[bucket.group]
+        for p in bucket.params:
+            if "momentum_buffer" not in self.state[p]:
+                self._create_state(p, group)
+        shards = advance_momentum(
+            [_local_gradient(p) for p in bucket.params],
+            [_local(self.state[p]["momentum_buffer"]) for p in bucket.params],
+            weight=1.0 - group["momentum"],
+            nesterov=group["nesterov"],
+            dtype=_TRAVEL_DTYPES[_DTYPES[group["dtype"]]],
+            found_inf=self.found_inf,
+        )
+        return bucket.exchange.to_owners(shards)
+
+    def _create_state(self, p: torch.Tensor, group: dict[str, Any]) -> None:
+        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        if group["row_beta2"] is not None:
+            # sharded by rows as the parameter is
+            self.state[p]["row_mean_square"] = torch.zeros_like(p[:, :1])
+
+    def _orthogonalize(self, bucket: Bucket, matrices: torch.Tensor) -> torch.Tensor:
+        """Orthogonalise the matrices of a bucket that this rank owns, `[owned, rows, cols]`."""
+        group = self.param_groups[bucket.group]
+        dtype = _DTYPES[group["dtype"]]
+        if group["lr"] == 0.0 or not len(matrices):
+            # The checkpointer makes the state exist by a step at lr 0: nothing to compute.
+            return matrices.to(dtype)
+        blocks = matrices.view(-1, _block_shape(bucket, group)[0], matrices.shape[2])
+        blocks = _ORTHOGONALIZERS[group["orthogonalization"]](blocks, group["num_iterations"], dtype=dtype)
+        if self.record_updates:
+            self._own_updates.setdefault(group["name"], blocks[0].clone())
+        return blocks.view(matrices.shape)
+
+    def _apply(self, bucket: Bucket, results: Pending) -> None:
+        """Change the parameters of a bucket by their shards of the results."""
+        group = self.param_groups[bucket.group]
+        updates = results.wait()
         lr = float(group["lr"])
         if lr == 0.0:
-            # The checkpointer makes the state exist by a step at lr 0: nothing to compute.
             return
-        update = _gather(update, params[0])
-        update = _ORTHOGONALIZERS[group["orthogonalization"]](update, group["num_iterations"])
-        update = _own_shard(update, params[0])
-        local_params = [_local(p) for p in params]
-        rows, cols = params[0].shape
-        torch._foreach_mul_(local_params, 1.0 - lr * group["weight_decay"])
-        torch._foreach_add_(
-            local_params, list(update.unbind(0)), alpha=-lr * _SCALES[group["scale"]](rows, cols)
-        )
+        if group["row_beta2"] is not None:
+            updates = self._normalize_rows(bucket, updates, group["row_beta2"])
+        scale = _SCALES[group["scale"]](*_block_shape(bucket, group))
+        if self.record_updates:
+            square_sum = (torch.linalg.vector_norm(updates, dtype=torch.float32) * scale).square()
+            self._square_sums[group["name"]] = self._square_sums.get(group["name"], 0.0) + square_sum
+        params = [_local(p) for p in bucket.params]
+        keep = 1.0 - lr * group["weight_decay"]
+        apply_update(params, updates, keep=keep, alpha=-lr * scale, found_inf=self.found_inf)
 
-    def _advance_momentum(self, params: list[torch.Tensor], group: dict[str, Any]) -> torch.Tensor:
-        """Return the stacked local parts `[matrices, rows, cols]` of what is to be orthogonalised."""
-        for p in params:
-            if "momentum_buffer" not in self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        gradients = [_local_gradient(p) for p in params]
-        buffers = [_local(self.state[p]["momentum_buffer"]) for p in params]
-        torch._foreach_lerp_(buffers, gradients, 1.0 - group["momentum"])
-        updates = torch._foreach_lerp(gradients, buffers, group["momentum"]) if group["nesterov"] else buffers
-        return torch.stack([update.to(_DTYPES[group["dtype"]]) for update in updates])
+    def _normalize_rows(self, bucket: Bucket, updates: torch.Tensor, beta2: float) -> torch.Tensor:
+        """Bring the rows of this rank's shards `[matrices, rows, cols]` to equal strength."""
+        means = [_local(self.state[p]["row_mean_square"]) for p in bucket.params]
+        updates = updates.float()
+        moved = torch.stack(means).lerp(updates.square().mean(-1, keepdim=True), 1.0 - beta2)
+        if self.found_inf is not None:
+            moved = torch.where(self.found_inf != 0, torch.stack(means), moved)
+        torch._foreach_copy_(means, list(moved.unbind()))
+        normalized = updates / (moved.sqrt() + 1e-8)
+        squares = torch.stack([x.square().sum((1, 2)) for x in (updates, normalized)])
+        if bucket.layout.num_ranks > 1:
+            # replicas add their equal shares to both
+            dist.all_reduce(squares, group=bucket.layout.group)
+        ratio = (squares[0] / squares[1].clamp(min=1e-30)).sqrt()
+        return normalized * ratio[:, None, None]
 
 
 def _check_group(group: dict[str, Any]) -> None:
@@ -166,16 +282,15 @@ def _check_group(group: dict[str, Any]) -> None:
             raise ValueError(
                 f"Muon updates matrices only, got a parameter of shape {list(p.shape)}; use AdamW for it"
             )
-        for placement in _placements(p):
-            if not isinstance(placement, Shard | Replicate):
-                raise NotImplementedError(
-                    f"Muon serves placements of FSDP2 and HSDP, Shard and Replicate, got {placement}"
-                )
+        check_placements(p)
+        _check_rows(p, group["block_rows"], group["row_beta2"])
     for key in ("lr", "weight_decay"):
         if not 0.0 <= group[key] < float("inf"):
             raise ValueError(f"{key} ({group[key]}) must be finite and not negative")
     if not 0.0 <= group["momentum"] < 1.0:
         raise ValueError(f"momentum ({group['momentum']}) must lie in [0, 1)")
+    if group["row_beta2"] is not None and not 0.0 <= group["row_beta2"] < 1.0:
+        raise ValueError(f"row_beta2 ({group['row_beta2']}) must lie in [0, 1), or be None")
     if group["num_iterations"] is not None and group["num_iterations"] < 1:
         raise ValueError(f"num_iterations ({group['num_iterations']}) must be at least 1, or None")
     for key, table in (("orthogonalization", _ORTHOGONALIZERS), ("scale", _SCALES), ("dtype", _DTYPES)):
@@ -183,20 +298,21 @@ def _check_group(group: dict[str, Any]) -> None:
             raise ValueError(f"{key} ({group[key]!r}) must be one of {', '.join(table)}")
 
 
-def _buckets(params: list[torch.Tensor], max_elements: int) -> Iterator[list[torch.Tensor]]:
-    """Yield the parameters by shape, dtype and sharding, in bounded lists, in the same order on all ranks."""
-    by_layout: dict[Hashable, list[torch.Tensor]] = {}
-    for p in params:
-        mesh = p.device_mesh if isinstance(p, DTensor) else None
-        by_layout.setdefault((p.shape, p.dtype, p.device, mesh, _placements(p)), []).append(p)
-    for equal in by_layout.values():
-        size = max(1, max_elements // max(1, equal[0].numel()))
-        for start in range(0, len(equal), size):
-            yield equal[start : start + size]
+def _check_rows(p: torch.Tensor, block_rows: int | None, row_beta2: float | None) -> None:
+    if block_rows is not None and (block_rows < 1 or p.shape[0] % block_rows):
+        raise ValueError(
+            f"block_rows ({block_rows}) must divide the rows of each matrix of the group, got {list(p.shape)}"
+        )
+    columns_are_cut = isinstance(p, DTensor) and any(
+        isinstance(x, Shard) and x.dim == 1 for x in p.placements
+    )
+    if row_beta2 is not None and columns_are_cut:
+        raise NotImplementedError("row_beta2 needs whole rows on each rank: shard by rows, or leave it out")
 
 
-def _placements(p: torch.Tensor) -> tuple[Placement, ...]:
-    return p.placements if isinstance(p, DTensor) else ()
+def _block_shape(bucket: Bucket, group: dict[str, Any]) -> tuple[int, int]:
+    rows, cols = bucket.layout.shape
+    return group["block_rows"] or rows, cols
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
@@ -206,35 +322,6 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 def _local_gradient(p: torch.Tensor) -> torch.Tensor:
     gradient = p.grad
     assert gradient is not None
-    if isinstance(p, DTensor) and isinstance(gradient, DTensor):
+    if isinstance(p, DTensor) and isinstance(gradient, DTensor) and gradient.placements != p.placements:
         gradient = gradient.redistribute(placements=p.placements)
     return _local(gradient)
-
-
-def _stacked_placements(p: DTensor) -> list[Placement]:
-    """Return the placements of a stack `[matrices, rows, cols]` whose matrices are placed as p is."""
-    return [Shard(place.dim + 1) if isinstance(place, Shard) else place for place in p.placements]
-
-
-def _gather(stack: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """Return whole matrices from the local parts of matrices placed as p is."""
-    if not isinstance(p, DTensor):
-        return stack
-    rows, cols = p.shape
-    # Shape and stride are given since shards may be uneven: they do not follow from the local part.
-    return DTensor.from_local(
-        stack,
-        p.device_mesh,
-        _stacked_placements(p),
-        run_check=False,
-        shape=torch.Size((stack.shape[0], rows, cols)),
-        stride=(rows * cols, cols, 1),
-    ).full_tensor()
-
-
-def _own_shard(stack: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """Return the local parts of whole matrices that every rank holds; communicates nothing."""
-    if not isinstance(p, DTensor):
-        return stack
-    whole = DTensor.from_local(stack, p.device_mesh, [Replicate()] * p.device_mesh.ndim, run_check=False)
-    return whole.redistribute(placements=_stacked_placements(p)).to_local()

@@ -1,4 +1,4 @@
-"""What torchtitan's trainer takes from here: the optimizers of a model and their learning-rate schedule."""
+"""What torchtitan's trainer takes from here: the optimizers of a model and their schedule."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,8 @@ from optimizers.config import (
 )
 from optimizers.muon import Muon
 from optimizers.param_groups import assign_parameters
-from optimizers.schedule import lr_factor
+from optimizers.schedule import lr_factor, weight_decay_factor
+from optimizers.update_size import UpdateRecorder, adamw_square_sum, num_replicas
 
 _STATE_PREFIX = "state."
 
@@ -33,8 +34,8 @@ class GroupedOptimizers(OptimizersContainer[torch.optim.Optimizer]):
     """The optimizers of a model: for each of its parts at most one Muon and one AdamW.
 
     A checkpoint holds their tensors by parameter name and no hyperparameters: those always come from the
-    configuration of the run that loads it. Every param group has its "name" and its peak learning rate
-    "base_lr".
+    configuration of the run that loads it. Every param group has its "name" and what the schedule starts
+    from: its peak learning rate "base_lr", "base_weight_decay", and "weight_decay_gamma", 0 for None.
     """
 
     def __init__(self, model_parts: Sequence[nn.Module], config: OptimizerConfig) -> None:
@@ -52,7 +53,62 @@ class GroupedOptimizers(OptimizersContainer[torch.optim.Optimizer]):
         assigned = assign_parameters(named, config.groups)
         self._by_part = [_optimizers_of(part, assigned, config.groups) for part in self.model_parts]
         self.optimizers = [optimizer for own in self._by_part for optimizer in own]
+        self._num_elements = {name: sum(p.numel() for p in members) for name, members in assigned.items()}
         self._post_init([p for members in assigned.values() for p in members], {})
+
+    def step(self, *, found_inf: torch.Tensor | None = None) -> None:  # pyrefly: ignore [bad-override]
+        """Update every parameter, or none of them.
+
+        Args:
+            found_inf: fp32 scalar on the parameters' device, the same on every rank: 1 leaves parameters and
+                state untouched, which only the device needs to know; 0 or None takes the step. It is torch's
+                own convention (GradScaler and fused AdamW), an attribute of each optimizer during its step.
+        """
+        for optimizer in self.optimizers:
+            optimizer.found_inf = found_inf  # pyrefly: ignore [missing-attribute]
+            optimizer.step()
+            optimizer.found_inf = None  # pyrefly: ignore [missing-attribute]
+
+    def record_updates(self, is_recorded: bool) -> None:
+        """Say before a step whether the methods below will be asked about it.
+
+        Args:
+            is_recorded: Whether optimizers keep what their state does not tell.
+        """
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, UpdateRecorder):
+                optimizer.record_updates = is_recorded
+
+    def update_mean_squares(self) -> dict[str, torch.Tensor]:
+        """Return this rank's share of the last update's mean square, by group.
+
+        Returns:
+            fp32 scalars on the device, for the same groups in the same order on every rank. Summed over all
+            ranks, each is the mean over its group of (update / learning rate)^2, without weight decay.
+        """
+        shares: dict[str, torch.Tensor] = {}
+        for optimizer in self.optimizers:
+            sums = optimizer.update_square_sums() if isinstance(optimizer, UpdateRecorder) else {}
+            for group in optimizer.param_groups:
+                name = group["name"]
+                if isinstance(optimizer, torch.optim.AdamW):
+                    square_sum = adamw_square_sum(optimizer, group)
+                elif name in sums:
+                    square_sum = sums[name] / num_replicas(group["params"][0])
+                else:
+                    continue
+                shares[name] = shares.get(name, 0.0) + square_sum / self._num_elements[name]
+        return shares
+
+    def update_spectra(self) -> dict[str, tuple[float, float, float]]:
+        """Return (least, median, largest) singular value of one orthogonalised matrix, by Muon group.
+
+        Returns:
+            Those of the first matrix of the group that this rank orthogonalises; nothing for groups of which
+            it has none. Waits for the device.
+        """
+        recorders = [optimizer for optimizer in self.optimizers if isinstance(optimizer, UpdateRecorder)]
+        return {name: spread for each in recorders for name, spread in each.update_spectra().items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state tensors as "state.<parameter>.<name>", sharded as the parameters are."""
@@ -99,21 +155,27 @@ class GroupedOptimizers(OptimizersContainer[torch.optim.Optimizer]):
 
 
 class GroupedSchedule(LRSchedulersContainer):
-    """Sets every group's learning rate to its peak times the schedule's factor, from the first step on."""
+    """Sets every group's learning rate and weight decay for the next step, from the first step on.
+
+    Each is the group's value times the schedule's factor, a pure function of the step.
+    """
 
     def __init__(self, optimizers: OptimizersContainer, schedule: ScheduleConfig, total_steps: int) -> None:
         """Start at step 0.
 
         Args:
             optimizers: What build_optimizers gave.
-            schedule: The factor's configuration.
+            schedule: The factors' configuration.
             total_steps: Steps of the run.
 
         Raises:
             ValueError: The schedule does not fit into the steps.
         """
         self._optimizers = optimizers
-        self._factor = functools.partial(lr_factor, config=schedule, total_steps=total_steps)
+        self._lr_factor = functools.partial(lr_factor, config=schedule, total_steps=total_steps)
+        self._weight_decay_factor = functools.partial(
+            weight_decay_factor, config=schedule, total_steps=total_steps
+        )
         self._step = 0
         self._apply()
 
@@ -139,14 +201,21 @@ class GroupedSchedule(LRSchedulersContainer):
         """Return the learning rate of the step about to be taken, by group name."""
         return {group["name"]: group["lr"] for group in self._groups()}
 
+    def weight_decay_by_group(self) -> dict[str, float]:
+        """Return the weight decay of the step about to be taken, by group name."""
+        return {group["name"]: group["weight_decay"] for group in self._groups()}
+
     def _groups(self) -> list[dict[str, Any]]:
         # looked up each time: loading a state gives an optimizer new groups
         return [group for optimizer in self._optimizers for group in optimizer.param_groups]
 
     def _apply(self) -> None:
-        factor = self._factor(self._step)
+        factor = self._lr_factor(self._step)
         for group in self._groups():
             group["lr"] = group["base_lr"] * factor
+            group["weight_decay"] = group["base_weight_decay"] * self._weight_decay_factor(
+                self._step, gamma=group["weight_decay_gamma"]
+            )
 
 
 def build_optimizers(model_parts: Sequence[nn.Module], config: OptimizerConfig) -> GroupedOptimizers:
@@ -195,7 +264,13 @@ def _optimizers_of(
         members = [p for p in assigned[name] if p in own]
         if not members:
             continue
-        param_group = {"params": members, "name": name, "base_lr": group.lr}
+        param_group = {
+            "params": members,
+            "name": name,
+            "base_lr": group.lr,
+            "base_weight_decay": group.weight_decay,
+            "weight_decay_gamma": group.weight_decay_gamma or 0.0,
+        }
         if isinstance(group, MuonGroup):
             muon_groups.append({**param_group, **_muon_values(group)})
         else:
@@ -204,13 +279,14 @@ def _optimizers_of(
     if muon_groups:
         optimizers.append(Muon(muon_groups, lr=0.0))
     if adamw_groups:
-        fused = all(p.device.type == "cuda" for group in adamw_groups for p in group["params"])
-        optimizers.append(torch.optim.AdamW(adamw_groups, fused=fused, foreach=not fused))
+        # fused on CPU too: the other implementations have no found_inf
+        optimizers.append(torch.optim.AdamW(adamw_groups, fused=True))
     return optimizers
 
 
 def _muon_values(group: MuonGroup) -> dict[str, Any]:
-    return {key: value for key, value in asdict(group).items() if key not in ("kind", "parameters")}
+    not_its_own = ("kind", "parameters", "weight_decay_gamma")
+    return {key: value for key, value in asdict(group).items() if key not in not_its_own}
 
 
 def _adamw_values(group: AdamWGroup) -> dict[str, Any]:

@@ -117,11 +117,15 @@ class CheckpointConfig:
         every: Steps between two checkpoints; None for the end only.
         keep: Newest checkpoints to keep, at least 2; None for all.
         async_save: Write in the background while training goes on (one more copy in host memory).
+        start_from: A checkpoint of another run, runs/<name>/checkpoint/step-N: a run without checkpoints of
+            its own takes over model, optimizer state, step, data position and generators, and goes on by its
+            own schedule. None to start from the seed.
     """
 
     every: int | None = None
     keep: int | None = 3
     async_save: bool = False
+    start_from: str | None = None
 
     def __post_init__(self) -> None:
         _check_at_least(self, 1, "every")
@@ -137,15 +141,21 @@ class MetricsConfig:
         tensorboard: Write TensorBoard files to <run.folder>/tensorboard.
         wandb: Log to Weights & Biases (WANDB_MODE=offline works; WANDB_PROJECT and the like are honoured).
         profile_every: Steps between two torch profiler traces in <run.folder>/profile; None for none.
+        update_every: Steps between two records of each group's update_rms, the root mean square of the update
+            before learning rate and weight decay; None for none.
+        spectrum_every: Steps between two records of update_sv_min, _median and _max, singular values of one
+            orthogonalised matrix of each Muon group (waits for the device); None for none.
     """
 
     console_every: int = 10
     tensorboard: bool = True
     wandb: bool = False
     profile_every: int | None = None
+    update_every: int | None = 10
+    spectrum_every: int | None = None
 
     def __post_init__(self) -> None:
-        _check_at_least(self, 1, "console_every")
+        _check_at_least(self, 1, "console_every", "update_every", "spectrum_every")
         _check_at_least(self, 10, "profile_every")
 
 

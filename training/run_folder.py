@@ -46,6 +46,44 @@ def _who_updates_what(optimizer: Table) -> Table:
     return {name: {k: group.get(k) for k in ("kind", "parameters")} for name, group in groups.items()}
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run folder holds a whole checkpoint."""
+    return any((folder / "checkpoint").glob("step-*/.metadata"))
+
+
+def saved_config(folder: Path) -> Table | None:
+    """The resolved config that lies in a run folder, None where there is none."""
+    path = folder / "config.toml"
+    return tomllib.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def check_fits(run: RunConfig, saved: Table, folder: Path, remedy: str) -> None:
+    """Refuse to load checkpoints of another model or other optimizers.
+
+    Args:
+        run: The run that would load them.
+        saved: The config of the run that wrote them.
+        folder: Its folder, for the message.
+        remedy: What else than restoring the keys helps, for the message.
+
+    Raises:
+        ValueError: [model] is another, or the optimizers' state is; names the keys that differ.
+    """
+    differences = _differences(saved["model"], to_table(run.model), _defaults(run.model), "model")
+    if differences:
+        raise ValueError(
+            f"{folder} holds checkpoints of another architecture: {'; '.join(differences)}. "
+            f"{remedy}, or restore the model's keys"
+        )
+    groups = (_who_updates_what(saved["optimizer"]), _who_updates_what(to_table(run.optimizer)))
+    differences = _differences(*groups, None, "optimizer.groups")
+    if differences:
+        raise ValueError(
+            f"{folder} holds checkpoints of other optimizers: {'; '.join(differences)}. "
+            f"{remedy}, or restore the groups"
+        )
+
+
 def check_folder(run: RunConfig) -> None:
     """Refuse to continue a run folder with another model or other optimizers.
 
@@ -56,23 +94,9 @@ def check_folder(run: RunConfig) -> None:
     folder = Path(run.run.folder)
     if any(path.exists() and not path.is_dir() for path in (folder, *folder.parents)):
         raise ValueError(f"run.folder is {str(folder)!r}, but a file is in its place; give another folder")
-    saved = folder / "config.toml"
-    if not saved.exists() or not any((folder / "checkpoint").glob("step-*/.metadata")):
-        return
-    table = tomllib.loads(saved.read_text(encoding="utf-8"))
-    differences = _differences(table["model"], to_table(run.model), _defaults(run.model), "model")
-    if differences:
-        raise ValueError(
-            f"{folder} holds checkpoints of another architecture: {'; '.join(differences)}. "
-            "Give this run another run.folder, or restore the model's keys"
-        )
-    groups = (_who_updates_what(table["optimizer"]), _who_updates_what(to_table(run.optimizer)))
-    differences = _differences(*groups, None, "optimizer.groups")
-    if differences:
-        raise ValueError(
-            f"{folder} holds checkpoints of other optimizers: {'; '.join(differences)}. "
-            "Give this run another run.folder, or restore the groups"
-        )
+    saved = saved_config(folder)
+    if saved is not None and has_checkpoint(folder):
+        check_fits(run, saved, folder, "Give this run another run.folder")
 
 
 def write_config(run: RunConfig) -> None:

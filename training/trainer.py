@@ -23,7 +23,8 @@ from torchtitan.train import Trainer as TitanTrainer
 from data.titan import TitanLoader, build_validation_loader
 from data.tokenizer import Tokenizer
 from eval.perplexity import IGNORE_INDEX, HeldOutLoss, held_out_loss
-from optimizers.titan import GroupedSchedule
+from optimizers.titan import GroupedOptimizers, GroupedSchedule
+from training.branch import branch_warnings, checkpoint_step
 from training.job import MODEL_NAME, to_job_config
 from training.log import logger
 from training.metrics import RunMetrics
@@ -60,8 +61,10 @@ class Trainer(TitanTrainer):
         self.tokens = 0
         assert isinstance(self.metrics_processor, RunMetrics)
         assert isinstance(self.lr_schedulers, GroupedSchedule)
+        assert isinstance(self.optimizers, GroupedOptimizers)
         assert isinstance(self.dataloader, TitanLoader)
         self.metrics, self.schedule, self.loader = self.metrics_processor, self.lr_schedulers, self.dataloader
+        self.updater = self.optimizers
 
     def state_dict(self) -> dict[str, Any]:
         """Step, tokens and generators; ranks draw the same numbers, so one copy serves any number."""
@@ -98,14 +101,16 @@ class Trainer(TitanTrainer):
 
         Returns:
             The step's metrics: loss in nats/token over the global batch, gradient norm before clipping,
-            learning rates, tokens predicted, and whether any rank was asked to stop.
+            learning rates, weight decays and now and then the updates' size by group, tokens predicted, and
+            whether any rank was asked to stop.
 
         Raises:
             NonFiniteLossError: The loss or the gradient norm is no number. Nothing is saved; the last
-                checkpoint is the last good state.
+                checkpoint is the last good state. A gradient that is no number has changed neither weights
+                nor optimizer state.
         """
         self.optimizers.zero_grad()
-        rates = self.schedule.lr_by_group()
+        rates, decays = self.schedule.lr_by_group(), self.schedule.weight_decay_by_group()
         microbatches = [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
         num_predicted = sum((labels != IGNORE_INDEX).sum() for _, labels in microbatches)
         num_predicted = torch.as_tensor(num_predicted, device=self.device)
@@ -119,12 +124,13 @@ class Trainer(TitanTrainer):
             self.model.parameters(), self.run.training.max_grad_norm, foreach=True
         )
         self.checkpointer.maybe_wait_for_staging()
-        self.optimizers.step()
+        squares = self._update(grad_norm)
         self.schedule.step()
         # the only wait for the device in a step
-        sums = torch.stack([loss.double(), loss.new_tensor(self.stop.requested).double()])
+        stop = loss.new_tensor(self.stop.requested)
+        sums = torch.stack([value.double() for value in (loss, stop, *squares.values())])
         dist.all_reduce(sums)
-        global_loss, num_stops = sums.tolist()
+        global_loss, num_stops, *mean_squares = sums.tolist()
         norm = float(grad_norm)
         if not (torch.tensor([global_loss, norm]).isfinite().all()):
             folder = Path(self.run.run.folder) / "checkpoint"
@@ -138,9 +144,50 @@ class Trainer(TitanTrainer):
             "loss": global_loss,
             "grad_norm": norm,
             **{f"lr/{name}": rate for name, rate in rates.items()},
+            **{f"weight_decay/{name}": decay for name, decay in decays.items()},
+            **{f"update_rms/{name}": math.sqrt(x) for name, x in zip(squares, mean_squares, strict=True)},
+            **self._spectra(),
             "predicted_tokens": int(num_predicted),
             "stop": num_stops > 0,
         }
+
+    def _is_due(self, every: int | None) -> bool:
+        return every is not None and self.step % every == 0
+
+    def _update(self, grad_norm: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Step unless the gradient is no number; gives this rank's shares of the updates' mean squares."""
+        has_mean_squares = self._is_due(self.run.metrics.update_every)
+        self.updater.record_updates(has_mean_squares or self._is_due(self.run.metrics.spectrum_every))
+        self.updater.step(found_inf=(~grad_norm.isfinite()).float())
+        return self.updater.update_mean_squares() if has_mean_squares else {}
+
+    def _spectra(self) -> dict[str, float]:
+        # rank 0 keeps the record, and speaks of the matrices that it orthogonalises
+        if dist.get_rank() != 0 or not self._is_due(self.run.metrics.spectrum_every):
+            return {}
+        return {
+            f"update_sv_{name}/{group}": value
+            for group, spread in self.updater.update_spectra().items()
+            for name, value in zip(("min", "median", "max"), spread, strict=True)
+        }
+
+    def _load(self) -> None:
+        """Continue from the newest checkpoint in the run folder, else from checkpoint.start_from."""
+        source = self.run.checkpoint.start_from
+        if self.checkpointer.load(step=-1) or source is None:
+            return
+        # torchtitan's initial_load_path does nothing where a checkpoint folder exists, even one without any
+        states = self.checkpointer._states_to_load(model_only=False)
+        self.checkpointer.dcp_load(states, checkpoint_id=source, from_hf=False, from_quantized=False)
+        if self.step != checkpoint_step(Path(source)):
+            raise ValueError(
+                f"checkpoint.start_from is {source!r}, but it was written after step {self.step}; give the "
+                "folder its name back, or start from another checkpoint"
+            )
+        if dist.get_rank() == 0:
+            for warning in branch_warnings(self.run):
+                logger.warning(warning)
+        logger.info(f"starting from {source}")
 
     def evaluate(self) -> HeldOutLoss | None:
         """The held-out loss now, on record; None where the run has no held-out text."""
@@ -181,7 +228,7 @@ class Trainer(TitanTrainer):
     def train(self) -> None:
         """Train from the newest checkpoint in the run folder, or from the start, to the end or a signal."""
         self.stop.install()
-        self.checkpointer.load(step=-1)
+        self._load()
         if dist.get_rank() == 0:
             remove_partial_checkpoints(self.run)
             write_config(self.run)

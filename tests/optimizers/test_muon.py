@@ -145,13 +145,83 @@ def test_bfloat16_parameters_keep_their_dtype() -> None:
         ({"momentum": 1.0}, r"momentum \(1.0\)"),
         ({"num_iterations": 0}, r"num_iterations \(0\)"),
         ({"scale": "none"}, r"scale \('none'\) must be one of match_rms_adamw, spectral, unit"),
-        ({"dtype": "float16"}, r"dtype \('float16'\)"),
+        ({"dtype": "float64"}, r"dtype \('float64'\)"),
+        ({"block_rows": 5}, r"block_rows \(5\) must divide the rows .* \[16, 16\]"),
+        ({"row_beta2": 1.0}, r"row_beta2 \(1.0\)"),
         ({"orthogonalization": "svd"}, r"orthogonalization \('svd'\)"),
     ],
 )
 def test_values_out_of_range_are_named(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Muon([{"params": parameters(), **values}], lr=0.1)
+
+
+@pytest.mark.parametrize("rows", [4, 8])
+def test_every_block_of_rows_is_a_matrix_of_its_own(rows: int) -> None:
+    p = torch.nn.Parameter(torch.zeros(16, 12))
+    p.grad = torch.randn(16, 12, generator=torch.Generator().manual_seed(0))
+    Muon([p], lr=0.5, scale="match_rms_adamw", dtype="float32", block_rows=rows, nesterov=False).step()
+    heads = torch.stack([newton_schulz5(head) for head in p.grad.view(-1, rows, 12)])
+    torch.testing.assert_close(p.detach(), (-0.5 * 0.2 * math.sqrt(12) * heads).view(16, 12))
+
+
+def test_row_normalization_follows_its_formula() -> None:
+    beta2, p = 0.9, torch.nn.Parameter(torch.zeros(24, 8))
+    mean, wanted, momentum = torch.zeros(24, 1), torch.zeros(24, 8), torch.zeros(24, 8)
+    muon = Muon([p], lr=0.5, scale="unit", dtype="float32", row_beta2=beta2, nesterov=False)
+    for step in range(3):
+        gradient = torch.randn(24, 8, generator=torch.Generator().manual_seed(step))
+        gradient *= torch.linspace(0.1, 3.0, 24)[:, None]
+        p.grad = gradient.clone()
+        muon.step()
+        momentum = 0.95 * momentum + 0.05 * gradient
+        o = newton_schulz5(momentum)
+        mean = beta2 * mean + (1 - beta2) * o.square().mean(1, keepdim=True)
+        normalized = o / (mean.sqrt() + 1e-8)
+        wanted -= 0.5 * normalized * o.norm() / normalized.norm()
+        torch.testing.assert_close(p.detach(), wanted, rtol=1e-4, atol=1e-4)
+    assert muon.state[p]["row_mean_square"].shape == (24, 1)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("row_beta2", [None, 0.9])
+def test_a_masked_step_changes_nothing(device: str, row_beta2: float | None) -> None:
+    params = parameters(device=device)
+    muon = Muon(params, lr=0.1, weight_decay=0.5, row_beta2=row_beta2)
+    set_gradients(params, 0)
+    muon.step()
+    before = [p.detach().clone() for p in params]
+    states = [{k: v.clone() for k, v in muon.state[p].items()} for p in params]
+    set_gradients(params, 1)
+    assert params[2].grad is not None
+    params[2].grad[0, 0] = float("nan")
+    muon.found_inf = torch.ones((), device=device)
+    muon.step()
+    for p, value, state in zip(params, before, states, strict=True):
+        assert torch.equal(p, value)
+        assert all(torch.equal(muon.state[p][k], v) for k, v in state.items())
+    set_gradients(params, 2)
+    muon.found_inf = torch.zeros((), device=device)
+    muon.step()
+    assert not any(torch.equal(p, value) for p, value in zip(params, before, strict=True))
+
+
+def test_recorded_updates_are_those_of_the_step() -> None:
+    params = parameters()
+    before = [p.detach().clone() for p in params]
+    set_gradients(params, 0)
+    groups = [{"params": params[:2], "name": "a"}, {"params": params[2:], "name": "b"}]
+    muon = Muon(groups, lr=0.5, dtype="float32", orthogonalization="polar_express")
+    muon.record_updates = True
+    muon.step()
+    moved = [((p.detach() - q) / 0.5).square().sum() for p, q in zip(params, before, strict=True)]
+    sums = muon.update_square_sums()
+    torch.testing.assert_close(sums, {"a": sum(moved[:2]), "b": sum(moved[2:])})
+    for low, middle, high in muon.update_spectra().values():
+        assert 0.95 < low <= middle <= high < 1.05
+    muon.record_updates = False
+    muon.step()
+    assert muon.update_square_sums() == {}
 
 
 def test_a_vector_is_refused() -> None:

@@ -6,7 +6,8 @@ import torch
 from optimizers.orthogonalize import newton_schulz5, polar_express
 
 Method = Callable[..., torch.Tensor]
-SHAPES = [(48, 48), (96, 40), (40, 96), (1, 17), (17, 1)]
+SHAPES = [(48, 48), (96, 40), (40, 96), (200, 136), (1, 17), (17, 1)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Of the Frobenius norm; directions below it are too weak for the iterations to reach one.
 WEAK = 0.003
 BOUNDS = [
@@ -29,16 +30,26 @@ def ill_conditioned(rows: int, cols: int) -> torch.Tensor:
     return u @ torch.diag(torch.logspace(0, -6, s.numel(), dtype=torch.float64)) @ vh
 
 
+def barely_strong(rows: int, cols: int) -> torch.Tensor:
+    """One strong direction, and all others at the threshold, where rounding errors of the Gram form show."""
+    u, s, vh = torch.linalg.svd(gaussian(rows, cols), full_matrices=False)
+    values = torch.full_like(s, 1.02 * WEAK)
+    values[0] = 1.0
+    return u @ torch.diag(values) @ vh
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
 
 
 @pytest.mark.parametrize(("method", "low", "high"), BOUNDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("make", [gaussian, low_rank, ill_conditioned])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("make", [gaussian, low_rank, ill_conditioned, barely_strong])
 @pytest.mark.parametrize(("rows", "cols"), SHAPES)
 def test_keeps_directions_and_brings_their_strengths_near_one(
+    device: str,
     method: Method,
     low: float,
     high: float,
@@ -47,8 +58,9 @@ def test_keeps_directions_and_brings_their_strengths_near_one(
     rows: int,
     cols: int,
 ) -> None:
-    matrix = make(rows, cols).to(dtype)
-    out = method(matrix)
+    # as momentum travels to the iteration
+    matrix = make(rows, cols).to(torch.float32 if dtype == torch.float32 else torch.bfloat16)
+    out = method(matrix.to(device), dtype=dtype).cpu()
     assert out.dtype == dtype
     u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
     strong = s > WEAK * s.norm()

@@ -119,6 +119,7 @@ def test_many_names_are_cut_short() -> None:
         (AdamWGroup, {"eps": 0.0}, r"eps \(0.0\)"),
         (ScheduleConfig, {"warmup_steps": -1}, r"warmup_steps \(-1\)"),
         (ScheduleConfig, {"decay_ratio": 1.5}, r"decay_ratio \(1.5\)"),
+        (AdamWGroup, {"weight_decay_gamma": -1.0}, r"weight_decay_gamma \(-1.0\) must be finite and not neg"),
         (ScheduleConfig, {"min_lr_ratio": -0.1}, r"min_lr_ratio \(-0.1\)"),
         (OptimizerConfig, {"groups": {}}, "groups is empty"),
     ],

@@ -8,7 +8,7 @@ from torchtitan.components.lr_scheduler import build_lr_schedulers as titan_sche
 from torchtitan.config import LRScheduler
 
 from optimizers.config import AdamWGroup, OptimizerConfig, ScheduleConfig
-from optimizers.schedule import lr_factor
+from optimizers.schedule import decay_start, lr_factor, weight_decay_factor
 from optimizers.titan import GroupedOptimizers, build_lr_schedulers, build_optimizers
 
 
@@ -46,6 +46,55 @@ def test_cosine_starts_its_decay_after_the_warmup() -> None:
     assert lr_factor(20, config, 120) == 1.0
     assert lr_factor(70, config, 120) == pytest.approx(0.2 + 0.8 * 0.5)
     assert lr_factor(119, config, 120) == pytest.approx(0.2 + 0.4 * (1 + math.cos(math.pi * 0.99)))
+
+
+def test_decay_steps_say_what_decay_ratio_says() -> None:
+    by_steps = ScheduleConfig(kind="wsd", warmup_steps=10, decay_steps=20)
+    at = {0: 0.1, 9: 1.0, 10: 1.0, 79: 1.0, 80: 1.0, 81: 0.95, 99: 0.05, 100: 0.0}
+    for step, factor in at.items():
+        assert lr_factor(step, by_steps, 100) == pytest.approx(factor, abs=1e-12), step
+    # the same length of decay whatever the budget
+    assert lr_factor(181, by_steps, 200) == pytest.approx(0.95)
+    assert factors(by_steps, 100) == factors(ScheduleConfig(warmup_steps=10, decay_ratio=0.2), 100)
+    # 0.2 where neither is given, and no decay at all of 0 steps
+    assert factors(ScheduleConfig(warmup_steps=10), 100) == factors(by_steps, 100)
+    assert factors(ScheduleConfig(decay_steps=0), 7) == [1.0] * 7
+
+
+def test_the_decay_starts_where_it_is_said_to() -> None:
+    assert decay_start(ScheduleConfig(decay_steps=20), 100) == 80
+    assert decay_start(ScheduleConfig(decay_ratio=0.25), 60) == 45
+    assert decay_start(ScheduleConfig(kind="cosine", warmup_steps=7), 60) == 7
+    assert decay_start(ScheduleConfig(kind="constant", warmup_steps=7), 60) == 60
+    decaying = ScheduleConfig(decay_steps=20)
+    assert lr_factor(80, decaying, 100) == 1.0 > lr_factor(81, decaying, 100)
+
+
+@pytest.mark.parametrize("shape", ["linear", "one_minus_sqrt", "cosine"])
+def test_weight_decay_falls_by_its_power_over_the_decay_phase(shape: Any) -> None:
+    config = ScheduleConfig(kind="wsd", warmup_steps=10, decay_steps=20, decay_shape=shape, min_lr_ratio=0.1)
+    for gamma, at in {
+        2.0: {0: 1.0, 9: 1.0, 79: 1.0, 80: 1.0, 81: 0.9025, 90: 0.25, 99: 0.0025, 100: 0.0},
+        0.5: {80: 1.0, 85: math.sqrt(0.75), 95: 0.5, 100: 0.0},
+        1.0: {80: 1.0, 85: 0.75, 100: 0.0},
+        0.0: {0: 1.0, 80: 1.0, 90: 1.0, 100: 1.0},
+    }.items():
+        for step, factor in at.items():
+            assert weight_decay_factor(step, config, 100, gamma) == pytest.approx(factor, abs=1e-12), step
+    cosine = ScheduleConfig(kind="cosine", warmup_steps=20)
+    assert weight_decay_factor(19, cosine, 120, 2.0) == weight_decay_factor(20, cosine, 120, 2.0) == 1.0
+    assert weight_decay_factor(70, cosine, 120, 2.0) == 0.25
+    constant = ScheduleConfig(kind="constant", warmup_steps=20)
+    assert {weight_decay_factor(step, constant, 120, 2.0) for step in range(121)} == {1.0}
+
+
+def test_two_lengths_of_one_decay_are_refused() -> None:
+    with pytest.raises(ValueError, match=r'decay_ratio \(0.25\) and decay_steps \(500\).*"none"'):
+        ScheduleConfig(decay_ratio=0.25, decay_steps=500)
+    with pytest.raises(ValueError, match=r"decay_steps \(-1\) must not be negative"):
+        ScheduleConfig(decay_steps=-1)
+    with pytest.raises(ValueError, match=r"decay \(500 steps\).*100 steps.*schedule.decay_steps"):
+        lr_factor(0, ScheduleConfig(decay_steps=500), 100)
 
 
 def test_constant_holds_after_the_warmup() -> None:

@@ -110,6 +110,51 @@ def test_schedule_sets_every_groups_learning_rate() -> None:
     assert [g["lr"] for o in optimizers for g in o.param_groups] == [0.01, 0.0015, 0.0005]
 
 
+def test_schedule_sets_every_groups_weight_decay() -> None:
+    _, optimizers, schedule = build(replaced(weight_decay_gamma=2.0))
+    for step in range(21):
+        assert schedule.weight_decay_by_group() == {
+            "hidden": pytest.approx(0.1 * (1 - max(step - 10, 0) / 10) ** 2),
+            "embedding": 0.0,
+            "gains": 0.2,  # no gamma: it stays
+        }
+        values = {g["name"]: g["weight_decay"] for o in optimizers for g in o.param_groups}
+        assert values == schedule.weight_decay_by_group()
+        schedule.step()
+
+
+@DEVICES
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_weight_decay_is_annealed_in_the_update(kind: str, device: str) -> None:
+    hidden = AdamWGroup(parameters=[r"layers\..*weight"], lr=0.02, weight_decay=0.5, weight_decay_gamma=2.0)
+    annealed = replaced(weight_decay=0.5, weight_decay_gamma=2.0)
+    if kind == "adamw":
+        annealed = OptimizerConfig(groups={**CONFIG.groups, "hidden": hidden})
+    model, optimizers, schedule = build(annealed, device)
+    schedule.load_state_dict({"step": 15})  # the middle of the decay
+    before = weights(model)["layers.0.weight"]
+    for q in model.parameters():
+        q.grad = torch.zeros_like(q)  # the update is the decay alone
+    optimizers.step()
+    expected = before * (1 - 0.5 * 0.02 * 0.5 * 0.25)
+    torch.testing.assert_close(weights(model)["layers.0.weight"], expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_annealing_goes_on_after_a_resume(tmp_path: Path) -> None:
+    config = replaced(weight_decay_gamma=2.0)
+    whole, first, second = build(config), build(config), build(config)
+    train(*whole, range(20))
+    train(*first, range(13))
+    dcp.save({"optimizer": first[1], "lr_scheduler": first[2]}, checkpoint_id=tmp_path, no_dist=True)
+    second[0].load_state_dict(first[0].state_dict())
+    dcp.load({"optimizer": second[1], "lr_scheduler": second[2]}, checkpoint_id=tmp_path, no_dist=True)
+    assert second[2].weight_decay_by_group()["hidden"] == pytest.approx(0.1 * 0.7**2)
+    train(*second, range(13, 20))
+    for name, weight in weights(whole[0]).items():
+        assert torch.equal(weights(second[0])[name], weight), name
+
+
 @DEVICES
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_resumed_run_equals_an_uninterrupted_one(device: str, tmp_path: Path) -> None:

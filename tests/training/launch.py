@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,17 @@ SMALL = [
 EXACT = ["--optimizer.groups.hidden.dtype", "float32"]
 
 
-def arguments(config: str, corpus: Path, folder: Path, *overrides: str) -> list[str]:
-    """train.py's words for a config of configs/ on the small corpus."""
+def arguments(
+    config: str, corpus: Path, folder: Path, *overrides: str, program: Sequence[str] = ("train.py",)
+) -> list[str]:
+    """train.py's words, or those of a program that takes the same, for a config on the small corpus."""
     data = [
         *("--data.tokenizer", str(corpus)),
         *("--data.train.files", json.dumps([str(corpus / "train.parquet")])),
         *("--data.validation.files", json.dumps([str(corpus / "validation.parquet")])),
     ]
     return [
-        *("train.py", "--config", f"configs/{config}.toml", "--run.folder", str(folder)),
+        *(*program, "--config", f"configs/{config}.toml", "--run.folder", str(folder)),
         *(*data, *SMALL, *overrides),
     ]
 
@@ -47,10 +50,18 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "PYTHONUNBUFFERED": "1"}
 
 
-def train(config: str, corpus: Path, folder: Path, *overrides: str, ranks: int = 1, code: int = 0) -> str:
-    """Run train.py to its end; checks the exit code and gives what it printed."""
+def train(
+    config: str,
+    corpus: Path,
+    folder: Path,
+    *overrides: str,
+    ranks: int = 1,
+    code: int = 0,
+    program: Sequence[str] = ("train.py",),
+) -> str:
+    """Run train.py, or another program, to its end; checks the exit code and gives what it printed."""
     done = subprocess.run(
-        [*command(ranks), *arguments(config, corpus, folder, *overrides)],
+        [*command(ranks), *arguments(config, corpus, folder, *overrides, program=program)],
         cwd=ROOT,
         env=environment(),
         capture_output=True,

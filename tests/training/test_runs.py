@@ -96,12 +96,28 @@ def test_the_record_holds_every_step_with_its_metrics(straight: dict[int, Path])
     rates = [line["lr/hidden"] / 0.01 for line in steps]
     assert rates[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
     assert rates[-2:] == pytest.approx([0.4, 0.2])
+    assert {line["weight_decay/hidden"] for line in steps} == {0.05}
+    assert {line["weight_decay/embedding"] for line in steps} == {0.0}
     held_out = [line for line in lines if "validation_loss" in line]
     assert [line["step"] for line in held_out] == [0, 20]
     for line in held_out:
         assert line["validation_perplexity"] == pytest.approx(math.exp(line["validation_loss"]))
     assert held_out[1]["validation_loss"] < held_out[0]["validation_loss"] - 0.5
     assert (straight[2] / "config.toml").exists()
+
+
+def test_the_size_of_updates_is_on_record_every_ten_steps_and_the_same_on_one_and_two_ranks(
+    straight: dict[int, Path],
+) -> None:
+    names = [f"update_rms/{group}" for group in ("hidden", "embedding", "vectors")]
+    sizes = {}
+    for ranks, folder in straight.items():
+        lines = [line for line in records(folder) if any("update" in key for key in line)]
+        assert [line["step"] for line in lines] == [10, 20]
+        sizes[ranks] = [line[name] for line in lines for name in names]
+        assert not any("update_sv" in key for line in lines for key in line)
+    assert sizes[1] == pytest.approx(sizes[2], rel=1e-3)
+    assert all(0.005 < size < 2.0 for size in sizes[1])
 
 
 def test_every_way_of_running_gives_the_same_losses(
@@ -113,11 +129,22 @@ def test_every_way_of_running_gives_the_same_losses(
         "full": ["--training.activation_checkpointing", "full", "--training.local_batch_size", "4"],
         "async": ["--checkpoint.async_save", "true", "--checkpoint.every", "1"],
     }
+    updates = ["--metrics.update_every", "2", "--metrics.spectrum_every", "4", "--training.stop_at_step", "4"]
+    sizes = {}
     for name, words in ways.items():
         folder = tmp_path / name
-        train("debug_parallax_muon", corpus, folder, *EXACT, *words, "--training.stop_at_step", "4", ranks=2)
+        train("debug_parallax_muon", corpus, folder, *EXACT, *words, *updates, ranks=2)
         for ours, theirs in zip(losses(folder), losses(straight[2]), strict=False):
             assert ours == pytest.approx(theirs, abs=1e-5), name
+        lines = records(folder)
+        sizes[name] = {(r["step"], key): r[key] for r in lines for key in r if key.startswith("update_rms/")}
+        assert len(sizes[name]) == 6
+        assert sizes[name] == pytest.approx(sizes["hsdp"], rel=1e-3), name
+        spreads = [{key: r[key] for key in r if key.startswith("update_sv_")} for r in lines if "loss" in r]
+        assert [len(spread) for spread in spreads] == [0, 0, 0, 3]
+        least, median, most = (spreads[3][f"update_sv_{which}/hidden"] for which in ("min", "median", "max"))
+        assert 0.0 < least <= median <= most < 1.3
+        assert median > 0.6
     assert len(list((tmp_path / "async" / "checkpoint").glob("step-*"))) >= 2
 
 

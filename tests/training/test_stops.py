@@ -1,5 +1,6 @@
 """Signals, non-finite losses and runs that can't be: nothing is lost and the error says what to do."""
 
+import re
 import signal
 import subprocess
 import time
@@ -81,6 +82,22 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(corpus: Path
     # the last good state trains on
     train("debug_softmax_adamw", corpus, folder, "--training.stop_at_step", "5")
     assert [step for step, *_ in losses(folder)] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks"), [("debug_softmax_adamw", 1), ("debug_softmax_adamw", 2), ("debug_parallax_muon", 2)]
+)
+def test_a_non_finite_gradient_leaves_weights_and_state_untouched(
+    name: str, ranks: int, corpus: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    program = ("-m", "tests.training.poisoned")
+    printed = train(name, corpus, folder, "--checkpoint.every", "1", ranks=ranks, code=1, program=program)
+    for rank in range(ranks):
+        assert re.search(rf"rank {rank}: \d+ tensors are as they were", printed), printed[-4000:]
+    assert re.search(r"step 3: loss \d+\.\d+, gradient norm nan; stopped without saving", printed)
+    assert [step for step, *_ in losses(folder)] == [1, 2]
+    assert {p.name for p in (folder / "checkpoint").iterdir()} == {"step-1", "step-2"}
 
 
 def test_weights_that_the_last_update_destroyed_are_not_saved(corpus: Path, tmp_path: Path) -> None:

@@ -1,0 +1,175 @@
+"""A branch: a run that starts from a checkpoint of another run and goes on by its own schedule.
+
+One run at a constant learning rate serves several token budgets so: each budget is a branch that starts from
+one of its checkpoints and decays.
+"""
+
+import dataclasses
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from optimizers.config import ScheduleConfig
+from optimizers.schedule import decay_start, lr_factor, weight_decay_factor
+from training.config_table import Table, to_table
+from training.run_config import RunConfig
+from training.run_folder import check_fits, has_checkpoint, saved_config
+
+# (table, key) of what changes the data or what tokens see; the loader refuses another source or tokenizer
+_FIXED_KEYS = (("training", "seq_len"), ("data", "mask_documents"))
+_KEYS_TO_WARN_OF = (
+    *(("training", "global_batch_size"), ("training", "max_grad_norm"), ("training", "precision")),
+    ("run", "seed"),
+)
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """Return the step that a checkpoint was written after.
+
+    Args:
+        checkpoint: Folder step-N, as the trainer writes it.
+
+    Raises:
+        ValueError: It isn't there, is not whole, or has another name; names the checkpoints that are near it.
+    """
+    name = re.fullmatch(r"step-(\d+)", checkpoint.name)
+    if name is not None and (checkpoint / ".metadata").is_file():
+        return int(name.group(1))
+    folders = (checkpoint, checkpoint / "checkpoint", checkpoint.parent)
+    near = [str(path.parent) for folder in folders for path in sorted(folder.glob("step-*/.metadata"))]
+    near = near or ["none near it; want one such as runs/stable/checkpoint/step-1000"]
+    if not checkpoint.is_dir():
+        problem = "there is no such folder"
+    elif name is None:
+        problem = "it is no folder step-N"
+    else:
+        problem = "it is no whole checkpoint (it has no .metadata)"
+    raise ValueError(
+        f"checkpoint.start_from is {str(checkpoint)!r}, but {problem}; checkpoints: {', '.join(near)}"
+    )
+
+
+def check_branch(run: RunConfig) -> None:
+    """Refuse a start from a checkpoint that this run could not have written.
+
+    Args:
+        run: The run. One whose folder already has checkpoints goes on from them and needs no other.
+
+    Raises:
+        ValueError: There is no checkpoint, it comes after the start of this run's decay or after its end, its
+            model, optimizer groups, row length or masks are others, or the run folder holds checkpoints of a
+            run that started elsewhere.
+    """
+    start_from = run.checkpoint.start_from
+    if has_checkpoint(Path(run.run.folder)):
+        _check_same_start(run)
+        return
+    if start_from is None:
+        return
+    source = Path(start_from)
+    step = checkpoint_step(source)
+    _check_step(run, step)
+    saved = saved_config(source.parent.parent)
+    if saved is None:
+        return
+    check_fits(run, saved, source, "Start from another checkpoint")
+    differences = _differing(run, saved, _FIXED_KEYS)
+    if differences:
+        raise ValueError(
+            f"{source} was trained on other rows: {'; '.join(differences)}. Start from another checkpoint, "
+            "or restore these keys"
+        )
+
+
+def branch_warnings(run: RunConfig) -> list[str]:
+    """Return what makes a branch differ from one run that has had this run's config from the start.
+
+    Args:
+        run: A run that check_branch has passed and that starts from a checkpoint.
+
+    Returns:
+        One sentence each; empty where the steps before the checkpoint were this run's own.
+    """
+    assert run.checkpoint.start_from is not None
+    source = Path(run.checkpoint.start_from)
+    saved = saved_config(source.parent.parent)
+    if saved is None:
+        return [f"{source.parent.parent} has no config.toml: its schedule, model and batch were not compared"]
+    step = checkpoint_step(source)
+    differences = [*_differing(run, saved, _KEYS_TO_WARN_OF), *_rate_differences(run, saved, step)]
+    return [f"the steps before {source} were not this run's: {'; '.join(differences)}"] if differences else []
+
+
+def _check_same_start(run: RunConfig) -> None:
+    folder = Path(run.run.folder)
+    saved = saved_config(folder)
+    before = None if saved is None else _get(saved, "checkpoint", "start_from")
+    now = run.checkpoint.start_from
+    if saved is not None and (before and os.path.abspath(before)) != (now and os.path.abspath(now)):
+        raise ValueError(
+            f"{folder} holds checkpoints of a run with checkpoint.start_from {before or 'none'!r}, and this "
+            f"one has {now or 'none'!r}; give the same to continue that run, or this run another run.folder"
+        )
+
+
+def _check_step(run: RunConfig, step: int) -> None:
+    settings = run.training
+    if step >= settings.last_step:
+        key = "steps" if settings.last_step == settings.steps else "stop_at_step"
+        raise ValueError(
+            f"checkpoint.start_from was written after step {step}, but this run ends after step "
+            f"{settings.last_step}; raise training.{key}, or start from an earlier checkpoint"
+        )
+    start = decay_start(run.schedule, settings.steps)
+    if step > start:
+        raise ValueError(
+            f"checkpoint.start_from was written after step {step}, but this run's decay begins after step "
+            f"{start} and takes the last {settings.steps - start} of {settings.steps} steps; start from a "
+            "checkpoint before it, shorten the decay, or raise training.steps"
+        )
+
+
+def _get(table: Table, section: str, key: str) -> Any:
+    value = table.get(section, {}).get(key)
+    return None if value == "none" else value
+
+
+def _differing(run: RunConfig, saved: Table, keys: tuple[tuple[str, str], ...]) -> list[str]:
+    """Where the other run said something else; what its config does not name is not compared."""
+    now = to_table(run)
+    return [
+        f"{section}.{key} is {saved[section][key]!r} there and {now[section][key]!r} here"
+        for section, key in keys
+        if key in saved.get(section, {}) and saved[section][key] != now[section][key]
+    ]
+
+
+def _rate_differences(run: RunConfig, saved: Table, step: int) -> list[str]:
+    """By group, the first step before the checkpoint whose learning rate or weight decay was another."""
+    known = {field.name for field in dataclasses.fields(ScheduleConfig)}
+    schedule: dict[str, Any] = {key: _get(saved, "schedule", key) for key in known & saved["schedule"].keys()}
+    before = _rates(saved, ScheduleConfig(**schedule), step)
+    now = _rates(to_table(run), run.schedule, step)
+    differences = []
+    for name in now:
+        pairs = zip(before[name], now[name], strict=True)
+        first = next((s for s, (a, b) in enumerate(pairs) if a != b), None)
+        if first is not None:
+            values = f"{before[name][first]:.6g} there and is {now[name][first]:.6g} here"
+            differences.append(f"{name} at step {first + 1} was {values}")
+    return differences
+
+
+def _rates(table: Table, schedule: ScheduleConfig, step: int) -> dict[str, list[float]]:
+    """Learning rate and weight decay of each group in the first steps of a run."""
+    rates: dict[str, list[float]] = {}
+    total = table["training"]["steps"]
+    for name, group in table["optimizer"]["groups"].items():
+        gamma = group.get("weight_decay_gamma", "none")
+        gamma = 0.0 if gamma == "none" else gamma
+        rates[f"lr of group {name}"] = [group["lr"] * lr_factor(s, schedule, total) for s in range(step)]
+        rates[f"weight_decay of group {name}"] = [
+            group["weight_decay"] * weight_decay_factor(s, schedule, total, gamma) for s in range(step)
+        ]
+    return rates
