@@ -84,9 +84,10 @@ class Layout:
         """Ranks of the mesh."""
         return 1 if self.mesh is None else self.mesh.size()
 
-    @cached_property
+    @property
     def group(self) -> dist.ProcessGroup | None:
         """All ranks of the mesh, or None without one."""
+        # not kept: a reference would outlive destroy_process_group, and the group's threads the interpreter
         if self.mesh is None:
             return None
         return (self.mesh if self.mesh.ndim == 1 else self.mesh._flatten()).get_group()

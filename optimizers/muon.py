@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from optimizers.buckets import Bucket, plan
 from optimizers.config import DEFAULT_ITERATIONS, MuonDtype, Orthogonalization, UpdateScale
@@ -239,7 +239,7 @@ class Muon(torch.optim.Optimizer):
         blocks = matrices.view(-1, _block_shape(bucket, group)[0], matrices.shape[2])
         blocks = _ORTHOGONALIZERS[group["orthogonalization"]](blocks, group["num_iterations"], dtype=dtype)
         if self.record_updates:
-            self._own_updates.setdefault(group["name"], blocks[0].clone())
+            self._own_updates.setdefault(_name(group), blocks[0].clone())
         return blocks.view(matrices.shape)
 
     def _apply(self, bucket: Bucket, results: Pending) -> None:
@@ -254,7 +254,7 @@ class Muon(torch.optim.Optimizer):
         scale = _SCALES[group["scale"]](*_block_shape(bucket, group))
         if self.record_updates:
             square_sum = (torch.linalg.vector_norm(updates, dtype=torch.float32) * scale).square()
-            self._square_sums[group["name"]] = self._square_sums.get(group["name"], 0.0) + square_sum
+            self._square_sums[_name(group)] = self._square_sums.get(_name(group), 0.0) + square_sum
         params = [_local(p) for p in bucket.params]
         keep = 1.0 - lr * group["weight_decay"]
         apply_update(params, updates, keep=keep, alpha=-lr * scale, found_inf=self.found_inf)
@@ -303,11 +303,14 @@ def _check_rows(p: torch.Tensor, block_rows: int | None, row_beta2: float | None
         raise ValueError(
             f"block_rows ({block_rows}) must divide the rows of each matrix of the group, got {list(p.shape)}"
         )
-    columns_are_cut = isinstance(p, DTensor) and any(
-        isinstance(x, Shard) and x.dim == 1 for x in p.placements
-    )
+    placements = p.placements if isinstance(p, DTensor) else ()
+    columns_are_cut = any(getattr(placement, "dim", 0) == 1 for placement in placements)
     if row_beta2 is not None and columns_are_cut:
         raise NotImplementedError("row_beta2 needs whole rows on each rank: shard by rows, or leave it out")
+
+
+def _name(group: dict[str, Any]) -> str:
+    return group.get("name", "")
 
 
 def _block_shape(bucket: Bucket, group: dict[str, Any]) -> tuple[int, int]:
