@@ -35,9 +35,8 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _train(run: RunConfig) -> None:
-    os.environ.setdefault("MASTER_ADDR", "localhost")
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_PORT", "0")):
-        os.environ.setdefault(name, value)  # one process, started without torchrun
+    one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    os.environ.update(one | os.environ)  # one process, started without torchrun
     from training import device
 
     device.prepare()  # before the first import of torchtitan
@@ -77,11 +76,11 @@ def main(arguments: Sequence[str]) -> int:
     try:
         run = config.load(options.config, overrides)
         if options.print_config:
-            print(to_toml(run), end="")
+            print(to_toml(run), end="", flush=True)
         elif options.dry_run:
             from training.dry_run import dry_run
 
-            print(dry_run(run, options.world_size))
+            print(dry_run(run, options.world_size), flush=True)
         else:
             _train(run)
     except ValueError as error:
@@ -95,6 +94,7 @@ def main(arguments: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(sys.argv[1:]))
+        code = main(sys.argv[1:])
     except KeyboardInterrupt:  # before training has taken over the signal: there is nothing to save
-        sys.exit(130)
+        code = 130
+    os._exit(code)  # DTensor's caches keep gloo's threads, which now and then abort an interpreter that ends
