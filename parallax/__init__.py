@@ -1,9 +1,18 @@
-"""Parallax attention: softmax attention plus a learned, local linear correction.
+"""Parallax attention: softmax attention plus a learned, local linear correction; and the family around it.
 
 Usable on its own with torch alone (triton is imported only when its kernels run). The mathematics is in
 `parallax.reference`.
 """
 
+from parallax.affine import affine_linear_attention, affine_mesanet, linear_attention, value_average
 from parallax.api import parallax_attention
+from parallax.local_linear import local_linear_attention
 
-__all__ = ["parallax_attention"]
+__all__ = [
+    "affine_linear_attention",
+    "affine_mesanet",
+    "linear_attention",
+    "local_linear_attention",
+    "parallax_attention",
+    "value_average",
+]

@@ -57,6 +57,33 @@ Numerics. Three exact invariances, each worth digits in 16 bits:
          and row sum times k_ref, with k_ref the mean key, is just the error that the common part of the keys
          would cause.
     (14) k_j -> k_j + n for all j changes neither o nor any gradient.
+
+The family (the paper's and its predecessor's, arXiv 2510.01450). Exact local linear attention (LLA) fits an
+affine map from keys to values around each query by weighted ridge regression, the ridge being per unit of
+kernel mass. With m_ij = exp(s_ij) and z_ij = k_j - q_i,
+
+    (15) omega_i = sum_j m_ij,  mu_i = sum_j m_ij z_ij,  S_i = sum_j m_ij z_ij z_ij^T + ridge omega_i I,
+         rho_i = S_i^-1 mu_i,   o_i = sum_j m_ij (1 - z_ij.rho_i) v_j / (omega_i - mu_i.rho_i).
+
+It is (4) with a probe that is solved instead of learned:
+
+    (16) A_i r_i = kbar_i - q_i,   A_i = Cov_p(k, k)_i + ridge I.
+
+For S / omega = A + d d^T and mu / omega = d with d = kbar - q; so rho = A^-1 d / (1 + e), e = d.A^-1 d, the
+denominator is omega / (1 + e), and o = (1 + e) (vbar - (Cov_p(v, k) + vbar d^T) rho) = vbar - Cov_p(v, k)
+A^-1 d. An infinite ridge gives r = 0: softmax attention.
+
+Uniform weights p_ij = 1 / n_i over the n_i keys of the document so far (scale = 0, an infinite bandwidth):
+
+    (17) (3): value average vbar_i;  (4): affine linear attention;  (16): affine MesaNet;
+         linear attention, without the intercept: o_i = sum_j (q_i.k_j) v_j / n_i.
+
+Gradient of the solved probe by the implicit rule. Given y_i = A_i^-1 dL/dr_i, differentiating (16) gives
+dL = sum_i y_i.(d(kbar_i - q_i) - dA_i r_i). By (4), Cov_p(k, k) r = kbar - o(q, r, k, k), hence
+
+    (18) dL = d sum_i y_i.(o_i(q, r, k, k) - q_i)   with r and y held:
+
+the gradients (9) to (11) of Parallax attention whose values are the keys, for dO = y, and -y for q.
 """
 
 from typing import NamedTuple
@@ -186,3 +213,143 @@ def visible_keys(
         document_T = torch.searchsorted(cu_seqlens.long(), position_T, right=True)
         visible_TS = visible_TS & (document_T[:, None] == document_T)
     return visible_TS
+
+
+def local_linear_reference(
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGK: Tensor,
+    *,
+    ridge: float,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    window_size: int | None = None,
+) -> Tensor:
+    """Compute exact local linear attention (15) densely, in the dtype of the inputs.
+
+    Memory is O(B H T S K). Differentiable by autograd, any order.
+
+    Args:
+        q_BTHK: Queries `[B, T, H, K]`, fp32/fp64 (the solver's dtypes).
+        k_BSGK: Keys `[B, S, G, K]`, S == T.
+        v_BSGK: Values `[B, S, G, K]`.
+        ridge: Ridge per unit of kernel mass, positive.
+        scale: Factor of q.k in the kernel; None for 1 / sqrt(K).
+        cu_seqlens: Document bounds `[N + 1]` int32 from 0 to T, batch 1; None: one document per batch row.
+        window_size: Number of newest keys that a query sees, its own included; None for all.
+
+    Returns:
+        Output `[B, T, H, K]`.
+    """
+    k_BSHK, v_BSHK = _for_each_query_head(q_BTHK, k_BSGK, v_BSGK)
+    scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
+    hidden_TS = ~visible_keys(q_BTHK.shape[1], q_BTHK.device, cu_seqlens=cu_seqlens, window_size=window_size)
+    s_BTHS = scale * torch.einsum("bthk,bshk->bths", q_BTHK, k_BSHK)
+    s_BTHS = s_BTHS.masked_fill(hidden_TS[:, None], float("-inf"))
+    # (15) is homogeneous in m: any factor per row cancels
+    m_BTHS = (s_BTHS - s_BTHS.amax(-1, keepdim=True).detach()).exp()
+    z_BTHSK = k_BSHK.transpose(1, 2)[:, None] - q_BTHK[..., None, :]
+    omega_BTH1 = m_BTHS.sum(-1, keepdim=True)
+    mu_BTHK = torch.einsum("bths,bthsk->bthk", m_BTHS, z_BTHSK)
+    s_BTHKK = torch.einsum("bths,bthsk,bthsl->bthkl", m_BTHS, z_BTHSK, z_BTHSK)
+    identity_KK = torch.eye(q_BTHK.shape[-1], dtype=q_BTHK.dtype, device=q_BTHK.device)
+    rho_BTHK = torch.linalg.solve(s_BTHKK + ridge * omega_BTH1[..., None] * identity_KK, mu_BTHK)
+    weight_BTHS = m_BTHS * (1 - torch.einsum("bthsk,bthk->bths", z_BTHSK, rho_BTHK))
+    o_BTHK = torch.einsum("bths,bshk->bthk", weight_BTHS, v_BSHK)
+    return o_BTHK / (omega_BTH1 - (mu_BTHK * rho_BTHK).sum(-1, keepdim=True))
+
+
+def value_average_reference(v_BSGK: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Compute the mean of the values so far (17) densely.
+
+    Args:
+        v_BSGK: Values `[B, S, G, K]`, any floating dtype.
+        cu_seqlens: Document bounds `[N + 1]` int32 from 0 to S, batch 1; None: one document per batch row.
+
+    Returns:
+        Means `[B, S, G, K]`.
+    """
+    return torch.einsum("ts,bsgk->btgk", _uniform_weights(v_BSGK, cu_seqlens), v_BSGK)
+
+
+def linear_reference(
+    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, *, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """Compute linear attention (17) densely.
+
+    Args:
+        q_BTHK: Queries `[B, T, H, K]`, any floating dtype.
+        k_BSGK: Keys `[B, S, G, K]`, S == T.
+        v_BSGK: Values `[B, S, G, K]`.
+        cu_seqlens: Document bounds `[N + 1]` int32 from 0 to T, batch 1; None: one document per batch row.
+
+    Returns:
+        Output `[B, T, H, K]`.
+    """
+    k_BSHK, v_BSHK = _for_each_query_head(q_BTHK, k_BSGK, v_BSGK)
+    t_BTHS = torch.einsum("bthk,bshk->bths", q_BTHK, k_BSHK)
+    p_T1S = _uniform_weights(q_BTHK, cu_seqlens)[:, None]
+    return torch.einsum("bths,bshk->bthk", p_T1S * t_BTHS, v_BSHK)
+
+
+def affine_linear_reference(
+    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, *, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """Compute affine linear attention densely: (4) with uniform weights, the covariance written out.
+
+    Args:
+        q_BTHK: Probes `[B, T, H, K]`, r of (4), any floating dtype.
+        k_BSGK: Keys `[B, S, G, K]`, S == T.
+        v_BSGK: Values `[B, S, G, K]`.
+        cu_seqlens: Document bounds `[N + 1]` int32 from 0 to T, batch 1; None: one document per batch row.
+
+    Returns:
+        Output `[B, T, H, K]`.
+    """
+    k_BSHK, v_BSHK = _for_each_query_head(q_BTHK, k_BSGK, v_BSGK)
+    p_TS = _uniform_weights(q_BTHK, cu_seqlens)
+    vbar_BTHK = torch.einsum("ts,bshk->bthk", p_TS, v_BSHK)
+    return vbar_BTHK - torch.einsum("bthkl,bthl->bthk", _covariance(p_TS, v_BSHK, k_BSHK), q_BTHK)
+
+
+def affine_mesanet_reference(
+    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, *, ridge: float, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """Compute affine MesaNet densely: (4) and (16) with uniform weights, the covariances written out.
+
+    Args:
+        q_BTHK: Queries `[B, T, H, K]`, fp32/fp64 (the solver's dtypes).
+        k_BSGK: Keys `[B, S, G, K]`, S == T.
+        v_BSGK: Values `[B, S, G, K]`.
+        ridge: Ridge per unit of kernel mass, positive.
+        cu_seqlens: Document bounds `[N + 1]` int32 from 0 to T, batch 1; None: one document per batch row.
+
+    Returns:
+        Output `[B, T, H, K]`.
+    """
+    k_BSHK, v_BSHK = _for_each_query_head(q_BTHK, k_BSGK, v_BSGK)
+    p_TS = _uniform_weights(q_BTHK, cu_seqlens)
+    vbar_BTHK, kbar_BTHK = (torch.einsum("ts,bshk->bthk", p_TS, x) for x in (v_BSHK, k_BSHK))
+    identity_KK = torch.eye(q_BTHK.shape[-1], dtype=q_BTHK.dtype, device=q_BTHK.device)
+    a_BTHKK = _covariance(p_TS, k_BSHK, k_BSHK) + ridge * identity_KK
+    r_BTHK = torch.linalg.solve(a_BTHKK, kbar_BTHK - q_BTHK)
+    return vbar_BTHK - torch.einsum("bthkl,bthl->bthk", _covariance(p_TS, v_BSHK, k_BSHK), r_BTHK)
+
+
+def _for_each_query_head(q_BTHK: Tensor, *tensors_BSGK: Tensor) -> tuple[Tensor, ...]:
+    num_groups = q_BTHK.shape[2] // tensors_BSGK[0].shape[2]
+    return tuple(x.repeat_interleave(num_groups, dim=2) for x in tensors_BSGK)
+
+
+def _uniform_weights(like_BTHK: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Return p_ij = 1 / n_i `[T, S]` of (17)."""
+    visible_TS = visible_keys(like_BTHK.shape[1], like_BTHK.device, cu_seqlens=cu_seqlens).to(like_BTHK.dtype)
+    return visible_TS / visible_TS.sum(-1, keepdim=True)
+
+
+def _covariance(p_TS: Tensor, x_BSHK: Tensor, y_BSHK: Tensor) -> Tensor:
+    """Return sum_j p_ij (x_j - xbar_i)(y_j - ybar_i)^T `[B, T, H, K, K]`."""
+    x_BTSHK, y_BTSHK = (
+        x[:, None] - torch.einsum("ts,bshk->bthk", p_TS, x)[:, :, None] for x in (x_BSHK, y_BSHK)
+    )
+    return torch.einsum("ts,btshk,btshl->bthkl", p_TS, x_BTSHK, y_BTSHK)

@@ -1,0 +1,371 @@
+"""The family's members with uniform weights, through states: (17) of `parallax.reference`.
+
+With p_ij = 1 / n_i every sum over the past is a causal product sum_{j <= i} (x_i.y_j) z_j, which chunks of
+`CHUNK_TOKENS` compute as linear attention does: inside a chunk as a masked matrix of scores, across chunks
+through the sums of y_j z_j^T. Documents mask both. A matrix of zeros and ones adds the sums of the chunks, in
+T^2 K^2 / CHUNK_TOKENS^2 operations: a small part of attention's T^2 K, and no loop over chunks to wait for.
+(5) becomes one such product with a column of ones:
+
+    o_i = (1 / n_i) sum_j ([-r_i, 1 + tbar_i].[k_j, 1]) v_j,    tbar_i = r_i.kbar_i,
+
+and likewise (8) to (11). Memory is O(T (K + CHUNK_TOKENS)) a head. No window: it would undo what makes the
+state small; `parallax_attention` and `local_linear_attention` with scale=0 have one.
+
+Letters: B batch, T tokens, G key/value heads, R = H / G, K head width; N chunks of C tokens; W, X any width.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from parallax.conjugate_gradients import conjugate_gradients
+from parallax.local_linear import check_num_iterations, check_ridge, promote
+from parallax.validation import DTYPES, check_cu_seqlens, check_tensors
+
+CHUNK_TOKENS = 64
+"""Tokens of a chunk: about the head width, where the work within chunks is that between them."""
+
+
+class _Documents(NamedTuple):
+    """What the rows of a batch share."""
+
+    ids_T: Tensor  # int64, equal within a document
+    counts_T1: Tensor  # n_i: keys of the document so far, its own included
+
+
+def value_average(v: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Compute the causal mean of the values (17): uniform weights, an intercept, no probe.
+
+    Computes in fp32 under autocast too.
+
+    Args:
+        v: Values `[B, T, G, K]`, bf16/fp16/fp32/fp64, any strides.
+        cu_seqlens: Bounds of packed documents `[N + 1]`, int32, rising from 0 to T, on v's device, with
+            B == 1; empty documents are allowed. None: each batch row is one document.
+
+    Returns:
+        Means `[B, T, G, K]` in the dtype of v.
+
+    Raises:
+        ValueError: v or `cu_seqlens` has a wrong shape or device.
+        TypeError: The dtype is not served.
+    """
+    if v.ndim != 4:
+        raise ValueError(
+            f"v has shape {tuple(v.shape)}, wanted four dimensions [batch, tokens, heads, head width]; "
+            "split the projection into heads"
+        )
+    if v.dtype not in DTYPES:
+        raise TypeError(f"v is {v.dtype}, wanted bfloat16, float16, float32 or float64; cast it before")
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, v)
+    (promoted,) = promote(v)
+    v_BGRTK = _by_group(promoted, v.shape[2])
+    return _by_token(_mean(v_BGRTK, _documents(v_BGRTK, cu_seqlens))).to(v.dtype)
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Compute causal linear attention o_i = sum_j (q_i.k_j) v_j / n_i (17): no intercept.
+
+    Computes in fp32 under autocast too. Nothing scales q.k but the mean over the n_i keys so far.
+
+    Args:
+        q: Queries `[B, T, H, K]`, bf16/fp16/fp32/fp64, any strides.
+        k: Keys `[B, T, G, K]`; query head h reads key/value head h // (H / G).
+        v: Values `[B, T, G, K]`.
+        cu_seqlens: Bounds of packed documents `[N + 1]`, int32, rising from 0 to T, on q's device, with
+            B == 1; empty documents are allowed. None: each batch row is one document.
+
+    Returns:
+        Output `[B, T, H, K]` in the dtype of v.
+
+    Raises:
+        ValueError: Shapes, devices or `cu_seqlens` are wrong.
+        TypeError: Dtypes are not served, or fp64 meets another.
+    """
+    q_BGRTK, k_BGRTK, v_BGRTK = _prepare(q, k, v, cu_seqlens)
+    documents = _documents(q_BGRTK, cu_seqlens)
+    o_BGRTK = _causal_product(q_BGRTK, k_BGRTK, v_BGRTK, documents) / documents.counts_T1
+    return _by_token(o_BGRTK).to(v.dtype)
+
+
+def affine_linear_attention(q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Compute causal affine linear attention o_i = vbar_i - Cov(v, k)_i q_i, (4) with uniform weights.
+
+    `parallax_attention` with scale = 0, whose probe r is q here; zero probes give `value_average`. Computes
+    in fp32 under autocast too.
+
+    Args:
+        q: Probes `[B, T, H, K]`, bf16/fp16/fp32/fp64, any strides: without a softmax all that a query is.
+        k: Keys `[B, T, G, K]`; query head h reads key/value head h // (H / G).
+        v: Values `[B, T, G, K]`.
+        cu_seqlens: Bounds of packed documents `[N + 1]`, int32, rising from 0 to T, on q's device, with
+            B == 1; empty documents are allowed. None: each batch row is one document.
+
+    Returns:
+        Output `[B, T, H, K]` in the dtype of v.
+
+    Raises:
+        ValueError: Shapes, devices or `cu_seqlens` are wrong.
+        TypeError: Dtypes are not served, or fp64 meets another.
+    """
+    r_BGRTK, k_BGRTK, v_BGRTK = _prepare(q, k, v, cu_seqlens)
+    return _by_token(_affine_linear(r_BGRTK, k_BGRTK, v_BGRTK, _documents(r_BGRTK, cu_seqlens))).to(v.dtype)
+
+
+def affine_mesanet(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    ridge: float = 10.0,
+    cu_seqlens: Tensor | None = None,
+    num_iterations: int = 32,
+) -> Tensor:
+    """Compute causal affine MesaNet: affine linear attention whose probe solves (16).
+
+    `local_linear_attention` with scale = 0. An infinite ridge is `value_average`. Computes in fp32 under
+    autocast too, by conjugate gradients, and differentiates through the solve by (18).
+
+    Args:
+        q: Queries `[B, T, H, K]`, bf16/fp16/fp32/fp64, any strides.
+        k: Keys `[B, T, G, K]`; query head h reads key/value head h // (H / G).
+        v: Values `[B, T, G, K]`.
+        ridge: Ridge per key, positive and finite; 10 as LLA has it.
+        cu_seqlens: Bounds of packed documents `[N + 1]`, int32, rising from 0 to T, on q's device, with
+            B == 1; empty documents are allowed. None: each batch row is one document.
+        num_iterations: The most iterations of conjugate gradients; rows that have converged stop before.
+
+    Returns:
+        Output `[B, T, H, K]` in the dtype of v.
+
+    Raises:
+        ValueError: Shapes, devices or an option are wrong.
+        TypeError: Dtypes are not served, or fp64 meets another.
+    """
+    check_ridge(ridge)
+    check_num_iterations(num_iterations)
+    q_BGRTK, k_BGRTK, v_BGRTK = _prepare(q, k, v, cu_seqlens)
+    documents = _documents(q_BGRTK, cu_seqlens)
+    r_BGRTK = affine_probe(q_BGRTK, k_BGRTK, *documents, ridge, num_iterations)
+    return _by_token(_affine_linear(r_BGRTK, k_BGRTK, v_BGRTK, documents)).to(v.dtype)
+
+
+@torch.library.custom_op("parallax::affine_probe", mutates_args=())
+def affine_probe(
+    q: Tensor, k: Tensor, ids: Tensor, counts: Tensor, ridge: float, num_iterations: int
+) -> Tensor:
+    """Solve (16) for the probe under uniform weights, as one operator.
+
+    Args:
+        q: Queries `[B, G, R, T, K]`, fp32/fp64.
+        k: Keys `[B, G, 1, T, K]`.
+        ids: Document of each token `[T]`, int64.
+        counts: Keys that each query sees `[T, 1]`, dtype of q.
+        ridge: Ridge per key.
+        num_iterations: The most iterations of conjugate gradients.
+
+    Returns:
+        Probes `[B, G, R, T, K]`.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        documents = _Documents(ids, counts)
+        return _solve(_mean(k, documents) - q, k, documents, ridge, num_iterations)
+
+
+@affine_probe.register_fake
+def _affine_probe_fake(
+    q: Tensor, k: Tensor, ids: Tensor, counts: Tensor, ridge: float, num_iterations: int
+) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+@torch.library.custom_op("parallax::affine_probe_backward", mutates_args=())
+def affine_probe_backward(
+    dr: Tensor, r: Tensor, k: Tensor, ids: Tensor, counts: Tensor, ridge: float, num_iterations: int
+) -> tuple[Tensor, Tensor]:
+    """Compute (18) under uniform weights as one operator.
+
+    Args:
+        dr: Gradient of the probe `[B, G, R, T, K]`.
+        r: From `affine_probe`.
+        k: Keys `[B, G, 1, T, K]`, as given to `affine_probe`, as all that follows.
+        ids: Document of each token `[T]`.
+        counts: Keys that each query sees `[T, 1]`.
+        ridge: Ridge per key.
+        num_iterations: The most iterations of conjugate gradients.
+
+    Returns:
+        `dq [B, G, R, T, K]` and `dk [B, G, 1, T, K]`.
+    """
+    with torch.autocast(k.device.type, enabled=False):
+        documents = _Documents(ids, counts)
+        y = _solve(dr, k, documents, ridge, num_iterations)
+        return -y, _keys_gradient(y, r, k, documents)
+
+
+@affine_probe_backward.register_fake
+def _affine_probe_backward_fake(
+    dr: Tensor, r: Tensor, k: Tensor, ids: Tensor, counts: Tensor, ridge: float, num_iterations: int
+) -> tuple[Tensor, Tensor]:
+    return r.new_empty(r.shape), k.new_empty(k.shape)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    _, k, ids, counts, ctx.ridge, ctx.num_iterations = inputs
+    ctx.save_for_backward(output, k, ids, counts)
+
+
+def _differentiate(ctx: Any, dr: Tensor) -> tuple[Tensor | None, ...]:
+    dq, dk = affine_probe_backward(dr, *ctx.saved_tensors, ctx.ridge, ctx.num_iterations)
+    return dq, dk, None, None, None, None
+
+
+affine_probe.register_autograd(_differentiate, setup_context=_save_for_backward)
+
+
+def _solve(
+    b_BGRTK: Tensor, k_BGRTK: Tensor, documents: _Documents, ridge: float, num_iterations: int
+) -> Tensor:
+    """Solve (Cov(k, k)_i + ridge I) x_i = b_i; contiguous."""
+    kbar_BGRTK = _mean(k_BGRTK, documents)
+
+    def apply(x_BGRTK: Tensor) -> Tensor:
+        o_BGRTK = _affine_linear(x_BGRTK, k_BGRTK, k_BGRTK, documents, kbar_BGRTK)
+        return kbar_BGRTK - o_BGRTK + ridge * x_BGRTK
+
+    return conjugate_gradients(apply, b_BGRTK.contiguous(), num_iterations).contiguous()
+
+
+def _affine_linear(
+    r_BGRTK: Tensor,
+    k_BGRTK: Tensor,
+    v_BGRTK: Tensor,
+    documents: _Documents,
+    kbar_BGRTK: Tensor | None = None,
+) -> Tensor:
+    """Compute (5) with uniform weights; kbar where it is known already."""
+    kbar_BGRTK = _mean(k_BGRTK, documents) if kbar_BGRTK is None else kbar_BGRTK
+    tbar_BGRT1 = (r_BGRTK * kbar_BGRTK).sum(-1, keepdim=True)
+    x_BGRTX = torch.cat((-r_BGRTK, 1 + tbar_BGRT1), dim=-1)
+    return (
+        _causal_product(x_BGRTX, F.pad(k_BGRTK, (0, 1), value=1.0), v_BGRTK, documents) / documents.counts_T1
+    )
+
+
+def _keys_gradient(do_BGRTK: Tensor, r_BGRTK: Tensor, k_BGRTK: Tensor, documents: _Documents) -> Tensor:
+    """Compute dK + dV of (11), where the values are the keys; contiguous `[B, G, 1, T, K]`."""
+    kbar_BGRTK, ones_BGRTX = _mean(k_BGRTK, documents), F.pad(k_BGRTK, (0, 1), value=1.0)
+    do_BGRTK = do_BGRTK / documents.counts_T1
+    b_BGRT1, tbar_BGRT1 = ((x * kbar_BGRTK).sum(-1, keepdim=True) for x in (do_BGRTK, r_BGRTK))
+    u_BGRTX = torch.cat((-do_BGRTK, b_BGRT1), dim=-1)
+    w_BGRTX = torch.cat((-r_BGRTK, 1 + tbar_BGRT1), dim=-1)
+    dk_BGRTK = causal_product(ones_BGRTX, u_BGRTX, r_BGRTK, documents.ids_T, True)
+    dv_BGRTK = causal_product(ones_BGRTX, w_BGRTX, do_BGRTK, documents.ids_T, True)
+    return (dk_BGRTK + dv_BGRTK).sum(2, keepdim=True)
+
+
+def _mean(x_BGRTK: Tensor, documents: _Documents) -> Tensor:
+    """Return the mean of what a query sees."""
+    ones_BGRT1 = torch.ones_like(x_BGRTK[..., :1])
+    return _causal_product(ones_BGRT1, ones_BGRT1, x_BGRTK, documents) / documents.counts_T1
+
+
+def _causal_product(x_BGRTX: Tensor, y_BGRTX: Tensor, z_BGRTW: Tensor, documents: _Documents) -> Tensor:
+    return causal_product(x_BGRTX, y_BGRTX, z_BGRTW, documents.ids_T, False)
+
+
+@torch.library.custom_op("parallax::causal_product", mutates_args=())
+def causal_product(x: Tensor, y: Tensor, z: Tensor, ids: Tensor, is_reversed: bool) -> Tensor:
+    """Compute sum_j (x_i.y_j) z_j over the j <= i of i's document, as one operator.
+
+    One operator keeps autocast out of its backward too, wherever that is traced. Saved for it: the inputs.
+
+    Args:
+        x: `[B, G, R, T, X]`, fp32/fp64; R may be 1 in any of the three.
+        y: `[B, G, R, T, X]`.
+        z: `[B, G, R, T, W]`.
+        ids: Document of each token `[T]`, int64.
+        is_reversed: Over j >= i instead.
+
+    Returns:
+        `[B, G, R, T, W]`.
+    """
+    num_tokens = x.shape[3]
+    chunk = max(1, min(CHUNK_TOKENS, num_tokens))
+    tail = -num_tokens % chunk
+    ids_NC = F.pad(ids.flip(0) if is_reversed else ids, (0, tail), value=-1).unflatten(0, (-1, chunk))
+    x, y, z = (a.flip(3) if is_reversed else a for a in (x, y, z))
+    x, y, z = (F.pad(a, (0, 0, 0, tail)).unflatten(3, (-1, chunk)) for a in (x, y, z))  # [.., N, C, .]
+
+    hidden_NCC = (ids_NC[:, :, None] != ids_NC[:, None]) | ~_lower(chunk, ids)
+    first_N1, last_N1 = ids_NC[:, :1], ids_NC[:, -1:]
+    # chunk n starts from the sums of the chunks before that end in the document in which n starts
+    reaches_NN = (first_N1 == last_N1.mT) & _lower(ids_NC.shape[0], ids).tril(-1)
+    with torch.autocast(x.device.type, enabled=False):
+        within = (x @ y.mT).masked_fill(hidden_NCC, 0.0) @ z
+        sums = y.masked_fill((ids_NC != last_N1)[..., None], 0.0).mT @ z
+        state = (reaches_NN.to(z.dtype) @ sums.flatten(-2)).unflatten(-1, sums.shape[-2:])
+        out = within + x.masked_fill((ids_NC != first_N1)[..., None], 0.0) @ state
+    out = out.flatten(3, 4)[:, :, :, :num_tokens]
+    return out.flip(3) if is_reversed else out.contiguous()
+
+
+@causal_product.register_fake
+def _causal_product_fake(x: Tensor, y: Tensor, z: Tensor, ids: Tensor, is_reversed: bool) -> Tensor:
+    num_repeats = max(x.shape[2], y.shape[2], z.shape[2])
+    return z.new_empty((*x.shape[:2], num_repeats, *x.shape[3:4], z.shape[4]))
+
+
+def _save_factors(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.is_reversed = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate_product(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+    x, y, z, ids = ctx.saved_tensors
+    dx = causal_product(do, z, y, ids, ctx.is_reversed)
+    dy = causal_product(z, do, x, ids, not ctx.is_reversed)
+    dz = causal_product(y, x, do, ids, not ctx.is_reversed)
+    gradients = (d.sum_to_size(a.shape) for d, a in ((dx, x), (dy, y), (dz, z)))
+    return *gradients, None, None
+
+
+causal_product.register_autograd(_differentiate_product, setup_context=_save_factors)
+
+
+def _lower(size: int, like: Tensor) -> Tensor:
+    """Return a lower triangle of true `[size, size]`, its diagonal included."""
+    return torch.ones(size, size, dtype=torch.bool, device=like.device).tril()
+
+
+def _prepare(
+    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Check the inputs; return them promoted: q `[B, G, R, T, K]`, k and v `[B, G, 1, T, K]`."""
+    q, k, v = promote(q_BTHK, k_BTGK, v_BTGK)
+    check_tensors(q, q, k, v)
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, q)
+    num_kv_heads = k.shape[2]
+    return _by_group(q, num_kv_heads), _by_group(k, num_kv_heads), _by_group(v, num_kv_heads)
+
+
+def _documents(like_BGRTK: Tensor, cu_seqlens: Tensor | None) -> _Documents:
+    position_T = torch.arange(like_BGRTK.shape[3], device=like_BGRTK.device)
+    ids_T, first_T = torch.zeros_like(position_T), torch.zeros_like(position_T)
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.long()
+        ids_T = torch.searchsorted(bounds, position_T, right=True)
+        first_T = bounds[ids_T - 1]
+    return _Documents(ids_T, (position_T - first_T + 1).to(like_BGRTK.dtype)[:, None])
+
+
+def _by_group(x_BTHK: Tensor, num_kv_heads: int) -> Tensor:
+    return x_BTHK.unflatten(2, (num_kv_heads, -1)).permute(0, 2, 3, 1, 4)
+
+
+def _by_token(x_BGRTK: Tensor) -> Tensor:
+    return x_BGRTK.permute(0, 3, 1, 2, 4).flatten(2, 3)

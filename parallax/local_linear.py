@@ -1,0 +1,304 @@
+"""Exact local linear attention: Parallax attention whose probe is solved, not learned.
+
+By (16) of `parallax.reference` the probe solves A_i r_i = kbar_i - q_i with A_i = Cov_p(k, k)_i + ridge I;
+what follows is (4). So everything that touches all keys is Parallax attention in tiles (`parallax.eager`):
+
+* conjugate gradients need A x alone, and by (4) Cov_p(k, k) x = kbar - o(q, x, k, k);
+* the gradient through the solve is (18): one more solve with the same matrices, for y, then the backward of
+  o(q, r, k, k). Nothing of the iterations is kept.
+
+The direct solver forms A a few queries at a time and factors it. Memory beside inputs and outputs is a tile's
+`[B, H, tile, T]` for both solvers, and `_DIRECT_ELEMENTS` numbers a buffer for the direct one. All of it is
+in fp32 (fp64 for fp64). Saved for the backward: q, k, v, r, and two statistics per row.
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from parallax import eager
+from parallax.conjugate_gradients import conjugate_gradients
+from parallax.ops import eager_attention
+from parallax.validation import check_bounds, check_cu_seqlens, check_tensors, check_window_size
+
+_DIRECT_ELEMENTS = 2**23
+"""Numbers in a buffer of the direct solver: 32 MiB in fp32; one query's matrices where those take more."""
+
+
+def local_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    ridge: float = 10.0,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    window_size: int | None = None,
+    solver: Literal["cg", "direct"] = "cg",
+    num_iterations: int = 32,
+) -> Tensor:
+    """Compute causal, exact local linear attention (LLA), differentiable in q, k and v.
+
+    Each query fits an affine map from keys to values by ridge regression under softmax weights and evaluates
+    it at itself: (15) of `parallax.reference` (arXiv 2510.01450), computed as (16). An infinite ridge is
+    softmax attention, scale = 0 is `affine_mesanet`.
+
+    Computes in fp32 under autocast too.
+
+    Args:
+        q: Queries `[B, T, H, K]`, bf16/fp16/fp32/fp64, any strides.
+        k: Keys `[B, T, G, K]`; query head h reads key/value head h // (H / G).
+        v: Values `[B, T, G, K]`.
+        ridge: Ridge per unit of kernel mass, positive and finite; 10 in the authors' code.
+        scale: Factor of q.k in the kernel; None for 1 / sqrt(K).
+        cu_seqlens: Bounds of packed documents `[N + 1]`, int32, rising from 0 to T, on q's device, with
+            B == 1; empty documents are allowed. None: each batch row is one document.
+        window_size: Number of newest keys that a query sees, its own included; None for all.
+        solver: "cg" for conjugate gradients, T^2 K operations an iteration; "direct" to form and factor the
+            matrix of every query, T^2 K^2 operations.
+        num_iterations: The most iterations of conjugate gradients, 32 in the authors' code; rows that have
+            converged stop before. The gradient is that of the exact solution.
+
+    Returns:
+        Output `[B, T, H, K]` in the dtype of v.
+
+    Raises:
+        ValueError: Shapes, devices or an option are wrong.
+        TypeError: Dtypes are not served, or fp64 meets another.
+    """
+    dtype = v.dtype
+    q, k, v = promote(q, k, v)
+    check_tensors(q, q, k, v)
+    check_window_size(window_size)
+    check_ridge(ridge)
+    check_num_iterations(num_iterations)
+    if solver not in ("cg", "direct"):
+        raise ValueError(f"solver is {solver!r}, wanted 'cg' or 'direct'; 'cg' is the faster one")
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, q)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    iterations = num_iterations if solver == "cg" else None
+    r = local_linear_probe(q, k, cu_seqlens, scale, ridge, window_size, iterations)
+    o = eager_attention(q, r, k, v, scale=scale, cu_seqlens=cu_seqlens, window_size=window_size)
+    return o.to(dtype)
+
+
+def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return floating tensors in fp32, fp64 ones as they are."""
+    return tuple(x.to(eager.accumulation_dtype(x.dtype)) if x.is_floating_point() else x for x in tensors)
+
+
+def check_ridge(ridge: float) -> None:
+    """Raise ValueError unless the ridge is positive and finite."""
+    if not 0.0 < ridge < float("inf"):
+        raise ValueError(
+            f"ridge is {ridge}, wanted positive and finite: the first query of a document has one key and no "
+            "covariance; take a small one for nearly none, softmax attention for an infinite one"
+        )
+
+
+def check_num_iterations(num_iterations: int) -> None:
+    """Raise ValueError unless there is an iteration."""
+    if num_iterations < 1:
+        raise ValueError(f"num_iterations is {num_iterations}, wanted at least 1; 32 is usual")
+
+
+@torch.library.custom_op("parallax::local_linear_probe", mutates_args=())
+def local_linear_probe(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    ridge: float,
+    window_size: int | None,
+    num_iterations: int | None,
+) -> Tensor:
+    """Solve (16) for the probe, as one operator.
+
+    Args:
+        q: Queries `[B, T, H, K]`, fp32/fp64.
+        k: Keys `[B, T, G, K]`.
+        cu_seqlens: Document bounds `[N + 1]` int32, or None.
+        scale: Factor of q.k.
+        ridge: Ridge per unit of kernel mass.
+        window_size: Keys that a query sees, or None.
+        num_iterations: The most iterations of conjugate gradients; None to solve directly.
+
+    Returns:
+        Probes `[B, T, H, K]`.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        kbar, _, _ = eager.forward(q, torch.zeros_like(q), k, k, cu_seqlens, scale, window_size)
+        return _solve(kbar - q, kbar, q, k, cu_seqlens, scale, ridge, window_size, num_iterations)
+
+
+@local_linear_probe.register_fake
+def _local_linear_probe_fake(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    ridge: float,
+    window_size: int | None,
+    num_iterations: int | None,
+) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+@torch.library.custom_op("parallax::local_linear_probe_backward", mutates_args=())
+def local_linear_probe_backward(
+    dr: Tensor,
+    r: Tensor,
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    ridge: float,
+    window_size: int | None,
+    num_iterations: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Compute (18) as one operator.
+
+    Args:
+        dr: Gradient of the probe `[B, T, H, K]`.
+        r: From `local_linear_probe`.
+        q: Queries `[B, T, H, K]`, as given to `local_linear_probe`; likewise the inputs not listed here.
+        k: Keys `[B, T, G, K]`.
+        cu_seqlens: Document bounds `[N + 1]` int32, or None.
+        scale: Factor of q.k.
+        ridge: Ridge per unit of kernel mass.
+        window_size: Keys that a query sees, or None.
+        num_iterations: The most iterations of conjugate gradients; None to solve directly.
+
+    Returns:
+        `dq [B, T, H, K]` and `dk [B, T, G, K]`.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        kbar, _, _ = eager.forward(q, torch.zeros_like(q), k, k, cu_seqlens, scale, window_size)
+        y = _solve(dr, kbar, q, k, cu_seqlens, scale, ridge, window_size, num_iterations)
+        _, lse, tbar = eager.forward(q, r, k, k, cu_seqlens, scale, window_size)
+        dq, _, dk, dv = eager.backward(y, q, r, k, k, lse, tbar, cu_seqlens, scale, window_size)
+        return dq.sub_(y), dk.add_(dv)
+
+
+@local_linear_probe_backward.register_fake
+def _local_linear_probe_backward_fake(
+    dr: Tensor,
+    r: Tensor,
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    ridge: float,
+    window_size: int | None,
+    num_iterations: int | None,
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    q, k, cu_seqlens, *ctx.options = inputs
+    ctx.save_for_backward(output, q, k, cu_seqlens)
+
+
+def _differentiate(ctx: Any, dr: Tensor) -> tuple[Tensor | None, ...]:
+    r, q, k, cu_seqlens = ctx.saved_tensors
+    dq, dk = local_linear_probe_backward(dr, r, q, k, cu_seqlens, *ctx.options)
+    return dq, dk, None, None, None, None, None
+
+
+local_linear_probe.register_autograd(_differentiate, setup_context=_save_for_backward)
+
+
+@torch.no_grad()
+def _solve(
+    b_BTHK: Tensor,
+    kbar_BTHK: Tensor,
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    ridge: float,
+    window_size: int | None,
+    num_iterations: int | None,
+) -> Tensor:
+    """Solve A_i x_i = b_i with the matrices of (16); contiguous `[B, T, H, K]`."""
+    b_BTHK = b_BTHK.contiguous()
+    if num_iterations is None:
+        return _solve_directly(b_BTHK, q_BTHK, k_BSGK, cu_seqlens, scale, ridge, window_size)
+
+    def apply(x_BTHK: Tensor) -> Tensor:
+        o_BTHK, _, _ = eager.forward(q_BTHK, x_BTHK, k_BSGK, k_BSGK, cu_seqlens, scale, window_size)
+        return kbar_BTHK - o_BTHK + ridge * x_BTHK
+
+    return conjugate_gradients(apply, b_BTHK, num_iterations)
+
+
+def _solve_directly(
+    b_BTHK: Tensor,
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    ridge: float,
+    window_size: int | None,
+) -> Tensor:
+    """Form the matrices of a few queries at a time and factor them (Cholesky).
+
+    Letters as in `parallax.eager`: Z = B G, R = H / G, t queries of a tile.
+    """
+    (batch_size, num_tokens, num_heads, width), num_kv_heads = q_BTHK.shape, k_BSGK.shape[2]
+    folded_ZTRK = [
+        x.unflatten(2, (num_kv_heads, -1)).transpose(1, 2).flatten(0, 1) for x in (b_BTHK, q_BTHK, k_BSGK)
+    ]
+    b_ZTRK, q_ZTRK, k_ZSK = *folded_ZTRK[:2], folded_ZTRK[2].squeeze(2)
+    first_T = _first_keys(num_tokens, cu_seqlens, window_size, q_BTHK.device)
+    first_keys, position_S = first_T.tolist(), torch.arange(num_tokens, device=q_BTHK.device)
+    x_ZTRK = torch.empty(b_ZTRK.shape, dtype=b_ZTRK.dtype, device=b_ZTRK.device)
+    block = max(1, min(64, _DIRECT_ELEMENTS // max(1, batch_size * num_heads * width**2)))
+    for start in range(0, num_tokens, block):
+        stop = min(start + block, num_tokens)
+        keys = slice(first_keys[start], stop)
+        hidden_tS = (position_S[keys] > position_S[start:stop, None]) | (
+            position_S[keys] < first_T[start:stop, None]
+        )
+        s_ZtRS = scale * torch.einsum("ztrk,zsk->ztrs", q_ZTRK[:, start:stop], k_ZSK[:, keys])
+        p_ZtRS = s_ZtRS.masked_fill_(hidden_tS[:, None], float("-inf")).softmax(-1)
+        a_ZtRKK = _covariances(p_ZtRS, k_ZSK[:, keys])
+        a_ZtRKK.diagonal(dim1=-2, dim2=-1).add_(ridge)
+        factor = torch.linalg.cholesky(a_ZtRKK)
+        x_ZTRK[:, start:stop] = torch.cholesky_solve(b_ZTRK[:, start:stop, ..., None], factor).squeeze(-1)
+    x_BTGRK = x_ZTRK.unflatten(0, (batch_size, num_kv_heads)).transpose(1, 2)
+    return x_BTGRK.flatten(2, 3).contiguous()
+
+
+def _covariances(p_ZtRS: Tensor, k_ZSK: Tensor) -> Tensor:
+    """Return Cov_p(k, k) `[Z, t, R, K, K]`, summed over blocks of keys."""
+    width = k_ZSK.shape[-1]
+    p_ZMS = p_ZtRS.flatten(1, 2)
+    # (14): near their mean nothing cancels; the first query's, since no query may depend on later keys
+    centred_ZSK = k_ZSK - p_ZMS[:, :1] @ k_ZSK
+    block = max(1, _DIRECT_ELEMENTS // max(1, k_ZSK.shape[0] * width**2))
+    second_ZMF = p_ZMS.new_zeros((*p_ZMS.shape[:2], width**2))
+    for p_block_ZMS, k_block_ZSK in zip(p_ZMS.split(block, -1), centred_ZSK.split(block, 1), strict=True):
+        outer_ZSF = (k_block_ZSK[..., :, None] * k_block_ZSK[..., None, :]).flatten(2)
+        second_ZMF.baddbmm_(p_block_ZMS, outer_ZSF)
+    mean_ZMK = p_ZMS @ centred_ZSK
+    second_ZMKK = second_ZMF.unflatten(-1, (width, width))
+    return (second_ZMKK - mean_ZMK[..., :, None] * mean_ZMK[..., None, :]).unflatten(1, p_ZtRS.shape[1:3])
+
+
+def _first_keys(
+    num_tokens: int, cu_seqlens: Tensor | None, window_size: int | None, device: torch.device
+) -> Tensor:
+    """Return the first key that each query sees `[T]`, int64."""
+    position_T = torch.arange(num_tokens, device=device)
+    first_T = torch.zeros_like(position_T)
+    if cu_seqlens is not None:
+        check_bounds(cu_seqlens.tolist(), num_tokens)
+        bounds = cu_seqlens.long()
+        first_T = bounds[torch.searchsorted(bounds, position_T, right=True) - 1]
+    if window_size is not None:
+        first_T = torch.maximum(first_T, position_T - (window_size - 1))
+    return first_T

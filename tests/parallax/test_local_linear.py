@@ -1,0 +1,214 @@
+"""Exact local linear attention against its definition: values, gradients, limits, packing, memory."""
+
+from functools import partial
+from typing import Any, Literal, get_args
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from parallax import affine_mesanet, local_linear, local_linear_attention, parallax_attention
+from parallax.conjugate_gradients import conjugate_gradients
+from parallax.local_linear import local_linear_probe
+from parallax.reference import local_linear_reference
+from parallax.testing import CASES, Case, Inputs, cu_seqlens_of, make_inputs, relative_error
+
+Solver = Literal["cg", "direct"]
+SOLVERS = get_args(Solver)
+
+
+def case_id(case: Case) -> str:
+    return case.name
+
+
+def output_and_gradients(attend: Any, inputs: Inputs, **arguments: Any) -> dict[str, Tensor]:
+    leaves = [x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
+    o = attend(*leaves, **arguments)
+    gradients = torch.autograd.grad(o, leaves, inputs.do.to(o.dtype))
+    return dict(zip(("o", "dq", "dk", "dv"), (o.detach(), *gradients), strict=True))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_output_and_gradients_equal_the_definition(case: Case, solver: Solver) -> None:
+    inputs = case.inputs(torch.float64, layout="fused")
+    actual = output_and_gradients(
+        local_linear_attention, inputs, ridge=0.3, solver=solver, num_iterations=100, **case.masking()
+    )
+    expected = output_and_gradients(local_linear_reference, inputs, ridge=0.3, **case.masking())
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_gradients_are_those_of_finite_differences(solver: Solver) -> None:
+    case = Case("packed_window", 9, num_heads=2, head_dim=3, documents=(1, 6, 0, 2), window_size=4)
+    leaves = [x.requires_grad_() for x in case.inputs(torch.float64)[:4]]
+    attend = partial(local_linear_attention, ridge=0.2, solver=solver, **case.masking())
+    assert torch.autograd.gradcheck(attend, (leaves[0], *leaves[2:]))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_an_infinite_ridge_gives_softmax_attention(solver: Solver) -> None:
+    q, r, k, v, _ = make_inputs(2, 70, 4, 2, 16, dtype=torch.float64)
+    softmax = parallax_attention(q, torch.zeros_like(r), k, v)
+    errors = [
+        relative_error(local_linear_attention(q, k, v, ridge=ridge, solver=solver), softmax)
+        for ridge in (1e4, 1e8, 1e12)
+    ]
+    # first order in 1 / ridge
+    assert errors[0] / errors[1] == pytest.approx(1e4, rel=1e-2)
+    assert errors[2] < 1e-11
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_an_infinite_bandwidth_gives_affine_mesanet(solver: Solver) -> None:
+    inputs = make_inputs(1, 150, 4, 2, 16, dtype=torch.float64)
+    arguments = {"ridge": 0.4, "cu_seqlens": cu_seqlens_of((5, 0, 130, 15)), "num_iterations": 100}
+    actual = output_and_gradients(local_linear_attention, inputs, scale=0.0, solver=solver, **arguments)
+    expected = output_and_gradients(affine_mesanet, inputs, **arguments)
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-9, atol=1e-11)
+
+
+def test_values_affine_in_the_keys_are_recovered_where_softmax_attention_averages() -> None:
+    q, r, k, _, _ = make_inputs(1, 60, 1, 1, 4, dtype=torch.float64)
+    slope = torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    o = local_linear_attention(q, k, k @ slope + 3, ridge=1e-9, num_iterations=100)
+    # from the fifth key on there are as many as an affine map has unknowns
+    torch.testing.assert_close(o[:, 20:], (q @ slope + 3)[:, 20:], rtol=1e-4, atol=1e-4)
+    softmax = parallax_attention(q, torch.zeros_like(r), k, k @ slope + 3)
+    assert relative_error(softmax[:, 20:], (q @ slope + 3)[:, 20:]) > 0.1
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_packed_documents_equal_separate_calls(solver: Solver) -> None:
+    lengths = (3, 0, 70, 1, 40)
+    inputs = make_inputs(1, sum(lengths), 4, 2, 8, dtype=torch.float64)
+    attend = partial(local_linear_attention, ridge=0.5, solver=solver)
+    packed = output_and_gradients(attend, inputs, cu_seqlens=cu_seqlens_of(lengths))
+    parts = zip(*(x.split(lengths, dim=1) for x in inputs), strict=True)
+    separate = [output_and_gradients(attend, Inputs(*part)) for part in parts if part[0].shape[1]]
+    for name, value in packed.items():
+        expected = torch.cat([part[name] for part in separate], dim=1)
+        torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_later_token_changes_no_bit_of_the_past(solver: Solver) -> None:
+    q, _, k, v, _ = make_inputs(1, 100, 2, 1, 16, dtype=torch.float32)
+    before = local_linear_attention(q, k, v, ridge=0.1, solver=solver)
+    changed = [torch.cat((x[:, :70], 5 * x[:, 70:] + 1), dim=1) for x in (q, k, v)]
+    after = local_linear_attention(*changed, ridge=0.1, solver=solver)
+    assert torch.equal(before[:, :70], after[:, :70])
+    assert not torch.equal(before[:, 70:], after[:, 70:])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_16_bits_cost_their_rounding_alone(dtype: torch.dtype, solver: Solver) -> None:
+    inputs = make_inputs(1, 130, 4, 2, 32, dtype=dtype, key_offset=3.0)
+    actual = output_and_gradients(local_linear_attention, inputs, solver=solver)
+    truth = output_and_gradients(local_linear_reference, inputs.to(torch.float64), ridge=10.0)
+    for name in truth:
+        # fp32 inside: beyond its few roundings (at an offset of 3, of sums ten times the result) only the
+        # result's own
+        bound = 2e-5 + (torch.finfo(dtype).eps / 2 if dtype == torch.bfloat16 else 0.0)
+        assert actual[name].dtype == dtype
+        assert relative_error(actual[name], truth[name]) < bound, name
+
+
+def test_autocast_does_not_reach_the_solver() -> None:
+    inputs = make_inputs(1, 40, 2, 1, 16, dtype=torch.float32)
+    expected = output_and_gradients(local_linear_attention, inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = output_and_gradients(local_linear_attention, inputs)
+        assert all(torch.equal(actual[name], expected[name]) for name in expected)
+        mixed = local_linear_attention(inputs.q, inputs.k, inputs.v.bfloat16())
+    assert mixed.dtype == torch.bfloat16
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the number of elements of the largest tensor that an operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = out if isinstance(out, tuple | list) else (out,)
+        sizes = [x.untyped_storage().nbytes() // x.itemsize for x in made if isinstance(x, Tensor)]
+        self.num_elements = max(self.num_elements, *sizes, 0)
+        return out
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_memory_grows_linearly_with_the_length(solver: Solver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_linear, "_DIRECT_ELEMENTS", 2**15)
+    largest = []
+    for num_tokens in (512, 1024):
+        inputs = make_inputs(1, num_tokens, 2, 1, 16, dtype=torch.float32)
+        with LargestTensor() as mode:
+            output_and_gradients(local_linear_attention, inputs, solver=solver, num_iterations=2)
+        largest.append(mode.num_elements)
+    assert largest[1] <= 2 * largest[0]
+    # a tile of 64 queries in two heads, or the direct solver's buffers
+    assert largest[1] <= max(64 * 2 * 1024, 2**15 * 2)
+
+
+def test_conjugate_gradients_stop_by_row() -> None:
+    matrices = torch.diag_embed(torch.tensor([[1.0, 1.0], [1.0, 50.0]], dtype=torch.float64))
+    b = torch.ones(2, 2, dtype=torch.float64)
+    calls = []
+
+    def apply(x: Tensor) -> Tensor:
+        calls.append(1)
+        return (matrices @ x[..., None]).squeeze(-1)
+
+    x = conjugate_gradients(apply, b, 10)
+    torch.testing.assert_close(x, b / torch.tensor([[1.0, 1.0], [1.0, 50.0]], dtype=torch.float64))
+    assert len(calls) <= 3
+    assert torch.equal(x[0], conjugate_gradients(lambda y: y, b[:1], 10)[0])
+    assert torch.equal(conjugate_gradients(apply, 0 * b, 10), 0 * b)
+
+
+@pytest.mark.parametrize("num_iterations", [None, 8])
+def test_operators_pass_opcheck(num_iterations: int | None) -> None:
+    q, _, k, _, _ = make_inputs(1, 9, 2, 1, 4, dtype=torch.float64)
+    arguments = (cu_seqlens_of((4, 5)), 0.5, 0.3, 3, num_iterations)
+    torch.library.opcheck(local_linear_probe, (q.requires_grad_(), k.requires_grad_(), *arguments))
+
+
+def test_compiled_as_one_graph_equals_eager() -> None:
+    inputs = make_inputs(1, 40, 2, 1, 16, dtype=torch.float32)
+    arguments = {"cu_seqlens": cu_seqlens_of((30, 10)), "ridge": 1.0}
+    compiled = torch.compile(local_linear_attention, fullgraph=True, backend="aot_eager")
+    expected = output_and_gradients(local_linear_attention, inputs, **arguments)
+    actual = output_and_gradients(compiled, inputs, **arguments)
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ridge": 0.0}, "ridge is 0.0, wanted positive and finite"),
+        ({"ridge": float("inf")}, "ridge is inf"),
+        ({"solver": "qr"}, "solver is 'qr', wanted 'cg' or 'direct'"),
+        ({"num_iterations": 0}, "num_iterations is 0, wanted at least 1"),
+        ({"window_size": 0}, "window_size is 0"),
+        ({"cu_seqlens": torch.tensor([0, 4], dtype=torch.int32)}, "cu_seqlens ends at 4"),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
+    q, _, k, v, _ = make_inputs(1, 5, 2, 1, 4, dtype=torch.float32)
+    with pytest.raises(ValueError, match=message):
+        local_linear_attention(q, k, v, **options)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_no_tokens_give_no_output(solver: Solver) -> None:
+    q, _, k, v, _ = make_inputs(1, 0, 2, 1, 4, dtype=torch.float32)
+    assert local_linear_attention(q, k, v, solver=solver).shape == (1, 0, 2, 4)
