@@ -1,5 +1,6 @@
 """The [model] table of a run."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -9,6 +10,16 @@ from models.sizes import SIZES, ModelSize
 def _check_window(window_size: int | None) -> None:
     if window_size is not None and window_size < 1:
         raise ValueError(f"window_size must be at least 1, or none for no window; got {window_size}")
+
+
+def _check_solver(ridge: float, num_iterations: int) -> None:
+    if not 0.0 < ridge < float("inf"):
+        raise ValueError(
+            f"ridge must be positive and finite, got {ridge}; an infinite one is no correction: "
+            'set kind to "softmax" or "value-average"'
+        )
+    if num_iterations < 1:
+        raise ValueError(f"num_iterations must be at least 1, got {num_iterations}; 32 is usual")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,26 +45,139 @@ class ParallaxConfig:
     Attributes:
         kind: "parallax".
         window_size: Keys that a query sees, its own included; None for all of its past.
+        r_heads: "query" for a probe per query head, "kv" for one per key/value head, which its query heads
+            share.
+        r_rank: Rank of W_R as a product of two matrices, wr_in and wr_out, which an optimizer group must
+            name; None for one matrix of full rank.
         r_norm: RMSNorm on each head of the probe r.
         r_gain_init: Initial gain of that norm; 0 starts as softmax attention.
+        r_scale: Fixed factor of the normalised r, which the gain's learning rate does not see.
         rope_on_r: RoPE on the probe, with the query's positions.
-        gate: A sigmoid gate on the probe: one per token, one per token and head, or None.
+        gate: A sigmoid gate on the probe: one per token, one per token and query head, or None.
+        num_plain_layers: First layers that have no correction: softmax attention without W_R.
         impl: Implementation of `parallax.parallax_attention`; None picks by device.
     """
 
     kind: Literal["parallax"] = "parallax"
     window_size: int | None = None
+    r_heads: Literal["query", "kv"] = "query"
+    r_rank: int | None = None
     r_norm: bool = True
     r_gain_init: float = 0.25
+    r_scale: float = 1.0
     rope_on_r: bool = True
     gate: Literal["token", "head"] | None = None
+    num_plain_layers: int = 0
     impl: Literal["reference", "eager", "triton"] | None = None
 
     def __post_init__(self) -> None:
         _check_window(self.window_size)
+        if self.r_rank is not None and self.r_rank < 1:
+            raise ValueError(f"r_rank must be at least 1, or none for full rank; got {self.r_rank}")
+        for name in ("r_gain_init", "r_scale"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
+        if self.num_plain_layers < 0:
+            raise ValueError(f"num_plain_layers must be at least 0, got {self.num_plain_layers}")
 
 
-AttentionConfig = SoftmaxConfig | ParallaxConfig
+def _check_probe(config: ParallaxConfig, size: ModelSize) -> None:
+    if config.num_plain_layers >= size.num_layers:
+        raise ValueError(
+            f"attention.num_plain_layers must be below the {size.num_layers} layers of the size, got "
+            f'{config.num_plain_layers}; for no correction at all set attention.kind to "softmax"'
+        )
+    num_rows = size.head_dim * (size.num_kv_heads if config.r_heads == "kv" else size.num_heads)
+    if config.r_rank is not None and config.r_rank >= min(size.width, num_rows):
+        raise ValueError(
+            f"attention.r_rank must be below {min(size.width, num_rows)}, the full rank of W_R here, got "
+            f'{config.r_rank}; set "none" for full rank'
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalLinearConfig:
+    """Exact local linear attention: Parallax's correction with a probe that is solved.
+
+    Attributes:
+        kind: "lla".
+        window_size: Keys that a query sees, its own included; None for all of its past.
+        ridge: Ridge per unit of kernel mass.
+        solver: "cg" for conjugate gradients, "direct" to factor the matrix of every query.
+        num_iterations: The most iterations of conjugate gradients.
+    """
+
+    kind: Literal["lla"] = "lla"
+    window_size: int | None = None
+    ridge: float = 10.0
+    solver: Literal["cg", "direct"] = "cg"
+    num_iterations: int = 32
+
+    def __post_init__(self) -> None:
+        _check_window(self.window_size)
+        _check_solver(self.ridge, self.num_iterations)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueAverageConfig:
+    """The mean of the past's values.
+
+    Attributes:
+        kind: "value-average".
+    """
+
+    kind: Literal["value-average"] = "value-average"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearConfig:
+    """Linear attention: uniform weights, no intercept.
+
+    Attributes:
+        kind: "linear".
+    """
+
+    kind: Literal["linear"] = "linear"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AffineLinearConfig:
+    """Affine linear attention: Parallax with uniform weights.
+
+    Attributes:
+        kind: "affine-linear".
+    """
+
+    kind: Literal["affine-linear"] = "affine-linear"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AffineMesaNetConfig:
+    """Affine MesaNet: local linear attention with uniform weights.
+
+    Attributes:
+        kind: "affine-mesanet".
+        ridge: Ridge per key.
+        num_iterations: The most iterations of conjugate gradients.
+    """
+
+    kind: Literal["affine-mesanet"] = "affine-mesanet"
+    ridge: float = 10.0
+    num_iterations: int = 32
+
+    def __post_init__(self) -> None:
+        _check_solver(self.ridge, self.num_iterations)
+
+
+AttentionConfig = (
+    SoftmaxConfig
+    | ParallaxConfig
+    | LocalLinearConfig
+    | ValueAverageConfig
+    | LinearConfig
+    | AffineLinearConfig
+    | AffineMesaNetConfig
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +209,8 @@ class ModelConfig:
         for name in ("rope_theta", "norm_eps", "init_std"):
             if not 0.0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        if isinstance(self.attention, ParallaxConfig):
+            _check_probe(self.attention, self.dimensions)
 
     @property
     def dimensions(self) -> ModelSize:

@@ -3,7 +3,7 @@
 Every rank draws the whole tensor on the CPU and keeps its shard, so the weights are the same to the bit on
 any number of ranks and on any hardware. Matrices are normal (std of the config; those that write to the
 residual stream are scaled by 1/sqrt(2 num_layers), as in GPT-2), gains are one, and the probe's gain is
-r_gain_init.
+r_gain_init. A W_R of low rank has a second factor of std 1/sqrt(rank), so that the product has the config's.
 """
 
 import hashlib
@@ -53,6 +53,8 @@ def init_weights(model: Qwen3, seed: int) -> None:
             parameter.fill_(config.attention.r_gain_init)
         elif name.endswith("norm.weight"):
             parameter.fill_(1.0)
+        elif name.endswith("wr_out.weight"):
+            _assign(parameter, _draw(name, parameter.shape, parameter.shape[1] ** -0.5, seed))
         else:
             std = (
                 residual_std if name.endswith(("attention.wo.weight", "mlp.down.weight")) else config.init_std

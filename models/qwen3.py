@@ -7,21 +7,42 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from models.attention.affine import AffineMesaNet, LinearAttention, ValueAverage
 from models.attention.base import Attention, Rope
+from models.attention.local_linear import LocalLinearAttention
 from models.attention.parallax import ParallaxAttention
 from models.attention.softmax import SoftmaxAttention
-from models.config import ModelConfig, ParallaxConfig, SoftmaxConfig
+from models.config import (
+    AffineLinearConfig,
+    AffineMesaNetConfig,
+    LinearConfig,
+    LocalLinearConfig,
+    ModelConfig,
+    ParallaxConfig,
+    SoftmaxConfig,
+    ValueAverageConfig,
+)
 from models.loss import linear_cross_entropy
 
 
-def build_attention(config: ModelConfig) -> Attention:
-    """The attention that the config names."""
+def build_attention(config: ModelConfig, layer: int) -> Attention:
+    """The attention that the config names, for the block with that index."""
     size, eps = config.dimensions, config.norm_eps
     match config.attention:
         case SoftmaxConfig():
             return SoftmaxAttention(config.attention, size, eps)
+        case ParallaxConfig() if layer < config.attention.num_plain_layers:
+            return SoftmaxAttention(SoftmaxConfig(window_size=config.attention.window_size), size, eps)
         case ParallaxConfig():
             return ParallaxAttention(config.attention, size, eps)
+        case LocalLinearConfig():
+            return LocalLinearAttention(config.attention, size, eps)
+        case ValueAverageConfig():
+            return ValueAverage(size)
+        case LinearConfig() | AffineLinearConfig():
+            return LinearAttention(config.attention, size, eps)
+        case AffineMesaNetConfig():
+            return AffineMesaNet(config.attention, size, eps)
 
 
 class SwiGLU(nn.Module):
@@ -47,16 +68,17 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """A pre-norm block: attention, then the MLP, each added to the residual stream."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         """Build the block.
 
         Args:
             config: The [model] table.
+            layer: Its index, from 0.
         """
         super().__init__()
         size = config.dimensions
         self.attention_norm = nn.RMSNorm(size.width, eps=config.norm_eps)
-        self.attention = build_attention(config)
+        self.attention = build_attention(config, layer)
         self.mlp_norm = nn.RMSNorm(size.width, eps=config.norm_eps)
         self.mlp = SwiGLU(size.width, size.mlp_width)
 
@@ -114,7 +136,7 @@ class Qwen3(nn.Module):
         self.config = config
         size = config.dimensions
         self.tok_embeddings = nn.Embedding(config.vocab_size, size.width)
-        self.layers = nn.ModuleList(Block(config) for _ in range(size.num_layers))
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(size.num_layers))
         self.norm = nn.RMSNorm(size.width, eps=config.norm_eps)
         weight = self.tok_embeddings.weight
         assert isinstance(weight, nn.Parameter)
@@ -168,15 +190,22 @@ class Qwen3(nn.Module):
         mlp = sum(p.numel() for m in self.modules() if isinstance(m, SwiGLU) for p in m.parameters())
         return attention + 6.0 * (mlp + self.output.weight.numel())
 
-    def num_saved_elements_per_token(self) -> int:
-        """Elements that one compiled block keeps for the backward, per token.
+    def num_saved_elements_per_token(self) -> list[int]:
+        """Elements that each compiled block keeps for the backward, per token.
 
         Both residuals, plain and normalised, what the attention keeps, and gate, up and their product.
         """
-        attention = self.layers[0].get_submodule("attention")
-        assert isinstance(attention, Attention)
         size = self.config.dimensions
-        return attention.num_saved_elements_per_token() + 4 * size.width + 3 * size.mlp_width
+        shared = 4 * size.width + 3 * size.mlp_width
+        return [
+            shared + module.num_saved_elements_per_token()
+            for module in self.modules()
+            if isinstance(module, Attention)
+        ]
+
+    def num_cache_elements(self, seq_len: int) -> int:
+        """Elements that decoding holds for one sequence of seq_len tokens: keys and values, or states."""
+        return sum(m.num_cache_elements(seq_len) for m in self.modules() if isinstance(m, Attention))
 
     def num_parameters(self) -> dict[str, int]:
         """Parameters by part: embedding (the head shares it), attention (w_r in it), mlp, norms, total."""
@@ -189,6 +218,6 @@ class Qwen3(nn.Module):
             else:
                 part = "attention" if ".attention." in name else "mlp"
             counts[part] += parameter.numel()
-            counts["w_r"] += parameter.numel() if name.endswith("attention.wr.weight") else 0
+            counts["w_r"] += parameter.numel() if ".attention.wr" in name else 0
             counts["total"] += parameter.numel()
         return counts

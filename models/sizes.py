@@ -2,8 +2,18 @@
 
 0.6b and 1.7b are Qwen3's own dimensions (paper, section 3). debug and 60m are our choice: 60m has about 60M
 parameters outside the embedding, a size for one GPU.
+
+The controls of the comparison (paper, section 3) stand at three sizes. `python -m models.sizes` prints all
+rows and by how much a control misses the parameters that it matches, MLP widths being multiples of 8:
+  _parameter_matched          for softmax: query heads are added until it has Parallax's parameters
+  _compute_matched            for Parallax: the head width is halved (at 60m the number of heads: the kernels
+                              start at width 64), so that the forward has the softmax model's products; the
+                              MLP takes up what that frees, to Parallax's parameters
+  _compute_parameter_matched  the same with an MLP for the parameters of the softmax model
+Which of the latter two the paper trained is unknown.
 """
 
+import importlib
 from dataclasses import dataclass
 
 
@@ -33,4 +43,62 @@ SIZES: dict[str, ModelSize] = {
     "60m": ModelSize(width=512, num_layers=16, num_heads=8, num_kv_heads=4, head_dim=64, mlp_width=1920),
     "0.6b": ModelSize(width=1024, num_layers=28, num_heads=16, num_kv_heads=8, head_dim=128, mlp_width=3072),
     "1.7b": ModelSize(width=2048, num_layers=28, num_heads=16, num_kv_heads=8, head_dim=128, mlp_width=6144),
+    "60m_parameter_matched": ModelSize(
+        width=512, num_layers=16, num_heads=12, num_kv_heads=4, head_dim=64, mlp_width=1920
+    ),
+    "60m_compute_matched": ModelSize(
+        width=512, num_layers=16, num_heads=4, num_kv_heads=2, head_dim=64, mlp_width=2264
+    ),
+    "60m_compute_parameter_matched": ModelSize(
+        width=512, num_layers=16, num_heads=4, num_kv_heads=2, head_dim=64, mlp_width=2088
+    ),
+    "0.6b_parameter_matched": ModelSize(
+        width=1024, num_layers=28, num_heads=24, num_kv_heads=8, head_dim=128, mlp_width=3072
+    ),
+    "0.6b_compute_matched": ModelSize(
+        width=1024, num_layers=28, num_heads=16, num_kv_heads=8, head_dim=64, mlp_width=4440
+    ),
+    "0.6b_compute_parameter_matched": ModelSize(
+        width=1024, num_layers=28, num_heads=16, num_kv_heads=8, head_dim=64, mlp_width=3752
+    ),
+    "1.7b_parameter_matched": ModelSize(
+        width=2048, num_layers=28, num_heads=24, num_kv_heads=8, head_dim=128, mlp_width=6144
+    ),
+    "1.7b_compute_matched": ModelSize(
+        width=2048, num_layers=28, num_heads=16, num_kv_heads=8, head_dim=64, mlp_width=7512
+    ),
+    "1.7b_compute_parameter_matched": ModelSize(
+        width=2048, num_layers=28, num_heads=16, num_kv_heads=8, head_dim=64, mlp_width=6824
+    ),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Control:
+    """What a matched size is for.
+
+    Attributes:
+        attention: Kind of the attention that takes this size.
+        reference: Kind of the attention whose parameters it matches, at the plain size.
+    """
+
+    attention: str
+    reference: str
+
+
+CONTROLS: dict[str, Control] = {
+    "parameter_matched": Control(attention="softmax", reference="parallax"),
+    "compute_matched": Control(attention="parallax", reference="parallax"),
+    "compute_parameter_matched": Control(attention="parallax", reference="softmax"),
+}
+
+
+def split_size(size: str) -> tuple[str, str | None]:
+    """A row's plain size and its control, as ("0.6b", "compute_matched"); None for a plain size."""
+    plain, _, control = size.partition("_")
+    return plain, control or None
+
+
+if __name__ == "__main__":
+    # by name: the table needs the models, which need this module
+    print(importlib.import_module("models.size_table").size_table())

@@ -115,7 +115,7 @@ def test_toml_of_a_run_loads_to_the_same_run(tmp_path: Path) -> None:
         (["--training.steps", "true"], ["training.steps:", "true", "an integer"]),
         (["--training.compile", "1"], ["training.compile:", "true or false"]),
         (["--training.precision", "float16"], ["training.precision:", '"bfloat16"', '"float32"']),
-        (["--model.attention.kind", "linear"], ["model.attention.kind:", '"softmax"', '"parallax"']),
+        (["--model.attention.kind", "quadratic"], ["model.attention.kind:", '"softmax"', '"parallax"']),
         (["--model.size", "3b"], ["model.size", "3b", "0.6b"]),
         (["--model.attention.window_size", "0"], ["model.attention.window_size", "at least 1"]),
         (["--training.seq_len", "0"], ["training.seq_len", "at least 1"]),

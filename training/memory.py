@@ -57,11 +57,12 @@ def _activation_bytes(run: RunConfig, model: Qwen3) -> float:
     element = getattr(torch, run.training.precision).itemsize
     width, layers = model.config.dimensions.width, model.config.dimensions.num_layers
     saved = model.num_saved_elements_per_token()
-    per_layer = {None: saved, "selective": width + saved / 2, "full": float(width)}
+    all_saved = sum(saved)
+    kept_by_mode = {None: all_saved, "selective": layers * width + all_saved / 2, "full": layers * width}
     tokens = run.training.local_batch_size * run.training.seq_len
-    kept = layers * per_layer[run.training.activation_checkpointing]
+    kept = kept_by_mode[run.training.activation_checkpointing]
     if run.training.activation_checkpointing is not None:
-        kept += saved  # the block that is being recomputed
+        kept += max(saved)  # the block that is being recomputed
     return tokens * element * (kept + 2 * width)
 
 

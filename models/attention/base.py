@@ -45,6 +45,10 @@ class Attention(nn.Module, ABC):
         The block's input is not counted.
         """
 
+    @abstractmethod
+    def num_cache_elements(self, seq_len: int) -> int:
+        """Elements that decoding holds of one sequence after seq_len tokens: keys and values, or a state."""
+
 
 class Rope:
     """Rotary position embedding (Su et al. 2021), halves rotated against each other as in Qwen3."""
@@ -121,6 +125,10 @@ class HeadProjections(Attention):
         """See Attention: q, k, v as projected, q and k as rotated, and the output."""
         size = self.size
         return (3 * size.num_heads + 3 * size.num_kv_heads) * size.head_dim
+
+    def num_cache_elements(self, seq_len: int) -> int:
+        """See Attention: a key and a value per token and key/value head; attentions with windows say less."""
+        return 2 * self.size.num_kv_heads * self.size.head_dim * seq_len
 
     def product_flops_per_token(self, num_products: int, seq_len: int, window_size: int | None) -> float:
         """FLOPs per token of num_products causal products of T x T x K in every query head."""

@@ -25,20 +25,30 @@ class ParallaxAttention(HeadProjections):
         """
         super().__init__(size, norm_eps)
         self.config = config
-        self.wr = nn.Linear(size.width, size.num_heads * size.head_dim, bias=False)
+        num_probes = size.num_kv_heads if config.r_heads == "kv" else size.num_heads
+        if config.r_rank is None:
+            self.wr = nn.Linear(size.width, num_probes * size.head_dim, bias=False)
+        else:
+            self.wr_in = nn.Linear(size.width, config.r_rank, bias=False)
+            self.wr_out = nn.Linear(config.r_rank, num_probes * size.head_dim, bias=False)
         if config.r_norm:
             self.r_norm = nn.RMSNorm(size.head_dim, eps=norm_eps)
         if config.gate is not None:
             self.wg = nn.Linear(size.width, size.num_heads if config.gate == "head" else 1, bias=False)
 
     def probe(self, x_BTD: torch.Tensor, rope: Rope) -> torch.Tensor:
-        """The probe rho = g * rope(norm(W_R x)), `[B, T, H, K]`."""
-        r_BTHK = self.split_heads(self.wr(x_BTD))
-        if self.config.r_norm:
+        """The probe rho = g * r_scale * rope(norm(W_R x)), `[B, T, H, K]`."""
+        config = self.config
+        r_BTHK = self.split_heads(self.wr(x_BTD) if config.r_rank is None else self.wr_out(self.wr_in(x_BTD)))
+        if config.r_norm:
             r_BTHK = self.r_norm(r_BTHK)
-        if self.config.rope_on_r:
+        if config.r_scale != 1.0:
+            r_BTHK = r_BTHK * config.r_scale
+        if config.rope_on_r:
             r_BTHK = rope(r_BTHK)
-        if self.config.gate is not None:
+        if config.r_heads == "kv":
+            r_BTHK = r_BTHK.repeat_interleave(self.size.num_heads // self.size.num_kv_heads, dim=2)
+        if config.gate is not None:
             r_BTHK = r_BTHK * torch.sigmoid(self.wg(x_BTD)).unsqueeze(-1)
         return r_BTHK
 
@@ -62,11 +72,27 @@ class ParallaxAttention(HeadProjections):
         """See Attention.num_flops_per_token.
 
         4 products forward (two scores, two sums of values) and 6 backward: dO V^T, dV, dQ, dR and two for dK.
+        The kernels form them in every query head, also where query heads share a probe.
         """
         return self.projection_flops_per_token() + self.product_flops_per_token(
             10, seq_len, self.config.window_size
         )
 
     def num_saved_elements_per_token(self) -> int:
-        """See Attention: besides, r as projected and as rotated, and vbar."""
-        return super().num_saved_elements_per_token() + 3 * self.size.num_heads * self.size.head_dim
+        """See Attention: besides, vbar, and of the probe what it goes through.
+
+        That is r as attention takes it; the norm's input; the gate and its input, unless that follows from
+        the norm's without RoPE; and what the first factor of W_R hands to the second.
+        """
+        config, size = self.config, self.size
+        num_probes = size.num_kv_heads if config.r_heads == "kv" else size.num_heads
+        num_kept = int(config.r_norm) + (config.gate is not None and (config.rope_on_r or not config.r_norm))
+        elements = (2 * size.num_heads + num_kept * num_probes) * size.head_dim + (config.r_rank or 0)
+        if config.gate is not None:
+            elements += size.num_heads if config.gate == "head" else 1
+        return super().num_saved_elements_per_token() + elements
+
+    def num_cache_elements(self, seq_len: int) -> int:
+        """See Attention.num_cache_elements: no more tokens than the window has."""
+        window_size = self.config.window_size
+        return super().num_cache_elements(seq_len if window_size is None else min(seq_len, window_size))

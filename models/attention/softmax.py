@@ -119,3 +119,8 @@ class SoftmaxAttention(HeadProjections):
         return self.projection_flops_per_token() + self.product_flops_per_token(
             6, seq_len, self.config.window_size
         )
+
+    def num_cache_elements(self, seq_len: int) -> int:
+        """See Attention.num_cache_elements: no more tokens than the window has."""
+        window_size = self.config.window_size
+        return super().num_cache_elements(seq_len if window_size is None else min(seq_len, window_size))

@@ -9,10 +9,20 @@ import torch
 from torch import nn
 
 from models import sizes
-from models.attention.base import mean_visible_keys
+from models.attention.base import Attention, mean_visible_keys
 from models.attention.parallax import ParallaxAttention
 from models.attention.softmax import softmax_attention
-from models.config import AttentionConfig, ModelConfig, ParallaxConfig, SoftmaxConfig
+from models.config import (
+    AffineLinearConfig,
+    AffineMesaNetConfig,
+    AttentionConfig,
+    LinearConfig,
+    LocalLinearConfig,
+    ModelConfig,
+    ParallaxConfig,
+    SoftmaxConfig,
+    ValueAverageConfig,
+)
 from models.convert import to_hugging_face
 from models.init import init_weights
 from models.qwen3 import Qwen3
@@ -95,6 +105,14 @@ ATTENTIONS = [
     ParallaxConfig(r_norm=False, rope_on_r=False, window_size=6),
     ParallaxConfig(gate="token"),
     ParallaxConfig(gate="head"),
+    ParallaxConfig(r_heads="kv", r_rank=8, gate="head", r_scale=0.5),
+    ParallaxConfig(num_plain_layers=1, window_size=6),
+    LocalLinearConfig(ridge=0.5),
+    LocalLinearConfig(solver="direct", window_size=6),
+    ValueAverageConfig(),
+    LinearConfig(),
+    AffineLinearConfig(),
+    AffineMesaNetConfig(ridge=0.5),
 ]
 attentions = pytest.mark.parametrize("attention", ATTENTIONS, ids=lambda a: str(a).split("(", 1)[1][:60])
 
@@ -181,6 +199,51 @@ def test_flops_count_every_product_of_a_small_model_by_hand() -> None:
         shared + 3 * (6 * width * heads + 10 * 2 * heads * pairs)
     )
     assert mean_visible_keys(10, 3) == pytest.approx((1 + 2 + 3 * 8) / 10)
+
+
+def test_the_family_counts_its_products_and_states_by_hand() -> None:
+    length, width, heads, kv, head = 10, 48, 4 * 16, 2 * 16, 16
+    pairs = sum(range(1, length + 1)) / length
+
+    def flops(attention: AttentionConfig) -> float:
+        module = build(attention).layers[0].get_submodule("attention")
+        assert isinstance(module, Attention)
+        return module.num_flops_per_token(length)
+
+    projections = 6 * width * (2 * heads + 2 * kv)
+    product = 2 * heads * pairs
+    causal = 2 * (heads + kv) * head + 2 * product
+    assert flops(LocalLinearConfig(num_iterations=3)) == pytest.approx(projections + (15 + 4 * 3) * product)
+    assert flops(LocalLinearConfig(solver="direct")) == pytest.approx(projections + (15 + head) * product)
+    assert flops(ValueAverageConfig()) == 6 * width * 2 * kv
+    assert flops(LinearConfig()) == flops(AffineLinearConfig()) == pytest.approx(projections + 3 * causal)
+    assert flops(AffineMesaNetConfig(num_iterations=3)) == pytest.approx(projections + (2 * 3 + 5) * causal)
+
+    def cached(attention: AttentionConfig) -> int:
+        return build(attention).num_cache_elements(1000) // TINY.num_layers
+
+    assert cached(LocalLinearConfig()) == 2 * kv * 1000
+    assert cached(LocalLinearConfig(window_size=7)) == 2 * kv * 7
+    assert cached(ValueAverageConfig()) == kv
+    assert cached(LinearConfig()) == kv * head
+    assert cached(AffineLinearConfig()) == kv * head + 2 * kv
+    assert cached(AffineMesaNetConfig()) == 2 * kv * head + 2 * kv
+
+
+def test_attentions_without_a_probe_of_their_own_have_the_parameters_of_softmax() -> None:
+    softmax = build(SoftmaxConfig()).num_parameters()
+    for attention in (LocalLinearConfig(), LinearConfig(), AffineLinearConfig(), AffineMesaNetConfig()):
+        assert build(attention).num_parameters() == softmax
+
+
+def test_bad_options_of_the_solvers_are_refused() -> None:
+    for kind in (LocalLinearConfig, AffineMesaNetConfig):
+        with pytest.raises(ValueError, match="ridge must be positive and finite"):
+            kind(ridge=0.0)
+        with pytest.raises(ValueError, match="num_iterations must be at least 1, got 0"):
+            kind(num_iterations=0)
+    with pytest.raises(ValueError, match="window_size must be at least 1"):
+        LocalLinearConfig(window_size=0)
 
 
 def test_initial_loss_is_that_of_guessing() -> None:

@@ -6,22 +6,98 @@ from pathlib import Path
 import pytest
 
 import config
+from models.config import ParallaxConfig
+from models.size_table import build_row
+from models.sizes import split_size
 from training.dry_run import dry_run
+from training.run_config import RunConfig
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
+
+# width, layers, query heads, kv heads, head width, MLP width, vocabulary
+DIMENSIONS = {
+    "debug": (128, 4, 4, 2, 64, 384, 4096),
+    "60m": (512, 16, 8, 4, 64, 1920, 16384),
+    "60m_parameter_matched": (512, 16, 12, 4, 64, 1920, 16384),
+    "60m_compute_matched": (512, 16, 4, 2, 64, 2264, 16384),
+    "60m_compute_parameter_matched": (512, 16, 4, 2, 64, 2088, 16384),
+    "0.6b": (1024, 28, 16, 8, 128, 3072, 151936),
+    "0.6b_parameter_matched": (1024, 28, 24, 8, 128, 3072, 151936),
+    "0.6b_compute_matched": (1024, 28, 16, 8, 64, 4440, 151936),
+    "0.6b_compute_parameter_matched": (1024, 28, 16, 8, 64, 3752, 151936),
+    "1.7b": (2048, 28, 16, 8, 128, 6144, 151936),
+    "1.7b_parameter_matched": (2048, 28, 24, 8, 128, 6144, 151936),
+    "1.7b_compute_matched": (2048, 28, 16, 8, 64, 7512, 151936),
+    "1.7b_compute_parameter_matched": (2048, 28, 16, 8, 64, 6824, 151936),
+}
+# millions: Qwen3's own, and W_R's as the paper's matched controls imply
+PUBLISHED = {("0.6b", "softmax"): 596.05, ("1.7b", "softmax"): 1720.57}
+PROBES = {"0.6b": 58.72, "1.7b": 117.44}
+CHANGES = {
+    "softmax": ("cosine_adamw", "annealing_muon", "parameter_matched_muon"),
+    "parallax": (
+        *("cosine_adamw", "annealing_muon", "compute_matched_muon", "compute_parameter_matched_muon"),
+        *("gate_muon", "gate_adamw", "no_rope_on_r_muon"),
+    ),
+}
+
+
+def count_by_hand(run: RunConfig) -> tuple[int, float]:
+    """Parameters and training FLOPs per token of softmax attention or Parallax, from the dimensions."""
+    width, layers, heads, kv_heads, head_dim, mlp_width, vocab = DIMENSIONS[run.model.size]
+    attention = run.model.attention
+    probe = int(attention.kind == "parallax")
+    projections = width * head_dim * (2 * heads + 2 * kv_heads)
+    if isinstance(attention, ParallaxConfig):
+        rank = attention.r_rank
+        full = width * head_dim * heads
+        projections += full if rank is None else rank * (width + head_dim * heads)
+        if attention.gate is not None:
+            projections += width * (heads if attention.gate == "head" else 1)
+    matrices = layers * (projections + 3 * width * mlp_width) + vocab * width
+    norms = layers * (2 * width + (2 + probe) * head_dim) + width
+    products = (10 if probe else 6) * layers * heads * head_dim * 2
+    return matrices + norms, 6.0 * matrices + products * (run.training.seq_len + 1) / 2
+
+
+def read(text: str, name: str) -> float:
+    """A number that the dry run prints."""
+    match = re.search(rf"^{name} +([\d.]+)", text, re.MULTILINE)
+    assert match is not None, name
+    return float(match.group(1))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_passes_the_dry_run(path: Path) -> None:
     run = config.load(path)
-    text = dry_run(run, 8 if run.model.size in ("0.6b", "1.7b") else 1)
-    size, attention, *_, optimizer = path.stem.split("_")
-    assert (run.model.size, run.model.attention.kind) == (size, attention)
+    text = dry_run(run, 8 if split_size(run.model.size)[0] in ("0.6b", "1.7b") else 1)
+    size, attention, *change, optimizer = path.stem.split("_")
+    plain, control = split_size(run.model.size)
+    assert (plain, run.model.attention.kind) == (size, attention)
+    assert control in (None, "_".join(change))
     assert run.optimizer.groups["hidden"].kind == optimizer
-    total = float(re.search(r"parameters, total +([\d.]+)M", text).group(1))  # type: ignore[union-attr]
-    published = {"0.6b": 596.05, "1.7b": 1720.57}
-    if attention == "softmax" and size in published:
-        assert total == published[size]
+    assert (run.schedule.kind == "cosine") == (change == ["cosine"])
+    assert (run.optimizer.groups["hidden"].weight_decay_gamma is not None) == (change == ["annealing"])
+    if attention in ("softmax", "parallax"):
+        parameters, flops = count_by_hand(run)
+        assert read(text, "parameters, total") == round(parameters / 1e6, 2)
+        assert read(text, "FLOPs per token") == round(flops / 1e9, 3)
+    if (run.model.size, attention) in PUBLISHED:
+        assert read(text, "parameters, total") == PUBLISHED[run.model.size, attention]
+    if attention == "parallax" and run.model.size in PROBES:
+        assert read(text, "parameters, w_r") == PROBES[run.model.size]
+    assert build_row(run.model.size, run.model.attention).config.vocab_size == run.model.vocab_size
+
+
+@pytest.mark.parametrize("size", ["60m", "0.6b", "1.7b"])
+def test_every_row_of_the_paper_without_recurrence_has_its_config(size: str) -> None:
+    names = {path.stem for path in CONFIGS}
+    for attention, changes in CHANGES.items():
+        assert {f"{size}_{attention}_{change}" for change in changes} <= names
+    runs = [config.load(path) for path in CONFIGS if path.stem.startswith(f"{size}_")]
+    plain = {(r.training.steps, r.training.seq_len, r.training.global_batch_size) for r in runs}
+    assert plain - {(1500, 1024, 256)} == {(2000, 1024, 256) if size == "60m" else (20000, 4096, 1024)}
+    assert {r.schedule.warmup_steps for r in runs} == {100 if size == "60m" else 500}
 
 
 def test_every_size_has_both_attentions_with_both_optimizers() -> None:
@@ -34,7 +110,7 @@ def test_every_size_has_both_attentions_with_both_optimizers() -> None:
 def test_small_runs_start_on_any_power_of_two_of_gpus() -> None:
     for path in CONFIGS:
         run = config.load(path)
-        if run.model.size in ("debug", "60m"):
+        if split_size(run.model.size)[0] in ("debug", "60m"):
             assert [run.gradient_accumulation_steps(ranks) for ranks in (1, 2, 4, 8)] == [8, 4, 2, 1]
 
 

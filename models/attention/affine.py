@@ -1,0 +1,145 @@
+"""The family's attentions with uniform weights in a block (paper, section 2)."""
+
+import torch
+from torch import nn
+
+from models.attention.base import Attention, HeadProjections, Rope
+from models.config import AffineLinearConfig, AffineMesaNetConfig, LinearConfig
+from models.sizes import ModelSize
+from parallax import affine_linear_attention, affine_mesanet, linear_attention, value_average
+from parallax.affine import CHUNK_TOKENS
+
+
+class ValueAverage(Attention):
+    """The mean of the past's values: no queries, no keys, so that each key/value head is written once."""
+
+    def __init__(self, size: ModelSize) -> None:
+        """Build the two projections.
+
+        Args:
+            size: Dimensions of the model; its query heads are not used.
+        """
+        super().__init__()
+        self.size = size
+        self.wv = nn.Linear(size.width, size.num_kv_heads * size.head_dim, bias=False)
+        self.wo = nn.Linear(size.num_kv_heads * size.head_dim, size.width, bias=False)
+
+    def forward(
+        self, x_BTD: torch.Tensor, rope: Rope, cu_seqlens: torch.Tensor | None, max_seqlen: int
+    ) -> torch.Tensor:
+        """See Attention.forward."""
+        v_BTGK = self.wv(x_BTD).unflatten(-1, (-1, self.size.head_dim))
+        return self.wo(value_average(v_BTGK, cu_seqlens=cu_seqlens).flatten(2))
+
+    def num_flops_per_token(self, seq_len: int) -> float:
+        """See Attention.num_flops_per_token: the projections alone, a running sum is no product."""
+        return 6.0 * sum(p.numel() for p in self.parameters())
+
+    def num_saved_elements_per_token(self) -> int:
+        """See Attention: the averages."""
+        return self.size.num_kv_heads * self.size.head_dim
+
+    def num_cache_elements(self, seq_len: int) -> int:
+        """See Attention.num_cache_elements: the sum of the values."""
+        return self.size.num_kv_heads * self.size.head_dim
+
+
+class _StateAttention(HeadProjections):
+    """What linear attention, affine linear attention and affine MesaNet share: causal products by states."""
+
+    def causal_product_flops_per_token(self, num_products: int, seq_len: int) -> float:
+        """FLOPs per token of causal products by chunks: states written and read, scores within a chunk."""
+        size = self.size
+        states = 2.0 * num_products * (size.num_heads + size.num_kv_heads) * size.head_dim**2
+        return states + self.product_flops_per_token(2 * num_products, min(seq_len, CHUNK_TOKENS), None)
+
+    def num_saved_elements_per_token(self) -> int:
+        """See Attention: q, k, v are kept in fp32, two elements of 16 bits each, q and k with a column."""
+        size = self.size
+        extra = (3 * size.num_heads + 4 * size.num_kv_heads) * size.head_dim
+        return super().num_saved_elements_per_token() + extra
+
+
+class LinearAttention(_StateAttention):
+    """Linear attention, with the intercept (affine) or without.
+
+    Without a softmax all that a query does is to probe: W_Q makes the probe, with its norm and RoPE, and the
+    parameters are softmax attention's. The probe takes softmax attention's 1 / sqrt(K), our choice: the norms
+    alone would let the first token of a document answer K times its value.
+    """
+
+    def __init__(self, config: LinearConfig | AffineLinearConfig, size: ModelSize, norm_eps: float) -> None:
+        """Build the projections.
+
+        Args:
+            config: Which of the two.
+            size: Dimensions of the model.
+            norm_eps: Epsilon of the RMSNorm of each head.
+
+        Raises:
+            ValueError: As in HeadProjections.
+        """
+        super().__init__(size, norm_eps)
+        self.is_affine = isinstance(config, AffineLinearConfig)
+
+    def forward(
+        self, x_BTD: torch.Tensor, rope: Rope, cu_seqlens: torch.Tensor | None, max_seqlen: int
+    ) -> torch.Tensor:
+        """See Attention.forward."""
+        q, k, v = self.project(x_BTD, rope)
+        attend = affine_linear_attention if self.is_affine else linear_attention
+        o_BTHK = attend(q * self.size.head_dim**-0.5, k, v, cu_seqlens=cu_seqlens)
+        return self.wo(o_BTHK.flatten(2))
+
+    def num_flops_per_token(self, seq_len: int) -> float:
+        """See Attention.num_flops_per_token: a causal product forward, as much as two backward."""
+        return self.projection_flops_per_token() + self.causal_product_flops_per_token(3, seq_len)
+
+    def num_cache_elements(self, seq_len: int) -> int:
+        """See Attention.num_cache_elements: the sum of v k^T; affine, those of v and k as well."""
+        width = self.size.head_dim
+        return self.size.num_kv_heads * (width**2 + (2 * width if self.is_affine else 0))
+
+
+class AffineMesaNet(_StateAttention):
+    """Affine linear attention whose probe is solved for every query: LLA with uniform weights."""
+
+    def __init__(self, config: AffineMesaNetConfig, size: ModelSize, norm_eps: float) -> None:
+        """Build the projections.
+
+        Args:
+            config: Options of the mechanism.
+            size: Dimensions of the model.
+            norm_eps: Epsilon of the RMSNorm of each head.
+
+        Raises:
+            ValueError: As in HeadProjections.
+        """
+        super().__init__(size, norm_eps)
+        self.config = config
+
+    def forward(
+        self, x_BTD: torch.Tensor, rope: Rope, cu_seqlens: torch.Tensor | None, max_seqlen: int
+    ) -> torch.Tensor:
+        """See Attention.forward."""
+        q, k, v = self.project(x_BTD, rope)
+        ridge, num_iterations = self.config.ridge, self.config.num_iterations
+        o_BTHK = affine_mesanet(q, k, v, ridge=ridge, cu_seqlens=cu_seqlens, num_iterations=num_iterations)
+        return self.wo(o_BTHK.flatten(2))
+
+    def num_flops_per_token(self, seq_len: int) -> float:
+        """See Attention.num_flops_per_token.
+
+        A causal product for the output and one in each of the iterations of either direction, as if none
+        stopped early; as much as two for the output's gradient, two for the probe's.
+        """
+        num_products = 2 * self.config.num_iterations + 5
+        return self.projection_flops_per_token() + self.causal_product_flops_per_token(num_products, seq_len)
+
+    def num_saved_elements_per_token(self) -> int:
+        """See Attention: the probe besides, in fp32."""
+        return super().num_saved_elements_per_token() + 2 * self.size.num_heads * self.size.head_dim
+
+    def num_cache_elements(self, seq_len: int) -> int:
+        """See Attention.num_cache_elements: the sums of v k^T, k k^T, v and k."""
+        return self.size.num_kv_heads * 2 * (self.size.head_dim**2 + self.size.head_dim)

@@ -1,0 +1,73 @@
+"""The controls match what they are for, and the table says so."""
+
+import runpy
+from dataclasses import replace
+
+import pytest
+
+from models.config import ParallaxConfig, SoftmaxConfig
+from models.size_table import build_row, deviation, size_table
+from models.sizes import CONTROLS, SIZES, split_size
+
+MATCHED = [size for size in SIZES if split_size(size)[1] is not None]
+CONFIGS = {"softmax": SoftmaxConfig(), "parallax": ParallaxConfig()}
+
+
+def num_parameters(size: str, kind: str) -> int:
+    return build_row(size, CONFIGS[kind]).num_parameters()["total"]
+
+
+@pytest.mark.parametrize("size", ["60m", "0.6b", "1.7b"])
+def test_added_query_heads_have_the_parameters_of_w_r_but_its_norm(size: str) -> None:
+    plain, matched = SIZES[size], SIZES[f"{size}_parameter_matched"]
+    assert matched == replace(plain, num_heads=plain.num_heads + (4 if size == "60m" else 8))
+    difference = num_parameters(size, "parallax") - num_parameters(f"{size}_parameter_matched", "softmax")
+    assert difference == plain.num_layers * plain.head_dim
+
+
+@pytest.mark.parametrize("size", ["60m", "0.6b", "1.7b"])
+def test_compute_matched_has_the_forward_products_of_softmax(size: str) -> None:
+    plain = SIZES[size]
+    for control in ("compute_matched", "compute_parameter_matched"):
+        matched = SIZES[f"{size}_{control}"]
+        assert 4 * matched.num_heads * matched.head_dim == 2 * plain.num_heads * plain.head_dim
+        assert matched.num_heads // matched.num_kv_heads == plain.num_heads // plain.num_kv_heads
+        assert size == "60m" or matched.head_dim == 64
+
+
+@pytest.mark.parametrize("size", [size for size in MATCHED if "compute" in size])
+def test_no_other_multiple_of_eight_matches_better(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, control = split_size(size)
+    assert control is not None
+    target = num_parameters(plain, CONTROLS[control].reference)
+    missed = {}
+    for change in (-8, 0, 8):
+        row = replace(SIZES[size], mlp_width=SIZES[size].mlp_width + change)
+        monkeypatch.setitem(SIZES, f"{plain}_changed", row)
+        missed[change] = abs(num_parameters(f"{plain}_changed", "parallax") - target)
+    assert SIZES[size].mlp_width % 8 == 0
+    assert min(missed, key=missed.__getitem__) == 0
+
+
+@pytest.mark.parametrize("size", MATCHED)
+def test_controls_are_within_a_thousandth_of_what_they_match(size: str) -> None:
+    values = {kind: deviation(size, config) for kind, config in CONFIGS.items()}
+    ours = CONTROLS[size.partition("_")[2]].attention
+    assert [kind for kind, value in values.items() if value is not None] == [ours]
+    value = values[ours]
+    assert value is not None
+    assert abs(value) < 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+def test_the_command_prints_parameters_flops_and_cache(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_module("models.sizes", run_name="__main__")
+    table = capsys.readouterr().out
+    assert table == size_table() + "\n"
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    assert len({len(row) for row in rows}) == 1
+    # W_R: 28 x 1024 x 2048; cache: 28 layers x 2 x 8 heads x 128 x 2 bytes
+    assert ["0.6b", "softmax", "596.05", "176.16", "0.00", "264.24", "4.986", "114,688", ""] in rows
+    assert ["0.6b", "parallax", "654.77", "234.88", "58.72", "264.24", "6.278", "114,688", ""] in rows
+    assert [row[-1] for row in rows if row[0].startswith("0.6b_")] == ["-0.0005%", "+0.0342%", "-0.0388%"]
+    assert {row[0] for row in rows[2:]} == set(SIZES)
