@@ -56,3 +56,23 @@ class DocumentSource(Protocol):
             ValueError: If something cannot be read (it is named), or a whole pass holds no document.
         """
         ...
+
+
+def batches(rows: Iterator[Row], max_rows: int, max_characters: int) -> Iterator[list[Row]]:
+    """Group rows: a group ends with the row that brings it to so many rows or characters.
+
+    Args:
+        rows: The rows.
+        max_rows: Most rows of a group.
+        max_characters: Characters at which a group ends.
+    """
+    batch: list[Row] = []
+    characters = 0
+    for row in rows:
+        batch.append(row)
+        characters += len(row.text or "")
+        if characters >= max_characters or len(batch) >= max_rows:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.documents import Position, Row
+from data.documents import Position, Row, batches
 from data.encoding import Encode, EncodedDocument, encoder
 from data.files import FileDocuments
 from data.hub import HubDocumentFile
@@ -223,7 +223,9 @@ class _Preparation:
         waiting: deque[tuple[list[Row], Future[list[EncodedDocument]]]] = deque()
         most = _BATCHES_A_PROCESS * max(self._options.num_processes, 1)
         try:
-            for batch in _batches(self._source.read(self._position, repeat=False)):
+            for batch in batches(
+                self._source.read(self._position, repeat=False), _BATCH_ROWS, _BATCH_CHARACTERS
+            ):
                 waiting.append((batch, self._encode([row.text for row in batch if row.text is not None])))
                 if len(waiting) >= most:
                     yield from _join(*waiting.popleft())
@@ -237,19 +239,6 @@ class _Preparation:
         finally:
             for _, future in waiting:
                 future.cancel()
-
-
-def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
-    batch: list[Row] = []
-    characters = 0
-    for row in rows:
-        batch.append(row)
-        characters += len(row.text or "")
-        if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_ROWS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
 
 
 def _join(

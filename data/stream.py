@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from data.documents import DocumentSource, Position, Row
+from data.documents import DocumentSource, Position, batches
 from data.packing import Document, Mark, PackedRow, Packer
 from data.tokenizer import Tokenizer
 
@@ -90,7 +90,9 @@ class RowStream:
 
     def _documents(self, position: Position | None, skipped: dict[str, int]) -> Iterator[Document]:
         """Tokenize what is text, and count what is skipped."""
-        for batch in _batches(self._source.read(position, repeat=self._repeat)):
+        for batch in batches(
+            self._source.read(position, repeat=self._repeat), _ENCODE_DOCUMENTS, _ENCODE_CHARACTERS
+        ):
             encoded = iter(self._tokenizer.encode_batch([row.text for row in batch if row.text is not None]))
             for row in batch:
                 before, position = position, row.after
@@ -101,16 +103,3 @@ class RowStream:
                 if tokens is None:
                     tokens = np.array([*next(encoded), self._tokenizer.end_of_document_id], dtype=np.int32)
                 yield Document(tokens=tokens, before=before, after=row.after, skipped=dict(skipped))
-
-
-def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
-    batch: list[Row] = []
-    characters = 0
-    for row in rows:
-        batch.append(row)
-        characters += len(row.text or "")
-        if characters >= _ENCODE_CHARACTERS or len(batch) >= _ENCODE_DOCUMENTS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
