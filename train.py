@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import config
-from training.config_table import to_toml
+from models.config_table import to_toml
 from training.run_config import RunConfig
 
 

@@ -6,7 +6,7 @@ import pytest
 
 import config
 from data.config import ParquetSource
-from training.config_table import to_toml
+from models.config_table import to_toml
 
 RUN = """
 [model]

@@ -10,9 +10,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from models.config_table import Table, to_table
 from optimizers.config import ScheduleConfig
 from optimizers.schedule import decay_start, lr_factor, weight_decay_factor
-from training.config_table import Table, to_table
 from training.run_config import RunConfig
 from training.run_folder import check_fits, has_checkpoint, saved_config
 

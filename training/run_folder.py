@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from training.config_table import Table, to_table, to_toml
+from models.config_table import Table, to_table, to_toml
 from training.run_config import RunConfig
 
 # keys of [model] that leave weights and function as they are

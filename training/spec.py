@@ -8,11 +8,11 @@ from torchtitan.tools.utils import device_type
 from data.sources import check_data
 from data.titan import build_dataloader
 from data.tokenizer import Tokenizer, check_vocabulary
+from models.config_table import to_table
 from models.loss import cross_entropy
 from models.titan import TitanModelArgs, TitanQwen3, device_mesh, parallelize
 from optimizers.titan import build_lr_schedulers, build_optimizers
 from training.branch import check_branch
-from training.config_table import to_table
 from training.metrics import RunMetrics
 from training.plan import build_meta_model
 from training.run_config import RunConfig

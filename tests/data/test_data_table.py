@@ -7,7 +7,7 @@ import pytest
 
 import config
 from data.config import HubSource, JsonlSource, MixtureSource, ShardsSource, TextSource
-from training.config_table import to_toml
+from models.config_table import to_toml
 
 RUN = """
 [model]

@@ -1,11 +1,9 @@
-"""A run as plain tables and as TOML."""
+"""Configs as plain tables and as TOML."""
 
 import dataclasses
 import json
 import re
 from typing import Any
-
-from training.run_config import RunConfig
 
 Table = dict[str, Any]
 
@@ -30,8 +28,8 @@ def _key(name: str) -> str:
     return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _value(name)
 
 
-def to_toml(config: RunConfig) -> str:
-    """The resolved run as TOML; loaded again it gives an equal RunConfig."""
+def to_toml(config: Any) -> str:
+    """A config as TOML, or a dict of them by table; loaded again it gives an equal one."""
     lines: list[str] = []
 
     def write(table: Table, name: str) -> None:

@@ -1,0 +1,141 @@
+"""A model from a run folder: its saved [model] table, and the weights of one of its checkpoints."""
+
+import tomllib
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from models.config import AttentionConfig, ModelConfig
+from models.qwen3 import Qwen3
+
+_KINDS = {get_args(c.__annotations__["kind"])[0]: c for c in get_args(AttentionConfig)}
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that a path means.
+
+    Args:
+        path: A checkpoint (`<run folder>/checkpoint/step-N`), or a run folder for its newest whole one.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        ValueError: There is none; says what was looked for.
+    """
+    if (path / ".metadata").exists():
+        return path
+    found = [p.parent for p in (path / "checkpoint").glob("step-*/.metadata")]
+    if not found:
+        raise ValueError(
+            f"{path} is no checkpoint: wanted a run folder with checkpoint/step-N/.metadata, or such a step-N"
+        )
+    return max(found, key=lambda p: int(p.name.removeprefix("step-")))
+
+
+def run_table(checkpoint: Path) -> dict[str, Any]:
+    """The resolved config of the run that wrote a checkpoint, as tables.
+
+    Args:
+        checkpoint: From find_checkpoint.
+
+    Raises:
+        ValueError: The run folder holds no config.toml.
+    """
+    path = checkpoint.parent.parent / "config.toml"
+    if not path.exists():
+        raise ValueError(
+            f"{path} is missing: it says which model {checkpoint} holds; copy the whole run folder"
+        )
+    return tomllib.loads(path.read_text(encoding="utf-8"))
+
+
+def model_config(table: dict[str, Any]) -> ModelConfig:
+    """The [model] table of a saved run.
+
+    Args:
+        table: As run_table(...)["model"]: "none" stands for None.
+
+    Raises:
+        ValueError: A kind of attention, a key or a value that this version does not have.
+    """
+    values = _plain(table)
+    attention = values.pop("attention", {})
+    kind = attention.get("kind", "softmax")
+    if kind not in _KINDS:
+        raise ValueError(f"model.attention.kind is {kind!r}, wanted one of {', '.join(map(repr, _KINDS))}")
+    try:
+        return ModelConfig(attention=_KINDS[kind](**attention), **values)
+    except TypeError as error:
+        raise ValueError(f"the saved [model] table does not fit this version of the code: {error}") from None
+
+
+def _plain(table: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _plain(value) if isinstance(value, dict) else None if value == "none" else value
+        for key, value in table.items()
+    }
+
+
+def load_weights(model: nn.Module, checkpoint: Path) -> None:
+    """Load a checkpoint's weights into a model, in place; nothing else of the checkpoint is read.
+
+    Args:
+        model: With the architecture of the run that wrote the checkpoint, sharded or not, any dtype.
+        checkpoint: From find_checkpoint.
+
+    Raises:
+        ValueError: Weights are missing there, or have other shapes; names them all.
+    """
+    weights = dict(model.named_parameters())
+    reader = FileSystemReader(checkpoint)
+    saved = {
+        name: list(entry.size)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    wrong = [
+        f"{name} is {saved.get(name, 'missing')}, wanted {list(weight.shape)}"
+        for name, weight in weights.items()
+        if saved.get(name) != list(weight.shape)
+    ]
+    if wrong:
+        raise ValueError(f"{checkpoint} holds another model: {'; '.join(wrong)}")
+    with torch.no_grad():
+        values = {name: weight.detach() for name, weight in weights.items()}
+        dcp.load(values, storage_reader=reader, no_dist=not dist.is_initialized())
+
+
+def load_model(
+    path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Qwen3:
+    """The model of a run, ready to evaluate.
+
+    Args:
+        path: As for find_checkpoint.
+        device: Where it goes.
+        dtype: Dtype of its weights; checkpoints hold fp32.
+
+    Returns:
+        The model in eval mode; gradients are off.
+
+    Raises:
+        ValueError: As find_checkpoint, run_table, model_config and load_weights.
+    """
+    checkpoint = find_checkpoint(path)
+    config = model_config(run_table(checkpoint)["model"])
+    with torch.device("meta"):
+        model = Qwen3(config)
+    model = model.to_empty(device=device).to(dtype)
+    # on the meta device the head's weight is the embedding's; to_empty takes them apart
+    weight = model.tok_embeddings.weight
+    assert isinstance(weight, nn.Parameter)
+    model.output.weight = weight
+    load_weights(model, checkpoint)
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,69 @@
+"""Models from run folders: what a run saved is what is loaded, and what cannot be loaded is named."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from models.checkpoint import find_checkpoint, load_model, load_weights
+from models.config import ModelConfig, ParallaxConfig, SoftmaxConfig
+from models.config_table import to_table, to_toml
+from models.init import init_weights
+from models.qwen3 import Qwen3
+
+
+def save_run(folder: Path, config: ModelConfig, step: int = 3, seed: int = 0) -> Qwen3:
+    model = Qwen3(config)
+    init_weights(model, seed)
+    (folder / "checkpoint").mkdir(parents=True, exist_ok=True)
+    (folder / "config.toml").write_text(to_toml({"model": to_table(config)}))
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    dcp.save(weights, checkpoint_id=folder / "checkpoint" / f"step-{step}", no_dist=True)
+    return model
+
+
+@pytest.mark.parametrize(
+    "attention", [SoftmaxConfig(window_size=4), ParallaxConfig(gate="head", num_plain_layers=1)]
+)
+def test_a_saved_model_computes_the_same(tmp_path: Path, attention: SoftmaxConfig | ParallaxConfig) -> None:
+    config = ModelConfig(size="debug", vocab_size=50, attention=attention)
+    model = save_run(tmp_path, config)
+    loaded = load_model(tmp_path)
+    ids = torch.arange(20).unsqueeze(0)
+    assert loaded.config == config
+    assert torch.equal(loaded(ids), model(ids))
+    low = load_model(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in low.parameters()} == {torch.bfloat16}
+    assert low.output.weight is low.tok_embeddings.weight
+
+
+def test_a_run_folder_means_its_newest_whole_checkpoint(tmp_path: Path) -> None:
+    config = ModelConfig(size="debug", vocab_size=50)
+    for step in (9, 10):
+        save_run(tmp_path, config, step=step, seed=step)
+    (tmp_path / "checkpoint" / "step-11").mkdir()
+    assert find_checkpoint(tmp_path).name == "step-10"
+    first, last = (
+        load_model(path).tok_embeddings.weight for path in (tmp_path / "checkpoint" / "step-9", tmp_path)
+    )
+    assert not torch.equal(first, last)
+
+
+def test_what_cannot_be_loaded_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is no checkpoint: wanted a run folder"):
+        load_model(tmp_path)
+    save_run(tmp_path, ModelConfig(size="debug", vocab_size=50))
+    parallax = Qwen3(ModelConfig(size="debug", vocab_size=60, attention=ParallaxConfig()))
+    with pytest.raises(
+        ValueError, match=r"tok_embeddings.weight is \[50, 128\], wanted \[60, 128\]"
+    ) as error:
+        load_weights(parallax, find_checkpoint(tmp_path))
+    assert str(error.value).count("wr.weight is missing") == 4
+    config = tmp_path / "config.toml"
+    config.write_text(config.read_text().replace('"softmax"', '"hyena"'))
+    with pytest.raises(ValueError, match=r"model\.attention\.kind is 'hyena', wanted one of 'softmax'"):
+        load_model(tmp_path)
+    config.unlink()
+    with pytest.raises(ValueError, match=r"config.toml is missing"):
+        load_model(tmp_path)
