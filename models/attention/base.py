@@ -11,6 +11,10 @@ from torch import nn
 from models.sizes import ModelSize
 
 
+State = dict[str, torch.Tensor]
+"""What an attention remembers of each of B sequences, by name: tensors `[B, ...]`, updated in place."""
+
+
 class Attention(nn.Module, ABC):
     """Mixes tokens. Its parameters are its own; its cost is what it says."""
 
@@ -29,6 +33,47 @@ class Attention(nn.Module, ABC):
         Returns:
             What is added to the residual stream, `[B, T, D]`.
         """
+
+    def new_state(self, batch: int, max_seqlen: int, *, device: torch.device, dtype: torch.dtype) -> State:
+        """What decoding needs of the past, for sequences that have none yet.
+
+        Args:
+            batch: Number of sequences B.
+            max_seqlen: The longest that a sequence may become.
+            device: Where it lies.
+            dtype: The weights' dtype; sums that run over the past may be kept in fp32.
+
+        Returns:
+            Tensors `[B, ...]`, num_cache_elements(max_seqlen) elements a sequence.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not decode")
+
+    def prefill(
+        self, x_BTD: torch.Tensor, rope: "Rope", cu_seqlens: torch.Tensor, max_seqlen: int, state: State
+    ) -> torch.Tensor:
+        """Forward over packed documents (B = 1), which also writes document n into row n of an empty state.
+
+        Args and returns as forward; no document is empty.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not decode")
+
+    def extend(
+        self, x_BTD: torch.Tensor, rope: "Rope", state: State, lengths_B: torch.Tensor
+    ) -> torch.Tensor:
+        """Mix T new tokens of each sequence with its past, and add them to the state.
+
+        Safe in a CUDA graph: shapes do not depend on lengths_B, and the state is updated in place.
+
+        Args:
+            x_BTD: Normalised input of the new tokens `[B, T, D]`.
+            rope: Rotary embedding of their positions, lengths_B and following.
+            state: From new_state; lengths_B + T must not exceed its max_seqlen.
+            lengths_B: Tokens that the state holds of each sequence, int32.
+
+        Returns:
+            What is added to the residual stream, `[B, T, D]`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not decode")
 
     @abstractmethod
     def num_flops_per_token(self, seq_len: int) -> float:
