@@ -10,7 +10,6 @@ from torch import nn
 
 from models.sizes import ModelSize
 
-
 State = dict[str, torch.Tensor]
 """What an attention remembers of each of B sequences, by name: tensors `[B, ...]`, updated in place."""
 
