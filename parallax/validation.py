@@ -39,18 +39,19 @@ def check_tensors(q: Tensor, r: Tensor, k: Tensor, v: Tensor) -> None:
         )
     _check_keys_fit(q, k)
     for name, x in named.items():
-        if x.dtype not in DTYPES:
-            raise TypeError(
-                f"{name} is {x.dtype}, wanted bfloat16, float16, float32 or float64; cast it before"
-            )
-        if x.dtype != q.dtype:
-            raise TypeError(
-                f"{name} is {x.dtype}, q {q.dtype}; wanted one dtype: cast all four or use autocast"
-            )
-        if x.device != q.device:
-            raise ValueError(
-                f"{name} is on {x.device}, q on {q.device}; wanted one device: move {name} there"
-            )
+        _check_like_q(name, x, q)
+
+
+def _check_like_q(name: str, x: Tensor, q: Tensor) -> None:
+    """Check an input's dtype and device against q's."""
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} is {x.dtype}, wanted bfloat16, float16, float32 or float64; cast it before")
+    if x.dtype != q.dtype:
+        raise TypeError(
+            f"{name} is {x.dtype}, q {q.dtype}; wanted one dtype: cast all of them or use autocast"
+        )
+    if x.device != q.device:
+        raise ValueError(f"{name} is on {x.device}, q on {q.device}; wanted one device: move {name} there")
 
 
 def _check_keys_fit(q: Tensor, k: Tensor) -> None:
@@ -62,8 +63,15 @@ def _check_keys_fit(q: Tensor, k: Tensor) -> None:
             f"k has {k.shape[1]} tokens, q {q.shape[1]}; wanted as many keys as queries: "
             "this is causal self-attention"
         )
+    _check_heads_fit(q, k, "k")
+
+
+def _check_heads_fit(q: Tensor, k: Tensor, name: str) -> None:
+    """Check the heads of keys against those of queries."""
     if k.shape[3] != q.shape[3] or q.shape[3] < 1:
-        raise ValueError(f"k has head width {k.shape[3]}, q {q.shape[3]}; wanted one width of at least 1")
+        raise ValueError(
+            f"{name} has head width {k.shape[3]}, q {q.shape[3]}; wanted one width of at least 1"
+        )
     num_heads, num_kv_heads = q.shape[2], k.shape[2]
     if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(
@@ -144,3 +152,95 @@ def check_bounds(bounds: list[int], num_tokens: int) -> None:
             f"cu_seqlens ends at {bounds[-1]}, wanted the number of tokens {num_tokens}; "
             "give the padding its own document"
         )
+
+
+def check_decode_tensors(
+    q: Tensor,
+    r: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    page_table: Tensor | None,
+    out: Tensor | None,
+) -> None:
+    """Check shapes, dtypes and devices of decoding's inputs.
+
+    Args:
+        q: Queries `[B, T, H, K]`.
+        r: Probes `[B, T, H, K]`, or None.
+        k_cache: Keys `[B, S, G, K]`, or pages `[P, page size, G, K]`.
+        v_cache: Values, as the keys.
+        cache_seqlens: Keys of each sequence `[B]` int32.
+        page_table: Pages of each sequence `[B, pages]` int32, or None.
+        out: `[B, T, H, K]` to write to, or None.
+
+    Raises:
+        ValueError: Shapes or devices do not fit together.
+        TypeError: Dtypes differ or are not served.
+    """
+    like_q = {name: x for name, x in (("r", r), ("out", out)) if x is not None}
+    named = {"q": q, "k_cache": k_cache, "v_cache": v_cache, **like_q}
+    for name, x in named.items():
+        if x.ndim != 4:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}, wanted four: [batch, tokens, heads, head width]"
+            )
+        _check_like_q(name, x, q)
+    for name, x in like_q.items():
+        if x.shape != q.shape:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}, q {tuple(q.shape)}; wanted equal shapes")
+    if out is not None and not out.is_contiguous():
+        raise ValueError("out is not contiguous; allocate it with torch.empty(q.shape, ...)")
+    if v_cache.shape != k_cache.shape:
+        raise ValueError(
+            f"v_cache has shape {tuple(v_cache.shape)}, k_cache {tuple(k_cache.shape)}; wanted equal shapes"
+        )
+    _check_heads_fit(q, k_cache, "k_cache")
+    _check_index("cache_seqlens", cache_seqlens, q, 1)
+    if page_table is not None:
+        _check_index("page_table", page_table, q, 2)
+    elif k_cache.shape[0] != q.shape[0]:
+        raise ValueError(
+            f"k_cache has batch {k_cache.shape[0]}, q {q.shape[0]}; wanted the same batch, "
+            "or a page_table that says which pages are whose"
+        )
+
+
+def _check_index(name: str, index: Tensor, q: Tensor, num_dims: int) -> None:
+    """Check cache_seqlens or page_table against q's batch and device."""
+    wanted = "[B]" if num_dims == 1 else "[B, pages]"
+    if index.ndim != num_dims or index.shape[0] != q.shape[0]:
+        raise ValueError(f"{name} has shape {tuple(index.shape)}, wanted {wanted} with B = {q.shape[0]}")
+    if index.dtype != torch.int32:
+        raise TypeError(f"{name} is {index.dtype}, wanted torch.int32; call {name}.to(torch.int32)")
+    if index.device != q.device:
+        raise ValueError(f"{name} is on {index.device}, q on {q.device}; wanted one device: move {name}")
+    if index.stride(-1) != 1 and index.shape[-1] > 1:
+        raise ValueError(f"{name} is not contiguous along its last dimension; call {name}.contiguous()")
+
+
+def check_cache_values(cache_seqlens: Tensor, page_table: Tensor | None, k_cache: Tensor) -> None:
+    """Check lengths and page numbers; waits for the device.
+
+    Args:
+        cache_seqlens: Keys of each sequence `[B]` int32.
+        page_table: Pages of each sequence `[B, pages]` int32, or None.
+        k_cache: Keys `[B, S, G, K]`, or pages `[P, page size, G, K]`.
+
+    Raises:
+        ValueError: A sequence is longer than the cache, or a page that it needs is not in it.
+    """
+    num_pages, page_size = k_cache.shape[:2]
+    capacity = page_size if page_table is None else page_table.shape[1] * page_size
+    for row, length in enumerate(cache_seqlens.tolist()):
+        if not 0 <= length <= capacity:
+            raise ValueError(
+                f"cache_seqlens[{row}] is {length}, the cache holds {capacity} keys a sequence; "
+                "allocate a longer cache, or more pages a sequence"
+            )
+        pages = [] if page_table is None else page_table[row, : -(-length // page_size)].tolist()
+        for index, page in enumerate(pages):
+            if not 0 <= page < num_pages:
+                raise ValueError(
+                    f"page_table[{row}, {index}] is {page}, wanted a page from 0 to {num_pages - 1}"
+                )

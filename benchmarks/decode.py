@@ -1,0 +1,274 @@
+"""Speed of decoding one token over a cache, beside its peers, in one process.
+
+`python -m benchmarks.decode` checks the accuracy first and reports nothing if that fails. Then, for every
+shape, all providers take turns: ours (Parallax, and softmax by the same kernel), torch's softmax attention
+with the cuDNN and the FlashAttention-2 backend, and the Parallax decode of flash-linear-attention. A time is
+that of one call in a replayed CUDA graph of many, each on a cache of its own, so that keys and values come
+from memory and never from L2; medians over replays. GB/s count keys and values alone. The copy rate is that
+of a 2 GiB copy, read and write, in the same process.
+
+The authors' own kernel cannot be imported beside ours (same package name). Its time is what it took on
+another H100, times what cuDNN takes here over there.
+"""
+
+import argparse
+import shlex
+import statistics
+import sys
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.machine import RESULTS, write_result
+from parallax import parallax_decode
+from parallax.reference import parallax_reference
+from parallax.testing import relative_error
+
+BAR = 0.0026
+"""Largest relative norm error of o against fp64 that is admitted in bf16."""
+
+COLD_BYTES = 192 << 20
+"""What the caches of one graph hold at least, so that none stays in the 50 MB of L2 until its turn comes."""
+
+PEERS_US: dict[tuple[int, int, int, int], tuple[float, float]] = {
+    (16, 8, 1, 128): (5.9, 4.4),
+    (16, 8, 1, 1024): (8.2, 7.8),
+    (16, 8, 1, 4096): (12.6, 12.6),
+    (16, 8, 1, 32768): (52.1, 50.9),
+    (16, 8, 16, 1024): (33.8, 26.2),
+    (16, 8, 16, 4096): (100.0, 89.1),
+    (16, 8, 128, 1024): (196.0, 180.0),
+    (16, 8, 128, 4096): (731.0, 696.0),
+    (16, 8, 1024, 128): (258.0, 188.0),
+    (16, 8, 1024, 4096): (5667.0, 5481.0),
+    (16, 16, 1, 4096): (17.8, 17.8),
+    (16, 16, 16, 4096): (185.0, 178.0),
+    (16, 16, 128, 4096): (1462.0, 1385.0),
+}
+"""(query heads, kv heads, batch, context) -> microseconds of the authors' CuTe kernel, and cuDNN's softmax.
+
+parallax-kernel 0.1.1 and torch 2.11 in one process on an H100, bf16, head width 128, CUDA-graph replays.
+"""
+
+
+class Shape(NamedTuple):
+    """One token of B sequences of S keys each."""
+
+    num_heads: int
+    num_kv_heads: int
+    batch_size: int
+    num_keys: int
+    head_dim: int = 128
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values in 16 bits."""
+        return 4 * self.batch_size * self.num_keys * self.num_kv_heads * self.head_dim
+
+
+class Operands(NamedTuple):
+    """Inputs of one call: q, r `[B, 1, H, K]`, k, v `[B, S, G, K]`, lengths `[B]`."""
+
+    q: Tensor
+    r: Tensor
+    k: Tensor
+    v: Tensor
+    cache_seqlens: Tensor
+
+
+Attend = Callable[[Operands], Tensor]
+
+
+def _sdpa(backend: SDPBackend, x: Operands) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (x.q, x.k, x.v))
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+
+
+def _ours(x: Operands) -> Tensor:
+    return parallax_decode(x.q, x.r, x.k, x.v, cache_seqlens=x.cache_seqlens)
+
+
+def _ours_softmax(x: Operands) -> Tensor:
+    return parallax_decode(x.q, None, x.k, x.v, cache_seqlens=x.cache_seqlens)
+
+
+def _fla(x: Operands) -> Tensor:
+    return import_module("fla.ops.parallax.decode").parallax_decode(x.q, x.r, x.k, x.v)
+
+
+PROVIDERS: dict[str, Attend] = {
+    "ours": _ours,
+    "ours_softmax": _ours_softmax,
+    "cudnn": partial(_sdpa, SDPBackend.CUDNN_ATTENTION),
+    "fa2": partial(_sdpa, SDPBackend.FLASH_ATTENTION),
+    "fla": _fla,
+}
+
+
+def make_operands(shape: Shape) -> Operands:
+    """Draw one call's inputs, standard normal, bf16, on the GPU."""
+    query = (shape.batch_size, 1, shape.num_heads, shape.head_dim)
+    keys = (shape.batch_size, shape.num_keys, shape.num_kv_heads, shape.head_dim)
+    q, r, k, v = (torch.randn(s, dtype=torch.bfloat16, device="cuda") for s in (query, query, keys, keys))
+    lengths = torch.full((shape.batch_size,), shape.num_keys, dtype=torch.int32, device="cuda")
+    return Operands(q, r, k, v, lengths)
+
+
+def graph_of(attend: Attend, shape: Shape, num_calls: int | None = None) -> tuple[torch.cuda.CUDAGraph, int]:
+    """Capture calls on as many caches as keep L2 cold.
+
+    Args:
+        attend: The provider.
+        shape: Of each call.
+        num_calls: None for enough.
+
+    Returns:
+        The graph and how many calls are in it.
+    """
+    num_calls = num_calls or max(1, -(-COLD_BYTES // shape.cache_bytes))
+    operands = [make_operands(shape) for _ in range(num_calls)]
+    for x in operands[:2]:
+        attend(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = [attend(x) for x in operands]
+    graph.operands, graph.outputs = operands, outputs  # pyrefly: ignore [missing-attribute]
+    return graph, num_calls
+
+
+def time_graphs(graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]], rounds: int) -> dict[str, float]:
+    """Replay the graphs in turns.
+
+    Args:
+        graphs: From graph_of, by provider.
+        rounds: Replays of each.
+
+    Returns:
+        Median microseconds of one call, by provider.
+    """
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    for _ in range(rounds):
+        for name, (graph, num_calls) in graphs.items():
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            graph.replay()  # the same clocks and the same contents of L2 for everyone
+            start.record()
+            graph.replay()
+            stop.record()
+            stop.synchronize()
+            times[name].append(1000 * start.elapsed_time(stop) / num_calls)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def check_accuracy() -> dict[str, float]:
+    """Errors of the shapes' kinds against fp64, by name.
+
+    Raises:
+        RuntimeError: One is above the bar.
+    """
+    errors = {}
+    for heads, kv_heads in ((16, 8), (16, 16), (8, 1)):
+        for offset in (0.0, 3.0):
+            x = make_operands(Shape(heads, kv_heads, 3, 1000))
+            x.k.add_(offset * torch.randn_like(x.k[:1, :1]))
+            x.cache_seqlens[1] = 517
+            full = torch.zeros(2, 1, 1000, heads, 128, dtype=torch.float64, device="cuda")
+            got = _ours(x)
+            worst = 0.0
+            for row, length in enumerate(x.cache_seqlens.tolist()):
+                q, r = full[:, :, :length].clone()
+                q[0, -1], r[0, -1] = x.q[row, 0].double(), x.r[row, 0].double()
+                k, v = (t[row : row + 1, :length].double() for t in (x.k, x.v))
+                truth = parallax_reference(q, r, k, v)[0, -1]
+                worst = max(worst, float(relative_error(got[row, 0], truth)))
+            errors[f"{heads}/{kv_heads} heads, key offset {offset:g}"] = worst
+    wrong = {name: error for name, error in errors.items() if not error <= BAR}
+    if wrong:
+        raise RuntimeError(f"relative norm error above {BAR}: {wrong}; no speed is reported")
+    return errors
+
+
+def copy_rate() -> float:
+    """GB/s of a copy of 2 GiB, read and write counted."""
+    source = torch.empty(2 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(10):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        target.copy_(source)
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop))
+    return 2 * source.numel() / statistics.median(times) / 1e6
+
+
+def measure(shape: Shape, names: list[str], rounds: int) -> dict[str, Any]:
+    """Time the providers on a shape.
+
+    Args:
+        shape: The problem.
+        names: Of PROVIDERS.
+        rounds: Replays of each.
+
+    Returns:
+        Microseconds and GB/s by provider; a provider that fails leaves its error.
+    """
+    graphs, failures = {}, {}
+    for name in names:
+        try:
+            graphs[name] = graph_of(PROVIDERS[name], shape)
+        except (RuntimeError, ImportError, ValueError) as error:
+            failures[name] = str(error).splitlines()[0][:200]
+            torch.cuda.synchronize()
+    times = time_graphs(graphs, rounds)
+    row: dict[str, Any] = {**shape._asdict(), "us": times, "failures": failures}
+    row["gb_per_s"] = {name: shape.cache_bytes / us / 1e3 for name, us in times.items()}
+    peers = PEERS_US.get(shape[:4])
+    if peers and "cudnn" in times and shape.head_dim == 128:
+        row["authors_scaled_us"] = peers[0] * times["cudnn"] / peers[1]
+    del graphs
+    torch.cuda.empty_cache()
+    return row
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), choices=list(PROVIDERS))
+    parser.add_argument("--name", default="decode")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    errors = check_accuracy()
+    shapes = [*(Shape(*key) for key in PEERS_US), Shape(16, 8, 16, 4096, 64), Shape(16, 8, 128, 4096, 64)]
+    rate = copy_rate()
+    rows = [measure(shape, options.providers, options.rounds) for shape in shapes]
+    command = "python -m benchmarks.decode " + shlex.join(sys.argv[1:])
+    result = {"command": command.strip(), "errors": errors, "copy_gb_per_s": rate, "rows": rows}
+    print("wrote", write_result(options.name, result, options.out))
+    print(f"copy {rate:.0f} GB/s; errors {errors}")
+    names = [*options.providers, "authors_scaled"]
+    print("| heads | batch | context | width | " + " | ".join(names) + " | ours GB/s | cudnn / ours |")
+    print("|---" * (len(names) + 6) + "|")
+    for row in rows:
+        times = {**row["us"], "authors_scaled": row.get("authors_scaled_us")}
+        cells = [f"{times[n]:.1f}" if times.get(n) else "" for n in names]
+        ratio = row["us"].get("cudnn", float("nan")) / row["us"]["ours"]
+        heads, rate = f"{row['num_heads']}/{row['num_kv_heads']}", row["gb_per_s"]["ours"]
+        sizes = f"{heads} | {row['batch_size']} | {row['num_keys']} | {row['head_dim']}"
+        print(f"| {sizes} | {' | '.join(cells)} | {rate:.0f} | {ratio:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Tests of the decode kernels in Triton's interpreter, as interpreted_kernels.py those of training."""
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from parallax import eager_decode
+from parallax.kernels.decode import DecodeTile, decode, tile_of
+from parallax.testing import relative_error
+from tests.parallax.decode_cases import CASES, DecodeCase, DecodeInputs, make_inputs
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_kernels.py"
+
+
+def run(x: DecodeInputs, num_splits: int, block_s: int, with_probe: bool = True) -> Tensor:
+    out = torch.full_like(x.q, torch.nan)
+    scale = x.q.shape[-1] ** -0.5
+    arguments = (x.k_cache, x.v_cache, x.cache_seqlens, x.page_table, x.window_size, scale, out)
+    decode(x.q, x.r if with_probe else None, *arguments, tile=DecodeTile(num_splits, block_s, 4, 1))
+    return out
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_decode(case: DecodeCase, num_splits: int) -> None:
+    x = make_inputs(case, torch.float16)
+    yardstick = torch.empty_like(x.q)
+    scale = x.q.shape[-1] ** -0.5
+    eager_decode.decode(
+        x.q, x.r, x.k_cache, x.v_cache, x.cache_seqlens, x.page_table, x.window_size, scale, yardstick
+    )
+    # the yardstick rounds the output alone: the kernel's 16-bit weights come on top
+    budget = 2 * float(relative_error(yardstick, x.expected)) + 2 * torch.finfo(torch.float16).eps
+    assert relative_error(run(x, num_splits, 32), x.expected) < budget
+    assert relative_error(run(x, num_splits, 16, with_probe=False), x.expected_softmax) < budget
+
+
+def test_a_sequence_without_keys_gives_zeros() -> None:
+    x = make_inputs(DecodeCase("", (5, 9)), torch.float16)
+    x.cache_seqlens[0] = 0
+    for num_splits in (1, 4):
+        out = run(x, num_splits, 16)
+        assert torch.equal(out[0], torch.zeros_like(out[0]))
+        assert relative_error(out[1], x.expected[1]) < 2e-3
+
+
+def test_the_table_fills_the_device_and_splits_no_more_than_that_takes() -> None:
+    def num_splits(pairs: int, capacity: int) -> int:
+        tile = tile_of(pairs, capacity, 2, 132)
+        assert 1 <= tile.num_splits <= max(1, capacity // 64)
+        return tile.num_splits
+
+    assert 120 <= 8 * num_splits(8, 32768) <= 132
+    assert 120 <= 8 * num_splits(8, 1024) <= 132
+    assert num_splits(8, 64) == 1
+    assert [num_splits(pairs, 4096) for pairs in (128, 256, 1024, 8192)] == [1, 1, 1, 1]
+    assert num_splits(300, 4096) > 1  # 36 programs would run alone
