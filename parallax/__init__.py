@@ -7,13 +7,14 @@ Usable on its own with torch alone (triton is imported only when its kernels run
 from parallax.affine import affine_linear_attention, affine_mesanet, linear_attention, value_average
 from parallax.api import parallax_attention
 from parallax.decode import parallax_decode
-from parallax.local_linear import local_linear_attention
+from parallax.local_linear import local_linear_attention, local_linear_decode
 
 __all__ = [
     "affine_linear_attention",
     "affine_mesanet",
     "linear_attention",
     "local_linear_attention",
+    "local_linear_decode",
     "parallax_attention",
     "parallax_decode",
     "value_average",

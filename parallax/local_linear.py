@@ -19,6 +19,7 @@ from torch import Tensor
 
 from parallax import eager
 from parallax.conjugate_gradients import conjugate_gradients
+from parallax.decode import parallax_decode
 from parallax.ops import eager_attention
 from parallax.validation import check_bounds, check_cu_seqlens, check_tensors, check_window_size
 
@@ -82,6 +83,54 @@ def local_linear_attention(
     r = local_linear_probe(q, k, cu_seqlens, scale, ridge, window_size, iterations)
     o = eager_attention(q, r, k, v, scale=scale, cu_seqlens=cu_seqlens, window_size=window_size)
     return o.to(dtype)
+
+
+@torch.no_grad()
+def local_linear_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    cache_seqlens: Tensor,
+    ridge: float = 10.0,
+    scale: float | None = None,
+    window_size: int | None = None,
+    num_iterations: int = 32,
+) -> Tensor:
+    """Compute local linear attention of the newest tokens of each sequence over its cache.
+
+    (16) by conjugate gradients, whose products are `parallax_decode` of the keys over themselves, in fp32.
+
+    Args:
+        q: Queries `[B, T, H, K]` of the T newest tokens, bf16/fp16/fp32/fp64.
+        k_cache: Keys `[B, S, G, K]`.
+        v_cache: Values `[B, S, G, K]`.
+        cache_seqlens: Keys of each sequence `[B]` int32, those of the new tokens included.
+        ridge: As `local_linear_attention`, and all below.
+        scale: Factor of q.k; None for 1 / sqrt(K).
+        window_size: Number of newest keys that a query sees; None for all.
+        num_iterations: The most iterations of conjugate gradients.
+
+    Returns:
+        Output `[B, T, H, K]` in the dtype of v_cache.
+
+    Raises:
+        ValueError: Shapes, devices or an option are wrong.
+        TypeError: Dtypes are not served, or fp64 meets another.
+    """
+    check_ridge(ridge)
+    check_num_iterations(num_iterations)
+    dtype = v_cache.dtype
+    q, k, v = promote(q, k_cache, v_cache)
+
+    def attend(r: Tensor | None, values: Tensor) -> Tensor:
+        return parallax_decode(
+            q, r, k, values, cache_seqlens=cache_seqlens, window_size=window_size, scale=scale, impl="eager"
+        )
+
+    kbar = attend(None, k)
+    r = conjugate_gradients(lambda x: kbar - attend(x, k) + ridge * x, kbar - q, num_iterations)
+    return attend(r, v).to(dtype)
 
 
 def promote(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -1,13 +1,27 @@
 """The family's attentions with uniform weights in a block (paper, section 2)."""
 
+from abc import abstractmethod
+from itertools import pairwise
+
 import torch
 from torch import nn
 
-from models.attention.base import Attention, HeadProjections, Rope
+from models.attention.base import Attention, HeadProjections, Rope, State
 from models.config import AffineLinearConfig, AffineMesaNetConfig, LinearConfig
 from models.sizes import ModelSize
 from parallax import affine_linear_attention, affine_mesanet, linear_attention, value_average
 from parallax.affine import CHUNK_TOKENS
+from parallax.affine_state import add_keys, affine_output, linear_output, mesanet_output
+
+
+def _new_sums(
+    size: ModelSize, names: tuple[str, ...], batch: int, device: torch.device, dtype: torch.dtype
+) -> State:
+    """Empty sums of the names of parallax.affine_state, at least fp32."""
+    dtype = torch.promote_types(dtype, torch.float32)
+    heads, width = size.num_kv_heads, size.head_dim
+    shapes = {"v": (width,), "k": (width,), "vk": (width, width), "kk": (width, width)}
+    return {name: torch.zeros(batch, heads, *shapes[name], device=device, dtype=dtype) for name in names}
 
 
 class ValueAverage(Attention):
@@ -31,6 +45,28 @@ class ValueAverage(Attention):
         v_BTGK = self.wv(x_BTD).unflatten(-1, (-1, self.size.head_dim))
         return self.wo(value_average(v_BTGK, cu_seqlens=cu_seqlens).flatten(2))
 
+    def new_state(self, batch: int, max_seqlen: int, *, device: torch.device, dtype: torch.dtype) -> State:
+        """See Attention.new_state: the sum of the values."""
+        return _new_sums(self.size, ("v",), batch, device, dtype)
+
+    def prefill(
+        self, x_BTD: torch.Tensor, rope: Rope, cu_seqlens: torch.Tensor, max_seqlen: int, state: State
+    ) -> torch.Tensor:
+        """See Attention.prefill."""
+        v_BTGK = self.wv(x_BTD).unflatten(-1, (-1, self.size.head_dim))
+        for row, (start, stop) in enumerate(pairwise(cu_seqlens.tolist())):
+            add_keys(state, None, v_BTGK[:, start:stop], slice(row, row + 1))
+        return self.wo(value_average(v_BTGK, cu_seqlens=cu_seqlens).flatten(2))
+
+    def extend(self, x_BTD: torch.Tensor, rope: Rope, state: State, lengths_B: torch.Tensor) -> torch.Tensor:
+        """See Attention.extend."""
+        v_BTGK = self.wv(x_BTD).unflatten(-1, (-1, self.size.head_dim))
+        outputs = []
+        for index in range(x_BTD.shape[1]):
+            add_keys(state, None, v_BTGK[:, index : index + 1])
+            outputs.append(state["v"] / (lengths_B + index + 1)[:, None, None])
+        return self.wo(torch.stack(outputs, 1).to(x_BTD.dtype).flatten(2))
+
     def num_flops_per_token(self, seq_len: int) -> float:
         """See Attention.num_flops_per_token: the projections alone, a running sum is no product."""
         return 6.0 * sum(p.numel() for p in self.parameters())
@@ -46,6 +82,50 @@ class ValueAverage(Attention):
 
 class _StateAttention(HeadProjections):
     """What linear attention, affine linear attention and affine MesaNet share: causal products by states."""
+
+    sums: tuple[str, ...]
+
+    @abstractmethod
+    def attend(
+        self,
+        q_BTHK: torch.Tensor,
+        k_BTGK: torch.Tensor,
+        v_BTGK: torch.Tensor,
+        cu_seqlens: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attention over whole documents, `[B, T, H, K]`."""
+
+    @abstractmethod
+    def attend_sums(self, sums: State, counts_B: torch.Tensor, q_BHK: torch.Tensor) -> torch.Tensor:
+        """Attention of one query of each sequence from the sums over its keys, `[B, H, K]`."""
+
+    def forward(
+        self, x_BTD: torch.Tensor, rope: Rope, cu_seqlens: torch.Tensor | None, max_seqlen: int
+    ) -> torch.Tensor:
+        """See Attention.forward."""
+        return self.wo(self.attend(*self.project(x_BTD, rope), cu_seqlens).flatten(2))
+
+    def new_state(self, batch: int, max_seqlen: int, *, device: torch.device, dtype: torch.dtype) -> State:
+        """See Attention.new_state: sums over the past."""
+        return _new_sums(self.size, self.sums, batch, device, dtype)
+
+    def prefill(
+        self, x_BTD: torch.Tensor, rope: Rope, cu_seqlens: torch.Tensor, max_seqlen: int, state: State
+    ) -> torch.Tensor:
+        """See Attention.prefill."""
+        q, k, v = self.project(x_BTD, rope)
+        for row, (start, stop) in enumerate(pairwise(cu_seqlens.tolist())):
+            add_keys(state, k[:, start:stop], v[:, start:stop], slice(row, row + 1))
+        return self.wo(self.attend(q, k, v, cu_seqlens).flatten(2))
+
+    def extend(self, x_BTD: torch.Tensor, rope: Rope, state: State, lengths_B: torch.Tensor) -> torch.Tensor:
+        """See Attention.extend."""
+        q, k, v = self.project(x_BTD, rope)
+        outputs = []
+        for index in range(x_BTD.shape[1]):
+            add_keys(state, k[:, index : index + 1], v[:, index : index + 1])
+            outputs.append(self.attend_sums(state, lengths_B + index + 1, q[:, index]))
+        return self.wo(torch.stack(outputs, 1).to(x_BTD.dtype).flatten(2))
 
     def causal_product_flops_per_token(self, num_products: int, seq_len: int) -> float:
         """FLOPs per token of causal products by chunks: states written and read, scores within a chunk."""
@@ -81,15 +161,23 @@ class LinearAttention(_StateAttention):
         """
         super().__init__(size, norm_eps)
         self.is_affine = isinstance(config, AffineLinearConfig)
+        self.sums = ("v", "k", "vk") if self.is_affine else ("vk",)
 
-    def forward(
-        self, x_BTD: torch.Tensor, rope: Rope, cu_seqlens: torch.Tensor | None, max_seqlen: int
+    def attend(
+        self,
+        q_BTHK: torch.Tensor,
+        k_BTGK: torch.Tensor,
+        v_BTGK: torch.Tensor,
+        cu_seqlens: torch.Tensor | None,
     ) -> torch.Tensor:
-        """See Attention.forward."""
-        q, k, v = self.project(x_BTD, rope)
+        """See _StateAttention.attend."""
         attend = affine_linear_attention if self.is_affine else linear_attention
-        o_BTHK = attend(q * self.size.head_dim**-0.5, k, v, cu_seqlens=cu_seqlens)
-        return self.wo(o_BTHK.flatten(2))
+        return attend(q_BTHK * self.size.head_dim**-0.5, k_BTGK, v_BTGK, cu_seqlens=cu_seqlens)
+
+    def attend_sums(self, sums: State, counts_B: torch.Tensor, q_BHK: torch.Tensor) -> torch.Tensor:
+        """See _StateAttention.attend_sums."""
+        attend = affine_output if self.is_affine else linear_output
+        return attend(sums, counts_B, q_BHK * self.size.head_dim**-0.5)
 
     def num_flops_per_token(self, seq_len: int) -> float:
         """See Attention.num_flops_per_token: a causal product forward, as much as two backward."""
@@ -103,6 +191,9 @@ class LinearAttention(_StateAttention):
 
 class AffineMesaNet(_StateAttention):
     """Affine linear attention whose probe is solved for every query: LLA with uniform weights."""
+
+    extends_in_graph = False  # conjugate gradients ask the device whether they have converged
+    sums = ("v", "k", "vk", "kk")
 
     def __init__(self, config: AffineMesaNetConfig, size: ModelSize, norm_eps: float) -> None:
         """Build the projections.
@@ -118,14 +209,22 @@ class AffineMesaNet(_StateAttention):
         super().__init__(size, norm_eps)
         self.config = config
 
-    def forward(
-        self, x_BTD: torch.Tensor, rope: Rope, cu_seqlens: torch.Tensor | None, max_seqlen: int
+    def attend(
+        self,
+        q_BTHK: torch.Tensor,
+        k_BTGK: torch.Tensor,
+        v_BTGK: torch.Tensor,
+        cu_seqlens: torch.Tensor | None,
     ) -> torch.Tensor:
-        """See Attention.forward."""
-        q, k, v = self.project(x_BTD, rope)
+        """See _StateAttention.attend."""
         ridge, num_iterations = self.config.ridge, self.config.num_iterations
-        o_BTHK = affine_mesanet(q, k, v, ridge=ridge, cu_seqlens=cu_seqlens, num_iterations=num_iterations)
-        return self.wo(o_BTHK.flatten(2))
+        return affine_mesanet(
+            q_BTHK, k_BTGK, v_BTGK, ridge=ridge, cu_seqlens=cu_seqlens, num_iterations=num_iterations
+        )
+
+    def attend_sums(self, sums: State, counts_B: torch.Tensor, q_BHK: torch.Tensor) -> torch.Tensor:
+        """See _StateAttention.attend_sums."""
+        return mesanet_output(sums, counts_B, q_BHK, self.config.ridge, self.config.num_iterations)
 
     def num_flops_per_token(self, seq_len: int) -> float:
         """See Attention.num_flops_per_token.

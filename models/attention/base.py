@@ -15,7 +15,15 @@ State = dict[str, torch.Tensor]
 
 
 class Attention(nn.Module, ABC):
-    """Mixes tokens. Its parameters are its own; its cost is what it says."""
+    """Mixes tokens. Its parameters are its own; its cost is what it says.
+
+    Attributes:
+        has_graph_breaks: torch.compile cannot hold all of forward in one graph.
+        extends_in_graph: A CUDA graph can hold extend.
+    """
+
+    has_graph_breaks: bool = False
+    extends_in_graph: bool = True
 
     @abstractmethod
     def forward(
@@ -32,6 +40,19 @@ class Attention(nn.Module, ABC):
         Returns:
             What is added to the residual stream, `[B, T, D]`.
         """
+
+    def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor | None:
+        """Where a parameter of this module starts, if not where models.init has it.
+
+        Args:
+            name: The parameter's name in this module.
+            shape: Its whole shape.
+            generator: Of this parameter alone, from the run's seed and the parameter's name in the model.
+
+        Returns:
+            The whole value, fp32, on the CPU; None to start as any other: matrices normal, gains one.
+        """
+        return None
 
     def new_state(self, batch: int, max_seqlen: int, *, device: torch.device, dtype: torch.dtype) -> State:
         """What decoding needs of the past, for sequences that have none yet.
@@ -61,7 +82,8 @@ class Attention(nn.Module, ABC):
     ) -> torch.Tensor:
         """Mix T new tokens of each sequence with its past, and add them to the state.
 
-        Safe in a CUDA graph: shapes do not depend on lengths_B, and the state is updated in place.
+        Shapes do not depend on lengths_B, and the state is updated in place, so that a CUDA graph holds it
+        where extends_in_graph says so.
 
         Args:
             x_BTD: Normalised input of the new tokens `[B, T, D]`.
@@ -101,7 +123,7 @@ class Rope:
         """Tabulate the angles.
 
         Args:
-            positions: Position of every token in its document, `[1, T]`, integer.
+            positions: Position of every token in its document, `[1, T]` or `[B, T]`, integer.
             head_dim: Head width K, even.
             theta: Base of the frequencies theta^(-2i/K).
         """
@@ -169,10 +191,6 @@ class HeadProjections(Attention):
         """See Attention: q, k, v as projected, q and k as rotated, and the output."""
         size = self.size
         return (3 * size.num_heads + 3 * size.num_kv_heads) * size.head_dim
-
-    def num_cache_elements(self, seq_len: int) -> int:
-        """See Attention: a key and a value per token and key/value head; attentions with windows say less."""
-        return 2 * self.size.num_kv_heads * self.size.head_dim * seq_len
 
     def product_flops_per_token(self, num_products: int, seq_len: int, window_size: int | None) -> float:
         """FLOPs per token of num_products causal products of T x T x K in every query head."""

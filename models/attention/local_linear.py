@@ -2,14 +2,17 @@
 
 import torch
 
-from models.attention.base import HeadProjections, Rope
+from models.attention.base import State
+from models.attention.key_values import KeyValueAttention
 from models.config import LocalLinearConfig
 from models.sizes import ModelSize
-from parallax import local_linear_attention
+from parallax import local_linear_attention, local_linear_decode
 
 
-class LocalLinearAttention(HeadProjections):
+class LocalLinearAttention(KeyValueAttention):
     """Softmax attention's projections; the probe is solved for every query (paper, section 2)."""
+
+    extends_in_graph = False  # conjugate gradients ask the device whether they have converged
 
     def __init__(self, config: LocalLinearConfig, size: ModelSize, norm_eps: float) -> None:
         """Build the projections.
@@ -24,23 +27,43 @@ class LocalLinearAttention(HeadProjections):
         """
         super().__init__(size, norm_eps)
         self.config = config
+        self.window_size = config.window_size
 
-    def forward(
-        self, x_BTD: torch.Tensor, rope: Rope, cu_seqlens: torch.Tensor | None, max_seqlen: int
+    def attend(
+        self,
+        q_BTHK: torch.Tensor,
+        r_BTHK: torch.Tensor | None,
+        k_BTGK: torch.Tensor,
+        v_BTGK: torch.Tensor,
+        cu_seqlens: torch.Tensor | None,
+        max_seqlen: int,
     ) -> torch.Tensor:
-        """See Attention.forward."""
-        q, k, v = self.project(x_BTD, rope)
-        o_BTHK = local_linear_attention(
-            q,
-            k,
-            v,
+        """See KeyValueAttention.attend."""
+        return local_linear_attention(
+            q_BTHK,
+            k_BTGK,
+            v_BTGK,
             ridge=self.config.ridge,
             cu_seqlens=cu_seqlens,
-            window_size=self.config.window_size,
+            window_size=self.window_size,
             solver=self.config.solver,
             num_iterations=self.config.num_iterations,
         )
-        return self.wo(o_BTHK.flatten(2))
+
+    def attend_cached(
+        self, q_BTHK: torch.Tensor, r_BTHK: torch.Tensor | None, state: State, lengths_B: torch.Tensor
+    ) -> torch.Tensor:
+        """See KeyValueAttention.attend_cached; by conjugate gradients, which are exact after K iterations."""
+        config = self.config
+        return local_linear_decode(
+            q_BTHK,
+            state["k"],
+            state["v"],
+            cache_seqlens=lengths_B,
+            ridge=config.ridge,
+            window_size=self.window_size,
+            num_iterations=config.num_iterations if config.solver == "cg" else self.size.head_dim,
+        )
 
     def num_flops_per_token(self, seq_len: int) -> float:
         """See Attention.num_flops_per_token.
@@ -60,8 +83,3 @@ class LocalLinearAttention(HeadProjections):
         size = self.size
         extra = (3 * size.num_heads + 2 * size.num_kv_heads) * size.head_dim
         return super().num_saved_elements_per_token() + extra
-
-    def num_cache_elements(self, seq_len: int) -> int:
-        """See Attention.num_cache_elements: keys and values, no more tokens than the window has."""
-        window_size = self.config.window_size
-        return super().num_cache_elements(seq_len if window_size is None else min(seq_len, window_size))

@@ -3,13 +3,14 @@
 import torch
 from torch import nn
 
-from models.attention.base import HeadProjections, Rope
+from models.attention.base import Rope
+from models.attention.key_values import KeyValueAttention
 from models.config import ParallaxConfig
 from models.sizes import ModelSize
 from parallax import parallax_attention
 
 
-class ParallaxAttention(HeadProjections):
+class ParallaxAttention(KeyValueAttention):
     """Softmax attention plus the covariance correction, o = vbar - Sigma_KV rho (paper, section 1)."""
 
     def __init__(self, config: ParallaxConfig, size: ModelSize, norm_eps: float) -> None:
@@ -25,6 +26,7 @@ class ParallaxAttention(HeadProjections):
         """
         super().__init__(size, norm_eps)
         self.config = config
+        self.window_size = config.window_size
         num_probes = size.num_kv_heads if config.r_heads == "kv" else size.num_heads
         if config.r_rank is None:
             self.wr = nn.Linear(size.width, num_probes * size.head_dim, bias=False)
@@ -52,21 +54,21 @@ class ParallaxAttention(HeadProjections):
             r_BTHK = r_BTHK * torch.sigmoid(self.wg(x_BTD)).unsqueeze(-1)
         return r_BTHK
 
-    def forward(
-        self, x_BTD: torch.Tensor, rope: Rope, cu_seqlens: torch.Tensor | None, max_seqlen: int
+    def attend(
+        self,
+        q_BTHK: torch.Tensor,
+        r_BTHK: torch.Tensor | None,
+        k_BTGK: torch.Tensor,
+        v_BTGK: torch.Tensor,
+        cu_seqlens: torch.Tensor | None,
+        max_seqlen: int,
     ) -> torch.Tensor:
-        """See Attention.forward."""
-        q, k, v = self.project(x_BTD, rope)
-        o_BTHK = parallax_attention(
-            q,
-            self.probe(x_BTD, rope),
-            k,
-            v,
-            cu_seqlens=cu_seqlens,
-            window_size=self.config.window_size,
-            impl=self.config.impl,
+        """See KeyValueAttention.attend."""
+        assert r_BTHK is not None
+        window_size, impl = self.window_size, self.config.impl
+        return parallax_attention(
+            q_BTHK, r_BTHK, k_BTGK, v_BTGK, cu_seqlens=cu_seqlens, window_size=window_size, impl=impl
         )
-        return self.wo(o_BTHK.flatten(2))
 
     def num_flops_per_token(self, seq_len: int) -> float:
         """See Attention.num_flops_per_token.
@@ -91,8 +93,3 @@ class ParallaxAttention(HeadProjections):
         if config.gate is not None:
             elements += size.num_heads if config.gate == "head" else 1
         return super().num_saved_elements_per_token() + elements
-
-    def num_cache_elements(self, seq_len: int) -> int:
-        """See Attention.num_cache_elements: no more tokens than the window has."""
-        window_size = self.config.window_size
-        return super().num_cache_elements(seq_len if window_size is None else min(seq_len, window_size))

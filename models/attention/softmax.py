@@ -5,7 +5,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
-from models.attention.base import HeadProjections, Rope
+from models.attention.key_values import KeyValueAttention
 from models.config import SoftmaxConfig
 from models.sizes import ModelSize
 
@@ -98,29 +98,29 @@ def softmax_attention(
     return out.unflatten(0, (batch, num_tokens))
 
 
-class SoftmaxAttention(HeadProjections):
+class SoftmaxAttention(KeyValueAttention):
     """Qwen3's own attention."""
 
     def __init__(self, config: SoftmaxConfig, size: ModelSize, norm_eps: float) -> None:
         """Build the projections. Args and errors as in HeadProjections."""
         super().__init__(size, norm_eps)
         self.config = config
+        self.window_size = config.window_size
 
-    def forward(
-        self, x_BTD: torch.Tensor, rope: Rope, cu_seqlens: torch.Tensor | None, max_seqlen: int
+    def attend(
+        self,
+        q_BTHK: torch.Tensor,
+        r_BTHK: torch.Tensor | None,
+        k_BTGK: torch.Tensor,
+        v_BTGK: torch.Tensor,
+        cu_seqlens: torch.Tensor | None,
+        max_seqlen: int,
     ) -> torch.Tensor:
-        """See Attention.forward."""
-        q, k, v = self.project(x_BTD, rope)
-        o_BTHK = softmax_attention(q, k, v, cu_seqlens, max_seqlen, self.config.window_size)
-        return self.wo(o_BTHK.flatten(2))
+        """See KeyValueAttention.attend."""
+        return softmax_attention(q_BTHK, k_BTGK, v_BTGK, cu_seqlens, max_seqlen, self.window_size)
 
     def num_flops_per_token(self, seq_len: int) -> float:
         """See Attention.num_flops_per_token: 2 products forward, 4 backward."""
         return self.projection_flops_per_token() + self.product_flops_per_token(
             6, seq_len, self.config.window_size
         )
-
-    def num_cache_elements(self, seq_len: int) -> int:
-        """See Attention.num_cache_elements: no more tokens than the window has."""
-        window_size = self.config.window_size
-        return super().num_cache_elements(seq_len if window_size is None else min(seq_len, window_size))
