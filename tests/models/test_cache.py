@@ -6,6 +6,7 @@ import torch
 from models import sizes
 from models.cache import Cache, extend, prefill
 from models.config import AttentionConfig, ParallaxConfig, SoftmaxConfig
+from models.qwen3 import Qwen3
 from tests.models.test_qwen3 import ATTENTIONS, TINY, build, tokens
 
 attentions = pytest.mark.parametrize("attention", ATTENTIONS, ids=lambda a: str(a).split("(", 1)[1][:60])
@@ -16,9 +17,7 @@ def _tiny_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sizes.SIZES, "tiny", TINY)
 
 
-def prefilled(
-    model: torch.nn.Module, rows: list[torch.Tensor], max_seqlen: int
-) -> tuple[Cache, torch.Tensor]:
+def prefilled(model: Qwen3, rows: list[torch.Tensor], max_seqlen: int) -> tuple[Cache, torch.Tensor]:
     cache = Cache.new(model, len(rows), max_seqlen)
     bounds = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0).int()
     return cache, prefill(model, torch.cat(rows).unsqueeze(0), bounds, cache)

@@ -1,5 +1,7 @@
 """Decoding in PyTorch operations, what it refuses, and the operator."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from tests.parallax.decode_cases import CASES, DecodeCase, DecodeInputs, make_in
 cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
-def decode(x: DecodeInputs, with_probe: bool = True, **options: object) -> torch.Tensor:
+def decode(x: DecodeInputs, with_probe: bool = True, **options: Any) -> torch.Tensor:
     return parallax_decode(
         x.q,
         x.r if with_probe else None,
@@ -58,10 +60,10 @@ def test_the_operator_keeps_its_promises() -> None:
 
 def test_wrong_input_is_named() -> None:
     x = make_inputs(DecodeCase("", (5, 9), page_size=4), torch.float32)
-    good = {"q": x.q, "r": x.r, "k_cache": x.k_cache, "v_cache": x.v_cache}
-    index = {"cache_seqlens": x.cache_seqlens, "page_table": x.page_table}
+    good: dict[str, Any] = {"q": x.q, "r": x.r, "k_cache": x.k_cache, "v_cache": x.v_cache}
+    index: dict[str, Any] = {"cache_seqlens": x.cache_seqlens, "page_table": x.page_table}
 
-    def refused(error: type[Exception], match: str, **changes: object) -> None:
+    def refused(error: type[Exception], match: str, **changes: Any) -> None:
         arguments = {**good, **index, **changes}
         tensors = [arguments.pop(name) for name in good]
         with pytest.raises(error, match=match):
