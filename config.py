@@ -150,12 +150,12 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         if type(None) in args and value == "none":
             return None
         rest = [a for a in args if a is not type(None)]
+        if len(rest) == 1:
+            return _convert(rest[0], value, key)
         if all(dataclasses.is_dataclass(a) for a in rest):
             if not isinstance(value, dict):
                 raise wrong
             return _build_kind(rest, value, key)
-        if len(rest) == 1:
-            return _convert(rest[0], value, key)
         raise AssertionError(f"{key}: unions hold one type and None, or dataclasses with a kind")
     if origin is Literal:
         if value not in args:

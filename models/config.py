@@ -1,7 +1,7 @@
 """The [model] table of a run."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from models.sizes import SIZES, ModelSize
@@ -169,6 +169,68 @@ class AffineMesaNetConfig:
         _check_solver(self.ridge, self.num_iterations)
 
 
+@dataclass(frozen=True, kw_only=True)
+class GatedDeltaNetConfig:
+    """Gated DeltaNet; the size's head_dim is the width of its keys.
+
+    Attributes:
+        kind: "gated-deltanet".
+        expand_v: Width of a head's values, in widths of its keys.
+    """
+
+    kind: Literal["gated-deltanet"] = "gated-deltanet"
+    expand_v: int = 2
+
+    def __post_init__(self) -> None:
+        if self.expand_v < 1:
+            raise ValueError(f"expand_v must be at least 1, got {self.expand_v}; 2 is usual")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KimiDeltaConfig:
+    """Kimi Delta Attention.
+
+    Attributes:
+        kind: "kda".
+    """
+
+    kind: Literal["kda"] = "kda"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MesaNetConfig:
+    """MesaNet.
+
+    Attributes:
+        kind: "mesanet".
+        num_iterations: Iterations of conjugate gradients.
+    """
+
+    kind: Literal["mesanet"] = "mesanet"
+    num_iterations: int = 30
+
+    def __post_init__(self) -> None:
+        if self.num_iterations < 1:
+            raise ValueError(f"num_iterations must be at least 1, got {self.num_iterations}; 30 is usual")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mamba2Config:
+    """Mamba-2; the size's head_dim is the width of a head's values, num_heads * head_dim its inner width.
+
+    Attributes:
+        kind: "mamba2".
+        state_size: Rows of a head's state.
+    """
+
+    kind: Literal["mamba2"] = "mamba2"
+    state_size: int = 128
+
+    def __post_init__(self) -> None:
+        if self.state_size < 1:
+            raise ValueError(f"state_size must be at least 1, got {self.state_size}; 128 is usual")
+
+
 AttentionConfig = (
     SoftmaxConfig
     | ParallaxConfig
@@ -177,7 +239,27 @@ AttentionConfig = (
     | LinearConfig
     | AffineLinearConfig
     | AffineMesaNetConfig
+    | GatedDeltaNetConfig
+    | KimiDeltaConfig
+    | MesaNetConfig
+    | Mamba2Config
 )
+
+
+def _check_size(size: str, custom_size: ModelSize | None) -> None:
+    if size != "custom" and size not in SIZES:
+        raise ValueError(f'size must be "custom" or one of {sorted(SIZES)}, got {size!r}')
+    if size == "custom" and custom_size is None:
+        raise ValueError('size is "custom", so custom_size must be a table of width, num_layers and the like')
+    if size != "custom" and custom_size is not None:
+        raise ValueError(
+            f'custom_size goes with size = "custom" alone, got size {size!r}; set custom_size to "none"'
+        )
+    for field_ in () if custom_size is None else fields(custom_size):
+        if getattr(custom_size, field_.name) < 1:
+            raise ValueError(
+                f"custom_size.{field_.name} must be at least 1, got {getattr(custom_size, field_.name)}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,8 +267,10 @@ class ModelConfig:
     """A Qwen3 decoder with a choice of attention.
 
     Attributes:
-        size: A row of models/sizes.py.
+        size: A row of models/sizes.py, or "custom".
+        custom_size: The dimensions of size "custom"; None for a row.
         vocab_size: Rows of the embedding, V; at least the tokenizer's.
+        tie_embeddings: The head shares the embedding's weight; Qwen3-8B and larger give it one of its own.
         attention: What mixes tokens, with its options.
         rope_theta: Base of the rotary embedding.
         norm_eps: Epsilon of every RMSNorm.
@@ -195,15 +279,16 @@ class ModelConfig:
     """
 
     size: str
+    custom_size: ModelSize | None = None
     vocab_size: int
+    tie_embeddings: bool = True
     attention: AttentionConfig = field(default_factory=SoftmaxConfig)
     rope_theta: float = 1e6
     norm_eps: float = 1e-6
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
-        if self.size not in SIZES:
-            raise ValueError(f"size must be one of {sorted(SIZES)}, got {self.size!r}")
+        _check_size(self.size, self.custom_size)
         if self.vocab_size < 1:
             raise ValueError(f"vocab_size must be at least 1, got {self.vocab_size}")
         for name in ("rope_theta", "norm_eps", "init_std"):
@@ -214,5 +299,5 @@ class ModelConfig:
 
     @property
     def dimensions(self) -> ModelSize:
-        """The size's row."""
-        return SIZES[self.size]
+        """The size's row, or the custom size."""
+        return SIZES[self.size] if self.custom_size is None else self.custom_size

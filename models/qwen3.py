@@ -1,4 +1,4 @@
-"""The Qwen3 decoder in plain PyTorch: embedding, blocks of attention and SwiGLU, tied head.
+"""The Qwen3 decoder in plain PyTorch: embedding, blocks of attention and SwiGLU, head.
 
 Letters: B batch, T tokens, D width, F MLP width, V vocabulary.
 """
@@ -9,14 +9,21 @@ from torch.nn import functional as F
 
 from models.attention.affine import AffineMesaNet, LinearAttention, ValueAverage
 from models.attention.base import Attention, Rope
+from models.attention.delta_net import GatedDeltaNet, KimiDeltaAttention
 from models.attention.local_linear import LocalLinearAttention
+from models.attention.mamba2 import Mamba2
+from models.attention.mesa_net import MesaNet
 from models.attention.parallax import ParallaxAttention
 from models.attention.softmax import SoftmaxAttention
 from models.config import (
     AffineLinearConfig,
     AffineMesaNetConfig,
+    GatedDeltaNetConfig,
+    KimiDeltaConfig,
     LinearConfig,
     LocalLinearConfig,
+    Mamba2Config,
+    MesaNetConfig,
     ModelConfig,
     ParallaxConfig,
     SoftmaxConfig,
@@ -43,6 +50,14 @@ def build_attention(config: ModelConfig, layer: int) -> Attention:
             return LinearAttention(config.attention, size, eps)
         case AffineMesaNetConfig():
             return AffineMesaNet(config.attention, size, eps)
+        case GatedDeltaNetConfig():
+            return GatedDeltaNet(config.attention, size, eps)
+        case KimiDeltaConfig():
+            return KimiDeltaAttention(size, eps)
+        case MesaNetConfig():
+            return MesaNet(config.attention, size, eps)
+        case Mamba2Config():
+            return Mamba2(config.attention, size, eps)
 
 
 class SwiGLU(nn.Module):
@@ -91,13 +106,13 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """The output projection, which shares the embedding's weight."""
+    """The output projection."""
 
     def __init__(self, weight_VD: nn.Parameter) -> None:
-        """Share a weight.
+        """Take a weight.
 
         Args:
-            weight_VD: The embedding's weight `[V, D]`.
+            weight_VD: The embedding's weight `[V, D]`, or one of its own.
         """
         super().__init__()
         self.weight = weight_VD
@@ -140,7 +155,7 @@ class Qwen3(nn.Module):
         self.norm = nn.RMSNorm(size.width, eps=config.norm_eps)
         weight = self.tok_embeddings.weight
         assert isinstance(weight, nn.Parameter)
-        self.output = Head(weight)
+        self.output = Head(weight if config.tie_embeddings else nn.Parameter(torch.empty_like(weight)))
 
     def forward(
         self,
@@ -184,7 +199,7 @@ class Qwen3(nn.Module):
             seq_len: Length of a row; attention is counted as causal over whole rows.
 
         Returns:
-            The tied head counts as the product it is (6 V D), the embedding's look-up as nothing.
+            The head counts as the product it is (6 V D), tied or not, the embedding's look-up as nothing.
         """
         attention = sum(m.num_flops_per_token(seq_len) for m in self.modules() if isinstance(m, Attention))
         mlp = sum(p.numel() for m in self.modules() if isinstance(m, SwiGLU) for p in m.parameters())
@@ -208,10 +223,10 @@ class Qwen3(nn.Module):
         return sum(m.num_cache_elements(seq_len) for m in self.modules() if isinstance(m, Attention))
 
     def num_parameters(self) -> dict[str, int]:
-        """Parameters by part: embedding (the head shares it), attention (w_r in it), mlp, norms, total."""
+        """Parameters by part: embedding (and the head), attention (w_r in it), mlp, norms, total."""
         counts = dict.fromkeys(("embedding", "attention", "w_r", "mlp", "norms", "total"), 0)
         for name, parameter in self.named_parameters():
-            if name == "tok_embeddings.weight":
+            if name in ("tok_embeddings.weight", "output.weight"):
                 part = "embedding"
             elif name.endswith("norm.weight"):
                 part = "norms"

@@ -11,6 +11,12 @@ rows and by how much a control misses the parameters that it matches, MLP widths
                               MLP takes up what that frees, to Parallax's parameters
   _compute_parameter_matched  the same with an MLP for the parameters of the softmax model
 Which of the latter two the paper trained is unknown.
+
+The recurrent baselines have sizes of their own, named by their kind: heads as their authors have them for the
+width (the paper states none, the choice is ours), an MLP for the parameters of the softmax model:
+  _gated-deltanet  keys of 3/4 of the width in heads of 256 (at 60m of 128), values twice as wide
+  _kda, _mesanet   keys and values of the width, in heads of 128
+  _mamba2          an inner width of twice the width, in heads of 64, a state of 128
 """
 
 import importlib
@@ -70,6 +76,40 @@ SIZES: dict[str, ModelSize] = {
     "1.7b_compute_parameter_matched": ModelSize(
         width=2048, num_layers=28, num_heads=16, num_kv_heads=8, head_dim=64, mlp_width=6824
     ),
+    "60m_gated-deltanet": ModelSize(
+        width=512, num_layers=16, num_heads=3, num_kv_heads=3, head_dim=128, mlp_width=1400
+    ),
+    "60m_kda": ModelSize(width=512, num_layers=16, num_heads=4, num_kv_heads=4, head_dim=128, mlp_width=1576),
+    "60m_mesanet": ModelSize(
+        width=512, num_layers=16, num_heads=4, num_kv_heads=4, head_dim=128, mlp_width=1744
+    ),
+    "60m_mamba2": ModelSize(
+        width=512, num_layers=16, num_heads=16, num_kv_heads=16, head_dim=64, mlp_width=1312
+    ),
+    "0.6b_gated-deltanet": ModelSize(
+        width=1024, num_layers=28, num_heads=3, num_kv_heads=3, head_dim=256, mlp_width=3064
+    ),
+    "0.6b_kda": ModelSize(
+        width=1024, num_layers=28, num_heads=8, num_kv_heads=8, head_dim=128, mlp_width=3576
+    ),
+    "0.6b_mesanet": ModelSize(
+        width=1024, num_layers=28, num_heads=8, num_kv_heads=8, head_dim=128, mlp_width=3744
+    ),
+    "0.6b_mamba2": ModelSize(
+        width=1024, num_layers=28, num_heads=32, num_kv_heads=32, head_dim=64, mlp_width=2968
+    ),
+    "1.7b_gated-deltanet": ModelSize(
+        width=2048, num_layers=28, num_heads=6, num_kv_heads=6, head_dim=256, mlp_width=4088
+    ),
+    "1.7b_kda": ModelSize(
+        width=2048, num_layers=28, num_heads=16, num_kv_heads=16, head_dim=128, mlp_width=5280
+    ),
+    "1.7b_mesanet": ModelSize(
+        width=2048, num_layers=28, num_heads=16, num_kv_heads=16, head_dim=128, mlp_width=5448
+    ),
+    "1.7b_mamba2": ModelSize(
+        width=2048, num_layers=28, num_heads=64, num_kv_heads=64, head_dim=64, mlp_width=3984
+    ),
 }
 
 
@@ -90,6 +130,10 @@ CONTROLS: dict[str, Control] = {
     "parameter_matched": Control(attention="softmax", reference="parallax"),
     "compute_matched": Control(attention="parallax", reference="parallax"),
     "compute_parameter_matched": Control(attention="parallax", reference="softmax"),
+    "gated-deltanet": Control(attention="gated-deltanet", reference="softmax"),
+    "kda": Control(attention="kda", reference="softmax"),
+    "mesanet": Control(attention="mesanet", reference="softmax"),
+    "mamba2": Control(attention="mamba2", reference="softmax"),
 }
 
 

@@ -110,12 +110,13 @@ def parallelize(
         apply_ac(model, settings, model_compile_enabled=compile_blocks, op_sac_save_list=_saved_ops())
     if compile_blocks:
         for block in model.layers:
-            block.compile(fullgraph=True)
+            attention = block.get_submodule("attention")
+            block.compile(fullgraph=not attention.has_graph_breaks)
     # the rotary tables are fp32 and must stay so: inputs are not cast
     policy = MixedPrecisionPolicy(
         param_dtype=precision, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    # embedding and head share their weight, so they are one group
+    # embedding and head may share their weight, so they are one group
     fully_shard(
         [model.tok_embeddings, model.norm, model.output],
         mesh=mesh,

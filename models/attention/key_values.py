@@ -88,7 +88,7 @@ class KeyValueAttention(HeadProjections):
                 stop = min(start + _PIECE_TOKENS, num_tokens)
                 r_piece = None if r is None else r[:, start:stop]
                 pieces.append(self.attend_cached(q[:, start:stop], r_piece, state, lengths_B + stop))
-            o_BTHK = torch.cat(pieces, 1)
+            o_BTHK = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
         return self.wo(o_BTHK.flatten(2))
 
     def _attend_to_all(

@@ -3,6 +3,7 @@ softmax."""
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +17,12 @@ from models.config import (
     AffineLinearConfig,
     AffineMesaNetConfig,
     AttentionConfig,
+    GatedDeltaNetConfig,
+    KimiDeltaConfig,
     LinearConfig,
     LocalLinearConfig,
+    Mamba2Config,
+    MesaNetConfig,
     ModelConfig,
     ParallaxConfig,
     SoftmaxConfig,
@@ -37,7 +42,7 @@ def _tiny_size(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def build(
-    attention: AttentionConfig, dtype: torch.dtype = torch.float32, seed: int = 1, **options: float
+    attention: AttentionConfig, dtype: torch.dtype = torch.float32, seed: int = 1, **options: Any
 ) -> Qwen3:
     model = Qwen3(ModelConfig(size="tiny", vocab_size=VOCAB, attention=attention, init_std=0.2, **options))
     init_weights(model, seed)
@@ -113,6 +118,10 @@ ATTENTIONS = [
     LinearConfig(),
     AffineLinearConfig(),
     AffineMesaNetConfig(ridge=0.5),
+    GatedDeltaNetConfig(),
+    KimiDeltaConfig(),
+    MesaNetConfig(num_iterations=20),
+    Mamba2Config(state_size=8),
 ]
 attentions = pytest.mark.parametrize("attention", ATTENTIONS, ids=lambda a: str(a).split("(", 1)[1][:60])
 
@@ -150,12 +159,12 @@ def test_gradient_checks_in_every_direction_that_a_parameter_has(attention: Atte
         )
         with torch.no_grad():
             losses = []
-            for step in (1e-5, -2e-5):
+            for step in (2e-6, -4e-6):
                 parameter += step * direction
                 losses.append(model(ids, labels_BT=labels))
-            parameter += 1e-5 * direction
+            parameter += 2e-6 * direction
         assert parameter.grad is not None, name
-        expected = (losses[0] - losses[1]) / 2e-5
+        expected = (losses[0] - losses[1]) / 4e-6
         torch.testing.assert_close(
             (parameter.grad * direction).sum(), expected, rtol=1e-5, atol=1e-6, msg=name
         )
