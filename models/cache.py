@@ -11,6 +11,8 @@ import torch
 from models.attention.base import Attention, Rope, State
 from models.qwen3 import Block, Qwen3, document_positions
 
+ExtendBlock = Callable[[Block, torch.Tensor, Rope, State, torch.Tensor], torch.Tensor]
+
 
 @dataclass(frozen=True)
 class Cache:
@@ -63,17 +65,24 @@ def _attentions(model: Qwen3) -> list[Attention]:
     return [module for module in model.modules() if isinstance(module, Attention)]
 
 
+def extend_block(
+    block: Block, x_BTD: torch.Tensor, rope: Rope, state: State, lengths_B: torch.Tensor
+) -> torch.Tensor:
+    """One layer over new tokens, `[B, T, D]` to `[B, T, D]`; arguments as Attention.extend."""
+    x_BTD = x_BTD + block.attention.extend(block.attention_norm(x_BTD), rope, state, lengths_B)
+    return x_BTD + block.mlp(block.mlp_norm(x_BTD))
+
+
 def _through(
     model: Qwen3,
     tokens_BT: torch.Tensor,
     cache: Cache,
-    attend: Callable[[Attention, torch.Tensor, State], torch.Tensor],
+    layer: Callable[[Block, torch.Tensor, State], torch.Tensor],
 ) -> torch.Tensor:
     x_BTD = model.tok_embeddings(tokens_BT)
     for block, state in zip(model.layers, cache.states, strict=True):
         assert isinstance(block, Block)
-        x_BTD = x_BTD + attend(block.attention, block.attention_norm(x_BTD), state)
-        x_BTD = x_BTD + block.mlp(block.mlp_norm(x_BTD))
+        x_BTD = layer(block, x_BTD, state)
     return model.norm(x_BTD)
 
 
@@ -104,18 +113,21 @@ def prefill(model: Qwen3, tokens_1T: torch.Tensor, cu_seqlens: torch.Tensor, cac
             f"a prompt has {longest} tokens, the cache holds {cache.max_seqlen}; allocate a longer cache"
         )
     rope = _rope(model, document_positions(tokens_1T.shape[1], cu_seqlens, tokens_1T.device))
-    x_1TD = _through(
-        model,
-        tokens_1T,
-        cache,
-        lambda attention, x, state: attention.prefill(x, rope, cu_seqlens, longest, state),
-    )
+
+    def layer(block: Block, x_1TD: torch.Tensor, state: State) -> torch.Tensor:
+        normalised = block.attention_norm(x_1TD)
+        x_1TD = x_1TD + block.attention.prefill(normalised, rope, cu_seqlens, longest, state)
+        return x_1TD + block.mlp(block.mlp_norm(x_1TD))
+
+    x_1TD = _through(model, tokens_1T, cache, layer)
     cache.lengths_B.copy_(lengths)
     return x_1TD
 
 
 @torch.no_grad()
-def extend(model: Qwen3, tokens_BT: torch.Tensor, cache: Cache) -> torch.Tensor:
+def extend(
+    model: Qwen3, tokens_BT: torch.Tensor, cache: Cache, layer: ExtendBlock = extend_block
+) -> torch.Tensor:
     """Add T tokens to each sequence; nothing waits for the device where T is at most 64.
 
     Rows of different lengths may be padded on the right where the cache is not used afterwards.
@@ -124,18 +136,18 @@ def extend(model: Qwen3, tokens_BT: torch.Tensor, cache: Cache) -> torch.Tensor:
         model: The model.
         tokens_BT: Ids `[B, T]`, int64.
         cache: Of B sequences, with room for T more tokens in each, which is not checked.
+        layer: extend_block, or that compiled.
 
     Returns:
         What the head takes, `[B, T, D]`: `model.output(x, None)` gives the logits.
     """
     num_tokens = tokens_BT.shape[1]
     rope = _rope(model, cache.lengths_B[:, None] + torch.arange(num_tokens, device=tokens_BT.device))
-    x_BTD = _through(
-        model,
-        tokens_BT,
-        cache,
-        lambda attention, x, state: attention.extend(x, rope, state, cache.lengths_B),
-    )
+
+    def layer_with_rope(block: Block, x_BTD: torch.Tensor, state: State) -> torch.Tensor:
+        return layer(block, x_BTD, rope, state, cache.lengths_B)
+
+    x_BTD = _through(model, tokens_BT, cache, layer_with_rope)
     cache.lengths_B.add_(num_tokens)
     return x_BTD
 

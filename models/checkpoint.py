@@ -1,6 +1,7 @@
 """A model from a run folder: its saved [model] table, and the weights of one of its checkpoints."""
 
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,7 +13,9 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from models.config import AttentionConfig, ModelConfig
+from models.init import clean_name
 from models.qwen3 import Qwen3
+from models.sizes import ModelSize
 
 _KINDS = {get_args(c.__annotations__["kind"])[0]: c for c in get_args(AttentionConfig)}
 
@@ -71,6 +74,8 @@ def model_config(table: dict[str, Any]) -> ModelConfig:
     if kind not in _KINDS:
         raise ValueError(f"model.attention.kind is {kind!r}, wanted one of {', '.join(map(repr, _KINDS))}")
     try:
+        if values.get("custom_size") is not None:
+            values["custom_size"] = ModelSize(**values["custom_size"])
         return ModelConfig(attention=_KINDS[kind](**attention), **values)
     except TypeError as error:
         raise ValueError(f"the saved [model] table does not fit this version of the code: {error}") from None
@@ -93,23 +98,47 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
     Raises:
         ValueError: Weights are missing there, or have other shapes; names them all.
     """
-    weights = dict(model.named_parameters())
-    reader = FileSystemReader(checkpoint)
+    load_tensors({clean_name(name): weight.detach() for name, weight in model.named_parameters()}, checkpoint)
+
+
+def load_tensors(weights: dict[str, torch.Tensor], checkpoint: Path) -> None:
+    """Fill tensors with a checkpoint's weights, in place; nothing else of the checkpoint is read.
+
+    Args:
+        weights: Tensors by the weights' names, sharded or not, any dtype.
+        checkpoint: From find_checkpoint.
+
+    Raises:
+        ValueError: As in load_weights.
+    """
+    check_tensors({name: weight.shape for name, weight in weights.items()}, checkpoint)
+    with torch.no_grad():
+        reader = FileSystemReader(checkpoint)
+        dcp.load(weights, storage_reader=reader, no_dist=not dist.is_initialized())
+
+
+def check_tensors(shapes: Mapping[str, torch.Size], checkpoint: Path) -> None:
+    """Refuse a checkpoint that lacks weights.
+
+    Args:
+        shapes: Whole shapes by the weights' names.
+        checkpoint: From find_checkpoint.
+
+    Raises:
+        ValueError: As in load_weights.
+    """
     saved = {
         name: list(entry.size)
-        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        for name, entry in FileSystemReader(checkpoint).read_metadata().state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
     wrong = [
-        f"{name} is {saved.get(name, 'missing')}, wanted {list(weight.shape)}"
-        for name, weight in weights.items()
-        if saved.get(name) != list(weight.shape)
+        f"{name} is {saved.get(name, 'missing')}, wanted {list(shape)}"
+        for name, shape in shapes.items()
+        if saved.get(name) != list(shape)
     ]
     if wrong:
         raise ValueError(f"{checkpoint} holds another model: {'; '.join(wrong)}")
-    with torch.no_grad():
-        values = {name: weight.detach() for name, weight in weights.items()}
-        dcp.load(values, storage_reader=reader, no_dist=not dist.is_initialized())
 
 
 def load_model(
@@ -133,9 +162,9 @@ def load_model(
     with torch.device("meta"):
         model = Qwen3(config)
     model = model.to_empty(device=device).to(dtype)
-    # on the meta device the head's weight is the embedding's; to_empty takes them apart
-    weight = model.tok_embeddings.weight
-    assert isinstance(weight, nn.Parameter)
-    model.output.weight = weight
+    if config.tie_embeddings:  # to_empty has taken them apart
+        weight = model.tok_embeddings.weight
+        assert isinstance(weight, nn.Parameter)
+        model.output.weight = weight
     load_weights(model, checkpoint)
     return model.eval().requires_grad_(False)

@@ -15,40 +15,15 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from models.attention.base import Attention
-from models.cache import Cache, extend, prefill
+from models.cache import Cache, prefill
 from models.checkpoint import find_checkpoint, load_model, run_table
+from models.decode_step import DecodeStep
 from models.hf_tokenizer import find_tokenizer
 from models.qwen3 import Qwen3
+from models.sampling import Sampling
 from models.text_stream import TextStream, stop_at
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the next token is chosen.
-
-    Attributes:
-        temperature: What logits are divided by; 0 for the likeliest token.
-        top_k: Tokens to choose from, the likeliest ones; None for all.
-        top_p: Probability that those to choose from have together at least, the likeliest ones (Holtzman et
-            al. 2020); None for all.
-        seed: Of the generator, which all sequences of a batch share.
-    """
-
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be 0 (greedy) or above, and finite; got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, or None for all tokens; got {self.top_k}")
-        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p must be above 0 and at most 1, or None for all tokens; got {self.top_p}")
 
 
 @dataclass
@@ -83,82 +58,6 @@ class NewToken:
     is_last: bool
 
 
-def choose(
-    logits_BV: torch.Tensor, sampling: Sampling, generator: torch.Generator | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose the next token of each sequence.
-
-    Args:
-        logits_BV: Logits `[B, V]`, any floating dtype.
-        sampling: How.
-        generator: On the logits' device; None where temperature is 0.
-
-    Returns:
-        Ids `[B]`, int64, and their log-probabilities in nats `[B]`, fp32.
-    """
-    logits_BV = logits_BV.float()
-    if sampling.temperature == 0.0:
-        tokens_B = logits_BV.argmax(-1)
-    else:
-        scaled_BV = logits_BV / sampling.temperature
-        if sampling.top_k is not None and sampling.top_k < scaled_BV.shape[1]:
-            smallest_B1 = scaled_BV.topk(sampling.top_k).values[:, -1:]
-            scaled_BV = scaled_BV.masked_fill(scaled_BV < smallest_B1, float("-inf"))
-        probabilities_BV = scaled_BV.softmax(-1)
-        if sampling.top_p is not None:
-            sorted_BV, order_BV = probabilities_BV.sort(descending=True)
-            # a token stays if those before it do not have enough yet: the first always does
-            is_cut_BV = sorted_BV.cumsum(-1) - sorted_BV >= sampling.top_p
-            probabilities_BV = probabilities_BV.scatter(1, order_BV, sorted_BV.masked_fill(is_cut_BV, 0.0))
-        tokens_B = torch.multinomial(probabilities_BV, 1, generator=generator).squeeze(1)
-    logprobs_B = logits_BV.gather(1, tokens_B[:, None]).squeeze(1) - logits_BV.logsumexp(-1)
-    return tokens_B, logprobs_B
-
-
-class _Step:
-    """One decoding step of a batch; the same on a GPU as a CUDA graph, captured on an empty cache."""
-
-    def __init__(self, model: Qwen3, cache: Cache, sampling: Sampling) -> None:
-        self._model, self._cache, self._sampling = model, cache, sampling
-        batch, device = len(cache.lengths_B), cache.lengths_B.device
-        self._tokens_B1 = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-        self._generator = torch.Generator(device).manual_seed(sampling.seed)
-        self._graph: torch.cuda.CUDAGraph | None = None
-        attentions = [m for m in model.modules() if isinstance(m, Attention)]
-        if device.type == "cuda" and all(attention.extends_in_graph for attention in attentions):
-            self._capture()
-
-    def _compute(self) -> None:
-        x_BTD = extend(self._model, self._tokens_B1, self._cache)
-        self._logits_BV = self._model.output(x_BTD[:, -1], None)
-
-    @torch.no_grad()
-    def _capture(self) -> None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # compiles kernels, and lets libraries allocate
-            self._compute()
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._compute()
-        self._cache.reset()
-
-    def choose(self, logits_BV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The next tokens and their log-probabilities, `[B]` each."""
-        return choose(logits_BV, self._sampling, self._generator)
-
-    @torch.no_grad()
-    def __call__(self, tokens_B: torch.Tensor) -> torch.Tensor:
-        """Add a token to each sequence; the logits of the next `[B, V]`, until the next call."""
-        self._tokens_B1.copy_(tokens_B[:, None])
-        if self._graph is None:
-            self._compute()
-        else:
-            self._graph.replay()
-        return self._logits_BV
-
-
 @torch.no_grad()
 def stream(
     model: Qwen3,
@@ -169,6 +68,7 @@ def stream(
     stop_ids: Collection[int] = (),
     stop: Callable[[int, list[int]], bool] | None = None,
     batch_size: int = 64,
+    compile_blocks: bool = False,
 ) -> Iterator[list[NewToken]]:
     """Continue prompts, yielding the new tokens of every step.
 
@@ -180,6 +80,7 @@ def stream(
         stop_ids: Tokens that end a continuation.
         stop: Called with the index of a prompt and its new tokens after each; true ends the continuation.
         batch_size: Prompts that are continued together.
+        compile_blocks: Compile the layers of a decoding step: some seconds once, then fewer, larger kernels.
 
     Raises:
         ValueError: A prompt is empty, or max_new_tokens or batch_size is below 1.
@@ -187,7 +88,7 @@ def stream(
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    steps: dict[int, tuple[Cache, _Step]] = {}
+    steps: dict[int, tuple[Cache, DecodeStep]] = {}
     max_seqlen = -(-(max(map(len, prompts), default=0) + max_new_tokens) // 64) * 64
     # prompts of like length finish together, the longest first: what does not fit in memory fails at once
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
@@ -195,19 +96,19 @@ def stream(
         rows = order[first : first + batch_size]
         if len(rows) not in steps:
             cache = Cache.new(model, len(rows), max_seqlen)
-            steps[len(rows)] = cache, _Step(model, cache, sampling or Sampling())
+            steps[len(rows)] = cache, DecodeStep(model, cache, sampling or Sampling(), compile_blocks)
         cache, step = steps[len(rows)]
         cache.reset()
         device = cache.lengths_B.device
         bounds = torch.tensor([0, *(len(prompts[row]) for row in rows)]).cumsum(0).to(device, torch.int32)
         tokens_1T = torch.tensor([[token for row in rows for token in prompts[row]]], device=device)
-        logits_BV = model.output(prefill(model, tokens_1T, bounds, cache)[0, bounds[1:].long() - 1], None)
-        yield from _decode(step, logits_BV, rows, max_new_tokens, stop_ids, stop)
+        x_BD = prefill(model, tokens_1T, bounds, cache)[0, bounds[1:].long() - 1]
+        step.start(model.output(x_BD, None))
+        yield from _decode(step, rows, max_new_tokens, stop_ids, stop)
 
 
 def _decode(
-    step: _Step,
-    logits_BV: torch.Tensor,
+    step: DecodeStep,
     rows: list[int],
     max_new_tokens: int,
     stop_ids: Collection[int],
@@ -215,11 +116,8 @@ def _decode(
 ) -> Iterator[list[NewToken]]:
     texts: dict[int, list[int]] = {row: [] for row in rows}
     for count in range(1, max_new_tokens + 1):
-        tokens_B, logprobs_B = step.choose(logits_BV)
-        if count < max_new_tokens:
-            logits_BV = step(tokens_B)  # the device goes on while the host looks at what it has
         new = []
-        for row, token, logprob in zip(rows, tokens_B.tolist(), logprobs_B.tolist(), strict=True):
+        for row, token, logprob in zip(rows, *step.read(then_advance=count < max_new_tokens), strict=True):
             if row not in texts:
                 continue
             texts[row].append(token)
@@ -244,6 +142,7 @@ def generate(
     stop_ids: Collection[int] = (),
     stop: Callable[[int, list[int]], bool] | None = None,
     batch_size: int = 64,
+    compile_blocks: bool = False,
 ) -> list[Generation]:
     """Continue prompts to their ends.
 
@@ -258,6 +157,7 @@ def generate(
         stop_ids: Tokens that end a continuation.
         stop: Called with the index of a prompt and its new tokens after each; true ends the continuation.
         batch_size: Prompts that are continued together.
+        compile_blocks: Compile the layers of a decoding step: some seconds once, then fewer, larger kernels.
 
     Returns:
         The continuations, in the order of the prompts.
@@ -274,6 +174,7 @@ def generate(
         stop_ids=stop_ids,
         stop=stop,
         batch_size=batch_size,
+        compile_blocks=compile_blocks,
     )
     for new in steps:
         for each in new:
@@ -300,6 +201,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--stop", action="append", default=[], help="a string that ends the text; repeatable")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.json or its folder; the run's by default")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action="store_true", help="compile the layers: for long texts on a GPU")
     parser.add_argument("--dtype", choices=list(_DTYPES), help="bfloat16 on a GPU, float32 on CPU by default")
     return parser
 
@@ -333,6 +235,7 @@ def main() -> None:
         sampling=sampling,
         stop_ids=() if end is None else (end,),
         stop=stop_at(tokenizer, options.stop),
+        compile_blocks=options.compile,
     ):
         first = first or time.perf_counter()
         num_tokens += len(new)

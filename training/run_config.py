@@ -120,16 +120,23 @@ class CheckpointConfig:
         start_from: A checkpoint of another run, runs/<name>/checkpoint/step-N: a run without checkpoints of
             its own takes over model, optimizer state, step, data position and generators, and goes on by its
             own schedule. None to start from the seed.
+        initial_weights: A run folder, or a checkpoint in one, whose weights alone are taken over, at step 0
+            with a fresh optimizer; what `python -m models.convert from-hf` writes, for one.
     """
 
     every: int | None = None
     keep: int | None = 3
     async_save: bool = False
     start_from: str | None = None
+    initial_weights: str | None = None
 
     def __post_init__(self) -> None:
         _check_at_least(self, 1, "every")
         _check_at_least(self, 2, "keep")
+        if self.start_from is not None and self.initial_weights is not None:
+            raise ValueError(
+                "start_from takes over a whole run and initial_weights weights alone; set one of them to none"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

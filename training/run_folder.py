@@ -2,12 +2,17 @@
 
 import dataclasses
 import os
+import re
 import shutil
 import tomllib
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from models.checkpoint import find_checkpoint, run_table
 from models.config_table import Table, to_table, to_toml
+from models.qwen3 import Qwen3
 from training.run_config import RunConfig
 
 # keys of [model] that leave weights and function as they are
@@ -46,6 +51,21 @@ def _who_updates_what(optimizer: Table) -> Table:
     return {name: {k: group.get(k) for k in ("kind", "parameters")} for name, group in groups.items()}
 
 
+def _optimizer_differences(run: RunConfig, saved: Table) -> list[str]:
+    before, now = _who_updates_what(saved), _who_updates_what(to_table(run.optimizer))
+    with torch.device("meta"):
+        names = [name for name, _ in Qwen3(run.model).named_parameters()]
+
+    def matched(group: Table) -> set[str]:
+        return {name for name in names for pattern in group["parameters"] if re.fullmatch(pattern, name)}
+
+    for name in before.keys() & now.keys():
+        if matched(before[name]) == matched(now[name]):
+            # the same parameters, by other patterns
+            before[name]["parameters"] = now[name]["parameters"]
+    return _differences(before, now, None, "optimizer.groups")
+
+
 def has_checkpoint(folder: Path) -> bool:
     """Whether a run folder holds a whole checkpoint."""
     return any((folder / "checkpoint").glob("step-*/.metadata"))
@@ -55,6 +75,15 @@ def saved_config(folder: Path) -> Table | None:
     """The resolved config that lies in a run folder, None where there is none."""
     path = folder / "config.toml"
     return tomllib.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _check_model(run: RunConfig, saved: Table, folder: Path, remedy: str) -> None:
+    differences = _differences(saved["model"], to_table(run.model), _defaults(run.model), "model")
+    if differences:
+        raise ValueError(
+            f"{folder} holds checkpoints of another architecture: {'; '.join(differences)}. "
+            f"{remedy}, or restore the model's keys"
+        )
 
 
 def check_fits(run: RunConfig, saved: Table, folder: Path, remedy: str) -> None:
@@ -69,14 +98,13 @@ def check_fits(run: RunConfig, saved: Table, folder: Path, remedy: str) -> None:
     Raises:
         ValueError: [model] is another, or the optimizers' state is; names the keys that differ.
     """
-    differences = _differences(saved["model"], to_table(run.model), _defaults(run.model), "model")
-    if differences:
+    _check_model(run, saved, folder, remedy)
+    if "optimizer" not in saved:
         raise ValueError(
-            f"{folder} holds checkpoints of another architecture: {'; '.join(differences)}. "
-            f"{remedy}, or restore the model's keys"
+            f"{folder} holds weights alone, as models.convert writes them: give this run a folder of its "
+            "own, and that one to checkpoint.initial_weights"
         )
-    groups = (_who_updates_what(saved["optimizer"]), _who_updates_what(to_table(run.optimizer)))
-    differences = _differences(*groups, None, "optimizer.groups")
+    differences = _optimizer_differences(run, saved["optimizer"])
     if differences:
         raise ValueError(
             f"{folder} holds checkpoints of other optimizers: {'; '.join(differences)}. "
@@ -88,15 +116,36 @@ def check_folder(run: RunConfig) -> None:
     """Refuse to continue a run folder with another model or other optimizers.
 
     Raises:
-        ValueError: The folder can't be a folder, or has checkpoints of another [model] or of optimizers whose
-            state is another; names the keys that differ.
+        ValueError: The folder can't be a folder, or has checkpoints of another [model], of optimizers whose
+            state is another, or of a run with other initial weights; or checkpoint.initial_weights is needed
+            and is another model's. Names the keys that differ.
     """
     folder = Path(run.run.folder)
     if any(path.exists() and not path.is_dir() for path in (folder, *folder.parents)):
         raise ValueError(f"run.folder is {str(folder)!r}, but a file is in its place; give another folder")
     saved = saved_config(folder)
-    if saved is not None and has_checkpoint(folder):
+    weights = run.checkpoint.initial_weights
+    if not has_checkpoint(folder):
+        if weights is not None:
+            _check_initial_weights(run, Path(weights))
+    elif saved is not None:
         check_fits(run, saved, folder, "Give this run another run.folder")
+        before = saved.get("checkpoint", {}).get("initial_weights", "none")
+        if os.path.abspath(before) != os.path.abspath(weights or "none"):
+            raise ValueError(
+                f"{folder} holds checkpoints of a run with checkpoint.initial_weights {before!r}, and this "
+                f"one has {weights or 'none'!r}; give the same to continue that run, or this run another "
+                "run.folder"
+            )
+
+
+def _check_initial_weights(run: RunConfig, path: Path) -> None:
+    checkpoint = find_checkpoint(path)
+    remedy = (
+        "Give checkpoint.initial_weights another folder (one of softmax becomes Parallax by "
+        "`python -m models.convert`: to-hf, then from-hf --attention parallax)"
+    )
+    _check_model(run, run_table(checkpoint), checkpoint, remedy)
 
 
 def write_config(run: RunConfig) -> None:

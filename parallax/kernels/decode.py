@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from parallax.kernels.addressing import LOG2E
+from parallax.kernels.addressing import LOG2E, add_row_sums
 
 HEAD_DIMS = (64, 128)
 """Head widths that decoding serves."""
@@ -53,7 +53,7 @@ def _parallax_decode_kernel(
     q_strides, r_strides, k_strides, v_strides, num_splits, max_pages, window_size, scale,
     T: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BM: tl.constexpr,
     BS: tl.constexpr, SPLIT: tl.constexpr, PAGE: tl.constexpr, PAGED: tl.constexpr, WINDOW: tl.constexpr,
-    PROBE: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr,
+    PROBE: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """Attend to one split of one kv head's cache; one program each."""
     M: tl.constexpr = T * GROUP
@@ -81,8 +81,8 @@ def _parallax_decode_kernel(
     b_q = _load_rows(q, q_strides, i_b, i_g, o_m, GROUP, K, M)
     b_m = tl.full([BM], -1.0e30, tl.float32)
     b_c = tl.zeros([BM], tl.float32)
-    b_d1 = tl.zeros([BM], tl.float32)
-    b_d2 = tl.zeros([BM], tl.float32)
+    b_d1 = tl.zeros([BM, SUMS], tl.float32)
+    b_d2 = tl.zeros([BM, SUMS], tl.float32)
     b_o1 = tl.zeros([BM, K], tl.float32)
     b_o2 = tl.zeros([BM, K], tl.float32)
     b_r = b_q
@@ -110,24 +110,24 @@ def _parallax_decode_kernel(
         b_alpha = tl.math.exp2(b_m - b_m_new)
         b_p1 = tl.math.exp2(b_s - b_m_new[:, None])
         if PROBE:
-            b_t = tl.where(m_x, tl.dot(b_r, tl.trans(b_k)), 0.0)
-            b_sum = tl.sum(b_p1, 1)
-            # rows that see their first keys in this tile; the largest of which gives the sum one
-            is_first = (b_d1 == 0.0) & (b_sum > 0.0)
-            b_c = tl.where(is_first, tl.sum(b_p1 * b_t, 1) / tl.maximum(b_sum, 0.5), b_c)
+            b_t = tl.dot(b_r, tl.trans(b_k))
+            if i_s == i_start:
+                # the largest weight that a row sees is one; a row that sees nothing here weighs nothing
+                b_c = tl.sum(b_p1 * b_t, 1) / tl.maximum(tl.sum(b_p1, 1), 0.5)
             b_p2 = (b_p1 * (b_t - b_c[:, None])).to(b_v.dtype)
-            b_d2 = b_d2 * b_alpha + tl.sum(b_p2.to(tl.float32), 1)
+            b_d2 = add_row_sums(b_p2, b_d2 * b_alpha[:, None])
             b_o2 = tl.dot(b_p2, b_v, b_o2 * b_alpha[:, None])
         b_p1 = b_p1.to(b_v.dtype)
-        b_d1 = b_d1 * b_alpha + tl.sum(b_p1.to(tl.float32), 1)
+        b_d1 = add_row_sums(b_p1, b_d1 * b_alpha[:, None])
         b_o1 = tl.dot(b_p1, b_v, b_o1 * b_alpha[:, None])
         b_m = b_m_new
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
 
+    b_d1 = tl.max(b_d1, 1)
     b_inverse = 1.0 / tl.maximum(b_d1, 0.5)
     b_vbar = b_o1 * b_inverse[:, None]
-    b_shift = b_d2 * b_inverse
+    b_shift = tl.max(b_d2, 1) * b_inverse
     b_correction = b_o2 * b_inverse[:, None] - b_vbar * b_shift[:, None]
     # [B, T, H]
     i_row = (tl.cast(i_b, tl.int64) * T + o_m // GROUP) * (G * GROUP) + i_g * GROUP + o_m % GROUP
@@ -188,7 +188,9 @@ class DecodeTile(NamedTuple):
     num_stages: int
 
 
-def tile_of(num_pairs: int, capacity: int, num_rows: int, num_multiprocessors: int) -> DecodeTile:
+def tile_of(
+    num_pairs: int, capacity: int, num_rows: int, head_dim: int, num_multiprocessors: int
+) -> DecodeTile:
     """Return how a call is cut: by its size and the device's, never by the sequences' lengths.
 
     Of all numbers of splits the one whose programs are done first, by a model of what was measured on an H100
@@ -200,6 +202,7 @@ def tile_of(num_pairs: int, capacity: int, num_rows: int, num_multiprocessors: i
         num_pairs: Batch times kv heads.
         capacity: Keys that a query can see at most.
         num_rows: New tokens times query heads of a kv head.
+        head_dim: Head width K.
         num_multiprocessors: Of the device.
     """
     enough = 0.9 * num_multiprocessors
@@ -214,8 +217,9 @@ def tile_of(num_pairs: int, capacity: int, num_rows: int, num_multiprocessors: i
         return keys if num_splits == 1 else 1.05 * keys + 64 * num_multiprocessors
 
     candidates = [n for n in SPLITS if n == 1 or n * 64 <= capacity]
-    block_s, num_warps = (64, 4) if num_rows <= 16 else (32, 4) if num_rows <= 64 else (32, 8)
-    return DecodeTile(min(candidates, key=cost), block_s, num_warps, 3)
+    # as many bytes in flight for narrow heads as for wide ones; many rows need the registers themselves
+    block_s = 64 * 128 // head_dim if num_rows <= 16 else 32
+    return DecodeTile(min(candidates, key=cost), block_s, 8 if num_rows > 64 else 4, 3)
 
 
 def refusal(q: Tensor, k_cache: Tensor) -> str | None:
@@ -278,7 +282,7 @@ def decode(
     if tile is None:
         properties = torch.cuda.get_device_properties(q.device)
         rows = num_tokens * num_heads // num_kv_heads
-        tile = tile_of(batch_size * num_kv_heads, capacity, rows, properties.multi_processor_count)
+        tile = tile_of(batch_size * num_kv_heads, capacity, rows, head_dim, properties.multi_processor_count)
     num_splits = tile.num_splits
     parts = stats = out
     if num_splits > 1:
@@ -297,7 +301,7 @@ def decode(
         T=num_tokens, G=num_kv_heads, GROUP=group, K=head_dim,
         BM=max(16, triton.next_power_of_2(num_tokens * group)), BS=tile.block_s, SPLIT=num_splits > 1,
         PAGE=page_size if page_table is not None else 1, PAGED=page_table is not None,
-        WINDOW=window_size is not None, PROBE=has_probe, PDL=use_pdl, STAGES=tile.num_stages,
+        WINDOW=window_size is not None, PROBE=has_probe, PDL=use_pdl, STAGES=tile.num_stages, SUMS=8,
         num_warps=tile.num_warps, **launch,
     )  # fmt: skip
     if num_splits > 1:

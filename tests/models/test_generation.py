@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from models import sizes
 from models.config import AttentionConfig, LinearConfig, ModelConfig, ParallaxConfig, SoftmaxConfig
-from models.generation import Sampling, choose, generate, stream
+from models.generation import generate, stream
+from models.sampling import Sampling, choose
 from models.text_stream import TextStream, stop_at
 from tests.models.test_checkpoint import save_run
 from tests.models.test_qwen3 import TINY, build, tokens
@@ -111,8 +112,9 @@ def test_wrong_options_are_refused() -> None:
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
     ]
     for options, match in wrong:
+        arguments: dict[str, Any] = {"max_new_tokens": 4, **options}
         with pytest.raises(ValueError, match=match):
-            generate(model, [[1]], **{"max_new_tokens": 4, **options})
+            generate(model, [[1]], **arguments)
     with pytest.raises(ValueError, match="a prompt is empty"):
         generate(model, [[1], []], max_new_tokens=4)
     assert generate(model, [], max_new_tokens=4) == []

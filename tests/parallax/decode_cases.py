@@ -69,7 +69,8 @@ def make_inputs(case: DecodeCase, dtype: torch.dtype, device: str = "cpu", spare
         k, v = draw(1, length, *shape), draw(1, length, *shape)
         k = k + case.key_offset * draw(*shape)
         k_cache[row, :length], v_cache[row, :length] = k[0], v[0]
-        padded = [torch.zeros(1, length, *q.shape[2:], dtype=torch.float64) for _ in range(2)]
+        k, v = k.double().to(device), v.double().to(device)
+        padded = [torch.zeros(1, length, *q.shape[2:], dtype=torch.float64, device=device) for _ in range(2)]
         for x, new in zip(padded, (q, r), strict=True):
             x[0, length - case.num_new :] = new[row].double()
         expected.append(

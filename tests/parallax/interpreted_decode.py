@@ -48,7 +48,7 @@ def test_a_sequence_without_keys_gives_zeros() -> None:
 
 def test_the_table_fills_the_device_and_splits_no_more_than_that_takes() -> None:
     def num_splits(pairs: int, capacity: int) -> int:
-        tile = tile_of(pairs, capacity, 2, 132)
+        tile = tile_of(pairs, capacity, 2, 128, 132)
         assert 1 <= tile.num_splits <= max(1, capacity // 64)
         return tile.num_splits
 

@@ -72,6 +72,7 @@ def test_wrong_input_is_named() -> None:
     refused(
         ValueError, r"cache_seqlens\[1\] is 99, the cache holds 52", cache_seqlens=torch.tensor([5, 99]).int()
     )
+    assert x.page_table is not None
     table = x.page_table.clone()
     table[1, 2] = 1000
     refused(ValueError, r"page_table\[1, 2\] is 1000, wanted a page from 0", page_table=table)

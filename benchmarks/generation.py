@@ -1,0 +1,93 @@
+"""Tokens per second of generation at batch 1, softmax beside Parallax, in one process.
+
+`python -m benchmarks.generation` builds both models of a size with random weights, continues a prompt of
+--context random tokens greedily by --new-tokens, with compiled layers, in turns, and reports medians over
+rounds: tokens/s of whole generation after the prefill, sampling and the host's loop included.
+"""
+
+import argparse
+import shlex
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.machine import RESULTS, write_result
+from models.config import ModelConfig, ParallaxConfig, SoftmaxConfig
+from models.generation import stream
+from models.init import init_weights
+from models.qwen3 import Qwen3
+
+_ATTENTIONS = {"softmax": SoftmaxConfig(), "parallax": ParallaxConfig()}
+
+
+def build(size: str, attention: str, device: str) -> Qwen3:
+    """A model with random weights, bf16, in eval mode.
+
+    Args:
+        size: A row of models/sizes.py.
+        attention: "softmax" or "parallax".
+        device: Where it goes.
+    """
+    model = Qwen3(ModelConfig(size=size, vocab_size=151936, attention=_ATTENTIONS[attention]))
+    init_weights(model, 0)
+    return model.to(device, torch.bfloat16).eval().requires_grad_(False)
+
+
+def measure(model: Qwen3, prompt: list[int], num_new: int) -> dict[str, float]:
+    """Continue a prompt once.
+
+    Args:
+        model: From build.
+        prompt: Its ids.
+        num_new: Tokens to add.
+
+    Returns:
+        Seconds to the first token, capture of the graph included, and tokens/s after it.
+    """
+    started = time.perf_counter()
+    first = started
+    for index, _ in enumerate(stream(model, [prompt], max_new_tokens=num_new, compile_blocks=True)):
+        if index == 0:
+            first = time.perf_counter()
+    rate = (num_new - 1) / (time.perf_counter() - first)
+    return {"first_token_s": first - started, "tokens_per_second": rate}
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", default="0.6b")
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--new-tokens", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--name", default="generation")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    models = {name: build(options.size, name, options.device) for name in _ATTENTIONS}
+    prompt = torch.randint(0, 151936, (options.context,), generator=torch.Generator().manual_seed(0)).tolist()
+    rounds: list[dict[str, Any]] = [
+        {name: measure(model, prompt, options.new_tokens) for name, model in models.items()}
+        for _ in range(options.rounds + 1)
+    ][1:]  # the first compiles
+    medians = {name: statistics.median(r[name]["tokens_per_second"] for r in rounds) for name in models}
+    ratio = medians["parallax"] / medians["softmax"]
+    command = f"python -m benchmarks.generation {shlex.join(sys.argv[1:])}".strip()
+    result = {
+        "command": command,
+        "tokens_per_second": medians,
+        "parallax_to_softmax": ratio,
+        "rounds": rounds,
+    }
+    print("wrote", write_result(options.name, result, options.out))
+    print(", ".join(f"{name} {rate:,.1f} tokens/s" for name, rate in medians.items()), f"ratio {ratio:.3f}")
+
+
+if __name__ == "__main__":
+    main()

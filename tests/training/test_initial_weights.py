@@ -1,0 +1,147 @@
+"""Runs that start with the weights of a converted model: at step 0, on any number of ranks, or not at all."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from safetensors.torch import save_file
+
+import config
+from models.checkpoint import load_model
+from models.config import ModelConfig
+from models.convert_from_hf import convert_from_hf
+from models.hf_format import to_config_json, to_hugging_face
+from models.init import init_weights
+from models.qwen3 import Qwen3
+from tests.training.launch import EXACT, ROOT, SMALL, losses, records, train
+from training.branch import check_branch
+from training.run_config import RunConfig
+from training.run_folder import check_folder, write_config
+
+WIDE = 0.1  # standard deviation: losses far from those of a fresh model
+
+
+def converted(folder: Path, attention: Literal["parallax"] | None = None, *, tied: bool = True) -> Path:
+    """A run folder with the weights of a Hugging Face folder of the debug size."""
+    model = Qwen3(
+        ModelConfig(size="debug", vocab_size=300, rope_theta=1e4, init_std=WIDE, tie_embeddings=tied)
+    )
+    init_weights(model, 5)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = to_hugging_face({name: p.detach() for name, p in model.named_parameters()})
+    save_file(tensors, folder / "model.safetensors")
+    table = to_config_json(model.config, dtype="float32", num_positions=32, eos_token_id=None)
+    (folder / "config.json").write_text(json.dumps(table))
+    out = folder / (attention or "softmax")
+    convert_from_hf(folder, out, attention=attention)
+    return out
+
+
+def held_out(folder: Path) -> dict[int, float]:
+    return {r["step"]: r["validation_loss"] for r in records(folder) if "validation_loss" in r}
+
+
+def test_a_converted_model_trains_on_as_parallax(corpus: Path, tmp_path: Path) -> None:
+    plain, source = converted(tmp_path / "hf"), converted(tmp_path / "hf", "parallax")
+    words = [*EXACT, "--checkpoint.initial_weights", str(source), "--training.stop_at_step", "4"]
+    printed = train("debug_parallax_muon", corpus, tmp_path / "run", *words)
+    assert f"starting with the weights of {source / 'checkpoint' / 'step-0'}" in printed
+    assert "training from step 1 to 4" in printed
+    start = ["--checkpoint.initial_weights", str(plain), "--training.stop_at_step", "1"]
+    train("debug_softmax_muon", corpus, tmp_path / "softmax", *EXACT, *start)
+    before = held_out(tmp_path / "run")
+    assert before[0] == pytest.approx(held_out(tmp_path / "softmax")[0], abs=1e-5)
+    assert losses(tmp_path / "run")[0][1] == pytest.approx(losses(tmp_path / "softmax")[0][1], abs=1e-5)
+    assert before[0] > 6.0  # a fresh model's is ln 300 = 5.7
+    assert before[4] < before[0] - 0.5
+    trained, first = load_model(tmp_path / "run"), load_model(source)
+    for name in ("layers.1.attention.wr.weight", "layers.1.attention.r_norm.weight"):
+        a, b = (dict(m.named_parameters())[name] for m in (trained, first))
+        assert (a - b).abs().max() > 0
+    # from its own checkpoint on, the run needs no other
+    shutil.rmtree(source)
+    words = [*words[:-1], "5"]
+    printed = train("debug_parallax_muon", corpus, tmp_path / "run", *words)
+    assert "training from step 5 to 5" in printed
+    assert [step for step, *_ in losses(tmp_path / "run")] == [1, 2, 3, 4, 5]
+
+
+def test_sharded_weights_with_a_head_of_their_own_are_those_of_one_rank(corpus: Path, tmp_path: Path) -> None:
+    source = converted(tmp_path / "hf", tied=False)
+    words = [*EXACT, "--checkpoint.initial_weights", str(source / "checkpoint" / "step-0")]
+    words += ["--model.tie_embeddings", "false", "--training.stop_at_step", "2"]
+    for ranks in (1, 2):
+        train("debug_softmax_muon", corpus, tmp_path / str(ranks), *words, ranks=ranks)
+    one, two = (held_out(tmp_path / str(ranks)) for ranks in (1, 2))
+    assert one[0] == pytest.approx(two[0], abs=1e-6)
+    assert one[2] == pytest.approx(two[2], abs=1e-5)
+    assert one[2] < one[0]
+    head, embedding = (
+        dict(load_model(tmp_path / "2").named_parameters())[name]
+        for name in ("output.weight", "tok_embeddings.weight")
+    )
+    before = dict(load_model(source).named_parameters())
+    assert (head - before["output.weight"]).abs().max() > 0
+    assert (embedding - before["tok_embeddings.weight"]).abs().max() > 0
+
+
+def load(folder: Path, *words: str, name: str = "debug_softmax_muon") -> RunConfig:
+    return config.load(ROOT / "configs" / f"{name}.toml", ["--run.folder", str(folder), *SMALL, *words])
+
+
+def test_weights_of_another_architecture_and_other_mistakes_are_refused(tmp_path: Path) -> None:
+    source = converted(tmp_path / "hf")
+    start = ["--checkpoint.initial_weights", str(source)]
+    check_folder(load(tmp_path / "run", *start))
+    with pytest.raises(ValueError, match=r"of another architecture: .*from-hf --attention parallax") as error:
+        check_folder(load(tmp_path / "run", *start, name="debug_parallax_muon"))
+    assert "model.attention.kind is 'softmax' there and 'parallax' here" in str(error.value)
+    with pytest.raises(ValueError, match=r"model.tie_embeddings is True there and False here"):
+        check_folder(load(tmp_path / "run", *start, "--model.tie_embeddings", "false"))
+    with pytest.raises(ValueError, match="is no checkpoint: wanted a run folder"):
+        check_folder(load(tmp_path / "run", "--checkpoint.initial_weights", str(tmp_path)))
+    with pytest.raises(config.ConfigError, match=r"checkpoint\.start_from takes over a whole run"):
+        load(tmp_path / "run", *start, "--checkpoint.start_from", str(source / "checkpoint" / "step-0"))
+    # a converted model is no run to go on with
+    message = "holds weights alone, as models.convert writes them.*checkpoint.initial_weights"
+    with pytest.raises(ValueError, match=message):
+        check_folder(load(source))
+    with pytest.raises(ValueError, match=message):
+        check_branch(load(tmp_path / "run", "--checkpoint.start_from", str(source / "checkpoint" / "step-0")))
+
+
+def test_a_run_that_started_with_other_weights_is_another_run(tmp_path: Path) -> None:
+    run = load(tmp_path / "run", "--checkpoint.initial_weights", "runs/there")
+    write_config(run)
+    (tmp_path / "run" / "checkpoint" / "step-3").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoint" / "step-3" / ".metadata").write_text("")
+    check_folder(run)
+    with pytest.raises(ValueError, match="initial_weights 'runs/there', and this one has 'none'"):
+        check_folder(load(tmp_path / "run"))
+
+
+def test_folders_from_before_these_keys_and_patterns_still_fit(tmp_path: Path) -> None:
+    run = load(tmp_path / "run", name="debug_parallax_muon")
+    write_config(run)
+    (tmp_path / "run" / "checkpoint" / "step-3").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoint" / "step-3" / ".metadata").write_text("")
+    path = tmp_path / "run" / "config.toml"
+    new = ("custom_size", "tie_embeddings", "initial_weights")
+    kept = [line for line in path.read_text().splitlines() if line.split(" =")[0] not in new]
+    old = "\n".join(kept).replace("(tok_embeddings|output)", "tok_embeddings")
+    assert len(old) < len(path.read_text()) - 60
+    path.write_text(old)
+    check_folder(run)
+    # an older folder names none of these keys, and so means their defaults
+    with pytest.raises(ValueError, match=r"model.tie_embeddings is True there and False here"):
+        check_folder(replace(run, model=replace(run.model, tie_embeddings=False)))
+    # another pattern for other parameters is another optimizer
+    without_probe = re.sub(r"w\[qkvor(\w*)\]", r"w[qkvo\1]", old)
+    assert without_probe != old
+    path.write_text(without_probe)
+    with pytest.raises(ValueError, match=r"other optimizers: optimizer\.groups\.hidden\.parameters is"):
+        check_folder(run)
