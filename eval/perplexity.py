@@ -1,4 +1,4 @@
-"""Held-out loss of a model: token-weighted nats/token and perplexity."""
+"""Held-out loss of a model: token-weighted nats/token and perplexity; as a command, see eval/text_loss.py."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -84,3 +84,10 @@ def held_out_loss(
     frequencies = counts[counts > 0].double() / num_tokens
     entropy = -(frequencies * frequencies.log()).sum()
     return HeldOutLoss(float(loss_sum) / num_tokens, num_tokens, float(entropy))
+
+
+if __name__ == "__main__":
+    # what training imports stays free of what only the command needs, such as matplotlib
+    from eval.text_loss import main
+
+    main()

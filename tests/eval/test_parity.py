@@ -1,0 +1,143 @@
+"""Log-likelihoods and accuracies through our batching equal those of the harness's own Hugging Face model."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("lm_eval", reason="wants the extra `eval`")
+pytest.importorskip("accelerate", reason="the harness's own model wants accelerate")
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+
+from benchmarks.eval_parity import (
+    Answers,
+    answer,
+    compare,
+    errors_of_the_worst,
+    fast_tokenizer,
+    harness_model,
+    open_gguf,
+    twin,
+)
+from data.tokenizer import Tokenizer
+from eval.downstream import HarnessModel
+from eval.language_model import Qwen3Model
+from eval.scoring import Scorer
+from eval.task_results import ACCURACIES, PAPER
+from eval.transformers_model import TransformersModel
+from tests.conftest import make_text
+from tests.eval.conftest import build
+
+
+def both(
+    tasks: Sequence[str],
+    tokenizer: Tokenizer,
+    folder: Path,
+    *,
+    data: Path,
+    max_length: int,
+    limit: int | None = None,
+) -> tuple[Answers, Answers]:
+    """Answers of a random model of ours and of its twin in the harness's own model."""
+    network = build(vocab_size=tokenizer.vocab_size + 4)
+    model = Qwen3Model(network, max_length=max_length)
+    ours = HarnessModel(model, tokenizer, Scorer(model, token_budget=2000))
+    fast = fast_tokenizer(tokenizer, folder)
+    theirs = harness_model(twin(network), fast, max_length=max_length, batch_size=8)
+    return answer(ours, tasks, data=data, limit=limit), answer(theirs, tasks, data=data, limit=limit)
+
+
+def test_log_likelihoods_and_accuracies_equal_the_harness_own_model(
+    tasks_folder: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    # texts of WikiText are several times the model's length
+    first, second = both(["paper"], tokenizer, tmp_path, data=tasks_folder, max_length=96)
+    for task in PAPER[-2:]:
+        assert first.metrics[task] == pytest.approx(second.metrics[task], rel=1e-5)
+    parity = compare(first, second)
+    assert parity.num_documents == 12 * len(PAPER)
+    assert parity.max_relative < 1e-6
+    assert parity.flags_differ == 0
+    assert parity.choices_differ == {}
+    del first.values["wikitext"], second.values["wikitext"]  # sums of 2000 nats
+    assert compare(first, second).max_difference < 1e-4
+
+
+def test_real_documents_give_what_the_harness_own_model_gives(
+    olmo_folder: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    # of 300 ids, so that some contexts are longer than the model
+    first, second = both(ACCURACIES, tokenizer, tmp_path, data=olmo_folder, max_length=256, limit=4)
+    parity = compare(first, second)
+    assert parity.num_documents == 4 * 8
+    # up to a hundred tokens of 10 nats
+    assert parity.max_difference < 1e-3
+    assert parity.max_relative < 1e-6
+    assert parity.flags_differ == 0
+    assert parity.choices_differ == {}
+
+
+def test_generated_texts_equal_the_harness_own_model(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    network = build(vocab_size=tokenizer.vocab_size)
+    model = Qwen3Model(network, max_length=96)
+    ours = HarnessModel(model, tokenizer, Scorer(model, token_budget=150))
+    fast = fast_tokenizer(tokenizer, tmp_path)
+    theirs = harness_model(twin(network), fast, max_length=96, batch_size=1)
+    options = {"until": [], "do_sample": False, "max_gen_toks": 24}
+    # 600 words are longer than the model: both cut the beginning
+    prompts = [make_text(seed, length) for seed, length in enumerate((3, 8, 20, 3, 600))]
+
+    def run(lm: TemplateLM, until: list[str]) -> list[str]:
+        arguments = [(prompt, {**options, "until": until}) for prompt in prompts]
+        return lm.generate_until([Instance("generate_until", {}, each, 0) for each in arguments])
+
+    plain = run(ours, [])
+    assert plain == run(theirs, [])
+    assert all(plain)
+    until = [plain[0][2:4], plain[1][5:7]]
+    stopped = run(ours, until)
+    assert stopped == run(theirs, until)
+    assert stopped[0] == plain[0].split(until[0])[0].split(until[1])[0]
+    assert stopped[0] != plain[0]
+
+
+def smollm2(file: Path, data: Path, limit: int) -> tuple[Answers, Answers, dict[str, float]]:
+    """Answers of both sides, and their errors against fp64."""
+    network, fast, tokenizer = open_gguf(file)
+    tasks = ["piqa", "arc_easy", "openbookqa", "winogrande"]
+    model = TransformersModel(network, max_length=2048)
+    ours = HarnessModel(model, tokenizer, Scorer(model, token_budget=2048))
+    theirs = harness_model(network, fast, max_length=2048, batch_size=8)
+    first, second = (answer(lm, tasks, data=data, limit=limit) for lm in (ours, theirs))
+    exact = TransformersModel(network.double(), max_length=2048)
+    return first, second, errors_of_the_worst(first, second, exact, tokenizer, count=4)
+
+
+def assert_same(first: Answers, second: Answers, errors: dict[str, float]) -> None:
+    parity = compare(first, second)
+    assert parity.max_relative < 2e-5
+    assert parity.flags_differ == 0
+    assert parity.choices_differ == {}
+    # what they differ by is rounding: ours is as close to fp64 as theirs
+    assert errors["ours"] < 5e-4
+    assert errors["ours"] < 3 * errors["harness"]
+
+
+def test_a_pretrained_model_scores_as_in_the_harness(smollm2_file: Path, olmo_folder: Path) -> None:
+    pytest.importorskip("gguf", reason="transformers reads the weights with gguf")
+    assert_same(*smollm2(smollm2_file, olmo_folder, 3))
+
+
+@pytest.mark.slow
+def test_a_pretrained_model_scores_as_it_should_on_200_documents(
+    smollm2_file: Path, olmo_folder: Path
+) -> None:
+    pytest.importorskip("gguf", reason="transformers reads the weights with gguf")
+    first, second, errors = smollm2(smollm2_file, olmo_folder, 200)
+    assert_same(first, second, errors)
+    assert sum(first.num_documents.values()) == 800
+    # far above chance
+    assert first.metrics["piqa"]["acc,none"] > 0.6
+    assert first.metrics["arc_easy"]["acc,none"] > 0.4
