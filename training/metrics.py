@@ -148,16 +148,61 @@ class RunMetrics(MetricsProcessor):
         self.restart_clock()
         return record
 
+    def record_launch(self, step: int, *, num_parameters: int, tokenizer_fingerprint: str) -> None:
+        """Write to the JSONL what holds for all that this launch records, for eval/report.py.
+
+        Args:
+            step: Optimizer steps taken before it.
+            num_parameters: Of the whole model.
+            tokenizer_fingerprint: Of the run's tokenizer.
+        """
+        facts = {
+            "num_ranks": self.world_size,
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU process",
+            "flops_per_token": self.num_flops_per_token,
+            "num_parameters": num_parameters,
+            "tokenizer_fingerprint": tokenizer_fingerprint,
+        }
+        if self.jsonl is not None:
+            self.jsonl.write({"step": step, "launch": facts})
+
+    def progress(self, tokens: int) -> dict[str, float]:
+        """Where a record stands: tokens trained on, and the training FLOPs that they took."""
+        return {"tokens": tokens, "flops": float(tokens) * self.num_flops_per_token}
+
+    def record_samples(self, step: int, samples: list[dict[str, str]], progress: Mapping[str, float]) -> None:
+        """Write sampled texts to every sink.
+
+        Args:
+            step: Optimizer steps taken.
+            samples: "prompt" and "text", its continuation, of each.
+            progress: From progress().
+        """
+        if self.jsonl is not None:
+            self.jsonl.write({"step": step, "samples": samples, **progress})
+        if self.tensorboard is not None:
+            for index, sample in enumerate(samples):
+                # indented, so that Markdown leaves the text as it is
+                text = (sample["prompt"] + "|" + sample["text"]).replace("\n", "\n    ")
+                self.tensorboard.add_text(f"samples/{index}", "    " + text, step)
+        if self.wandb_run is not None:
+            import wandb
+
+            table = wandb.Table(["step", "prompt", "text"])
+            for sample in samples:
+                table.add_data(step, sample["prompt"], sample["text"])
+            self.wandb_run.log({"samples": table}, step=step)
+
     def record(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Write metrics of a step to every sink.
 
         Args:
             step: Optimizer steps taken.
-            metrics: Plain numbers; None where there is nothing to say.
+            metrics: Numbers, None where there is nothing to say, and texts, which go to the JSONL alone.
         """
         if self.jsonl is not None:
             self.jsonl.write({"step": step, **metrics})
-        numbers = {name: value for name, value in metrics.items() if value is not None}
+        numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
         if self.tensorboard is not None:
             for name, value in numbers.items():
                 self.tensorboard.add_scalar(name, value, step)

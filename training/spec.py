@@ -13,6 +13,7 @@ from models.loss import cross_entropy
 from models.titan import TitanModelArgs, TitanQwen3, device_mesh, parallelize
 from optimizers.titan import build_lr_schedulers, build_optimizers
 from training.branch import check_branch
+from training.evaluation import check_tasks
 from training.metrics import RunMetrics
 from training.plan import build_meta_model
 from training.run_config import RunConfig
@@ -33,7 +34,8 @@ def check_run(run: RunConfig, world_size: int) -> Tokenizer:
         ValueError: Batch or degrees do not fit the ranks, the groups not the model, or the schedule not the
             steps; the run folder, or the checkpoint to start from, is another architecture's; that checkpoint
             does not fit the schedule; the tokenizer is missing or its vocabulary larger than the model's; a
-            data file is missing or has no text column; shards are of another tokenizer.
+            data file is missing or has no text column; shards are of another tokenizer; a task of [eval] is
+            unknown or has no documents.
     """
     run.gradient_accumulation_steps(world_size)
     run.parallelism.degrees(world_size)
@@ -43,6 +45,7 @@ def check_run(run: RunConfig, world_size: int) -> Tokenizer:
     tokenizer = Tokenizer.load(run.data.tokenizer, end_of_document=run.data.end_of_document)
     check_vocabulary(tokenizer, run.model.vocab_size)
     check_data(run.data, tokenizer.fingerprint)
+    check_tasks(run)
     return tokenizer
 
 

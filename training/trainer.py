@@ -1,14 +1,12 @@
 """torchtitan's Trainer with our parts.
 
-The loss is inside the model, every step is on record, the held-out loss is weighted by tokens, and a signal
-ends the run with a checkpoint.
+The loss is inside the model, every step is on record, a checkpoint comes before an evaluation of tasks, and a
+signal ends the run with a checkpoint.
 """
 
-import contextlib
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +18,13 @@ from torchtitan.protocols import train_spec
 from torchtitan.tools.profiling import maybe_enable_profiling
 from torchtitan.train import Trainer as TitanTrainer
 
-from data.titan import TitanLoader, build_validation_loader
+from data.titan import TitanLoader
 from data.tokenizer import Tokenizer
-from eval.perplexity import IGNORE_INDEX, HeldOutLoss, held_out_loss
+from eval.perplexity import IGNORE_INDEX, HeldOutLoss
+from models.checkpoint import find_checkpoint, load_weights
 from optimizers.titan import GroupedOptimizers, GroupedSchedule
 from training.branch import branch_warnings, checkpoint_step
+from training.evaluation import Evaluator, NonFiniteLossError
 from training.job import MODEL_NAME, to_job_config
 from training.log import logger
 from training.metrics import RunMetrics
@@ -34,10 +34,6 @@ from training.signals import StopRequest
 from training.spec import build_train_spec
 
 MicroBatch = tuple[dict[str, torch.Tensor], torch.Tensor]
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss or the gradient norm is no number."""
 
 
 class Trainer(TitanTrainer):
@@ -56,7 +52,7 @@ class Trainer(TitanTrainer):
         super().__init__(to_job_config(run, world_size))
         # FSDP2's policy sets the precision on any number of ranks; torchtitan would use autocast on one
         self.model = self.model_parts[0]
-        self.text_tokenizer = tokenizer
+        self.tokenizer_fingerprint = tokenizer.fingerprint
         self.stop = StopRequest()
         self.tokens = 0
         assert isinstance(self.metrics_processor, RunMetrics)
@@ -65,6 +61,9 @@ class Trainer(TitanTrainer):
         assert isinstance(self.dataloader, TitanLoader)
         self.metrics, self.schedule, self.loader = self.metrics_processor, self.lr_schedulers, self.dataloader
         self.updater = self.optimizers
+        self.evaluate = Evaluator(
+            run, tokenizer=tokenizer, model=self.model, metrics=self.metrics, device=self.device
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Step, tokens and generators; ranks draw the same numbers, so one copy serves any number."""
@@ -172,9 +171,15 @@ class Trainer(TitanTrainer):
         }
 
     def _load(self) -> None:
-        """Continue from the newest checkpoint in the run folder, else from checkpoint.start_from."""
-        source = self.run.checkpoint.start_from
-        if self.checkpointer.load(step=-1) or source is None:
+        """Continue from the newest checkpoint here, else start from another's state, or from its weights."""
+        source, weights = self.run.checkpoint.start_from, self.run.checkpoint.initial_weights
+        if self.checkpointer.load(step=-1):
+            return
+        if weights is not None:
+            checkpoint = find_checkpoint(Path(weights))
+            load_weights(self.model, checkpoint)
+            logger.info(f"starting with the weights of {checkpoint}")
+        if source is None:
             return
         # torchtitan's initial_load_path does nothing where a checkpoint folder exists, even one without any
         states = self.checkpointer._states_to_load(model_only=False)
@@ -188,42 +193,6 @@ class Trainer(TitanTrainer):
             for warning in branch_warnings(self.run):
                 logger.warning(warning)
         logger.info(f"starting from {source}")
-
-    def evaluate(self) -> HeldOutLoss | None:
-        """The held-out loss now, on record; None where the run has no held-out text."""
-        if self.run.data.validation is None:
-            return None
-        settings = self.run.training
-        loader = build_validation_loader(
-            self.run.data,
-            tokenizer=self.text_tokenizer,
-            seq_len=settings.seq_len,
-            local_batch_size=settings.local_batch_size,
-            max_tokens=self.run.eval.max_tokens,
-            dp_rank=dist.get_rank(),
-            dp_world_size=dist.get_world_size(),
-        )
-        self.model.eval()
-        with contextlib.closing(loader):
-            result = held_out_loss(
-                self.model,
-                loader,
-                vocab_size=self.run.model.vocab_size,
-                max_seqlen=settings.seq_len,
-                device=self.device,
-            )
-        self.model.train()
-        if not math.isfinite(result.loss):
-            raise NonFiniteLossError(
-                f"step {self.step}: the held-out loss is {result.loss}; lower the learning rate"
-            )
-        names = {"loss": "validation_loss", "num_tokens": "validation_tokens"}
-        record = {names.get(k, k): v for k, v in asdict(result).items()}
-        self.metrics.record(self.step, {**record, "validation_perplexity": result.perplexity})
-        loss = f"{result.loss:.4f} nats/token  perplexity {result.perplexity:.2f}"
-        logger.info(f"step {self.step}  held-out loss {loss}  ({result.num_tokens:,} tokens)")
-        self.metrics.restart_clock()
-        return result
 
     def train(self) -> None:
         """Train from the newest checkpoint in the run folder, or from the start, to the end or a signal."""
@@ -240,7 +209,12 @@ class Trainer(TitanTrainer):
             return
         # an evaluation at step 0 is made again
         self.metrics.resume(self.step or -1)
-        before = self.evaluate() if self.step == 0 else None
+        num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        self.metrics.record_launch(
+            self.step, num_parameters=num_parameters, tokenizer_fingerprint=self.tokenizer_fingerprint
+        )
+        before = self.evaluate(0, 0) if self.step == 0 else None
+        after: HeldOutLoss | None = None
         logger.info(f"training from step {self.step + 1} to {self.run.training.last_step}")
         metrics: dict[str, Any] = {}
         with maybe_enable_profiling(
@@ -249,19 +223,17 @@ class Trainer(TitanTrainer):
             batches = self.batch_generator(self.loader)
             self.metrics.restart_clock()
             stopped = False
-            last_step, every = self.run.training.last_step, self.run.eval.every
+            last_step = self.run.training.last_step
             while self.step < last_step and not stopped:
                 self.step += 1
                 self.gc_handler.run(self.step)
                 metrics = self.optimizer_step(batches)
                 stopped = metrics.pop("stop")
                 self._record_step(metrics)
-                self._save(last=stopped or self.step == last_step)
-                if every and self.step % every == 0 and not stopped and self.step < last_step:
-                    self.evaluate()
+                self._save(is_last=stopped or self.step == last_step)
+                after = None if stopped else self.evaluate(self.step, self.tokens)
                 if profiler:
                     profiler.step()
-        after = None if stopped else self.evaluate()
         self._summarize(metrics, before, after, stopped)
 
     def _check_weights(self) -> None:
@@ -281,15 +253,19 @@ class Trainer(TitanTrainer):
     def _record_step(self, metrics: dict[str, Any]) -> None:
         self.tokens += self.run.training.global_batch_size * self.run.training.seq_len
         skipped = {"skipped_documents": sum(self.loader.loader.skipped.values())}
-        record = {**metrics, "tokens": self.tokens, **skipped, **self.metrics.throughput()}
+        record = {**metrics, **self.metrics.progress(self.tokens), **skipped, **self.metrics.throughput()}
         self.metrics.record(self.step, record)
         if self.step == 1 or self.step % self.run.metrics.console_every == 0:
             self.metrics.console(self.step, record, self.run.training.last_step)
 
-    def _save(self, last: bool) -> None:
-        if self.checkpointer._should_save(self.step, last):
+    def _save(self, is_last: bool) -> None:
+        has_tasks = self.evaluate.tasks_are_due(self.step)
+        if self.checkpointer._should_save(self.step, is_last or has_tasks):
             self._check_weights()
-            self.checkpointer.save(self.step, last_step=last)
+            # one that torchtitan takes for the last is whole when the tasks begin, even with async_save
+            self.checkpointer.save(self.step, last_step=is_last or has_tasks)
+            if has_tasks and not is_last:
+                self.checkpointer._purge_stale_checkpoints()
             logger.info(f"step {self.step}  checkpoint written")
             self.metrics.restart_clock()
 

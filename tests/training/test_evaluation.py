@@ -1,0 +1,195 @@
+"""Evaluation during training: on record, without a trace in the training, and never the end of a run."""
+
+import json
+import pickle
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import config
+from data.tokenizer import Tokenizer
+from eval.config import EvalConfig
+from eval.downstream import evaluate_tasks
+from eval.language_model import Group, LanguageModel, Qwen3Model, Scores
+from eval.report import write_report
+from models.checkpoint import load_model
+from tests.conftest import make_text
+from tests.training.launch import EXACT, ROOT, losses, records, train
+from training.agreement import AgreeingModel, EvaluationError, together
+from training.evaluation import check_tasks
+
+FAILING = ("-m", "tests.training.failing_tasks")
+NUM_DOCUMENTS = 12
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a local SciQ."""
+    folder = tmp_path_factory.mktemp("tasks")
+    keys = ("support", "question", "distractor1", "distractor2", "distractor3", "correct_answer")
+    rows = [
+        {key: make_text(10 * seed + index, 3) for index, key in enumerate(keys)}
+        for seed in range(NUM_DOCUMENTS)
+    ]
+    (folder / "sciq.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def evaluated(corpus: Path, documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on two ranks whose first evaluation of tasks, of six, fails on one of them."""
+    folder = tmp_path_factory.mktemp("evaluated") / "run"
+    words = [
+        *("--eval.tasks", '["sciq"]', "--eval.tasks_every", "1", "--eval.tasks_data", str(documents)),
+        *("--eval.tasks_limit", "8", "--eval.every", "2", "--training.stop_at_step", "6"),
+        *("--checkpoint.every", "4", "--checkpoint.keep", "2"),
+        *("--eval.sample_prompts", '["the model", "attention"]', "--eval.sample_tokens", "5"),
+        # what changes names and places of the weights
+        *("--parallelism.reshard_after_forward", "false"),
+        *("--training.activation_checkpointing", "selective", "--metrics.tensorboard", "true"),
+    ]
+    train("debug_parallax_muon", corpus, folder, *EXACT, *words, ranks=2, program=FAILING)
+    return folder
+
+
+def test_a_failure_on_one_rank_is_on_record_and_training_goes_on(evaluated: Path) -> None:
+    (failure,) = (record for record in records(evaluated) if "eval_error" in record)
+    assert failure["step"] == 1
+    # the checkpoint came first
+    expected = "eval.tasks: rank 1: RuntimeError: out of memory; checkpoints: ['step-1']"
+    assert failure["eval_error"] == expected
+    assert [step for step, *_ in losses(evaluated)] == list(range(1, 7))
+    whole = {path.parent.name for path in (evaluated / "checkpoint").glob("step-*/.metadata")}
+    # the newest two, and the last step's
+    assert whole == {"step-4", "step-5", "step-6"}
+
+
+def test_tasks_are_those_of_the_checkpoint_and_stand_against_tokens_and_flops(
+    evaluated: Path, corpus: Path, documents: Path
+) -> None:
+    lines = records(evaluated)
+    evaluations = [record for record in lines if "tasks/sciq/acc" in record]
+    assert [record["step"] for record in evaluations] == [2, 3, 4, 5, 6]
+    last = evaluations[-1]
+    model = Qwen3Model(load_model(evaluated / "checkpoint" / "step-6"), max_length=32)
+    expected = evaluate_tasks(model, Tokenizer.load(corpus), ["sciq"], data=documents, limit=8)
+    groups, scores = pickle.loads((evaluated / "scores.pkl").read_bytes())
+    for ours, theirs in zip(model.score(groups), scores, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert a.log_probs == pytest.approx(b.log_probs, abs=1e-6)
+    for metric in ("acc", "acc_norm"):
+        assert last[f"tasks/sciq/{metric}"] == expected.metrics["sciq"][metric]
+    assert last["tasks/sciq/num_documents"] == 8
+    launch = lines[0]["launch"]
+    assert launch["num_ranks"] == 2
+    assert launch["num_parameters"] == sum(p.numel() for p in load_model(evaluated).parameters())
+    for record in (*evaluations, *(line for line in lines if "validation_loss" in line)):
+        assert record["tokens"] == record["step"] * 8 * 32
+        assert record["flops"] == record["tokens"] * launch["flops_per_token"] >= 0
+
+
+def test_samples_are_on_record_and_in_tensorboard_with_each_held_out_loss(evaluated: Path) -> None:
+    lines = [record for record in records(evaluated) if "samples" in record]
+    assert [record["step"] for record in lines] == [0, 2, 4, 6]
+    assert [sample["prompt"] for sample in lines[0]["samples"]] == ["the model", "attention"]
+    assert all(isinstance(sample["text"], str) for record in lines for sample in record["samples"])
+    assert any(sample["text"] for record in lines for sample in record["samples"])
+    events = EventAccumulator(str(evaluated / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("tasks/sciq/acc")] == [2, 3, 4, 5, 6]
+    assert [event.step for event in events.Tensors("samples/1/text_summary")] == [0, 2, 4, 6]
+
+
+def test_evaluation_leaves_no_trace_in_the_losses(evaluated: Path, corpus: Path, tmp_path: Path) -> None:
+    words = ("--training.stop_at_step", "6", "--parallelism.reshard_after_forward", "false")
+    checkpointing = ("--training.activation_checkpointing", "selective")
+    train("debug_parallax_muon", corpus, tmp_path / "run", *EXACT, *words, *checkpointing, ranks=2)
+    assert losses(evaluated) == losses(tmp_path / "run")
+
+
+def test_the_report_reads_what_training_wrote(evaluated: Path, tmp_path: Path) -> None:
+    text = write_report([evaluated], baseline=None, out=tmp_path).read_text()
+    assert "| tasks" not in text
+    assert "| sciq/acc |" in text
+    assert "2 x CPU process" in text
+    assert "at step 1 an evaluation failed: eval.tasks: rank 1: RuntimeError: out of memory" in text
+    assert (tmp_path / "loss_flops.png").exists()
+
+
+class FailingModel(LanguageModel):
+    """A model whose every generation fails."""
+
+    max_length, identity, is_padded = 8, "", False
+
+    def row_lengths(self, group: Group) -> list[int]:
+        return [1]
+
+    def score(self, groups: Sequence[Group]) -> list[list[Scores]]:
+        return [[Scores([0.0], [True])] for _ in groups]
+
+    def generate(self, prompts: list[list[int]], **options: Any) -> list[list[int]]:
+        raise RuntimeError("out of memory")
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_failed_generation_waits_for_the_next_agreement() -> None:
+    options = {"max_new_tokens": 2, "stop_ids": (), "stop": lambda index, tokens: False}
+    for end in (lambda model: model.score([Group((1,), ((2,),))]), lambda model: model.finish()):
+        model = AgreeingModel(FailingModel(), torch.device("cpu"))
+        assert model.score([Group((1,), ((2,),))]) == [[Scores([0.0], [True])]]
+        model.finish()
+        # ranks without a prompt do not come here, so that nothing may be exchanged
+        assert model.generate([[1], [1, 2]], **options) == [[], []]
+        with pytest.raises(EvaluationError, match=r"^rank 0: RuntimeError: out of memory$"):
+            together(lambda model=model, end=end: end(model), torch.device("cpu"))
+
+
+def check(tmp_path: Path, *words: str) -> None:
+    path = ROOT / "configs" / "debug_softmax_muon.toml"
+    check_tasks(config.load(path, ["--run.folder", str(tmp_path / "run"), *words]))
+
+
+def test_tasks_that_cannot_be_evaluated_are_refused_before_training(
+    documents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check(tmp_path)
+    sciq = ("--eval.tasks", '["sciq"]')
+    check(tmp_path, *sciq, "--eval.tasks_data", str(documents))
+    with pytest.raises(ValueError, match="has no task sciqq"):
+        check(tmp_path, "--eval.tasks", '["sciqq"]', "--eval.tasks_data", str(documents))
+    with pytest.raises(ValueError, match=r"eval\.tasks_data is .*missing.*no such folder"):
+        check(tmp_path, *sciq, "--eval.tasks_data", str(documents / "missing"))
+    with pytest.raises(ValueError, match="has no documents of sciq"):
+        check(tmp_path, *sciq, "--eval.tasks_data", str(tmp_path))
+    monkeypatch.delitem(sys.modules, "eval.downstream")
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    check(tmp_path)
+    with pytest.raises(ValueError, match=r"pip install 'parallax-pretraining\[eval\]'"):
+        check(tmp_path, *sciq, "--eval.tasks_data", str(documents))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"tasks_every": 0}, "tasks_every must be at least 1"),
+        ({"tasks_limit": 0}, "tasks_limit must be at least 1"),
+        ({"sample_tokens": 0}, "sample_tokens must be at least 1"),
+        ({"sample_prompts": ["the", ""]}, "sample_prompts has an empty text"),
+    ],
+)
+def test_keys_that_mean_nothing_are_refused(words: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EvalConfig(**words)  # pyrefly: ignore [bad-argument-type]
