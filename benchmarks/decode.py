@@ -2,7 +2,8 @@
 
 `python -m benchmarks.decode` checks the accuracy first and reports nothing if that fails. Then, for every
 shape, all providers take turns: ours (Parallax, and softmax by the same kernel), torch's softmax attention
-with the cuDNN and the FlashAttention-2 backend, and the Parallax decode of flash-linear-attention. A time is
+with the cuDNN and the FlashAttention-2 backend, the Parallax decode of flash-linear-attention, and the
+packages flash_attn and flash_attn_interface (FlashAttention-3) where they are. A time is
 that of one call in a replayed CUDA graph of many, each on a cache of its own, so that keys and values come
 from memory and never from L2; medians over replays. GB/s count keys and values alone. The copy rate is that
 of a 2 GiB copy, read and write, in the same process.
@@ -104,12 +105,19 @@ def _fla(x: Operands) -> Tensor:
     return import_module("fla.ops.parallax.decode").parallax_decode(x.q, x.r, x.k, x.v)
 
 
+def _flash_attention(package: str, x: Operands) -> Tensor:
+    decode = import_module(package).flash_attn_with_kvcache
+    return decode(x.q, x.k, x.v, cache_seqlens=x.cache_seqlens, causal=True)
+
+
 PROVIDERS: dict[str, Attend] = {
     "ours": _ours,
     "ours_softmax": _ours_softmax,
     "cudnn": partial(_sdpa, SDPBackend.CUDNN_ATTENTION),
     "fa2": partial(_sdpa, SDPBackend.FLASH_ATTENTION),
     "fla": _fla,
+    "flash_attn": partial(_flash_attention, "flash_attn"),
+    "fa3": partial(_flash_attention, "flash_attn_interface"),
 }
 
 
@@ -254,6 +262,8 @@ def main() -> None:
     shapes = [*(Shape(*key) for key in PEERS_US), Shape(16, 8, 16, 4096, 64), Shape(16, 8, 128, 4096, 64)]
     rate = copy_rate()
     rows = [measure(shape, options.providers, options.rounds) for shape in shapes]
+    # packages that are not here have no column
+    options.providers = [n for n in options.providers if any(n in row["us"] for row in rows)]
     command = "python -m benchmarks.decode " + shlex.join(sys.argv[1:])
     result = {"command": command.strip(), "errors": errors, "copy_gb_per_s": rate, "rows": rows}
     print("wrote", write_result(options.name, result, options.out))

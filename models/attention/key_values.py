@@ -1,6 +1,8 @@
 """Attentions that decode from the keys and values of the past.
 
-Letters as in base.py; S keys that a cache has room for.
+Letters as in base.py; S keys that a cache has room for. With a window S is the window's length and the token
+at position p takes the place of the one at p - S, which nobody sees any more. The order of keys in a cache
+does not matter: each carries its own rotation.
 """
 
 from abc import abstractmethod
@@ -39,12 +41,10 @@ class KeyValueAttention(HeadProjections):
         """Attention over whole documents, `[B, T, H, K]`; arguments as projected, and as of forward."""
 
     def attend_cached(
-        self, q_BTHK: torch.Tensor, r_BTHK: torch.Tensor | None, state: State, lengths_B: torch.Tensor
+        self, q_BTHK: torch.Tensor, r_BTHK: torch.Tensor | None, state: State, num_keys_B: torch.Tensor
     ) -> torch.Tensor:
-        """Attention of the T newest of lengths_B tokens, whose keys are in the state, `[B, T, H, K]`."""
-        return parallax_decode(
-            q_BTHK, r_BTHK, state["k"], state["v"], cache_seqlens=lengths_B, window_size=self.window_size
-        )
+        """Attention of new tokens, whose keys are the last of num_keys_B in the state, `[B, T, H, K]`."""
+        return parallax_decode(q_BTHK, r_BTHK, state["k"], state["v"], cache_seqlens=num_keys_B)
 
     def forward(
         self, x_BTD: torch.Tensor, rope: Rope, cu_seqlens: torch.Tensor | None, max_seqlen: int
@@ -56,7 +56,8 @@ class KeyValueAttention(HeadProjections):
 
     def new_state(self, batch: int, max_seqlen: int, *, device: torch.device, dtype: torch.dtype) -> State:
         """See Attention.new_state: k and v, `[B, S, G, K]`."""
-        shape = (batch, max_seqlen, self.size.num_kv_heads, self.size.head_dim)
+        num_keys = max_seqlen if self.window_size is None else min(self.window_size, max_seqlen)
+        shape = (batch, num_keys, self.size.num_kv_heads, self.size.head_dim)
         return {name: torch.zeros(shape, device=device, dtype=dtype) for name in ("k", "v")}
 
     def prefill(
@@ -64,10 +65,12 @@ class KeyValueAttention(HeadProjections):
     ) -> torch.Tensor:
         """See Attention.prefill."""
         q, k, v = self.project(x_BTD, rope)
-        positions = torch.arange(x_BTD.shape[1], device=x_BTD.device)
-        document = torch.searchsorted(cu_seqlens, positions, right=True) - 1
+        o_token = torch.arange(x_BTD.shape[1], device=x_BTD.device)
+        document = torch.searchsorted(cu_seqlens, o_token, right=True) - 1
+        is_kept = o_token >= cu_seqlens[document + 1] - state["k"].shape[1]
+        o_row, o_position = document[is_kept], (o_token - cu_seqlens[document])[is_kept]
         for name, x in (("k", k), ("v", v)):
-            state[name][document, positions - cu_seqlens[document]] = x[0]
+            state[name][o_row, o_position % state[name].shape[1]] = x[0, is_kept]
         o_BTHK = self.attend(q, self.probe(x_BTD, rope), k, v, cu_seqlens, max_seqlen)
         return self.wo(o_BTHK.flatten(2))
 
@@ -75,45 +78,65 @@ class KeyValueAttention(HeadProjections):
         """See Attention.extend; more than 64 tokens at once wait for the device."""
         q, k, v = self.project(x_BTD, rope)
         r = self.probe(x_BTD, rope)
-        batch, num_tokens = x_BTD.shape[:2]
-        o_row = torch.arange(batch, device=x_BTD.device)[:, None]
-        o_token = lengths_B[:, None] + torch.arange(num_tokens, device=x_BTD.device)
-        for name, x in (("k", k), ("v", v)):
-            state[name].index_put_((o_row, o_token), x)
+        num_tokens, capacity = x_BTD.shape[1], state["k"].shape[1]
         if num_tokens > _LONGEST_IN_PIECES:
-            o_BTHK = self._attend_to_all(q, r, state, lengths_B)
-        else:
-            pieces = []
-            for start in range(0, num_tokens, _PIECE_TOKENS):
-                stop = min(start + _PIECE_TOKENS, num_tokens)
-                r_piece = None if r is None else r[:, start:stop]
-                pieces.append(self.attend_cached(q[:, start:stop], r_piece, state, lengths_B + stop))
-            o_BTHK = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+            o_BTHK = self._attend_to_all(q, r, k, v, state, lengths_B)
+            self._write(k[:, -capacity:], v[:, -capacity:], state, lengths_B + max(num_tokens - capacity, 0))
+            return self.wo(o_BTHK.flatten(2))
+        # with a window every token takes a place that the token before it still needed
+        size = _PIECE_TOKENS if self.window_size is None else 1
+        pieces = []
+        for start in range(0, num_tokens, size):
+            piece = slice(start, min(start + size, num_tokens))
+            self._write(k[:, piece], v[:, piece], state, lengths_B + start)
+            num_keys_B = (lengths_B + piece.stop).clamp(max=capacity)
+            r_piece = None if r is None else r[:, piece]
+            pieces.append(self.attend_cached(q[:, piece], r_piece, state, num_keys_B))
+        o_BTHK = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
         return self.wo(o_BTHK.flatten(2))
 
+    def _write(
+        self, k_BTGK: torch.Tensor, v_BTGK: torch.Tensor, state: State, lengths_B: torch.Tensor
+    ) -> None:
+        o_row = torch.arange(k_BTGK.shape[0], device=k_BTGK.device)[:, None]
+        o_token = lengths_B[:, None] + torch.arange(k_BTGK.shape[1], device=k_BTGK.device)
+        for name, x in (("k", k_BTGK), ("v", v_BTGK)):
+            state[name].index_put_((o_row, o_token % state[name].shape[1]), x)
+
     def _attend_to_all(
-        self, q_BTHK: torch.Tensor, r_BTHK: torch.Tensor | None, state: State, lengths_B: torch.Tensor
+        self,
+        q_BTHK: torch.Tensor,
+        r_BTHK: torch.Tensor | None,
+        k_BTGK: torch.Tensor,
+        v_BTGK: torch.Tensor,
+        state: State,
+        lengths_B: torch.Tensor,
     ) -> torch.Tensor:
         """The training forward over past and new tokens, packed; the past's queries are zeros."""
-        num_new, lengths = q_BTHK.shape[1], (lengths_B + q_BTHK.shape[1]).tolist()
-        bounds = torch.tensor([0, *lengths]).cumsum(0)
+        num_new, capacity = q_BTHK.shape[1], state["k"].shape[1]
+        pasts = [
+            torch.arange(max(0, length - capacity), length, device=q_BTHK.device) % capacity
+            for length in lengths_B.tolist()
+        ]
+        stops = torch.tensor([len(past) + num_new for past in pasts]).cumsum(0).tolist()
 
-        def packed(x: torch.Tensor) -> torch.Tensor:
-            return torch.cat([row[:length] for row, length in zip(x, lengths, strict=True)]).unsqueeze(0)
+        def joined(x_BTGK: torch.Tensor, name: str) -> torch.Tensor:
+            rows = [part for row, past in enumerate(pasts) for part in (state[name][row, past], x_BTGK[row])]
+            return torch.cat(rows).unsqueeze(0)
 
         def placed(x_BTHK: torch.Tensor) -> torch.Tensor:
-            out = x_BTHK.new_zeros(1, int(bounds[-1]), *x_BTHK.shape[2:])
-            for row, stop in zip(x_BTHK, bounds[1:].tolist(), strict=True):
+            out = x_BTHK.new_zeros(1, stops[-1], *x_BTHK.shape[2:])
+            for row, stop in zip(x_BTHK, stops, strict=True):
                 out[0, stop - num_new : stop] = row
             return out
 
         r = None if r_BTHK is None else placed(r_BTHK)
-        cu_seqlens = bounds.to(q_BTHK.device, torch.int32)
-        o_BTHK = self.attend(
-            placed(q_BTHK), r, packed(state["k"]), packed(state["v"]), cu_seqlens, max(lengths)
-        )
-        return torch.stack([o_BTHK[0, stop - num_new : stop] for stop in bounds[1:].tolist()])
+        cu_seqlens = torch.tensor([0, *stops], device=q_BTHK.device, dtype=torch.int32)
+        k, v = joined(k_BTGK, "k"), joined(v_BTGK, "v")
+        o_BTHK = self.attend(placed(q_BTHK), r, k, v, cu_seqlens, max(map(len, pasts)) + num_new)
+        return torch.stack([o_BTHK[0, stop - num_new : stop] for stop in stops])
 
     def num_cache_elements(self, seq_len: int) -> int:
-        """See Attention.num_cache_elements: keys and values of all tokens, also with a window."""
-        return 2 * self.size.num_kv_heads * self.size.head_dim * seq_len
+        """See Attention.num_cache_elements: keys and values, no more than the window has."""
+        num_keys = seq_len if self.window_size is None else min(seq_len, self.window_size)
+        return 2 * self.size.num_kv_heads * self.size.head_dim * num_keys

@@ -51,7 +51,7 @@ class LocalLinearAttention(KeyValueAttention):
         )
 
     def attend_cached(
-        self, q_BTHK: torch.Tensor, r_BTHK: torch.Tensor | None, state: State, lengths_B: torch.Tensor
+        self, q_BTHK: torch.Tensor, r_BTHK: torch.Tensor | None, state: State, num_keys_B: torch.Tensor
     ) -> torch.Tensor:
         """See KeyValueAttention.attend_cached; by conjugate gradients, which are exact after K iterations."""
         config = self.config
@@ -59,9 +59,8 @@ class LocalLinearAttention(KeyValueAttention):
             q_BTHK,
             state["k"],
             state["v"],
-            cache_seqlens=lengths_B,
+            cache_seqlens=num_keys_B,
             ridge=config.ridge,
-            window_size=self.window_size,
             num_iterations=config.num_iterations if config.solver == "cg" else self.size.head_dim,
         )
 

@@ -193,10 +193,11 @@ def tile_of(
 ) -> DecodeTile:
     """Return how a call is cut: by its size and the device's, never by the sequences' lengths.
 
-    Of all numbers of splits the one whose programs are done first, by a model of what was measured on an H100
-    (notes in `benchmarks/tune_decode.py`): two programs run on a multiprocessor; nine tenths of the
-    multiprocessors with one program each read as fast as memory allows, fewer in proportion; splits cost the
-    time of reading 64 keys by every multiprocessor, and 5%.
+    Of all numbers of splits the one whose programs are done first, by a model of what
+    `benchmarks/tune_decode.py` measured on an H100: two programs run on a multiprocessor; 0.7 of the
+    multiprocessors with one program each read as fast as memory allows, fewer in proportion; splits cost 5%,
+    and the time of reading 64 keys by every multiprocessor. A program that has its multiprocessor to itself
+    keeps one tile more in flight.
 
     Args:
         num_pairs: Batch times kv heads.
@@ -205,7 +206,7 @@ def tile_of(
         head_dim: Head width K.
         num_multiprocessors: Of the device.
     """
-    enough = 0.9 * num_multiprocessors
+    enough = 0.7 * num_multiprocessors
 
     def cost(num_splits: int) -> float:
         num_full, num_last = divmod(num_pairs * num_splits, 2 * num_multiprocessors)
@@ -219,7 +220,9 @@ def tile_of(
     candidates = [n for n in SPLITS if n == 1 or n * 64 <= capacity]
     # as many bytes in flight for narrow heads as for wide ones; many rows need the registers themselves
     block_s = 64 * 128 // head_dim if num_rows <= 16 else 32
-    return DecodeTile(min(candidates, key=cost), block_s, 8 if num_rows > 64 else 4, 3)
+    num_splits = min(candidates, key=cost)
+    num_stages = 4 if num_pairs * num_splits <= num_multiprocessors and num_rows <= 16 else 3
+    return DecodeTile(num_splits, block_s, 8 if num_rows > 64 else 4, num_stages)
 
 
 def refusal(q: Tensor, k_cache: Tensor) -> str | None:

@@ -48,7 +48,7 @@ def build(attention: AttentionConfig) -> Qwen3:
     ids=lambda a: str(a).split("(", 1)[1][:40],
 )
 def test_generation_equals_the_full_forward(
-    attention: AttentionConfig, monkeypatch: pytest.MonkeyPatch
+    attention: AttentionConfig, monkeypatch: pytest.MonkeyPatch, little_tuning: None
 ) -> None:
     model = build(attention)
     results = generate(model, PROMPTS, max_new_tokens=40)

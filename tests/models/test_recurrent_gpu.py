@@ -52,7 +52,7 @@ configs = pytest.mark.parametrize("attention", CONFIGS, ids=lambda a: a.kind)
 
 
 @pytest.fixture(autouse=True)
-def _needs_fla() -> None:
+def _needs_fla(little_tuning: None) -> None:
     pytest.importorskip("fla")
 
 

