@@ -142,14 +142,14 @@ def extend(
         What the head takes, `[B, T, D]`: `model.output(x, None)` gives the logits.
     """
     num_tokens = tokens_BT.shape[1]
-    rope = _rope(model, cache.lengths_B[:, None] + torch.arange(num_tokens, device=tokens_BT.device))
+    cache.lengths_B.add_(num_tokens)
+    last = torch.arange(-num_tokens, 0, device=tokens_BT.device)
+    rope = _rope(model, cache.lengths_B[:, None] + last)
 
     def layer_with_rope(block: Block, x_BTD: torch.Tensor, state: State) -> torch.Tensor:
         return layer(block, x_BTD, rope, state, cache.lengths_B)
 
-    x_BTD = _through(model, tokens_BT, cache, layer_with_rope)
-    cache.lengths_B.add_(num_tokens)
-    return x_BTD
+    return _through(model, tokens_BT, cache, layer_with_rope)
 
 
 def _rope(model: Qwen3, positions: torch.Tensor) -> Rope:

@@ -61,10 +61,10 @@ class ValueAverage(Attention):
     def extend(self, x_BTD: torch.Tensor, rope: Rope, state: State, lengths_B: torch.Tensor) -> torch.Tensor:
         """See Attention.extend."""
         v_BTGK = self.wv(x_BTD).unflatten(-1, (-1, self.size.head_dim))
-        outputs = []
-        for index in range(x_BTD.shape[1]):
+        outputs, num_tokens = [], x_BTD.shape[1]
+        for index in range(num_tokens):
             add_keys(state, None, v_BTGK[:, index : index + 1])
-            outputs.append(state["v"] / (lengths_B + index + 1)[:, None, None])
+            outputs.append(state["v"] / (lengths_B - num_tokens + index + 1)[:, None, None])
         return self.wo(torch.stack(outputs, 1).to(x_BTD.dtype).flatten(2))
 
     def num_flops_per_token(self, seq_len: int) -> float:
@@ -121,10 +121,10 @@ class _StateAttention(HeadProjections):
     def extend(self, x_BTD: torch.Tensor, rope: Rope, state: State, lengths_B: torch.Tensor) -> torch.Tensor:
         """See Attention.extend."""
         q, k, v = self.project(x_BTD, rope)
-        outputs = []
-        for index in range(x_BTD.shape[1]):
+        outputs, num_tokens = [], x_BTD.shape[1]
+        for index in range(num_tokens):
             add_keys(state, k[:, index : index + 1], v[:, index : index + 1])
-            outputs.append(self.attend_sums(state, lengths_B + index + 1, q[:, index]))
+            outputs.append(self.attend_sums(state, lengths_B - num_tokens + index + 1, q[:, index]))
         return self.wo(torch.stack(outputs, 1).to(x_BTD.dtype).flatten(2))
 
     def causal_product_flops_per_token(self, num_products: int, seq_len: int) -> float:

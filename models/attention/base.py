@@ -87,9 +87,9 @@ class Attention(nn.Module, ABC):
 
         Args:
             x_BTD: Normalised input of the new tokens `[B, T, D]`.
-            rope: Rotary embedding of their positions, lengths_B and following.
-            state: From new_state; lengths_B + T must not exceed its max_seqlen.
-            lengths_B: Tokens that the state holds of each sequence, int32.
+            rope: Rotary embedding of their positions, the last T of the sequences.
+            state: From new_state; lengths_B must not exceed its max_seqlen.
+            lengths_B: Tokens of each sequence, the new ones included, int32.
 
         Returns:
             What is added to the residual stream, `[B, T, D]`.

@@ -81,15 +81,17 @@ class KeyValueAttention(HeadProjections):
         num_tokens, capacity = x_BTD.shape[1], state["k"].shape[1]
         if num_tokens > _LONGEST_IN_PIECES:
             o_BTHK = self._attend_to_all(q, r, k, v, state, lengths_B)
-            self._write(k[:, -capacity:], v[:, -capacity:], state, lengths_B + max(num_tokens - capacity, 0))
+            self._write(k[:, -capacity:], v[:, -capacity:], state, lengths_B)
             return self.wo(o_BTHK.flatten(2))
         # with a window every token takes a place that the token before it still needed
         size = _PIECE_TOKENS if self.window_size is None else 1
         pieces = []
         for start in range(0, num_tokens, size):
             piece = slice(start, min(start + size, num_tokens))
-            self._write(k[:, piece], v[:, piece], state, lengths_B + start)
-            num_keys_B = (lengths_B + piece.stop).clamp(max=capacity)
+            # the last piece, mostly the only one, has the lengths that all layers share: no kernel for them
+            so_far_B = lengths_B if piece.stop == num_tokens else lengths_B - (num_tokens - piece.stop)
+            self._write(k[:, piece], v[:, piece], state, so_far_B)
+            num_keys_B = so_far_B if self.window_size is None else so_far_B.clamp(max=capacity)
             r_piece = None if r is None else r[:, piece]
             pieces.append(self.attend_cached(q[:, piece], r_piece, state, num_keys_B))
         o_BTHK = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
@@ -98,8 +100,9 @@ class KeyValueAttention(HeadProjections):
     def _write(
         self, k_BTGK: torch.Tensor, v_BTGK: torch.Tensor, state: State, lengths_B: torch.Tensor
     ) -> None:
+        """Put keys and values where the last tokens of lengths_B belong."""
         o_row = torch.arange(k_BTGK.shape[0], device=k_BTGK.device)[:, None]
-        o_token = lengths_B[:, None] + torch.arange(k_BTGK.shape[1], device=k_BTGK.device)
+        o_token = lengths_B[:, None] + torch.arange(-k_BTGK.shape[1], 0, device=k_BTGK.device)
         for name, x in (("k", k_BTGK), ("v", v_BTGK)):
             state[name].index_put_((o_row, o_token % state[name].shape[1]), x)
 
@@ -116,7 +119,7 @@ class KeyValueAttention(HeadProjections):
         num_new, capacity = q_BTHK.shape[1], state["k"].shape[1]
         pasts = [
             torch.arange(max(0, length - capacity), length, device=q_BTHK.device) % capacity
-            for length in lengths_B.tolist()
+            for length in (lengths_B - num_new).tolist()
         ]
         stops = torch.tensor([len(past) + num_new for past in pasts]).cumsum(0).tolist()
 
