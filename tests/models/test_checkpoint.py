@@ -1,13 +1,14 @@
 """Models from run folders: what a run saved is what is loaded, and what cannot be loaded is named."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
 from models.checkpoint import find_checkpoint, load_model, load_weights
-from models.config import ModelConfig, ParallaxConfig, SoftmaxConfig
+from models.config import AttentionConfig, ModelConfig, ParallaxConfig
 from models.config_table import to_table, to_toml
 from models.init import init_weights
 from models.qwen3 import Qwen3
@@ -23,10 +24,8 @@ def save_run(folder: Path, config: ModelConfig, step: int = 3, seed: int = 0) ->
     return model
 
 
-@pytest.mark.parametrize(
-    "attention", [SoftmaxConfig(window_size=4), ParallaxConfig(gate="head", num_plain_layers=1)]
-)
-def test_a_saved_model_computes_the_same(tmp_path: Path, attention: SoftmaxConfig | ParallaxConfig) -> None:
+@pytest.mark.parametrize("attention", [each() for each in get_args(AttentionConfig)], ids=lambda a: a.kind)
+def test_a_saved_model_computes_the_same(tmp_path: Path, attention: AttentionConfig) -> None:
     config = ModelConfig(size="debug", vocab_size=50, attention=attention)
     model = save_run(tmp_path, config)
     loaded = load_model(tmp_path)
