@@ -1,11 +1,19 @@
 """One decoding step of a batch: new tokens in, the tokens after them out; on a GPU a CUDA graph."""
 
+import functools
+
 import torch
 
 from models.attention.base import Attention
 from models.cache import Cache, extend, extend_block
 from models.qwen3 import Qwen3
 from models.sampling import Sampling, choose
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for the process: libraries keep a workspace for every stream that they have seen."""
+    return torch.cuda.Stream(device)
 
 
 class DecodeStep:
@@ -74,18 +82,19 @@ class DecodeStep:
 
     def _compute(self) -> None:
         x_BTD = extend(self._model, self._tokens_B1, self._cache, self._layer)
-        self.start(self._model.output(x_BTD[:, -1], None))
+        self.start(self._model.output.logits(x_BTD[:, -1]))
 
     @torch.no_grad()
     def _capture(self) -> None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        stream = _side_stream(self._tokens_B1.device)
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
         with torch.cuda.stream(stream):  # compiles kernels, and lets libraries allocate
             self._compute()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream(stream.device).wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         self._graph.register_generator_state(self._generator)
-        with torch.cuda.graph(self._graph):
+        # thread_local: a loader may pin memory in its own thread meanwhile
+        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
             self._compute()
         self._generator.manual_seed(self._sampling.seed)
         self._cache.reset()

@@ -88,22 +88,22 @@ def stream(
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    steps: dict[int, tuple[Cache, DecodeStep]] = {}
+    cache = step = None
     max_seqlen = -(-(max(map(len, prompts), default=0) + max_new_tokens) // 64) * 64
     # prompts of like length finish together, the longest first: what does not fit in memory fails at once
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     for first in range(0, len(order), batch_size):
         rows = order[first : first + batch_size]
-        if len(rows) not in steps:
+        if cache is None or step is None or len(rows) != len(cache.lengths_B):
+            cache = step = None  # frees the larger one before
             cache = Cache.new(model, len(rows), max_seqlen)
-            steps[len(rows)] = cache, DecodeStep(model, cache, sampling or Sampling(), compile_blocks)
-        cache, step = steps[len(rows)]
+            step = DecodeStep(model, cache, sampling or Sampling(), compile_blocks)
         cache.reset()
         device = cache.lengths_B.device
         bounds = torch.tensor([0, *(len(prompts[row]) for row in rows)]).cumsum(0).to(device, torch.int32)
         tokens_1T = torch.tensor([[token for row in rows for token in prompts[row]]], device=device)
         x_BD = prefill(model, tokens_1T, bounds, cache)[0, bounds[1:].long() - 1]
-        step.start(model.output(x_BD, None))
+        step.start(model.output.logits(x_BD))
         yield from _decode(step, rows, max_new_tokens, stop_ids, stop)
 
 
@@ -219,10 +219,15 @@ def main() -> None:
     sampling = Sampling(
         temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed
     )
+    if options.device.startswith("cuda"):
+        torch.cuda.set_device(options.device)
     dtype = _DTYPES[options.dtype or ("bfloat16" if options.device.startswith("cuda") else "float32")]
     model = load_model(checkpoint, device=options.device, dtype=dtype)
     prompts = options.prompt or [sys.stdin.read()]
-    ids = [tokenizer.encode(prompt).ids or ([] if end is None else [end]) for prompt in prompts]
+    ids = [
+        tokenizer.encode(prompt, add_special_tokens=False).ids or ([] if end is None else [end])
+        for prompt in prompts
+    ]
     texts = [TextStream(tokenizer, options.stop) for _ in prompts]
     whole = list(prompts)
     is_alone = len(prompts) == 1

@@ -24,23 +24,11 @@ def _decode(
         from parallax.kernels import decode as implementation
     else:
         implementation = eager_decode
-    implementation.decode(q, r, k_cache, v_cache, cache_seqlens, page_table, window_size, scale, out)
+    with torch.cuda.device_of(q):
+        implementation.decode(q, r, k_cache, v_cache, cache_seqlens, page_table, window_size, scale, out)
 
 
-@_decode.register_fake
-def _decode_fake(
-    q: Tensor,
-    r: Tensor | None,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cache_seqlens: Tensor,
-    page_table: Tensor | None,
-    window_size: int | None,
-    scale: float,
-    out: Tensor,
-    use_kernels: bool,
-) -> None:
-    return None
+_decode.register_fake(lambda *arguments: None)
 
 
 def parallax_decode(

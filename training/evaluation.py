@@ -6,7 +6,9 @@ rank, every rank gives them up, the failure goes on record, and training goes on
 """
 
 import contextlib
+import gc
 import math
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 
@@ -102,12 +104,13 @@ class Evaluator:
         is_due = step == self.run.training.last_step or (every is not None and step % every == 0)
         return bool(self.run.eval.tasks) and step > 0 and is_due
 
-    def __call__(self, step: int, tokens: int) -> HeldOutLoss | None:
+    def __call__(self, step: int, tokens: int, on_record: Collection[str] = ()) -> HeldOutLoss | None:
         """Evaluate what is due after a step; every result goes on record.
 
         Args:
             step: Optimizer steps taken.
             tokens: Tokens trained on.
+            on_record: Names of what the record of this step holds already, which is not made again.
 
         Returns:
             The held-out loss if it was due and the run has held-out text.
@@ -117,11 +120,13 @@ class Evaluator:
         """
         every, ends = self.run.eval.every, (0, self.run.training.last_step)
         is_due = step in ends or (every is not None and step % every == 0)
-        has_tasks, has_samples = self.tasks_are_due(step), is_due and bool(self.run.eval.sample_prompts)
-        if not (is_due or has_tasks):
+        has_loss = is_due and "validation_loss" not in on_record
+        has_samples = is_due and bool(self.run.eval.sample_prompts) and "samples" not in on_record
+        has_tasks = self.tasks_are_due(step) and "task_seconds" not in on_record
+        if not (has_loss or has_samples or has_tasks):
             return None
         progress = self.metrics.progress(tokens)
-        result = self._held_out(step, progress) if is_due else None
+        result = self._held_out(step, progress) if has_loss else None
         if has_tasks or has_samples:
             self._evaluate_copy(step, progress, has_samples=has_samples, has_tasks=has_tasks)
         self.metrics.restart_clock()
@@ -179,6 +184,8 @@ class Evaluator:
                     self._record_failure(step, f"eval.{name}", error, progress)
 
     def _record_failure(self, step: int, name: str, error: EvaluationError, progress: Record) -> None:
+        # a traceback may hold the model's copy in a cycle, and in training the collector runs rarely
+        gc.collect()
         self.metrics.record(step, {"eval_error": f"{name}: {error}", **progress})
         logger.info(f"step {step}  {name} failed; training goes on")
 
@@ -196,6 +203,8 @@ class Evaluator:
         with torch.device("meta"):
             model = Qwen3(self.run.model).to(getattr(torch, self.run.training.precision))
         model = model.to_empty(device=self.device)
+        # what gathering the largest weight takes besides: ranks must know before they gather that it is there
+        torch.empty(2 * max(p.numel() for p in model.parameters()), dtype=torch.float32, device=self.device)
         if self.run.model.tie_embeddings:  # to_empty has taken them apart
             weight = model.tok_embeddings.weight
             assert isinstance(weight, nn.Parameter)

@@ -72,6 +72,11 @@ class JsonlWriter:
         os.replace(temporary, self.path)
         self._file = self.path.open("a", encoding="utf-8")
 
+    def names_at(self, step: int) -> set[str]:
+        """What is on record for a step."""
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        return {name for record in map(json.loads, lines) if record["step"] == step for name in record}
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
@@ -118,6 +123,12 @@ class RunMetrics(MetricsProcessor):
         if self.jsonl is not None:
             self.jsonl.forget_after(step)
         self.restart_clock()
+
+    def names_at(self, step: int) -> set[str]:
+        """What is on record for a step, on every rank."""
+        names = [self.jsonl.names_at(step) if self.jsonl is not None else set()]
+        torch.distributed.broadcast_object_list(names)
+        return names[0]
 
     def restart_clock(self) -> None:
         """Begin a new interval of throughput; an evaluation or a checkpoint before it is no training."""

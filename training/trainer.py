@@ -170,17 +170,21 @@ class Trainer(TitanTrainer):
             for name, value in zip(("min", "median", "max"), spread, strict=True)
         }
 
-    def _load(self) -> None:
-        """Continue from the newest checkpoint here, else start from another's state, or from its weights."""
+    def _load(self) -> bool:
+        """Continue from the newest checkpoint here, else start from another's state, or from its weights.
+
+        Returns:
+            Whether there was one here.
+        """
         source, weights = self.run.checkpoint.start_from, self.run.checkpoint.initial_weights
         if self.checkpointer.load(step=-1):
-            return
+            return True
         if weights is not None:
             checkpoint = find_checkpoint(Path(weights))
             load_weights(self.model, checkpoint)
             logger.info(f"starting with the weights of {checkpoint}")
         if source is None:
-            return
+            return False
         # torchtitan's initial_load_path does nothing where a checkpoint folder exists, even one without any
         states = self.checkpointer._states_to_load(model_only=False)
         self.checkpointer.dcp_load(states, checkpoint_id=source, from_hf=False, from_quantized=False)
@@ -193,22 +197,28 @@ class Trainer(TitanTrainer):
             for warning in branch_warnings(self.run):
                 logger.warning(warning)
         logger.info(f"starting from {source}")
+        return False
 
     def train(self) -> None:
         """Train from the newest checkpoint in the run folder, or from the start, to the end or a signal."""
         self.stop.install()
-        self._load()
+        is_resumed = self._load()
         if dist.get_rank() == 0:
             remove_partial_checkpoints(self.run)
             write_config(self.run)
+        if self.step > 0:
+            self.metrics.resume(self.step)
+        if is_resumed:
+            # a launch that ended between a checkpoint and its evaluation left that to this one
+            self.evaluate(self.step, self.tokens, self.metrics.names_at(self.step))
         if self.step >= self.run.training.last_step:
             logger.info(
                 f"{self.run.run.folder} has finished at step {self.step}; raise training.steps or "
                 "training.stop_at_step to go on, or give another run.folder"
             )
             return
-        # an evaluation at step 0 is made again
-        self.metrics.resume(self.step or -1)
+        if self.step == 0:
+            self.metrics.resume(-1)  # an evaluation at step 0 is made again
         num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self.metrics.record_launch(
             self.step, num_parameters=num_parameters, tokenizer_fingerprint=self.tokenizer_fingerprint

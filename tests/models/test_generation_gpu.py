@@ -64,3 +64,27 @@ def test_generation_equals_the_full_forward(
         if isinstance(module, Attention):
             monkeypatch.setattr(module, "extends_in_graph", False, raising=False)
     assert generate(model, PROMPTS, max_new_tokens=40) == results
+
+
+@pytest.mark.parametrize("compile_blocks", [False, True], ids=["eager", "compiled"])
+def test_sampling_in_a_graph_repeats_by_its_seed_over_several_batches(compile_blocks: bool) -> None:
+    model = build(ParallaxConfig())
+    first, again, other = (
+        generate(
+            model,
+            [*PROMPTS, *PROMPTS],  # twice the same batch: the second reuses cache and graph
+            max_new_tokens=20,
+            temperature=1.0,
+            top_p=0.9,
+            seed=seed,
+            batch_size=3,
+            compile_blocks=compile_blocks,
+        )
+        for seed in (0, 0, 1)
+    )
+    assert first == again
+    assert first != other
+    greedy = generate(
+        model, [*PROMPTS, *PROMPTS], max_new_tokens=20, batch_size=3, compile_blocks=compile_blocks
+    )
+    assert greedy[:3] == greedy[3:]

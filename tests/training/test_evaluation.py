@@ -193,3 +193,21 @@ def test_tasks_that_cannot_be_evaluated_are_refused_before_training(
 def test_keys_that_mean_nothing_are_refused(words: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EvalConfig(**words)  # pyrefly: ignore [bad-argument-type]
+
+
+def test_an_evaluation_that_a_kill_cut_off_is_made_by_the_next_launch(corpus: Path, tmp_path: Path) -> None:
+    words = ("--eval.every", "1", "--eval.sample_prompts", '["the model"]', "--eval.sample_tokens", "3")
+    train("debug_parallax_muon", corpus, tmp_path, *EXACT, *words, "--training.stop_at_step", "2", ranks=1)
+    file = tmp_path / "metrics.jsonl"
+    lines = file.read_text().splitlines()
+    cut = [line for line in lines if not (json.loads(line)["step"] == 2 and "validation_loss" in line)]
+    assert len(cut) == len(lines) - 1
+    file.write_text("\n".join(cut) + "\n")
+    train("debug_parallax_muon", corpus, tmp_path, *EXACT, *words, "--training.stop_at_step", "2", ranks=1)
+    again = records(tmp_path)
+    assert again[:-1] == [json.loads(line) for line in cut]
+    (lost,) = (json.loads(line) for line in lines if line not in cut)
+    assert again[-1] == lost
+    # and once it is on record, not again
+    train("debug_parallax_muon", corpus, tmp_path, *EXACT, *words, "--training.stop_at_step", "2", ranks=1)
+    assert records(tmp_path) == again
