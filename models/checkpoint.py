@@ -1,6 +1,8 @@
 """A model from a run folder: its saved [model] table, and the weights of one of its checkpoints."""
 
+import pickle
 import tomllib
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -10,6 +12,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from models.config import AttentionConfig, ModelConfig
@@ -109,12 +112,17 @@ def load_tensors(weights: dict[str, torch.Tensor], checkpoint: Path) -> None:
         checkpoint: From find_checkpoint.
 
     Raises:
-        ValueError: As in load_weights.
+        ValueError: As in load_weights, or a file of it cannot be read.
     """
     check_tensors({name: weight.shape for name, weight in weights.items()}, checkpoint)
-    with torch.no_grad():
-        reader = FileSystemReader(checkpoint)
-        dcp.load(weights, storage_reader=reader, no_dist=not dist.is_initialized())
+    reader = FileSystemReader(checkpoint)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is what is meant
+        try:
+            dcp.load(weights, storage_reader=reader, no_dist=not dist.is_initialized())
+        except (EOFError, pickle.UnpicklingError, CheckpointException) as error:
+            reason = str(error).strip().splitlines()[-1:]
+            raise ValueError(f"{checkpoint} cannot be read, it may be damaged: {reason}") from error
 
 
 def check_tensors(shapes: Mapping[str, torch.Size], checkpoint: Path) -> None:

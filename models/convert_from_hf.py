@@ -60,7 +60,7 @@ def convert_from_hf(
 
     Args:
         source: Folder with config.json (Qwen3ForCausalLM, or what convert_to_hf writes) and safetensors.
-        out: The run folder; what it already holds other than a config.toml is left alone.
+        out: The run folder; it may exist, but hold neither a config.toml nor checkpoints.
         attention: "parallax" to give a softmax model a probe; None for what the folder has.
         dtype: Of the written weights; training loads any into fp32.
         seed: Seed of W_R.
@@ -72,7 +72,7 @@ def convert_from_hf(
         ValueError: config.json is another architecture's or has fields that we cannot represent, tensors are
             missing, unexpected, or of other shapes or dtypes, or out is taken; names all that is wrong.
     """
-    if (out / "config.toml").exists():
+    if (out / "config.toml").exists() or any((out / "checkpoint").glob("step-*")):
         raise ValueError(f"{out} already holds a run; give --out another folder")
     config_path = source / "config.json"
     if not config_path.is_file():

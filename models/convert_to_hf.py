@@ -59,7 +59,9 @@ def convert_to_hf(
     eos: int | None = None
     if text is not None:
         end = data.get("end_of_document", _END_OF_DOCUMENT)
-        eos, pad = give_tokenizer(text, out, end_of_document=end, num_positions=num_positions)
+        eos, pad = give_tokenizer(
+            text, out, end_of_document=end, num_positions=num_positions, vocab_size=config.vocab_size
+        )
         _write_json(out / "generation_config.json", {"eos_token_id": eos, "pad_token_id": pad})
     files = _write_weights(checkpoint, shapes, getattr(torch, dtype), out, shard_bytes)
     if isinstance(config.attention, ParallaxConfig):

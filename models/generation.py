@@ -16,9 +16,9 @@ import torch
 from tokenizers import Tokenizer
 
 from models.cache import Cache, prefill
-from models.checkpoint import find_checkpoint, load_model, run_table
+from models.checkpoint import find_checkpoint, load_model, model_config, run_table
 from models.decode_step import DecodeStep
-from models.hf_tokenizer import find_tokenizer
+from models.hf_tokenizer import check_ids, find_tokenizer
 from models.qwen3 import Qwen3
 from models.sampling import Sampling
 from models.text_stream import TextStream, stop_at
@@ -192,8 +192,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="a run folder, or one of its checkpoints"
     )
-    parser.add_argument("--prompt", action="append", help="may be given several times; none reads stdin")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--prompt", action="append", help="repeatable; none reads stdin")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="128 by default")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 for greedy (default)")
     parser.add_argument("--top-k", type=int)
     parser.add_argument("--top-p", type=float)
@@ -206,28 +206,42 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
-    """Run the command line."""
-    options = _parser().parse_args()
+def _load(options: argparse.Namespace) -> tuple[Qwen3, Tokenizer, int]:
+    """The model, its tokenizer and the token that ends a document."""
     checkpoint = find_checkpoint(options.checkpoint)
-    data = run_table(checkpoint).get("data", {})
+    table = run_table(checkpoint)
+    data = table.get("data", {})
     file = find_tokenizer(checkpoint.parent.parent, data, options.tokenizer)
     if file is None:
         raise ValueError(f"{checkpoint} names no tokenizer; give --tokenizer")
     tokenizer = Tokenizer.from_file(str(file / "tokenizer.json" if file.is_dir() else file))
-    end = tokenizer.token_to_id(data.get("end_of_document", "<|endoftext|>"))
+    check_ids(tokenizer, str(file), model_config(table["model"]).vocab_size)
+    end_of_document = data.get("end_of_document", "<|endoftext|>")
+    end = tokenizer.token_to_id(end_of_document)
+    if end is None:
+        raise ValueError(f"{file} has no token {end_of_document!r}, which ends a document of this run")
+    is_on_gpu = options.device.startswith("cuda")
+    if is_on_gpu and not torch.cuda.is_available():
+        raise ValueError(f"--device is {options.device}, but there is no CUDA device here; give cpu")
+    if is_on_gpu:
+        torch.cuda.set_device(options.device)
+    dtype = _DTYPES[options.dtype or ("bfloat16" if is_on_gpu else "float32")]
+    return load_model(checkpoint, device=options.device, dtype=dtype), tokenizer, end
+
+
+def main() -> None:
+    """Run the command line."""
+    options = _parser().parse_args()
+    if options.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens must be at least 1, got {options.max_new_tokens}")
     sampling = Sampling(
         temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed
     )
-    if options.device.startswith("cuda"):
-        torch.cuda.set_device(options.device)
-    dtype = _DTYPES[options.dtype or ("bfloat16" if options.device.startswith("cuda") else "float32")]
-    model = load_model(checkpoint, device=options.device, dtype=dtype)
-    prompts = options.prompt or [sys.stdin.read()]
-    ids = [
-        tokenizer.encode(prompt, add_special_tokens=False).ids or ([] if end is None else [end])
-        for prompt in prompts
-    ]
+    model, tokenizer, end = _load(options)
+    stop = stop_at(tokenizer, options.stop)
+    # a shell ends what it pipes with a newline, which nobody means to be continued
+    prompts = options.prompt or [sys.stdin.read().removesuffix("\n")]
+    ids = [tokenizer.encode(prompt, add_special_tokens=False).ids or [end] for prompt in prompts]
     texts = [TextStream(tokenizer, options.stop) for _ in prompts]
     whole = list(prompts)
     is_alone = len(prompts) == 1
@@ -238,8 +252,8 @@ def main() -> None:
         ids,
         max_new_tokens=options.max_new_tokens,
         sampling=sampling,
-        stop_ids=() if end is None else (end,),
-        stop=stop_at(tokenizer, options.stop),
+        stop_ids=(end,),
+        stop=stop,
         compile_blocks=options.compile,
     ):
         first = first or time.perf_counter()

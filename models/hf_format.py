@@ -173,6 +173,8 @@ def from_config_json(table: Table) -> HuggingFaceConfig:
     problems += [f"{name} is missing" for name in needed]
     known = {*_FIXED, *_WITHOUT_EFFECT, *_READ, *(_PROBE_KEYS if kind == PARALLAX_TYPE else ())}
     problems += [f"{name} is not known here; remove it if it changes nothing" for name in {*table} - known]
+    if kind == PARALLAX_TYPE and window_size is not None:
+        problems.append("use_sliding_window is Qwen3's; a Parallax folder's window is window_size")
     if problems:
         raise ValueError(f"config.json says what this code cannot represent: {'; '.join(sorted(problems))}")
     size = ModelSize(**{field: table[name] for name, field in _DIMENSIONS.items()})

@@ -75,8 +75,27 @@ def find_tokenizer(run: Path, data: Table, given: Path | None) -> Path | None:
     )
 
 
+def check_ids(tokenizer: Tokenizer, name: str, vocab_size: int) -> None:
+    """Refuse a tokenizer whose ids a model has no rows for.
+
+    Args:
+        tokenizer: The tokenizer.
+        name: What the message calls it.
+        vocab_size: Rows of the model's embedding.
+
+    Raises:
+        ValueError: It has larger ids.
+    """
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
+    if largest >= vocab_size:
+        raise ValueError(
+            f"the model's vocab_size is {vocab_size}, but {name} has ids up to {largest}; give the tokenizer "
+            "that the model was trained with"
+        )
+
+
 def give_tokenizer(
-    source: Path, out: Path, *, end_of_document: str, num_positions: int | None
+    source: Path, out: Path, *, end_of_document: str, num_positions: int | None, vocab_size: int
 ) -> tuple[int, int]:
     """Write a Hugging Face folder's tokenizer.
 
@@ -85,15 +104,17 @@ def give_tokenizer(
         out: The Hugging Face folder.
         end_of_document: The token that ends a document, which becomes its eos_token.
         num_positions: Tokens of the rows that the model was trained on.
+        vocab_size: Rows of the model's embedding.
 
     Returns:
         The ids of its end and padding tokens.
 
     Raises:
-        ValueError: The tokenizer has no such token.
+        ValueError: The tokenizer has no such token, or ids that the model has no rows for.
     """
     file = source / _FILE if source.is_dir() else source
     tokenizer = Tokenizer.from_file(str(file))
+    check_ids(tokenizer, str(file), vocab_size)
     eos = tokenizer.token_to_id(end_of_document)
     if eos is None:
         raise ValueError(f"{file} has no token {end_of_document!r}, the run's data.end_of_document")

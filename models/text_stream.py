@@ -14,7 +14,12 @@ def stop_at(tokenizer: Tokenizer, strings: Sequence[str]) -> Callable[[int, list
 
     Returns:
         Takes the index of a prompt and its new tokens, each time a token has come.
+
+    Raises:
+        ValueError: A string is empty.
     """
+    if "" in strings:
+        raise ValueError("a stop string is empty; it would end every text at once")
     # a token has a byte at least; the one in which the string begins may have begun before
     longest = max((len(each.encode()) for each in strings), default=0) + 1
 

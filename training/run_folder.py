@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from data.tokenizer import END_OF_DOCUMENT, Tokenizer
 from models.checkpoint import find_checkpoint, run_table
 from models.config_table import Table, to_table, to_toml
 from models.qwen3 import Qwen3
@@ -33,14 +34,16 @@ def _defaults(config: Any) -> Table:
     return table
 
 
-def _differences(saved: Any, now: Any, defaults: Any, key: str) -> list[str]:
+def _differences(saved: Any, now: Any, defaults: Any, key: str, free: tuple[str, ...] = ()) -> list[str]:
     if isinstance(saved, dict) and isinstance(now, dict):
+        if saved.get("kind", now.get("kind")) != now.get("kind"):
+            return [f"{key}.kind is {saved['kind']!r} there and {now.get('kind')!r} here"]
         below = defaults if isinstance(defaults, dict) else {}
         return [
             line
-            for name in sorted({*saved, *now} - {*_FREE_MODEL_KEYS})
+            for name in sorted({*saved, *now} - {*free})
             for line in _differences(
-                saved.get(name, below.get(name)), now.get(name), below.get(name), f"{key}.{name}"
+                saved.get(name, below.get(name)), now.get(name), below.get(name), f"{key}.{name}", free
             )
         ]
     return [] if saved == now else [f"{key} is {saved!r} there and {now!r} here"]
@@ -78,7 +81,9 @@ def saved_config(folder: Path) -> Table | None:
 
 
 def _check_model(run: RunConfig, saved: Table, folder: Path, remedy: str) -> None:
-    differences = _differences(saved["model"], to_table(run.model), _defaults(run.model), "model")
+    differences = _differences(
+        saved["model"], to_table(run.model), _defaults(run.model), "model", _FREE_MODEL_KEYS
+    )
     if differences:
         raise ValueError(
             f"{folder} holds checkpoints of another architecture: {'; '.join(differences)}. "
@@ -162,3 +167,27 @@ def remove_partial_checkpoints(run: RunConfig) -> None:
     for path in (Path(run.run.folder) / "checkpoint").glob("step-*"):
         if not (path / ".metadata").exists():
             shutil.rmtree(path)
+
+
+def other_tokenizer(checkpoint: Path, fingerprint: str) -> str | None:
+    """A warning where the weights of a checkpoint belong to another tokenizer, None where they do not.
+
+    Args:
+        checkpoint: Of any run, or converted.
+        fingerprint: Of the tokenizer that goes on with its weights.
+    """
+    data = run_table(checkpoint).get("data", {})
+    if "tokenizer" not in data:
+        return None
+    end = data.get("end_of_document", END_OF_DOCUMENT)
+    try:
+        theirs = Tokenizer.load(data["tokenizer"], end_of_document=end)
+    except ValueError as error:
+        return f"{checkpoint} names a tokenizer that cannot be compared with this run's: {error}"
+    if theirs.fingerprint == fingerprint:
+        return None
+    return (
+        f"the weights of {checkpoint} were trained with the tokenizer {data['tokenizer']}, this run has "
+        "another: every row of the embedding means another token; set data.tokenizer to that one unless you "
+        "mean it"
+    )

@@ -20,8 +20,9 @@ from torchtitan.train import Trainer as TitanTrainer
 
 from data.titan import TitanLoader
 from data.tokenizer import Tokenizer
-from eval.perplexity import IGNORE_INDEX, HeldOutLoss
+from eval.perplexity import HeldOutLoss
 from models.checkpoint import find_checkpoint, load_weights
+from models.loss import IGNORE_INDEX
 from optimizers.titan import GroupedOptimizers, GroupedSchedule
 from training.branch import branch_warnings, checkpoint_step
 from training.evaluation import Evaluator, NonFiniteLossError
@@ -29,7 +30,7 @@ from training.job import MODEL_NAME, to_job_config
 from training.log import logger
 from training.metrics import RunMetrics
 from training.run_config import RunConfig
-from training.run_folder import remove_partial_checkpoints, write_config
+from training.run_folder import other_tokenizer, remove_partial_checkpoints, write_config
 from training.signals import StopRequest
 from training.spec import build_train_spec
 
@@ -183,6 +184,9 @@ class Trainer(TitanTrainer):
             checkpoint = find_checkpoint(Path(weights))
             load_weights(self.model, checkpoint)
             logger.info(f"starting with the weights of {checkpoint}")
+            warning = other_tokenizer(checkpoint, self.tokenizer_fingerprint)
+            if warning is not None:
+                logger.warning(warning)
         if source is None:
             return False
         # torchtitan's initial_load_path does nothing where a checkpoint folder exists, even one without any

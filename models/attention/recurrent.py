@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from models.attention.base import Attention, Rope, State, mean_visible_keys
 from models.recurrent.delta_rule import gated_delta_rule, gated_delta_rule_steps
+from models.recurrent.gradient_scale import with_gradients_of_usual_size
 from models.recurrent.mesa import mesa, mesa_steps
 from models.recurrent.short_convolution import last_inputs, short_convolution
 from models.recurrent.state_space import state_space, state_space_steps
@@ -98,13 +99,17 @@ def _fused_mesa(
     cu_seqlens: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    o, *states = _fla(q).chunk_mesa_net(
-        *(q, k, v, g, beta, ridge),
-        output_final_state=keep,
-        max_CG_iteration=num_iterations,
-        use_qk_l2norm_in_kernel=True,
-        cu_seqlens=cu_seqlens,
-    )
+    def attend(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return _fla(q).chunk_mesa_net(
+            *tensors,
+            output_final_state=keep,
+            max_CG_iteration=num_iterations,
+            use_qk_l2norm_in_kernel=True,
+            cu_seqlens=cu_seqlens,
+        )
+
+    # its backward has 1e-5 in denominators and gradients in fp16: those of a mean over a batch vanish in them
+    o, *states = with_gradients_of_usual_size(attend, q, k, v, g, beta, ridge)
     return o, tuple(states)
 
 

@@ -66,3 +66,11 @@ def test_what_cannot_be_loaded_is_named(tmp_path: Path) -> None:
     config.unlink()
     with pytest.raises(ValueError, match=r"config.toml is missing"):
         load_model(tmp_path)
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    save_run(tmp_path, ModelConfig(size="debug", vocab_size=50))
+    for file in (tmp_path / "checkpoint" / "step-3").glob("*.distcp"):
+        file.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"step-3 cannot be read, it may be damaged"):
+        load_model(tmp_path)

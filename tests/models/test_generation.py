@@ -153,8 +153,14 @@ def test_the_command_line_continues_a_prompt(tmp_path: Path, byte_tokenizer: Tok
     assert done.stdout.startswith(b"Hello")
     assert b"9 tokens; first after" in done.stderr
     assert b"tokens/s" in done.stderr
-    again = subprocess.run(command, input=b"Hello", **run)
+    again = subprocess.run(command, input=b"Hello\n", **run)
     assert again.stdout == done.stdout
-    missing = subprocess.run([*command[:4], str(tmp_path / "nowhere"), "--prompt", "a"], **run)
-    assert missing.returncode == 1
-    assert missing.stderr.startswith(b"error: ")
+    for words, message in (
+        (["--checkpoint", str(tmp_path / "nowhere")], b"nowhere is no checkpoint"),
+        (["--stop", ""], b"a stop string is empty"),
+    ):
+        wrong = subprocess.run([*command, *words, "--prompt", "a"], **run)
+        assert wrong.returncode == 1
+        assert wrong.stdout == b""
+        assert wrong.stderr.startswith(b"error: ")
+        assert message in wrong.stderr

@@ -88,3 +88,9 @@ def test_qwen3s_own_tokenizer_keeps_its_template_and_gets_the_runs_end(tmp_path:
     (tmp_path / "hf" / "config.json").write_text(json.dumps(table))
     convert_from_hf(tmp_path / "hf", tmp_path / "again")
     assert run_table(tmp_path / "again" / "checkpoint" / "step-0")["data"]["end_of_document"] == "<|im_end|>"
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(corpus: Path, tmp_path: Path) -> None:
+    save_run(tmp_path / "run", ModelConfig(size="debug", vocab_size=50))
+    with pytest.raises(ValueError, match=r"the model's vocab_size is 50, but .*tokenizer.json has ids up to"):
+        convert_to_hf(tmp_path / "run", tmp_path / "hf", tokenizer=corpus / "tokenizer.json")

@@ -86,14 +86,14 @@ def inputs(kind: str, width: int, dtype: torch.dtype, batch: int) -> dict[str, A
     return values
 
 
-def results(run: Any, values: dict[str, Any], double: bool = False) -> dict[str, Tensor]:
+def results(run: Any, values: dict[str, Any], double: bool = False, scale: float = 1.0) -> dict[str, Tensor]:
     """Output, states and the gradients of a weighted sum of the output."""
     leaves = {
         name: (x.double() if double else x).detach().clone().requires_grad_() if isinstance(x, Tensor) else x
         for name, x in values.items()
     }
     o, states = run(*leaves.values())
-    weight = torch.randn(o.shape, generator=torch.Generator("cuda").manual_seed(1), device="cuda")
+    weight = scale * torch.randn(o.shape, generator=torch.Generator("cuda").manual_seed(1), device="cuda")
     tensors = {name: x for name, x in leaves.items() if isinstance(x, Tensor)}
     gradients = torch.autograd.grad((o * weight.to(o.dtype)).sum(), list(tensors.values()))
     named = {f"d{name}": gradient for name, gradient in zip(tensors, gradients, strict=True)}
@@ -134,6 +134,26 @@ def test_kernels_equal_the_plain_code(kind: str, layout: str, width: int, dtype:
 
     truth = results(plain, values, double=True)
     assert_within_budget(results(fused, values), results(plain_in_bf16, values), truth)
+
+
+@pytest.mark.parametrize("kind", MECHANISMS)
+def test_gradients_of_a_mean_over_millions_of_tokens_are_as_exact(kind: str) -> None:
+    mechanism, documents = MECHANISMS[kind], bounds([63, 65, 272])
+    values, scale = inputs(kind, 64, torch.bfloat16, 1), 2.0**-22
+
+    def fused(*arguments: Any) -> Any:
+        return mechanism.fused(*arguments, cu_seqlens=documents, keep=False)[0], ()
+
+    def plain(*arguments: Any) -> Any:
+        return mechanism.plain(*arguments, cu_seqlens=documents)[0], ()
+
+    def plain_in_bf16(*arguments: Any) -> Any:
+        with torch.autocast("cuda", torch.bfloat16):
+            return plain(*arguments)
+
+    truth = results(plain, values, double=True, scale=scale)
+    ours = results(fused, values, scale=scale)
+    assert_within_budget(ours, results(plain_in_bf16, values, scale=scale), truth)
 
 
 def test_gated_delta_rule_of_256_wide_keys_equals_the_plain_code() -> None:

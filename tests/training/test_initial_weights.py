@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import tokenizers
 from safetensors.torch import save_file
 
 import config
+from data.tokenizer import Tokenizer
 from models.checkpoint import load_model
 from models.config import ModelConfig
 from models.convert_from_hf import convert_from_hf
@@ -20,7 +22,7 @@ from models.qwen3 import Qwen3
 from tests.training.launch import EXACT, ROOT, SMALL, losses, records, train
 from training.branch import check_branch
 from training.run_config import RunConfig
-from training.run_folder import check_folder, write_config
+from training.run_folder import check_folder, other_tokenizer, write_config
 
 WIDE = 0.1  # standard deviation: losses far from those of a fresh model
 
@@ -145,3 +147,20 @@ def test_folders_from_before_these_keys_and_patterns_still_fit(tmp_path: Path) -
     path.write_text(without_probe)
     with pytest.raises(ValueError, match=r"other optimizers: optimizer\.groups\.hidden\.parameters is"):
         check_folder(run)
+
+
+def test_weights_of_another_tokenizer_are_warned_of(tmp_path: Path) -> None:
+    paths = []
+    for index, word in enumerate(("one", "two")):
+        backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<|endoftext|>": 0, word: 1}))
+        paths.append(tmp_path / f"{index}.json")
+        backend.save(str(paths[-1]))
+    checkpoint = tmp_path / "run" / "checkpoint" / "step-0"
+    checkpoint.mkdir(parents=True)
+    config = checkpoint.parent.parent / "config.toml"
+    config.write_text(f'[data]\ntokenizer = "{paths[0]}"\n')
+    ours, other = (Tokenizer.load(path).fingerprint for path in paths)
+    assert other_tokenizer(checkpoint, ours) is None
+    assert "every row of the embedding means another token" in str(other_tokenizer(checkpoint, other))
+    config.write_text('[data]\ntokenizer = "gone.json"\n')
+    assert "cannot be compared" in str(other_tokenizer(checkpoint, ours))
