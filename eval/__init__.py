@@ -1,1 +1,1 @@
-"""Evaluation of a model: perplexity on held-out text."""
+"""What a model is worth: held-out loss, loss on text, downstream tasks; and the report that compares runs."""

@@ -89,20 +89,16 @@ def held_out_loss(run: RunRecord) -> float | None:
 
 
 def task_metric(run: RunRecord, task: str, metric: str) -> float | None:
-    """A task's metric after the last step, for the first task whose name begins so; None where there is none.
+    """A task's metric after the last step; None where there is none.
 
     Args:
         run: The run.
-        task: Beginning of a task's name, as "lambada"; "" for what is no task's, as mean_accuracy.
+        task: The task's name, as "lambada_openai"; "" for what is no task's, as mean_accuracy.
         metric: The metric's name.
     """
     if not run.tasks or run.tasks[-1]["step"] != run.last_step:
         return None
-    for key, value in sorted(run.tasks[-1].items()):
-        parts = key.split("/")
-        if parts[0] == "tasks" and parts[-1] == metric and "/".join(parts[1:-1]).startswith(task):
-            return value
-    return None
+    return run.tasks[-1].get(f"tasks/{task}/{metric}" if task else f"tasks/{metric}")
 
 
 def _row_key(run: RunRecord) -> str:
@@ -169,6 +165,12 @@ def _num_documents(run: RunRecord) -> dict[str, Any]:
     return {key: value for key, value in last.items() if key.endswith("/num_documents")}
 
 
+def _origin(run: RunRecord, key: str) -> str:
+    """Where a run's "tasks/<task>/num_documents" comes from."""
+    path = run.tasks[-1]["origins"].get(key.split("/")[1])
+    return "training" if path is None else path
+
+
 def _tokenizers(a: RunRecord, b: RunRecord) -> str | None:
     """How two tokenizers differ: by their vocabularies where both runs recorded them, else by their paths."""
     prints = [run.steps[-1].get("tokenizer_fingerprint") for run in (a, b)]
@@ -202,6 +204,8 @@ def incomparable(rows: Sequence[Row]) -> list[str]:
             a, b = one.get(key, "none"), two.get(key, "none")
             if a != b:
                 text = f"{key} is {a!r} in {first.folder.name} and {b!r} in {other.folder.name}"
+                if key in shared:
+                    text += f" (from {_origin(first, key)} and {_origin(other, key)})"
                 found.setdefault(key, text)
         text = _tokenizers(first, other)
         if text is not None:

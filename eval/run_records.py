@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from eval.task_results import ACCURACIES
+
 Record = dict[str, Any]
 
 
@@ -21,8 +23,10 @@ class RunRecord:
             the run recorded them, "seconds" (of training steps so far), "rank_seconds" (the same times ranks,
             None where those are unknown) and "flops" (None where unknown).
         held_out: Records of the held-out loss by step, with "tokens", "flops", "seconds" as in steps.
-        tasks: Records of task evaluations by step, as task_record gives them: from training, and in their
-            place from a results.json in the run folder or one below it.
+        tasks: Records of task evaluations by step, as task_record gives them: from training, and from a
+            results.json of the run's checkpoints in the run folder or one below it. Each task is that of the
+            most documents, of as many from results.json; "origins" holds task -> path of that file,
+            None for training.
         num_trunk_steps: How many of steps another run took, from which this one branched.
         notes: What a reader must know: damaged lines, missing parts.
     """
@@ -111,6 +115,12 @@ def task_record(results: Record) -> Record:
     return record | {name: value for name, value in means.items() if value is not None}
 
 
+def _wrote(folder: Path, checkpoint: Path) -> bool:
+    """Whether a run wrote a checkpoint; a run that was moved since is known by its name."""
+    run = checkpoint.parent.parent
+    return run.resolve() == folder.resolve() if run.exists() else run.name == folder.resolve().name
+
+
 def _read_results(folder: Path) -> tuple[list[Record], list[str]]:
     """What `python -m eval.downstream --out` wrote into a run folder or a folder in it, with notes."""
     records: list[Record] = []
@@ -118,11 +128,55 @@ def _read_results(folder: Path) -> tuple[list[Record], list[str]]:
     for path in sorted((*folder.glob("results.json"), *folder.glob("*/results.json"))):
         try:
             results = json.loads(path.read_text(encoding="utf-8"))
-            step = int(Path(results["checkpoint"]).name.removeprefix("step-"))
-            records.append({"step": step, **task_record(results)})
+            checkpoint = Path(results["checkpoint"])
+            step = int(checkpoint.name.removeprefix("step-"))
+            record = {"step": step, "path": str(path), **task_record(results)}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             notes.append(f"{path} is no result of eval.downstream ({error!r}) and was skipped")
+            continue
+        if _wrote(folder, checkpoint):
+            records.append(record)
+        else:
+            notes.append(f"{path} is of {checkpoint}, which is no checkpoint of {folder}, and was ignored")
     return records, notes
+
+
+def _by_task(record: Record) -> dict[str, Record]:
+    """A task record's items by task; those of no task, the means, under ""."""
+    tasks: dict[str, Record] = {}
+    for key, value in record.items():
+        if key.startswith("tasks/"):
+            tasks.setdefault(key.removeprefix("tasks/").rpartition("/")[0], {})[key] = value
+    return tasks
+
+
+def _num_documents(record: Record, task: str) -> int:
+    """Documents behind a task's values, 0 where unknown; behind the means, those of all of their tasks."""
+    return sum(record.get(f"tasks/{name}/num_documents", 0) for name in ((task,) if task else ACCURACIES))
+
+
+def _fullest_tasks(records: Iterable[Record]) -> list[Record]:
+    """Task records, one a step: of each task the values from the most documents, the last ones of equals."""
+    merged: dict[int, Record] = {}
+    most: dict[tuple[int, str], int] = {}
+    for record in records:
+        step, tasks = record["step"], _by_task(record)
+        if not tasks:
+            continue
+        facts = {key: value for key, value in record.items() if not key.startswith("tasks/")}
+        path = facts.pop("path", None)
+        found = merged.setdefault(step, {"origins": {}})
+        found.update(facts)
+        for task, values in tasks.items():
+            num = _num_documents(record, task)
+            if num < most.get((step, task), 0):
+                continue
+            most[step, task] = num
+            for key in _by_task(found).get(task, ()):
+                del found[key]
+            found.update(values)
+            found["origins"][task] = path
+    return [merged[step] for step in sorted(merged)]
 
 
 def _by_step(records: Iterable[Record], key: str) -> list[Record]:
@@ -204,7 +258,7 @@ def read_run(folder: Path) -> RunRecord:
     steps = _by_step(records, "loss")
     results, damaged = _read_results(folder)
     notes += damaged
-    held_out, tasks = _by_step(records, "validation_loss"), _by_step([*records, *results], "tasks/")
+    held_out, tasks = _by_step(records, "validation_loss"), _fullest_tasks([*records, *results])
     _add_costs(steps)
     _add_positions(held_out, steps)
     _add_positions(tasks, steps)

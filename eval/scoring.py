@@ -1,4 +1,4 @@
-"""Requests to batches: truncated, grouped by context, sorted by length, spread over ranks, and saved."""
+"""Requests to batches: cut to length, grouped by context, sorted by length, spread over ranks, and saved."""
 
 import hashlib
 import json
@@ -51,6 +51,35 @@ def truncate(context: Tokens, continuation: Tokens, max_length: int) -> Request:
     return context[-(max_length + 1 - len(continuation)) :], continuation
 
 
+def windows(
+    num_tokens: int, max_length: int, stride: int | None = None, *, predicted: int = 1
+) -> Iterator[tuple[int, int, int]]:
+    """Slide a window over a text.
+
+    The first window predicts as much as fits, each later one the next `stride` tokens, with as much context
+    as fits. With the default stride these are the harness's disjoint rolling windows.
+
+    Args:
+        num_tokens: Tokens of the text.
+        max_length: Most tokens of an input.
+        stride: Tokens that each window but the first predicts; None for max_length.
+        predicted: The first token to predict, at least 1: what comes before it is context.
+
+    Yields:
+        (first, predicted, last): tokens [predicted, last) are predicted, from token `first` on.
+
+    Raises:
+        ValueError: The stride is not from 1 to max_length.
+    """
+    stride = max_length if stride is None else stride
+    if not 1 <= stride <= max_length:
+        raise ValueError(f"stride is {stride}, must be from 1 to {max_length}, the tokens of a window")
+    last = min(max(max_length + 1, predicted + stride), num_tokens)
+    while predicted < num_tokens:
+        yield max(last - 1 - max_length, 0), predicted, last
+        predicted, last = last, min(last + stride, num_tokens)
+
+
 def group_requests(requests: Sequence[Request]) -> list[Group]:
     """Collect what is to be read after the same context; equal requests become one.
 
@@ -86,6 +115,23 @@ def plan_batches(model: LanguageModel, groups: Sequence[Group], token_budget: in
     return batches
 
 
+def _digest(groups: Sequence[Group]) -> str:
+    digest = hashlib.sha256()
+    for group in groups:
+        digest.update(repr((group.context, group.continuations)).encode())
+    return digest.hexdigest()
+
+
+def _check_equal(digests: Sequence[str]) -> None:
+    """Refuse requests that differ among ranks, of which each has given a hash."""
+    others = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
+    if others:
+        raise ValueError(
+            f"ranks were given different requests (rank {', '.join(others)}: others than rank 0): let every "
+            "rank read the same documents, and draw nothing at random without the same seed"
+        )
+
+
 def score_groups(
     model: LanguageModel, groups: Sequence[Group], token_budget: int
 ) -> Iterator[tuple[list[tuple[int, list[Scores]]], int]]:
@@ -99,40 +145,66 @@ def score_groups(
     Yields:
         On every rank, after each round of batches: which groups were scored with their scores, and how many
         tokens went through the model for it.
+
+    Raises:
+        ValueError: On every rank: the groups are not the same on all of them.
     """
     rank, world_size = rank_and_world_size()
     batches = plan_batches(model, groups, token_budget)
+    digest = _digest(groups) if world_size > 1 else ""
+    if not batches:
+        _check_equal([each for *_, each in all_gather((None, 0, digest))])
     for first in range(0, len(batches), world_size):
         batch = [groups[index] for index in batches[min(first + rank, len(batches) - 1)]]
         scores = model.score(batch)
         num_tokens = sum(sum(model.row_lengths(group)) for group in batch)
-        gathered = all_gather((scores, num_tokens))[: len(batches) - first]
+        gathered = all_gather((scores, num_tokens, digest))
+        if not first:
+            # only now: where a model fails on one rank, it says so to the others before anything is exchanged
+            _check_equal([each for _, _, each in gathered])
+            digest = ""
+        gathered = gathered[: len(batches) - first]
         found: list[tuple[int, list[Scores]]] = []
-        for indices, (each, _) in zip(batches[first : first + world_size], gathered, strict=True):
+        for indices, (each, _, _) in zip(batches[first : first + world_size], gathered, strict=True):
             found.extend(zip(indices, each, strict=True))
-        yield found, sum(num for _, num in gathered)
+        yield found, sum(num for _, num, _ in gathered)
 
 
 class SavedResults:
     """Results of requests in a JSONL file, so that an interrupted evaluation goes on where it stopped."""
 
     def __init__(self, path: Path, fingerprint: str) -> None:
-        """Read what is there, or begin a file; only rank 0 writes.
+        """Read what is there, or begin a file; only rank 0 reads and writes, so that ranks never disagree.
 
         Args:
             path: The file.
             fingerprint: What the results depend on beside the requests: weights, tokenizer.
 
         Raises:
-            ValueError: The file holds results of something else, or is none of ours.
+            ValueError: On every rank: the file holds results of something else, is none of ours, or cannot
+                be read and written.
         """
         self._path = path
-        self._is_writer = rank_and_world_size()[0] == 0
-        self._results: dict[str, Any] = {}
+        rank, world_size = rank_and_world_size()
+        self._is_writer = rank == 0
+        outcome: list[Any] = [None, None]
+        if self._is_writer:
+            try:
+                outcome[0] = self._open(fingerprint)
+            except (OSError, ValueError) as error:
+                outcome[1] = str(error)
+        if world_size > 1:
+            dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise ValueError(outcome[1])
+        self._results: dict[str, Any] = outcome[0]
+
+    def _open(self, fingerprint: str) -> dict[str, Any]:
+        path = self._path
         lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
         # What an interruption cut off has no line end.
         complete = lines[:-1]
-        all_gather(None)
+        results: dict[str, Any] = {}
         for number, line in enumerate(complete, 1):
             try:
                 key, value = json.loads(line)
@@ -143,14 +215,14 @@ class SavedResults:
                     f"{path} holds results of another checkpoint or tokenizer ({value}, this is "
                     f"{fingerprint}): give another --out, or delete it"
                 )
-            self._results[key] = value
-        if self._is_writer:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("r+" if complete else "w", encoding="utf-8") as file:
-                file.seek(sum(len(line.encode()) + 1 for line in complete))
-                file.truncate()
-                if not complete:
-                    file.write(json.dumps(["fingerprint", fingerprint]) + "\n")
+            results[key] = value
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("r+" if complete else "w", encoding="utf-8") as file:
+            file.seek(sum(len(line.encode()) + 1 for line in complete))
+            file.truncate()
+            if not complete:
+                file.write(json.dumps(["fingerprint", fingerprint]) + "\n")
+        return results
 
     @staticmethod
     def key(*request: Any) -> str:
@@ -249,6 +321,9 @@ class Scorer:
 
         Returns:
             The continuations' token ids.
+
+        Raises:
+            ValueError: On every rank: the prompts are not the same on all of them.
         """
         keys = [
             SavedResults.key("generate", *each, max_new_tokens) for each in zip(prompts, until, strict=True)
@@ -261,6 +336,7 @@ class Scorer:
         missing = {key: index for index, key in enumerate(keys) if key not in results}
         order = sorted(missing.values(), key=lambda index: len(prompts[index]), reverse=True)
         rank, world_size = rank_and_world_size()
+        digest = SavedResults.key(*keys)
         while order:
             longest = len(prompts[order[0]]) + max_new_tokens
             count = max(1, self._token_budget // longest)
@@ -276,8 +352,10 @@ class Scorer:
                 if own
                 else []
             )
+            gathered = all_gather((found, digest))
+            _check_equal([each for _, each in gathered])
             new: dict[str, list[int]] = {}
-            for share, texts in zip(shares, all_gather(found), strict=True):
+            for share, (texts, _) in zip(shares, gathered, strict=True):
                 new.update({keys[index]: text for index, text in zip(share, texts, strict=True)})
                 self.num_tokens += sum(len(prompts[i]) + len(t) for i, t in zip(share, texts, strict=True))
             results.update(new)

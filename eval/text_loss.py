@@ -31,11 +31,10 @@ from data.documents import DocumentSource, Row, batches
 from data.source_options import add_source_arguments, source_from
 from data.sources import open_source
 from data.tokenizer import Tokenizer
-from eval.groups import Group, Tokens
+from eval.groups import Group, Scores, Tokens
 from eval.language_model import LanguageModel
 from eval.open_model import OpenedModel, add_model_arguments, open_model, ranks
-from eval.scoring import rank_and_world_size, score_groups
-from eval.windows import windows
+from eval.scoring import rank_and_world_size, score_groups, windows
 
 Mode: TypeAlias = Literal["documents", "wikitext", "last-word"]
 
@@ -143,20 +142,23 @@ def _encode(batch: Sequence[Row], tokenizer: Tokenizer, mode: Mode) -> Iterator[
 
 
 class _Sums:
-    """Sums over the tokens that were predicted."""
+    """Sums over the tokens that were predicted; `wrong` holds documents with a token that is not greedy."""
 
     def __init__(self, max_length: int) -> None:
-        self.num_documents = self.num_bytes = self.num_words = self.num_correct = 0
+        self.num_documents = self.num_bytes = self.num_words = 0
+        self.wrong: set[int] = set()
         self.text_nats = 0.0
         self.nats = np.zeros(max_length + 1)
         self.counts = np.zeros(max_length + 1, dtype=np.int64)
 
-    def add(self, num_seen: int, log_probs: Sequence[float], closing: int) -> None:
-        """Add a window's tokens, the first of which was predicted from num_seen tokens."""
-        nats = -np.asarray(log_probs)
+    def add(self, num_seen: int, scores: Scores, closing: int, document: int) -> None:
+        """Add a window of a document, the first token of which was predicted from num_seen tokens."""
+        nats = -np.asarray(scores.log_probs)
         self.nats[num_seen : num_seen + len(nats)] += nats
         self.counts[num_seen : num_seen + len(nats)] += 1
         self.text_nats += float(nats[: len(nats) - closing].sum())
+        if not all(scores.greedy):
+            self.wrong.add(document)
 
     def result(self, mode: Mode) -> TextLoss:
         """Means of the sums.
@@ -168,6 +170,7 @@ class _Sums:
         if not num_tokens:
             raise ValueError("the text has no token to predict; give a longer one")
         loss = float(self.nats.sum()) / num_tokens
+        right = (self.num_documents - len(self.wrong)) / self.num_documents
         return TextLoss(
             num_documents=self.num_documents,
             num_tokens=num_tokens,
@@ -175,7 +178,7 @@ class _Sums:
             perplexity=_exp(loss),
             bits_per_byte=self.text_nats / math.log(2) / max(self.num_bytes, 1),
             word_perplexity=_exp(self.text_nats / self.num_words) if self.num_words else None,
-            last_word_accuracy=self.num_correct / self.num_documents if mode == "last-word" else None,
+            last_word_accuracy=right if mode == "last-word" else None,
             per_position=self._per_position(),
         )
 
@@ -205,23 +208,22 @@ def text_loss(
         tokenizer: Its tokenizer.
         source: The documents, the same on every rank.
         mode: What is predicted, as the module's docstring says.
-        stride: Tokens that a window predicts beyond the first window, as eval.windows.windows.
+        stride: Tokens that a window predicts beyond the first window, as eval.scoring.windows.
         token_budget: Most tokens of a batch.
 
     Raises:
         ValueError: There is nothing to predict, the stride does not fit the model, or the source is damaged.
     """
     sums = _Sums(model.max_length)
-    waiting: list[tuple[Group, int]] = []
+    waiting: list[tuple[Group, int, int]] = []
     num_waiting = 0
 
     def flush() -> None:
-        groups = [group for group, _ in waiting]
+        groups = [group for group, _, _ in waiting]
         for found, _ in score_groups(model, groups, token_budget):
             for index, (scores,) in found:
-                group, closing = waiting[index]
-                sums.add(len(group.context), scores.log_probs, closing)
-                sums.num_correct += all(scores.greedy)
+                group, closing, document = waiting[index]
+                sums.add(len(group.context), scores, closing, document)
         waiting.clear()
 
     for text in _texts(source, tokenizer, mode):
@@ -231,11 +233,11 @@ def text_loss(
         sums.num_bytes += text.num_bytes
         sums.num_words += text.num_words
         for group, closing in _windows_of(text, model.max_length, stride):
-            waiting.append((group, closing))
+            waiting.append((group, closing, sums.num_documents))
             num_waiting += len(group.context) + len(group.continuations[0])
-        if num_waiting > token_budget * _BATCHES_AT_ONCE * rank_and_world_size()[1]:
-            flush()
-            num_waiting = 0
+            if num_waiting > token_budget * _BATCHES_AT_ONCE * rank_and_world_size()[1]:
+                flush()
+                num_waiting = 0
     flush()
     return sums.result(mode)
 
@@ -308,15 +310,37 @@ def format_result(result: TextLoss) -> str:
     return "\n".join(lines)
 
 
-def _open_source(opened: OpenedModel, words: list[str]) -> DocumentSource:
-    source, split = saved_source(opened.table["data"]) if not words else (_named_source(words), "all")
+def _open_source(opened: OpenedModel, named: Source | None) -> DocumentSource:
+    source, split = saved_source(opened.table["data"]) if named is None else (named, "all")
     return open_source(source, tokenizer_fingerprint=opened.tokenizer.fingerprint, split=split)
 
 
-def _named_source(words: list[str]) -> Source:
-    parser = argparse.ArgumentParser(prog="python -m eval.perplexity --checkpoint RUN", add_help=False)
+def _source_parser() -> argparse.ArgumentParser:
+    """The options of SOURCE on their own: as a whole they may be missing, though one is required of them."""
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.perplexity", usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False
+    )
     add_source_arguments(parser)
+    return parser
+
+
+def _named_source(words: list[str]) -> Source | None:
+    """The source that the words name; None without words. Exits where they are no options of a source."""
+    if not words:
+        return None
+    parser = _source_parser()
+    known = set(re.findall(r"--[a-z][a-z-]*", parser.format_help()))
+    options = [word for word in words if word.startswith("-")]
+    unknown = [word for word in options if word.startswith("--") and word.partition("=")[0] not in known]
+    if unknown or not options:
+        parser.error(f"unrecognized arguments: {' '.join(unknown or words)}")
     return source_from(parser.parse_args(words))
+
+
+def _check_out(out: Path | None) -> None:
+    file = next((path for path in (out, *out.parents) if path.is_file()), None) if out is not None else None
+    if file is not None:
+        raise ValueError(f"--out is {out}, but {file} is a file; want a folder")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -324,7 +348,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m eval.perplexity",
         description=__doc__,
+        epilog=f"SOURCE:\n\n{_source_parser().format_help()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add_model_arguments(parser)
     parser.add_argument("--as", dest="mode", choices=get_args(Mode), default="documents", metavar="MODE")
@@ -332,12 +358,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="for perplexity.json and perplexity.png")
     options, words = parser.parse_known_args(arguments)
     try:
+        _check_out(options.out)
+        named = _named_source(words)
         with ranks() as device:
             opened = open_model(options, device)
             result = text_loss(
                 opened.model,
                 opened.tokenizer,
-                _open_source(opened, words),
+                _open_source(opened, named),
                 mode=options.mode,
                 stride=options.stride,
                 token_budget=options.token_budget,

@@ -2,9 +2,12 @@
 
 import json
 import math
+import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -16,12 +19,11 @@ from lm_eval.api.instance import Instance
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from data.tokenizer import Tokenizer
-from eval.downstream import HarnessModel, evaluate_tasks, main
+from eval.downstream import HarnessModel, evaluate_tasks, load_tasks, main
 from eval.groups import Group, Scores
 from eval.language_model import Qwen3Model
-from eval.scoring import Scorer
+from eval.scoring import Scorer, windows
 from eval.task_results import ACCURACIES, NORMALIZED, PAPER
-from eval.windows import windows
 from models.config_table import to_table, to_toml
 from models.qwen3 import Qwen3
 from tests.eval.conftest import build
@@ -39,6 +41,75 @@ class Breaking(Qwen3Model):
             raise KeyboardInterrupt
         self.left -= 1
         return super().score(groups)
+
+
+class Knowing(Qwen3Model):
+    """Says the letter whose answer is the right one, and keeps what it was asked."""
+
+    def __init__(self, model: Qwen3, tokenizer: Tokenizer) -> None:
+        super().__init__(model, max_length=2000)
+        self.tokenizer = tokenizer
+        self.asked: list[Group] = []
+
+    def score(self, groups: Sequence[Group]) -> list[list[Scores]]:
+        self.asked += groups
+        return [[self._score(group, each) for each in group.continuations] for group in groups]
+
+    def _score(self, group: Group, continuation: tuple[int, ...]) -> Scores:
+        is_right = f"{self.tokenizer.decode(continuation).strip()} right" in self.tokenizer.decode(
+            group.context
+        )
+        return Scores([0.0 if is_right else -1.0] * len(continuation), [is_right] * len(continuation))
+
+
+def test_answers_in_drawn_order_are_judged_as_asked_and_asked_alike_by_every_process(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    # the harness shuffles the answers with Python's random numbers
+    wrong = {f"Incorrect Answer {n}": f"wrong {n}" for n in (1, 2, 3)}
+    documents = [{"Question": f"{n}?", "Correct Answer": "right", **wrong} for n in range(20)]
+    file = tmp_path / "gpqa_main_zeroshot.jsonl"
+    file.write_text("".join(json.dumps(each) + "\n" for each in documents))
+    network = build(vocab_size=tokenizer.vocab_size + 4)
+    asked = []
+    for seed in (1, 2):
+        random.seed(seed)
+        np.random.seed(seed)
+        states = random.getstate(), repr(np.random.get_state())
+        model = Knowing(network, tokenizer)
+        results = evaluate_tasks(model, tokenizer, ["gpqa_main_zeroshot"], data=tmp_path)
+        assert results.metrics["gpqa_main_zeroshot"]["acc"] == 1.0
+        assert (random.getstate(), repr(np.random.get_state())) == states
+        asked.append(model.asked)
+    assert asked[0] == asked[1]
+    orders = {tokenizer.decode(group.context).split("?", 1)[1] for group in asked[0]}
+    assert len(orders) > 5
+
+
+def test_what_ends_a_text_is_looked_for_in_its_last_tokens(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Qwen3Model(build(vocab_size=tokenizer.vocab_size), max_length=96)
+    lm = HarnessModel(model, tokenizer, Scorer(model, token_budget=150))
+    sizes: list[int] = []
+    plain = Tokenizer.decode
+
+    def counted(self: Tokenizer, tokens: Sequence[int]) -> str:
+        sizes.append(len(tokens))
+        return plain(self, tokens)
+
+    def run(until: list[str]) -> str:
+        options = {"until": until, "max_gen_toks": 40}
+        return lm.generate_until([Instance("generate_until", {}, ("the model", options), 0)])[0]
+
+    whole = run([])
+    monkeypatch.setattr(Tokenizer, "decode", counted)
+    end = whole[len(whole) // 2 :][:3]
+    assert run(["never", end]) == whole.split(end)[0]
+    num_new = sizes.pop()
+    assert num_new < 40
+    assert len(sizes) == num_new
+    assert max(sizes) == len("never") + 1
 
 
 def test_rolling_windows_are_those_of_the_harness() -> None:
@@ -200,3 +271,18 @@ def test_the_command_prints_a_table_and_writes_results(
     assert again["num_tokens"] == 0
     with pytest.raises(SystemExit, match=r"eval.downstream: .* is no checkpoint"):
         main(["--checkpoint", f"{tmp_path}/none", "--tasks", "paper"])
+    with pytest.raises(SystemExit, match=r"eval.downstream: --limit is 0, must be at least 1"):
+        main([*words, "--limit", "0"])
+
+
+def test_a_hub_out_of_reach_is_one_line_that_names_the_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise ConnectionError("Couldn't reach 'sciq' on the Hub\n(LocalEntryNotFoundError)")
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    with pytest.raises(
+        ValueError, match=r"^no documents of sciq: the hub could not be .*--data DIR$"
+    ) as raised:
+        load_tasks(["sciq"], None)
+    assert "\n" not in str(raised.value)
+    assert isinstance(raised.value.__cause__, ConnectionError)

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from eval.perplexity import IGNORE_INDEX, held_out_loss
+from eval.perplexity import held_out_loss
+from models.loss import IGNORE_INDEX
 
 CPU = torch.device("cpu")
 

@@ -263,27 +263,102 @@ def test_results_stand_beside_the_papers_numbers(tmp_path: Path) -> None:
     assert "arXiv 2605.29157" in text
 
 
+def test_a_task_is_not_one_whose_name_begins_so(tmp_path: Path) -> None:
+    found = {
+        "parallax": {"tasks/mmlu/acc": 0.3, "tasks/lambada_openai/perplexity": 19.0},
+        "softmax": {"tasks/mmlu_pro/acc": 0.1, "tasks/lambada_standard/perplexity": 30.0},
+    }
+    folders = []
+    for name, tasks in found.items():
+        records = [launch(), *training(2.0), {"step": STEPS, **tasks}]
+        folders.append(make_run(tmp_path / name, records, name=f"debug_{name}_muon"))
+    text = report(folders, tmp_path)
+    assert cells(text, "Every task", "mmlu/acc")[1:] == ["0.3000", "-"]
+    assert cells(text, "Every task", "mmlu_pro/acc")[1:] == ["-", "0.1000"]
+    assert cells(text, "Results", "parallax")[4] == "19.00"
+    assert cells(text, "Results", "softmax")[4] == "-"
+
+
 def test_results_of_a_checkpoint_evaluated_later_count_too(tmp_path: Path) -> None:
     folders = []
     for name in ("parallax", "softmax"):
         records = [launch(), *training(2.0), {"step": STEPS, "tasks/sciq/acc": 0.1}]
         folders.append(make_run(tmp_path / name, records, name=f"debug_{name}_muon"))
     results = {
-        **{"checkpoint": f"elsewhere/checkpoint/step-{STEPS}", "harness": "0.4.13", "limit": 200},
+        **{"checkpoint": "", "harness": "0.4.13", "limit": 200},
         **{"metrics": {"sciq": {"acc": 0.75}}, "num_documents": {"sciq": 200}, "mean_accuracy": None},
         **{"mean_plain_accuracy": 0.5, "num_tokens": 9, "num_reused": 0, "seconds": 1.0},
     }
     for folder, num_documents in zip(folders, (200, 100), strict=True):
         (folder / "tasks").mkdir()
+        results["checkpoint"] = f"before_a_move/{folder.name}/checkpoint/step-{STEPS}"
         results["num_documents"] = {"sciq": num_documents}
         (folder / "tasks" / "results.json").write_text(json.dumps(results))
     text = report(folders, tmp_path, allow_different=True)
     assert cells(text, "Every task", "sciq/acc")[1:] == ["0.7500", "0.7500"]
     assert cells(text, "Every task", "mean_plain_accuracy")[1:] == ["0.5000", "0.5000"]
-    with pytest.raises(ValueError, match="sciq/num_documents is 200 in parallax and 100 in softmax"):
+    assert cells(text, "Every task", "sciq/num_documents")[1:] == ["200", "100"]
+    with pytest.raises(
+        ValueError, match="sciq/num_documents is 200 in parallax and 100 in softmax"
+    ) as raised:
         report(folders, tmp_path)
+    assert f"(from {folders[0]}/tasks/results.json and {folders[1]}/tasks/results.json)" in str(raised.value)
     (folders[0] / "results.json").write_text("[]")
     assert "results.json is no result of eval.downstream" in report(folders, tmp_path, allow_different=True)
+
+
+def write_results(path: Path, checkpoint: Path, metrics: dict[str, float], num_documents: int) -> None:
+    path.parent.mkdir(exist_ok=True)
+    found = {task: {"acc": value} for task, value in metrics.items()}
+    counts = dict.fromkeys(metrics, num_documents)
+    means = {"mean_accuracy": None, "mean_plain_accuracy": None}
+    results = {"checkpoint": str(checkpoint), "metrics": found, "num_documents": counts, **means}
+    path.write_text(json.dumps(results))
+
+
+def test_results_of_another_run_are_ignored_and_named(tmp_path: Path) -> None:
+    folder, other = (make_run(tmp_path / name, [launch(), *training(2.0)]) for name in "ab")
+    for name, run in (("there", other), ("gone", tmp_path / "deleted")):
+        checkpoint = run / "checkpoint" / f"step-{STEPS}"
+        write_results(folder / name / "results.json", checkpoint, {"sciq": 0.9}, 8)
+    text = report([folder], tmp_path)
+    assert "Every task" not in text
+    for name in ("there", "gone"):
+        assert f"{folder / name / 'results.json'} is of {tmp_path}" in text
+    assert text.count(f"is no checkpoint of {folder}, and was ignored") == 2
+    write_results(
+        folder / "there" / "results.json", folder / "checkpoint" / f"step-{STEPS}", {"sciq": 0.9}, 8
+    )
+    assert cells(report([folder], tmp_path), "Every task", "sciq/acc")[1:] == ["0.9000"]
+
+
+def test_each_task_counts_with_its_most_documents(tmp_path: Path) -> None:
+    trained = {"tasks/piqa/acc": 0.3, "tasks/piqa/acc_norm": 0.4, "tasks/piqa/num_documents": 8}
+    folder = make_run(tmp_path / "a", [launch(), *training(2.0), {"step": STEPS, **trained}])
+    checkpoint = folder / "checkpoint" / f"step-{STEPS}"
+    write_results(folder / "1_whole" / "results.json", checkpoint, {"sciq": 0.7, "piqa": 0.6}, 1000)
+    write_results(folder / "2_quick" / "results.json", checkpoint, {"sciq": 0.5, "boolq": 1.0}, 2)
+    tasks = read_run(folder).tasks[-1]
+    assert [tasks[f"tasks/{task}/acc"] for task in ("sciq", "piqa", "boolq")] == [0.7, 0.6, 1.0]
+    assert "tasks/piqa/acc_norm" not in tasks
+    assert tasks["origins"]["boolq"] == str(folder / "2_quick" / "results.json")
+
+
+def test_a_value_of_fewer_seeds_than_the_row_says_so(tmp_path: Path) -> None:
+    folders = [*seeds(tmp_path, "softmax", (2.50, 2.54)), *seeds(tmp_path, "parallax", (2.40, 2.41))]
+    records = [launch(), *training(3.0)]
+    words = ("--run.seed", "7", "--data.shuffle_seed", "7")
+    folders.append(make_run(tmp_path / "third", records, *words, name="debug_parallax_muon"))
+    text = report(folders, tmp_path, baseline="softmax_0")
+    assert cells(text, "Results", "parallax_0")[3] == "2.4050 +/- 0.0050 (2 of 3)"
+    assert "of 3)" not in cells(text, "Results", "parallax_0")[2]
+    assert cells(text, "Difference to softmax_0", "parallax_0")[3].endswith(" (2 of 3 / 2 of 2)")
+    assert "over the last 20 steps" in text
+
+
+def test_the_steps_of_the_final_training_loss_are_those_there_are(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a", [launch(), *training(2.0, last=5)], "--training.steps", "5")
+    assert "the training loss over the last 5 steps" in report([folder], tmp_path)
 
 
 def test_every_config_finds_its_row_of_the_paper_and_no_other() -> None:

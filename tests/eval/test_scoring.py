@@ -1,6 +1,8 @@
 """Requests become batches: nothing is computed twice, nothing lost, whatever the ranks and interruptions."""
 
+import json
 from collections.abc import Callable, Collection, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,7 @@ from torch import multiprocessing as mp
 
 from eval.groups import Group, Scores
 from eval.language_model import LanguageModel, Qwen3Model
-from eval.scoring import SavedResults, Scorer, group_requests, plan_batches, truncate
-from eval.windows import windows
+from eval.scoring import SavedResults, Scorer, group_requests, plan_batches, truncate, windows
 from models.config import SoftmaxConfig
 from tests.eval.conftest import build, ids
 
@@ -182,6 +183,55 @@ def test_two_ranks_share_the_work_and_agree_with_one(tmp_path: Path) -> None:
     assert len(batches) == len(others)
     assert one.num_tokens <= tokens <= one.num_tokens + 100
     assert (tmp_path / "requests.jsonl").read_text().count("\n") == 1 + len(set(wanted))
+
+
+def _complaint(work: Callable[[], Any]) -> str:
+    try:
+        work()
+    except ValueError as error:
+        return str(error)
+    return "none"
+
+
+def _differ_on_two(rank: int, folder: str) -> None:
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=20),
+    )
+    wanted = requests(9)
+    scorer = Scorer(Counting(), token_budget=20)
+    swapped = [*wanted[:-1], ((5, 6), (7,))] if rank else wanted
+    prompts = [[1, 2], [3 + rank]]
+    # each rank sees a folder of its own
+    own = Path(folder, str(rank))
+    saved = SavedResults(own / "requests.jsonl", "a")
+    complaints = [
+        _complaint(lambda: SavedResults(own / "damaged.jsonl", "a")),
+        _complaint(lambda: scorer.log_likelihoods(swapped)),
+        _complaint(lambda: scorer.log_likelihoods([] if rank else wanted)),
+        _complaint(lambda: scorer.continuations(prompts, [[], []], 3, {0}, lambda index, tokens: False)),
+        _complaint(lambda: scorer.log_likelihoods(wanted)),
+    ]
+    Path(folder, f"{rank}.json").write_text(json.dumps([saved.get("key"), *complaints]))
+    dist.destroy_process_group()
+
+
+def test_what_differs_among_ranks_is_refused_on_all_and_saved_results_are_rank_0_s(tmp_path: Path) -> None:
+    SavedResults(tmp_path / "0" / "requests.jsonl", "a").add({"key": 1})
+    (tmp_path / "0" / "damaged.jsonl").write_text('["fingerprint", "a"]\nnonsense\n')
+    mp.spawn(_differ_on_two, (str(tmp_path),), nprocs=2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    key, damaged, *differing, same = first
+    assert key == 1
+    assert "damaged.jsonl, line 2 is no saved result" in damaged
+    for each in differing:
+        assert "ranks were given different requests (rank 1: others than rank 0)" in each
+    assert same == "none"
+    assert not (tmp_path / "1").exists()
 
 
 @pytest.mark.parametrize(

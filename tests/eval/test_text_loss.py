@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from data.documents import DocumentSource
 from data.loader import PackedLoader
 from data.sources import open_source
 from data.tokenizer import Tokenizer
+from eval import text_loss as text_loss_module
+from eval.groups import Group, Scores
 from eval.language_model import Qwen3Model
 from eval.perplexity import held_out_loss
 from eval.text_loss import main, saved_source, text_loss
@@ -123,6 +126,48 @@ def test_wikitext_and_last_words_are_what_the_harness_says(
     assert lambada.last_word_accuracy == metrics["acc"]
 
 
+class Knowing(Qwen3Model):
+    """Expects every token but one."""
+
+    def __init__(self, unexpected: int) -> None:
+        super().__init__(build(), max_length=8)
+        self.unexpected = unexpected
+
+    def score(self, groups: Sequence[Group]) -> list[list[Scores]]:
+        return [
+            [Scores([-1.0] * len(each), [token != self.unexpected for token in each])]
+            for group in groups
+            for each in group.continuations
+        ]
+
+
+def test_a_last_word_of_many_windows_counts_once(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    context = make_text(1, 12)
+    (unexpected,) = tokenizer.encode("7")
+    opened = documents(tmp_path, [f"{context} 0123456", f"{context} 01234567", context + " 8"], tokenizer)
+    found = text_loss(Knowing(unexpected), tokenizer, opened, mode="last-word", stride=1, token_budget=10)
+    assert found.num_tokens > 3 * 3
+    assert found.last_word_accuracy == pytest.approx(2 / 3)
+
+
+def test_windows_of_a_long_document_do_not_pile_up(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting: list[int] = []
+    plain = text_loss_module.score_groups
+
+    def seen(model: Qwen3Model, groups: list[Group], token_budget: int) -> object:
+        waiting.append(sum(len(group.context) + len(group.continuations[0]) for group in groups))
+        return plain(model, groups, token_budget)
+
+    monkeypatch.setattr(text_loss_module, "score_groups", seen)
+    opened = documents(tmp_path, [make_text(3, 150)], tokenizer)
+    found = text_loss(Knowing(0), tokenizer, opened, stride=1, token_budget=10)
+    assert found.loss == 1.0
+    assert sum(waiting) > 8 * 160
+    assert max(waiting) <= 16 * 10 + 9
+
+
 def test_a_text_without_anything_to_predict_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     model = Qwen3Model(build(), max_length=16)
     opened = documents(tmp_path, ["one"], tokenizer)
@@ -179,6 +224,26 @@ def test_the_command_reads_the_run_s_held_out_text_or_another(
     assert "of 200 documents" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"eval.perplexity: .*nothing.parquet"):
         main(["--checkpoint", f"{run}", "--files", f"{corpus}/nothing.parquet"])
+
+
+def test_the_command_refuses_what_it_cannot_use_before_it_evaluates(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("kept")
+    run = ["--checkpoint", f"{tmp_path}/none"]
+    for out in (file, file / "below"):
+        with pytest.raises(SystemExit, match=f"--out is {out}, but {file} is a file; want a folder"):
+            main([*run, "--out", f"{out}"])
+    for words in (["--fles", "a.parquet"], ["--files", "a.parquet", "--strde=3"], ["stray"]):
+        with pytest.raises(SystemExit, match="2"):
+            main([*run, *words])
+        wrong = words[-1] if len(words) != 2 else words[0]
+        assert f"unrecognized arguments: {wrong}" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    printed = capsys.readouterr().out
+    assert all(option in printed for option in ("--files GLOB", "--hub-files", "--min-score", "--stride"))
 
 
 def test_every_saved_source_becomes_what_it_was() -> None:
