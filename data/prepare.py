@@ -123,9 +123,12 @@ def prepare(
             return manifest
         for name in (folder / MANIFEST_FILE, *(index_file(folder, split) for split in SPLITS)):
             name.unlink(missing_ok=True)
-        with encoder(tokenizer, options.num_processes) as encode:
-            preparation = _Preparation(folder, source, options, encode, report)
-            preparation.run()
+        try:
+            with encoder(tokenizer, options.num_processes) as encode:
+                preparation = _Preparation(folder, source, options, encode, report)
+                preparation.run()
+        finally:
+            _remove_partial(folder)  # an interrupt may come before a writer can tidy up after itself
         return write_manifest(folder, preparation.num_shards, settings)
 
 
@@ -286,6 +289,10 @@ def _begin(folder: Path, settings: dict[str, Any]) -> None:
             f"{folder} was begun with other settings ({'; '.join(differences)}): restore them, or prepare "
             "into another folder"
         )
+    _remove_partial(folder)
+
+
+def _remove_partial(folder: Path) -> None:
     for partial in (folder / SHARDS_FOLDER).glob(f"*{PARTIAL}"):
         shutil.rmtree(partial)
 
