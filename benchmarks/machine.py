@@ -21,8 +21,9 @@ def _version(package: str) -> str | None:
 
 
 def describe() -> dict[str, Any]:
-    """Hardware, versions, commit and time."""
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    """Hardware, versions, commit ("-dirty" where the code was not that of the commit) and time."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    git = subprocess.run(command, capture_output=True, text=True, check=False)
     on_gpu = torch.cuda.is_available()
     return {
         "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),

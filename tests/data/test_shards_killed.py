@@ -97,3 +97,16 @@ def test_an_interrupt_from_the_keyboard_ends_in_order(corpus: Path, tmp_path: Pa
     assert "stopped; finished shards stay" in printed
     assert "Traceback" not in printed
     assert not list((folder / "shards").glob("*.partial"))
+
+
+def test_an_interrupt_before_a_writer_can_tidy_up_leaves_no_partial_shard(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("data.shard_writer._SplitWriter", interrupted)
+    folder = tmp_path / "out"
+    words = _command(tmp_path / "tokenizer.json", corpus, folder, "--processes", "0")[3:]
+    assert shards.main(words) == 130
+    assert list((folder / "shards").iterdir()) == []
