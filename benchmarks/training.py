@@ -3,27 +3,34 @@
 `python -m benchmarks.training configs/0.6b_softmax_adamw.toml ... [-- --data.tokenizer DIR ...]` runs each
 config from its TOML with torchrun for --steps steps of one micro-batch a rank, reads what the run recorded,
 and prints medians over the steps after the warm-up beside what --dry-run said of the memory. Words after `--`
-are overrides for every run, for example the data's place.
+are overrides for every run, for example the data's place. Runs go side by side while there are GPUs, each
+on its own. A config that fails is named at the end; the rows of the others are written as they come.
 """
 
 import argparse
 import json
+import os
+import queue
 import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import config
 from benchmarks.machine import RESULTS, describe, write_result
 
 WARMUP_STEPS = 5
+FINAL_STEPS = 20
 
 
-def _launch(path: str, num_ranks: int, arguments: Sequence[str]) -> None:
+def _launch(path: str, gpus: Sequence[int], num_ranks: int, arguments: Sequence[str]) -> None:
     command = [
         sys.executable,
         "-m",
@@ -32,21 +39,27 @@ def _launch(path: str, num_ranks: int, arguments: Sequence[str]) -> None:
         "--nproc-per-node",
         str(num_ranks),
     ]
-    subprocess.run([*command, "train.py", "--config", path, *arguments], check=True)
+    visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))} if gpus else {}
+    subprocess.run(
+        [*command, "train.py", "--config", path, *arguments], check=True, env={**os.environ, **visible}
+    )
 
 
-def measure(path: str, *, steps: int, num_ranks: int, overrides: Sequence[str]) -> dict[str, Any]:
+def measure(
+    path: str, *, steps: int, num_ranks: int, gpus: Sequence[int], overrides: Sequence[str]
+) -> dict[str, Any]:
     """Train a config for some steps.
 
     Args:
         path: The TOML file.
         steps: Optimizer steps; the first WARMUP_STEPS are not counted.
         num_ranks: Processes, one per GPU.
+        gpus: The GPUs that they see; none for all.
         overrides: Words for train.py.
 
     Returns:
-        Medians of tokens/s, MFU and seconds a step, peak memory and what the dry run said of it, first and
-        last loss.
+        Medians of tokens/s, MFU and seconds a step, peak memory and what the dry run said of it, the first
+        loss, the last, and the mean of the last FINAL_STEPS.
     """
     rows = config.load(path, overrides).training.local_batch_size
     fixed = ["--training.global_batch_size", str(rows * num_ranks), "--training.stop_at_step", str(steps)]
@@ -67,10 +80,10 @@ def measure(path: str, *, steps: int, num_ranks: int, overrides: Sequence[str]) 
             capture_output=True,
             text=True,
         ).stdout
-        _launch(path, num_ranks, arguments)
+        _launch(path, gpus, num_ranks, arguments)
         lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
-    timed = [r for r in records if "loss" in r][WARMUP_STEPS:]
+    records = [record for record in map(json.loads, lines) if "loss" in record]
+    timed = records[WARMUP_STEPS:]
     return {
         "config": path,
         "dry_run_peak_gib": float(said.rstrip().splitlines()[-1].split()[-2]),
@@ -83,13 +96,47 @@ def measure(path: str, *, steps: int, num_ranks: int, overrides: Sequence[str]) 
         },
         "first_loss": records[0]["loss"],
         "last_loss": timed[-1]["loss"],
+        "final_loss": statistics.fmean(r["loss"] for r in timed[-FINAL_STEPS:]),
         "rows": rows,
     }
 
 
+def _measure_all(options: argparse.Namespace, overrides: Sequence[str]) -> tuple[list[dict[str, Any]], str]:
+    """The rows in the order of the configs, and the names of the configs that failed."""
+    num_gpus, num_ranks = torch.cuda.device_count(), options.ranks
+    places: queue.SimpleQueue[Sequence[int]] = queue.SimpleQueue()
+    for first in range(0, num_gpus - num_ranks + 1, num_ranks):
+        places.put(range(first, first + num_ranks))
+    if places.empty():
+        places.put(())
+
+    def run(path: str) -> dict[str, Any]:
+        gpus = places.get()
+        try:
+            return measure(path, steps=options.steps, num_ranks=num_ranks, gpus=gpus, overrides=overrides)
+        finally:
+            places.put(gpus)
+
+    rows: list[dict[str, Any]] = []
+    failed = []
+    command = "python -m benchmarks.training " + shlex.join(sys.argv[1:])
+    with ThreadPoolExecutor(places.qsize()) as pool:
+        waiting = {pool.submit(run, path): path for path in options.configs}
+        for done in as_completed(waiting):
+            if isinstance(done.exception(), subprocess.CalledProcessError):
+                failed.append(waiting[done])
+                continue
+            rows.append(done.result())
+            rows.sort(key=lambda row: options.configs.index(row["config"]))
+            write_result(options.name, {"command": command, "rows": rows}, options.out)
+    return rows, " ".join(failed)
+
+
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("configs", nargs="+")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=1)
@@ -98,15 +145,10 @@ def main() -> None:
     words = sys.argv[1:]
     split = words.index("--") if "--" in words else len(words)
     options, overrides = parser.parse_args(words[:split]), words[split + 1 :]
-    rows = [
-        measure(path, steps=options.steps, num_ranks=options.ranks, overrides=overrides)
-        for path in options.configs
-    ]
-    command = "python -m benchmarks.training " + shlex.join(words)
-    print("wrote", write_result(options.name, {"command": command, "rows": rows}, options.out))
+    rows, failed = _measure_all(options, overrides)
     print(describe())
-    print("| config | tokens/s | MFU % | step s | data wait % | peak GiB (said) | loss |")
-    print("|---|---|---|---|---|---|---|")
+    print("| config | tokens/s | MFU % | step s | data wait % | peak GiB (said) | first loss | final loss |")
+    print("|---|---|---|---|---|---|---|---|")
     for r in rows:
         cells = [
             Path(r["config"]).stem,
@@ -115,9 +157,12 @@ def main() -> None:
             f"{r['step_seconds']:.3f}",
             f"{r['data_wait_percent']:.2f}",
             f"{r['peak_memory_gib']:.1f} ({r['dry_run_peak_gib']:.1f})",
-            f"{r['first_loss']:.3f} to {r['last_loss']:.3f}",
+            f"{r['first_loss']:.3f}",
+            f"{r['final_loss']:.3f}",
         ]
         print("| " + " | ".join(cells) + " |")
+    if failed:
+        sys.exit(f"failed: {failed}")
 
 
 if __name__ == "__main__":
