@@ -35,6 +35,16 @@ class _Documents(NamedTuple):
     counts_T1: Tensor  # n_i: keys of the document so far, its own included
 
 
+class _Past(NamedTuple):
+    """What queries x meet in sum_j (x_i.y_j) z_j: all that does not depend on them."""
+
+    y_BGRNCX: Tensor
+    z_BGRNCW: Tensor
+    state_BGRNXW: Tensor  # sums of y_j z_j^T over the chunks before, as far as their document reaches
+    hidden_NCC: Tensor  # pairs of a chunk that do not see each other
+    is_restarted_NC1: Tensor  # queries of a document that started in the chunk: they see nothing before it
+
+
 def value_average(v: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
     """Compute the causal mean of the values (17): uniform weights, an intercept, no probe.
 
@@ -231,37 +241,37 @@ def _solve(
 ) -> Tensor:
     """Solve (Cov(k, k)_i + ridge I) x_i = b_i; contiguous."""
     kbar_BGRTK = _mean(k_BGRTK, documents)
+    past = _summarise(F.pad(k_BGRTK, (0, 1), value=1.0), k_BGRTK, documents.ids_T)
+    # a copy for each query head: the products would make one every time
+    y, z, state = (x.expand(-1, -1, b_BGRTK.shape[2], -1, -1, -1).contiguous() for x in past[:3])
+    past = past._replace(y_BGRNCX=y, z_BGRNCW=z, state_BGRNXW=state)
 
     def apply(x_BGRTK: Tensor) -> Tensor:
-        o_BGRTK = _affine_linear(x_BGRTK, k_BGRTK, k_BGRTK, documents, kbar_BGRTK)
-        return kbar_BGRTK - o_BGRTK + ridge * x_BGRTK
+        o_BGRTK = _meet(_affine_weights(x_BGRTK, kbar_BGRTK), past) / documents.counts_T1
+        return torch.sub(kbar_BGRTK, o_BGRTK).add_(x_BGRTK, alpha=ridge)
 
     return conjugate_gradients(apply, b_BGRTK.contiguous(), num_iterations).contiguous()
 
 
-def _affine_linear(
-    r_BGRTK: Tensor,
-    k_BGRTK: Tensor,
-    v_BGRTK: Tensor,
-    documents: _Documents,
-    kbar_BGRTK: Tensor | None = None,
-) -> Tensor:
-    """Compute (5) with uniform weights; kbar where it is known already."""
-    kbar_BGRTK = _mean(k_BGRTK, documents) if kbar_BGRTK is None else kbar_BGRTK
+def _affine_linear(r_BGRTK: Tensor, k_BGRTK: Tensor, v_BGRTK: Tensor, documents: _Documents) -> Tensor:
+    """Compute (5) with uniform weights."""
+    x_BGRTX = _affine_weights(r_BGRTK, _mean(k_BGRTK, documents))
+    ones_BGRTX = F.pad(k_BGRTK, (0, 1), value=1.0)
+    return _causal_product(x_BGRTX, ones_BGRTX, v_BGRTK, documents) / documents.counts_T1
+
+
+def _affine_weights(r_BGRTK: Tensor, kbar_BGRTK: Tensor) -> Tensor:
+    """Return [-r_i, 1 + tbar_i], whose product with [k_j, 1] is n_i w_ij."""
     tbar_BGRT1 = (r_BGRTK * kbar_BGRTK).sum(-1, keepdim=True)
-    x_BGRTX = torch.cat((-r_BGRTK, 1 + tbar_BGRT1), dim=-1)
-    return (
-        _causal_product(x_BGRTX, F.pad(k_BGRTK, (0, 1), value=1.0), v_BGRTK, documents) / documents.counts_T1
-    )
+    return torch.cat((-r_BGRTK, 1 + tbar_BGRT1), dim=-1)
 
 
 def _keys_gradient(do_BGRTK: Tensor, r_BGRTK: Tensor, k_BGRTK: Tensor, documents: _Documents) -> Tensor:
     """Compute dK + dV of (11), where the values are the keys; contiguous `[B, G, 1, T, K]`."""
     kbar_BGRTK, ones_BGRTX = _mean(k_BGRTK, documents), F.pad(k_BGRTK, (0, 1), value=1.0)
     do_BGRTK = do_BGRTK / documents.counts_T1
-    b_BGRT1, tbar_BGRT1 = ((x * kbar_BGRTK).sum(-1, keepdim=True) for x in (do_BGRTK, r_BGRTK))
-    u_BGRTX = torch.cat((-do_BGRTK, b_BGRT1), dim=-1)
-    w_BGRTX = torch.cat((-r_BGRTK, 1 + tbar_BGRT1), dim=-1)
+    u_BGRTX = torch.cat((-do_BGRTK, (do_BGRTK * kbar_BGRTK).sum(-1, keepdim=True)), dim=-1)
+    w_BGRTX = _affine_weights(r_BGRTK, kbar_BGRTK)
     dk_BGRTK = causal_product(ones_BGRTX, u_BGRTX, r_BGRTK, documents.ids_T, True)
     dv_BGRTK = causal_product(ones_BGRTX, w_BGRTX, do_BGRTK, documents.ids_T, True)
     return (dk_BGRTK + dv_BGRTK).sum(2, keepdim=True)
@@ -293,23 +303,10 @@ def causal_product(x: Tensor, y: Tensor, z: Tensor, ids: Tensor, is_reversed: bo
     Returns:
         `[B, G, R, T, W]`.
     """
-    num_tokens = x.shape[3]
-    chunk = max(1, min(CHUNK_TOKENS, num_tokens))
-    tail = -num_tokens % chunk
-    ids_NC = F.pad(ids.flip(0) if is_reversed else ids, (0, tail), value=-1).unflatten(0, (-1, chunk))
-    x, y, z = (a.flip(3) if is_reversed else a for a in (x, y, z))
-    x, y, z = (F.pad(a, (0, 0, 0, tail)).unflatten(3, (-1, chunk)) for a in (x, y, z))  # [.., N, C, .]
-
-    hidden_NCC = (ids_NC[:, :, None] != ids_NC[:, None]) | ~_lower(chunk, ids)
-    first_N1, last_N1 = ids_NC[:, :1], ids_NC[:, -1:]
-    # chunk n starts from the sums of the chunks before that end in the document in which n starts
-    reaches_NN = (first_N1 == last_N1.mT) & _lower(ids_NC.shape[0], ids).tril(-1)
+    if is_reversed:
+        x, y, z, ids = x.flip(3), y.flip(3), z.flip(3), ids.flip(0)
     with torch.autocast(x.device.type, enabled=False):
-        within = (x @ y.mT).masked_fill(hidden_NCC, 0.0) @ z
-        sums = y.masked_fill((ids_NC != last_N1)[..., None], 0.0).mT @ z
-        state = (reaches_NN.to(z.dtype) @ sums.flatten(-2)).unflatten(-1, sums.shape[-2:])
-        out = within + x.masked_fill((ids_NC != first_N1)[..., None], 0.0) @ state
-    out = out.flatten(3, 4)[:, :, :, :num_tokens]
+        out = _meet(x, _summarise(y, z, ids))
     return out.flip(3) if is_reversed else out.contiguous()
 
 
@@ -334,6 +331,35 @@ def _differentiate_product(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
 
 
 causal_product.register_autograd(_differentiate_product, setup_context=_save_factors)
+
+
+def _summarise(y_BGRTX: Tensor, z_BGRTW: Tensor, ids_T: Tensor) -> _Past:
+    """Cut y and z into chunks and sum what lies before each."""
+    chunk = max(1, min(CHUNK_TOKENS, ids_T.shape[0]))
+    ids_NC = F.pad(ids_T, (0, -ids_T.shape[0] % chunk), value=-1).unflatten(0, (-1, chunk))
+    first_N1, last_N1 = ids_NC[:, :1], ids_NC[:, -1:]
+    y_BGRNCX, z_BGRNCW = _in_chunks(y_BGRTX, chunk), _in_chunks(z_BGRTW, chunk)
+    # chunk n starts from the sums of the chunks before that end in the document in which n starts
+    reaches_NN = (first_N1 == last_N1.mT) & _lower(ids_NC.shape[0], ids_T).tril(-1)
+    sums_BGRNXW = y_BGRNCX.masked_fill((ids_NC != last_N1)[..., None], 0.0).mT @ z_BGRNCW
+    state_BGRNF = reaches_NN.to(z_BGRTW.dtype) @ sums_BGRNXW.flatten(-2)
+    state_BGRNXW = state_BGRNF.unflatten(-1, sums_BGRNXW.shape[-2:])
+    hidden_NCC = (ids_NC[:, :, None] != ids_NC[:, None]) | ~_lower(chunk, ids_T)
+    return _Past(y_BGRNCX, z_BGRNCW, state_BGRNXW, hidden_NCC, (ids_NC != first_N1)[..., None])
+
+
+def _meet(x_BGRTX: Tensor, past: _Past) -> Tensor:
+    """Return sum_j (x_i.y_j) z_j, `[B, G, R, T, W]`."""
+    x_BGRNCX = _in_chunks(x_BGRTX, past.hidden_NCC.shape[1])
+    out = (x_BGRNCX @ past.y_BGRNCX.mT).masked_fill_(past.hidden_NCC, 0.0) @ past.z_BGRNCW
+    out += x_BGRNCX.masked_fill(past.is_restarted_NC1, 0.0) @ past.state_BGRNXW
+    return out.flatten(3, 4)[:, :, :, : x_BGRTX.shape[3]]
+
+
+def _in_chunks(x_BGRTX: Tensor, chunk: int) -> Tensor:
+    """Return `[B, G, R, N, C, X]`, the last chunk filled with zeros."""
+    tail = -x_BGRTX.shape[3] % chunk
+    return (F.pad(x_BGRTX, (0, 0, 0, tail)) if tail else x_BGRTX).unflatten(3, (-1, chunk))
 
 
 def _lower(size: int, like: Tensor) -> Tensor:

@@ -20,9 +20,10 @@ def conjugate_gradients(apply: Callable[[Tensor], Tensor], b: Tensor, num_iterat
     Returns:
         x, shape and dtype of b.
     """
+    # in place and fused where torch can: on a GPU each pass over memory counts beside a product
     x = torch.zeros_like(b)
-    residual, direction = b, b
-    square = (b * b).sum(-1, keepdim=True)
+    residual, direction = b.clone(), b
+    square = torch.linalg.vector_norm(b, dim=-1, keepdim=True).square_()
     # a residual of a few roundings: further steps would divide noise by noise
     enough = square * (4 * torch.finfo(b.dtype).eps) ** 2
     for _ in range(num_iterations):
@@ -32,10 +33,11 @@ def conjugate_gradients(apply: Callable[[Tensor], Tensor], b: Tensor, num_iterat
         image = apply(direction)
         curvature = (direction * image).sum(-1, keepdim=True)
         step = torch.where(is_active, square / curvature, 0.0)
-        x = x + step * direction
-        residual = residual - step * image
-        new_square = torch.where(is_active, (residual * residual).sum(-1, keepdim=True), square)
+        x.addcmul_(step, direction)
+        residual.addcmul_(step, image, value=-1)
+        new_square = torch.linalg.vector_norm(residual, dim=-1, keepdim=True).square_()
+        new_square = torch.where(is_active, new_square, square)
         ratio = torch.where(is_active, new_square / square, 0.0)
-        direction = residual + ratio * direction
+        direction = torch.addcmul(residual, ratio, direction)
         square = new_square
     return x

@@ -1,18 +1,20 @@
 """Exact local linear attention: Parallax attention whose probe is solved, not learned.
 
 By (16) of `parallax.reference` the probe solves A_i r_i = kbar_i - q_i with A_i = Cov_p(k, k)_i + ridge I;
-what follows is (4). So everything that touches all keys is Parallax attention in tiles (`parallax.eager`):
+what follows is (4). So everything that touches all keys is Parallax attention in fp32 (fp64 for fp64): by the
+Triton kernels where they serve (CUDA, their head widths, a positive scale), else by `parallax.eager`.
 
 * conjugate gradients need A x alone, and by (4) Cov_p(k, k) x = kbar - o(q, x, k, k);
 * the gradient through the solve is (18): one more solve with the same matrices, for y, then the backward of
   o(q, r, k, k). Nothing of the iterations is kept.
 
 The direct solver forms A a few queries at a time and factors it. Memory beside inputs and outputs is a tile's
-`[B, H, tile, T]` for both solvers, and `_DIRECT_ELEMENTS` numbers a buffer for the direct one. All of it is
-in fp32 (fp64 for fp64). Saved for the backward: q, k, v, r, and two statistics per row.
+`[B, H, tile, T]` for `parallax.eager`, and `_DIRECT_ELEMENTS` numbers a buffer for the direct solver. Saved
+for the backward: q, k, v, r, and two statistics per row; by the kernels o and vbar too.
 """
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ from torch import Tensor
 from parallax import eager
 from parallax.conjugate_gradients import conjugate_gradients
 from parallax.decode import parallax_decode
-from parallax.ops import eager_attention
+from parallax.ops import eager_attention, triton_attention
 from parallax.validation import check_bounds, check_cu_seqlens, check_tensors, check_window_size
 
 _DIRECT_ELEMENTS = 2**23
@@ -81,7 +83,8 @@ def local_linear_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     iterations = num_iterations if solver == "cg" else None
     r = local_linear_probe(q, k, cu_seqlens, scale, ridge, window_size, iterations)
-    o = eager_attention(q, r, k, v, scale=scale, cu_seqlens=cu_seqlens, window_size=window_size)
+    attend = triton_attention if _kernels_serve(q, k, scale) else eager_attention
+    o = attend(q, r, k, v, scale=scale, cu_seqlens=cu_seqlens, window_size=window_size)
     return o.to(dtype)
 
 
@@ -178,7 +181,7 @@ def local_linear_probe(
         Probes `[B, T, H, K]`.
     """
     with torch.autocast(q.device.type, enabled=False):
-        kbar, _, _ = eager.forward(q, torch.zeros_like(q), k, k, cu_seqlens, scale, window_size)
+        kbar = _key_products(q, k, cu_seqlens, scale, window_size).attend(torch.zeros_like(q))
         return _solve(kbar - q, kbar, q, k, cu_seqlens, scale, ridge, window_size, num_iterations)
 
 
@@ -224,10 +227,10 @@ def local_linear_probe_backward(
         `dq [B, T, H, K]` and `dk [B, T, G, K]`.
     """
     with torch.autocast(q.device.type, enabled=False):
-        kbar, _, _ = eager.forward(q, torch.zeros_like(q), k, k, cu_seqlens, scale, window_size)
+        products = _key_products(q, k, cu_seqlens, scale, window_size)
+        kbar = products.attend(torch.zeros_like(q))
         y = _solve(dr, kbar, q, k, cu_seqlens, scale, ridge, window_size, num_iterations)
-        _, lse, tbar = eager.forward(q, r, k, k, cu_seqlens, scale, window_size)
-        dq, _, dk, dv = eager.backward(y, q, r, k, k, lse, tbar, cu_seqlens, scale, window_size)
+        dq, _, dk, dv = products.differentiate(y, r)
         return dq.sub_(y), dk.add_(dv)
 
 
@@ -260,6 +263,42 @@ def _differentiate(ctx: Any, dr: Tensor) -> tuple[Tensor | None, ...]:
 local_linear_probe.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 
+class _KeyProducts(NamedTuple):
+    """Parallax attention whose values are the keys, as a function of the probes."""
+
+    attend: Callable[[Tensor], Tensor]  # x -> o(q, x, k, k)
+    differentiate: Callable[[Tensor, Tensor], tuple[Tensor, ...]]  # (do, x) -> dq, dx, dk, dv
+
+
+def _kernels_serve(q: Tensor, k: Tensor, scale: float) -> bool:
+    """Return whether the Triton kernels compute LLA's attention; else `parallax.eager` does."""
+    from parallax.kernels.tiles import refusal
+
+    return scale > 0 and refusal(q, k) is None
+
+
+def _key_products(
+    q: Tensor, k: Tensor, cu_seqlens: Tensor | None, scale: float, window_size: int | None
+) -> _KeyProducts:
+    """Return o(q, x, k, k) and its gradients, by the kernels where `_kernels_serve`."""
+    options = (cu_seqlens, scale, window_size)
+    if not _kernels_serve(q, k, scale):
+
+        def differentiate_eagerly(do: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+            _, lse, tbar = eager.forward(q, x, k, k, *options)
+            return eager.backward(do, q, x, k, k, lse, tbar, *options)
+
+        return _KeyProducts(lambda x: eager.forward(q, x, k, k, *options)[0], differentiate_eagerly)
+
+    from parallax.kernels import backward, forward
+
+    def differentiate(do: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        results = forward.forward(q, x, k, k, *options, save_vbar=True)
+        return backward.backward(do, q, x, k, k, *results, *options)
+
+    return _KeyProducts(lambda x: forward.forward(q, x, k, k, *options, save_vbar=False)[0], differentiate)
+
+
 @torch.no_grad()
 def _solve(
     b_BTHK: Tensor,
@@ -277,9 +316,10 @@ def _solve(
     if num_iterations is None:
         return _solve_directly(b_BTHK, q_BTHK, k_BSGK, cu_seqlens, scale, ridge, window_size)
 
+    attend = _key_products(q_BTHK, k_BSGK, cu_seqlens, scale, window_size).attend
+
     def apply(x_BTHK: Tensor) -> Tensor:
-        o_BTHK, _, _ = eager.forward(q_BTHK, x_BTHK, k_BSGK, k_BSGK, cu_seqlens, scale, window_size)
-        return kbar_BTHK - o_BTHK + ridge * x_BTHK
+        return torch.sub(kbar_BTHK, attend(x_BTHK)).add_(x_BTHK, alpha=ridge)
 
     return conjugate_gradients(apply, b_BTHK, num_iterations)
 

@@ -78,7 +78,7 @@ class LocalLinearAttention(KeyValueAttention):
         )
 
     def num_saved_elements_per_token(self) -> int:
-        """See Attention: q, k, v and the probe are kept in fp32, two elements of 16 bits each."""
+        """See Attention: q, k, v, the probe, and the kernels' o and vbar, each in two elements of 16 bits."""
         size = self.size
-        extra = (3 * size.num_heads + 2 * size.num_kv_heads) * size.head_dim
+        extra = (7 * size.num_heads + 2 * size.num_kv_heads) * size.head_dim
         return super().num_saved_elements_per_token() + extra

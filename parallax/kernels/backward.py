@@ -55,9 +55,9 @@ def _dqdr_tile(
     b_k = load_tile(k, k_strides, i_b, i_g, i_s, T, BS, BK, K, TMA)
     b_v = load_tile(v, v_strides, i_b, i_g, i_s, T, BS, BK, K, TMA)
     # [BT, BS]
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
-    b_t = tl.dot(b_r, tl.trans(b_k), input_precision="ieee")
-    b_a = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="tf32x3")
+    b_t = tl.dot(b_r, tl.trans(b_k), input_precision="tf32x3")
+    b_a = tl.dot(b_do, tl.trans(b_v), input_precision="tf32x3")
     b_p = tl.math.exp2(b_s * scale_log2 - b_lse[:, None])
     if MASKED:
         o_s = i_s + tl.arange(0, BS)
@@ -71,8 +71,8 @@ def _dqdr_tile(
     b_g = ((b_t1[:, None] - b_t) * b_u + b_p * b_e[:, None]).to(b_k.dtype)
     b_u = b_u.to(b_k.dtype)
     # [BT, BK]
-    b_dq = tl.dot(b_g, b_k, b_dq, input_precision="ieee")
-    b_dr = tl.dot(b_u, b_k, b_dr, input_precision="ieee")
+    b_dq = tl.dot(b_g, b_k, b_dq, input_precision="tf32x3")
+    b_dr = tl.dot(b_u, b_k, b_dr, input_precision="tf32x3")
     if RANK_ONE:
         b_g_sum = add_row_sums(b_g, b_g_sum)
         b_u_sum = add_row_sums(b_u, b_u_sum)
@@ -202,9 +202,9 @@ def _dkdv_tile(
     b_b = _load_row_constant(rows, i_bh, 2, i_t, T_padded, BT, TMA)
     b_e = _load_row_constant(rows, i_bh, 3, i_t, T_padded, BT, TMA)
     # [BS, BT]
-    b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
-    b_t = tl.dot(b_k, tl.trans(b_r), input_precision="ieee")
-    b_a = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")
+    b_s = tl.dot(b_k, tl.trans(b_q), input_precision="tf32x3")
+    b_t = tl.dot(b_k, tl.trans(b_r), input_precision="tf32x3")
+    b_a = tl.dot(b_v, tl.trans(b_do), input_precision="tf32x3")
     b_p = tl.math.exp2(b_s * scale_log2 - b_lse[None, :])
     # scale * (1 + tbar - t) and (b - a) / scale
     b_t = b_t1[None, :] - b_t * scale
@@ -220,9 +220,9 @@ def _dkdv_tile(
     b_u = b_p * b_a
     b_g = b_p * b_e[None, :] - b_w * b_a
     # [BS, BK]
-    b_dv = tl.dot(b_w.to(b_do.dtype), b_do, b_dv, input_precision="ieee")
-    b_dk = tl.dot(b_g.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
-    b_dk = tl.dot(b_u.to(b_q.dtype), b_r, b_dk, input_precision="ieee")
+    b_dv = tl.dot(b_w.to(b_do.dtype), b_do, b_dv, input_precision="tf32x3")
+    b_dk = tl.dot(b_g.to(b_q.dtype), b_q, b_dk, input_precision="tf32x3")
+    b_dk = tl.dot(b_u.to(b_q.dtype), b_r, b_dk, input_precision="tf32x3")
     return b_dk, b_dv
 
 

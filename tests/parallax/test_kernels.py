@@ -8,7 +8,9 @@ import pytest
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("name", ["interpreted_kernels.py", "interpreted_decode.py"])
+@pytest.mark.parametrize(
+    "name", ["interpreted_kernels.py", "interpreted_decode.py", "interpreted_local_linear.py"]
+)
 def test_kernels_in_the_interpreter(name: str) -> None:
     # the interpreter must be chosen before triton is first imported, which this process may have done
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
