@@ -75,7 +75,7 @@ class Candidate:
         return bool(self.times_ms) and self.deviation < 0.02
 
 
-TILES: dict[tuple[KernelName, int], list[tuple[int, ...]]] = {
+TILES: dict[tuple[KernelName, int], list[tuple[Any, ...]]] = {
     ("forward", 64): [(64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 3, 0, 1), (128, 64, 8, 3)],
     ("dqdr", 64): [
         (64, 64, 4, 3),

@@ -206,9 +206,7 @@ def can_use_descriptors(*tensors: Tensor) -> bool:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
         return False
     return all(
-        x.element_size() == 2
-        and x.data_ptr() % 16 == 0
-        and all(s % 8 == 0 and s > 0 for s in _row_strides(x))
+        x.element_size() == 2 and x.data_ptr() % 16 == 0 and all(s % 8 == 0 and s > 0 for s in row_strides(x))
         for x in tensors
     )
 
@@ -216,7 +214,7 @@ def can_use_descriptors(*tensors: Tensor) -> bool:
 def describe(x: Tensor, num_rows: int, block_k: int) -> TensorDescriptor:
     """Return the descriptor that loads `num_rows` rows of one head of `[B, T, H, K]`."""
     batch_size, num_tokens, num_heads, head_dim = x.shape
-    stride_b, stride_h, stride_t = _row_strides(x)
+    stride_b, stride_h, stride_t = row_strides(x)
     return TensorDescriptor(
         x,
         [batch_size, num_heads, num_tokens, head_dim],
@@ -225,7 +223,7 @@ def describe(x: Tensor, num_rows: int, block_k: int) -> TensorDescriptor:
     )
 
 
-def _row_strides(x: Tensor) -> tuple[int, int, int]:
+def row_strides(x: Tensor) -> tuple[int, int, int]:
     """Return the strides of batch, head and token, a harmless one for a dimension of size one."""
     unused = -(-x.shape[3] // 8) * 8
     stride_b, stride_h, stride_t = (x.stride(d) if x.shape[d] > 1 else unused for d in (0, 2, 1))

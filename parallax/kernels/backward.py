@@ -392,13 +392,13 @@ def query_gradients(
     """
     batch_size, num_tokens, num_heads, head_dim = operands.q.shape
     num_kv_heads = operands.k.shape[2]
-    tile = tile or tile_of("dqdr", operands.q)
+    if use_descriptors is None:
+        use_descriptors = can_use_descriptors(*operands)
+    tile = tile or tile_of("dqdr", operands.q, use_descriptors)
     dq, dr = (torch.empty(o.shape, dtype=o.dtype, device=o.device) for _ in range(2))
     num_tiles = triton.cdiv(num_tokens, tile.block_t)
     num_programs = batch_size * num_heads
     rows = torch.empty(num_programs, 4, num_tiles * tile.block_t, dtype=torch.float32, device=o.device)
-    if use_descriptors is None:
-        use_descriptors = can_use_descriptors(*operands)
     q, r, k, v, do = operands.described(tile) if use_descriptors else operands
     block_k = triton.next_power_of_2(head_dim)
     dq_out, dr_out = (describe(x, tile.block_t, block_k) if use_descriptors else x for x in (dq, dr))
@@ -442,11 +442,15 @@ def key_gradients(
     """
     batch_size, num_tokens, num_heads, head_dim = operands.q.shape
     num_kv_heads = operands.k.shape[2]
-    tile = tile or tile_of("dkdv", operands.q)
-    dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (operands.k, operands.v))
-    num_programs = batch_size * num_kv_heads
     if use_descriptors is None:
         use_descriptors = can_use_descriptors(*operands)
+    tile = tile or tile_of("dkdv", operands.q, use_descriptors)
+    if tile.is_specialized:
+        from parallax.kernels import hopper_dkdv
+
+        return hopper_dkdv.key_gradients(*operands, rows, mask, scale, tile=tile)
+    dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (operands.k, operands.v))
+    num_programs = batch_size * num_kv_heads
     q, r, k, v, do = operands.described(tile) if use_descriptors else operands
     constants = TensorDescriptor.from_tensor(rows, [1, 1, tile.block_t]) if use_descriptors else rows
     block_k = triton.next_power_of_2(head_dim)

@@ -183,7 +183,9 @@ def forward(
     q, r, k, v = (with_contiguous_rows(x) for x in (q, r, k, v))
     batch_size, num_tokens, num_heads, head_dim = q.shape
     group = num_heads // k.shape[2]
-    tile = tile or tile_of("forward", q)
+    if use_descriptors is None:
+        use_descriptors = can_use_descriptors(q, r, k, v)
+    tile = tile or tile_of("forward", q, use_descriptors)
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     vbar = torch.empty(q.shape if save_vbar else (0,), dtype=q.dtype, device=q.device)
     lse = torch.empty(batch_size, num_heads, num_tokens, dtype=torch.float32, device=q.device)
@@ -192,8 +194,6 @@ def forward(
         return o, vbar, lse, tbar
 
     mask = Mask(*document_bounds(cu_seqlens, num_tokens), window_size)
-    if use_descriptors is None:
-        use_descriptors = can_use_descriptors(q, r, k, v)
     block_k = triton.next_power_of_2(head_dim)
     pairs = ((q, tile.block_t), (r, tile.block_t), (k, tile.block_s), (v, tile.block_s))
     q_in, r_in, k_in, v_in = (describe(x, n, block_k) if use_descriptors else x for x, n in pairs)

@@ -25,6 +25,7 @@ class Tile(NamedTuple):
         in_registers: How many of the operands that stay through the loop are kept in registers: of queries
             and probes forward, queries and dO for dQ and dR, keys and values for dK and dV.
         sums: Columns of the row sums of `add_row_sums`: 8 by the tensor cores, 1 by additions.
+        is_specialized: Whether it is a tile of the kernel whose warps take different parts (`hopper_*.py`).
     """
 
     block_t: int
@@ -33,6 +34,7 @@ class Tile(NamedTuple):
     num_stages: int
     in_registers: int = 0
     sums: int = 8
+    is_specialized: bool = False
 
 
 _HOPPER: dict[tuple[KernelName, int], Tile] = {
@@ -46,6 +48,11 @@ _HOPPER: dict[tuple[KernelName, int], Tile] = {
     ("dkdv", 128): Tile(32, 64, 4, 3, 1),
     ("dkdv", 256): Tile(32, 64, 8, 2),
 }
+
+_HOPPER_SPECIALIZED: dict[tuple[KernelName, int], Tile] = {
+    ("dkdv", 128): Tile(32, 128, 4, 4, 1, is_specialized=True),
+}
+"""On Hopper alone, before `_HOPPER`, for inputs that tensor descriptors can describe."""
 
 _AMPERE: dict[tuple[KernelName, int], Tile] = {
     ("forward", 64): Tile(64, 64, 4, 2),
@@ -80,17 +87,20 @@ _FP32_HOPPER = _FP32 | {
 """Not tuned: 64 rows, which take warpgroup products, at the width where they fit the registers."""
 
 
-def tile_of(kernel: KernelName, x: Tensor) -> Tile:
+def tile_of(kernel: KernelName, x: Tensor, use_descriptors: bool) -> Tile:
     """Return the tile of a kernel for inputs like x.
 
     Args:
         kernel: Which of the three.
         x: Queries or keys `[B, T, H, K]`, on the device that runs the kernel.
+        use_descriptors: Whether tensor descriptors load the operands; the specialised kernels need them.
     """
     width = 64 if x.shape[3] <= 64 else 128 if x.shape[3] <= 128 else 256
     capability = torch.cuda.get_device_capability(x.device) if x.device.type == "cuda" else (0, 0)
     if x.dtype == torch.float32:
         return (_FP32_HOPPER if capability[0] == 9 else _FP32)[kernel, width]
+    if capability[0] == 9 and use_descriptors and (kernel, width) in _HOPPER_SPECIALIZED:
+        return _HOPPER_SPECIALIZED[kernel, width]
     return (_HOPPER if capability >= (9, 0) else _AMPERE)[kernel, width]
 
 

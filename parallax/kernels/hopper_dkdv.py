@@ -1,0 +1,284 @@
+"""dK and dV on Hopper: the second pass of the backward with warps that take different parts, in Gluon.
+
+A program owns 128 keys of one kv head. One warp copies tiles of queries, probes, dO and row constants into a
+ring in shared memory; two warpgroups of 64 keys each read every tile from there, so that a tile is copied
+half as often as by programs of 64 keys. The mathematics is that of `parallax.kernels.backward`: transposed
+scores, so that P^T and the two gradient tiles stay in registers as left operands. Keys stay in registers as
+well, because the tensor cores would wait for shared memory otherwise. Sums stay in registers over all query
+heads of the group: the result is the same bits every time.
+
+While one warpgroup forms weights the other one has products under way. Registers do not allow one to start
+the next tile's products before it has finished with those of a tile: the compiler then waits after each.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from parallax.kernels.addressing import (
+    LOG2E,
+    Mask,
+    end_query,
+    heads_per_section,
+    program_of,
+    row_strides,
+)
+from parallax.kernels.tiles import Tile
+
+_BS = tl.constexpr(64)  # keys of a warpgroup
+_GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+
+@gluon.jit
+def _add_tile(
+    a_k, a_v, q, r, do, constants, i_c, i_t, o_s, b_end, is_masked, b_dk, b_dv, b_zero, scale,
+    BT: tl.constexpr, BOUNDED: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Add a tile of one head's queries to dK / scale and scale * dV."""
+    SCORES: tl.constexpr = b_zero.type.layout
+    COLUMN: tl.constexpr = gl.SliceLayout(0, SCORES)
+    LEFT: tl.constexpr = gl.DotOperandLayout(0, ACC, 2)
+    # [BS, BT]
+    b_s = warpgroup_mma(a_k, q.permute((1, 0)), b_zero, use_acc=False, is_async=True)
+    b_t = warpgroup_mma(a_k, r.permute((1, 0)), b_zero, use_acc=False, is_async=True)
+    b_a = warpgroup_mma(a_v, do.permute((1, 0)), b_zero, use_acc=False, is_async=True)
+    b_lse = constants.index(i_c).load(COLUMN)
+    b_s = warpgroup_mma_wait(2, deps=(b_s,))
+    b_p = gl.exp2(b_s * (scale * LOG2E) - gl.expand_dims(b_lse, 0))
+    b_t1 = constants.index(i_c + 1).load(COLUMN)
+    b_t = warpgroup_mma_wait(1, deps=(b_t,))
+    # scale * (1 + tbar - t), and below (b - a) / scale
+    b_t = gl.expand_dims(b_t1, 0) - b_t * scale
+    if is_masked:
+        o_t = i_t + gl.arange(0, BT, COLUMN)
+        m_s = gl.expand_dims(o_s, 1) <= gl.expand_dims(o_t, 0)
+        if BOUNDED:
+            m_s = m_s & (gl.expand_dims(o_t, 0) < gl.expand_dims(b_end, 1))
+        b_p = gl.where(m_s, b_p, 0.0)
+        b_t = gl.where(m_s, b_t, 0.0)
+    b_w = b_p * b_t
+    # [BS, BK]
+    b_dv = warpgroup_mma(gl.convert_layout(b_w.to(q.dtype), LEFT), do, b_dv, is_async=True)
+    b_b = constants.index(i_c + 2).load(COLUMN)
+    b_e = constants.index(i_c + 3).load(COLUMN)
+    b_a = warpgroup_mma_wait(1, deps=(b_a,))
+    b_a = gl.expand_dims(b_b, 0) - b_a * (1.0 / scale)
+    b_u = b_p * b_a
+    b_g = b_p * gl.expand_dims(b_e, 0) - b_w * b_a
+    b_dk = warpgroup_mma(gl.convert_layout(b_g.to(q.dtype), LEFT), q, b_dk, is_async=True)
+    b_dk = warpgroup_mma(gl.convert_layout(b_u.to(q.dtype), LEFT), r, b_dk, is_async=True)
+    b_dv, b_dk = warpgroup_mma_wait(0, deps=(b_dv, b_dk))
+    return b_dk, b_dv
+
+
+@gluon.jit
+def _consume(
+    WARPGROUP: tl.constexpr, buffers, place, outputs, mask, scale,
+    GROUP: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr, IN_REGISTERS: tl.constexpr,
+):  # fmt: skip
+    """Sum and store dK and dV of a warpgroup's keys."""
+    k, v, q, r, do, constants, kv_full, full, empty = buffers
+    i_b, i_g, i_s, num_steps = place
+    dk_out, dv_out = outputs
+    end, T, window_size = mask
+    BOUNDED: tl.constexpr = PACKED or WINDOW
+    STAGES: tl.constexpr = q.shape[0]
+    BT: tl.constexpr = q.shape[1]
+    BK: tl.constexpr = q.shape[2]
+    ACC: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BK, 16])
+    SCORES: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BT, 16])
+    k = k.index(WARPGROUP)
+    v = v.index(WARPGROUP)
+    i_w = i_s + WARPGROUP * _BS
+    o_s = i_w + gl.arange(0, _BS, gl.SliceLayout(1, SCORES))
+    b_end = o_s
+    i_end = T
+    i_unmasked = T + BT
+    if BOUNDED:
+        b_end = end_query(end, o_s, T, window_size, PACKED, WINDOW)
+        i_end = end_query(end, tl.minimum(i_w + _BS, T) - 1, T, window_size, PACKED, WINDOW)
+        i_unmasked = end_query(end, tl.minimum(i_w, T - 1), T, window_size, PACKED, WINDOW)
+    # tiles that this warpgroup's keys see; the others are only waited for and released
+    i_first = tl.minimum((i_w - i_s) // BT, num_steps)
+    i_last = tl.maximum(tl.minimum(tl.cdiv(i_end - i_s, BT), num_steps), i_first)
+
+    mbarrier.wait(kv_full, 0)
+    a_k = k
+    a_v = v
+    if IN_REGISTERS >= 1:
+        a_k = k.load(gl.DotOperandLayout(0, SCORES, 2))
+    if IN_REGISTERS == 2:
+        a_v = v.load(gl.DotOperandLayout(0, SCORES, 2))
+    b_zero = gl.zeros([_BS, BT], tl.float32, SCORES)
+    b_dk = gl.zeros([_BS, BK], tl.float32, ACC)
+    b_dv = gl.zeros([_BS, BK], tl.float32, ACC)
+    for i_h in range(GROUP):
+        i_x = i_h * num_steps
+        for i_y in range(i_x, i_x + i_first):
+            mbarrier.wait(full.index(i_y % STAGES), (i_y // STAGES) & 1)
+            mbarrier.arrive(empty.index(i_y % STAGES), count=1)
+        for i_y in range(i_x + i_first, i_x + i_last):
+            i_stage = i_y % STAGES
+            mbarrier.wait(full.index(i_stage), (i_y // STAGES) & 1)
+            i_t = i_s + (i_y - i_x) * BT
+            is_masked = i_t < i_w + _BS - 1
+            if BOUNDED:
+                is_masked = is_masked | (i_t + BT > i_unmasked)
+            b_dk, b_dv = _add_tile(
+                a_k, a_v, q.index(i_stage), r.index(i_stage), do.index(i_stage), constants, i_stage * 4,
+                i_t, o_s, b_end, is_masked, b_dk, b_dv, b_zero, scale, BT, BOUNDED, ACC,
+            )  # fmt: skip
+            mbarrier.arrive(empty.index(i_stage), count=1)
+        for i_y in range(i_x + i_last, i_x + num_steps):
+            mbarrier.wait(full.index(i_y % STAGES), (i_y // STAGES) & 1)
+            mbarrier.arrive(empty.index(i_y % STAGES), count=1)
+    # through the memory of the warpgroup's own keys and values
+    k.store((b_dk * scale).to(k.dtype))
+    v.store((b_dv * (1.0 / scale)).to(v.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(dk_out, [i_b, i_g, i_w, 0], k)
+    tma.async_copy_shared_to_global(dv_out, [i_b, i_g, i_w, 0], v)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _produce(
+    buffers, place, q_in, r_in, k_in, v_in, do_in, rows_in, T_padded, H: tl.constexpr, GROUP: tl.constexpr
+):
+    """Copy keys and values once, then the tiles of all queries that see them."""
+    k, v, q, r, do, constants, kv_full, full, empty = buffers
+    i_b, i_g, i_s, num_steps = place
+    STAGES: tl.constexpr = q.shape[0]
+    BT: tl.constexpr = q.shape[1]
+    BK: tl.constexpr = q.shape[2]
+    mbarrier.expect(kv_full, 4 * _BS * BK * 2)
+    for i_w in gl.static_range(2):
+        tma.async_copy_global_to_shared(k_in, [i_b, i_g, i_s + i_w * _BS, 0], kv_full, k.index(i_w))
+        tma.async_copy_global_to_shared(v_in, [i_b, i_g, i_s + i_w * _BS, 0], kv_full, v.index(i_w))
+    for i_x in range(num_steps * GROUP):
+        i_h = i_g * GROUP + i_x // num_steps
+        i_t = i_s + (i_x % num_steps) * BT
+        i_stage = i_x % STAGES
+        bar = full.index(i_stage)
+        mbarrier.wait(empty.index(i_stage), (i_x // STAGES & 1) ^ 1)
+        mbarrier.expect(bar, 3 * BT * BK * 2 + 4 * BT * 4)
+        tma.async_copy_global_to_shared(q_in, [i_b, i_h, i_t, 0], bar, q.index(i_stage))
+        tma.async_copy_global_to_shared(r_in, [i_b, i_h, i_t, 0], bar, r.index(i_stage))
+        tma.async_copy_global_to_shared(do_in, [i_b, i_h, i_t, 0], bar, do.index(i_stage))
+        for i_c in gl.static_range(4):
+            i_row = ((i_b * H + i_h) * 4 + i_c) * T_padded + i_t
+            tma.async_copy_global_to_shared(rows_in, [i_row], bar, constants.index(i_stage * 4 + i_c))
+
+
+@gluon.jit(do_not_specialize=["T", "T_padded", "window_size", "num_heads", "section"])
+def _parallax_bwd_dkdv_hopper_kernel(
+    q_in, r_in, k_in, v_in, do_in, rows_in, dk_out, dv_out, end,
+    T, T_padded, window_size, num_heads, section, scale,
+    H: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, STAGES: tl.constexpr,
+    PACKED: tl.constexpr, WINDOW: tl.constexpr, IN_REGISTERS: tl.constexpr,
+):  # fmt: skip
+    """Compute 128 rows of one kv head's dK and dV; one program each."""
+    GROUP: tl.constexpr = H // G
+    i_rank, i_bg = program_of(gl.program_id(0), tl.cdiv(T, 2 * _BS), num_heads, section)
+    i_s = i_rank * 2 * _BS
+    i_b = i_bg // G
+    i_g = i_bg % G
+    i_end = T
+    if PACKED or WINDOW:
+        i_end = end_query(end, tl.minimum(i_s + 2 * _BS, T) - 1, T, window_size, PACKED, WINDOW)
+    num_steps = tl.cdiv(i_end - i_s, BT)
+
+    dtype: tl.constexpr = q_in.dtype
+    k = gl.allocate_shared_memory(dtype, [2, _BS, BK], k_in.layout)
+    v = gl.allocate_shared_memory(dtype, [2, _BS, BK], v_in.layout)
+    q = gl.allocate_shared_memory(dtype, [STAGES, BT, BK], q_in.layout)
+    r = gl.allocate_shared_memory(dtype, [STAGES, BT, BK], r_in.layout)
+    do = gl.allocate_shared_memory(dtype, [STAGES, BT, BK], do_in.layout)
+    constants = gl.allocate_shared_memory(tl.float32, [STAGES * 4, BT], rows_in.layout)
+    kv_full = gl.allocate_shared_memory(tl.int64, [1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(tl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(tl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(kv_full, count=1)
+    for i_stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(i_stage), count=1)
+        mbarrier.init(empty.index(i_stage), count=2)
+    buffers = (k, v, q, r, do, constants, kv_full, full, empty)
+    place = (i_b, i_g, i_s, num_steps)
+    outputs = (dk_out, dv_out)
+    mask = (end, T, window_size)
+    gl.warp_specialize(
+        [
+            (_consume, (0, buffers, place, outputs, mask, scale, GROUP, PACKED, WINDOW, IN_REGISTERS)),
+            (_consume, (1, buffers, place, outputs, mask, scale, GROUP, PACKED, WINDOW, IN_REGISTERS)),
+            (_produce, (buffers, place, q_in, r_in, k_in, v_in, do_in, rows_in, T_padded, H, GROUP)),
+        ],
+        [4, 1],  # warps of the second and the third
+        [240, 24],  # registers of their threads
+    )
+
+
+def _describe(x: Tensor, num_rows: int, block_k: int) -> TensorDescriptor:
+    """Return the descriptor that copies `num_rows` rows of one head of `[B, T, H, K]`."""
+    batch_size, num_tokens, num_heads, head_dim = x.shape
+    layout = gl.NVMMASharedLayout.get_default_for([num_rows, block_k], _GLUON_DTYPES[x.dtype])
+    stride_b, stride_h, stride_t = row_strides(x)
+    shape, strides = [batch_size, num_heads, num_tokens, head_dim], [stride_b, stride_h, stride_t, 1]
+    return TensorDescriptor(x, shape, strides, [1, 1, num_rows, block_k], layout)
+
+
+def key_gradients(
+    q: Tensor,
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    rows: Tensor,
+    mask: Mask,
+    scale: float,
+    tile: Tile,
+) -> tuple[Tensor, Tensor]:
+    """Launch the second pass.
+
+    Args:
+        q: Queries `[B, T, H, K]`, bf16/fp16, K at most 128; all five such that `can_use_descriptors` holds.
+        r: Probes `[B, T, H, K]`.
+        k: Keys `[B, T, G, K]`.
+        v: Values `[B, T, G, K]`.
+        do: Gradient of the output `[B, T, H, K]`.
+        rows: Row constants `[B * H, 4, T rounded up to 64]` fp32 from `backward.query_gradients`.
+        mask: What queries see.
+        scale: Factor of q.k.
+        tile: Its block_s is 128, its num_stages the tiles in the ring; num_warps is not asked.
+
+    Returns:
+        dk, dv `[B, T, G, K]`.
+    """
+    batch_size, num_tokens, num_heads, head_dim = q.shape
+    num_kv_heads = k.shape[2]
+    dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+    block_k = triton.next_power_of_2(head_dim)
+    q_in, r_in, do_in = (_describe(x, tile.block_t, block_k) for x in (q, r, do))
+    k_in, v_in, dk_out, dv_out = (_describe(x, _BS.value, block_k) for x in (k, v, dk, dv))
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+    rows_in = TensorDescriptor(rows, [rows.numel()], [1], [tile.block_t], layout)
+    num_programs = batch_size * num_kv_heads
+    bytes_per_head = 3 * num_heads // num_kv_heads * num_tokens * head_dim * q.element_size()
+    _parallax_bwd_dkdv_hopper_kernel[(triton.cdiv(num_tokens, 2 * _BS.value) * num_programs,)](
+        q_in, r_in, k_in, v_in, do_in, rows_in, dk_out, dv_out, mask.end,
+        num_tokens, rows.shape[2], mask.window_size or 0, num_programs,
+        heads_per_section(num_programs, 1, bytes_per_head), scale,
+        H=num_heads, G=num_kv_heads, BK=block_k, BT=tile.block_t, STAGES=tile.num_stages,
+        PACKED=mask.is_packed, WINDOW=mask.has_window, IN_REGISTERS=tile.in_registers, num_warps=4,
+    )  # fmt: skip
+    return dk, dv
