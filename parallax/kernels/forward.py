@@ -185,7 +185,7 @@ def forward(
     group = num_heads // k.shape[2]
     if use_descriptors is None:
         use_descriptors = can_use_descriptors(q, r, k, v)
-    tile = tile or tile_of("forward", q, use_descriptors)
+    tile = tile or tile_of("forward", q, use_descriptors and is_centred)
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     vbar = torch.empty(q.shape if save_vbar else (0,), dtype=q.dtype, device=q.device)
     lse = torch.empty(batch_size, num_heads, num_tokens, dtype=torch.float32, device=q.device)
@@ -194,6 +194,10 @@ def forward(
         return o, vbar, lse, tbar
 
     mask = Mask(*document_bounds(cu_seqlens, num_tokens), window_size)
+    if tile.is_specialized:
+        from parallax.kernels import hopper_forward
+
+        return hopper_forward.forward(q, r, k, v, mask, scale, save_vbar=save_vbar, tile=tile)
     block_k = triton.next_power_of_2(head_dim)
     pairs = ((q, tile.block_t), (r, tile.block_t), (k, tile.block_s), (v, tile.block_s))
     q_in, r_in, k_in, v_in = (describe(x, n, block_k) if use_descriptors else x for x, n in pairs)

@@ -1,11 +1,11 @@
 """dK and dV on Hopper: the second pass of the backward with warps that take different parts, in Gluon.
 
-A program owns 128 keys of one kv head. One warp copies tiles of queries, probes, dO and row constants into a
-ring in shared memory; two warpgroups of 64 keys each read every tile from there, so that a tile is copied
-half as often as by programs of 64 keys. The mathematics is that of `parallax.kernels.backward`: transposed
-scores, so that P^T and the two gradient tiles stay in registers as left operands. Keys stay in registers as
-well, because the tensor cores would wait for shared memory otherwise. Sums stay in registers over all query
-heads of the group: the result is the same bits every time.
+A program owns 128 keys of one kv head. One warp copies tiles of queries, probes, dO and row constants; two
+warpgroups of 64 keys each read every tile, so that it is copied half as often as by programs of 64 keys. The
+mathematics is that of `parallax.kernels.backward`: transposed scores, so that P^T and the two gradient tiles
+stay in registers as left operands. Keys stay in registers as well, because the tensor cores would wait for
+shared memory otherwise. Sums stay in registers over all query heads of the group: the result is the same bits
+every time.
 
 While one warpgroup forms weights the other one has products under way. Registers do not allow one to start
 the next tile's products before it has finished with those of a tile: the compiler then waits after each.
@@ -32,12 +32,9 @@ from parallax.kernels.addressing import (
     end_query,
     heads_per_section,
     program_of,
-    row_strides,
 )
+from parallax.kernels.hopper import CONSUMER_REGISTERS, PRODUCER_REGISTERS, ROWS, describe
 from parallax.kernels.tiles import Tile
-
-_BS = tl.constexpr(64)  # keys of a warpgroup
-_GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
 @gluon.jit
@@ -100,14 +97,14 @@ def _consume(
     SCORES: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BT, 16])
     k = k.index(WARPGROUP)
     v = v.index(WARPGROUP)
-    i_w = i_s + WARPGROUP * _BS
-    o_s = i_w + gl.arange(0, _BS, gl.SliceLayout(1, SCORES))
+    i_w = i_s + WARPGROUP * ROWS
+    o_s = i_w + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
     b_end = o_s
     i_end = T
     i_unmasked = T + BT
     if BOUNDED:
         b_end = end_query(end, o_s, T, window_size, PACKED, WINDOW)
-        i_end = end_query(end, tl.minimum(i_w + _BS, T) - 1, T, window_size, PACKED, WINDOW)
+        i_end = end_query(end, tl.minimum(i_w + ROWS, T) - 1, T, window_size, PACKED, WINDOW)
         i_unmasked = end_query(end, tl.minimum(i_w, T - 1), T, window_size, PACKED, WINDOW)
     # tiles that this warpgroup's keys see; the others are only waited for and released
     i_first = tl.minimum((i_w - i_s) // BT, num_steps)
@@ -120,9 +117,9 @@ def _consume(
         a_k = k.load(gl.DotOperandLayout(0, SCORES, 2))
     if IN_REGISTERS == 2:
         a_v = v.load(gl.DotOperandLayout(0, SCORES, 2))
-    b_zero = gl.zeros([_BS, BT], tl.float32, SCORES)
-    b_dk = gl.zeros([_BS, BK], tl.float32, ACC)
-    b_dv = gl.zeros([_BS, BK], tl.float32, ACC)
+    b_zero = gl.zeros([ROWS, BT], tl.float32, SCORES)
+    b_dk = gl.zeros([ROWS, BK], tl.float32, ACC)
+    b_dv = gl.zeros([ROWS, BK], tl.float32, ACC)
     for i_h in range(GROUP):
         i_x = i_h * num_steps
         for i_y in range(i_x, i_x + i_first):
@@ -132,7 +129,7 @@ def _consume(
             i_stage = i_y % STAGES
             mbarrier.wait(full.index(i_stage), (i_y // STAGES) & 1)
             i_t = i_s + (i_y - i_x) * BT
-            is_masked = i_t < i_w + _BS - 1
+            is_masked = i_t < i_w + ROWS - 1
             if BOUNDED:
                 is_masked = is_masked | (i_t + BT > i_unmasked)
             b_dk, b_dv = _add_tile(
@@ -162,10 +159,10 @@ def _produce(
     STAGES: tl.constexpr = q.shape[0]
     BT: tl.constexpr = q.shape[1]
     BK: tl.constexpr = q.shape[2]
-    mbarrier.expect(kv_full, 4 * _BS * BK * 2)
+    mbarrier.expect(kv_full, 4 * ROWS * BK * 2)
     for i_w in gl.static_range(2):
-        tma.async_copy_global_to_shared(k_in, [i_b, i_g, i_s + i_w * _BS, 0], kv_full, k.index(i_w))
-        tma.async_copy_global_to_shared(v_in, [i_b, i_g, i_s + i_w * _BS, 0], kv_full, v.index(i_w))
+        tma.async_copy_global_to_shared(k_in, [i_b, i_g, i_s + i_w * ROWS, 0], kv_full, k.index(i_w))
+        tma.async_copy_global_to_shared(v_in, [i_b, i_g, i_s + i_w * ROWS, 0], kv_full, v.index(i_w))
     for i_x in range(num_steps * GROUP):
         i_h = i_g * GROUP + i_x // num_steps
         i_t = i_s + (i_x % num_steps) * BT
@@ -190,18 +187,18 @@ def _parallax_bwd_dkdv_hopper_kernel(
 ):  # fmt: skip
     """Compute 128 rows of one kv head's dK and dV; one program each."""
     GROUP: tl.constexpr = H // G
-    i_rank, i_bg = program_of(gl.program_id(0), tl.cdiv(T, 2 * _BS), num_heads, section)
-    i_s = i_rank * 2 * _BS
+    i_rank, i_bg = program_of(gl.program_id(0), tl.cdiv(T, 2 * ROWS), num_heads, section)
+    i_s = i_rank * 2 * ROWS
     i_b = i_bg // G
     i_g = i_bg % G
     i_end = T
     if PACKED or WINDOW:
-        i_end = end_query(end, tl.minimum(i_s + 2 * _BS, T) - 1, T, window_size, PACKED, WINDOW)
+        i_end = end_query(end, tl.minimum(i_s + 2 * ROWS, T) - 1, T, window_size, PACKED, WINDOW)
     num_steps = tl.cdiv(i_end - i_s, BT)
 
     dtype: tl.constexpr = q_in.dtype
-    k = gl.allocate_shared_memory(dtype, [2, _BS, BK], k_in.layout)
-    v = gl.allocate_shared_memory(dtype, [2, _BS, BK], v_in.layout)
+    k = gl.allocate_shared_memory(dtype, [2, ROWS, BK], k_in.layout)
+    v = gl.allocate_shared_memory(dtype, [2, ROWS, BK], v_in.layout)
     q = gl.allocate_shared_memory(dtype, [STAGES, BT, BK], q_in.layout)
     r = gl.allocate_shared_memory(dtype, [STAGES, BT, BK], r_in.layout)
     do = gl.allocate_shared_memory(dtype, [STAGES, BT, BK], do_in.layout)
@@ -224,17 +221,8 @@ def _parallax_bwd_dkdv_hopper_kernel(
             (_produce, (buffers, place, q_in, r_in, k_in, v_in, do_in, rows_in, T_padded, H, GROUP)),
         ],
         [4, 1],  # warps of the second and the third
-        [240, 24],  # registers of their threads
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
     )
-
-
-def _describe(x: Tensor, num_rows: int, block_k: int) -> TensorDescriptor:
-    """Return the descriptor that copies `num_rows` rows of one head of `[B, T, H, K]`."""
-    batch_size, num_tokens, num_heads, head_dim = x.shape
-    layout = gl.NVMMASharedLayout.get_default_for([num_rows, block_k], _GLUON_DTYPES[x.dtype])
-    stride_b, stride_h, stride_t = row_strides(x)
-    shape, strides = [batch_size, num_heads, num_tokens, head_dim], [stride_b, stride_h, stride_t, 1]
-    return TensorDescriptor(x, shape, strides, [1, 1, num_rows, block_k], layout)
 
 
 def key_gradients(
@@ -259,7 +247,7 @@ def key_gradients(
         rows: Row constants `[B * H, 4, T rounded up to 64]` fp32 from `backward.query_gradients`.
         mask: What queries see.
         scale: Factor of q.k.
-        tile: Its block_s is 128, its num_stages the tiles in the ring; num_warps is not asked.
+        tile: Its num_stages is the tiles in the ring; it has 128 keys, whatever it says of warps.
 
     Returns:
         dk, dv `[B, T, G, K]`.
@@ -268,13 +256,13 @@ def key_gradients(
     num_kv_heads = k.shape[2]
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     block_k = triton.next_power_of_2(head_dim)
-    q_in, r_in, do_in = (_describe(x, tile.block_t, block_k) for x in (q, r, do))
-    k_in, v_in, dk_out, dv_out = (_describe(x, _BS.value, block_k) for x in (k, v, dk, dv))
+    q_in, r_in, do_in = (describe(x, tile.block_t, block_k) for x in (q, r, do))
+    k_in, v_in, dk_out, dv_out = (describe(x, ROWS.value, block_k) for x in (k, v, dk, dv))
     layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
     rows_in = TensorDescriptor(rows, [rows.numel()], [1], [tile.block_t], layout)
     num_programs = batch_size * num_kv_heads
     bytes_per_head = 3 * num_heads // num_kv_heads * num_tokens * head_dim * q.element_size()
-    _parallax_bwd_dkdv_hopper_kernel[(triton.cdiv(num_tokens, 2 * _BS.value) * num_programs,)](
+    _parallax_bwd_dkdv_hopper_kernel[(triton.cdiv(num_tokens, 2 * ROWS.value) * num_programs,)](
         q_in, r_in, k_in, v_in, do_in, rows_in, dk_out, dv_out, mask.end,
         num_tokens, rows.shape[2], mask.window_size or 0, num_programs,
         heads_per_section(num_programs, 1, bytes_per_head), scale,

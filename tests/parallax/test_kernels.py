@@ -8,12 +8,9 @@ import pytest
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize(
-    "name", ["interpreted_kernels.py", "interpreted_decode.py", "interpreted_local_linear.py"]
-)
-def test_kernels_in_the_interpreter(name: str) -> None:
-    # the interpreter must be chosen before triton is first imported, which this process may have done
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+def run(name: str, **variables: str) -> None:
+    """Run a file of tests in a process of its own, without a GPU."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **variables}
     command = [
         sys.executable,
         "-m",
@@ -25,3 +22,16 @@ def test_kernels_in_the_interpreter(name: str) -> None:
     ]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    "name", ["interpreted_kernels.py", "interpreted_decode.py", "interpreted_local_linear.py"]
+)
+def test_kernels_in_the_interpreter(name: str) -> None:
+    # the interpreter must be chosen before triton is first imported, which this process may have done
+    run(name, TRITON_INTERPRET="1")
+
+
+def test_hopper_kernels_compile() -> None:
+    # the process takes another driver
+    run("compiled_hopper.py")

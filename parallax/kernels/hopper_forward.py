@@ -1,0 +1,342 @@
+"""Forward on Hopper: the kernel of `parallax.kernels.forward` with warps that take different parts, in Gluon.
+
+A program owns 128 query rows of one head. One warp copies tiles of keys and values, from the diagonal
+backwards; two warpgroups of 64 rows each read every tile, so that it is copied half as often as by programs
+of 64 rows. A row's first tile is the one that holds its own key, and gives the row its centre c.
+
+Within a tile: the maximum and P1 are formed while T is computed, P2 while P1 V is. A warp jumps past the
+rescaling of its sums where no row's maximum moved, with the same bits as result.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from parallax.kernels.addressing import LN2, LOG2E, Mask, first_key, heads_per_section, program_of
+from parallax.kernels.hopper import CONSUMER_REGISTERS, PRODUCER_REGISTERS, ROWS, describe
+from parallax.kernels.tiles import Tile
+
+_BS = tl.constexpr(64)  # keys in a tile
+
+
+def _rescaling(n: int) -> tuple[tl.constexpr, tl.constexpr]:
+    """Return PTX and its operands: n sums of a thread times the factors of their rows, of which it has two.
+
+    Jumps past the products where all factors of the warp are one.
+    """
+    products = " ".join(f"mul.f32 ${i}, ${i}, ${2 * n + i};" for i in range(n))
+    ptx = (
+        "{.reg .pred p, q; "
+        f"setp.eq.f32 p, ${2 * n}, 0f3F800000; setp.eq.and.f32 p, ${2 * n + 2}, 0f3F800000, p; "
+        "vote.sync.all.pred q, p, 0xffffffff; @q bra unmoved; " + products + " unmoved: }"
+    )
+    operands = ["=f"] * n + [str(i) for i in range(n)] + ["f"] * n
+    return tl.constexpr(ptx), tl.constexpr(",".join(operands))
+
+
+_PTX_64, _OPERANDS_64 = _rescaling(32)
+_PTX_128, _OPERANDS_128 = _rescaling(64)
+
+
+@gluon.jit
+def _rescale(b_o, b_alpha):
+    """Return o [ROWS, BK] times alpha [ROWS]."""
+    b_factor = gl.expand_dims(gl.convert_layout(b_alpha, gl.SliceLayout(1, b_o.type.layout)), 1)
+    if b_o.shape[1] == 64:
+        b_o = gl.inline_asm_elementwise(
+            _PTX_64, _OPERANDS_64, [b_o, b_factor], dtype=tl.float32, is_pure=True, pack=32
+        )
+    else:
+        b_o = gl.inline_asm_elementwise(
+            _PTX_128, _OPERANDS_128, [b_o, b_factor], dtype=tl.float32, is_pure=True, pack=64
+        )
+    return b_o
+
+
+@gluon.jit
+def _is_visible(b_s, i_s, o_t, b_first, BOUNDED: tl.constexpr):
+    """Return which keys of the tile at i_s the rows see, [ROWS, BS]."""
+    o_s = gl.expand_dims(i_s + gl.arange(0, _BS, gl.SliceLayout(0, b_s.type.layout)), 0)
+    m_s = o_s <= gl.expand_dims(o_t, 1)
+    if BOUNDED:
+        m_s = m_s & (o_s >= gl.expand_dims(b_first, 1))
+    return m_s
+
+
+@gluon.jit
+def _start(q, r, k, v, ones, v_full, i_phase, i_s, o_t, b_first, b_zero, scale_log2, BOUNDED: tl.constexpr):
+    """Return the sums of (6) over a row's own tile, the first that it sees, and the centre c of (12)."""
+    BK: tl.constexpr = q.shape[1]
+    ACC: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BK, 16])
+    SUM: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
+    # [ROWS, BS]
+    b_s = warpgroup_mma(q, k.permute((1, 0)), b_zero, use_acc=False, is_async=True)
+    b_t = warpgroup_mma(r, k.permute((1, 0)), b_zero, use_acc=False, is_async=True)
+    m_s = _is_visible(b_zero, i_s, o_t, b_first, BOUNDED)
+    b_s = gl.where(m_s, warpgroup_mma_wait(1, deps=(b_s,)), float("-inf"))
+    b_m = gl.max(b_s, 1) * scale_log2
+    b_p1 = gl.exp2(b_s * scale_log2 - gl.expand_dims(b_m, 1))
+    b_t = gl.where(m_s, warpgroup_mma_wait(0, deps=(b_t,)), 0.0)
+    # the largest weight gives the sum at least one half
+    b_c = gl.sum(b_p1 * b_t, 1) / gl.maximum(gl.sum(b_p1, 1), 0.5)
+    b_p2 = (b_p1 * (b_t - gl.expand_dims(b_c, 1))).to(v.dtype)
+    b_p1 = b_p1.to(v.dtype)
+    mbarrier.wait(v_full, i_phase)
+    # [ROWS, BK], and sums of rows in each of eight columns
+    b_zero_o = gl.zeros([ROWS, BK], tl.float32, ACC)
+    b_zero_d = gl.zeros([ROWS, 8], tl.float32, SUM)
+    a_p1 = gl.convert_layout(b_p1, gl.DotOperandLayout(0, ACC, 2))
+    a_p2 = gl.convert_layout(b_p2, gl.DotOperandLayout(0, ACC, 2))
+    b_o1 = warpgroup_mma(a_p1, v, b_zero_o, use_acc=False, is_async=True)
+    a_p1 = gl.convert_layout(b_p1, gl.DotOperandLayout(0, SUM, 2))
+    b_d1 = warpgroup_mma(a_p1, ones, b_zero_d, use_acc=False, is_async=True)
+    b_o2 = warpgroup_mma(a_p2, v, b_zero_o, use_acc=False, is_async=True)
+    a_p2 = gl.convert_layout(b_p2, gl.DotOperandLayout(0, SUM, 2))
+    b_d2 = warpgroup_mma(a_p2, ones, b_zero_d, use_acc=False, is_async=True)
+    b_o1, b_d1, b_o2, b_d2 = warpgroup_mma_wait(0, deps=(b_o1, b_d1, b_o2, b_d2))
+    return b_m, b_c, b_o1, b_d1, b_o2, b_d2
+
+
+@gluon.jit
+def _attend_tile(
+    q, r, k, v, ones, v_full, i_phase, i_s, o_t, b_first, is_masked, b_m, b_c, b_o1, b_d1, b_o2, b_d2, b_zero,
+    scale_log2, BOUNDED: tl.constexpr,
+):  # fmt: skip
+    """Add one tile of keys to the sums of (6)."""
+    LEFT: tl.constexpr = gl.DotOperandLayout(0, b_o1.type.layout, 2)
+    LEFT_SUM: tl.constexpr = gl.DotOperandLayout(0, b_d1.type.layout, 2)
+    ROW_SUM: tl.constexpr = gl.SliceLayout(1, b_d1.type.layout)
+    # [ROWS, BS]
+    b_s = warpgroup_mma(q, k.permute((1, 0)), b_zero, use_acc=False, is_async=True)
+    b_t = warpgroup_mma(r, k.permute((1, 0)), b_zero, use_acc=False, is_async=True)
+    b_s = warpgroup_mma_wait(1, deps=(b_s,))
+    if BOUNDED:  # noqa: SIM102 (compiled away)
+        if is_masked:
+            b_s = gl.where(_is_visible(b_zero, i_s, o_t, b_first, True), b_s, float("-inf"))
+    b_m_new = gl.maximum(b_m, gl.max(b_s, 1) * scale_log2)
+    b_alpha = gl.exp2(b_m - b_m_new)
+    b_p1 = gl.exp2(b_s * scale_log2 - gl.expand_dims(b_m_new, 1))
+    b_p1_low = b_p1.to(v.dtype)
+    b_o1 = _rescale(b_o1, b_alpha)
+    b_alpha_sum = gl.expand_dims(gl.convert_layout(b_alpha, ROW_SUM), 1)
+    mbarrier.wait(v_full, i_phase)
+    # [ROWS, BK]
+    b_o1 = warpgroup_mma(gl.convert_layout(b_p1_low, LEFT), v, b_o1, is_async=True)
+    b_d1 = warpgroup_mma(gl.convert_layout(b_p1_low, LEFT_SUM), ones, b_d1 * b_alpha_sum, is_async=True)
+    b_o2 = _rescale(b_o2, b_alpha)
+    b_t = warpgroup_mma_wait(2, deps=(b_t,))
+    # where a key is hidden P1 is zero
+    b_p2 = (b_p1 * (b_t - gl.expand_dims(b_c, 1))).to(v.dtype)
+    b_o2 = warpgroup_mma(gl.convert_layout(b_p2, LEFT), v, b_o2, is_async=True)
+    b_d2 = warpgroup_mma(gl.convert_layout(b_p2, LEFT_SUM), ones, b_d2 * b_alpha_sum, is_async=True)
+    b_o1, b_d1, b_o2, b_d2 = warpgroup_mma_wait(0, deps=(b_o1, b_d1, b_o2, b_d2))
+    return b_m_new, b_o1, b_d1, b_o2, b_d2
+
+
+@gluon.jit
+def _consume(
+    WARPGROUP: tl.constexpr, buffers, place, outputs, mask, scale, H: tl.constexpr, PACKED: tl.constexpr,
+    WINDOW: tl.constexpr, SAVE_VBAR: tl.constexpr,
+):  # fmt: skip
+    """Compute and store a warpgroup's rows."""
+    BOUNDED: tl.constexpr = PACKED or WINDOW
+    q, r, k, v, ones, qr_full, k_full, v_full, empty = buffers
+    i_b, i_h, i_t, num_steps = place
+    o_out, vbar_out, lse, tbar = outputs
+    first, T, window_size = mask
+    STAGES: tl.constexpr = k.shape[0]
+    SCORES: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _BS, 16])
+    q = q.index(WARPGROUP)
+    r = r.index(WARPGROUP)
+    i_w = i_t + WARPGROUP * ROWS
+    o_t = i_w + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
+    b_first = o_t
+    i_last = num_steps
+    i_hidden = i_w * 0
+    if BOUNDED:
+        b_first = first_key(first, o_t, T, window_size, PACKED, WINDOW)
+        i_row = tl.minimum(i_w, T - 1)
+        i_lowest = tl.maximum(first_key(first, i_row, T, window_size, PACKED, WINDOW), 0)
+        i_last = tl.minimum(num_steps, (i_t + 2 * ROWS - i_lowest + _BS - 1) // _BS)
+        # before it some rows see no key
+        i_hidden = first_key(first, tl.minimum(i_w + ROWS, T) - 1, T, window_size, PACKED, WINDOW)
+    b_zero = gl.zeros([ROWS, _BS], tl.float32, SCORES)
+    scale_log2 = scale * LOG2E
+
+    # tiles come from the last row's key backwards: the first warpgroup's own one is the second
+    if WARPGROUP == 0:
+        mbarrier.wait(k_full.index(0), 0)
+        mbarrier.wait(v_full.index(0), 0)
+        mbarrier.arrive(empty.index(0), count=1)
+    i_own: tl.constexpr = 1 - WARPGROUP
+    mbarrier.wait(qr_full.index(WARPGROUP), 0)
+    mbarrier.wait(k_full.index(i_own), 0)
+    b_m, b_c, b_o1, b_d1, b_o2, b_d2 = _start(
+        q, r, k.index(i_own), v.index(i_own), ones, v_full.index(i_own), 0, i_w, o_t, b_first, b_zero,
+        scale_log2, BOUNDED,
+    )  # fmt: skip
+    mbarrier.arrive(empty.index(i_own), count=1)
+    for i_x in range(i_own + 1, i_last):
+        i_stage = i_x % STAGES
+        i_phase = (i_x // STAGES) & 1
+        i_s = i_t + ROWS - i_x * _BS
+        mbarrier.wait(k_full.index(i_stage), i_phase)
+        b_m, b_o1, b_d1, b_o2, b_d2 = _attend_tile(
+            q, r, k.index(i_stage), v.index(i_stage), ones, v_full.index(i_stage), i_phase, i_s, o_t, b_first,
+            i_s < i_hidden, b_m, b_c, b_o1, b_d1, b_o2, b_d2, b_zero, scale_log2, BOUNDED,
+        )  # fmt: skip
+        mbarrier.arrive(empty.index(i_stage), count=1)
+    # tiles that the other warpgroup alone sees
+    for i_x in range(tl.maximum(i_last, i_own + 1), num_steps):
+        mbarrier.wait(k_full.index(i_x % STAGES), (i_x // STAGES) & 1)
+        mbarrier.wait(v_full.index(i_x % STAGES), (i_x // STAGES) & 1)
+        mbarrier.arrive(empty.index(i_x % STAGES), count=1)
+
+    ROW: tl.constexpr = gl.SliceLayout(1, b_o1.type.layout)
+    b_d1 = gl.maximum(gl.convert_layout(gl.max(b_d1, 1), ROW), 0.5)
+    b_inverse = 1.0 / b_d1
+    b_shift = gl.convert_layout(gl.max(b_d2, 1), ROW) * b_inverse
+    # [ROWS, BK], through the memory of the warpgroup's own queries and probes
+    b_o = (b_o1 * gl.expand_dims(1.0 + b_shift, 1) - b_o2) * gl.expand_dims(b_inverse, 1)
+    q.store(b_o.to(q.dtype))
+    if SAVE_VBAR:
+        r.store((b_o1 * gl.expand_dims(b_inverse, 1)).to(r.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(o_out, [i_b, i_h, i_w, 0], q)
+    if SAVE_VBAR:
+        tma.async_copy_shared_to_global(vbar_out, [i_b, i_h, i_w, 0], r)
+    o_t = i_w + gl.arange(0, ROWS, ROW)
+    p_t = tl.cast(i_b * H + i_h, tl.int64) * T + o_t
+    gl.store(lse + p_t, (gl.convert_layout(b_m, ROW) + gl.log2(b_d1)) * LN2, mask=o_t < T)
+    gl.store(tbar + p_t, gl.convert_layout(b_c, ROW) + b_shift, mask=o_t < T)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _produce(buffers, place, q_in, r_in, k_in, v_in, GROUP: tl.constexpr):
+    """Copy queries and probes once, then the tiles of all keys that they see."""
+    q, r, k, v, _, qr_full, k_full, v_full, empty = buffers
+    i_b, i_h, i_t, num_steps = place
+    STAGES: tl.constexpr = k.shape[0]
+    BK: tl.constexpr = k.shape[2]
+    i_g = i_h // GROUP
+    for i_x in range(num_steps):
+        i_stage = i_x % STAGES
+        i_s = i_t + ROWS - i_x * _BS
+        mbarrier.wait(empty.index(i_stage), (i_x // STAGES & 1) ^ 1)
+        mbarrier.expect(k_full.index(i_stage), _BS * BK * 2)
+        tma.async_copy_global_to_shared(k_in, [i_b, i_g, i_s, 0], k_full.index(i_stage), k.index(i_stage))
+        if i_x == 0:
+            # the second warpgroup's first: it starts at once
+            for i_w in gl.static_range(1, -1, -1):
+                bar = qr_full.index(i_w)
+                mbarrier.expect(bar, 2 * ROWS * BK * 2)
+                tma.async_copy_global_to_shared(q_in, [i_b, i_h, i_t + i_w * ROWS, 0], bar, q.index(i_w))
+                tma.async_copy_global_to_shared(r_in, [i_b, i_h, i_t + i_w * ROWS, 0], bar, r.index(i_w))
+        mbarrier.expect(v_full.index(i_stage), _BS * BK * 2)
+        tma.async_copy_global_to_shared(v_in, [i_b, i_g, i_s, 0], v_full.index(i_stage), v.index(i_stage))
+
+
+@gluon.jit(do_not_specialize=["T", "window_size", "num_heads", "section"])
+def _parallax_fwd_hopper_kernel(
+    q_in, r_in, k_in, v_in, o_out, vbar_out, lse, tbar, first, T, window_size, num_heads, section, scale,
+    H: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PACKED: tl.constexpr,
+    WINDOW: tl.constexpr, SAVE_VBAR: tl.constexpr,
+):  # fmt: skip
+    """Compute 128 rows of one head's output; one program each."""
+    num_tiles = tl.cdiv(T, 2 * ROWS)
+    i_rank, i_bh = program_of(gl.program_id(0), num_tiles, num_heads, section)
+    i_t = (num_tiles - 1 - i_rank) * 2 * ROWS
+    i_first = i_t * 0
+    if PACKED or WINDOW:
+        i_first = tl.maximum(first_key(first, i_t, T, window_size, PACKED, WINDOW), 0) // _BS * _BS
+    num_steps = (i_t + 2 * ROWS - i_first) // _BS
+
+    dtype: tl.constexpr = q_in.dtype
+    q = gl.allocate_shared_memory(dtype, [2, ROWS, BK], q_in.layout)
+    r = gl.allocate_shared_memory(dtype, [2, ROWS, BK], r_in.layout)
+    k = gl.allocate_shared_memory(dtype, [STAGES, _BS, BK], k_in.layout)
+    v = gl.allocate_shared_memory(dtype, [STAGES, _BS, BK], v_in.layout)
+    # row sums are products with ones, as in `addressing.add_row_sums`
+    ONES: tl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    ones = gl.allocate_shared_memory(dtype, [8, _BS], ONES)
+    ones.store(gl.full([8, _BS], 1.0, dtype, gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])))
+    fence_async_shared()
+    qr_full = gl.allocate_shared_memory(tl.int64, [2, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(tl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(tl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(tl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i_w in gl.static_range(2):
+        mbarrier.init(qr_full.index(i_w), count=1)
+    for i_stage in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i_stage), count=1)
+        mbarrier.init(v_full.index(i_stage), count=1)
+        mbarrier.init(empty.index(i_stage), count=2)
+    buffers = (q, r, k, v, ones.permute((1, 0)), qr_full, k_full, v_full, empty)
+    place = (i_bh // H, i_bh % H, i_t, num_steps)
+    outputs = (o_out, vbar_out, lse, tbar)
+    mask = (first, T, window_size)
+    gl.warp_specialize(
+        [
+            (_consume, (0, buffers, place, outputs, mask, scale, H, PACKED, WINDOW, SAVE_VBAR)),
+            (_consume, (1, buffers, place, outputs, mask, scale, H, PACKED, WINDOW, SAVE_VBAR)),
+            (_produce, (buffers, place, q_in, r_in, k_in, v_in, H // G)),
+        ],
+        [4, 1],  # warps of the second and the third
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )
+
+
+def forward(
+    q: Tensor,
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    scale: float,
+    *,
+    save_vbar: bool,
+    tile: Tile,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Launch the forward kernel.
+
+    Args:
+        q: Queries `[B, T, H, K]`, bf16/fp16, K at most 128; all four such that `can_use_descriptors` holds.
+        r: Probes `[B, T, H, K]`.
+        k: Keys `[B, T, G, K]`.
+        v: Values `[B, T, G, K]`.
+        mask: What queries see.
+        scale: Factor of q.k, positive.
+        save_vbar: Whether a backward follows.
+        tile: Its num_stages is the tiles in the ring; it is 128 rows by 64 keys, whatever it says of warps.
+
+    Returns:
+        As `parallax.kernels.forward.forward`.
+    """
+    batch_size, num_tokens, num_heads, head_dim = q.shape
+    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    vbar = torch.empty(q.shape if save_vbar else (0,), dtype=q.dtype, device=q.device)
+    lse = torch.empty(batch_size, num_heads, num_tokens, dtype=torch.float32, device=q.device)
+    tbar = torch.empty_like(lse)
+    block_k = triton.next_power_of_2(head_dim)
+    q_in, r_in, k_in, v_in, o_out = (describe(x, ROWS.value, block_k) for x in (q, r, k, v, o))
+    vbar_out = describe(vbar, ROWS.value, block_k) if save_vbar else o_out
+    num_programs = batch_size * num_heads
+    section = heads_per_section(num_programs, num_heads // k.shape[2], 2 * k[0, :, 0].nbytes)
+    _parallax_fwd_hopper_kernel[(triton.cdiv(num_tokens, 2 * ROWS.value) * num_programs,)](
+        q_in, r_in, k_in, v_in, o_out, vbar_out, lse, tbar, mask.first,
+        num_tokens, mask.window_size or 0, num_programs, section, scale,
+        H=num_heads, G=k.shape[2], BK=block_k, STAGES=tile.num_stages,
+        PACKED=mask.is_packed, WINDOW=mask.has_window, SAVE_VBAR=save_vbar, num_warps=4,
+    )  # fmt: skip
+    return o, vbar, lse, tbar

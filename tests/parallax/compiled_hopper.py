@@ -1,0 +1,86 @@
+"""The Hopper kernels compiled for compute capability 9.0, no GPU needed; `test_kernels.py` runs this file.
+
+Launches stop after compilation. What a compiler can spoil is asserted: products of a warpgroup that wait for
+each other (ptxas says so), and registers that spill.
+"""
+
+import re
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from parallax.kernels import hopper_dkdv, hopper_forward
+from parallax.kernels.addressing import Mask
+from parallax.kernels.tiles import Tile
+
+PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+NUM_TOKENS, NUM_HEADS, NUM_KV_HEADS = 256, 4, 2
+STACK_BYTES = 160
+FORWARD, DKDV = Tile(128, 64, 4, 4, is_specialized=True), Tile(32, 128, 4, 4, 1, is_specialized=True)
+
+
+class Driver(SimpleNamespace):
+    """Answers what the compiler asks of a driver."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            get_current_target=lambda: GPUTarget("cuda", 90, 32),
+            get_current_device=lambda: 0,
+            get_current_stream=lambda device=0: 0,
+            get_active_torch_device=lambda: torch.device("cpu"),
+        )
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The kernels that launches have compiled, which run nothing."""
+    kernels: list[Any] = []
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernels.append(run(self, *args, grid=(1, 1, 1), warmup=True, **options))
+        return kernels[-1]
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    driver.set_active(cast(Any, Driver()))
+    return kernels
+
+
+def launch(kernel: str, width: int, is_bounded: bool) -> None:
+    heads = (NUM_HEADS, NUM_KV_HEADS)
+    q, k = (torch.empty(2, NUM_TOKENS, n, width, dtype=torch.bfloat16) for n in heads)
+    bounds = torch.empty(NUM_TOKENS, dtype=torch.int32)
+    mask = Mask(bounds, bounds, 100) if is_bounded else Mask(None, None, None)
+    if kernel == "forward":
+        hopper_forward.forward(q, q, k, k, mask, 0.1, save_vbar=not is_bounded, tile=FORWARD)
+    else:
+        rows = torch.empty(2 * NUM_HEADS, 4, NUM_TOKENS)
+        tile = DKDV if width > 64 else DKDV._replace(block_t=64)
+        hopper_dkdv.key_gradients(q, q, k, k, q, rows, mask, 0.1, tile=tile)
+
+
+@pytest.mark.parametrize("is_bounded", [False, True], ids=["causal", "bounded"])
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("kernel", ["forward", "dkdv"])
+def test_products_overlap_and_registers_suffice(
+    kernel: str, width: int, is_bounded: bool, compiled: list[Any], tmp_path: Path
+) -> None:
+    launch(kernel, width, is_bounded)
+    (found,) = compiled
+    source, binary = tmp_path / "kernel.ptx", tmp_path / "kernel.cubin"
+    source.write_text(found.asm["ptx"], encoding="utf-8")
+    report = subprocess.run(
+        [PTXAS, "-v", "-arch=sm_90a", source, "-o", binary], check=True, capture_output=True, text=True
+    ).stderr
+    assert "serialized" not in report, report
+    (stack,) = re.findall(r"(\d+) bytes stack frame", report)
+    assert int(stack) <= STACK_BYTES, report
+    assert found.metadata.shared <= 227 << 10
