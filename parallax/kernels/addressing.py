@@ -159,11 +159,10 @@ def document_bounds(cu_seqlens: Tensor | None, num_tokens: int) -> tuple[Tensor 
     """
     if cu_seqlens is None:
         return None, None
-    bounds = torch.empty(2, num_tokens, dtype=torch.int32, device=cu_seqlens.device)
-    _document_bounds_kernel[(cu_seqlens.shape[0] - 1,)](
-        cu_seqlens, bounds[0], bounds[1], num_tokens, BLOCK=1024
-    )
-    return bounds[0], bounds[1]
+    # two tensors: both aligned for every T, or kernels would be compiled for each alignment
+    first, end = (torch.empty(num_tokens, dtype=torch.int32, device=cu_seqlens.device) for _ in range(2))
+    _document_bounds_kernel[(cu_seqlens.shape[0] - 1,)](cu_seqlens, first, end, num_tokens, BLOCK=1024)
+    return first, end
 
 
 class Mask(NamedTuple):

@@ -210,6 +210,7 @@ def _parallax_bwd_dkdv_hopper_kernel(
     for i_stage in gl.static_range(STAGES):
         mbarrier.init(full.index(i_stage), count=1)
         mbarrier.init(empty.index(i_stage), count=2)
+    fence_async_shared()
     buffers = (k, v, q, r, do, constants, kv_full, full, empty)
     place = (i_b, i_g, i_s, num_steps)
     outputs = (dk_out, dv_out)
@@ -254,6 +255,7 @@ def key_gradients(
     """
     batch_size, num_tokens, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]
+    assert rows.shape[2] % tile.block_t == 0, "a tile of row constants would reach into the next head's"
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     block_k = triton.next_power_of_2(head_dim)
     q_in, r_in, do_in = (describe(x, tile.block_t, block_k) for x in (q, r, do))

@@ -155,6 +155,7 @@ def _consume(
     o_out, vbar_out, lse, tbar = outputs
     first, T, window_size = mask
     STAGES: tl.constexpr = k.shape[0]
+    gl.static_assert(STAGES >= 2, "the first two tiles have stages of their own")
     SCORES: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _BS, 16])
     q = q.index(WARPGROUP)
     r = r.index(WARPGROUP)
@@ -271,7 +272,6 @@ def _parallax_fwd_hopper_kernel(
     ONES: tl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     ones = gl.allocate_shared_memory(dtype, [8, _BS], ONES)
     ones.store(gl.full([8, _BS], 1.0, dtype, gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])))
-    fence_async_shared()
     qr_full = gl.allocate_shared_memory(tl.int64, [2, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(tl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(tl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -282,6 +282,7 @@ def _parallax_fwd_hopper_kernel(
         mbarrier.init(k_full.index(i_stage), count=1)
         mbarrier.init(v_full.index(i_stage), count=1)
         mbarrier.init(empty.index(i_stage), count=2)
+    fence_async_shared()
     buffers = (q, r, k, v, ones.permute((1, 0)), qr_full, k_full, v_full, empty)
     place = (i_bh // H, i_bh % H, i_t, num_steps)
     outputs = (o_out, vbar_out, lse, tbar)
