@@ -87,6 +87,8 @@ def test_an_interrupt_from_the_keyboard_ends_in_order(corpus: Path, tmp_path: Pa
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # a shell has its background jobs ignore interrupts, and what they start with them
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     while not shard_folder(folder, 2).exists():
         assert process.poll() is None
