@@ -1,37 +1,47 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 
-
-def run(name: str, **variables: str) -> None:
-    """Run a file of tests in a process of its own, without a GPU."""
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **variables}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        str(Path(__file__).with_name(name)),
-    ]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+# the interpreter must be chosen before triton is first imported, which this process may have done
+FILES = {
+    "interpreted_kernels.py": {"TRITON_INTERPRET": "1"},
+    "interpreted_decode.py": {"TRITON_INTERPRET": "1"},
+    "interpreted_local_linear.py": {"TRITON_INTERPRET": "1"},
+    "compiled_hopper.py": {},
+}
 
 
-@pytest.mark.parametrize(
-    "name", ["interpreted_kernels.py", "interpreted_decode.py", "interpreted_local_linear.py"]
-)
-def test_kernels_in_the_interpreter(name: str) -> None:
-    # the interpreter must be chosen before triton is first imported, which this process may have done
-    run(name, TRITON_INTERPRET="1")
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[subprocess.Popen, Path]]]:
+    """Each file of tests in a process of its own, without a GPU; all at once, since each takes one core."""
+    folder = tmp_path_factory.mktemp("output")
+    running = {}
+    for name, variables in FILES.items():
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **variables}
+        with open(folder / name, "w", encoding="utf-8") as output:
+            running[name] = (
+                subprocess.Popen(
+                    [*command, str(Path(__file__).with_name(name))],
+                    env=environment,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                ),
+                folder / name,
+            )
+    yield running
+    for process, _ in running.values():
+        process.kill()
+        process.wait()
 
 
-def test_hopper_kernels_compile() -> None:
-    # the process takes another driver
-    run("compiled_hopper.py")
+@pytest.mark.parametrize("name", FILES)
+def test_kernels_without_a_gpu(name: str, processes: dict[str, tuple[subprocess.Popen, Path]]) -> None:
+    process, output = processes[name]
+    assert process.wait() == 0, output.read_text(encoding="utf-8")[-8000:]
