@@ -13,6 +13,7 @@ import itertools
 import multiprocessing
 import os
 import platform
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -203,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         read_back = {each: _read_back(folder, tokenizer, each) for each in ("concatenate", "best_fit")}
     median = {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
     result = {
-        "command": "python -m benchmarks.data_prepare --files 'corpus/train-*.parquet' --tokenizer qwen3",
+        "command": "python -m benchmarks.data_prepare " + shlex.join(arguments or sys.argv[1:]),
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)),
         "load_average": os.getloadavg(),

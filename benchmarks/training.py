@@ -30,7 +30,7 @@ WARMUP_STEPS = 5
 FINAL_STEPS = 20
 
 
-def _launch(path: str, gpus: Sequence[int], num_ranks: int, arguments: Sequence[str]) -> None:
+def _launch(path: str, gpus: Sequence[str], num_ranks: int, arguments: Sequence[str]) -> None:
     command = [
         sys.executable,
         "-m",
@@ -39,14 +39,14 @@ def _launch(path: str, gpus: Sequence[int], num_ranks: int, arguments: Sequence[
         "--nproc-per-node",
         str(num_ranks),
     ]
-    visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))} if gpus else {}
+    visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
     subprocess.run(
         [*command, "train.py", "--config", path, *arguments], check=True, env={**os.environ, **visible}
     )
 
 
 def measure(
-    path: str, *, steps: int, num_ranks: int, gpus: Sequence[int], overrides: Sequence[str]
+    path: str, *, steps: int, num_ranks: int, gpus: Sequence[str], overrides: Sequence[str]
 ) -> dict[str, Any]:
     """Train a config for some steps.
 
@@ -54,7 +54,7 @@ def measure(
         path: The TOML file.
         steps: Optimizer steps; the first WARMUP_STEPS are not counted.
         num_ranks: Processes, one per GPU.
-        gpus: The GPUs that they see; none for all.
+        gpus: The GPUs that they see, as CUDA_VISIBLE_DEVICES names them; none for all.
         overrides: Words for train.py.
 
     Returns:
@@ -104,9 +104,10 @@ def measure(
 def _measure_all(options: argparse.Namespace, overrides: Sequence[str]) -> tuple[list[dict[str, Any]], str]:
     """The rows in the order of the configs, and the names of the configs that failed."""
     num_gpus, num_ranks = torch.cuda.device_count(), options.ranks
-    places: queue.SimpleQueue[Sequence[int]] = queue.SimpleQueue()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(num_gpus)))).split(",")
+    places: queue.SimpleQueue[Sequence[str]] = queue.SimpleQueue()
     for first in range(0, num_gpus - num_ranks + 1, num_ranks):
-        places.put(range(first, first + num_ranks))
+        places.put(visible[first : first + num_ranks])
     if places.empty():
         places.put(())
 
@@ -145,6 +146,10 @@ def main() -> None:
     words = sys.argv[1:]
     split = words.index("--") if "--" in words else len(words)
     options, overrides = parser.parse_args(words[:split]), words[split + 1 :]
+    if options.steps <= WARMUP_STEPS:
+        parser.error(
+            f"--steps is {options.steps}, wanted over {WARMUP_STEPS}: those of the warm-up are not counted"
+        )
     rows, failed = _measure_all(options, overrides)
     print(describe())
     print("| config | tokens/s | MFU % | step s | data wait % | peak GiB (said) | first loss | final loss |")

@@ -10,13 +10,17 @@ _EXPONENT = 4
 """The largest element of the output's gradient becomes 2^3 to 2^4."""
 
 
-class _Enlarge(torch.autograd.Function):
-    """Identity; backward multiplies by a power of two, which it leaves in `scale`."""
+class _Identity(torch.autograd.Function):
+    """Identity whose backward the two below say; they share the list `scale`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: list[Tensor]) -> Tensor:
         ctx.scale = scale
         return x.view_as(x)
+
+
+class _Enlarge(_Identity):
+    """Identity; backward multiplies by a power of two, which it leaves in `scale`."""
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -28,13 +32,8 @@ class _Enlarge(torch.autograd.Function):
         return gradient * scale.to(gradient.dtype), None
 
 
-class _Reduce(torch.autograd.Function):
+class _Reduce(_Identity):
     """Identity; backward divides by what _Enlarge multiplied with."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: list[Tensor]) -> Tensor:
-        ctx.scale = scale
-        return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
