@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parallax.conjugate_gradients import conjugate_gradients
+from parallax.conjugate_gradients import LinearMap, conjugate_gradients, residual_tolerance
 from parallax.local_linear import check_num_iterations, check_ridge, promote
 from parallax.validation import DTYPES, check_cu_seqlens, check_tensors
 
@@ -97,7 +97,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor | No
     """
     q_BGRTK, k_BGRTK, v_BGRTK = _prepare(q, k, v, cu_seqlens)
     documents = _documents(q_BGRTK, cu_seqlens)
-    o_BGRTK = _causal_product(q_BGRTK, k_BGRTK, v_BGRTK, documents) / documents.counts_T1
+    o_BGRTK = causal_product(q_BGRTK, k_BGRTK, v_BGRTK, documents.ids_T, False) / documents.counts_T1
     return _by_token(o_BGRTK).to(v.dtype)
 
 
@@ -159,13 +159,14 @@ def affine_mesanet(
     check_num_iterations(num_iterations)
     q_BGRTK, k_BGRTK, v_BGRTK = _prepare(q, k, v, cu_seqlens)
     documents = _documents(q_BGRTK, cu_seqlens)
-    r_BGRTK = affine_probe(q_BGRTK, k_BGRTK, *documents, ridge, num_iterations)
+    tolerance = residual_tolerance(q.dtype, k.dtype)
+    r_BGRTK = affine_probe(q_BGRTK, k_BGRTK, *documents, ridge, num_iterations, tolerance)
     return _by_token(_affine_linear(r_BGRTK, k_BGRTK, v_BGRTK, documents)).to(v.dtype)
 
 
 @torch.library.custom_op("parallax::affine_probe", mutates_args=())
 def affine_probe(
-    q: Tensor, k: Tensor, ids: Tensor, counts: Tensor, ridge: float, num_iterations: int
+    q: Tensor, k: Tensor, ids: Tensor, counts: Tensor, ridge: float, num_iterations: int, tolerance: float
 ) -> Tensor:
     """Solve (16) for the probe under uniform weights, as one operator.
 
@@ -176,25 +177,32 @@ def affine_probe(
         counts: Keys that each query sees `[T, 1]`, dtype of q.
         ridge: Ridge per key.
         num_iterations: The most iterations of conjugate gradients.
+        tolerance: Relative residual at which they stop.
 
     Returns:
         Probes `[B, G, R, T, K]`.
     """
     with torch.autocast(q.device.type, enabled=False):
         documents = _Documents(ids, counts)
-        return _solve(_mean(k, documents) - q, k, documents, ridge, num_iterations)
+        apply = _covariances(k, documents, ridge, num_repeats=q.shape[2])
+        return conjugate_gradients(apply, (_mean(k, documents) - q).contiguous(), num_iterations, tolerance)
 
 
 @affine_probe.register_fake
-def _affine_probe_fake(
-    q: Tensor, k: Tensor, ids: Tensor, counts: Tensor, ridge: float, num_iterations: int
-) -> Tensor:
+def _affine_probe_fake(q: Tensor, *others: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 
 @torch.library.custom_op("parallax::affine_probe_backward", mutates_args=())
 def affine_probe_backward(
-    dr: Tensor, r: Tensor, k: Tensor, ids: Tensor, counts: Tensor, ridge: float, num_iterations: int
+    dr: Tensor,
+    r: Tensor,
+    k: Tensor,
+    ids: Tensor,
+    counts: Tensor,
+    ridge: float,
+    num_iterations: int,
+    tolerance: float,
 ) -> tuple[Tensor, Tensor]:
     """Compute (18) under uniform weights as one operator.
 
@@ -206,58 +214,56 @@ def affine_probe_backward(
         counts: Keys that each query sees `[T, 1]`.
         ridge: Ridge per key.
         num_iterations: The most iterations of conjugate gradients.
+        tolerance: Relative residual at which they stop.
 
     Returns:
         `dq [B, G, R, T, K]` and `dk [B, G, 1, T, K]`.
     """
     with torch.autocast(k.device.type, enabled=False):
         documents = _Documents(ids, counts)
-        y = _solve(dr, k, documents, ridge, num_iterations)
+        apply = _covariances(k, documents, ridge, num_repeats=dr.shape[2])
+        y = conjugate_gradients(apply, dr.contiguous(), num_iterations, tolerance)
         return -y, _keys_gradient(y, r, k, documents)
 
 
 @affine_probe_backward.register_fake
-def _affine_probe_backward_fake(
-    dr: Tensor, r: Tensor, k: Tensor, ids: Tensor, counts: Tensor, ridge: float, num_iterations: int
-) -> tuple[Tensor, Tensor]:
+def _affine_probe_backward_fake(dr: Tensor, r: Tensor, k: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     return r.new_empty(r.shape), k.new_empty(k.shape)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    _, k, ids, counts, ctx.ridge, ctx.num_iterations = inputs
+    _, k, ids, counts, *ctx.options = inputs
     ctx.save_for_backward(output, k, ids, counts)
 
 
 def _differentiate(ctx: Any, dr: Tensor) -> tuple[Tensor | None, ...]:
-    dq, dk = affine_probe_backward(dr, *ctx.saved_tensors, ctx.ridge, ctx.num_iterations)
-    return dq, dk, None, None, None, None
+    dq, dk = affine_probe_backward(dr, *ctx.saved_tensors, *ctx.options)
+    return dq, dk, None, None, None, None, None
 
 
 affine_probe.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 
-def _solve(
-    b_BGRTK: Tensor, k_BGRTK: Tensor, documents: _Documents, ridge: float, num_iterations: int
-) -> Tensor:
-    """Solve (Cov(k, k)_i + ridge I) x_i = b_i; contiguous."""
+def _covariances(k_BGRTK: Tensor, documents: _Documents, ridge: float, num_repeats: int) -> LinearMap:
+    """Return x_i -> (Cov(k, k)_i + ridge I) x_i for `num_repeats` query heads a key head."""
     kbar_BGRTK = _mean(k_BGRTK, documents)
     past = _summarise(F.pad(k_BGRTK, (0, 1), value=1.0), k_BGRTK, documents.ids_T)
     # a copy for each query head: the products would make one every time
-    y, z, state = (x.expand(-1, -1, b_BGRTK.shape[2], -1, -1, -1).contiguous() for x in past[:3])
+    y, z, state = (x.expand(-1, -1, num_repeats, -1, -1, -1).contiguous() for x in past[:3])
     past = past._replace(y_BGRNCX=y, z_BGRNCW=z, state_BGRNXW=state)
 
     def apply(x_BGRTK: Tensor) -> Tensor:
         o_BGRTK = _meet(_affine_weights(x_BGRTK, kbar_BGRTK), past) / documents.counts_T1
         return torch.sub(kbar_BGRTK, o_BGRTK).add_(x_BGRTK, alpha=ridge)
 
-    return conjugate_gradients(apply, b_BGRTK.contiguous(), num_iterations).contiguous()
+    return apply
 
 
 def _affine_linear(r_BGRTK: Tensor, k_BGRTK: Tensor, v_BGRTK: Tensor, documents: _Documents) -> Tensor:
     """Compute (5) with uniform weights."""
     x_BGRTX = _affine_weights(r_BGRTK, _mean(k_BGRTK, documents))
     ones_BGRTX = F.pad(k_BGRTK, (0, 1), value=1.0)
-    return _causal_product(x_BGRTX, ones_BGRTX, v_BGRTK, documents) / documents.counts_T1
+    return causal_product(x_BGRTX, ones_BGRTX, v_BGRTK, documents.ids_T, False) / documents.counts_T1
 
 
 def _affine_weights(r_BGRTK: Tensor, kbar_BGRTK: Tensor) -> Tensor:
@@ -280,11 +286,7 @@ def _keys_gradient(do_BGRTK: Tensor, r_BGRTK: Tensor, k_BGRTK: Tensor, documents
 def _mean(x_BGRTK: Tensor, documents: _Documents) -> Tensor:
     """Return the mean of what a query sees."""
     ones_BGRT1 = torch.ones_like(x_BGRTK[..., :1])
-    return _causal_product(ones_BGRT1, ones_BGRT1, x_BGRTK, documents) / documents.counts_T1
-
-
-def _causal_product(x_BGRTX: Tensor, y_BGRTX: Tensor, z_BGRTW: Tensor, documents: _Documents) -> Tensor:
-    return causal_product(x_BGRTX, y_BGRTX, z_BGRTW, documents.ids_T, False)
+    return causal_product(ones_BGRT1, ones_BGRT1, x_BGRTK, documents.ids_T, False) / documents.counts_T1
 
 
 @torch.library.custom_op("parallax::causal_product", mutates_args=())

@@ -7,7 +7,7 @@ sums are fp32 (fp64 for fp64) and updated in place. Letters as in `parallax.affi
 import torch
 from torch import Tensor
 
-from parallax.conjugate_gradients import conjugate_gradients
+from parallax.conjugate_gradients import conjugate_gradients, residual_tolerance
 from parallax.local_linear import promote
 
 Sums = dict[str, Tensor]
@@ -85,6 +85,7 @@ def mesanet_output(sums: Sums, counts_B: Tensor, q_BHK: Tensor, ridge: float, nu
         `[B, H, K]`, fp32 (fp64 for fp64).
     """
     keys = {"k": sums["k"], "v": sums["k"], "vk": sums["kk"]}
+    tolerance = residual_tolerance(q_BHK.dtype)
     (q_BHK,) = promote(q_BHK)
     kbar_BG1K = (sums["k"] / counts_B[:, None, None]).unsqueeze(2)
     kbar_BHK = kbar_BG1K.expand(-1, -1, q_BHK.shape[1] // kbar_BG1K.shape[1], -1).flatten(1, 2)
@@ -92,7 +93,8 @@ def mesanet_output(sums: Sums, counts_B: Tensor, q_BHK: Tensor, ridge: float, nu
     def apply(x_BHK: Tensor) -> Tensor:
         return kbar_BHK - affine_output(keys, counts_B, x_BHK) + ridge * x_BHK
 
-    return affine_output(sums, counts_B, conjugate_gradients(apply, kbar_BHK - q_BHK, num_iterations))
+    r_BHK = conjugate_gradients(apply, kbar_BHK - q_BHK, num_iterations, tolerance)
+    return affine_output(sums, counts_B, r_BHK)
 
 
 def _by_group(x_BHK: Tensor, num_kv_heads: int) -> Tensor:

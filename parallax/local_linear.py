@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from parallax import eager
-from parallax.conjugate_gradients import conjugate_gradients
+from parallax.conjugate_gradients import conjugate_gradients, residual_tolerance
 from parallax.decode import parallax_decode
 from parallax.ops import eager_attention, triton_attention
 from parallax.validation import check_bounds, check_cu_seqlens, check_tensors, check_window_size
@@ -70,7 +70,7 @@ def local_linear_attention(
         ValueError: Shapes, devices or an option are wrong.
         TypeError: Dtypes are not served, or fp64 meets another.
     """
-    dtype = v.dtype
+    dtype, given = v.dtype, (q.dtype, k.dtype)
     q, k, v = promote(q, k, v)
     check_tensors(q, q, k, v)
     check_window_size(window_size)
@@ -82,7 +82,8 @@ def local_linear_attention(
         check_cu_seqlens(cu_seqlens, q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     iterations = num_iterations if solver == "cg" else None
-    r = local_linear_probe(q, k, cu_seqlens, scale, ridge, window_size, iterations)
+    tolerance = residual_tolerance(*given)
+    r = local_linear_probe(q, k, cu_seqlens, scale, ridge, window_size, iterations, tolerance)
     attend = triton_attention if _kernels_serve(q, k, scale) else eager_attention
     o = attend(q, r, k, v, scale=scale, cu_seqlens=cu_seqlens, window_size=window_size)
     return o.to(dtype)
@@ -123,7 +124,7 @@ def local_linear_decode(
     """
     check_ridge(ridge)
     check_num_iterations(num_iterations)
-    dtype = v_cache.dtype
+    dtype, given = v_cache.dtype, (q.dtype, k_cache.dtype)
     q, k, v = promote(q, k_cache, v_cache)
 
     def attend(r: Tensor | None, values: Tensor) -> Tensor:
@@ -132,7 +133,8 @@ def local_linear_decode(
         )
 
     kbar = attend(None, k)
-    r = conjugate_gradients(lambda x: kbar - attend(x, k) + ridge * x, kbar - q, num_iterations)
+    tolerance = residual_tolerance(*given)
+    r = conjugate_gradients(lambda x: kbar - attend(x, k) + ridge * x, kbar - q, num_iterations, tolerance)
     return attend(r, v).to(dtype)
 
 
@@ -165,6 +167,7 @@ def local_linear_probe(
     ridge: float,
     window_size: int | None,
     num_iterations: int | None,
+    tolerance: float,
 ) -> Tensor:
     """Solve (16) for the probe, as one operator.
 
@@ -176,25 +179,18 @@ def local_linear_probe(
         ridge: Ridge per unit of kernel mass.
         window_size: Keys that a query sees, or None.
         num_iterations: The most iterations of conjugate gradients; None to solve directly.
+        tolerance: Relative residual at which conjugate gradients stop.
 
     Returns:
         Probes `[B, T, H, K]`.
     """
     with torch.autocast(q.device.type, enabled=False):
         kbar = _key_products(q, k, cu_seqlens, scale, window_size).attend(torch.zeros_like(q))
-        return _solve(kbar - q, kbar, q, k, cu_seqlens, scale, ridge, window_size, num_iterations)
+        return _solve(kbar - q, kbar, q, k, cu_seqlens, scale, ridge, window_size, num_iterations, tolerance)
 
 
 @local_linear_probe.register_fake
-def _local_linear_probe_fake(
-    q: Tensor,
-    k: Tensor,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    ridge: float,
-    window_size: int | None,
-    num_iterations: int | None,
-) -> Tensor:
+def _local_linear_probe_fake(q: Tensor, *others: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 
@@ -209,6 +205,7 @@ def local_linear_probe_backward(
     ridge: float,
     window_size: int | None,
     num_iterations: int | None,
+    tolerance: float,
 ) -> tuple[Tensor, Tensor]:
     """Compute (18) as one operator.
 
@@ -222,6 +219,7 @@ def local_linear_probe_backward(
         ridge: Ridge per unit of kernel mass.
         window_size: Keys that a query sees, or None.
         num_iterations: The most iterations of conjugate gradients; None to solve directly.
+        tolerance: Relative residual at which conjugate gradients stop.
 
     Returns:
         `dq [B, T, H, K]` and `dk [B, T, G, K]`.
@@ -229,22 +227,14 @@ def local_linear_probe_backward(
     with torch.autocast(q.device.type, enabled=False):
         products = _key_products(q, k, cu_seqlens, scale, window_size)
         kbar = products.attend(torch.zeros_like(q))
-        y = _solve(dr, kbar, q, k, cu_seqlens, scale, ridge, window_size, num_iterations)
+        y = _solve(dr, kbar, q, k, cu_seqlens, scale, ridge, window_size, num_iterations, tolerance)
         dq, _, dk, dv = products.differentiate(y, r)
         return dq.sub_(y), dk.add_(dv)
 
 
 @local_linear_probe_backward.register_fake
 def _local_linear_probe_backward_fake(
-    dr: Tensor,
-    r: Tensor,
-    q: Tensor,
-    k: Tensor,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    ridge: float,
-    window_size: int | None,
-    num_iterations: int | None,
+    dr: Tensor, r: Tensor, q: Tensor, k: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
@@ -257,7 +247,7 @@ def _save_for_backward(ctx: Any, inputs: tuple, output: Tensor) -> None:
 def _differentiate(ctx: Any, dr: Tensor) -> tuple[Tensor | None, ...]:
     r, q, k, cu_seqlens = ctx.saved_tensors
     dq, dk = local_linear_probe_backward(dr, r, q, k, cu_seqlens, *ctx.options)
-    return dq, dk, None, None, None, None, None
+    return dq, dk, None, None, None, None, None, None
 
 
 local_linear_probe.register_autograd(_differentiate, setup_context=_save_for_backward)
@@ -310,6 +300,7 @@ def _solve(
     ridge: float,
     window_size: int | None,
     num_iterations: int | None,
+    tolerance: float,
 ) -> Tensor:
     """Solve A_i x_i = b_i with the matrices of (16); contiguous `[B, T, H, K]`."""
     b_BTHK = b_BTHK.contiguous()
@@ -321,7 +312,7 @@ def _solve(
     def apply(x_BTHK: Tensor) -> Tensor:
         return torch.sub(kbar_BTHK, attend(x_BTHK)).add_(x_BTHK, alpha=ridge)
 
-    return conjugate_gradients(apply, b_BTHK, num_iterations)
+    return conjugate_gradients(apply, b_BTHK, num_iterations, tolerance)
 
 
 def _solve_directly(

@@ -185,7 +185,7 @@ def test_operators_pass_opcheck() -> None:
     k = torch.randn(1, 2, 1, 9, 4, dtype=torch.float64, requires_grad=True)
     ids = torch.tensor([1] * 4 + [2] * 5)
     counts = torch.tensor([1, 2, 3, 4, 1, 2, 3, 4, 5], dtype=torch.float64)[:, None]
-    torch.library.opcheck(affine_probe, (q, k, ids, counts, 0.3, 8))
+    torch.library.opcheck(affine_probe, (q, k, ids, counts, 0.3, 8, 1e-15))
     torch.library.opcheck(causal_product, (q, k, k, ids, False))
     torch.library.opcheck(causal_product, (k, q, k, ids, True))
 

@@ -177,7 +177,7 @@ def test_conjugate_gradients_stop_by_row() -> None:
 @pytest.mark.parametrize("num_iterations", [None, 8])
 def test_operators_pass_opcheck(num_iterations: int | None) -> None:
     q, _, k, _, _ = make_inputs(1, 9, 2, 1, 4, dtype=torch.float64)
-    arguments = (cu_seqlens_of((4, 5)), 0.5, 0.3, 3, num_iterations)
+    arguments = (cu_seqlens_of((4, 5)), 0.5, 0.3, 3, num_iterations, 1e-15)
     torch.library.opcheck(local_linear_probe, (q.requires_grad_(), k.requires_grad_(), *arguments))
 
 
