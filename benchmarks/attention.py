@@ -253,7 +253,7 @@ def measure(shape: Shape, names: list[str], seconds: float) -> list[Cell]:
         names: Of the providers.
         seconds: How long the rounds may take; between 5 and 30 of them.
     """
-    inputs = _draw(shape)
+    inputs = draw(shape)
     every = [Runner(name, shape, inputs) for name in names]
     for runner in every:
         runner.warm_up()
@@ -277,7 +277,8 @@ def measure(shape: Shape, names: list[str], seconds: float) -> list[Cell]:
     return [runner.cell for runner in every]
 
 
-def _draw(shape: Shape) -> Inputs:
+def draw(shape: Shape) -> Inputs:
+    """Draw bf16 inputs on the GPU, standard normal."""
     generator = torch.Generator("cuda").manual_seed(0)
 
     def normal(num_heads: int) -> Tensor:

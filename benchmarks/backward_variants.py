@@ -45,7 +45,6 @@ from parallax.kernels import backward, forward
 from parallax.kernels.addressing import (
     LOG2E,
     Mask,
-    add_row_sums,
     describe,
     heads_per_section,
     in_registers,
@@ -53,6 +52,7 @@ from parallax.kernels.addressing import (
     program_of,
 )
 from parallax.kernels.backward import _load_row_constant, _row_products
+from parallax.kernels.row_sums import add_row_sums
 from parallax.kernels.tiles import Tile
 from parallax.reference import parallax_reference
 from parallax.testing import Inputs, make_inputs, output_and_gradients, relative_error

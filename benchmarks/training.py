@@ -45,6 +45,26 @@ def _launch(path: str, gpus: Sequence[str], num_ranks: int, arguments: Sequence[
     )
 
 
+def _num_rows(path: str, overrides: Sequence[str]) -> int:
+    """Rows of one micro-batch of a rank."""
+    return config.load(path, overrides).training.local_batch_size
+
+
+def _arguments(path: str, steps: int, num_ranks: int, overrides: Sequence[str]) -> list[str]:
+    rows = str(_num_rows(path, overrides) * num_ranks)
+    fixed = ["--training.global_batch_size", rows, "--training.stop_at_step", str(steps)]
+    return [*overrides, *fixed, "--data.validation", "none"]
+
+
+def predicted_peak_gib(path: str, *, steps: int, num_ranks: int, overrides: Sequence[str]) -> float:
+    """What --dry-run says of a config's peak memory, as `measure` runs it."""
+    arguments = [*_arguments(path, steps, num_ranks, overrides), "--dry-run", "--world-size", str(num_ranks)]
+    said = subprocess.run(
+        [sys.executable, "train.py", "--config", path, *arguments], check=True, capture_output=True, text=True
+    ).stdout
+    return float(said.rstrip().splitlines()[-1].split()[-2])
+
+
 def measure(
     path: str, *, steps: int, num_ranks: int, gpus: Sequence[str], overrides: Sequence[str]
 ) -> dict[str, Any]:
@@ -58,35 +78,16 @@ def measure(
         overrides: Words for train.py.
 
     Returns:
-        Medians of tokens/s, MFU and seconds a step, peak memory and what the dry run said of it, the first
-        loss, the last, and the mean of the last FINAL_STEPS.
+        Medians of tokens/s, MFU and seconds a step, peak memory, the first loss, the last, and the mean of
+        the last FINAL_STEPS.
     """
-    rows = config.load(path, overrides).training.local_batch_size
-    fixed = ["--training.global_batch_size", str(rows * num_ranks), "--training.stop_at_step", str(steps)]
+    arguments = _arguments(path, steps, num_ranks, overrides)
     with tempfile.TemporaryDirectory() as folder:
-        arguments = [*overrides, *fixed, "--run.folder", folder, "--data.validation", "none"]
-        said = subprocess.run(
-            [
-                sys.executable,
-                "train.py",
-                "--config",
-                path,
-                *arguments,
-                "--dry-run",
-                "--world-size",
-                str(num_ranks),
-            ],
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
-        _launch(path, gpus, num_ranks, arguments)
+        _launch(path, gpus, num_ranks, [*arguments, "--run.folder", folder])
         lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [record for record in map(json.loads, lines) if "loss" in record]
     timed = records[WARMUP_STEPS:]
     return {
-        "config": path,
-        "dry_run_peak_gib": float(said.rstrip().splitlines()[-1].split()[-2]),
         "peak_memory_gib": max((r["peak_memory_gib"] or 0.0 for r in timed), default=None),
         "peak_reserved_gib": max((r["peak_reserved_gib"] or 0.0 for r in timed), default=None),
         **{
@@ -97,7 +98,7 @@ def measure(
         "first_loss": records[0]["loss"],
         "last_loss": timed[-1]["loss"],
         "final_loss": statistics.fmean(r["loss"] for r in timed[-FINAL_STEPS:]),
-        "rows": rows,
+        "rows": _num_rows(path, overrides),
     }
 
 
@@ -111,23 +112,33 @@ def _measure_all(options: argparse.Namespace, overrides: Sequence[str]) -> tuple
     if places.empty():
         places.put(())
 
+    common = {"steps": options.steps, "num_ranks": num_ranks, "overrides": overrides}
+
     def run(path: str) -> dict[str, Any]:
         gpus = places.get()
         try:
-            return measure(path, steps=options.steps, num_ranks=num_ranks, gpus=gpus, overrides=overrides)
+            return measure(path, gpus=gpus, **common)
         finally:
             places.put(gpus)
 
     rows: list[dict[str, Any]] = []
-    failed = []
+    failed: list[str] = []
     command = "python -m benchmarks.training " + shlex.join(sys.argv[1:])
+    # all of these first, and side by side: they take processors, which the runs are to have for themselves
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
+        said = {path: pool.submit(predicted_peak_gib, path, **common) for path in options.configs}
     with ThreadPoolExecutor(places.qsize()) as pool:
-        waiting = {pool.submit(run, path): path for path in options.configs}
+        waiting = {pool.submit(run, path): path for path in options.configs if not said[path].exception()}
+        for path in set(options.configs) - set(waiting.values()):
+            error = said[path].exception()
+            print(f"{path}: {getattr(error, 'stderr', None) or error}", file=sys.stderr)
+            failed.append(path)
         for done in as_completed(waiting):
+            path = waiting[done]
             if isinstance(done.exception(), subprocess.CalledProcessError):
-                failed.append(waiting[done])
+                failed.append(path)
                 continue
-            rows.append(done.result())
+            rows.append({"config": path, "dry_run_peak_gib": said[path].result(), **done.result()})
             rows.sort(key=lambda row: options.configs.index(row["config"]))
             write_result(options.name, {"command": command, "rows": rows}, options.out)
     return rows, " ".join(failed)

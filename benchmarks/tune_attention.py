@@ -80,14 +80,15 @@ TILES: dict[tuple[KernelName, int], list[tuple[Any, ...]]] = {
         (64, 64, 4, 3),
         (64, 64, 4, 2),
         (64, 64, 4, 3, 0, 1),
+        (64, 64, 4, 3, 0, 4),
         (128, 64, 8, 3),
-        (128, 64, 4, 4, 0, 8, True),
     ],
     ("dqdr", 64): [
         (64, 64, 4, 3),
         (64, 64, 4, 3, 1),
         (64, 64, 4, 3, 2),
         (64, 64, 4, 3, 2, 1),
+        (64, 64, 4, 3, 2, 4),
         (64, 32, 4, 3),
     ],
     ("dkdv", 64): [
@@ -99,18 +100,24 @@ TILES: dict[tuple[KernelName, int], list[tuple[Any, ...]]] = {
         (64, 128, 4, 4, 2, 8, True),
         (32, 128, 4, 4, 2, 8, True),
     ],
-    ("forward", 96): [(64, 64, 4, 2), (64, 64, 4, 3, 1)],
-    ("dqdr", 96): [(64, 64, 4, 2), (64, 32, 4, 3, 1)],
-    ("dkdv", 96): [(32, 64, 4, 3, 1), (32, 64, 4, 3)],
+    ("forward", 96): [(64, 64, 4, 2), (64, 64, 4, 3, 1), (128, 64, 4, 3, 0, 4, True)],
+    ("dqdr", 96): [(64, 64, 4, 2), (64, 64, 4, 2, 0, 4), (64, 32, 4, 3, 1)],
+    ("dkdv", 96): [(32, 64, 4, 3, 1), (32, 64, 4, 3), (32, 128, 4, 4, 1, 8, True)],
     ("forward", 128): [
         (64, 64, 4, 2),
         (64, 64, 4, 3, 1),
         (64, 64, 4, 2, 0, 1),
+        (64, 64, 4, 2, 0, 4),
         (128, 64, 8, 3),
-        (128, 64, 4, 4, 0, 8, True),
-        (128, 64, 4, 3, 0, 8, True),
+        (128, 64, 4, 3, 0, 4, True),
     ],
-    ("dqdr", 128): [(64, 64, 4, 2), (64, 64, 4, 2, 0, 1), (64, 32, 4, 3, 1), (64, 32, 4, 4, 1)],
+    ("dqdr", 128): [
+        (64, 64, 4, 2),
+        (64, 64, 4, 2, 0, 1),
+        (64, 64, 4, 2, 0, 4),
+        (64, 32, 4, 3, 1),
+        (64, 32, 4, 4, 1),
+    ],
     ("dkdv", 128): [
         (32, 64, 4, 3, 1),
         (32, 64, 4, 2, 1),
@@ -119,8 +126,8 @@ TILES: dict[tuple[KernelName, int], list[tuple[Any, ...]]] = {
         (32, 128, 4, 4, 1, 8, True),
         (32, 128, 4, 3, 1, 8, True),
     ],
-    ("forward", 256): [(64, 32, 8, 2, 0, 1), (64, 16, 8, 2, 0, 1)],
-    ("dqdr", 256): [(64, 32, 8, 2, 0, 1), (64, 16, 8, 2, 0, 1)],
+    ("forward", 256): [(64, 32, 8, 2, 0, 1), (64, 32, 8, 2, 0, 4), (64, 16, 8, 2, 0, 1)],
+    ("dqdr", 256): [(64, 32, 8, 2, 0, 1), (64, 32, 8, 2, 0, 4), (64, 16, 8, 2, 0, 1)],
     ("dkdv", 256): [(16, 64, 8, 2), (32, 64, 8, 2)],
 }
 """What to try, by kernel and head width; `Tile` says what the numbers mean."""
@@ -156,10 +163,11 @@ def fastest(found: list[Candidate]) -> dict[tuple[KernelName, int], Candidate]:
 
 
 def variants_of(found: list[Candidate]) -> list[Candidate]:
-    """Return the fastest tiles with other options."""
+    """Return the fastest tiles with other options, which the specialised kernels lack."""
+    plain = [c for c in found if not c.tile.is_specialized]
     return [
         Candidate(kernel, head_dim, best.tile, options)
-        for (kernel, head_dim), best in fastest(found).items()
+        for (kernel, head_dim), best in fastest(plain).items()
         for options in VARIANTS[kernel]
         if head_dim in VARIED
     ]

@@ -80,21 +80,6 @@ def in_registers(b_x, BK: tl.constexpr):
 
 
 @triton.jit
-def add_row_sums(b_x, b_sum):
-    """Add the row sums of a tile as it was rounded to its dtype, to every column of b_sum [ROWS, SUMS] fp32.
-
-    With eight columns by a product with ones: to unpack and to add 16-bit tiles costs more than the tensor
-    cores do. With one column by additions.
-    """
-    if b_sum.shape[1] == 1:
-        b_sum += tl.sum(b_x.to(tl.float32), 1)[:, None]
-    else:
-        b_ones = tl.full([b_x.shape[1], b_sum.shape[1]], 1.0, b_x.dtype)
-        b_sum = tl.dot(b_x, b_ones, b_sum, input_precision="ieee")
-    return b_sum
-
-
-@triton.jit
 def first_key(first, o_t, T, window_size, PACKED: tl.constexpr, WINDOW: tl.constexpr):
     """Return first_i for query rows (a block or a scalar)."""
     b_first = o_t * 0

@@ -24,7 +24,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from parallax.kernels.addressing import (
     LOG2E,
     Mask,
-    add_row_sums,
     can_use_descriptors,
     describe,
     document_bounds,
@@ -39,6 +38,7 @@ from parallax.kernels.addressing import (
     strides_of,
     with_contiguous_rows,
 )
+from parallax.kernels.row_sums import add_row_sums, round_tile, total_row_sums
 from parallax.kernels.tiles import Tile, tile_of
 
 
@@ -68,8 +68,9 @@ def _dqdr_tile(
         b_t = tl.where(m_s, b_t, 0.0)
     b_a = b_a - b_b[:, None]
     b_u = b_p * b_a
-    b_g = ((b_t1[:, None] - b_t) * b_u + b_p * b_e[:, None]).to(b_k.dtype)
-    b_u = b_u.to(b_k.dtype)
+    b_g = (b_t1[:, None] - b_t) * b_u + b_p * b_e[:, None]
+    b_g = round_tile(b_g, b_k.dtype, b_g_sum.shape[1])
+    b_u = round_tile(b_u, b_k.dtype, b_u_sum.shape[1])
     # [BT, BK]
     b_dq = tl.dot(b_g, b_k, b_dq, input_precision="tf32x3")
     b_dr = tl.dot(b_u, b_k, b_dr, input_precision="tf32x3")
@@ -164,9 +165,8 @@ def _parallax_bwd_dqdr_kernel(
         # any vector is exact; the mean key of the diagonal tile is close to the common part of the keys
         b_k = load_tile(k, k_strides, i_b, i_g, i_diagonal, T, BS, BK, K, TMA)
         b_k_ref = tl.sum(b_k.to(tl.float32), 0) / tl.minimum(T - i_diagonal, BS)
-        # the columns of the sums are equal
-        b_dq = b_dq - tl.max(b_g_sum, 1)[:, None] * b_k_ref[None, :]
-        b_dr = b_dr - tl.max(b_u_sum, 1)[:, None] * b_k_ref[None, :]
+        b_dq = b_dq - total_row_sums(b_g_sum)[:, None] * b_k_ref[None, :]
+        b_dr = b_dr - total_row_sums(b_u_sum)[:, None] * b_k_ref[None, :]
     # [BT, BK]
     store_tile(dq, b_dq * scale, i_b, i_h, i_t, T, H, K, TMA)
     store_tile(dr, -b_dr, i_b, i_h, i_t, T, H, K, TMA)

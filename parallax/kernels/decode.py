@@ -23,7 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from parallax.kernels.addressing import LOG2E, add_row_sums
+from parallax.kernels.addressing import LOG2E
+from parallax.kernels.row_sums import add_row_sums
 
 HEAD_DIMS = (64, 128)
 """Head widths that decoding serves."""

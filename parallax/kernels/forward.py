@@ -29,7 +29,6 @@ from parallax.kernels.addressing import (
     LN2,
     LOG2E,
     Mask,
-    add_row_sums,
     can_use_descriptors,
     describe,
     document_bounds,
@@ -43,6 +42,7 @@ from parallax.kernels.addressing import (
     strides_of,
     with_contiguous_rows,
 )
+from parallax.kernels.row_sums import add_row_sums, round_tile, total_row_sums
 from parallax.kernels.tiles import Tile, tile_of
 
 
@@ -75,8 +75,8 @@ def _attend_tile(
         # rows that see their first keys in this tile; the largest of which gives the sum at least one half
         is_first = (tl.max(b_d1, 1) == 0.0) & (b_sum > 0.0)
         b_c = tl.where(is_first, tl.sum(b_p1 * b_t, 1) / tl.maximum(b_sum, 0.5), b_c)
-    b_p2 = (b_p1 * (b_t - b_c[:, None])).to(b_v.dtype)
-    b_p1 = b_p1.to(b_v.dtype)
+    b_p2 = round_tile(b_p1 * (b_t - b_c[:, None]), b_v.dtype, b_d2.shape[1])
+    b_p1 = round_tile(b_p1, b_v.dtype, b_d1.shape[1])
     # [BT, BK]
     b_o1 = tl.dot(b_p1, b_v, b_o1 * b_alpha[:, None], input_precision="tf32x3")
     b_o2 = tl.dot(b_p2, b_v, b_o2 * b_alpha[:, None], input_precision="tf32x3")
@@ -135,9 +135,9 @@ def _parallax_fwd_kernel(
         )  # fmt: skip
 
     b_m, b_c, b_d1, b_d2, b_o1, b_o2 = state
-    b_d1 = tl.maximum(tl.max(b_d1, 1), 0.5)
+    b_d1 = tl.maximum(total_row_sums(b_d1), 0.5)
     b_inverse = 1.0 / b_d1
-    b_shift = tl.max(b_d2, 1) * b_inverse
+    b_shift = total_row_sums(b_d2) * b_inverse
     # [BT, BK]
     b_o = (b_o1 * (1.0 + b_shift)[:, None] - b_o2) * b_inverse[:, None]
     store_tile(o, b_o, i_b, i_h, i_t, T, H, K, TMA)
@@ -197,6 +197,7 @@ def forward(
     if tile.is_specialized:
         from parallax.kernels import hopper_forward
 
+        assert is_centred, "the specialised kernel has no other form"
         return hopper_forward.forward(q, r, k, v, mask, scale, save_vbar=save_vbar, tile=tile)
     block_k = triton.next_power_of_2(head_dim)
     pairs = ((q, tile.block_t), (r, tile.block_t), (k, tile.block_s), (v, tile.block_s))

@@ -1,11 +1,13 @@
 """Forward on Hopper: the kernel of `parallax.kernels.forward` with warps that take different parts, in Gluon.
 
-A program owns 128 query rows of one head. One warp copies tiles of keys and values, from the diagonal
-backwards; two warpgroups of 64 rows each read every tile, so that it is copied half as often as by programs
-of 64 rows. A row's first tile is the one that holds its own key, and gives the row its centre c.
+A program owns 128 query rows of one head at a time, and goes on to others: while it ends with some, the
+operands of the next are copied. One warp copies tiles of keys and values, from the diagonal backwards; two
+warpgroups of 64 rows each read every tile, so that it is copied half as often as by programs of 64 rows. A
+row's first tile is the one that holds its own key, and gives the row its centre c.
 
-Within a tile: the maximum and P1 are formed while T is computed, P2 while P1 V is. A warp jumps past the
-rescaling of its sums where no row's maximum moved, with the same bits as result.
+Within a tile: the maximum and P1 are formed while T is computed, P2 while P1 V is, and the row sums while P2
+V is. Any number near a row's maximum serves as well as the maximum: it stays until weights would pass 2^8,
+and a warp jumps past the rescaling of its sums where none moved.
 """
 
 import torch
@@ -24,6 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from parallax.kernels.addressing import LN2, LOG2E, Mask, first_key, heads_per_section, program_of
 from parallax.kernels.hopper import CONSUMER_REGISTERS, PRODUCER_REGISTERS, ROWS, describe
+from parallax.kernels.row_sums import ADDED, added_row_sums, round_tile
 from parallax.kernels.tiles import Tile
 
 _BS = tl.constexpr(64)  # keys in a tile
@@ -44,23 +47,16 @@ def _rescaling(n: int) -> tuple[tl.constexpr, tl.constexpr]:
     return tl.constexpr(ptx), tl.constexpr(",".join(operands))
 
 
-_PTX_64, _OPERANDS_64 = _rescaling(32)
-_PTX_128, _OPERANDS_128 = _rescaling(64)
+_PTX, _OPERANDS = _rescaling(64)
 
 
 @gluon.jit
 def _rescale(b_o, b_alpha):
-    """Return o [ROWS, BK] times alpha [ROWS]."""
+    """Return o [ROWS, 128] times alpha [ROWS]."""
     b_factor = gl.expand_dims(gl.convert_layout(b_alpha, gl.SliceLayout(1, b_o.type.layout)), 1)
-    if b_o.shape[1] == 64:
-        b_o = gl.inline_asm_elementwise(
-            _PTX_64, _OPERANDS_64, [b_o, b_factor], dtype=tl.float32, is_pure=True, pack=32
-        )
-    else:
-        b_o = gl.inline_asm_elementwise(
-            _PTX_128, _OPERANDS_128, [b_o, b_factor], dtype=tl.float32, is_pure=True, pack=64
-        )
-    return b_o
+    return gl.inline_asm_elementwise(
+        _PTX, _OPERANDS, [b_o, b_factor], dtype=tl.float32, is_pure=True, pack=64
+    )
 
 
 @gluon.jit
@@ -74,11 +70,11 @@ def _is_visible(b_s, i_s, o_t, b_first, BOUNDED: tl.constexpr):
 
 
 @gluon.jit
-def _start(q, r, k, v, ones, v_full, i_phase, i_s, o_t, b_first, b_zero, scale_log2, BOUNDED: tl.constexpr):
+def _start(q, r, k, v, v_full, i_phase, i_s, o_t, b_first, b_zero, scale_log2, BOUNDED: tl.constexpr):
     """Return the sums of (6) over a row's own tile, the first that it sees, and the centre c of (12)."""
     BK: tl.constexpr = q.shape[1]
     ACC: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BK, 16])
-    SUM: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
+    LEFT: tl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     # [ROWS, BS]
     b_s = warpgroup_mma(q, k.permute((1, 0)), b_zero, use_acc=False, is_async=True)
     b_t = warpgroup_mma(r, k.permute((1, 0)), b_zero, use_acc=False, is_async=True)
@@ -89,33 +85,29 @@ def _start(q, r, k, v, ones, v_full, i_phase, i_s, o_t, b_first, b_zero, scale_l
     b_t = gl.where(m_s, warpgroup_mma_wait(0, deps=(b_t,)), 0.0)
     # the largest weight gives the sum at least one half
     b_c = gl.sum(b_p1 * b_t, 1) / gl.maximum(gl.sum(b_p1, 1), 0.5)
-    b_p2 = (b_p1 * (b_t - gl.expand_dims(b_c, 1))).to(v.dtype)
-    b_p1 = b_p1.to(v.dtype)
+    b_p2 = round_tile(b_p1 * (b_t - gl.expand_dims(b_c, 1)), v.dtype, ADDED)
+    b_p1 = round_tile(b_p1, v.dtype, ADDED)
     mbarrier.wait(v_full, i_phase)
-    # [ROWS, BK], and sums of rows in each of eight columns
-    b_zero_o = gl.zeros([ROWS, BK], tl.float32, ACC)
-    b_zero_d = gl.zeros([ROWS, 8], tl.float32, SUM)
-    a_p1 = gl.convert_layout(b_p1, gl.DotOperandLayout(0, ACC, 2))
-    a_p2 = gl.convert_layout(b_p2, gl.DotOperandLayout(0, ACC, 2))
-    b_o1 = warpgroup_mma(a_p1, v, b_zero_o, use_acc=False, is_async=True)
-    a_p1 = gl.convert_layout(b_p1, gl.DotOperandLayout(0, SUM, 2))
-    b_d1 = warpgroup_mma(a_p1, ones, b_zero_d, use_acc=False, is_async=True)
-    b_o2 = warpgroup_mma(a_p2, v, b_zero_o, use_acc=False, is_async=True)
-    a_p2 = gl.convert_layout(b_p2, gl.DotOperandLayout(0, SUM, 2))
-    b_d2 = warpgroup_mma(a_p2, ones, b_zero_d, use_acc=False, is_async=True)
-    b_o1, b_d1, b_o2, b_d2 = warpgroup_mma_wait(0, deps=(b_o1, b_d1, b_o2, b_d2))
+    # [ROWS, BK]
+    b_o = gl.zeros([ROWS, BK], tl.float32, ACC)
+    b_o1 = warpgroup_mma(gl.convert_layout(b_p1, LEFT), v, b_o, use_acc=False, is_async=True)
+    b_o2 = warpgroup_mma(gl.convert_layout(b_p2, LEFT), v, b_o, use_acc=False, is_async=True)
+    b_d1 = added_row_sums(b_p1)
+    b_d2 = added_row_sums(b_p2)
+    b_o1, b_o2 = warpgroup_mma_wait(0, deps=(b_o1, b_o2))
     return b_m, b_c, b_o1, b_d1, b_o2, b_d2
 
 
 @gluon.jit
 def _attend_tile(
-    q, r, k, v, ones, v_full, i_phase, i_s, o_t, b_first, is_masked, b_m, b_c, b_o1, b_d1, b_o2, b_d2, b_zero,
+    q, r, k, v, v_full, i_phase, i_s, o_t, b_first, is_masked, b_m, b_c, b_o1, b_d1, b_o2, b_d2, b_zero,
     scale_log2, BOUNDED: tl.constexpr,
 ):  # fmt: skip
     """Add one tile of keys to the sums of (6)."""
     LEFT: tl.constexpr = gl.DotOperandLayout(0, b_o1.type.layout, 2)
-    LEFT_SUM: tl.constexpr = gl.DotOperandLayout(0, b_d1.type.layout, 2)
-    ROW_SUM: tl.constexpr = gl.SliceLayout(1, b_d1.type.layout)
+    SUM: tl.constexpr = gl.SliceLayout(1, b_d1.type.layout)
+    # fp16 ends at 2^16, which P2 must not pass
+    SLACK: tl.constexpr = 8.0 if v.dtype == tl.bfloat16 else 0.0
     # [ROWS, BS]
     b_s = warpgroup_mma(q, k.permute((1, 0)), b_zero, use_acc=False, is_async=True)
     b_t = warpgroup_mma(r, k.permute((1, 0)), b_zero, use_acc=False, is_async=True)
@@ -124,174 +116,220 @@ def _attend_tile(
         if is_masked:
             b_s = gl.where(_is_visible(b_zero, i_s, o_t, b_first, True), b_s, float("-inf"))
     b_m_new = gl.maximum(b_m, gl.max(b_s, 1) * scale_log2)
+    b_m_new = gl.where(b_m_new - b_m > SLACK, b_m_new, b_m)
     b_alpha = gl.exp2(b_m - b_m_new)
     b_p1 = gl.exp2(b_s * scale_log2 - gl.expand_dims(b_m_new, 1))
-    b_p1_low = b_p1.to(v.dtype)
+    b_p1_low = round_tile(b_p1, v.dtype, ADDED)
     b_o1 = _rescale(b_o1, b_alpha)
-    b_alpha_sum = gl.expand_dims(gl.convert_layout(b_alpha, ROW_SUM), 1)
     mbarrier.wait(v_full, i_phase)
     # [ROWS, BK]
     b_o1 = warpgroup_mma(gl.convert_layout(b_p1_low, LEFT), v, b_o1, is_async=True)
-    b_d1 = warpgroup_mma(gl.convert_layout(b_p1_low, LEFT_SUM), ones, b_d1 * b_alpha_sum, is_async=True)
     b_o2 = _rescale(b_o2, b_alpha)
-    b_t = warpgroup_mma_wait(2, deps=(b_t,))
+    b_t = warpgroup_mma_wait(1, deps=(b_t,))
     # where a key is hidden P1 is zero
-    b_p2 = (b_p1 * (b_t - gl.expand_dims(b_c, 1))).to(v.dtype)
+    b_p2 = round_tile(b_p1 * (b_t - gl.expand_dims(b_c, 1)), v.dtype, ADDED)
     b_o2 = warpgroup_mma(gl.convert_layout(b_p2, LEFT), v, b_o2, is_async=True)
-    b_d2 = warpgroup_mma(gl.convert_layout(b_p2, LEFT_SUM), ones, b_d2 * b_alpha_sum, is_async=True)
-    b_o1, b_d1, b_o2, b_d2 = warpgroup_mma_wait(0, deps=(b_o1, b_d1, b_o2, b_d2))
+    b_alpha = gl.expand_dims(gl.convert_layout(b_alpha, SUM), 1)
+    b_d1 = b_d1 * b_alpha + added_row_sums(b_p1_low)
+    b_d2 = b_d2 * b_alpha + added_row_sums(b_p2)
+    b_o1, b_o2 = warpgroup_mma_wait(0, deps=(b_o1, b_o2))
     return b_m_new, b_o1, b_d1, b_o2, b_d2
 
 
 @gluon.jit
+def _num_items(order):
+    """Return how many tiles of queries this program owns."""
+    num_items, _, _ = order
+    num_rounds = num_items // gl.num_programs(0)
+    return num_rounds + (_rank(num_rounds) < num_items % gl.num_programs(0)).to(tl.int32)
+
+
+@gluon.jit
+def _rank(i_round):
+    """Return this program's place in a round: back and forth, so that each gets long tiles and short ones."""
+    i_p = gl.program_id(0)
+    return gl.where(i_round % 2 == 0, i_p, gl.num_programs(0) - 1 - i_p)
+
+
+@gluon.jit
+def _place(i_round, order, mask, H: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr):
+    """Return batch, head and first row of this program's tile of a round, and the number of key tiles."""
+    _, num_heads, section = order
+    first, T, window_size = mask
+    num_tiles = tl.cdiv(T, 2 * ROWS)
+    i_item = i_round * gl.num_programs(0) + _rank(i_round)
+    i_rank, i_bh = program_of(i_item, num_tiles, num_heads, section)
+    i_t = (num_tiles - 1 - i_rank) * 2 * ROWS
+    i_first = i_t * 0
+    if PACKED or WINDOW:
+        i_first = tl.maximum(first_key(first, i_t, T, window_size, PACKED, WINDOW), 0) // _BS * _BS
+    return i_bh // H, i_bh % H, i_t, (i_t + 2 * ROWS - i_first) // _BS
+
+
+@gluon.jit
 def _consume(
-    WARPGROUP: tl.constexpr, buffers, place, outputs, mask, scale, H: tl.constexpr, PACKED: tl.constexpr,
+    WARPGROUP: tl.constexpr, buffers, order, outputs, mask, scale, H: tl.constexpr, PACKED: tl.constexpr,
     WINDOW: tl.constexpr, SAVE_VBAR: tl.constexpr,
 ):  # fmt: skip
     """Compute and store a warpgroup's rows."""
     BOUNDED: tl.constexpr = PACKED or WINDOW
-    q, r, k, v, ones, qr_full, k_full, v_full, empty = buffers
-    i_b, i_h, i_t, num_steps = place
+    q_both, r_both, k, v, qr_full, qr_empty, k_full, v_full, empty = buffers
     o_out, vbar_out, lse, tbar = outputs
     first, T, window_size = mask
     STAGES: tl.constexpr = k.shape[0]
     gl.static_assert(STAGES >= 2, "the first two tiles have stages of their own")
     SCORES: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _BS, 16])
-    q = q.index(WARPGROUP)
-    r = r.index(WARPGROUP)
-    i_w = i_t + WARPGROUP * ROWS
-    o_t = i_w + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
-    b_first = o_t
-    i_last = num_steps
-    i_hidden = i_w * 0
-    if BOUNDED:
-        b_first = first_key(first, o_t, T, window_size, PACKED, WINDOW)
-        i_row = tl.minimum(i_w, T - 1)
-        i_lowest = tl.maximum(first_key(first, i_row, T, window_size, PACKED, WINDOW), 0)
-        i_last = tl.minimum(num_steps, (i_t + 2 * ROWS - i_lowest + _BS - 1) // _BS)
-        # before it some rows see no key
-        i_hidden = first_key(first, tl.minimum(i_w + ROWS, T) - 1, T, window_size, PACKED, WINDOW)
     b_zero = gl.zeros([ROWS, _BS], tl.float32, SCORES)
     scale_log2 = scale * LOG2E
+    i_x = 0  # tiles of keys before these rows
+    for i_round in range(_num_items(order)):
+        i_b, i_h, i_t, num_steps = _place(i_round, order, mask, H, PACKED, WINDOW)
+        i_buffer = i_round % 2 * 2 + WARPGROUP
+        q = q_both.index(i_buffer)
+        r = r_both.index(i_buffer)
+        i_w = i_t + WARPGROUP * ROWS
+        o_t = i_w + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
+        b_first = o_t
+        i_last = num_steps
+        i_hidden = i_w * 0
+        if BOUNDED:
+            b_first = first_key(first, o_t, T, window_size, PACKED, WINDOW)
+            i_row = tl.minimum(i_w, T - 1)
+            i_lowest = tl.maximum(first_key(first, i_row, T, window_size, PACKED, WINDOW), 0)
+            i_last = tl.minimum(num_steps, (i_t + 2 * ROWS - i_lowest + _BS - 1) // _BS)
+            # before it some rows see no key
+            i_hidden = first_key(first, tl.minimum(i_w + ROWS, T) - 1, T, window_size, PACKED, WINDOW)
 
-    # tiles come from the last row's key backwards: the first warpgroup's own one is the second
-    if WARPGROUP == 0:
-        mbarrier.wait(k_full.index(0), 0)
-        mbarrier.wait(v_full.index(0), 0)
-        mbarrier.arrive(empty.index(0), count=1)
-    i_own: tl.constexpr = 1 - WARPGROUP
-    mbarrier.wait(qr_full.index(WARPGROUP), 0)
-    mbarrier.wait(k_full.index(i_own), 0)
-    b_m, b_c, b_o1, b_d1, b_o2, b_d2 = _start(
-        q, r, k.index(i_own), v.index(i_own), ones, v_full.index(i_own), 0, i_w, o_t, b_first, b_zero,
-        scale_log2, BOUNDED,
-    )  # fmt: skip
-    mbarrier.arrive(empty.index(i_own), count=1)
-    for i_x in range(i_own + 1, i_last):
-        i_stage = i_x % STAGES
-        i_phase = (i_x // STAGES) & 1
-        i_s = i_t + ROWS - i_x * _BS
+        # tiles come from the last row's key backwards: the first warpgroup's own one is the second
+        if WARPGROUP == 0:
+            _skip_tiles(k_full, v_full, empty, i_x, i_x + 1)
+        i_own = i_x + 1 - WARPGROUP
+        i_stage = i_own % STAGES
+        i_phase = (i_own // STAGES) & 1
+        mbarrier.wait(qr_full.index(i_buffer), (i_round // 2) & 1)
         mbarrier.wait(k_full.index(i_stage), i_phase)
-        b_m, b_o1, b_d1, b_o2, b_d2 = _attend_tile(
-            q, r, k.index(i_stage), v.index(i_stage), ones, v_full.index(i_stage), i_phase, i_s, o_t, b_first,
-            i_s < i_hidden, b_m, b_c, b_o1, b_d1, b_o2, b_d2, b_zero, scale_log2, BOUNDED,
+        b_m, b_c, b_o1, b_d1, b_o2, b_d2 = _start(
+            q, r, k.index(i_stage), v.index(i_stage), v_full.index(i_stage), i_phase, i_w, o_t, b_first,
+            b_zero, scale_log2, BOUNDED,
         )  # fmt: skip
         mbarrier.arrive(empty.index(i_stage), count=1)
-    # tiles that the other warpgroup alone sees
-    for i_x in range(tl.maximum(i_last, i_own + 1), num_steps):
-        mbarrier.wait(k_full.index(i_x % STAGES), (i_x // STAGES) & 1)
-        mbarrier.wait(v_full.index(i_x % STAGES), (i_x // STAGES) & 1)
-        mbarrier.arrive(empty.index(i_x % STAGES), count=1)
+        # the rows before these are stored by now
+        tma.store_wait(0)
+        mbarrier.arrive(qr_empty.index(i_buffer ^ 2), count=1, pred=i_round > 0)
+        for i_y in range(i_own + 1, i_x + i_last):
+            i_stage = i_y % STAGES
+            i_phase = (i_y // STAGES) & 1
+            i_s = i_t + ROWS - (i_y - i_x) * _BS
+            mbarrier.wait(k_full.index(i_stage), i_phase)
+            b_m, b_o1, b_d1, b_o2, b_d2 = _attend_tile(
+                q, r, k.index(i_stage), v.index(i_stage), v_full.index(i_stage), i_phase, i_s, o_t, b_first,
+                i_s < i_hidden, b_m, b_c, b_o1, b_d1, b_o2, b_d2, b_zero, scale_log2, BOUNDED,
+            )  # fmt: skip
+            mbarrier.arrive(empty.index(i_stage), count=1)
+        # tiles that the other warpgroup alone sees
+        _skip_tiles(k_full, v_full, empty, tl.maximum(i_x + i_last, i_own + 1), i_x + num_steps)
+        i_x += num_steps
 
-    ROW: tl.constexpr = gl.SliceLayout(1, b_o1.type.layout)
-    b_d1 = gl.maximum(gl.convert_layout(gl.max(b_d1, 1), ROW), 0.5)
-    b_inverse = 1.0 / b_d1
-    b_shift = gl.convert_layout(gl.max(b_d2, 1), ROW) * b_inverse
-    # [ROWS, BK], through the memory of the warpgroup's own queries and probes
-    b_o = (b_o1 * gl.expand_dims(1.0 + b_shift, 1) - b_o2) * gl.expand_dims(b_inverse, 1)
-    q.store(b_o.to(q.dtype))
-    if SAVE_VBAR:
-        r.store((b_o1 * gl.expand_dims(b_inverse, 1)).to(r.dtype))
-    fence_async_shared()
-    tma.async_copy_shared_to_global(o_out, [i_b, i_h, i_w, 0], q)
-    if SAVE_VBAR:
-        tma.async_copy_shared_to_global(vbar_out, [i_b, i_h, i_w, 0], r)
-    o_t = i_w + gl.arange(0, ROWS, ROW)
-    p_t = tl.cast(i_b * H + i_h, tl.int64) * T + o_t
-    gl.store(lse + p_t, (gl.convert_layout(b_m, ROW) + gl.log2(b_d1)) * LN2, mask=o_t < T)
-    gl.store(tbar + p_t, gl.convert_layout(b_c, ROW) + b_shift, mask=o_t < T)
+        ROW: tl.constexpr = gl.SliceLayout(1, b_o1.type.layout)
+        b_d1 = gl.maximum(gl.convert_layout(gl.sum(b_d1, 1), ROW), 0.5)
+        b_inverse = 1.0 / b_d1
+        b_shift = gl.convert_layout(gl.sum(b_d2, 1), ROW) * b_inverse
+        # [ROWS, BK], through the memory of the warpgroup's own queries and probes
+        b_o = (b_o1 * gl.expand_dims(1.0 + b_shift, 1) - b_o2) * gl.expand_dims(b_inverse, 1)
+        q.store(b_o.to(q.dtype))
+        if SAVE_VBAR:
+            r.store((b_o1 * gl.expand_dims(b_inverse, 1)).to(r.dtype))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(o_out, [i_b, i_h, i_w, 0], q)
+        if SAVE_VBAR:
+            tma.async_copy_shared_to_global(vbar_out, [i_b, i_h, i_w, 0], r)
+        o_t = i_w + gl.arange(0, ROWS, ROW)
+        p_t = tl.cast(i_b * H + i_h, tl.int64) * T + o_t
+        gl.store(lse + p_t, (gl.convert_layout(b_m, ROW) + gl.log2(b_d1)) * LN2, mask=o_t < T)
+        gl.store(tbar + p_t, gl.convert_layout(b_c, ROW) + b_shift, mask=o_t < T)
     tma.store_wait(0)
 
 
 @gluon.jit
-def _produce(buffers, place, q_in, r_in, k_in, v_in, GROUP: tl.constexpr):
-    """Copy queries and probes once, then the tiles of all keys that they see."""
-    q, r, k, v, _, qr_full, k_full, v_full, empty = buffers
-    i_b, i_h, i_t, num_steps = place
+def _skip_tiles(k_full, v_full, empty, i_first, i_end):
+    """Wait for tiles and let them go, so that arrivals of two uses of a stage never meet."""
+    STAGES: tl.constexpr = k_full.shape[0]
+    for i_y in range(i_first, i_end):
+        mbarrier.wait(k_full.index(i_y % STAGES), (i_y // STAGES) & 1)
+        mbarrier.wait(v_full.index(i_y % STAGES), (i_y // STAGES) & 1)
+        mbarrier.arrive(empty.index(i_y % STAGES), count=1)
+
+
+@gluon.jit
+def _produce(
+    buffers, order, mask, q_in, r_in, k_in, v_in, H: tl.constexpr, GROUP: tl.constexpr, PACKED: tl.constexpr,
+    WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Copy queries and probes, and the tiles of all keys that they see."""
+    q, r, k, v, qr_full, qr_empty, k_full, v_full, empty = buffers
     STAGES: tl.constexpr = k.shape[0]
     BK: tl.constexpr = k.shape[2]
-    i_g = i_h // GROUP
-    for i_x in range(num_steps):
-        i_stage = i_x % STAGES
-        i_s = i_t + ROWS - i_x * _BS
-        mbarrier.wait(empty.index(i_stage), (i_x // STAGES & 1) ^ 1)
-        mbarrier.expect(k_full.index(i_stage), _BS * BK * 2)
-        tma.async_copy_global_to_shared(k_in, [i_b, i_g, i_s, 0], k_full.index(i_stage), k.index(i_stage))
-        if i_x == 0:
-            # the second warpgroup's first: it starts at once
-            for i_w in gl.static_range(1, -1, -1):
-                bar = qr_full.index(i_w)
-                mbarrier.expect(bar, 2 * ROWS * BK * 2)
-                tma.async_copy_global_to_shared(q_in, [i_b, i_h, i_t + i_w * ROWS, 0], bar, q.index(i_w))
-                tma.async_copy_global_to_shared(r_in, [i_b, i_h, i_t + i_w * ROWS, 0], bar, r.index(i_w))
-        mbarrier.expect(v_full.index(i_stage), _BS * BK * 2)
-        tma.async_copy_global_to_shared(v_in, [i_b, i_g, i_s, 0], v_full.index(i_stage), v.index(i_stage))
+    i_x = 0
+    for i_round in range(_num_items(order)):
+        i_b, i_h, i_t, num_steps = _place(i_round, order, mask, H, PACKED, WINDOW)
+        i_g = i_h // GROUP
+        for i_y in range(i_x, i_x + num_steps):
+            i_stage = i_y % STAGES
+            i_s = i_t + ROWS - (i_y - i_x) * _BS
+            mbarrier.wait(empty.index(i_stage), (i_y // STAGES & 1) ^ 1)
+            mbarrier.expect(k_full.index(i_stage), _BS * BK * 2)
+            tma.async_copy_global_to_shared(k_in, [i_b, i_g, i_s, 0], k_full.index(i_stage), k.index(i_stage))
+            if i_y == i_x:
+                # the second warpgroup's first: it starts at once
+                for i_w in gl.static_range(1, -1, -1):
+                    i_buffer = i_round % 2 * 2 + i_w
+                    bar = qr_full.index(i_buffer)
+                    place = [i_b, i_h, i_t + i_w * ROWS, 0]
+                    mbarrier.wait(qr_empty.index(i_buffer), (i_round // 2 & 1) ^ 1)
+                    mbarrier.expect(bar, 2 * ROWS * BK * 2)
+                    tma.async_copy_global_to_shared(q_in, place, bar, q.index(i_buffer))
+                    tma.async_copy_global_to_shared(r_in, place, bar, r.index(i_buffer))
+            mbarrier.expect(v_full.index(i_stage), _BS * BK * 2)
+            tma.async_copy_global_to_shared(v_in, [i_b, i_g, i_s, 0], v_full.index(i_stage), v.index(i_stage))
+        i_x += num_steps
 
 
-@gluon.jit(do_not_specialize=["T", "window_size", "num_heads", "section"])
+@gluon.jit(do_not_specialize=["T", "window_size", "num_items", "num_heads", "section"])
 def _parallax_fwd_hopper_kernel(
-    q_in, r_in, k_in, v_in, o_out, vbar_out, lse, tbar, first, T, window_size, num_heads, section, scale,
+    q_in, r_in, k_in, v_in, o_out, vbar_out, lse, tbar, first,
+    T, window_size, num_items, num_heads, section, scale,
     H: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PACKED: tl.constexpr,
     WINDOW: tl.constexpr, SAVE_VBAR: tl.constexpr,
 ):  # fmt: skip
-    """Compute 128 rows of one head's output; one program each."""
-    num_tiles = tl.cdiv(T, 2 * ROWS)
-    i_rank, i_bh = program_of(gl.program_id(0), num_tiles, num_heads, section)
-    i_t = (num_tiles - 1 - i_rank) * 2 * ROWS
-    i_first = i_t * 0
-    if PACKED or WINDOW:
-        i_first = tl.maximum(first_key(first, i_t, T, window_size, PACKED, WINDOW), 0) // _BS * _BS
-    num_steps = (i_t + 2 * ROWS - i_first) // _BS
-
+    """Compute the output of many tiles of 128 rows of one head."""
     dtype: tl.constexpr = q_in.dtype
-    q = gl.allocate_shared_memory(dtype, [2, ROWS, BK], q_in.layout)
-    r = gl.allocate_shared_memory(dtype, [2, ROWS, BK], r_in.layout)
+    # two of each for every warpgroup
+    q = gl.allocate_shared_memory(dtype, [4, ROWS, BK], q_in.layout)
+    r = gl.allocate_shared_memory(dtype, [4, ROWS, BK], r_in.layout)
     k = gl.allocate_shared_memory(dtype, [STAGES, _BS, BK], k_in.layout)
     v = gl.allocate_shared_memory(dtype, [STAGES, _BS, BK], v_in.layout)
-    # row sums are products with ones, as in `addressing.add_row_sums`
-    ONES: tl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    ones = gl.allocate_shared_memory(dtype, [8, _BS], ONES)
-    ones.store(gl.full([8, _BS], 1.0, dtype, gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])))
-    qr_full = gl.allocate_shared_memory(tl.int64, [2, 1], mbarrier.MBarrierLayout())
+    qr_full = gl.allocate_shared_memory(tl.int64, [4, 1], mbarrier.MBarrierLayout())
+    qr_empty = gl.allocate_shared_memory(tl.int64, [4, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(tl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(tl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(tl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i_w in gl.static_range(2):
-        mbarrier.init(qr_full.index(i_w), count=1)
+    for i_buffer in gl.static_range(4):
+        mbarrier.init(qr_full.index(i_buffer), count=1)
+        mbarrier.init(qr_empty.index(i_buffer), count=1)
     for i_stage in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i_stage), count=1)
         mbarrier.init(v_full.index(i_stage), count=1)
         mbarrier.init(empty.index(i_stage), count=2)
     fence_async_shared()
-    buffers = (q, r, k, v, ones.permute((1, 0)), qr_full, k_full, v_full, empty)
-    place = (i_bh // H, i_bh % H, i_t, num_steps)
+    buffers = (q, r, k, v, qr_full, qr_empty, k_full, v_full, empty)
+    order = (num_items, num_heads, section)
     outputs = (o_out, vbar_out, lse, tbar)
     mask = (first, T, window_size)
     gl.warp_specialize(
         [
-            (_consume, (0, buffers, place, outputs, mask, scale, H, PACKED, WINDOW, SAVE_VBAR)),
-            (_consume, (1, buffers, place, outputs, mask, scale, H, PACKED, WINDOW, SAVE_VBAR)),
-            (_produce, (buffers, place, q_in, r_in, k_in, v_in, H // G)),
+            (_consume, (0, buffers, order, outputs, mask, scale, H, PACKED, WINDOW, SAVE_VBAR)),
+            (_consume, (1, buffers, order, outputs, mask, scale, H, PACKED, WINDOW, SAVE_VBAR)),
+            (_produce, (buffers, order, mask, q_in, r_in, k_in, v_in, H, H // G, PACKED, WINDOW)),
         ],
         [4, 1],  # warps of the second and the third
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -312,7 +350,7 @@ def forward(
     """Launch the forward kernel.
 
     Args:
-        q: Queries `[B, T, H, K]`, bf16/fp16, K at most 128; all four such that `can_use_descriptors` holds.
+        q: Queries `[B, T, H, K]`, bf16/fp16, K 96 or 128; all four such that `can_use_descriptors` holds.
         r: Probes `[B, T, H, K]`.
         k: Keys `[B, T, G, K]`.
         v: Values `[B, T, G, K]`.
@@ -332,11 +370,14 @@ def forward(
     block_k = triton.next_power_of_2(head_dim)
     q_in, r_in, k_in, v_in, o_out = (describe(x, ROWS.value, block_k) for x in (q, r, k, v, o))
     vbar_out = describe(vbar, ROWS.value, block_k) if save_vbar else o_out
-    num_programs = batch_size * num_heads
-    section = heads_per_section(num_programs, num_heads // k.shape[2], 2 * k[0, :, 0].nbytes)
-    _parallax_fwd_hopper_kernel[(triton.cdiv(num_tokens, 2 * ROWS.value) * num_programs,)](
+    num_items = triton.cdiv(num_tokens, 2 * ROWS.value) * batch_size * num_heads
+    section = heads_per_section(batch_size * num_heads, num_heads // k.shape[2], 2 * k[0, :, 0].nbytes)
+    # how long a tile of packed rows takes is known on the device alone: a program each, as they come
+    count = torch.cuda.get_device_properties(q.device).multi_processor_count
+    num_programs = num_items if mask.is_packed else min(num_items, count)
+    _parallax_fwd_hopper_kernel[(num_programs,)](
         q_in, r_in, k_in, v_in, o_out, vbar_out, lse, tbar, mask.first,
-        num_tokens, mask.window_size or 0, num_programs, section, scale,
+        num_tokens, mask.window_size or 0, num_items, batch_size * num_heads, section, scale,
         H=num_heads, G=k.shape[2], BK=block_k, STAGES=tile.num_stages,
         PACKED=mask.is_packed, WINDOW=mask.has_window, SAVE_VBAR=save_vbar, num_warps=4,
     )  # fmt: skip

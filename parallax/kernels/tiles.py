@@ -24,7 +24,7 @@ class Tile(NamedTuple):
         num_stages: Depth of the load pipeline.
         in_registers: How many of the operands that stay through the loop are kept in registers: of queries
             and probes forward, queries and dO for dQ and dR, keys and values for dK and dV.
-        sums: Columns of the row sums of `add_row_sums`: 8 by the tensor cores, 1 by additions.
+        sums: Columns of the row sums of `row_sums.add_row_sums`, 1, 4 or 8: the way they are formed.
         is_specialized: Whether it is a tile of the kernel whose warps take different parts (`hopper_*.py`).
     """
 
@@ -42,7 +42,7 @@ _HOPPER: dict[tuple[KernelName, int], Tile] = {
     ("forward", 128): Tile(64, 64, 4, 2),
     ("forward", 256): Tile(64, 32, 8, 2, sums=1),
     ("dqdr", 64): Tile(64, 64, 4, 3, 2),
-    ("dqdr", 128): Tile(64, 64, 4, 2),
+    ("dqdr", 128): Tile(64, 64, 4, 2, sums=4),
     ("dqdr", 256): Tile(64, 32, 8, 2, sums=1),
     ("dkdv", 64): Tile(64, 64, 4, 3),
     ("dkdv", 128): Tile(32, 64, 4, 3, 1),
@@ -50,6 +50,8 @@ _HOPPER: dict[tuple[KernelName, int], Tile] = {
 }
 
 _HOPPER_SPECIALIZED: dict[tuple[KernelName, int], Tile] = {
+    ("forward", 128): Tile(128, 64, 4, 3, sums=4, is_specialized=True),
+    ("dkdv", 64): Tile(64, 128, 4, 4, 1, is_specialized=True),
     ("dkdv", 128): Tile(32, 128, 4, 4, 1, is_specialized=True),
 }
 """On Hopper alone, before `_HOPPER`, for inputs that tensor descriptors can describe."""

@@ -17,14 +17,15 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from parallax.kernels import hopper_dkdv, hopper_forward
+from parallax.kernels import backward, hopper_dkdv, hopper_forward
 from parallax.kernels.addressing import Mask
 from parallax.kernels.tiles import Tile
 
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 NUM_TOKENS, NUM_HEADS, NUM_KV_HEADS = 256, 4, 2
 STACK_BYTES = 160
-FORWARD, DKDV = Tile(128, 64, 4, 4, is_specialized=True), Tile(32, 128, 4, 4, 1, is_specialized=True)
+FORWARD, DQDR = Tile(128, 64, 4, 3, sums=4, is_specialized=True), Tile(64, 64, 4, 2, sums=4)
+DKDV = Tile(32, 128, 4, 4, 1, is_specialized=True)
 
 
 class Driver(SimpleNamespace):
@@ -51,6 +52,10 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr(JITFunction, "run", compile_only)
     driver.set_active(cast(Any, Driver()))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132)
+    )
+    monkeypatch.setattr(backward, "can_use_descriptors", lambda *tensors: True)
     return kernels
 
 
@@ -61,6 +66,10 @@ def launch(kernel: str, width: int, is_bounded: bool) -> None:
     mask = Mask(bounds, bounds, 100) if is_bounded else Mask(None, None, None)
     if kernel == "forward":
         hopper_forward.forward(q, q, k, k, mask, 0.1, save_vbar=not is_bounded, tile=FORWARD)
+    elif kernel == "dqdr":
+        lse = torch.empty(2, NUM_HEADS, NUM_TOKENS)
+        operands = backward.Operands(q, q, k, k, q)
+        backward.query_gradients(operands, q, q, lse, lse, mask, 0.1, tile=DQDR)
     else:
         rows = torch.empty(2 * NUM_HEADS, 4, NUM_TOKENS)
         tile = DKDV if width > 64 else DKDV._replace(block_t=64)
@@ -68,8 +77,9 @@ def launch(kernel: str, width: int, is_bounded: bool) -> None:
 
 
 @pytest.mark.parametrize("is_bounded", [False, True], ids=["causal", "bounded"])
-@pytest.mark.parametrize("width", [64, 128])
-@pytest.mark.parametrize("kernel", ["forward", "dkdv"])
+@pytest.mark.parametrize(
+    ("kernel", "width"), [("forward", 128), ("dqdr", 128), ("dkdv", 64), ("dkdv", 128)], ids=str
+)
 def test_products_overlap_and_registers_suffice(
     kernel: str, width: int, is_bounded: bool, compiled: list[Any], tmp_path: Path
 ) -> None:

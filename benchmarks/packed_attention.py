@@ -1,0 +1,124 @@
+"""What packing costs: our attention over rows of several documents beside rows of one, in turns.
+
+`python -m benchmarks.packed_attention` on a GPU. The kernels tile packed rows as one sequence and skip the
+tiles that no document needs, so the fair comparison is time a tile: of 64 x 64 queries and keys, those from
+the first that a tile's first row sees to its last row's. Documents of one length have unpacked rows of that
+length beside them; documents of mixed lengths the power of two with the nearest number of tiles.
+"""
+
+import argparse
+import shlex
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.attention import Shape, draw
+from benchmarks.machine import RESULTS, write_result
+from parallax import parallax_attention
+
+TILE = 64
+
+
+def mixed_lengths(num_tokens: int, seed: int = 0) -> list[int]:
+    """Lengths like those of web pages: log-normal, a median of 500 tokens, at most 4096; the sum is given."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths: list[int] = []
+    while sum(lengths) < num_tokens:
+        drawn = int(500 * torch.randn(1, generator=generator).exp().item())
+        lengths.append(min(max(drawn, 16), 4096, num_tokens - sum(lengths)))
+    return lengths
+
+
+def num_tiles(lengths: list[int]) -> int:
+    """Tiles that the kernels go through for one head of a row packed with documents of these lengths."""
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    first_rows = torch.arange(0, sum(lengths), TILE)
+    first_keys = starts[torch.searchsorted(starts, first_rows, right=True) - 1]
+    return int((first_rows // TILE + 1 - first_keys // TILE).sum())
+
+
+class Problem:
+    """Inputs of one shape, packed or not."""
+
+    def __init__(self, num_tokens: int, lengths: list[int], args: argparse.Namespace) -> None:
+        """Draw rows of `num_tokens` tokens in all: packed into one row, or of one length without bounds."""
+        is_packed = len(lengths) > 1
+        row = num_tokens if is_packed else lengths[0]
+        self.tiles = num_tiles(lengths) if is_packed else num_tokens // row * num_tiles(lengths)
+        num_heads, num_kv_heads = map(int, args.heads.split("/"))
+        shape = Shape(row, args.head_dim, num_heads, num_kv_heads, num_tokens // row)
+        *leaves, self.do = draw(shape)
+        self.leaves = [x.requires_grad_() for x in leaves]
+        self.cu_seqlens: Tensor | None = None
+        if is_packed:
+            bounds = torch.tensor([0, *lengths]).cumsum(0)
+            self.cu_seqlens = bounds.to("cuda", torch.int32)
+        self.rounds_ms: list[tuple[float, float]] = []
+
+    def run(self) -> None:
+        """Time forward and backward once, with a cold L2 cache."""
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+        torch.empty(2**26, dtype=torch.int32, device="cuda").zero_()
+        torch.cuda._sleep(1_000_000)
+        events[0].record()
+        o = parallax_attention(*self.leaves, cu_seqlens=self.cu_seqlens)
+        events[1].record()
+        torch.autograd.grad(o, self.leaves, self.do)
+        events[2].record()
+        torch.cuda.synchronize()
+        self.rounds_ms.append((events[0].elapsed_time(events[1]), events[1].elapsed_time(events[2])))
+
+    def median_ms(self) -> tuple[float, float]:
+        """Medians of forward and backward, the first two rounds left out."""
+        forward, backward = zip(*self.rounds_ms[2:], strict=True)
+        return statistics.median(forward), statistics.median(backward)
+
+
+def main() -> None:
+    """Time, print the table, write the result."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--heads", default="16/8", help="query/kv heads")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--name", default="packed_attention")
+    args = parser.parse_args()
+
+    num_tokens = args.tokens
+    unpacked = {length: Problem(num_tokens, [length], args) for length in (512, 1024, 2048, 4096)}
+    mixed = mixed_lengths(num_tokens)
+    packed = {f"{num_tokens // n} x {n}": [n] * (num_tokens // n) for n in (1024, 4096)}
+    packed[f"{len(mixed)} of mixed lengths"] = mixed
+    problems = {name: Problem(num_tokens, lengths, args) for name, lengths in packed.items()}
+    for _ in range(args.rounds + 2):
+        for problem in (*unpacked.values(), *problems.values()):
+            problem.run()
+
+    rows: list[dict[str, Any]] = []
+    print("| documents | forward + backward, ms | unpacked rows of | ms | time a tile, packed / unpacked |")
+    print("|---|---|---|---|---|")
+    for name, problem in problems.items():
+        length = min(unpacked, key=lambda n: abs(unpacked[n].tiles / problem.tiles - 1))
+        beside = unpacked[length]
+        (forward, backward), (beside_forward, beside_backward) = problem.median_ms(), beside.median_ms()
+        ratio = (forward + backward) / problem.tiles / ((beside_forward + beside_backward) / beside.tiles)
+        rows.append({
+            "documents": packed[name], "tiles": problem.tiles, "forward_ms": forward, "backward_ms": backward,
+            "unpacked_length": length, "unpacked_tiles": beside.tiles, "unpacked_forward_ms": beside_forward,
+            "unpacked_backward_ms": beside_backward, "ratio_a_tile": ratio,
+        })  # fmt: skip
+        times = f"{forward:.2f} + {backward:.2f} | {length} | {beside_forward:.2f} + {beside_backward:.2f}"
+        print(f"| {name} | {times} | {ratio:.3f} |")
+    command = shlex.join(["python", "-m", "benchmarks.packed_attention", *sys.argv[1:]])
+    print(write_result(args.name, {"command": command, "rows": rows}, args.out))
+
+
+if __name__ == "__main__":
+    main()
