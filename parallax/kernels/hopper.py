@@ -3,12 +3,17 @@
 A program has one warp that copies tiles into a ring in shared memory, and two warpgroups that multiply. A
 stage of the ring is `full` when its copies have arrived and `empty` when both warpgroups have let it go;
 the n-th use of a barrier is waited for by n's parity.
+
+A program that does many items draws them from a counter in memory. The warp that copies draws, ahead of the
+others, and tells them through two slots in shared memory, `items`: (slots, slot_full, slot_empty).
 """
 
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from parallax.kernels.addressing import row_strides
@@ -23,6 +28,25 @@ PRODUCER_REGISTERS = tl.constexpr(24)
 """Registers of a thread that copies."""
 
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+
+@gluon.jit
+def announce_item(items, i_n, i_item):
+    """Tell the warpgroups this program's n-th item, as soon as both have read the one two before."""
+    slots, slot_full, slot_empty = items
+    mbarrier.wait(slot_empty.index(i_n % 2), (i_n // 2 & 1) ^ 1)
+    slots.index(i_n % 2).store(gl.full([1], i_item, tl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+    mbarrier.arrive(slot_full.index(i_n % 2), count=1)
+
+
+@gluon.jit
+def learn_item(items, i_n):
+    """Return this program's n-th item, in a warpgroup."""
+    slots, slot_full, slot_empty = items
+    mbarrier.wait(slot_full.index(i_n % 2), i_n // 2 & 1)
+    i_item = gl.max(slots.index(i_n % 2).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+    mbarrier.arrive(slot_empty.index(i_n % 2), count=1)
+    return i_item
 
 
 def describe(x: Tensor, num_rows: int, block_k: int) -> TensorDescriptor:

@@ -39,7 +39,7 @@ from parallax.kernels.tiles import Tile
 
 @gluon.jit
 def _add_tile(
-    a_k, a_v, q, r, do, constants, i_c, i_t, o_s, b_end, is_masked, b_dk, b_dv, b_zero, scale,
+    a_k, v, q, r, do, constants, i_c, i_t, o_s, b_end, is_masked, b_dk, b_dv, b_zero, scale,
     BT: tl.constexpr, BOUNDED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Add a tile of one head's queries to dK / scale and scale * dV."""
@@ -49,7 +49,7 @@ def _add_tile(
     # [BS, BT]
     b_s = warpgroup_mma(a_k, q.permute((1, 0)), b_zero, use_acc=False, is_async=True)
     b_t = warpgroup_mma(a_k, r.permute((1, 0)), b_zero, use_acc=False, is_async=True)
-    b_a = warpgroup_mma(a_v, do.permute((1, 0)), b_zero, use_acc=False, is_async=True)
+    b_a = warpgroup_mma(v, do.permute((1, 0)), b_zero, use_acc=False, is_async=True)
     b_lse = constants.index(i_c).load(COLUMN)
     b_s = warpgroup_mma_wait(2, deps=(b_s,))
     b_p = gl.exp2(b_s * (scale * LOG2E) - gl.expand_dims(b_lse, 0))
@@ -82,7 +82,7 @@ def _add_tile(
 @gluon.jit
 def _consume(
     WARPGROUP: tl.constexpr, buffers, place, outputs, mask, scale,
-    GROUP: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr, IN_REGISTERS: tl.constexpr,
+    GROUP: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Sum and store dK and dV of a warpgroup's keys."""
     k, v, q, r, do, constants, kv_full, full, empty = buffers
@@ -111,12 +111,7 @@ def _consume(
     i_last = tl.maximum(tl.minimum(tl.cdiv(i_end - i_s, BT), num_steps), i_first)
 
     mbarrier.wait(kv_full, 0)
-    a_k = k
-    a_v = v
-    if IN_REGISTERS >= 1:
-        a_k = k.load(gl.DotOperandLayout(0, SCORES, 2))
-    if IN_REGISTERS == 2:
-        a_v = v.load(gl.DotOperandLayout(0, SCORES, 2))
+    a_k = k.load(gl.DotOperandLayout(0, SCORES, 2))
     b_zero = gl.zeros([ROWS, BT], tl.float32, SCORES)
     b_dk = gl.zeros([ROWS, BK], tl.float32, ACC)
     b_dv = gl.zeros([ROWS, BK], tl.float32, ACC)
@@ -133,7 +128,7 @@ def _consume(
             if BOUNDED:
                 is_masked = is_masked | (i_t + BT > i_unmasked)
             b_dk, b_dv = _add_tile(
-                a_k, a_v, q.index(i_stage), r.index(i_stage), do.index(i_stage), constants, i_stage * 4,
+                a_k, v, q.index(i_stage), r.index(i_stage), do.index(i_stage), constants, i_stage * 4,
                 i_t, o_s, b_end, is_masked, b_dk, b_dv, b_zero, scale, BT, BOUNDED, ACC,
             )  # fmt: skip
             mbarrier.arrive(empty.index(i_stage), count=1)
@@ -183,7 +178,7 @@ def _parallax_bwd_dkdv_hopper_kernel(
     q_in, r_in, k_in, v_in, do_in, rows_in, dk_out, dv_out, end,
     T, T_padded, window_size, num_heads, section, scale,
     H: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, STAGES: tl.constexpr,
-    PACKED: tl.constexpr, WINDOW: tl.constexpr, IN_REGISTERS: tl.constexpr,
+    PACKED: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Compute 128 rows of one kv head's dK and dV; one program each."""
     GROUP: tl.constexpr = H // G
@@ -217,8 +212,8 @@ def _parallax_bwd_dkdv_hopper_kernel(
     mask = (end, T, window_size)
     gl.warp_specialize(
         [
-            (_consume, (0, buffers, place, outputs, mask, scale, GROUP, PACKED, WINDOW, IN_REGISTERS)),
-            (_consume, (1, buffers, place, outputs, mask, scale, GROUP, PACKED, WINDOW, IN_REGISTERS)),
+            (_consume, (0, buffers, place, outputs, mask, scale, GROUP, PACKED, WINDOW)),
+            (_consume, (1, buffers, place, outputs, mask, scale, GROUP, PACKED, WINDOW)),
             (_produce, (buffers, place, q_in, r_in, k_in, v_in, do_in, rows_in, T_padded, H, GROUP)),
         ],
         [4, 1],  # warps of the second and the third
@@ -248,7 +243,8 @@ def key_gradients(
         rows: Row constants `[B * H, 4, T rounded up to 64]` fp32 from `backward.query_gradients`.
         mask: What queries see.
         scale: Factor of q.k.
-        tile: Its num_stages is the tiles in the ring; it has 128 keys, whatever it says of warps.
+        tile: Its block_t is the queries in a tile, its num_stages the tiles in the ring; it has 128 keys, which
+            stay in registers.
 
     Returns:
         dk, dv `[B, T, G, K]`.
@@ -269,6 +265,6 @@ def key_gradients(
         num_tokens, rows.shape[2], mask.window_size or 0, num_programs,
         heads_per_section(num_programs, 1, bytes_per_head), scale,
         H=num_heads, G=num_kv_heads, BK=block_k, BT=tile.block_t, STAGES=tile.num_stages,
-        PACKED=mask.is_packed, WINDOW=mask.has_window, IN_REGISTERS=tile.in_registers, num_warps=4,
+        PACKED=mask.is_packed, WINDOW=mask.has_window, num_warps=4,
     )  # fmt: skip
     return dk, dv

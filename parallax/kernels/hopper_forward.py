@@ -25,7 +25,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from parallax.kernels.addressing import LN2, LOG2E, Mask, first_key, heads_per_section, program_of
-from parallax.kernels.hopper import CONSUMER_REGISTERS, PRODUCER_REGISTERS, ROWS, describe
+from parallax.kernels.hopper import (
+    CONSUMER_REGISTERS,
+    PRODUCER_REGISTERS,
+    ROWS,
+    announce_item,
+    describe,
+    learn_item,
+)
 from parallax.kernels.row_sums import ADDED, added_row_sums, round_tile
 from parallax.kernels.tiles import Tile
 
@@ -137,27 +144,11 @@ def _attend_tile(
 
 
 @gluon.jit
-def _num_items(order):
-    """Return how many tiles of queries this program owns."""
-    num_items, _, _ = order
-    num_rounds = num_items // gl.num_programs(0)
-    return num_rounds + (_rank(num_rounds) < num_items % gl.num_programs(0)).to(tl.int32)
-
-
-@gluon.jit
-def _rank(i_round):
-    """Return this program's place in a round: back and forth, so that each gets long tiles and short ones."""
-    i_p = gl.program_id(0)
-    return gl.where(i_round % 2 == 0, i_p, gl.num_programs(0) - 1 - i_p)
-
-
-@gluon.jit
-def _place(i_round, order, mask, H: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr):
-    """Return batch, head and first row of this program's tile of a round, and the number of key tiles."""
+def _place(i_item, order, mask, H: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr):
+    """Return batch, head and first row of an item, and the number of its key tiles."""
     _, num_heads, section = order
     first, T, window_size = mask
     num_tiles = tl.cdiv(T, 2 * ROWS)
-    i_item = i_round * gl.num_programs(0) + _rank(i_round)
     i_rank, i_bh = program_of(i_item, num_tiles, num_heads, section)
     i_t = (num_tiles - 1 - i_rank) * 2 * ROWS
     i_first = i_t * 0
@@ -168,8 +159,8 @@ def _place(i_round, order, mask, H: tl.constexpr, PACKED: tl.constexpr, WINDOW: 
 
 @gluon.jit
 def _consume(
-    WARPGROUP: tl.constexpr, buffers, order, outputs, mask, scale, H: tl.constexpr, PACKED: tl.constexpr,
-    WINDOW: tl.constexpr, SAVE_VBAR: tl.constexpr,
+    WARPGROUP: tl.constexpr, buffers, items, order, outputs, mask, scale, H: tl.constexpr,
+    PACKED: tl.constexpr, WINDOW: tl.constexpr, SAVE_VBAR: tl.constexpr,
 ):  # fmt: skip
     """Compute and store a warpgroup's rows."""
     BOUNDED: tl.constexpr = PACKED or WINDOW
@@ -181,10 +172,13 @@ def _consume(
     SCORES: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _BS, 16])
     b_zero = gl.zeros([ROWS, _BS], tl.float32, SCORES)
     scale_log2 = scale * LOG2E
-    i_x = 0  # tiles of keys before these rows
-    for i_round in range(_num_items(order)):
-        i_b, i_h, i_t, num_steps = _place(i_round, order, mask, H, PACKED, WINDOW)
-        i_buffer = i_round % 2 * 2 + WARPGROUP
+    num_items, _, _ = order
+    i_n = 0  # items so far
+    i_x = 0  # tiles of keys so far
+    i_item = learn_item(items, i_n)
+    while i_item < num_items:
+        i_b, i_h, i_t, num_steps = _place(i_item, order, mask, H, PACKED, WINDOW)
+        i_buffer = i_n % 2 * 2 + WARPGROUP
         q = q_both.index(i_buffer)
         r = r_both.index(i_buffer)
         i_w = i_t + WARPGROUP * ROWS
@@ -206,7 +200,7 @@ def _consume(
         i_own = i_x + 1 - WARPGROUP
         i_stage = i_own % STAGES
         i_phase = (i_own // STAGES) & 1
-        mbarrier.wait(qr_full.index(i_buffer), (i_round // 2) & 1)
+        mbarrier.wait(qr_full.index(i_buffer), (i_n // 2) & 1)
         mbarrier.wait(k_full.index(i_stage), i_phase)
         b_m, b_c, b_o1, b_d1, b_o2, b_d2 = _start(
             q, r, k.index(i_stage), v.index(i_stage), v_full.index(i_stage), i_phase, i_w, o_t, b_first,
@@ -215,7 +209,7 @@ def _consume(
         mbarrier.arrive(empty.index(i_stage), count=1)
         # the rows before these are stored by now
         tma.store_wait(0)
-        mbarrier.arrive(qr_empty.index(i_buffer ^ 2), count=1, pred=i_round > 0)
+        mbarrier.arrive(qr_empty.index(i_buffer ^ 2), count=1, pred=i_n > 0)
         for i_y in range(i_own + 1, i_x + i_last):
             i_stage = i_y % STAGES
             i_phase = (i_y // STAGES) & 1
@@ -247,6 +241,8 @@ def _consume(
         p_t = tl.cast(i_b * H + i_h, tl.int64) * T + o_t
         gl.store(lse + p_t, (gl.convert_layout(b_m, ROW) + gl.log2(b_d1)) * LN2, mask=o_t < T)
         gl.store(tbar + p_t, gl.convert_layout(b_c, ROW) + b_shift, mask=o_t < T)
+        i_n += 1
+        i_item = learn_item(items, i_n)
     tma.store_wait(0)
 
 
@@ -262,16 +258,21 @@ def _skip_tiles(k_full, v_full, empty, i_first, i_end):
 
 @gluon.jit
 def _produce(
-    buffers, order, mask, q_in, r_in, k_in, v_in, H: tl.constexpr, GROUP: tl.constexpr, PACKED: tl.constexpr,
+    buffers, items, order, mask, inputs, H: tl.constexpr, GROUP: tl.constexpr, PACKED: tl.constexpr,
     WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Copy queries and probes, and the tiles of all keys that they see."""
+    """Draw items; copy their queries and probes, and the tiles of all keys that they see."""
     q, r, k, v, qr_full, qr_empty, k_full, v_full, empty = buffers
+    counter, q_in, r_in, k_in, v_in = inputs
     STAGES: tl.constexpr = k.shape[0]
     BK: tl.constexpr = k.shape[2]
+    num_items, _, _ = order
+    i_n = 0
     i_x = 0
-    for i_round in range(_num_items(order)):
-        i_b, i_h, i_t, num_steps = _place(i_round, order, mask, H, PACKED, WINDOW)
+    i_item = gl.program_id(0)
+    announce_item(items, i_n, i_item)
+    while i_item < num_items:
+        i_b, i_h, i_t, num_steps = _place(i_item, order, mask, H, PACKED, WINDOW)
         i_g = i_h // GROUP
         for i_y in range(i_x, i_x + num_steps):
             i_stage = i_y % STAGES
@@ -282,26 +283,29 @@ def _produce(
             if i_y == i_x:
                 # the second warpgroup's first: it starts at once
                 for i_w in gl.static_range(1, -1, -1):
-                    i_buffer = i_round % 2 * 2 + i_w
+                    i_buffer = i_n % 2 * 2 + i_w
                     bar = qr_full.index(i_buffer)
                     place = [i_b, i_h, i_t + i_w * ROWS, 0]
-                    mbarrier.wait(qr_empty.index(i_buffer), (i_round // 2 & 1) ^ 1)
+                    mbarrier.wait(qr_empty.index(i_buffer), (i_n // 2 & 1) ^ 1)
                     mbarrier.expect(bar, 2 * ROWS * BK * 2)
                     tma.async_copy_global_to_shared(q_in, place, bar, q.index(i_buffer))
                     tma.async_copy_global_to_shared(r_in, place, bar, r.index(i_buffer))
             mbarrier.expect(v_full.index(i_stage), _BS * BK * 2)
             tma.async_copy_global_to_shared(v_in, [i_b, i_g, i_s, 0], v_full.index(i_stage), v.index(i_stage))
         i_x += num_steps
+        i_n += 1
+        i_item = gl.num_programs(0) + gl.atomic_add(counter, 1)
+        announce_item(items, i_n, i_item)
 
 
 @gluon.jit(do_not_specialize=["T", "window_size", "num_items", "num_heads", "section"])
 def _parallax_fwd_hopper_kernel(
-    q_in, r_in, k_in, v_in, o_out, vbar_out, lse, tbar, first,
+    q_in, r_in, k_in, v_in, o_out, vbar_out, lse, tbar, first, counter,
     T, window_size, num_items, num_heads, section, scale,
     H: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PACKED: tl.constexpr,
     WINDOW: tl.constexpr, SAVE_VBAR: tl.constexpr,
 ):  # fmt: skip
-    """Compute the output of many tiles of 128 rows of one head."""
+    """Compute the output of items, tiles of 128 rows of one head, as long as the counter has some."""
     dtype: tl.constexpr = q_in.dtype
     # two of each for every warpgroup
     q = gl.allocate_shared_memory(dtype, [4, ROWS, BK], q_in.layout)
@@ -320,16 +324,24 @@ def _parallax_fwd_hopper_kernel(
         mbarrier.init(k_full.index(i_stage), count=1)
         mbarrier.init(v_full.index(i_stage), count=1)
         mbarrier.init(empty.index(i_stage), count=2)
+    slots = gl.allocate_shared_memory(tl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    slot_full = gl.allocate_shared_memory(tl.int64, [2, 1], mbarrier.MBarrierLayout())
+    slot_empty = gl.allocate_shared_memory(tl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i_slot in gl.static_range(2):
+        mbarrier.init(slot_full.index(i_slot), count=1)
+        mbarrier.init(slot_empty.index(i_slot), count=2)
     fence_async_shared()
+    items = (slots, slot_full, slot_empty)
     buffers = (q, r, k, v, qr_full, qr_empty, k_full, v_full, empty)
     order = (num_items, num_heads, section)
+    inputs = (counter, q_in, r_in, k_in, v_in)
     outputs = (o_out, vbar_out, lse, tbar)
     mask = (first, T, window_size)
     gl.warp_specialize(
         [
-            (_consume, (0, buffers, order, outputs, mask, scale, H, PACKED, WINDOW, SAVE_VBAR)),
-            (_consume, (1, buffers, order, outputs, mask, scale, H, PACKED, WINDOW, SAVE_VBAR)),
-            (_produce, (buffers, order, mask, q_in, r_in, k_in, v_in, H, H // G, PACKED, WINDOW)),
+            (_consume, (0, buffers, items, order, outputs, mask, scale, H, PACKED, WINDOW, SAVE_VBAR)),
+            (_consume, (1, buffers, items, order, outputs, mask, scale, H, PACKED, WINDOW, SAVE_VBAR)),
+            (_produce, (buffers, items, order, mask, inputs, H, H // G, PACKED, WINDOW)),
         ],
         [4, 1],  # warps of the second and the third
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -372,11 +384,11 @@ def forward(
     vbar_out = describe(vbar, ROWS.value, block_k) if save_vbar else o_out
     num_items = triton.cdiv(num_tokens, 2 * ROWS.value) * batch_size * num_heads
     section = heads_per_section(batch_size * num_heads, num_heads // k.shape[2], 2 * k[0, :, 0].nbytes)
-    # how long a tile of packed rows takes is known on the device alone: a program each, as they come
-    count = torch.cuda.get_device_properties(q.device).multi_processor_count
-    num_programs = num_items if mask.is_packed else min(num_items, count)
+    # the longest first, each to the program that is free first; who draws what changes no result
+    counter = torch.zeros(1, dtype=torch.int32, device=q.device)
+    num_programs = min(num_items, torch.cuda.get_device_properties(q.device).multi_processor_count)
     _parallax_fwd_hopper_kernel[(num_programs,)](
-        q_in, r_in, k_in, v_in, o_out, vbar_out, lse, tbar, mask.first,
+        q_in, r_in, k_in, v_in, o_out, vbar_out, lse, tbar, mask.first, counter,
         num_tokens, mask.window_size or 0, num_items, batch_size * num_heads, section, scale,
         H=num_heads, G=k.shape[2], BK=block_k, STAGES=tile.num_stages,
         PACKED=mask.is_packed, WINDOW=mask.has_window, SAVE_VBAR=save_vbar, num_warps=4,

@@ -40,10 +40,10 @@ class Tile(NamedTuple):
 _HOPPER: dict[tuple[KernelName, int], Tile] = {
     ("forward", 64): Tile(64, 64, 4, 3),
     ("forward", 128): Tile(64, 64, 4, 2),
-    ("forward", 256): Tile(64, 32, 8, 2, sums=1),
+    ("forward", 256): Tile(64, 32, 8, 2, sums=4),
     ("dqdr", 64): Tile(64, 64, 4, 3, 2),
     ("dqdr", 128): Tile(64, 64, 4, 2, sums=4),
-    ("dqdr", 256): Tile(64, 32, 8, 2, sums=1),
+    ("dqdr", 256): Tile(64, 32, 8, 2, sums=4),
     ("dkdv", 64): Tile(64, 64, 4, 3),
     ("dkdv", 128): Tile(32, 64, 4, 3, 1),
     ("dkdv", 256): Tile(32, 64, 8, 2),
