@@ -30,6 +30,28 @@ PRODUCER_REGISTERS = tl.constexpr(24)
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
+def draw_items(num_items: int, device: torch.device) -> tuple[int, Tensor]:
+    """Return the number of programs, one a multiprocessor, and the counter from which they draw.
+
+    The first items are the longest, and each goes to the program that is free first. Who draws which changes
+    no result.
+    """
+    count = torch.cuda.get_device_properties(device).multi_processor_count
+    return min(num_items, count), torch.zeros(1, dtype=torch.int32, device=device)
+
+
+@gluon.jit
+def new_items():
+    """Return the slots of `announce_item`, and the barriers that they need."""
+    slots = gl.allocate_shared_memory(tl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    slot_full = gl.allocate_shared_memory(tl.int64, [2, 1], mbarrier.MBarrierLayout())
+    slot_empty = gl.allocate_shared_memory(tl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i_slot in gl.static_range(2):
+        mbarrier.init(slot_full.index(i_slot), count=1)
+        mbarrier.init(slot_empty.index(i_slot), count=2)
+    return slots, slot_full, slot_empty
+
+
 @gluon.jit
 def announce_item(items, i_n, i_item):
     """Tell the warpgroups this program's n-th item, as soon as both have read the one two before."""

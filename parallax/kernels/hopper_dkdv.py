@@ -1,6 +1,7 @@
 """dK and dV on Hopper: the second pass of the backward with warps that take different parts, in Gluon.
 
-A program owns 128 keys of one kv head. One warp copies tiles of queries, probes, dO and row constants; two
+A program owns 128 keys of one kv head at a time, and goes on to others: while it ends with some, the next are
+copied. One warp copies tiles of queries, probes, dO and row constants; two
 warpgroups of 64 keys each read every tile, so that it is copied half as often as by programs of 64 keys. The
 mathematics is that of `parallax.kernels.backward`: transposed scores, so that P^T and the two gradient tiles
 stay in registers as left operands. Keys stay in registers as well, because the tensor cores would wait for
@@ -33,7 +34,16 @@ from parallax.kernels.addressing import (
     heads_per_section,
     program_of,
 )
-from parallax.kernels.hopper import CONSUMER_REGISTERS, PRODUCER_REGISTERS, ROWS, describe
+from parallax.kernels.hopper import (
+    CONSUMER_REGISTERS,
+    PRODUCER_REGISTERS,
+    ROWS,
+    announce_item,
+    describe,
+    draw_items,
+    learn_item,
+    new_items,
+)
 from parallax.kernels.tiles import Tile
 
 
@@ -81,12 +91,11 @@ def _add_tile(
 
 @gluon.jit
 def _consume(
-    WARPGROUP: tl.constexpr, buffers, place, outputs, mask, scale,
+    WARPGROUP: tl.constexpr, buffers, items, order, outputs, mask, scale, G: tl.constexpr,
     GROUP: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Sum and store dK and dV of a warpgroup's keys."""
-    k, v, q, r, do, constants, kv_full, full, empty = buffers
-    i_b, i_g, i_s, num_steps = place
+    k_both, v_both, q, r, do, constants, kv_full, kv_empty, full, empty = buffers
     dk_out, dv_out = outputs
     end, T, window_size = mask
     BOUNDED: tl.constexpr = PACKED or WINDOW
@@ -95,126 +104,171 @@ def _consume(
     BK: tl.constexpr = q.shape[2]
     ACC: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BK, 16])
     SCORES: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BT, 16])
-    k = k.index(WARPGROUP)
-    v = v.index(WARPGROUP)
-    i_w = i_s + WARPGROUP * ROWS
-    o_s = i_w + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
-    b_end = o_s
-    i_end = T
-    i_unmasked = T + BT
-    if BOUNDED:
-        b_end = end_query(end, o_s, T, window_size, PACKED, WINDOW)
-        i_end = end_query(end, tl.minimum(i_w + ROWS, T) - 1, T, window_size, PACKED, WINDOW)
-        i_unmasked = end_query(end, tl.minimum(i_w, T - 1), T, window_size, PACKED, WINDOW)
-    # tiles that this warpgroup's keys see; the others are only waited for and released
-    i_first = tl.minimum((i_w - i_s) // BT, num_steps)
-    i_last = tl.maximum(tl.minimum(tl.cdiv(i_end - i_s, BT), num_steps), i_first)
-
-    mbarrier.wait(kv_full, 0)
-    a_k = k.load(gl.DotOperandLayout(0, SCORES, 2))
     b_zero = gl.zeros([ROWS, BT], tl.float32, SCORES)
-    b_dk = gl.zeros([ROWS, BK], tl.float32, ACC)
-    b_dv = gl.zeros([ROWS, BK], tl.float32, ACC)
-    for i_h in range(GROUP):
-        i_x = i_h * num_steps
-        for i_y in range(i_x, i_x + i_first):
-            mbarrier.wait(full.index(i_y % STAGES), (i_y // STAGES) & 1)
-            mbarrier.arrive(empty.index(i_y % STAGES), count=1)
-        for i_y in range(i_x + i_first, i_x + i_last):
-            i_stage = i_y % STAGES
-            mbarrier.wait(full.index(i_stage), (i_y // STAGES) & 1)
-            i_t = i_s + (i_y - i_x) * BT
-            is_masked = i_t < i_w + ROWS - 1
-            if BOUNDED:
-                is_masked = is_masked | (i_t + BT > i_unmasked)
-            b_dk, b_dv = _add_tile(
-                a_k, v, q.index(i_stage), r.index(i_stage), do.index(i_stage), constants, i_stage * 4,
-                i_t, o_s, b_end, is_masked, b_dk, b_dv, b_zero, scale, BT, BOUNDED, ACC,
-            )  # fmt: skip
-            mbarrier.arrive(empty.index(i_stage), count=1)
-        for i_y in range(i_x + i_last, i_x + num_steps):
-            mbarrier.wait(full.index(i_y % STAGES), (i_y // STAGES) & 1)
-            mbarrier.arrive(empty.index(i_y % STAGES), count=1)
-    # through the memory of the warpgroup's own keys and values
-    k.store((b_dk * scale).to(k.dtype))
-    v.store((b_dv * (1.0 / scale)).to(v.dtype))
-    fence_async_shared()
-    tma.async_copy_shared_to_global(dk_out, [i_b, i_g, i_w, 0], k)
-    tma.async_copy_shared_to_global(dv_out, [i_b, i_g, i_w, 0], v)
+    num_items, _, _ = order
+    i_n = 0  # items so far
+    i_x = 0  # tiles of queries so far
+    i_item = learn_item(items, i_n)
+    while i_item < num_items:
+        i_b, i_g, i_s, num_steps = _place(i_item, order, mask, BT, G, PACKED, WINDOW)
+        k = k_both.index(i_n % 2 * 2 + WARPGROUP)
+        v = v_both.index(i_n % 2 * 2 + WARPGROUP)
+        i_w = i_s + WARPGROUP * ROWS
+        o_s = i_w + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
+        b_end = o_s
+        i_end = T
+        i_unmasked = T + BT
+        if BOUNDED:
+            b_end = end_query(end, o_s, T, window_size, PACKED, WINDOW)
+            i_end = end_query(end, tl.minimum(i_w + ROWS, T) - 1, T, window_size, PACKED, WINDOW)
+            i_unmasked = end_query(end, tl.minimum(i_w, T - 1), T, window_size, PACKED, WINDOW)
+        # tiles that this warpgroup's keys see; the others are only waited for and released
+        i_first = tl.minimum((i_w - i_s) // BT, num_steps)
+        i_last = tl.maximum(tl.minimum(tl.cdiv(i_end - i_s, BT), num_steps), i_first)
+
+        mbarrier.wait(kv_full.index(i_n % 2), i_n // 2 & 1)
+        a_k = k.load(gl.DotOperandLayout(0, SCORES, 2))
+        b_dk = gl.zeros([ROWS, BK], tl.float32, ACC)
+        b_dv = gl.zeros([ROWS, BK], tl.float32, ACC)
+        for i_h in range(GROUP):
+            _skip_tiles(full, empty, i_x, i_x + i_first)
+            for i_y in range(i_x + i_first, i_x + i_last):
+                i_stage = i_y % STAGES
+                mbarrier.wait(full.index(i_stage), (i_y // STAGES) & 1)
+                i_t = i_s + (i_y - i_x) * BT
+                is_masked = i_t < i_w + ROWS - 1
+                if BOUNDED:
+                    is_masked = is_masked | (i_t + BT > i_unmasked)
+                b_dk, b_dv = _add_tile(
+                    a_k, v, q.index(i_stage), r.index(i_stage), do.index(i_stage), constants, i_stage * 4,
+                    i_t, o_s, b_end, is_masked, b_dk, b_dv, b_zero, scale, BT, BOUNDED, ACC,
+                )  # fmt: skip
+                mbarrier.arrive(empty.index(i_stage), count=1)
+            _skip_tiles(full, empty, i_x + i_last, i_x + num_steps)
+            i_x += num_steps
+            # the keys before these are stored by now
+            tma.store_wait(0)
+            mbarrier.arrive(kv_empty.index((i_n + 1) % 2), count=1, pred=(i_h == 0) & (i_n > 0))
+        # through the memory of the warpgroup's own keys and values
+        k.store((b_dk * scale).to(k.dtype))
+        v.store((b_dv * (1.0 / scale)).to(v.dtype))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(dk_out, [i_b, i_g, i_w, 0], k)
+        tma.async_copy_shared_to_global(dv_out, [i_b, i_g, i_w, 0], v)
+        i_n += 1
+        i_item = learn_item(items, i_n)
     tma.store_wait(0)
 
 
 @gluon.jit
+def _skip_tiles(full, empty, i_first, i_end):
+    """Wait for tiles and let them go."""
+    STAGES: tl.constexpr = full.shape[0]
+    for i_y in range(i_first, i_end):
+        mbarrier.wait(full.index(i_y % STAGES), (i_y // STAGES) & 1)
+        mbarrier.arrive(empty.index(i_y % STAGES), count=1)
+
+
+@gluon.jit
 def _produce(
-    buffers, place, q_in, r_in, k_in, v_in, do_in, rows_in, T_padded, H: tl.constexpr, GROUP: tl.constexpr
-):
-    """Copy keys and values once, then the tiles of all queries that see them."""
-    k, v, q, r, do, constants, kv_full, full, empty = buffers
-    i_b, i_g, i_s, num_steps = place
+    buffers, items, order, mask, inputs, T_padded, G: tl.constexpr, GROUP: tl.constexpr, PACKED: tl.constexpr,
+    WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Draw items; copy their keys and values, and the tiles of all queries that see them."""
+    k, v, q, r, do, constants, kv_full, kv_empty, full, empty = buffers
+    counter, q_in, r_in, k_in, v_in, do_in, rows_in = inputs
     STAGES: tl.constexpr = q.shape[0]
     BT: tl.constexpr = q.shape[1]
     BK: tl.constexpr = q.shape[2]
-    mbarrier.expect(kv_full, 4 * ROWS * BK * 2)
-    for i_w in gl.static_range(2):
-        tma.async_copy_global_to_shared(k_in, [i_b, i_g, i_s + i_w * ROWS, 0], kv_full, k.index(i_w))
-        tma.async_copy_global_to_shared(v_in, [i_b, i_g, i_s + i_w * ROWS, 0], kv_full, v.index(i_w))
-    for i_x in range(num_steps * GROUP):
-        i_h = i_g * GROUP + i_x // num_steps
-        i_t = i_s + (i_x % num_steps) * BT
-        i_stage = i_x % STAGES
-        bar = full.index(i_stage)
-        mbarrier.wait(empty.index(i_stage), (i_x // STAGES & 1) ^ 1)
-        mbarrier.expect(bar, 3 * BT * BK * 2 + 4 * BT * 4)
-        tma.async_copy_global_to_shared(q_in, [i_b, i_h, i_t, 0], bar, q.index(i_stage))
-        tma.async_copy_global_to_shared(r_in, [i_b, i_h, i_t, 0], bar, r.index(i_stage))
-        tma.async_copy_global_to_shared(do_in, [i_b, i_h, i_t, 0], bar, do.index(i_stage))
-        for i_c in gl.static_range(4):
-            i_row = ((i_b * H + i_h) * 4 + i_c) * T_padded + i_t
-            tma.async_copy_global_to_shared(rows_in, [i_row], bar, constants.index(i_stage * 4 + i_c))
+    num_items, _, _ = order
+    i_n = 0
+    i_x = 0
+    i_item = gl.program_id(0)
+    announce_item(items, i_n, i_item)
+    while i_item < num_items:
+        i_b, i_g, i_s, num_steps = _place(i_item, order, mask, BT, G, PACKED, WINDOW)
+        i_buffer = i_n % 2
+        bar = kv_full.index(i_buffer)
+        mbarrier.wait(kv_empty.index(i_buffer), (i_n // 2 & 1) ^ 1)
+        mbarrier.expect(bar, 4 * ROWS * BK * 2)
+        for i_w in gl.static_range(2):
+            place = [i_b, i_g, i_s + i_w * ROWS, 0]
+            tma.async_copy_global_to_shared(k_in, place, bar, k.index(i_buffer * 2 + i_w))
+            tma.async_copy_global_to_shared(v_in, place, bar, v.index(i_buffer * 2 + i_w))
+        for i_y in range(i_x, i_x + num_steps * GROUP):
+            i_h = i_g * GROUP + (i_y - i_x) // num_steps
+            i_t = i_s + (i_y - i_x) % num_steps * BT
+            i_stage = i_y % STAGES
+            bar = full.index(i_stage)
+            place = [i_b, i_h, i_t, 0]
+            mbarrier.wait(empty.index(i_stage), (i_y // STAGES & 1) ^ 1)
+            mbarrier.expect(bar, 3 * BT * BK * 2 + 4 * BT * 4)
+            tma.async_copy_global_to_shared(q_in, place, bar, q.index(i_stage))
+            tma.async_copy_global_to_shared(r_in, place, bar, r.index(i_stage))
+            tma.async_copy_global_to_shared(do_in, place, bar, do.index(i_stage))
+            for i_c in gl.static_range(4):
+                i_row = ((i_b * G * GROUP + i_h) * 4 + i_c) * T_padded + i_t
+                tma.async_copy_global_to_shared(rows_in, [i_row], bar, constants.index(i_stage * 4 + i_c))
+        i_x += num_steps * GROUP
+        i_n += 1
+        i_item = gl.num_programs(0) + gl.atomic_add(counter, 1)
+        announce_item(items, i_n, i_item)
 
 
-@gluon.jit(do_not_specialize=["T", "T_padded", "window_size", "num_heads", "section"])
-def _parallax_bwd_dkdv_hopper_kernel(
-    q_in, r_in, k_in, v_in, do_in, rows_in, dk_out, dv_out, end,
-    T, T_padded, window_size, num_heads, section, scale,
-    H: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, STAGES: tl.constexpr,
-    PACKED: tl.constexpr, WINDOW: tl.constexpr,
-):  # fmt: skip
-    """Compute 128 rows of one kv head's dK and dV; one program each."""
-    GROUP: tl.constexpr = H // G
-    i_rank, i_bg = program_of(gl.program_id(0), tl.cdiv(T, 2 * ROWS), num_heads, section)
+@gluon.jit
+def _place(
+    i_item, order, mask, BT: tl.constexpr, G: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr
+):
+    """Return batch, kv head and first key of an item, and the number of query tiles of one head."""
+    _, num_heads, section = order
+    end, T, window_size = mask
+    i_rank, i_bg = program_of(i_item, tl.cdiv(T, 2 * ROWS), num_heads, section)
     i_s = i_rank * 2 * ROWS
-    i_b = i_bg // G
-    i_g = i_bg % G
     i_end = T
     if PACKED or WINDOW:
         i_end = end_query(end, tl.minimum(i_s + 2 * ROWS, T) - 1, T, window_size, PACKED, WINDOW)
-    num_steps = tl.cdiv(i_end - i_s, BT)
+    return i_bg // G, i_bg % G, i_s, tl.cdiv(i_end - i_s, BT)
 
+
+@gluon.jit(do_not_specialize=["T", "T_padded", "window_size", "num_items", "num_heads", "section"])
+def _parallax_bwd_dkdv_hopper_kernel(
+    q_in, r_in, k_in, v_in, do_in, rows_in, dk_out, dv_out, end, counter,
+    T, T_padded, window_size, num_items, num_heads, section, scale,
+    H: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, STAGES: tl.constexpr,
+    PACKED: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Compute dK and dV of items, 128 keys of one kv head, as long as the counter has some."""
+    GROUP: tl.constexpr = H // G
     dtype: tl.constexpr = q_in.dtype
-    k = gl.allocate_shared_memory(dtype, [2, ROWS, BK], k_in.layout)
-    v = gl.allocate_shared_memory(dtype, [2, ROWS, BK], v_in.layout)
+    # two of each for every warpgroup
+    k = gl.allocate_shared_memory(dtype, [4, ROWS, BK], k_in.layout)
+    v = gl.allocate_shared_memory(dtype, [4, ROWS, BK], v_in.layout)
     q = gl.allocate_shared_memory(dtype, [STAGES, BT, BK], q_in.layout)
     r = gl.allocate_shared_memory(dtype, [STAGES, BT, BK], r_in.layout)
     do = gl.allocate_shared_memory(dtype, [STAGES, BT, BK], do_in.layout)
     constants = gl.allocate_shared_memory(tl.float32, [STAGES * 4, BT], rows_in.layout)
-    kv_full = gl.allocate_shared_memory(tl.int64, [1], mbarrier.MBarrierLayout())
+    kv_full = gl.allocate_shared_memory(tl.int64, [2, 1], mbarrier.MBarrierLayout())
+    kv_empty = gl.allocate_shared_memory(tl.int64, [2, 1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(tl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(tl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(kv_full, count=1)
+    for i_buffer in gl.static_range(2):
+        mbarrier.init(kv_full.index(i_buffer), count=1)
+        mbarrier.init(kv_empty.index(i_buffer), count=2)
     for i_stage in gl.static_range(STAGES):
         mbarrier.init(full.index(i_stage), count=1)
         mbarrier.init(empty.index(i_stage), count=2)
+    items = new_items()
     fence_async_shared()
-    buffers = (k, v, q, r, do, constants, kv_full, full, empty)
-    place = (i_b, i_g, i_s, num_steps)
+    buffers = (k, v, q, r, do, constants, kv_full, kv_empty, full, empty)
+    order = (num_items, num_heads, section)
+    inputs = (counter, q_in, r_in, k_in, v_in, do_in, rows_in)
     outputs = (dk_out, dv_out)
     mask = (end, T, window_size)
     gl.warp_specialize(
         [
-            (_consume, (0, buffers, place, outputs, mask, scale, GROUP, PACKED, WINDOW)),
-            (_consume, (1, buffers, place, outputs, mask, scale, GROUP, PACKED, WINDOW)),
-            (_produce, (buffers, place, q_in, r_in, k_in, v_in, do_in, rows_in, T_padded, H, GROUP)),
+            (_consume, (0, buffers, items, order, outputs, mask, scale, G, GROUP, PACKED, WINDOW)),
+            (_consume, (1, buffers, items, order, outputs, mask, scale, G, GROUP, PACKED, WINDOW)),
+            (_produce, (buffers, items, order, mask, inputs, T_padded, G, GROUP, PACKED, WINDOW)),
         ],
         [4, 1],  # warps of the second and the third
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -243,8 +297,8 @@ def key_gradients(
         rows: Row constants `[B * H, 4, T rounded up to 64]` fp32 from `backward.query_gradients`.
         mask: What queries see.
         scale: Factor of q.k.
-        tile: Its block_t is the queries in a tile, its num_stages the tiles in the ring; it has 128 keys, which
-            stay in registers.
+        tile: Its block_t is the queries in a tile, its num_stages the tiles in the ring; it has 128 keys, in
+            registers.
 
     Returns:
         dk, dv `[B, T, G, K]`.
@@ -258,12 +312,13 @@ def key_gradients(
     k_in, v_in, dk_out, dv_out = (describe(x, ROWS.value, block_k) for x in (k, v, dk, dv))
     layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
     rows_in = TensorDescriptor(rows, [rows.numel()], [1], [tile.block_t], layout)
-    num_programs = batch_size * num_kv_heads
+    num_items = triton.cdiv(num_tokens, 2 * ROWS.value) * batch_size * num_kv_heads
     bytes_per_head = 3 * num_heads // num_kv_heads * num_tokens * head_dim * q.element_size()
-    _parallax_bwd_dkdv_hopper_kernel[(triton.cdiv(num_tokens, 2 * ROWS.value) * num_programs,)](
-        q_in, r_in, k_in, v_in, do_in, rows_in, dk_out, dv_out, mask.end,
-        num_tokens, rows.shape[2], mask.window_size or 0, num_programs,
-        heads_per_section(num_programs, 1, bytes_per_head), scale,
+    num_programs, counter = draw_items(num_items, q.device)
+    _parallax_bwd_dkdv_hopper_kernel[(num_programs,)](
+        q_in, r_in, k_in, v_in, do_in, rows_in, dk_out, dv_out, mask.end, counter,
+        num_tokens, rows.shape[2], mask.window_size or 0, num_items, batch_size * num_kv_heads,
+        heads_per_section(batch_size * num_kv_heads, 1, bytes_per_head), scale,
         H=num_heads, G=num_kv_heads, BK=block_k, BT=tile.block_t, STAGES=tile.num_stages,
         PACKED=mask.is_packed, WINDOW=mask.has_window, num_warps=4,
     )  # fmt: skip

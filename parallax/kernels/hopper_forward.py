@@ -31,7 +31,9 @@ from parallax.kernels.hopper import (
     ROWS,
     announce_item,
     describe,
+    draw_items,
     learn_item,
+    new_items,
 )
 from parallax.kernels.row_sums import ADDED, added_row_sums, round_tile
 from parallax.kernels.tiles import Tile
@@ -324,14 +326,8 @@ def _parallax_fwd_hopper_kernel(
         mbarrier.init(k_full.index(i_stage), count=1)
         mbarrier.init(v_full.index(i_stage), count=1)
         mbarrier.init(empty.index(i_stage), count=2)
-    slots = gl.allocate_shared_memory(tl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    slot_full = gl.allocate_shared_memory(tl.int64, [2, 1], mbarrier.MBarrierLayout())
-    slot_empty = gl.allocate_shared_memory(tl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for i_slot in gl.static_range(2):
-        mbarrier.init(slot_full.index(i_slot), count=1)
-        mbarrier.init(slot_empty.index(i_slot), count=2)
+    items = new_items()
     fence_async_shared()
-    items = (slots, slot_full, slot_empty)
     buffers = (q, r, k, v, qr_full, qr_empty, k_full, v_full, empty)
     order = (num_items, num_heads, section)
     inputs = (counter, q_in, r_in, k_in, v_in)
@@ -384,9 +380,7 @@ def forward(
     vbar_out = describe(vbar, ROWS.value, block_k) if save_vbar else o_out
     num_items = triton.cdiv(num_tokens, 2 * ROWS.value) * batch_size * num_heads
     section = heads_per_section(batch_size * num_heads, num_heads // k.shape[2], 2 * k[0, :, 0].nbytes)
-    # the longest first, each to the program that is free first; who draws what changes no result
-    counter = torch.zeros(1, dtype=torch.int32, device=q.device)
-    num_programs = min(num_items, torch.cuda.get_device_properties(q.device).multi_processor_count)
+    num_programs, counter = draw_items(num_items, q.device)
     _parallax_fwd_hopper_kernel[(num_programs,)](
         q_in, r_in, k_in, v_in, o_out, vbar_out, lse, tbar, mask.first, counter,
         num_tokens, mask.window_size or 0, num_items, batch_size * num_heads, section, scale,
