@@ -51,7 +51,7 @@ from parallax.kernels.addressing import (
     load_tile,
     program_of,
 )
-from parallax.kernels.backward import _load_row_constant, _row_products
+from parallax.kernels.backward import _load_row_constant
 from parallax.kernels.row_sums import add_row_sums
 from parallax.kernels.tiles import Tile
 from parallax.reference import parallax_reference
@@ -65,8 +65,11 @@ def _constants_kernel(do, o, vbar, lse, tbar, rows, strides, T, scale, H: tl.con
                       BT: tl.constexpr):  # fmt: skip
     """Write the row constants of `parallax.kernels.backward` for BT rows of one head."""
     i_bh = tl.program_id(1)
-    o_t = tl.program_id(0) * BT + tl.arange(0, BT)
-    b_total, b_b = _row_products(do, o, vbar, strides, i_bh // H, i_bh % H, o_t, T, H, K, 64)
+    i_b, i_h, i_t = i_bh // H, i_bh % H, tl.program_id(0) * BT
+    o_t = i_t + tl.arange(0, BT)
+    b_do = load_tile(do, strides, i_b, i_h, i_t, T, BT, K, K, False).to(tl.float32)
+    b_total = tl.sum(b_do * load_tile(o, strides, i_b, i_h, i_t, T, BT, K, K, False), 1)
+    b_b = tl.sum(b_do * load_tile(vbar, strides, i_b, i_h, i_t, T, BT, K, K, False), 1)
     p_t = tl.cast(i_bh, tl.int64) * T + o_t
     p_rows = rows + tl.cast(i_bh, tl.int64) * 4 * T + o_t
     tl.store(p_rows, tl.load(lse + p_t) * LOG2E)

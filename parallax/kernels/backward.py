@@ -80,28 +80,10 @@ def _dqdr_tile(
     return b_dq, b_dr, b_g_sum, b_u_sum
 
 
-@triton.jit
-def _row_products(do, o, vbar, strides, i_b, i_h, o_t, T, H: tl.constexpr, K: tl.constexpr, BC: tl.constexpr):
-    """Return dO.o and dO.vbar of each row."""
-    b_total = o_t * 0.0
-    b_b = o_t * 0.0
-    o_c = tl.arange(0, BC)
-    p_do = do + tl.cast(i_b, tl.int64) * strides[0] + tl.cast(i_h, tl.int64) * strides[2]
-    p_do = p_do + o_t[:, None].to(tl.int64) * strides[1] + o_c[None, :]
-    p_o = (tl.cast(i_b, tl.int64) * T + o_t[:, None]) * (H * K) + i_h * K + o_c[None, :]
-    # in strips: whole rows of three tensors would not fit the registers
-    for i_c in tl.range(0, K, BC):
-        m_c = (o_t < T)[:, None] & (i_c + o_c < K)[None, :]
-        b_do = tl.load(p_do + i_c, mask=m_c, other=0.0).to(tl.float32)
-        b_total += tl.sum(b_do * tl.load(o + p_o + i_c, mask=m_c, other=0.0).to(tl.float32), 1)
-        b_b += tl.sum(b_do * tl.load(vbar + p_o + i_c, mask=m_c, other=0.0).to(tl.float32), 1)
-    return b_total, b_b
-
-
 @triton.jit(do_not_specialize=["T", "T_padded", "window_size", "num_heads", "section"])
 def _parallax_bwd_dqdr_kernel(
-    q, r, k, v, do, p_do, o, vbar, lse, tbar, rows, dq, dr, first,
-    q_strides, r_strides, k_strides, v_strides, do_strides,
+    q, r, k, v, do, o, vbar, lse, tbar, rows, dq, dr, first,
+    q_strides, r_strides, k_strides, v_strides, do_strides, o_strides,
     T, T_padded, window_size, num_heads, section, scale,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr,
     TMA: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr, RANK_ONE: tl.constexpr,
@@ -119,11 +101,17 @@ def _parallax_bwd_dqdr_kernel(
 
     o_t = i_t + tl.arange(0, BT)
     m_t = o_t < T
-    b_total, b_b = _row_products(p_do, o, vbar, do_strides, i_b, i_h, o_t, T, H, K, 64)
-    b_e = b_b - b_total
     p_t = tl.cast(i_bh, tl.int64) * T + o_t
+    # first what pointers load: it is under way while the descriptors' tiles are waited for
     b_lse = tl.load(lse + p_t, mask=m_t, other=0.0) * LOG2E
     b_t1 = tl.load(tbar + p_t, mask=m_t, other=0.0) + 1.0
+    b_o = load_tile(o, o_strides, i_b, i_h, i_t, T, BT, BK, K, False)
+    b_vbar = load_tile(vbar, o_strides, i_b, i_h, i_t, T, BT, BK, K, False)
+    b_do = load_tile(do, do_strides, i_b, i_h, i_t, T, BT, BK, K, TMA)
+    b_q = load_tile(q, q_strides, i_b, i_h, i_t, T, BT, BK, K, TMA)
+    b_r = load_tile(r, r_strides, i_b, i_h, i_t, T, BT, BK, K, TMA)
+    b_b = tl.sum(b_do.to(tl.float32) * b_vbar.to(tl.float32), 1)
+    b_e = b_b - tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
     p_rows = tl.cast(i_bh, tl.int64) * 4 * T_padded + o_t
     tl.store(rows + p_rows, b_lse)
     tl.store(rows + p_rows + T_padded, b_t1 * scale)
@@ -131,9 +119,6 @@ def _parallax_bwd_dqdr_kernel(
     tl.store(rows + p_rows + 3 * T_padded, b_e)
     b_rows = (b_lse, b_t1, b_b, b_e)
 
-    b_q = load_tile(q, q_strides, i_b, i_h, i_t, T, BT, BK, K, TMA)
-    b_r = load_tile(r, r_strides, i_b, i_h, i_t, T, BT, BK, K, TMA)
-    b_do = load_tile(do, do_strides, i_b, i_h, i_t, T, BT, BK, K, TMA)
     if IN_REGISTERS >= 1:
         b_q = in_registers(b_q, BK)
     if IN_REGISTERS == 2:
@@ -406,9 +391,9 @@ def query_gradients(
         num_programs, num_heads // num_kv_heads, 2 * num_tokens * head_dim * o.element_size()
     )
     _parallax_bwd_dqdr_kernel[(num_tiles * num_programs,)](
-        q, r, k, v, do, operands.do, o, vbar, lse, tbar, rows, dq_out, dr_out, mask.first,
+        q, r, k, v, do, o, vbar, lse, tbar, rows, dq_out, dr_out, mask.first,
         strides_of(operands.q), strides_of(operands.r), strides_of(operands.k), strides_of(operands.v),
-        strides_of(operands.do),
+        strides_of(operands.do), strides_of(o),
         num_tokens, rows.shape[2], mask.window_size or 0, num_programs, section, scale,
         H=num_heads, G=num_kv_heads, K=head_dim, BK=block_k,
         BT=tile.block_t, BS=tile.block_s, TMA=use_descriptors, PACKED=mask.is_packed, WINDOW=mask.has_window,

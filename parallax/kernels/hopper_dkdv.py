@@ -122,9 +122,11 @@ def _consume(
             b_end = end_query(end, o_s, T, window_size, PACKED, WINDOW)
             i_end = end_query(end, tl.minimum(i_w + ROWS, T) - 1, T, window_size, PACKED, WINDOW)
             i_unmasked = end_query(end, tl.minimum(i_w, T - 1), T, window_size, PACKED, WINDOW)
-        # tiles that this warpgroup's keys see; the others are only waited for and released
-        i_first = tl.minimum((i_w - i_s) // BT, num_steps)
-        i_last = tl.maximum(tl.minimum(tl.cdiv(i_end - i_s, BT), num_steps), i_first)
+        # tiles come from the last query's backwards; this warpgroup's keys see those from i_first to i_last,
+        # the others are only waited for and released
+        i_top = i_s + (num_steps - 1) * BT
+        i_first = tl.maximum(num_steps - tl.cdiv(i_end - i_s, BT), 0)
+        i_last = tl.maximum(num_steps - (i_w - i_s) // BT, i_first)
 
         mbarrier.wait(kv_full.index(i_n % 2), i_n // 2 & 1)
         a_k = k.load(gl.DotOperandLayout(0, SCORES, 2))
@@ -135,7 +137,7 @@ def _consume(
             for i_y in range(i_x + i_first, i_x + i_last):
                 i_stage = i_y % STAGES
                 mbarrier.wait(full.index(i_stage), (i_y // STAGES) & 1)
-                i_t = i_s + (i_y - i_x) * BT
+                i_t = i_top - (i_y - i_x) * BT
                 is_masked = i_t < i_w + ROWS - 1
                 if BOUNDED:
                     is_masked = is_masked | (i_t + BT > i_unmasked)
@@ -197,7 +199,8 @@ def _produce(
             tma.async_copy_global_to_shared(v_in, place, bar, v.index(i_buffer * 2 + i_w))
         for i_y in range(i_x, i_x + num_steps * GROUP):
             i_h = i_g * GROUP + (i_y - i_x) // num_steps
-            i_t = i_s + (i_y - i_x) % num_steps * BT
+            # backwards: programs that start together read the same queries, whatever their keys
+            i_t = i_s + (num_steps - 1 - (i_y - i_x) % num_steps) * BT
             i_stage = i_y % STAGES
             bar = full.index(i_stage)
             place = [i_b, i_h, i_t, 0]
