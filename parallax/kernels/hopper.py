@@ -8,6 +8,9 @@ A program that does many items draws them from a counter in memory. The warp tha
 others, and tells them through two slots in shared memory, `items`: (slots, slot_full, slot_empty).
 """
 
+from functools import cache
+from typing import Any
+
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -71,10 +74,15 @@ def learn_item(items, i_n):
     return i_item
 
 
+@cache
+def _layout(num_rows: int, block_k: int, dtype: torch.dtype) -> Any:
+    """Return how a tile lies in shared memory; to work it out takes longer than the rest of a descriptor."""
+    return gl.NVMMASharedLayout.get_default_for([num_rows, block_k], _DTYPES[dtype])
+
+
 def describe(x: Tensor, num_rows: int, block_k: int) -> TensorDescriptor:
     """Return the descriptor that copies `num_rows` rows of one head of `[B, T, H, K]`, 16 bits a number."""
     batch_size, num_tokens, num_heads, head_dim = x.shape
-    layout = gl.NVMMASharedLayout.get_default_for([num_rows, block_k], _DTYPES[x.dtype])
     stride_b, stride_h, stride_t = row_strides(x)
     shape, strides = [batch_size, num_heads, num_tokens, head_dim], [stride_b, stride_h, stride_t, 1]
-    return TensorDescriptor(x, shape, strides, [1, 1, num_rows, block_k], layout)
+    return TensorDescriptor(x, shape, strides, [1, 1, num_rows, block_k], _layout(num_rows, block_k, x.dtype))

@@ -46,6 +46,8 @@ from parallax.kernels.hopper import (
 )
 from parallax.kernels.tiles import Tile
 
+_CONSTANTS = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+
 
 @gluon.jit
 def _add_tile(
@@ -313,8 +315,7 @@ def key_gradients(
     block_k = triton.next_power_of_2(head_dim)
     q_in, r_in, do_in = (describe(x, tile.block_t, block_k) for x in (q, r, do))
     k_in, v_in, dk_out, dv_out = (describe(x, ROWS.value, block_k) for x in (k, v, dk, dv))
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
-    rows_in = TensorDescriptor(rows, [rows.numel()], [1], [tile.block_t], layout)
+    rows_in = TensorDescriptor(rows, [rows.numel()], [1], [tile.block_t], _CONSTANTS)
     num_items = triton.cdiv(num_tokens, 2 * ROWS.value) * batch_size * num_kv_heads
     bytes_per_head = 3 * num_heads // num_kv_heads * num_tokens * head_dim * q.element_size()
     num_programs, counter = draw_items(num_items, q.device)
