@@ -1,26 +1,30 @@
 """What packing costs: our attention over rows of several documents beside rows of one, in turns.
 
 `python -m benchmarks.packed_attention` on a GPU. The kernels tile packed rows as one sequence and skip the
-tiles that no document needs, so the fair comparison is time a tile: of 64 x 64 queries and keys, those from
-the first that a tile's first row sees to its last row's. Documents of one length have unpacked rows of that
-length beside them; documents of mixed lengths the power of two with the nearest number of tiles.
+tiles that no document needs, so the fair comparison is with unpacked rows of as many tiles: of 64 x 64 queries
+and keys, those from the first that a tile's first row sees to its last row's. Where no power of two as length
+has just as many, their time is interpolated between the two lengths around them.
 """
 
 import argparse
 import shlex
 import statistics
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.attention import Shape, draw
+from benchmarks.attention import BARS, Shape, draw
 from benchmarks.machine import RESULTS, write_result
 from parallax import parallax_attention
+from parallax.reference import parallax_reference
+from parallax.testing import cu_seqlens_of, make_inputs, relative_error
 
 TILE = 64
+LENGTHS = (512, 1024, 2048, 4096)
 
 
 def mixed_lengths(num_tokens: int, seed: int = 0) -> list[int]:
@@ -78,6 +82,32 @@ class Problem:
         return statistics.median(forward), statistics.median(backward)
 
 
+def interpolate(beside: list[tuple[int, tuple[float, float]]], tiles: int) -> tuple[float, float]:
+    """Times of forward and backward at so many tiles, on the line through the nearest measured ones.
+
+    Args:
+        beside: Tiles and times, in rising order.
+        tiles: Between the first and the last.
+    """
+    (low, low_ms), (high, high_ms) = next(pair for pair in pairwise(beside) if tiles <= pair[1][0])
+    part = (tiles - low) / (high - low)
+    forward, backward = (a + part * (b - a) for a, b in zip(low_ms, high_ms, strict=True))
+    return forward, backward
+
+
+def check(head_dim: int) -> float:
+    """Relative error of the packed output against fp64; exits where it is above the bar of `attention`."""
+    lengths = mixed_lengths(2000)
+    inputs = make_inputs(1, 2000, 4, 2, head_dim, dtype=torch.bfloat16, device="cuda")
+    cu_seqlens = cu_seqlens_of(lengths, "cuda")
+    actual = parallax_attention(*inputs[:4], cu_seqlens=cu_seqlens)
+    truth = parallax_reference(*(x.double() for x in inputs[:4]), cu_seqlens=cu_seqlens)
+    error = relative_error(actual, truth)
+    if not error <= BARS["o"]:
+        sys.exit(f"no speed is reported: the packed output is off by {error:.4f}")
+    return error
+
+
 def main() -> None:
     """Time, print the table, write the result."""
     parser = argparse.ArgumentParser(
@@ -92,32 +122,41 @@ def main() -> None:
     args = parser.parse_args()
 
     num_tokens = args.tokens
-    unpacked = {length: Problem(num_tokens, [length], args) for length in (512, 1024, 2048, 4096)}
+    if num_tokens % LENGTHS[-1]:
+        parser.error(
+            f"--tokens is {num_tokens}, wanted a multiple of {LENGTHS[-1]}: rows of that length are timed"
+        )
+    error = check(args.head_dim)
+    unpacked = [Problem(num_tokens, [length], args) for length in LENGTHS]
     mixed = mixed_lengths(num_tokens)
     packed = {f"{num_tokens // n} x {n}": [n] * (num_tokens // n) for n in (1024, 4096)}
     packed[f"{len(mixed)} of mixed lengths"] = mixed
     problems = {name: Problem(num_tokens, lengths, args) for name, lengths in packed.items()}
     for _ in range(args.rounds + 2):
-        for problem in (*unpacked.values(), *problems.values()):
+        for problem in (*unpacked, *problems.values()):
             problem.run()
 
+    beside = [(problem.tiles, problem.median_ms()) for problem in unpacked]
     rows: list[dict[str, Any]] = []
-    print("| documents | forward + backward, ms | unpacked rows of | ms | time a tile, packed / unpacked |")
-    print("|---|---|---|---|---|")
+    print("| documents | forward + backward, ms | unpacked rows of as many tiles, ms | packed / unpacked |")
+    print("|---|---|---|---|")
     for name, problem in problems.items():
-        length = min(unpacked, key=lambda n: abs(unpacked[n].tiles / problem.tiles - 1))
-        beside = unpacked[length]
-        (forward, backward), (beside_forward, beside_backward) = problem.median_ms(), beside.median_ms()
-        ratio = (forward + backward) / problem.tiles / ((beside_forward + beside_backward) / beside.tiles)
+        times, expected = problem.median_ms(), interpolate(beside, problem.tiles)
+        ratio = sum(times) / sum(expected)
         rows.append({
-            "documents": packed[name], "tiles": problem.tiles, "forward_ms": forward, "backward_ms": backward,
-            "unpacked_length": length, "unpacked_tiles": beside.tiles, "unpacked_forward_ms": beside_forward,
-            "unpacked_backward_ms": beside_backward, "ratio_a_tile": ratio,
+            "documents": packed[name], "tiles": problem.tiles, "forward_ms": times[0], "backward_ms": times[1],
+            "unpacked_forward_ms": expected[0], "unpacked_backward_ms": expected[1], "ratio": ratio,
         })  # fmt: skip
-        times = f"{forward:.2f} + {backward:.2f} | {length} | {beside_forward:.2f} + {beside_backward:.2f}"
-        print(f"| {name} | {times} | {ratio:.3f} |")
+        print(
+            f"| {name} | {times[0]:.2f} + {times[1]:.2f} | {expected[0]:.2f} + {expected[1]:.2f} | {ratio:.3f} |"
+        )
+    unpacked_rows = [
+        {"length": length, "tiles": tiles, "forward_ms": times[0], "backward_ms": times[1]}
+        for length, (tiles, times) in zip(LENGTHS, beside, strict=True)
+    ]
     command = shlex.join(["python", "-m", "benchmarks.packed_attention", *sys.argv[1:]])
-    print(write_result(args.name, {"command": command, "rows": rows}, args.out))
+    result = {"command": command, "error": error, "rows": rows, "unpacked": unpacked_rows}
+    print(write_result(args.name, result, args.out))
 
 
 if __name__ == "__main__":

@@ -122,9 +122,14 @@ def key_bounds(
 
 @triton.jit(do_not_specialize=["T"])
 def _document_bounds_kernel(cu_seqlens, first, end, T, BLOCK: tl.constexpr):
-    """Write the document's start and end to each of its rows; one program a document."""
-    i_start = tl.load(cu_seqlens + tl.program_id(0))
-    i_end = tl.load(cu_seqlens + tl.program_id(0) + 1)
+    """Write the document's start and end to each of its rows; one program a document.
+
+    The host does not see whether the bounds begin with 0 and end with T. Where they do not, the first and the
+    last document have the rest, so that no kernel waits for keys by bounds that nobody wrote.
+    """
+    i_start = tl.where(tl.program_id(0) == 0, 0, tl.load(cu_seqlens + tl.program_id(0)))
+    is_last = tl.program_id(0) == tl.num_programs(0) - 1
+    i_end = tl.where(is_last, T, tl.load(cu_seqlens + tl.program_id(0) + 1))
     for i_t in range(i_start, i_end, BLOCK):
         o_t = i_t + tl.arange(0, BLOCK)
         m_t = (o_t < i_end) & (o_t < T)

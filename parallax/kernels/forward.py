@@ -8,9 +8,9 @@ One pass over keys and values with the running maximum m of the logits in base 2
 c_i is the weighted mean of t over the first tile in which query i sees a key, which is formed in fp32 before
 that tile's P2 is rounded. The tiles on the diagonal come first, so that every row has its c there.
 
-d1 and d2 sum P1 and P2 as they are rounded for the products, by products with ones. The weights of o then
-sum to one whatever the rounding, and the loop has an eighth fewer instructions. lse and tbar belong to the
-rounded weights too: in 16 bits lse is off by up to half a unit of rounding, 2^-9 in bf16.
+d1 and d2 sum P1 and P2 as they are rounded for the products (`parallax.kernels.row_sums`): the weights of
+o then sum to one whatever the rounding. lse and tbar belong to the rounded weights too: in 16 bits lse is off
+by up to half a unit of rounding, 2^-9 in bf16.
 
 fp32 factors are split in two for the tensor cores ("tf32x3", here and in the backward): three products, whose
 terms miss at most 2^-20 of their size; tiles are summed in fp32. For 16-bit factors it changes nothing.

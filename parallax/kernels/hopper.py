@@ -33,14 +33,18 @@ PRODUCER_REGISTERS = tl.constexpr(24)
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
+def num_multiprocessors(device: torch.device) -> int:
+    """Return how many the GPU has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def draw_items(num_items: int, device: torch.device) -> tuple[int, Tensor]:
     """Return the number of programs, one a multiprocessor, and the counter from which they draw.
 
     The first items are the longest, and each goes to the program that is free first. Who draws which changes
     no result.
     """
-    count = torch.cuda.get_device_properties(device).multi_processor_count
-    return min(num_items, count), torch.zeros(1, dtype=torch.int32, device=device)
+    return min(num_items, num_multiprocessors(device)), torch.zeros(1, dtype=torch.int32, device=device)
 
 
 @gluon.jit

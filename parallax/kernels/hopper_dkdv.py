@@ -124,11 +124,9 @@ def _consume(
             b_end = end_query(end, o_s, T, window_size, PACKED, WINDOW)
             i_end = end_query(end, tl.minimum(i_w + ROWS, T) - 1, T, window_size, PACKED, WINDOW)
             i_unmasked = end_query(end, tl.minimum(i_w, T - 1), T, window_size, PACKED, WINDOW)
-        # tiles come from the last query's backwards; this warpgroup's keys see those from i_first to i_last,
-        # the others are only waited for and released
-        i_top = i_s + (num_steps - 1) * BT
-        i_first = tl.maximum(num_steps - tl.cdiv(i_end - i_s, BT), 0)
-        i_last = tl.maximum(num_steps - (i_w - i_s) // BT, i_first)
+        # tiles that this warpgroup's keys see; the others are only waited for and released
+        i_first = tl.minimum((i_w - i_s) // BT, num_steps)
+        i_last = tl.maximum(tl.minimum(tl.cdiv(i_end - i_s, BT), num_steps), i_first)
 
         mbarrier.wait(kv_full.index(i_n % 2), i_n // 2 & 1)
         a_k = k.load(gl.DotOperandLayout(0, SCORES, 2))
@@ -139,7 +137,7 @@ def _consume(
             for i_y in range(i_x + i_first, i_x + i_last):
                 i_stage = i_y % STAGES
                 mbarrier.wait(full.index(i_stage), (i_y // STAGES) & 1)
-                i_t = i_top - (i_y - i_x) * BT
+                i_t = i_s + (i_y - i_x) * BT
                 is_masked = i_t < i_w + ROWS - 1
                 if BOUNDED:
                     is_masked = is_masked | (i_t + BT > i_unmasked)
@@ -187,7 +185,7 @@ def _produce(
     num_items, _, _ = order
     i_n = 0
     i_x = 0
-    i_item = gl.program_id(0)
+    i_item = gl.atomic_add(counter, 1)
     announce_item(items, i_n, i_item)
     while i_item < num_items:
         i_b, i_g, i_s, num_steps = _place(i_item, order, mask, BT, G, PACKED, WINDOW)
@@ -201,8 +199,7 @@ def _produce(
             tma.async_copy_global_to_shared(v_in, place, bar, v.index(i_buffer * 2 + i_w))
         for i_y in range(i_x, i_x + num_steps * GROUP):
             i_h = i_g * GROUP + (i_y - i_x) // num_steps
-            # backwards: programs that start together read the same queries, whatever their keys
-            i_t = i_s + (num_steps - 1 - (i_y - i_x) % num_steps) * BT
+            i_t = i_s + (i_y - i_x) % num_steps * BT
             i_stage = i_y % STAGES
             bar = full.index(i_stage)
             place = [i_b, i_h, i_t, 0]
@@ -216,7 +213,7 @@ def _produce(
                 tma.async_copy_global_to_shared(rows_in, [i_row], bar, constants.index(i_stage * 4 + i_c))
         i_x += num_steps * GROUP
         i_n += 1
-        i_item = gl.num_programs(0) + gl.atomic_add(counter, 1)
+        i_item = gl.atomic_add(counter, 1)
         announce_item(items, i_n, i_item)
 
 
@@ -310,6 +307,7 @@ def key_gradients(
     """
     batch_size, num_tokens, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]
+    assert tile.block_s == 2 * ROWS.value, "the kernel has no other tile"
     assert rows.shape[2] % tile.block_t == 0, "a tile of row constants would reach into the next head's"
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     block_k = triton.next_power_of_2(head_dim)

@@ -6,8 +6,8 @@ warpgroups of 64 rows each read every tile, so that it is copied half as often a
 row's first tile is the one that holds its own key, and gives the row its centre c.
 
 Within a tile: the maximum and P1 are formed while T is computed, P2 while P1 V is, and the row sums while P2
-V is. Any number near a row's maximum serves as well as the maximum: it stays until weights would pass 2^8,
-and a warp jumps past the rescaling of its sums where none moved.
+V is. Any number near a row's maximum serves as well as the maximum: it stays until weights would pass 2^8
+(in fp16, which ends at 2^16, 1), and a warp jumps past the rescaling of its sums where none moved.
 """
 
 import torch
@@ -115,7 +115,6 @@ def _attend_tile(
     """Add one tile of keys to the sums of (6)."""
     LEFT: tl.constexpr = gl.DotOperandLayout(0, b_o1.type.layout, 2)
     SUM: tl.constexpr = gl.SliceLayout(1, b_d1.type.layout)
-    # fp16 ends at 2^16, which P2 must not pass
     SLACK: tl.constexpr = 8.0 if v.dtype == tl.bfloat16 else 0.0
     # [ROWS, BS]
     b_s = warpgroup_mma(q, k.permute((1, 0)), b_zero, use_acc=False, is_async=True)
@@ -271,7 +270,7 @@ def _produce(
     num_items, _, _ = order
     i_n = 0
     i_x = 0
-    i_item = gl.program_id(0)
+    i_item = gl.atomic_add(counter, 1)
     announce_item(items, i_n, i_item)
     while i_item < num_items:
         i_b, i_h, i_t, num_steps = _place(i_item, order, mask, H, PACKED, WINDOW)
@@ -296,7 +295,7 @@ def _produce(
             tma.async_copy_global_to_shared(v_in, [i_b, i_g, i_s, 0], v_full.index(i_stage), v.index(i_stage))
         i_x += num_steps
         i_n += 1
-        i_item = gl.num_programs(0) + gl.atomic_add(counter, 1)
+        i_item = gl.atomic_add(counter, 1)
         announce_item(items, i_n, i_item)
 
 
@@ -370,6 +369,7 @@ def forward(
     Returns:
         As `parallax.kernels.forward.forward`.
     """
+    assert (*tile[:2], tile.sums) == (2 * ROWS.value, _BS.value, ADDED.value), "the kernel has no other tile"
     batch_size, num_tokens, num_heads, head_dim = q.shape
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     vbar = torch.empty(q.shape if save_vbar else (0,), dtype=q.dtype, device=q.device)

@@ -8,7 +8,8 @@ every kernel (`benchmarks/tune_attention.py`):
     4   additions in PTX: each thread adds what it holds of a row, so that four columns hold a part of the sum
         each. Two numbers are rounded by one instruction. Triton's own conversion takes an instruction a
         number, of a unit with a sixteenth of the throughput, as soon as more than a product reads the
-        result; and the additions run while the tensor cores multiply the tile.
+        result; and the additions run while the tensor cores multiply the tile. They read registers that
+        the product still reads: ptxas moves nothing into these before it ends.
 """
 
 import triton
@@ -41,7 +42,7 @@ def added_row_sums(b_x):
     if b_x.dtype == tl.bfloat16:
         b_sum = tl.inline_asm_elementwise(
             "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
-            "=r,=r,r", [b_x], dtype=tl.float32, is_pure=True, pack=2,
+            "=&r,=r,r", [b_x], dtype=tl.float32, is_pure=True, pack=2,
         )  # fmt: skip
     else:
         b_sum = tl.inline_asm_elementwise(

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from parallax.kernels import backward, hopper_dkdv, hopper_forward
+from parallax.kernels import backward, hopper, hopper_dkdv, hopper_forward
 from parallax.kernels.addressing import Mask
 from parallax.kernels.tiles import Tile
 
@@ -52,9 +52,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr(JITFunction, "run", compile_only)
     driver.set_active(cast(Any, Driver()))
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132)
-    )
+    monkeypatch.setattr(hopper, "num_multiprocessors", lambda device: 132)
     monkeypatch.setattr(backward, "can_use_descriptors", lambda *tensors: True)
     return kernels
 

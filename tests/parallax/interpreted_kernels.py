@@ -108,6 +108,15 @@ def test_tile_shape_changes_only_rounding(tile: Tile) -> None:
         torch.testing.assert_close(actual[name].double(), expected[name], rtol=1e-4, atol=2e-5)
 
 
+def test_bounds_of_documents_reach_every_row_even_if_they_end_early() -> None:
+    for bounds in ([0, 3, 3, 7, 10], [0, 3, 3, 7, 8], [1, 3, 3, 7, 9]):
+        first, end = document_bounds(torch.tensor(bounds, dtype=torch.int32), 10)
+        assert first is not None
+        assert end is not None
+        assert first.tolist() == [0, 0, 0, 3, 3, 3, 3, 7, 7, 7]
+        assert end.tolist() == [3, 3, 3, 7, 7, 7, 7, 10, 10, 10]
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_row_statistics_equal_the_reference(case: Case) -> None:
     q, r, k, v, _ = case.inputs(torch.float32)
