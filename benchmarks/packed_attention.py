@@ -1,9 +1,9 @@
 """What packing costs: our attention over rows of several documents beside rows of one, in turns.
 
 `python -m benchmarks.packed_attention` on a GPU. The kernels tile packed rows as one sequence and skip the
-tiles that no document needs, so the fair comparison is with unpacked rows of as many tiles: of 64 x 64 queries
-and keys, those from the first that a tile's first row sees to its last row's. Where no power of two as length
-has just as many, their time is interpolated between the two lengths around them.
+tiles that no document needs, so the fair comparison is with unpacked rows of as many tiles: of 64 x 64
+queries and keys, those from the first that a tile's first row sees to its last row's. Where no power of two
+as length has just as many, their time is interpolated between the two lengths around them.
 """
 
 import argparse
@@ -95,6 +95,11 @@ def interpolate(beside: list[tuple[int, tuple[float, float]]], tiles: int) -> tu
     return forward, backward
 
 
+def as_row(times: tuple[float, float]) -> dict[str, float]:
+    """Forward and backward under the names of the result."""
+    return {"forward_ms": times[0], "backward_ms": times[1]}
+
+
 def check(head_dim: int) -> float:
     """Relative error of the packed output against fp64; exits where it is above the bar of `attention`."""
     lengths = mixed_lengths(2000)
@@ -123,9 +128,7 @@ def main() -> None:
 
     num_tokens = args.tokens
     if num_tokens % LENGTHS[-1]:
-        parser.error(
-            f"--tokens is {num_tokens}, wanted a multiple of {LENGTHS[-1]}: rows of that length are timed"
-        )
+        parser.error(f"--tokens is {num_tokens}, wanted a multiple of {LENGTHS[-1]}, the longest row timed")
     error = check(args.head_dim)
     unpacked = [Problem(num_tokens, [length], args) for length in LENGTHS]
     mixed = mixed_lengths(num_tokens)
@@ -143,15 +146,11 @@ def main() -> None:
     for name, problem in problems.items():
         times, expected = problem.median_ms(), interpolate(beside, problem.tiles)
         ratio = sum(times) / sum(expected)
-        rows.append({
-            "documents": packed[name], "tiles": problem.tiles, "forward_ms": times[0], "backward_ms": times[1],
-            "unpacked_forward_ms": expected[0], "unpacked_backward_ms": expected[1], "ratio": ratio,
-        })  # fmt: skip
-        print(
-            f"| {name} | {times[0]:.2f} + {times[1]:.2f} | {expected[0]:.2f} + {expected[1]:.2f} | {ratio:.3f} |"
-        )
+        rows.append({"documents": packed[name], "tiles": problem.tiles, **as_row(times), "ratio": ratio})
+        ours, theirs = (f"{forward:.2f} + {backward:.2f}" for forward, backward in (times, expected))
+        print(f"| {name} | {ours} | {theirs} | {ratio:.3f} |")
     unpacked_rows = [
-        {"length": length, "tiles": tiles, "forward_ms": times[0], "backward_ms": times[1]}
+        {"length": length, "tiles": tiles, **as_row(times)}
         for length, (tiles, times) in zip(LENGTHS, beside, strict=True)
     ]
     command = shlex.join(["python", "-m", "benchmarks.packed_attention", *sys.argv[1:]])
