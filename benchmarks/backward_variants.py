@@ -70,8 +70,7 @@ def _constants_kernel(do, o, vbar, lse, tbar, rows, strides, T, scale, H: tl.con
     b_do = load_tile(do, strides, i_b, i_h, i_t, T, BT, K, K, False).to(tl.float32)
     b_total = tl.sum(b_do * load_tile(o, strides, i_b, i_h, i_t, T, BT, K, K, False), 1)
     b_b = tl.sum(b_do * load_tile(vbar, strides, i_b, i_h, i_t, T, BT, K, K, False), 1)
-    p_t = tl.cast(i_bh, tl.int64) * T + o_t
-    p_rows = rows + tl.cast(i_bh, tl.int64) * 4 * T + o_t
+    p_t, p_rows = tl.cast(i_bh, tl.int64) * T + o_t, rows + tl.cast(i_bh, tl.int64) * 4 * T + o_t
     tl.store(p_rows, tl.load(lse + p_t) * LOG2E)
     tl.store(p_rows + T, (tl.load(tbar + p_t) + 1.0) * scale)
     tl.store(p_rows + 2 * T, b_b / scale)

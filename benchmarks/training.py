@@ -129,10 +129,10 @@ def _measure_all(options: argparse.Namespace, overrides: Sequence[str]) -> tuple
         said = {path: pool.submit(predicted_peak_gib, path, **common) for path in options.configs}
     with ThreadPoolExecutor(places.qsize()) as pool:
         waiting = {pool.submit(run, path): path for path in options.configs if not said[path].exception()}
-        for path in set(options.configs) - set(waiting.values()):
-            error = said[path].exception()
-            print(f"{path}: {getattr(error, 'stderr', None) or error}", file=sys.stderr)
-            failed.append(path)
+        for path, future in said.items():
+            if error := future.exception():
+                print(f"{path}: {getattr(error, 'stderr', None) or error}", file=sys.stderr)
+                failed.append(path)
         for done in as_completed(waiting):
             path = waiting[done]
             if isinstance(done.exception(), subprocess.CalledProcessError):

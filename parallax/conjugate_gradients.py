@@ -24,9 +24,7 @@ def residual_tolerance(*dtypes: torch.dtype) -> float:
     return max(torch.finfo(dtype).eps * (1 / 64 if dtype.itemsize == 2 else 4) for dtype in dtypes)
 
 
-def conjugate_gradients(
-    apply: LinearMap, b: Tensor, num_iterations: int, tolerance: float | None = None
-) -> Tensor:
+def conjugate_gradients(apply: LinearMap, b: Tensor, num_iterations: int, tolerance: float) -> Tensor:
     """Solve A x = b for every row of b, each with its own symmetric positive definite A.
 
     A row whose residual is small enough stays as it is, so that no row depends on the others, however many
@@ -36,8 +34,7 @@ def conjugate_gradients(
         apply: Maps x to A x, both of b's shape; must treat the rows independently.
         b: Right-hand sides `[..., K]`, fp32/fp64.
         num_iterations: The most iterations, at least 1; K of them are exact but for rounding.
-        tolerance: Norm of the residual over that of b at which a row stops; None for `residual_tolerance` of
-            b's dtype.
+        tolerance: Norm of the residual over that of b at which a row stops, from `residual_tolerance`.
 
     Returns:
         x, shape and dtype of b.
@@ -46,7 +43,7 @@ def conjugate_gradients(
     x = torch.zeros_like(b)
     residual, direction = b.clone(), b
     square = torch.linalg.vector_norm(b, dim=-1, keepdim=True).square_()
-    enough = square * (residual_tolerance(b.dtype) if tolerance is None else tolerance) ** 2
+    enough = square * tolerance**2
     for _ in range(num_iterations):
         is_active = square > enough
         if not is_active.any():

@@ -202,14 +202,14 @@ def can_use_descriptors(*tensors: Tensor) -> bool:
 
 def describe(x: Tensor, num_rows: int, block_k: int) -> TensorDescriptor:
     """Return the descriptor that loads `num_rows` rows of one head of `[B, T, H, K]`."""
+    return TensorDescriptor(x, *descriptor_block(x, num_rows, block_k))
+
+
+def descriptor_block(x: Tensor, num_rows: int, block_k: int) -> tuple[list[int], list[int], list[int]]:
+    """Return shape, strides and block of a descriptor of `[B, T, H, K]`, in the order B, H, T, K."""
     batch_size, num_tokens, num_heads, head_dim = x.shape
-    stride_b, stride_h, stride_t = row_strides(x)
-    return TensorDescriptor(
-        x,
-        [batch_size, num_heads, num_tokens, head_dim],
-        [stride_b, stride_h, stride_t, 1],
-        [1, 1, num_rows, block_k],
-    )
+    shape = [batch_size, num_heads, num_tokens, head_dim]
+    return shape, [*row_strides(x), 1], [1, 1, num_rows, block_k]
 
 
 def row_strides(x: Tensor) -> tuple[int, int, int]:

@@ -19,7 +19,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from parallax.kernels.addressing import row_strides
+from parallax.kernels.addressing import descriptor_block
 
 ROWS = tl.constexpr(64)
 """Rows of a warpgroup; a program has twice as many."""
@@ -48,15 +48,19 @@ def draw_items(num_items: int, device: torch.device) -> tuple[int, Tensor]:
 
 
 @gluon.jit
+def new_barriers(NUM: tl.constexpr, COUNT: tl.constexpr):
+    """Return barriers [NUM, 1] that COUNT arrivals complete."""
+    barriers = gl.allocate_shared_memory(tl.int64, [NUM, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(NUM):
+        mbarrier.init(barriers.index(i), count=COUNT)
+    return barriers
+
+
+@gluon.jit
 def new_items():
     """Return the slots of `announce_item`, and the barriers that they need."""
     slots = gl.allocate_shared_memory(tl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    slot_full = gl.allocate_shared_memory(tl.int64, [2, 1], mbarrier.MBarrierLayout())
-    slot_empty = gl.allocate_shared_memory(tl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for i_slot in gl.static_range(2):
-        mbarrier.init(slot_full.index(i_slot), count=1)
-        mbarrier.init(slot_empty.index(i_slot), count=2)
-    return slots, slot_full, slot_empty
+    return slots, new_barriers(2, 1), new_barriers(2, 2)
 
 
 @gluon.jit
@@ -86,7 +90,5 @@ def _layout(num_rows: int, block_k: int, dtype: torch.dtype) -> Any:
 
 def describe(x: Tensor, num_rows: int, block_k: int) -> TensorDescriptor:
     """Return the descriptor that copies `num_rows` rows of one head of `[B, T, H, K]`, 16 bits a number."""
-    batch_size, num_tokens, num_heads, head_dim = x.shape
-    stride_b, stride_h, stride_t = row_strides(x)
-    shape, strides = [batch_size, num_heads, num_tokens, head_dim], [stride_b, stride_h, stride_t, 1]
-    return TensorDescriptor(x, shape, strides, [1, 1, num_rows, block_k], _layout(num_rows, block_k, x.dtype))
+    block = descriptor_block(x, num_rows, block_k)
+    return TensorDescriptor(x, *block, _layout(num_rows, block_k, x.dtype))

@@ -42,6 +42,7 @@ from parallax.kernels.hopper import (
     describe,
     draw_items,
     learn_item,
+    new_barriers,
     new_items,
 )
 from parallax.kernels.tiles import Tile
@@ -249,16 +250,10 @@ def _parallax_bwd_dkdv_hopper_kernel(
     r = gl.allocate_shared_memory(dtype, [STAGES, BT, BK], r_in.layout)
     do = gl.allocate_shared_memory(dtype, [STAGES, BT, BK], do_in.layout)
     constants = gl.allocate_shared_memory(tl.float32, [STAGES * 4, BT], rows_in.layout)
-    kv_full = gl.allocate_shared_memory(tl.int64, [2, 1], mbarrier.MBarrierLayout())
-    kv_empty = gl.allocate_shared_memory(tl.int64, [2, 1], mbarrier.MBarrierLayout())
-    full = gl.allocate_shared_memory(tl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(tl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i_buffer in gl.static_range(2):
-        mbarrier.init(kv_full.index(i_buffer), count=1)
-        mbarrier.init(kv_empty.index(i_buffer), count=2)
-    for i_stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(i_stage), count=1)
-        mbarrier.init(empty.index(i_stage), count=2)
+    kv_full = new_barriers(2, 1)
+    kv_empty = new_barriers(2, 2)
+    full = new_barriers(STAGES, 1)
+    empty = new_barriers(STAGES, 2)
     items = new_items()
     fence_async_shared()
     buffers = (k, v, q, r, do, constants, kv_full, kv_empty, full, empty)

@@ -33,6 +33,7 @@ from parallax.kernels.hopper import (
     describe,
     draw_items,
     learn_item,
+    new_barriers,
     new_items,
 )
 from parallax.kernels.row_sums import ADDED, added_row_sums, round_tile
@@ -313,18 +314,11 @@ def _parallax_fwd_hopper_kernel(
     r = gl.allocate_shared_memory(dtype, [4, ROWS, BK], r_in.layout)
     k = gl.allocate_shared_memory(dtype, [STAGES, _BS, BK], k_in.layout)
     v = gl.allocate_shared_memory(dtype, [STAGES, _BS, BK], v_in.layout)
-    qr_full = gl.allocate_shared_memory(tl.int64, [4, 1], mbarrier.MBarrierLayout())
-    qr_empty = gl.allocate_shared_memory(tl.int64, [4, 1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(tl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(tl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(tl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i_buffer in gl.static_range(4):
-        mbarrier.init(qr_full.index(i_buffer), count=1)
-        mbarrier.init(qr_empty.index(i_buffer), count=1)
-    for i_stage in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i_stage), count=1)
-        mbarrier.init(v_full.index(i_stage), count=1)
-        mbarrier.init(empty.index(i_stage), count=2)
+    qr_full = new_barriers(4, 1)
+    qr_empty = new_barriers(4, 1)
+    k_full = new_barriers(STAGES, 1)
+    v_full = new_barriers(STAGES, 1)
+    empty = new_barriers(STAGES, 2)
     items = new_items()
     fence_async_shared()
     buffers = (q, r, k, v, qr_full, qr_empty, k_full, v_full, empty)

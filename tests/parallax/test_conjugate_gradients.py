@@ -82,7 +82,6 @@ def test_a_row_stops_once_its_residual_is_within_the_tolerance() -> None:
         counts.append(solves[-1][1])
         assert (residual.norm(dim=-1) <= 1.01 * tolerance * b.norm(dim=-1)).all()
     assert counts[0] < counts[1] < counts[2]
-    assert torch.equal(conjugate_gradients(apply, b, 100), conjugate_gradients(apply, b, 100, 2.0**-50))
 
 
 @attentions

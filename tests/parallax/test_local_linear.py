@@ -167,11 +167,11 @@ def test_conjugate_gradients_stop_by_row() -> None:
         calls.append(1)
         return (matrices @ x[..., None]).squeeze(-1)
 
-    x = conjugate_gradients(apply, b, 10)
+    x = conjugate_gradients(apply, b, 10, 1e-15)
     torch.testing.assert_close(x, b / torch.tensor([[1.0, 1.0], [1.0, 50.0]], dtype=torch.float64))
     assert len(calls) <= 3
-    assert torch.equal(x[0], conjugate_gradients(lambda y: y, b[:1], 10)[0])
-    assert torch.equal(conjugate_gradients(apply, 0 * b, 10), 0 * b)
+    assert torch.equal(x[0], conjugate_gradients(lambda y: y, b[:1], 10, 1e-15)[0])
+    assert torch.equal(conjugate_gradients(apply, 0 * b, 10, 1e-15), 0 * b)
 
 
 @pytest.mark.parametrize("num_iterations", [None, 8])
