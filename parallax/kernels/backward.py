@@ -379,7 +379,12 @@ def query_gradients(
     num_kv_heads = operands.k.shape[2]
     if use_descriptors is None:
         use_descriptors = can_use_descriptors(*operands)
-    tile = tile or tile_of("dqdr", operands.q, use_descriptors)
+    tile = tile or tile_of("dqdr", operands.q, use_descriptors and is_corrected)
+    if tile.is_specialized:
+        from parallax.kernels import hopper_dqdr
+
+        assert is_corrected, "the specialised kernel has no other form"
+        return hopper_dqdr.query_gradients(*operands, o, vbar, lse, tbar, mask, scale, tile)
     dq, dr = (torch.empty(o.shape, dtype=o.dtype, device=o.device) for _ in range(2))
     num_tiles = triton.cdiv(num_tokens, tile.block_t)
     num_programs = batch_size * num_heads

@@ -1,9 +1,7 @@
 """Forward on Hopper: the kernel of `parallax.kernels.forward` with warps that take different parts, in Gluon.
 
-A program owns 128 query rows of one head at a time, and goes on to others: while it ends with some, the
-operands of the next are copied. One warp copies tiles of keys and values, from the diagonal backwards; two
-warpgroups of 64 rows each read every tile, so that it is copied half as often as by programs of 64 rows. A
-row's first tile is the one that holds its own key, and gives the row its centre c.
+Who copies and who multiplies: `parallax.kernels.hopper_queries`. A row's first tile is the one that holds its
+own key, and gives the row its centre c.
 
 Within a tile: the maximum and P1 are formed while T is computed, P2 while P1 V is, and the row sums while P2
 V is. Any number near a row's maximum serves as well as the maximum: it stays until weights would pass 2^8
@@ -24,18 +22,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from parallax.kernels.addressing import LN2, LOG2E, Mask, first_key, heads_per_section, program_of
+from parallax.kernels.addressing import LN2, LOG2E, Mask, heads_per_section
 from parallax.kernels.hopper import (
     CONSUMER_REGISTERS,
     PRODUCER_REGISTERS,
     ROWS,
-    announce_item,
     describe,
     draw_items,
     learn_item,
     new_barriers,
     new_items,
 )
+from parallax.kernels.hopper_queries import copy_tiles, is_visible, place_queries, row_bounds, skip_tiles
 from parallax.kernels.row_sums import ADDED, added_row_sums, round_tile
 from parallax.kernels.tiles import Tile
 
@@ -70,16 +68,6 @@ def _rescale(b_o, b_alpha):
 
 
 @gluon.jit
-def _is_visible(b_s, i_s, o_t, b_first, BOUNDED: tl.constexpr):
-    """Return which keys of the tile at i_s the rows see, [ROWS, BS]."""
-    o_s = gl.expand_dims(i_s + gl.arange(0, _BS, gl.SliceLayout(0, b_s.type.layout)), 0)
-    m_s = o_s <= gl.expand_dims(o_t, 1)
-    if BOUNDED:
-        m_s = m_s & (o_s >= gl.expand_dims(b_first, 1))
-    return m_s
-
-
-@gluon.jit
 def _start(q, r, k, v, v_full, i_phase, i_s, o_t, b_first, b_zero, scale_log2, BOUNDED: tl.constexpr):
     """Return the sums of (6) over a row's own tile, the first that it sees, and the centre c of (12)."""
     BK: tl.constexpr = q.shape[1]
@@ -88,7 +76,7 @@ def _start(q, r, k, v, v_full, i_phase, i_s, o_t, b_first, b_zero, scale_log2, B
     # [ROWS, BS]
     b_s = warpgroup_mma(q, k.permute((1, 0)), b_zero, use_acc=False, is_async=True)
     b_t = warpgroup_mma(r, k.permute((1, 0)), b_zero, use_acc=False, is_async=True)
-    m_s = _is_visible(b_zero, i_s, o_t, b_first, BOUNDED)
+    m_s = is_visible(b_zero, i_s, o_t, b_first, BOUNDED)
     b_s = gl.where(m_s, warpgroup_mma_wait(1, deps=(b_s,)), float("-inf"))
     b_m = gl.max(b_s, 1) * scale_log2
     b_p1 = gl.exp2(b_s * scale_log2 - gl.expand_dims(b_m, 1))
@@ -123,7 +111,7 @@ def _attend_tile(
     b_s = warpgroup_mma_wait(1, deps=(b_s,))
     if BOUNDED:  # noqa: SIM102 (compiled away)
         if is_masked:
-            b_s = gl.where(_is_visible(b_zero, i_s, o_t, b_first, True), b_s, float("-inf"))
+            b_s = gl.where(is_visible(b_zero, i_s, o_t, b_first, True), b_s, float("-inf"))
     b_m_new = gl.maximum(b_m, gl.max(b_s, 1) * scale_log2)
     b_m_new = gl.where(b_m_new - b_m > SLACK, b_m_new, b_m)
     b_alpha = gl.exp2(b_m - b_m_new)
@@ -146,29 +134,17 @@ def _attend_tile(
 
 
 @gluon.jit
-def _place(i_item, order, mask, H: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr):
-    """Return batch, head and first row of an item, and the number of its key tiles."""
-    _, num_heads, section = order
-    first, T, window_size = mask
-    num_tiles = tl.cdiv(T, 2 * ROWS)
-    i_rank, i_bh = program_of(i_item, num_tiles, num_heads, section)
-    i_t = (num_tiles - 1 - i_rank) * 2 * ROWS
-    i_first = i_t * 0
-    if PACKED or WINDOW:
-        i_first = tl.maximum(first_key(first, i_t, T, window_size, PACKED, WINDOW), 0) // _BS * _BS
-    return i_bh // H, i_bh % H, i_t, (i_t + 2 * ROWS - i_first) // _BS
-
-
-@gluon.jit
 def _consume(
-    WARPGROUP: tl.constexpr, buffers, items, order, outputs, mask, scale, H: tl.constexpr,
+    WARPGROUP: tl.constexpr, queries, keys, items, order, outputs, mask, scale, H: tl.constexpr,
     PACKED: tl.constexpr, WINDOW: tl.constexpr, SAVE_VBAR: tl.constexpr,
 ):  # fmt: skip
     """Compute and store a warpgroup's rows."""
     BOUNDED: tl.constexpr = PACKED or WINDOW
-    q_both, r_both, k, v, qr_full, qr_empty, k_full, v_full, empty = buffers
+    operands, q_full, q_empty = queries
+    q_both, r_both = operands
+    k, v, k_full, v_full, empty = keys
     o_out, vbar_out, lse, tbar = outputs
-    first, T, window_size = mask
+    _, T, _ = mask
     STAGES: tl.constexpr = k.shape[0]
     gl.static_assert(STAGES >= 2, "the first two tiles have stages of their own")
     SCORES: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _BS, 16])
@@ -179,30 +155,21 @@ def _consume(
     i_x = 0  # tiles of keys so far
     i_item = learn_item(items, i_n)
     while i_item < num_items:
-        i_b, i_h, i_t, num_steps = _place(i_item, order, mask, H, PACKED, WINDOW)
+        i_b, i_h, i_t, num_steps = place_queries(i_item, order, mask, _BS, H, PACKED, WINDOW)
         i_buffer = i_n % 2 * 2 + WARPGROUP
         q = q_both.index(i_buffer)
         r = r_both.index(i_buffer)
         i_w = i_t + WARPGROUP * ROWS
         o_t = i_w + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
-        b_first = o_t
-        i_last = num_steps
-        i_hidden = i_w * 0
-        if BOUNDED:
-            b_first = first_key(first, o_t, T, window_size, PACKED, WINDOW)
-            i_row = tl.minimum(i_w, T - 1)
-            i_lowest = tl.maximum(first_key(first, i_row, T, window_size, PACKED, WINDOW), 0)
-            i_last = tl.minimum(num_steps, (i_t + 2 * ROWS - i_lowest + _BS - 1) // _BS)
-            # before it some rows see no key
-            i_hidden = first_key(first, tl.minimum(i_w + ROWS, T) - 1, T, window_size, PACKED, WINDOW)
+        b_first, i_last, i_hidden = row_bounds(mask, o_t, i_t, i_w, num_steps, _BS, PACKED, WINDOW)
 
         # tiles come from the last row's key backwards: the first warpgroup's own one is the second
         if WARPGROUP == 0:
-            _skip_tiles(k_full, v_full, empty, i_x, i_x + 1)
+            skip_tiles(k_full, v_full, empty, i_x, i_x + 1)
         i_own = i_x + 1 - WARPGROUP
         i_stage = i_own % STAGES
         i_phase = (i_own // STAGES) & 1
-        mbarrier.wait(qr_full.index(i_buffer), (i_n // 2) & 1)
+        mbarrier.wait(q_full.index(i_buffer), (i_n // 2) & 1)
         mbarrier.wait(k_full.index(i_stage), i_phase)
         b_m, b_c, b_o1, b_d1, b_o2, b_d2 = _start(
             q, r, k.index(i_stage), v.index(i_stage), v_full.index(i_stage), i_phase, i_w, o_t, b_first,
@@ -211,7 +178,7 @@ def _consume(
         mbarrier.arrive(empty.index(i_stage), count=1)
         # the rows before these are stored by now
         tma.store_wait(0)
-        mbarrier.arrive(qr_empty.index(i_buffer ^ 2), count=1, pred=i_n > 0)
+        mbarrier.arrive(q_empty.index(i_buffer ^ 2), count=1, pred=i_n > 0)
         for i_y in range(i_own + 1, i_x + i_last):
             i_stage = i_y % STAGES
             i_phase = (i_y // STAGES) & 1
@@ -223,7 +190,7 @@ def _consume(
             )  # fmt: skip
             mbarrier.arrive(empty.index(i_stage), count=1)
         # tiles that the other warpgroup alone sees
-        _skip_tiles(k_full, v_full, empty, tl.maximum(i_x + i_last, i_own + 1), i_x + num_steps)
+        skip_tiles(k_full, v_full, empty, tl.maximum(i_x + i_last, i_own + 1), i_x + num_steps)
         i_x += num_steps
 
         ROW: tl.constexpr = gl.SliceLayout(1, b_o1.type.layout)
@@ -248,58 +215,6 @@ def _consume(
     tma.store_wait(0)
 
 
-@gluon.jit
-def _skip_tiles(k_full, v_full, empty, i_first, i_end):
-    """Wait for tiles and let them go, so that arrivals of two uses of a stage never meet."""
-    STAGES: tl.constexpr = k_full.shape[0]
-    for i_y in range(i_first, i_end):
-        mbarrier.wait(k_full.index(i_y % STAGES), (i_y // STAGES) & 1)
-        mbarrier.wait(v_full.index(i_y % STAGES), (i_y // STAGES) & 1)
-        mbarrier.arrive(empty.index(i_y % STAGES), count=1)
-
-
-@gluon.jit
-def _produce(
-    buffers, items, order, mask, inputs, H: tl.constexpr, GROUP: tl.constexpr, PACKED: tl.constexpr,
-    WINDOW: tl.constexpr,
-):  # fmt: skip
-    """Draw items; copy their queries and probes, and the tiles of all keys that they see."""
-    q, r, k, v, qr_full, qr_empty, k_full, v_full, empty = buffers
-    counter, q_in, r_in, k_in, v_in = inputs
-    STAGES: tl.constexpr = k.shape[0]
-    BK: tl.constexpr = k.shape[2]
-    num_items, _, _ = order
-    i_n = 0
-    i_x = 0
-    i_item = gl.atomic_add(counter, 1)
-    announce_item(items, i_n, i_item)
-    while i_item < num_items:
-        i_b, i_h, i_t, num_steps = _place(i_item, order, mask, H, PACKED, WINDOW)
-        i_g = i_h // GROUP
-        for i_y in range(i_x, i_x + num_steps):
-            i_stage = i_y % STAGES
-            i_s = i_t + ROWS - (i_y - i_x) * _BS
-            mbarrier.wait(empty.index(i_stage), (i_y // STAGES & 1) ^ 1)
-            mbarrier.expect(k_full.index(i_stage), _BS * BK * 2)
-            tma.async_copy_global_to_shared(k_in, [i_b, i_g, i_s, 0], k_full.index(i_stage), k.index(i_stage))
-            if i_y == i_x:
-                # the second warpgroup's first: it starts at once
-                for i_w in gl.static_range(1, -1, -1):
-                    i_buffer = i_n % 2 * 2 + i_w
-                    bar = qr_full.index(i_buffer)
-                    place = [i_b, i_h, i_t + i_w * ROWS, 0]
-                    mbarrier.wait(qr_empty.index(i_buffer), (i_n // 2 & 1) ^ 1)
-                    mbarrier.expect(bar, 2 * ROWS * BK * 2)
-                    tma.async_copy_global_to_shared(q_in, place, bar, q.index(i_buffer))
-                    tma.async_copy_global_to_shared(r_in, place, bar, r.index(i_buffer))
-            mbarrier.expect(v_full.index(i_stage), _BS * BK * 2)
-            tma.async_copy_global_to_shared(v_in, [i_b, i_g, i_s, 0], v_full.index(i_stage), v.index(i_stage))
-        i_x += num_steps
-        i_n += 1
-        i_item = gl.atomic_add(counter, 1)
-        announce_item(items, i_n, i_item)
-
-
 @gluon.jit(do_not_specialize=["T", "window_size", "num_items", "num_heads", "section"])
 def _parallax_fwd_hopper_kernel(
     q_in, r_in, k_in, v_in, o_out, vbar_out, lse, tbar, first, counter,
@@ -314,23 +229,24 @@ def _parallax_fwd_hopper_kernel(
     r = gl.allocate_shared_memory(dtype, [4, ROWS, BK], r_in.layout)
     k = gl.allocate_shared_memory(dtype, [STAGES, _BS, BK], k_in.layout)
     v = gl.allocate_shared_memory(dtype, [STAGES, _BS, BK], v_in.layout)
-    qr_full = new_barriers(4, 1)
-    qr_empty = new_barriers(4, 1)
+    q_full = new_barriers(4, 1)
+    q_empty = new_barriers(4, 1)
     k_full = new_barriers(STAGES, 1)
     v_full = new_barriers(STAGES, 1)
     empty = new_barriers(STAGES, 2)
     items = new_items()
     fence_async_shared()
-    buffers = (q, r, k, v, qr_full, qr_empty, k_full, v_full, empty)
+    queries = ((q, r), q_full, q_empty)
+    keys = (k, v, k_full, v_full, empty)
     order = (num_items, num_heads, section)
-    inputs = (counter, q_in, r_in, k_in, v_in)
+    inputs = ((q_in, r_in), k_in, v_in)
     outputs = (o_out, vbar_out, lse, tbar)
     mask = (first, T, window_size)
     gl.warp_specialize(
         [
-            (_consume, (0, buffers, items, order, outputs, mask, scale, H, PACKED, WINDOW, SAVE_VBAR)),
-            (_consume, (1, buffers, items, order, outputs, mask, scale, H, PACKED, WINDOW, SAVE_VBAR)),
-            (_produce, (buffers, items, order, mask, inputs, H, H // G, PACKED, WINDOW)),
+            (_consume, (0, queries, keys, items, order, outputs, mask, scale, H, PACKED, WINDOW, SAVE_VBAR)),
+            (_consume, (1, queries, keys, items, order, outputs, mask, scale, H, PACKED, WINDOW, SAVE_VBAR)),
+            (copy_tiles, (queries, keys, items, order, mask, inputs, counter, H, H // G, PACKED, WINDOW)),
         ],
         [4, 1],  # warps of the second and the third
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],

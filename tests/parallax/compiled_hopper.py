@@ -19,13 +19,12 @@ from triton.runtime.jit import JITFunction
 
 from parallax.kernels import backward, hopper, hopper_dkdv, hopper_forward
 from parallax.kernels.addressing import Mask
-from parallax.kernels.tiles import Tile
+from parallax.kernels.tiles import _HOPPER, _HOPPER_SPECIALIZED, KernelName
 
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 NUM_TOKENS, NUM_HEADS, NUM_KV_HEADS = 256, 4, 2
 STACK_BYTES = 160
-FORWARD, DQDR = Tile(128, 64, 4, 3, sums=4, is_specialized=True), Tile(64, 64, 4, 2, sums=4)
-DKDV = Tile(32, 128, 4, 4, 1, is_specialized=True)
+TILES = _HOPPER | _HOPPER_SPECIALIZED
 
 
 class Driver(SimpleNamespace):
@@ -57,29 +56,27 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return kernels
 
 
-def launch(kernel: str, width: int, is_bounded: bool) -> None:
+def launch(kernel: KernelName, width: int, is_bounded: bool) -> None:
     heads = (NUM_HEADS, NUM_KV_HEADS)
     q, k = (torch.empty(2, NUM_TOKENS, n, width, dtype=torch.bfloat16) for n in heads)
     bounds = torch.empty(NUM_TOKENS, dtype=torch.int32)
     mask = Mask(bounds, bounds, 100) if is_bounded else Mask(None, None, None)
+    tile = TILES[kernel, width]
     if kernel == "forward":
-        hopper_forward.forward(q, q, k, k, mask, 0.1, save_vbar=not is_bounded, tile=FORWARD)
+        hopper_forward.forward(q, q, k, k, mask, 0.1, save_vbar=not is_bounded, tile=tile)
     elif kernel == "dqdr":
         lse = torch.empty(2, NUM_HEADS, NUM_TOKENS)
         operands = backward.Operands(q, q, k, k, q)
-        backward.query_gradients(operands, q, q, lse, lse, mask, 0.1, tile=DQDR)
+        backward.query_gradients(operands, q, q, lse, lse, mask, 0.1, tile=tile)
     else:
         rows = torch.empty(2 * NUM_HEADS, 4, NUM_TOKENS)
-        tile = DKDV if width > 64 else DKDV._replace(block_t=64)
         hopper_dkdv.key_gradients(q, q, k, k, q, rows, mask, 0.1, tile=tile)
 
 
 @pytest.mark.parametrize("is_bounded", [False, True], ids=["causal", "bounded"])
-@pytest.mark.parametrize(
-    ("kernel", "width"), [("forward", 128), ("dqdr", 128), ("dkdv", 64), ("dkdv", 128)], ids=str
-)
+@pytest.mark.parametrize(("kernel", "width"), [*_HOPPER_SPECIALIZED, ("dqdr", 128)], ids=str)
 def test_products_overlap_and_registers_suffice(
-    kernel: str, width: int, is_bounded: bool, compiled: list[Any], tmp_path: Path
+    kernel: KernelName, width: int, is_bounded: bool, compiled: list[Any], tmp_path: Path
 ) -> None:
     launch(kernel, width, is_bounded)
     (found,) = compiled

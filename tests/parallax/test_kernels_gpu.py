@@ -34,12 +34,13 @@ LENGTHS = [
 WINDOWS = [
     Case(f"window_{window}_length_{n}", n, 4, 2, 128, window_size=window)
     for window, n in ((1, 333), (100, 1000), (128, 1000), (200, 1000), (4095, 4200), (5000, 1000))
-]
+] + [Case("window_100_width_64", 1000, 4, 2, 64, window_size=100)]
 DOCUMENTS = [
     Case("packed", 847, 4, 2, 128, documents=(1, 5, 64, 777)),
     Case("packed_many_short", 700, 4, 2, 64, documents=(7,) * 100),
     Case("packed_empty_documents", 470, 4, 2, 128, documents=(0, 233, 0, 0, 237, 0)),
     Case("packed_window_200", 847, 4, 2, 128, documents=(1, 5, 64, 777), window_size=200),
+    Case("packed_window_200_width_64", 847, 4, 2, 64, documents=(1, 5, 64, 777), window_size=200),
 ]
 GROUPS = [Case(f"gqa_{8 // g}", 300, 8, g, 128) for g in (8, 4, 2, 1)]
 WIDTHS = [Case(f"width_{width}", 400, 4, 2, width) for width in (64, 96, 128, 256)]
@@ -283,12 +284,15 @@ def test_activation_checkpointing_changes_no_gradient(use_reentrant: bool) -> No
 
 
 def test_a_new_length_compiles_nothing() -> None:
-    from parallax.kernels import backward, forward
+    from parallax.kernels import backward, forward, hopper_dkdv, hopper_dqdr, hopper_forward
 
     kernels = (
         forward._parallax_fwd_kernel,
         backward._parallax_bwd_dqdr_kernel,
         backward._parallax_bwd_dkdv_kernel,
+        hopper_forward._parallax_fwd_hopper_kernel,
+        hopper_dqdr._parallax_bwd_dqdr_hopper_kernel,
+        hopper_dkdv._parallax_bwd_dkdv_hopper_kernel,
     )
 
     def num_compiled() -> int:

@@ -1,0 +1,298 @@
+"""dQ and dR on Hopper: the first pass of the backward with warps that take different parts, in Gluon.
+
+Who copies and who multiplies: `parallax.kernels.hopper_queries`. The mathematics is that of
+`parallax.kernels.backward`; the reference key of (13) is the mean of the last tile that a row goes through,
+its first keys. Queries stay in registers, because the tensor cores would wait for shared memory otherwise.
+For widths up to 64: at 128, registers allow tiles of 32 keys, and the plain kernel is the faster one.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from parallax.kernels.addressing import LOG2E, Mask, heads_per_section, strides_of
+from parallax.kernels.hopper import (
+    CONSUMER_REGISTERS,
+    PRODUCER_REGISTERS,
+    ROWS,
+    describe,
+    draw_items,
+    learn_item,
+    new_barriers,
+    new_items,
+)
+from parallax.kernels.hopper_queries import copy_tiles, is_visible, place_queries, row_bounds, skip_tiles
+from parallax.kernels.row_sums import ADDED, added_row_sums, round_tile
+from parallax.kernels.tiles import Tile
+
+
+@gluon.jit
+def _row_constants(
+    rows_in, rows, i_b, i_h, i_w, T, T_padded, scale, BK: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
+    ROW: tl.constexpr,
+):  # fmt: skip
+    """Return lse in base 2, 1 + tbar, b and b - T of 64 rows, and write them for the second pass."""
+    do, o, vbar, lse, tbar, do_strides, o_strides = rows_in
+    BLOCK: tl.constexpr = gl.BlockedLayout([1, 8], [256 // BK, BK // 8], [4, 1], [1, 0])
+    o_r = gl.expand_dims(gl.arange(0, ROWS, gl.SliceLayout(1, BLOCK)), 1)
+    o_c = gl.expand_dims(gl.arange(0, BK, gl.SliceLayout(0, BLOCK)), 0)
+    m_x = (i_w + o_r < T) & (o_c < K)
+    # [ROWS, BK]
+    p_do = tl.cast(i_b, tl.int64) * do_strides[0] + tl.cast(i_h, tl.int64) * do_strides[2]
+    p_o = tl.cast(i_b, tl.int64) * o_strides[0] + tl.cast(i_h, tl.int64) * o_strides[2]
+    b_do = gl.load(do + p_do + (i_w + o_r).to(tl.int64) * do_strides[1] + o_c, mask=m_x, other=0.0)
+    b_o = gl.load(o + p_o + (i_w + o_r).to(tl.int64) * o_strides[1] + o_c, mask=m_x, other=0.0)
+    b_vbar = gl.load(vbar + p_o + (i_w + o_r).to(tl.int64) * o_strides[1] + o_c, mask=m_x, other=0.0)
+    # [ROWS]
+    o_t = i_w + gl.arange(0, ROWS, ROW)
+    i_bh = tl.cast(i_b * H + i_h, tl.int64)
+    b_lse = gl.load(lse + i_bh * T + o_t, mask=o_t < T, other=0.0) * LOG2E
+    b_t1 = gl.load(tbar + i_bh * T + o_t, mask=o_t < T, other=0.0) + 1.0
+    b_do = b_do.to(tl.float32)
+    b_b = gl.sum(b_do * b_vbar.to(tl.float32), 1)
+    b_e = gl.convert_layout(b_b - gl.sum(b_do * b_o.to(tl.float32), 1), ROW)
+    b_b = gl.convert_layout(b_b, ROW)
+    p_rows = rows + i_bh * 4 * T_padded + o_t
+    gl.store(p_rows, b_lse, mask=o_t < T_padded)
+    gl.store(p_rows + T_padded, b_t1 * scale, mask=o_t < T_padded)
+    gl.store(p_rows + 2 * T_padded, b_b / scale, mask=o_t < T_padded)
+    gl.store(p_rows + 3 * T_padded, b_e, mask=o_t < T_padded)
+    return b_lse, b_t1, b_b, b_e
+
+
+@gluon.jit
+def _add_tile(
+    a_q, r, do, k, v, v_full, i_phase, i_s, o_t, b_first, is_masked, b_rows, b_dq, b_dr, b_g_sum, b_u_sum,
+    b_zero, scale_log2, q_empty, is_last, BOUNDED: tl.constexpr,
+):  # fmt: skip
+    """Add one tile of keys to dQ / scale and -dR, and to the row sums of the rounded G and -U.
+
+    Behind the scores of the last tile the operands of queries are let go.
+    """
+    LEFT: tl.constexpr = gl.DotOperandLayout(0, b_dq.type.layout, 2)
+    b_lse, b_t1, b_b, b_e = b_rows
+    # [ROWS, BS]
+    b_s = warpgroup_mma(a_q, k.permute((1, 0)), b_zero, use_acc=False, is_async=True)
+    b_t = warpgroup_mma(r, k.permute((1, 0)), b_zero, use_acc=False, is_async=True)
+    mbarrier.wait(v_full, i_phase)
+    b_a = warpgroup_mma(do, v.permute((1, 0)), b_zero, use_acc=False, is_async=True)
+    b_s = warpgroup_mma_wait(2, deps=(b_s,))
+    b_p = gl.exp2(b_s * scale_log2 - gl.expand_dims(b_lse, 1))
+    b_t = warpgroup_mma_wait(1, deps=(b_t,))
+    b_t = gl.expand_dims(b_t1, 1) - b_t
+    if is_masked:
+        m_s = is_visible(b_zero, i_s, o_t, b_first, BOUNDED)
+        b_p = gl.where(m_s, b_p, 0.0)
+        b_t = gl.where(m_s, b_t, 0.0)
+    b_a = warpgroup_mma_wait(0, deps=(b_a,))
+    if is_last:
+        mbarrier.arrive(q_empty, count=1)
+    b_u = b_p * (b_a - gl.expand_dims(b_b, 1))
+    b_g = round_tile(b_t * b_u + b_p * gl.expand_dims(b_e, 1), k.dtype, ADDED)
+    b_u = round_tile(b_u, k.dtype, ADDED)
+    # [ROWS, BK]
+    b_dq = warpgroup_mma(gl.convert_layout(b_g, LEFT), k, b_dq, is_async=True)
+    b_dr = warpgroup_mma(gl.convert_layout(b_u, LEFT), k, b_dr, is_async=True)
+    b_g_sum += added_row_sums(b_g)
+    b_u_sum += added_row_sums(b_u)
+    b_dq, b_dr = warpgroup_mma_wait(0, deps=(b_dq, b_dr))
+    return b_dq, b_dr, b_g_sum, b_u_sum
+
+
+@gluon.jit
+def _remove_row_sum(b_dx, b_sum, k):
+    """Return dX minus the row sums times a tile's mean key, (13); the sums as two 16-bit numbers each."""
+    BS: tl.constexpr = k.shape[0]
+    LEFT: tl.constexpr = gl.DotOperandLayout(0, b_dx.type.layout, 2)
+    b_x = gl.convert_layout(gl.sum(b_sum, 1) * (-1.0 / BS), gl.SliceLayout(1, LEFT))
+    b_high = b_x.to(k.dtype)
+    b_low = (b_x - b_high.to(tl.float32)).to(k.dtype)
+    b_zero = gl.zeros([ROWS, BS], k.dtype, LEFT)
+    b_dx = warpgroup_mma(gl.expand_dims(b_high, 1) + b_zero, k, b_dx, is_async=True)
+    return warpgroup_mma(gl.expand_dims(b_low, 1) + b_zero, k, b_dx, is_async=True)
+
+
+@gluon.jit
+def _consume(
+    WARPGROUP: tl.constexpr, queries, keys, gradients, rest, H: tl.constexpr, K: tl.constexpr,
+    PACKED: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Compute and store a warpgroup's rows."""
+    BOUNDED: tl.constexpr = PACKED or WINDOW
+    operands, q_full, q_empty = queries
+    q_all, r_all, do_all = operands
+    k, v, k_full, v_full, empty = keys
+    dq, dr = gradients
+    items, order, outputs, mask, rows_in, rows, T_padded, scale = rest
+    dq_out, dr_out = outputs
+    _, T, _ = mask
+    STAGES: tl.constexpr = k.shape[0]
+    BS: tl.constexpr = k.shape[1]
+    BK: tl.constexpr = k.shape[2]
+    # tiles that hold a warpgroup's own rows' keys; the first one's come behind the second one's
+    OWN: tl.constexpr = ROWS // BS
+    BEFORE: tl.constexpr = (1 - WARPGROUP) * OWN
+    gl.static_assert(STAGES > OWN, "what one warpgroup skips and the next tile are in the ring at once")
+    SCORES: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BS, 16])
+    ACC: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BK, 16])
+    ROW: tl.constexpr = gl.SliceLayout(1, SCORES)
+    b_zero = gl.zeros([ROWS, BS], tl.float32, SCORES)
+    b_no_sum = added_row_sums(round_tile(b_zero, k.dtype, ADDED))
+    scale_log2 = scale * LOG2E
+    num_items, _, _ = order
+    i_n = 0  # items so far
+    i_x = 0  # tiles of keys so far
+    i_item = learn_item(items, i_n)
+    while i_item < num_items:
+        i_b, i_h, i_t, num_steps = place_queries(i_item, order, mask, BS, H, PACKED, WINDOW)
+        i_w = i_t + WARPGROUP * ROWS
+        b_rows = _row_constants(rows_in, rows, i_b, i_h, i_w, T, T_padded, scale, BK, H, K, ROW)
+        o_t = i_w + gl.arange(0, ROWS, ROW)
+        b_first, i_last, i_hidden = row_bounds(mask, o_t, i_t, i_w, num_steps, BS, PACKED, WINDOW)
+        i_buffer = i_n % 2 * 2 + WARPGROUP
+        b_dq = gl.zeros([ROWS, BK], tl.float32, ACC)
+        b_dr = gl.zeros([ROWS, BK], tl.float32, ACC)
+        b_g_sum = b_no_sum
+        b_u_sum = b_no_sum
+
+        skip_tiles(k_full, v_full, empty, i_x, i_x + BEFORE)
+        mbarrier.wait(q_full.index(i_buffer), (i_n // 2) & 1)
+        a_q = q_all.index(i_buffer).load(gl.DotOperandLayout(0, SCORES, 2))
+        for i_y in range(i_x + BEFORE, i_x + i_last):
+            i_stage = i_y % STAGES
+            i_phase = (i_y // STAGES) & 1
+            i_s = i_t + 2 * ROWS - (i_y - i_x + 1) * BS
+            is_masked = i_y < i_x + BEFORE + OWN
+            if BOUNDED:
+                is_masked = is_masked | (i_s < i_hidden)
+            is_last = i_y == i_x + i_last - 1
+            mbarrier.wait(k_full.index(i_stage), i_phase)
+            b_dq, b_dr, b_g_sum, b_u_sum = _add_tile(
+                a_q, r_all.index(i_buffer), do_all.index(i_buffer), k.index(i_stage), v.index(i_stage),
+                v_full.index(i_stage), i_phase, i_s, o_t, b_first, is_masked, b_rows, b_dq, b_dr, b_g_sum,
+                b_u_sum, b_zero, scale_log2, q_empty.index(i_buffer), is_last, BOUNDED,
+            )  # fmt: skip
+            if is_last:
+                b_dq = _remove_row_sum(b_dq, b_g_sum, k.index(i_stage))
+                b_dr = _remove_row_sum(b_dr, b_u_sum, k.index(i_stage))
+                b_dq, b_dr = warpgroup_mma_wait(0, deps=(b_dq, b_dr))
+            mbarrier.arrive(empty.index(i_stage), count=1)
+        # tiles that the other warpgroup alone sees
+        skip_tiles(k_full, v_full, empty, i_x + i_last, i_x + num_steps)
+        i_x += num_steps
+
+        tma.store_wait(0)
+        dq.index(WARPGROUP).store((b_dq * scale).to(k.dtype))
+        dr.index(WARPGROUP).store((-b_dr).to(k.dtype))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(dq_out, [i_b, i_h, i_w, 0], dq.index(WARPGROUP))
+        tma.async_copy_shared_to_global(dr_out, [i_b, i_h, i_w, 0], dr.index(WARPGROUP))
+        i_n += 1
+        i_item = learn_item(items, i_n)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["T", "T_padded", "window_size", "num_items", "num_heads", "section"])
+def _parallax_bwd_dqdr_hopper_kernel(
+    q_in, r_in, do_in, k_in, v_in, dq_out, dr_out, do, o, vbar, lse, tbar, rows, do_strides, o_strides, first,
+    counter, T, T_padded, window_size, num_items, num_heads, section, scale,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr,
+    STAGES: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Compute dQ and dR of items, tiles of 128 rows of one head, as long as the counter has some."""
+    dtype: tl.constexpr = q_in.dtype
+    operands = (
+        gl.allocate_shared_memory(dtype, [4, ROWS, BK], q_in.layout),
+        gl.allocate_shared_memory(dtype, [4, ROWS, BK], r_in.layout),
+        gl.allocate_shared_memory(dtype, [4, ROWS, BK], do_in.layout),
+    )
+    gradients = (
+        gl.allocate_shared_memory(dtype, [2, ROWS, BK], dq_out.layout),
+        gl.allocate_shared_memory(dtype, [2, ROWS, BK], dr_out.layout),
+    )
+    k = gl.allocate_shared_memory(dtype, [STAGES, BS, BK], k_in.layout)
+    v = gl.allocate_shared_memory(dtype, [STAGES, BS, BK], v_in.layout)
+    queries = (operands, new_barriers(4, 1), new_barriers(4, 1))
+    keys = (k, v, new_barriers(STAGES, 1), new_barriers(STAGES, 1), new_barriers(STAGES, 2))
+    items = new_items()
+    fence_async_shared()
+    order = (num_items, num_heads, section)
+    inputs = ((q_in, r_in, do_in), k_in, v_in)
+    outputs = (dq_out, dr_out)
+    mask = (first, T, window_size)
+    rows_in = (do, o, vbar, lse, tbar, do_strides, o_strides)
+    rest = (items, order, outputs, mask, rows_in, rows, T_padded, scale)
+    gl.warp_specialize(
+        [
+            (_consume, (0, queries, keys, gradients, rest, H, K, PACKED, WINDOW)),
+            (_consume, (1, queries, keys, gradients, rest, H, K, PACKED, WINDOW)),
+            (copy_tiles, (queries, keys, items, order, mask, inputs, counter, H, H // G, PACKED, WINDOW)),
+        ],
+        [4, 1],  # warps of the second and the third
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )
+
+
+def query_gradients(
+    q: Tensor,
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    o: Tensor,
+    vbar: Tensor,
+    lse: Tensor,
+    tbar: Tensor,
+    mask: Mask,
+    scale: float,
+    tile: Tile,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the first pass.
+
+    Args:
+        q: Queries `[B, T, H, K]`, bf16/fp16, K at most 64; all five such that `can_use_descriptors` holds.
+        r: Probes `[B, T, H, K]`.
+        k: Keys `[B, T, G, K]`.
+        v: Values `[B, T, G, K]`.
+        do: Gradient of the output `[B, T, H, K]`.
+        o: From the forward, as are the next three.
+        vbar: Softmax attention `[B, T, H, K]`.
+        lse: `[B, H, T]` fp32.
+        tbar: `[B, H, T]` fp32.
+        mask: What queries see.
+        scale: Factor of q.k.
+        tile: Its block_s is the keys in a tile, its num_stages the tiles in the ring; it has 128 rows, their
+            queries in registers.
+
+    Returns:
+        As `parallax.kernels.backward.query_gradients`.
+    """
+    assert (tile.block_t, tile.sums) == (2 * ROWS.value, ADDED.value), "the kernel has no other tile"
+    batch_size, num_tokens, num_heads, head_dim = q.shape
+    dq, dr = (torch.empty(o.shape, dtype=o.dtype, device=o.device) for _ in range(2))
+    num_rows = triton.cdiv(num_tokens, ROWS.value) * ROWS.value
+    rows = torch.empty(batch_size * num_heads, 4, num_rows, dtype=torch.float32, device=o.device)
+    block_k = triton.next_power_of_2(head_dim)
+    q_in, r_in, do_in, dq_out, dr_out = (describe(x, ROWS.value, block_k) for x in (q, r, do, dq, dr))
+    k_in, v_in = (describe(x, tile.block_s, block_k) for x in (k, v))
+    num_items = triton.cdiv(num_tokens, 2 * ROWS.value) * batch_size * num_heads
+    section = heads_per_section(batch_size * num_heads, num_heads // k.shape[2], 2 * k[0, :, 0].nbytes)
+    num_programs, counter = draw_items(num_items, q.device)
+    _parallax_bwd_dqdr_hopper_kernel[(num_programs,)](
+        q_in, r_in, do_in, k_in, v_in, dq_out, dr_out, do, o, vbar, lse, tbar, rows, strides_of(do),
+        strides_of(o), mask.first, counter, num_tokens, num_rows, mask.window_size or 0, num_items,
+        batch_size * num_heads, section, scale,
+        H=num_heads, G=k.shape[2], K=head_dim, BK=block_k, BS=tile.block_s, STAGES=tile.num_stages,
+        PACKED=mask.is_packed, WINDOW=mask.has_window, num_warps=4,
+    )  # fmt: skip
+    return dq, dr, rows
