@@ -7,7 +7,7 @@ NPROC := $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c ^GPU); [ "$${n:-0}" -g
 ROWS := $(shell echo $$((4 * $(NPROC) * ((8 + $(NPROC) - 1) / $(NPROC)))))
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test lint clean
+.PHONY: train test test-training test-others lint clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -25,8 +25,18 @@ lint: .venv/installed
 	$(BIN)/pyrefly check
 	$(BIN)/lint-imports
 
+PYTEST := $(BIN)/pytest -m "not gpu and not multi_gpu and not slow and not network"
+
+# side by side: most tests take one core
 test: lint
-	$(BIN)/pytest -m "not gpu and not multi_gpu and not slow and not network"
+	$(MAKE) --no-print-directory --jobs 2 $(if $(filter output-sync,$(.FEATURES)),--output-sync) \
+		test-training test-others
+
+test-training: .venv/installed
+	$(PYTEST) tests/training
+
+test-others: .venv/installed
+	$(PYTEST) tests --ignore tests/training
 
 clean:
 	rm -rf .venv .cache runs
