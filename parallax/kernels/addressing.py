@@ -168,6 +168,19 @@ class Mask(NamedTuple):
     end: Tensor | None
     window_size: int | None
 
+    @classmethod
+    def of(cls, cu_seqlens: Tensor | None, num_tokens: int, window_size: int | None) -> "Mask":
+        """Return the mask of rows of T tokens; a window of more keys than these is one of all.
+
+        Args:
+            cu_seqlens: Document bounds `[N + 1]` int32 rising from 0 to T, or None.
+            num_tokens: T.
+            window_size: Keys that a query sees, or None.
+        """
+        if window_size is not None:
+            window_size = min(window_size, num_tokens)
+        return cls(*document_bounds(cu_seqlens, num_tokens), window_size)
+
     @property
     def is_packed(self) -> bool:
         """Whether rows hold several documents."""

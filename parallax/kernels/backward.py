@@ -26,7 +26,6 @@ from parallax.kernels.addressing import (
     Mask,
     can_use_descriptors,
     describe,
-    document_bounds,
     end_query,
     first_key,
     heads_per_section,
@@ -313,7 +312,7 @@ def backward(
         `dq`, `dr` `[B, T, H, K]` and `dk`, `dv` `[B, T, G, K]` in the dtype of q, contiguous.
     """
     operands = Operands(*(with_contiguous_rows(x) for x in (q, r, k, v, do.to(q.dtype))))
-    mask = Mask(*document_bounds(cu_seqlens, q.shape[1]), window_size)
+    mask = Mask.of(cu_seqlens, q.shape[1], window_size)
     if q.numel() == 0:
         return torch.empty_like(q), torch.empty_like(r), torch.zeros_like(k), torch.zeros_like(v)
     dq, dr, rows = query_gradients(operands, o, vbar, lse, tbar, mask, scale)

@@ -31,7 +31,6 @@ from parallax.kernels.addressing import (
     Mask,
     can_use_descriptors,
     describe,
-    document_bounds,
     first_key,
     heads_per_section,
     in_registers,
@@ -193,7 +192,7 @@ def forward(
     if q.numel() == 0:
         return o, vbar, lse, tbar
 
-    mask = Mask(*document_bounds(cu_seqlens, num_tokens), window_size)
+    mask = Mask.of(cu_seqlens, num_tokens, window_size)
     if tile.is_specialized:
         from parallax.kernels import hopper_forward
 
@@ -209,7 +208,7 @@ def forward(
     _parallax_fwd_kernel[(triton.cdiv(num_tokens, tile.block_t) * num_programs,)](
         q_in, r_in, k_in, v_in, o_out, vbar_out, lse, tbar, mask.first,
         strides_of(q), strides_of(r), strides_of(k), strides_of(v),
-        num_tokens, window_size or 0, num_programs, section, scale,
+        num_tokens, mask.window_size or 0, num_programs, section, scale,
         H=num_heads, G=k.shape[2], K=head_dim, BK=block_k, BT=tile.block_t, BS=tile.block_s, SUMS=tile.sums,
         TMA=use_descriptors, PACKED=mask.is_packed, WINDOW=mask.has_window, SAVE_VBAR=save_vbar,
         CENTRED=is_centred, IN_REGISTERS=tile.in_registers,

@@ -110,11 +110,14 @@ def _add_tile(
 
 
 @gluon.jit
-def _remove_row_sum(b_dx, b_sum, k):
-    """Return dX minus the row sums times a tile's mean key, (13); the sums as two 16-bit numbers each."""
+def _remove_row_sum(b_dx, b_sum, k, num_keys):
+    """Return dX minus the row sums times a tile's mean key, (13); the sums as two 16-bit numbers each.
+
+    Rows of the tile behind the first num_keys are zero.
+    """
     BS: tl.constexpr = k.shape[0]
     LEFT: tl.constexpr = gl.DotOperandLayout(0, b_dx.type.layout, 2)
-    b_x = gl.convert_layout(gl.sum(b_sum, 1) * (-1.0 / BS), gl.SliceLayout(1, LEFT))
+    b_x = gl.convert_layout(gl.sum(b_sum, 1) * (-1.0 / num_keys), gl.SliceLayout(1, LEFT))
     b_high = b_x.to(k.dtype)
     b_low = (b_x - b_high.to(tl.float32)).to(k.dtype)
     b_zero = gl.zeros([ROWS, BS], k.dtype, LEFT)
@@ -142,6 +145,7 @@ def _consume(
     # tiles that hold a warpgroup's own rows' keys; the first one's come behind the second one's
     OWN: tl.constexpr = ROWS // BS
     BEFORE: tl.constexpr = (1 - WARPGROUP) * OWN
+    gl.static_assert(ROWS % BS == 0)
     gl.static_assert(STAGES > OWN, "what one warpgroup skips and the next tile are in the ring at once")
     SCORES: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BS, 16])
     ACC: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BK, 16])
@@ -183,8 +187,9 @@ def _consume(
                 b_u_sum, b_zero, scale_log2, q_empty.index(i_buffer), is_last, BOUNDED,
             )  # fmt: skip
             if is_last:
-                b_dq = _remove_row_sum(b_dq, b_g_sum, k.index(i_stage))
-                b_dr = _remove_row_sum(b_dr, b_u_sum, k.index(i_stage))
+                num_keys = tl.minimum(BS, T - i_s)
+                b_dq = _remove_row_sum(b_dq, b_g_sum, k.index(i_stage), num_keys)
+                b_dr = _remove_row_sum(b_dr, b_u_sum, k.index(i_stage), num_keys)
                 b_dq, b_dr = warpgroup_mma_wait(0, deps=(b_dq, b_dr))
             mbarrier.arrive(empty.index(i_stage), count=1)
         # tiles that the other warpgroup alone sees

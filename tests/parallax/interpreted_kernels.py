@@ -95,7 +95,7 @@ def test_rows_that_are_not_contiguous_are_copied() -> None:
 def test_tile_shape_changes_only_rounding(tile: Tile) -> None:
     inputs = make_inputs(1, 133, 4, 2, 16, dtype=torch.float32)
     cu_seqlens = cu_seqlens_of((1, 5, 64, 63))
-    mask = Mask(*document_bounds(cu_seqlens, 133), 21)
+    mask = Mask.of(cu_seqlens, 133, 21)
     o, vbar, lse, tbar = forward.forward(*inputs[:4], cu_seqlens, 0.25, 21, save_vbar=True, tile=tile)
     operands = backward.Operands(*inputs)
     dq, dr, rows = backward.query_gradients(operands, o, vbar, lse, tbar, mask, 0.25, tile=tile)
@@ -106,6 +106,10 @@ def test_tile_shape_changes_only_rounding(tile: Tile) -> None:
     )
     for name in expected:
         torch.testing.assert_close(actual[name].double(), expected[name], rtol=1e-4, atol=2e-5)
+
+
+def test_a_window_of_more_keys_than_there_are_is_one_of_all() -> None:
+    assert [Mask.of(None, 10, n).window_size for n in (9, 10, 2**40)] == [9, 10, 10]
 
 
 def test_bounds_of_documents_reach_every_row_even_if_they_end_early() -> None:

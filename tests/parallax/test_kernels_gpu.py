@@ -120,6 +120,22 @@ def test_bf16_accuracy_bars(key_offset: float, head_dim: int) -> None:
     assert max(errors.values()) <= 0.0032, errors
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_short_last_document_is_as_accurate_as_in_the_unspecialised_kernels(
+    head_dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # its keys share a tile with rows past the end
+    inputs = make_inputs(1, 1044, 4, 2, head_dim, dtype=BF16, device="cuda", key_offset=8.0)
+    cu_seqlens = cu_seqlens_of((1024, 20), "cuda")
+    truth = output_and_gradients(parallax_reference, inputs.to(torch.float64), cu_seqlens=cu_seqlens)
+    actual = output_and_gradients(attend, inputs, cu_seqlens=cu_seqlens)
+    monkeypatch.setattr(tiles, "_HOPPER_SPECIALIZED", {})
+    plain = output_and_gradients(attend, inputs, cu_seqlens=cu_seqlens)
+    for name in NAMES:
+        error, usual = (relative_error(x[name][:, 1024:], truth[name][:, 1024:]) for x in (actual, plain))
+        assert error <= 1.25 * usual, (name, error, usual)
+
+
 def test_packed_documents_equal_separate_calls() -> None:
     lengths = (1, 5, 64, 777)
     inputs = make_inputs(1, sum(lengths), 4, 2, 128, dtype=BF16, device="cuda")
