@@ -1,6 +1,6 @@
 """Train a run.
 
-`torchrun --nproc-per-node 8 train.py --config configs/0.6b_parallax_muon.toml [--training.steps 100 ...]`
+`torchrun --nproc-per-node 8 train.py --config configs/0.6b_parallax_muon.toml [--training.steps 40000 ...]`
 
 --print-config shows the resolved run; --dry-run builds it without memory, data or tokenizer and prints its
 size and cost on --world-size ranks; --checkpoint runs/stable/checkpoint/step-N starts from a checkpoint of
@@ -10,6 +10,7 @@ another run. Any other --table.key VALUE overrides the config file.
 import argparse
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,9 @@ from pathlib import Path
 import config
 from models.config_table import to_toml
 from training.run_config import RunConfig
+
+# torchrun ends the other ranks as soon as one has failed: rank 0 is to have said why
+_SECONDS_TO_SPEAK = 5.0
 
 
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -87,7 +91,9 @@ def main(arguments: Sequence[str]) -> int:
         if not _is_ours(error):
             raise
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(_SECONDS_TO_SPEAK)
         return 2
     return 0
 

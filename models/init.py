@@ -52,12 +52,20 @@ def initial_weight(config: ModelConfig, name: str, shape: torch.Size, seed: int)
 
     Returns:
         The whole tensor, fp32, on the CPU.
+
+    Raises:
+        ValueError: It is neither a matrix nor the gain of a norm.
     """
     if name.endswith("r_norm.weight"):
         assert isinstance(config.attention, ParallaxConfig)
         return torch.full(shape, config.attention.r_gain_init)
     if name.endswith("norm.weight"):
         return torch.ones(shape)
+    if len(shape) < 2:
+        raise ValueError(
+            f"{name} {tuple(shape)} has no initial value: it is neither a matrix nor the gain of a norm; "
+            "return one from initial_value of its attention"
+        )
     if name.endswith("wr_out.weight"):
         return _draw(name, shape, shape[1] ** -0.5, seed)
     writes_to_residual = name.endswith(("attention.wo.weight", "mlp.down.weight"))

@@ -101,6 +101,25 @@ def branch_warnings(run: RunConfig) -> list[str]:
     return [f"the steps before {source} were not this run's: {'; '.join(differences)}"] if differences else []
 
 
+def resume_warnings(run: RunConfig, step: int) -> list[str]:
+    """Return what makes a run that goes on differ from one that has had its config from the start.
+
+    Args:
+        run: A run that goes on from a checkpoint in its folder, where the config of the launch before lies.
+        step: The step that the checkpoint was written after.
+
+    Returns:
+        One sentence; empty where nothing differs, or where there is no config.
+    """
+    saved = saved_config(Path(run.run.folder))
+    if saved is None:
+        return []
+    keys = (*_FIXED_KEYS, *_KEYS_TO_WARN_OF)
+    differences = [*_differing(run, saved, keys), *_rate_differences(run, saved, step)]
+    said = "; ".join(differences)
+    return [f"the first {step} steps of {run.run.folder} had another config: {said}"] if differences else []
+
+
 def _check_same_start(run: RunConfig) -> None:
     folder = Path(run.run.folder)
     saved = saved_config(folder)

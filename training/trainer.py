@@ -24,7 +24,7 @@ from eval.perplexity import HeldOutLoss
 from models.checkpoint import find_checkpoint, load_weights
 from models.loss import IGNORE_INDEX
 from optimizers.titan import GroupedOptimizers, GroupedSchedule
-from training.branch import branch_warnings, checkpoint_step
+from training.branch import branch_warnings, checkpoint_step, resume_warnings
 from training.evaluation import Evaluator, NonFiniteLossError
 from training.job import MODEL_NAME, to_job_config
 from training.log import logger
@@ -207,15 +207,20 @@ class Trainer(TitanTrainer):
         """Train from the newest checkpoint in the run folder, or from the start, to the end or a signal."""
         self.stop.install()
         is_resumed = self._load()
+        goes_on = self.step < self.run.training.last_step
         if dist.get_rank() == 0:
             remove_partial_checkpoints(self.run)
-            write_config(self.run)
+            if is_resumed and goes_on:
+                for warning in resume_warnings(self.run, self.step):
+                    logger.warning(warning)
+            if goes_on:
+                write_config(self.run)
         if self.step > 0:
             self.metrics.resume(self.step)
         if is_resumed:
             # a launch that ended between a checkpoint and its evaluation left that to this one
             self.evaluate(self.step, self.tokens, self.metrics.names_at(self.step))
-        if self.step >= self.run.training.last_step:
+        if not goes_on:
             logger.info(
                 f"{self.run.run.folder} has finished at step {self.step}; raise training.steps or "
                 "training.stop_at_step to go on, or give another run.folder"

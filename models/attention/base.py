@@ -50,7 +50,8 @@ class Attention(nn.Module, ABC):
             generator: Of this parameter alone, from the run's seed and the parameter's name in the model.
 
         Returns:
-            The whole value, fp32, on the CPU; None to start as any other: matrices normal, gains one.
+            The whole value, fp32, on the CPU. None to start as any other, whatever the constructor has put
+            there: matrices normal, gains of norms one; any other parameter needs a value.
         """
         return None
 

@@ -8,7 +8,7 @@ import pytest
 import config
 from tests.conftest import write_parquet
 from tests.training.launch import EXACT, ROOT, losses, records, train
-from training.branch import branch_warnings, check_branch
+from training.branch import branch_warnings, check_branch, resume_warnings
 from training.run_config import RunConfig
 from training.run_folder import write_config
 
@@ -185,6 +185,20 @@ def test_steps_that_another_schedule_took_are_named(tmp_path: Path) -> None:
     (source.parent.parent / "config.toml").unlink()
     (warning,) = warnings()
     assert "has no config.toml" in warning
+
+
+def test_a_run_that_goes_on_with_another_config_says_so(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", "--schedule.decay_ratio", "0.75")
+    words = ["--schedule.decay_ratio", "0.75"]
+    assert resume_warnings(load(tmp_path / "run", *words), 20) == []
+    (warning,) = resume_warnings(load(tmp_path / "run", *words, "--training.seq_len", "512"), 20)
+    assert "the first 20 steps of" in warning
+    assert "training.seq_len is 256 there and 512 here" in warning
+    # its decay had begun: more steps put the learning rate up again
+    (warning,) = resume_warnings(load(tmp_path / "run", *words, "--training.steps", "1000"), 20)
+    assert "lr of group hidden at step 17 was 0.00977778 there and is 0.01 here" in warning
+    (tmp_path / "run" / "config.toml").unlink()
+    assert resume_warnings(load(tmp_path / "run", "--training.seq_len", "512"), 20) == []
 
 
 def test_a_run_folder_with_checkpoints_keeps_its_start(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Literal
 
 import pytest
 import tokenizers
+import torch
 from safetensors.torch import save_file
 
 import config
@@ -17,7 +18,7 @@ from models.checkpoint import load_model
 from models.config import ModelConfig
 from models.convert_from_hf import convert_from_hf
 from models.hf_format import to_config_json, to_hugging_face
-from models.init import init_weights
+from models.init import init_weights, initial_weight
 from models.qwen3 import Qwen3
 from tests.training.launch import EXACT, ROOT, SMALL, losses, records, train
 from training.branch import check_branch
@@ -45,6 +46,12 @@ def converted(folder: Path, attention: Literal["parallax"] | None = None, *, tie
 
 def held_out(folder: Path) -> dict[int, float]:
     return {r["step"]: r["validation_loss"] for r in records(folder) if "validation_loss" in r}
+
+
+def test_a_parameter_without_an_initial_value_is_named() -> None:
+    model = ModelConfig(size="debug", vocab_size=300)
+    with pytest.raises(ValueError, match=r"layers\.0\.attention\.tau \(4,\) has no initial value"):
+        initial_weight(model, "layers.0.attention.tau", torch.Size([4]), 0)
 
 
 def test_a_converted_model_trains_on_as_parallax(corpus: Path, tmp_path: Path) -> None:

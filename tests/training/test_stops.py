@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import train as main_program
 from tests.conftest import write_parquet
 from tests.training.launch import ROOT, arguments, command, environment, losses, records, train
 
@@ -111,10 +112,11 @@ def test_weights_that_the_last_update_destroyed_are_not_saved(corpus: Path, tmp_
 def test_a_finished_run_says_so_and_keeps_its_record(corpus: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     train("debug_softmax_adamw", corpus, folder, "--training.stop_at_step", "2")
-    before = records(folder)
-    printed = train("debug_softmax_adamw", corpus, folder, "--training.stop_at_step", "2")
+    before, config = records(folder), (folder / "config.toml").read_text()
+    printed = train("debug_softmax_adamw", corpus, folder, "--training.stop_at_step", "2", "--run.seed", "7")
     assert "has finished at step 2; raise training.steps" in printed
     assert records(folder) == before
+    assert (folder / "config.toml").read_text() == config
 
 
 def test_a_refused_resume_leaves_the_config_as_it_was(corpus: Path, tmp_path: Path) -> None:
@@ -130,7 +132,22 @@ def test_a_refused_resume_leaves_the_config_as_it_was(corpus: Path, tmp_path: Pa
     assert "checkpoints of other optimizers: optimizer.groups.hidden.kind is 'adamw' there" in printed
     assert (folder / "config.toml").read_text() == saved
     # what leaves weights and function as they are may change
-    train("debug_softmax_adamw", corpus, folder, "--model.init_std", "0.1", "--training.stop_at_step", "2")
+    words = ["--model.init_std", "0.1", "--training.max_grad_norm", "0.5", "--training.stop_at_step", "2"]
+    printed = train("debug_softmax_adamw", corpus, folder, *words)
+    assert "the first 1 steps of" in printed
+    assert "training.max_grad_norm is 1.0 there and 0.5 here" in printed
+    assert "max_grad_norm = 0.5" in (folder / "config.toml").read_text()
+
+
+def test_rank_0_has_time_to_say_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(main_program.time, "sleep", slept.append)
+    for rank, seconds in (("0", []), ("1", [5.0])):
+        slept.clear()
+        monkeypatch.setenv("RANK", rank)
+        words = ["--config", "configs/debug_softmax_adamw.toml", "--training.no_such_key", "1", "--dry-run"]
+        assert main_program.main(words) == 2
+        assert slept == seconds
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(corpus: Path, tmp_path: Path) -> None:
