@@ -47,10 +47,17 @@ class RunRecord:
 
     @property
     def budget(self) -> int | None:
-        """Tokens up to last_step; None without a config."""
+        """Tokens up to last_step: as recorded, and by the config where the run is not there yet.
+
+        None without a config. A run that was resumed with another batch has had other tokens than its config
+        says.
+        """
         if self.last_step is None:
             return None
-        return self.last_step * self.config["training.global_batch_size"] * self.config["training.seq_len"]
+        before = [record for record in self.steps if record["step"] <= self.last_step]
+        step, tokens = (before[-1]["step"], before[-1]["tokens"]) if before else (0, 0)
+        batch_tokens = self.config["training.global_batch_size"] * self.config["training.seq_len"]
+        return tokens + (self.last_step - step) * batch_tokens
 
     @property
     def is_finished(self) -> bool:

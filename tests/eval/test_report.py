@@ -211,6 +211,15 @@ def test_a_resumed_run_counts_each_step_once_with_the_ranks_that_took_it(tmp_pat
     ]
 
 
+def test_the_tokens_of_a_run_are_those_on_record(tmp_path: Path) -> None:
+    # it was resumed with twice the batch that its config names now
+    resumed = [{**step_record(s, 2.0), "tokens": 2 * s * STEP_TOKENS} for s in range(1, 21)]
+    assert read_run(make_run(tmp_path / "a", [launch(), *resumed])).budget == (40 + 10) * STEP_TOKENS
+    assert read_run(make_run(tmp_path / "b", [])).budget == STEPS * STEP_TOKENS
+    words = ("--training.stop_at_step", "15")
+    assert read_run(make_run(tmp_path / "c", resumed, *words)).budget == 30 * STEP_TOKENS
+
+
 def test_a_branch_takes_curves_and_cost_from_its_trunk(tmp_path: Path) -> None:
     stable = [launch(num_ranks=1), held_out(0, 8.0), *training(2.0), held_out(STEPS, 2.5)]
     make_run(tmp_path / "stable", stable, "--schedule.decay_ratio", "0")
