@@ -116,8 +116,11 @@ def resume_warnings(run: RunConfig, step: int) -> list[str]:
         return []
     keys = (*_FIXED_KEYS, *_KEYS_TO_WARN_OF)
     differences = [*_differing(run, saved, keys), *_rate_differences(run, saved, step)]
-    said = "; ".join(differences)
-    return [f"the first {step} steps of {run.run.folder} had another config: {said}"] if differences else []
+    message = (
+        f"the first {step} steps of {run.run.folder} had another config: {'; '.join(differences)}; "
+        "restore it unless you mean it"
+    )
+    return [message] if differences else []
 
 
 def _check_same_start(run: RunConfig) -> None:
