@@ -4,7 +4,8 @@
 config from its TOML with torchrun for --steps steps of one micro-batch a rank, reads what the run recorded,
 and prints medians over the steps after the warm-up beside what --dry-run said of the memory. Words after `--`
 are overrides for every run, for example the data's place. Runs go side by side while there are GPUs, each
-on its own. A config that fails is named at the end; the rows of the others are written as they come.
+on its own. A config that fails is named at the end; the rows of the others are written as they come, and the
+same command with --resume goes on with those that are missing.
 """
 
 import argparse
@@ -102,8 +103,35 @@ def measure(
     }
 
 
-def _measure_all(options: argparse.Namespace, overrides: Sequence[str]) -> tuple[list[dict[str, Any]], str]:
-    """The rows in the order of the configs, and the names of the configs that failed."""
+def earlier_rows(path: Path, command: str) -> list[dict[str, Any]]:
+    """Rows that a run of the same command has left, each with its machine.
+
+    Args:
+        path: The JSON of that run; none there is no rows.
+        command: What is to be the same.
+
+    Raises:
+        ValueError: Another command wrote the file, or another kind of machine: one table compares its rows.
+    """
+    if not path.exists():
+        return []
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    if earlier["command"] != command:
+        raise ValueError(f"--resume: {path} is from another command: {earlier['command']}")
+    here = describe()
+    for name in ("device", "torch", "cuda", "triton"):
+        if earlier["machine"][name] != here[name]:
+            raise ValueError(
+                f"--resume: {path} has {name} {earlier['machine'][name]}, this machine {here[name]}; "
+                "measure all configs anew, without --resume"
+            )
+    return [{"machine": earlier["machine"], **row} for row in earlier["rows"]]
+
+
+def _measure_all(
+    options: argparse.Namespace, overrides: Sequence[str], command: str, rows: list[dict[str, Any]]
+) -> str:
+    """Add the missing rows, in the order of the configs; return the names of the configs that failed."""
     num_gpus, num_ranks = torch.cuda.device_count(), options.ranks
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(num_gpus)))).split(",")
     places: queue.SimpleQueue[Sequence[str]] = queue.SimpleQueue()
@@ -121,14 +149,17 @@ def _measure_all(options: argparse.Namespace, overrides: Sequence[str]) -> tuple
         finally:
             places.put(gpus)
 
-    rows: list[dict[str, Any]] = []
+    measured = {row["config"] for row in rows}
     failed: list[str] = []
-    command = "python -m benchmarks.training " + shlex.join(sys.argv[1:])
     # all of these first, and side by side: they take processors, which the runs are to have for themselves
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
-        said = {path: pool.submit(predicted_peak_gib, path, **common) for path in options.configs}
+        said = {
+            path: pool.submit(predicted_peak_gib, path, **common)
+            for path in options.configs
+            if path not in measured
+        }
     with ThreadPoolExecutor(places.qsize()) as pool:
-        waiting = {pool.submit(run, path): path for path in options.configs if not said[path].exception()}
+        waiting = {pool.submit(run, path): path for path, future in said.items() if not future.exception()}
         for path, future in said.items():
             if error := future.exception():
                 print(f"{path}: {getattr(error, 'stderr', None) or error}", file=sys.stderr)
@@ -138,10 +169,11 @@ def _measure_all(options: argparse.Namespace, overrides: Sequence[str]) -> tuple
             if isinstance(done.exception(), subprocess.CalledProcessError):
                 failed.append(path)
                 continue
-            rows.append({"config": path, "dry_run_peak_gib": said[path].result(), **done.result()})
+            row = {"config": path, "dry_run_peak_gib": said[path].result(), **done.result()}
+            rows.append({"machine": describe(), **row})
             rows.sort(key=lambda row: options.configs.index(row["config"]))
             write_result(options.name, {"command": command, "rows": rows}, options.out)
-    return rows, " ".join(failed)
+    return " ".join(failed)
 
 
 def main() -> None:
@@ -154,6 +186,9 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--name", default="training", help="name of the JSON in the results folder")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the rows that the same command has measured before"
+    )
     words = sys.argv[1:]
     split = words.index("--") if "--" in words else len(words)
     options, overrides = parser.parse_args(words[:split]), words[split + 1 :]
@@ -161,7 +196,12 @@ def main() -> None:
         parser.error(
             f"--steps is {options.steps}, wanted over {WARMUP_STEPS}: those of the warm-up are not counted"
         )
-    rows, failed = _measure_all(options, overrides)
+    command = "python -m benchmarks.training " + shlex.join(word for word in words if word != "--resume")
+    try:
+        rows = earlier_rows(options.out / f"{options.name}.json", command) if options.resume else []
+    except ValueError as error:
+        parser.error(str(error))
+    failed = _measure_all(options, overrides, command, rows)
     print(describe())
     print("| config | tokens/s | MFU % | step s | data wait % | peak GiB (said) | first loss | final loss |")
     print("|---|---|---|---|---|---|---|---|")
