@@ -79,11 +79,13 @@ def _through(
     cache: Cache,
     layer: Callable[[Block, torch.Tensor, State], torch.Tensor],
 ) -> torch.Tensor:
-    x_BTD = model.tok_embeddings(tokens_BT)
-    for block, state in zip(model.layers, cache.states, strict=True):
-        assert isinstance(block, Block)
-        x_BTD = layer(block, x_BTD, state)
-    return model.norm(x_BTD)
+    # in the dtype of the weights, which the cache has too
+    with torch.autocast(tokens_BT.device.type, enabled=False):
+        x_BTD = model.tok_embeddings(tokens_BT)
+        for block, state in zip(model.layers, cache.states, strict=True):
+            assert isinstance(block, Block)
+            x_BTD = layer(block, x_BTD, state)
+        return model.norm(x_BTD)
 
 
 @torch.no_grad()

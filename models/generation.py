@@ -6,10 +6,11 @@ continued together.
 """
 
 import argparse
+import random
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -97,7 +98,7 @@ def stream(
         if cache is None or step is None or len(rows) != len(cache.lengths_B):
             cache = step = None  # frees the larger one before
             cache = Cache.new(model, len(rows), max_seqlen)
-            step = DecodeStep(model, cache, sampling or Sampling(), compile_blocks)
+            step = DecodeStep(model, cache, _seeded(sampling or Sampling(), first), compile_blocks)
         cache.reset()
         device = cache.lengths_B.device
         bounds = torch.tensor([0, *(len(prompts[row]) for row in rows)]).cumsum(0).to(device, torch.int32)
@@ -105,6 +106,13 @@ def stream(
         x_BD = prefill(model, tokens_1T, bounds, cache)[0, bounds[1:].long() - 1]
         step.start(model.output.logits(x_BD))
         yield from _decode(step, rows, max_new_tokens, stop_ids, stop)
+
+
+def _seeded(sampling: Sampling, first: int) -> Sampling:
+    """A generator of its own for a batch of another size, whose draws are not those of the first batch."""
+    if first == 0:
+        return sampling
+    return replace(sampling, seed=random.Random(f"{sampling.seed} {first}").getrandbits(63))
 
 
 def _decode(
@@ -223,7 +231,7 @@ def _load(options: argparse.Namespace) -> tuple[Qwen3, Tokenizer, int]:
     is_on_gpu = options.device.startswith("cuda")
     if is_on_gpu and not torch.cuda.is_available():
         raise ValueError(f"--device is {options.device}, but there is no CUDA device here; give cpu")
-    if is_on_gpu:
+    if torch.device(options.device).index is not None:
         torch.cuda.set_device(options.device)
     dtype = _DTYPES[options.dtype or ("bfloat16" if is_on_gpu else "float32")]
     return load_model(checkpoint, device=options.device, dtype=dtype), tokenizer, end

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from parallax.api import cast_under_autocast
+
 IGNORE_INDEX = -100
 CHUNK_TOKENS = 4096
 
@@ -21,7 +23,8 @@ def _chunk_loss(
     wide = logits.double() if logits.dtype == torch.float64 else logits.float()
     lse = torch.logsumexp(wide, dim=-1, keepdim=True)
     valid = (labels_T != IGNORE_INDEX).unsqueeze(1)
-    target = labels_T.clamp(min=0).unsqueeze(1)
+    # any other label that is no id fails in the gather, as it does in torch's own
+    target = torch.where(valid, labels_T.unsqueeze(1), 0)
     loss = torch.where(valid, lse - wide.gather(1, target), 0.0).sum()
     columns = torch.arange(wide.shape[1], device=wide.device)
     grad = torch.where(valid, torch.exp(wide - lse) - (columns == target).to(wide.dtype), 0.0)
@@ -60,6 +63,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "linear_cross_entropy has no second derivative; for create_graph=True use "
+                "models.loss.cross_entropy of the logits"
+            )
         (dloss,) = grad_outputs
         dx, dweight = ctx.saved_tensors
         # in dloss's precision: a factor rounded to 16 bits would scale all gradients alike
@@ -70,7 +78,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def linear_cross_entropy(
     x_BTD: torch.Tensor, weight_VD: torch.Tensor, labels_BT: torch.Tensor, chunk_tokens: int = CHUNK_TOKENS
 ) -> torch.Tensor:
-    """Summed cross-entropy of `x @ weight.T` against labels.
+    """Summed cross-entropy of `x @ weight.T` against labels; differentiable once.
+
+    Under autocast x and the weight are cast to its dtype.
 
     Args:
         x_BTD: Hidden states `[B, T, D]`.
@@ -81,9 +91,11 @@ def linear_cross_entropy(
     Returns:
         The sum over valid labels in nats, a scalar in fp32 (fp64 for fp64 input).
     """
-    return _LinearCrossEntropy.apply(
-        x_BTD.flatten(0, 1), weight_VD, labels_BT.flatten(), chunk_tokens, torch.is_grad_enabled()
-    )
+    x_BTD, weight_VD = cast_under_autocast(x_BTD, weight_VD)
+    with torch.autocast(x_BTD.device.type, enabled=False):
+        return _LinearCrossEntropy.apply(
+            x_BTD.flatten(0, 1), weight_VD, labels_BT.flatten(), chunk_tokens, torch.is_grad_enabled()
+        )
 
 
 def cross_entropy(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:

@@ -30,6 +30,7 @@ from models.config import (
     ValueAverageConfig,
 )
 from models.loss import linear_cross_entropy
+from parallax.validation import check_cu_seqlens
 
 
 def build_attention(config: ModelConfig, layer: int) -> Attention:
@@ -184,13 +185,13 @@ class Qwen3(nn.Module):
             Logits `[B, T, V]` in the weights' dtype, or the summed loss in nats, a scalar.
 
         Raises:
-            ValueError: T is 0, or cu_seqlens comes with B > 1.
+            ValueError: T is 0, cu_seqlens comes with B > 1, or it is wrong in itself (values on CPU alone).
         """
-        batch, num_tokens = tokens_BT.shape
+        num_tokens = tokens_BT.shape[1]
         if num_tokens == 0:
             raise ValueError("tokens hold no position (T = 0); give at least one token")
-        if cu_seqlens is not None and batch != 1:
-            raise ValueError(f"cu_seqlens goes with batch 1, got batch {batch}; flatten the rows into one")
+        if cu_seqlens is not None:
+            check_cu_seqlens(cu_seqlens, tokens_BT)
         positions = document_positions(num_tokens, cu_seqlens, tokens_BT.device)
         rope = Rope(positions, self.config.dimensions.head_dim, self.config.rope_theta)
         x_BTD = self.tok_embeddings(tokens_BT)

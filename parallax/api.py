@@ -15,17 +15,17 @@ class _Implementation(NamedTuple):
     """How to call an implementation, and what it cannot do."""
 
     call: Callable[..., Tensor]
-    refuse: Callable[[Tensor, Tensor], str | None]  # (q, k) -> why it cannot serve them, or None
+    refuse: Callable[[Tensor, Tensor, float], str | None]  # (q, k, scale) -> why it cannot serve, or None
 
 
-def _refuse_nothing(q: Tensor, k: Tensor) -> str | None:
+def _refuse_nothing(q: Tensor, k: Tensor, scale: float) -> str | None:
     return None
 
 
-def _refuse_by_kernels(q: Tensor, k: Tensor) -> str | None:
+def _refuse_by_kernels(q: Tensor, k: Tensor, scale: float) -> str | None:
     from parallax.kernels.tiles import refusal
 
-    return refusal(q, k)
+    return refusal(q, k, scale)
 
 
 _IMPLEMENTATIONS = {
@@ -66,7 +66,7 @@ def parallax_attention(
         cu_seqlens: Bounds of packed documents `[N + 1]`, int32, rising from 0 to T, on q's device, with
             B == 1; empty documents are allowed. None: each batch row is one document.
         window_size: Number of newest keys that a query sees, its own included; None for all.
-        impl: "eager", "triton" or "reference"; None picks by device and shape.
+        impl: "eager", "triton" or "reference"; None picks by device, shape and scale.
 
     Returns:
         Output `[B, T, H, K]` in the dtype of the inputs.
@@ -76,37 +76,37 @@ def parallax_attention(
         TypeError: Dtypes differ or are not served.
         NotImplementedError: The implementation asked for cannot serve these inputs; names those that can.
     """
-    q, r, k, v = _cast_under_autocast(q, r, k, v)
+    q, r, k, v = cast_under_autocast(q, r, k, v)
     check_tensors(q, r, k, v)
     check_window_size(window_size)
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    call = _pick(impl, q, k).call
+    call = _pick(impl, q, k, scale).call
     return call(q, r, k, v, scale=scale, cu_seqlens=cu_seqlens, window_size=window_size)
 
 
-def _pick(impl: str | None, q: Tensor, k: Tensor) -> _Implementation:
+def _pick(impl: str | None, q: Tensor, k: Tensor, scale: float) -> _Implementation:
     """Return the implementation asked for, or the first preferred one that serves; never another one."""
     if impl is None:
         preferred = _PREFERRED.get(q.device.type, ("eager",))
-        return next(_IMPLEMENTATIONS[name] for name in preferred if _refusal(name, q, k) is None)
+        return next(_IMPLEMENTATIONS[name] for name in preferred if _refusal(name, q, k, scale) is None)
     if impl not in _IMPLEMENTATIONS:
         names = ", ".join(map(repr, _IMPLEMENTATIONS))
         raise ValueError(f"impl is {impl!r}, wanted one of {names}, or None to pick by device")
-    refusal = _refusal(impl, q, k)
+    refusal = _refusal(impl, q, k, scale)
     if refusal is not None:
-        able = [name for name in _IMPLEMENTATIONS if _refusal(name, q, k) is None]
+        able = [name for name in _IMPLEMENTATIONS if _refusal(name, q, k, scale) is None]
         raise NotImplementedError(f"impl={impl!r} {refusal}; use one of {', '.join(map(repr, able))}")
     return _IMPLEMENTATIONS[impl]
 
 
-def _refusal(name: str, q: Tensor, k: Tensor) -> str | None:
+def _refusal(name: str, q: Tensor, k: Tensor, scale: float) -> str | None:
     """Return why an implementation cannot serve, or None."""
-    return _IMPLEMENTATIONS[name].refuse(q, k)
+    return _IMPLEMENTATIONS[name].refuse(q, k, scale)
 
 
-def _cast_under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def cast_under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Return the tensors in autocast's dtype where it is on; fp64 stays, as in torch's own rule."""
     device_type = tensors[0].device.type
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):

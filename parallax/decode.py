@@ -24,7 +24,7 @@ def _decode(
         from parallax.kernels import decode as implementation
     else:
         implementation = eager_decode
-    with torch.cuda.device_of(q):
+    with torch.autocast(q.device.type, enabled=False), torch.cuda.device_of(q):
         implementation.decode(q, r, k_cache, v_cache, cache_seqlens, page_table, window_size, scale, out)
 
 

@@ -184,7 +184,7 @@ def local_linear_probe(
     Returns:
         Probes `[B, T, H, K]`.
     """
-    with torch.autocast(q.device.type, enabled=False):
+    with torch.autocast(q.device.type, enabled=False), torch.cuda.device_of(q):
         kbar = _key_products(q, k, cu_seqlens, scale, window_size).attend(torch.zeros_like(q))
         return _solve(kbar - q, kbar, q, k, cu_seqlens, scale, ridge, window_size, num_iterations, tolerance)
 
@@ -224,7 +224,7 @@ def local_linear_probe_backward(
     Returns:
         `dq [B, T, H, K]` and `dk [B, T, G, K]`.
     """
-    with torch.autocast(q.device.type, enabled=False):
+    with torch.autocast(q.device.type, enabled=False), torch.cuda.device_of(q):
         products = _key_products(q, k, cu_seqlens, scale, window_size)
         kbar = products.attend(torch.zeros_like(q))
         y = _solve(dr, kbar, q, k, cu_seqlens, scale, ridge, window_size, num_iterations, tolerance)
@@ -264,7 +264,7 @@ def _kernels_serve(q: Tensor, k: Tensor, scale: float) -> bool:
     """Return whether the Triton kernels compute LLA's attention; else `parallax.eager` does."""
     from parallax.kernels.tiles import refusal
 
-    return scale > 0 and refusal(q, k) is None
+    return refusal(q, k, scale) is None
 
 
 def _key_products(

@@ -188,7 +188,8 @@ def triton_forward(
     """
     from parallax.kernels import forward
 
-    return forward.forward(q, r, k, v, cu_seqlens, scale, window_size, save_vbar=save_vbar)
+    with torch.cuda.device_of(q):
+        return forward.forward(q, r, k, v, cu_seqlens, scale, window_size, save_vbar=save_vbar)
 
 
 @triton_forward.register_fake
@@ -243,7 +244,8 @@ def triton_backward(
     """
     from parallax.kernels import backward
 
-    return backward.backward(do, q, r, k, v, o, vbar, lse, tbar, cu_seqlens, scale, window_size)
+    with torch.cuda.device_of(q):
+        return backward.backward(do, q, r, k, v, o, vbar, lse, tbar, cu_seqlens, scale, window_size)
 
 
 @triton_backward.register_fake
@@ -307,11 +309,7 @@ def triton_attention(
 
     Returns:
         Output `[B, T, H, K]` in the dtype of q.
-
-    Raises:
-        NotImplementedError: The scale is not positive.
     """
-    if not scale > 0:
-        raise NotImplementedError(f"impl='triton' needs a positive scale, got {scale}; use 'eager'")
+    assert scale > 0, "`tiles.refusal` says so"
     save_vbar = torch.is_grad_enabled() and any(x.requires_grad for x in (q, r, k, v))
     return triton_forward(q, r, k, v, cu_seqlens, scale, window_size, save_vbar)[0]

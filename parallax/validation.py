@@ -47,9 +47,7 @@ def _check_like_q(name: str, x: Tensor, q: Tensor) -> None:
     if x.dtype not in DTYPES:
         raise TypeError(f"{name} is {x.dtype}, wanted bfloat16, float16, float32 or float64; cast it before")
     if x.dtype != q.dtype:
-        raise TypeError(
-            f"{name} is {x.dtype}, q {q.dtype}; wanted one dtype: cast all of them or use autocast"
-        )
+        raise TypeError(f"{name} is {x.dtype}, q {q.dtype}; wanted one dtype: cast all of them to it")
     if x.device != q.device:
         raise ValueError(f"{name} is on {x.device}, q on {q.device}; wanted one device: move {name} there")
 
@@ -95,20 +93,19 @@ def check_window_size(window_size: int | None) -> None:
         )
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, q: Tensor) -> None:
+def check_cu_seqlens(cu_seqlens: Tensor, x: Tensor) -> None:
     """Check document bounds; their values only where that costs no synchronisation of a device.
 
     Args:
         cu_seqlens: Document bounds `[N + 1]` int32 from 0 to T.
-        q: Queries `[1, T, H, K]`.
+        x: What is packed `[1, T, ...]`.
 
     Raises:
         ValueError: Wrong batch, dimension, dtype, device or (on CPU, outside of tracing) values.
     """
-    if q.shape[0] != 1:
+    if x.shape[0] != 1:
         raise ValueError(
-            f"cu_seqlens needs batch 1, got batch {q.shape[0]}; "
-            "flatten the inputs to [1, B * T, heads, head width]"
+            f"cu_seqlens needs batch 1, got batch {x.shape[0]}; flatten the inputs to [1, B * T, ...]"
         )
     if cu_seqlens.dtype != torch.int32:
         raise ValueError(
@@ -119,14 +116,12 @@ def check_cu_seqlens(cu_seqlens: Tensor, q: Tensor) -> None:
             f"cu_seqlens has shape {tuple(cu_seqlens.shape)}, wanted [N + 1] for N >= 1 documents; "
             "pass None for one document"
         )
-    if cu_seqlens.device != q.device:
-        raise ValueError(
-            f"cu_seqlens is on {cu_seqlens.device}, q on {q.device}; wanted one device: move cu_seqlens"
-        )
+    if cu_seqlens.device != x.device:
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, the inputs on {x.device}; move it there")
     # a subclass may be a fake tensor, whose values cannot be read
     is_readable = cu_seqlens.device.type == "cpu" and type(cu_seqlens) is Tensor
     if not torch.compiler.is_compiling() and is_readable:
-        check_bounds(cu_seqlens.tolist(), q.shape[1])
+        check_bounds(cu_seqlens.tolist(), x.shape[1])
 
 
 def check_bounds(bounds: list[int], num_tokens: int) -> None:

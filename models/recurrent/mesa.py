@@ -48,6 +48,8 @@ class _ImplicitSolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None, None]:  # pyrefly: ignore [bad-override]
+        if torch.is_grad_enabled():
+            raise NotImplementedError("MesaNet's solve has no second derivative; leave out create_graph=True")
         with torch.no_grad():
             return ctx.solve(dx.contiguous()), None, None
 

@@ -132,7 +132,7 @@ def _document_bounds_kernel(cu_seqlens, first, end, T, BLOCK: tl.constexpr):
     i_end = tl.where(is_last, T, tl.load(cu_seqlens + tl.program_id(0) + 1))
     for i_t in range(i_start, i_end, BLOCK):
         o_t = i_t + tl.arange(0, BLOCK)
-        m_t = (o_t < i_end) & (o_t < T)
+        m_t = (o_t >= 0) & (o_t < i_end) & (o_t < T)
         tl.store(first + o_t, o_t * 0 + i_start, mask=m_t)
         tl.store(end + o_t, o_t * 0 + i_end, mask=m_t)
 
@@ -151,7 +151,8 @@ def document_bounds(cu_seqlens: Tensor | None, num_tokens: int) -> tuple[Tensor 
         return None, None
     # two tensors: both aligned for every T, or kernels would be compiled for each alignment
     first, end = (torch.empty(num_tokens, dtype=torch.int32, device=cu_seqlens.device) for _ in range(2))
-    _document_bounds_kernel[(cu_seqlens.shape[0] - 1,)](cu_seqlens, first, end, num_tokens, BLOCK=1024)
+    num_documents = cu_seqlens.shape[0] - 1
+    _document_bounds_kernel[(num_documents,)](cu_seqlens.contiguous(), first, end, num_tokens, BLOCK=1024)
     return first, end
 
 

@@ -43,7 +43,7 @@ SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 def _load_rows(x, strides, i_b, i_g, o_m, GROUP: tl.constexpr, K: tl.constexpr, M: tl.constexpr):
     """Load the queries or probes of a group, [BM, K]: row m is token m // GROUP, head m % GROUP."""
     o_k = tl.arange(0, K)
-    i_x = tl.cast(i_b, tl.int64) * strides[0] + i_g * GROUP * strides[2]
+    i_x = tl.cast(i_b, tl.int64) * strides[0] + tl.cast(i_g, tl.int64) * GROUP * strides[2]
     p_x = x + i_x + (o_m // GROUP * strides[1] + o_m % GROUP * strides[2])[:, None] + o_k[None, :]
     return tl.load(p_x, mask=(o_m < M)[:, None], other=0.0)
 
@@ -89,6 +89,8 @@ def _parallax_decode_kernel(
     b_r = b_q
     if PROBE:
         b_r = _load_rows(r, r_strides, i_b, i_g, o_m, GROUP, K, M)
+    k_head = k + tl.cast(i_g, tl.int64) * k_strides[2]
+    v_head = v + tl.cast(i_g, tl.int64) * v_strides[2]
     for i_s in tl.range(i_start, i_end, BS, num_stages=STAGES):
         o_s = i_s + tl.arange(0, BS)
         m_s = o_s < i_end
@@ -100,8 +102,8 @@ def _parallax_decode_kernel(
             i_k = tl.cast(i_b, tl.int64) * k_strides[0] + o_s.to(tl.int64) * k_strides[1]
             i_v = tl.cast(i_b, tl.int64) * v_strides[0] + o_s.to(tl.int64) * v_strides[1]
         # [BS, K]; zeros past the end, whatever the cache holds there
-        b_k = tl.load(k + (i_k + i_g * k_strides[2])[:, None] + o_k[None, :], mask=m_s[:, None], other=0.0)
-        b_v = tl.load(v + (i_v + i_g * v_strides[2])[:, None] + o_k[None, :], mask=m_s[:, None], other=0.0)
+        b_k = tl.load(k_head + i_k[:, None] + o_k[None, :], mask=m_s[:, None], other=0.0)
+        b_v = tl.load(v_head + i_v[:, None] + o_k[None, :], mask=m_s[:, None], other=0.0)
         # [BM, BS]
         m_x = m_s[None, :] & (o_s[None, :] <= o_last[:, None])
         if WINDOW:

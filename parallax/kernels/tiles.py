@@ -107,13 +107,16 @@ def tile_of(kernel: KernelName, x: Tensor, use_descriptors: bool) -> Tile:
     return (_HOPPER if capability >= (9, 0) else _AMPERE)[kernel, width]
 
 
-def refusal(q: Tensor, k: Tensor) -> str | None:
+def refusal(q: Tensor, k: Tensor, scale: float) -> str | None:
     """Return why the kernels cannot serve these inputs, or None.
 
     Args:
         q: Queries `[B, T, H, K]`.
         k: Keys `[B, T, G, K]`.
+        scale: Factor of q.k.
     """
+    if not scale > 0:
+        return f"needs a positive scale, got {scale}"
     if q.device.type != "cuda":
         return f"needs CUDA, got {q.device.type}"
     if torch.cuda.get_device_capability(q.device) < (8, 0):

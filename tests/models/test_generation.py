@@ -10,7 +10,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from models import sizes
+from models import generation, sizes
 from models.config import AttentionConfig, LinearConfig, ModelConfig, ParallaxConfig, SoftmaxConfig
 from models.generation import generate, stream
 from models.sampling import Sampling, choose
@@ -100,6 +100,36 @@ def test_a_seed_repeats_and_another_differs() -> None:
     )
     assert first == again
     assert first != other
+
+
+def test_a_smaller_last_batch_draws_anew() -> None:
+    model = build(SoftmaxConfig())
+    first_tokens = [
+        [
+            g.tokens[0]
+            for g in generate(model, 5 * [[1]], max_new_tokens=1, temperature=1.0, seed=s, batch_size=4)
+        ]
+        for s in range(30)
+    ]
+    assert sum(row[0] == row[4] for row in first_tokens) < 15
+
+
+def test_autocast_does_not_reach_generation() -> None:
+    model = build(ParallaxConfig())
+    expected = [each.tokens for each in generate(model, [[1, 2], [3]], max_new_tokens=5)]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert [each.tokens for each in generate(model, [[1, 2], [3]], max_new_tokens=5)] == expected
+
+
+def test_the_current_gpu_is_a_device(
+    tmp_path: Path, byte_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_run(tmp_path, ModelConfig(size="debug", vocab_size=257))
+    byte_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(generation, "load_model", lambda checkpoint, *, device, dtype: (device, dtype))
+    words = ["--checkpoint", str(tmp_path), "--tokenizer", str(tmp_path)]
+    assert generation._load(generation._parser().parse_args(words))[0] == ("cuda", torch.bfloat16)
 
 
 def test_wrong_options_are_refused() -> None:

@@ -31,6 +31,31 @@ def test_only_ignored_labels_give_zero() -> None:
         assert not gradient.any()
 
 
+def test_a_label_that_is_no_id_is_refused_as_torch_refuses_it() -> None:
+    x, weight = torch.randn(1, 4, 8), torch.randn(5, 8)
+    for wrong in (-1, 5):
+        with pytest.raises(RuntimeError, match="out of bounds"):
+            linear_cross_entropy(x, weight, torch.tensor([[0, wrong, 2, IGNORE_INDEX]]))
+
+
+def test_a_second_derivative_is_refused() -> None:
+    x, weight = torch.randn(1, 4, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
+    loss = linear_cross_entropy(x, weight, torch.tensor([[0, 1, 2, 3]]))
+    with pytest.raises(NotImplementedError, match="has no second derivative"):
+        torch.autograd.grad(loss, x, create_graph=True)
+
+
+def test_autocast_gives_the_loss_of_its_dtype() -> None:
+    x, weight = torch.randn(1, 9, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
+    labels = torch.arange(9)[None] % 5
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(x, weight, labels, 4)
+    expected = linear_cross_entropy(x.bfloat16(), weight.bfloat16(), labels, 4)
+    assert torch.equal(loss, expected)
+    gradients = zip(*(torch.autograd.grad(y, (x, weight)) for y in (loss, expected)), strict=True)
+    assert all(torch.equal(actual, wanted) and actual.dtype == x.dtype for actual, wanted in gradients)
+
+
 def test_bfloat16_is_as_near_to_the_truth_as_plain_bfloat16() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 64, 32, generator=generator).bfloat16().requires_grad_()

@@ -281,5 +281,8 @@ def test_bad_dimensions_and_inputs_are_refused(monkeypatch: pytest.MonkeyPatch) 
     model = build(SoftmaxConfig())
     with pytest.raises(ValueError, match="at least one token"):
         model(tokens(1, 0))
-    with pytest.raises(ValueError, match="cu_seqlens goes with batch 1"):
+    with pytest.raises(ValueError, match="cu_seqlens needs batch 1"):
         model(tokens(2, 4), cu_seqlens=torch.tensor([0, 4], dtype=torch.int32))
+    for bounds, match in (([0, 3], "ends at 3"), ([1, 4], "starts at 1"), ([0, 3, 2, 4], "decreases")):
+        with pytest.raises(ValueError, match=match):
+            model(tokens(1, 4), cu_seqlens=torch.tensor(bounds, dtype=torch.int32))

@@ -1,6 +1,7 @@
 """Tests of the decode kernels in Triton's interpreter, as interpreted_kernels.py those of training."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -44,6 +45,19 @@ def test_a_sequence_without_keys_gives_zeros() -> None:
         out = run(x, num_splits, 16)
         assert torch.equal(out[0], torch.zeros_like(out[0]))
         assert relative_error(out[1], x.expected[1]) < 2e-3
+
+
+def test_heads_that_lie_over_two_to_the_31_elements_apart() -> None:
+    x = make_inputs(DecodeCase("", (40,), num_heads=3, num_kv_heads=3), torch.float16, spare=0)
+    expected = run(x, 1, 32)
+
+    def spread(cache: Tensor) -> Tensor:
+        # the pages between the heads are never touched
+        wide = torch.empty(2 * 2**30 + cache[:, :, 0].numel(), dtype=cache.dtype)
+        return wide.as_strided(cache.shape, (cache[0, :, 0].numel(), 64, 2**30, 1)).copy_(cache)
+
+    far = replace(x, k_cache=spread(x.k_cache), v_cache=spread(x.v_cache))
+    assert torch.equal(run(far, 1, 32), expected)
 
 
 def test_the_table_fills_the_device_and_splits_no_more_than_that_takes() -> None:

@@ -30,7 +30,7 @@ def kernels_serve(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
     def refuse(*args, **kwargs):
         raise AssertionError("eager ran where the kernels serve")
 
-    monkeypatch.setattr(tiles, "refusal", lambda q, k: None)
+    monkeypatch.setattr(tiles, "refusal", lambda q, k, scale: None)
     monkeypatch.setattr(forward, "forward", recorded)
     monkeypatch.setattr(eager, "forward", refuse)
     monkeypatch.setattr(eager, "backward", refuse)
@@ -70,7 +70,8 @@ def test_what_the_kernels_do_not_serve_runs_eagerly(monkeypatch: pytest.MonkeyPa
     def refuse(*args, **kwargs):
         raise AssertionError("a kernel ran")
 
-    monkeypatch.setattr(tiles, "refusal", lambda q, k: None)
+    of_scale = tiles.refusal
+    monkeypatch.setattr(tiles, "refusal", lambda q, k, scale: None if scale > 0 else of_scale(q, k, scale))
     monkeypatch.setattr(forward, "forward", refuse)
     q, _, k, v, _ = Case("rows", 20).inputs(torch.float32)
     assert local_linear_attention(q, k, v, scale=0.0).isfinite().all()

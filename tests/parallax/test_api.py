@@ -74,7 +74,7 @@ REFUSED = [
         "cu_device",
         {"cu_seqlens": EMPTY(2, dtype=INT32, device="meta")},
         ValueError,
-        "cu_seqlens is on meta, q on cpu",
+        "cu_seqlens is on meta, the inputs on cpu",
     ),
     ("cu_start", {"cu_seqlens": torch.tensor([1, 8], dtype=INT32)}, ValueError, "starts at 1, wanted 0"),
     (
@@ -108,7 +108,7 @@ def test_packed_documents_with_a_batch_are_refused() -> None:
         parallax_attention(q, r, k, v, cu_seqlens=cu_seqlens_of((8,)))
 
 
-def refuse(q: Tensor, k: Tensor) -> str:
+def refuse(q: Tensor, k: Tensor, scale: float) -> str:
     return f"needs CUDA, got {q.device}"
 
 
@@ -118,6 +118,12 @@ def test_explicit_implementation_that_cannot_serve_is_refused(monkeypatch: pytes
         NotImplementedError, match="impl='triton' needs CUDA, got cpu; use one of 'reference', 'eager'"
     ):
         call_with(impl="triton")
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5, float("nan")])
+def test_the_kernels_refuse_a_scale_that_is_not_positive(scale: float) -> None:
+    with pytest.raises(NotImplementedError, match=r"impl='triton' needs a positive scale, got .*'eager'"):
+        call_with(impl="triton", scale=scale)
 
 
 @pytest.mark.parametrize("is_served", [True, False])
@@ -130,10 +136,12 @@ def test_default_picks_the_first_preferred_that_serves(
         calls.append(name)
         return tensors[0]
 
-    kernels = api._Implementation(partial(record, "triton"), (lambda q, k: None) if is_served else refuse)
+    kernels = api._Implementation(
+        partial(record, "triton"), (lambda q, k, scale: None) if is_served else refuse
+    )
     monkeypatch.setitem(api._IMPLEMENTATIONS, "triton", kernels)
     monkeypatch.setitem(
-        api._IMPLEMENTATIONS, "eager", api._Implementation(partial(record, "eager"), lambda q, k: None)
+        api._IMPLEMENTATIONS, "eager", api._Implementation(partial(record, "eager"), lambda q, k, scale: None)
     )
     call_with()
     monkeypatch.setitem(api._PREFERRED, "cpu", ("triton", "eager"))

@@ -94,3 +94,10 @@ def test_wrong_input_is_named() -> None:
     refused(ValueError, r"impl is 'cute', wanted 'triton', 'eager'", impl="cute")
     refused(NotImplementedError, r"impl='triton' needs CUDA, got cpu; use 'eager'", impl="triton")
     refused(ValueError, r"out is not contiguous", out=torch.empty(2, 64, 4, 1).transpose(1, 3))
+
+
+def test_autocast_does_not_reach_the_operator() -> None:
+    x = make_inputs(CASES[1], torch.float32)
+    expected = decode(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(decode(x), expected)
