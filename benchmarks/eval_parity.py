@@ -258,8 +258,7 @@ def _side(answers: Answers) -> dict[str, Any]:
     return {"seconds": answers.seconds, "requests_per_second": rate, "metrics": answers.metrics}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run `python -m benchmarks.eval_parity`."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -276,7 +275,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 64, 256], help="of the harness")
     parser.add_argument("--scratch", type=Path, default=Path(".cache/eval_parity"))
     parser.add_argument("--name", default="eval_parity", help="of the result's file")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run `python -m benchmarks.eval_parity`."""
+    options = _parser().parse_args(arguments)
     model, tokenizer, theirs_model, fast = _open(options)
     where = {"data": options.data, "limit": options.limit}
 

@@ -1,4 +1,8 @@
-"""Tile sizes of the kernels, by head width, dtype and GPU generation; from benchmarks/tune_attention.py."""
+"""Tile sizes of the kernels, by head width, dtype and GPU generation.
+
+From benchmarks/tune_attention.py (benchmarks/results/tune_attention_h100_202611.json), those of the
+specialised kernels from benchmarks/results/hopper_log_202611.md.
+"""
 
 from typing import Literal, NamedTuple
 
