@@ -1,7 +1,7 @@
 """From a TOML file and dotted overrides to a typed RunConfig, strictly.
 
-`extends = "base/x.toml"` (or a list, later ones win) pulls in other files: tables merge, values replace; a
-table whose `kind` changes replaces the one below it. Unknown keys, wrong types and bad choices raise
+`extends = "base/x.toml"` (or a list, later ones win) pulls in other files: tables merge, values replace; of a
+table whose `kind` changes only what all kinds share stays. Unknown keys, wrong types and bad choices raise
 ConfigError before anything is built. "none" is None where a key may be unset.
 """
 
@@ -15,9 +15,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from optimizers.config import ScheduleConfig
 from training.run_config import RunConfig
 
 Table = dict[str, Any]
+
+# kinds of schedules share all keys, but these say something of "wsd" alone
+_WSD_KEYS = ("decay_ratio", "decay_steps", "decay_shape")
+# what optimizers have in common; the learning rate of one is none for another
+_GROUP_KEYS = ("parameters", "weight_decay", "weight_decay_gamma")
 
 
 class ConfigError(ValueError):
@@ -35,13 +41,26 @@ def _read_toml(path: Path) -> Table:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
 
 
-def _merge(below: Table, above: Table) -> Table:
+def _kept(name: str, below: Table, above: Table) -> Table:
+    """What stays of a table below another one, whose kind may be another."""
+    before = below.get("kind", "wsd" if name == "schedule" else None)
+    if "kind" not in above or before in (None, above["kind"]):
+        return below
+    if name == "schedule":
+        return {key: value for key, value in below.items() if key not in _WSD_KEYS}
+    is_group = name.startswith("optimizer.groups.")
+    return {key: below[key] for key in _GROUP_KEYS if is_group and key in below}
+
+
+def _merge(below: Table, above: Table, name: str = "", *, is_one_source: bool = False) -> Table:
+    """Lay one table over another; keys of one source (the overrides) belong together whatever their kind."""
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
         if isinstance(value, dict) and isinstance(old, dict):
-            replaces = "kind" in value and "kind" in old and value["kind"] != old["kind"]
-            merged[key] = value if replaces else _merge(old, value)
+            path = f"{name}.{key}".lstrip(".")
+            kept = old if is_one_source else _kept(path, old, value)
+            merged[key] = _merge(kept, value, path, is_one_source=is_one_source)
         else:
             merged[key] = value
     return merged
@@ -79,7 +98,7 @@ def _parse_overrides(arguments: Sequence[str]) -> Table:
             value = text
         for part in reversed(key.split(".")):
             value = {part: value}
-        table = _merge(table, typing.cast(Table, value))
+        table = _merge(table, typing.cast(Table, value), is_one_source=True)
     return table
 
 
@@ -125,7 +144,8 @@ def _build_dataclass(cls: type, value: Table, key: str) -> Any:
     for name, field in fields.items():
         has_default = (field.default, field.default_factory) != (dataclasses.MISSING, dataclasses.MISSING)
         if name not in value and not has_default:
-            raise ConfigError(f"{prefix}{name}: missing; want {_type_name(hints[name])}")
+            lost = " (a table whose kind changed needs its own)" if "kind" in value else ""
+            raise ConfigError(f"{prefix}{name}: missing; want {_type_name(hints[name])}{lost}")
     arguments = {name: _convert(hints[name], v, f"{prefix}{name}") for name, v in value.items()}
     try:
         return cls(**arguments)
@@ -180,6 +200,16 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     return value
 
 
+def _check_schedule(schedule: ScheduleConfig) -> None:
+    for key in _WSD_KEYS if schedule.kind != "wsd" else ():
+        value = getattr(schedule, key)
+        if value != getattr(ScheduleConfig(), key):
+            raise ConfigError(
+                f"schedule.{key}: got {json.dumps(value)}, which a {schedule.kind} schedule does not read; "
+                'leave it out, or set schedule.kind to "wsd"'
+            )
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run.
 
@@ -201,6 +231,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         run.setdefault("name", path.stem)
         run.setdefault("folder", f"runs/{run['name']}")
     try:
-        return _build_dataclass(RunConfig, table, "")
+        config = _build_dataclass(RunConfig, table, "")
+        _check_schedule(config.schedule)
+        return config
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None

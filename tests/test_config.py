@@ -1,5 +1,6 @@
 """The strict loader: what it merges, what it refuses and how it says so."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 import config
 from data.config import ParquetSource
 from models.config_table import to_toml
+from optimizers.config import MuonGroup, ScheduleConfig
 
 RUN = """
 [model]
@@ -89,6 +91,44 @@ def test_a_child_says_the_decay_in_steps_where_its_base_says_a_ratio(tmp_path: P
     assert (schedule.warmup_steps, schedule.decay_ratio, schedule.decay_steps) == (1, None, 3)
     message = refusal(write(tmp_path, child.replace('decay_ratio = "none"\n', "")))
     assert "schedule.decay_ratio (0.5) and decay_steps (3) are both given" in message
+
+
+@pytest.mark.parametrize("kind", ["cosine", "constant"])
+@pytest.mark.parametrize("base_kind", ['kind = "wsd"\n', ""])
+def test_another_kind_of_schedule_dropped_the_warm_up(tmp_path: Path, kind: str, base_kind: str) -> None:
+    below = f'{base_kind}warmup_steps = 5\ndecay_ratio = 0.5\ndecay_shape = "cosine"\nmin_lr_ratio = 0.1\n'
+    path = write(tmp_path, RUN.replace("warmup_steps = 1", below))
+    schedule = config.load(path, ["--schedule.kind", kind]).schedule
+    # of the decay of the base nothing stays
+    plain = ScheduleConfig(warmup_steps=5, min_lr_ratio=0.1)
+    assert (schedule.kind, dataclasses.replace(schedule, kind="wsd")) == (kind, plain)
+    child = write(tmp_path, f'extends = "run.toml"\n[schedule]\nkind = "{kind}"\n', "child.toml")
+    assert config.load(child).schedule == schedule
+    back = config.load(child, ["--schedule.kind", "wsd", "--schedule.decay_steps", "3"]).schedule
+    assert (back.warmup_steps, back.decay_ratio, back.decay_steps) == (5, None, 3)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("decay_ratio", "0.5"), ("decay_steps", "3"), ("decay_shape", '"cosine"')]
+)
+def test_a_key_that_the_kind_of_schedule_does_not_read_was_taken(
+    tmp_path: Path, key: str, value: str
+) -> None:
+    words = ["--schedule.kind=cosine", f"--schedule.{key}={value}"]
+    for overrides in (words, words[::-1]):
+        message = refusal(write(tmp_path, RUN), *overrides)
+        assert f"schedule.{key}: got {value}, which a cosine schedule does not read" in message
+    text = RUN.replace("warmup_steps = 1", f'kind = "constant"\n{key} = {value}')
+    assert f"schedule.{key}: got {value}, which a constant schedule" in refusal(write(tmp_path, text))
+
+
+def test_another_kind_of_optimizer_lost_the_parameters_and_the_weight_decay(tmp_path: Path) -> None:
+    path = write(tmp_path, RUN.replace("lr = 1e-3", "lr = 1e-3\nweight_decay = 0.1\nbeta1 = 0.5"))
+    kind = "--optimizer.groups.all.kind=muon"
+    message = refusal(path, kind)
+    assert "optimizer.groups.all.lr: missing; want a number (a table whose kind changed needs its" in message
+    group = config.load(path, [kind, "--optimizer.groups.all.lr", "0.01"]).optimizer.groups["all"]
+    assert group == MuonGroup(parameters=[".*"], lr=0.01, weight_decay=0.1)
 
 
 def test_later_files_win_and_cycles_are_found(tmp_path: Path) -> None:

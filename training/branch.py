@@ -7,6 +7,7 @@ one of its checkpoints and decays.
 import dataclasses
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from training.run_folder import check_fits, has_checkpoint, saved_config
 _FIXED_KEYS = (("training", "seq_len"), ("data", "mask_documents"))
 _KEYS_TO_WARN_OF = (
     *(("training", "global_batch_size"), ("training", "max_grad_norm"), ("training", "precision")),
-    ("run", "seed"),
+    *(("run", "seed"), ("data", "validation_documents"), ("eval", "max_tokens")),
 )
+# of an optimizer group: check_fits compares the parameters, _rate_differences the others
+_KEYS_COMPARED_ELSEWHERE = ("parameters", "lr", "weight_decay", "weight_decay_gamma")
 
 
 def checkpoint_step(checkpoint: Path) -> int:
@@ -97,7 +100,8 @@ def branch_warnings(run: RunConfig) -> list[str]:
     if saved is None:
         return [f"{source.parent.parent} has no config.toml: its schedule, model and batch were not compared"]
     step = checkpoint_step(source)
-    differences = [*_differing(run, saved, _KEYS_TO_WARN_OF), *_rate_differences(run, saved, step)]
+    paths = _paths_to_warn_of(run, saved)
+    differences = [*_differing(run, saved, paths), *_rate_differences(run, saved, step)]
     return [f"the steps before {source} were not this run's: {'; '.join(differences)}"] if differences else []
 
 
@@ -114,8 +118,8 @@ def resume_warnings(run: RunConfig, step: int) -> list[str]:
     saved = saved_config(Path(run.run.folder))
     if saved is None:
         return []
-    keys = (*_FIXED_KEYS, *_KEYS_TO_WARN_OF)
-    differences = [*_differing(run, saved, keys), *_rate_differences(run, saved, step)]
+    paths = [*_FIXED_KEYS, *_paths_to_warn_of(run, saved)]
+    differences = [*_differing(run, saved, paths), *_rate_differences(run, saved, step)]
     message = (
         f"the first {step} steps of {run.run.folder} had another config: {'; '.join(differences)}; "
         "restore it unless you mean it"
@@ -157,13 +161,32 @@ def _get(table: Table, section: str, key: str) -> Any:
     return None if value == "none" else value
 
 
-def _differing(run: RunConfig, saved: Table, keys: tuple[tuple[str, str], ...]) -> list[str]:
+def _at(table: Any, path: tuple[str, ...]) -> Any:
+    for key in path:
+        table = table.get(key) if isinstance(table, dict) else None
+    return table
+
+
+def _paths_to_warn_of(run: RunConfig, saved: Table) -> list[tuple[str, ...]]:
+    now = to_table(run)
+    paths: list[tuple[str, ...]] = [*_KEYS_TO_WARN_OF]
+    for name, group in now["optimizer"]["groups"].items():
+        paths += [("optimizer", "groups", name, key) for key in group if key not in _KEYS_COMPARED_ELSEWHERE]
+    validation = ("data", "validation")
+    texts = (_at(now, validation), _at(saved, validation))
+    # key by key, unless one of the two has none
+    has_both = all(isinstance(text, dict) for text in texts)
+    return paths + ([(*validation, key) for key in texts[0]] if has_both else [validation])
+
+
+def _differing(run: RunConfig, saved: Table, paths: Iterable[tuple[str, ...]]) -> list[str]:
     """Where the other run said something else; what its config does not name is not compared."""
     now = to_table(run)
+    pairs = {".".join(path): (_at(saved, path), _at(now, path)) for path in paths}
     return [
-        f"{section}.{key} is {saved[section][key]!r} there and {now[section][key]!r} here"
-        for section, key in keys
-        if key in saved.get(section, {}) and saved[section][key] != now[section][key]
+        f"{key} is {there!r} there and {here!r} here"
+        for key, (there, here) in pairs.items()
+        if there is not None and there != here
     ]
 
 

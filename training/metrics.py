@@ -1,10 +1,12 @@
 """Metrics of a run: every step in a JSONL, a console line now and then, TensorBoard and wandb on request."""
 
+import itertools
 import json
 import os
 import secrets
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from torchtitan.distributed import ParallelDims
 
 from training.log import logger
 from training.run_config import MetricsConfig
+from training.run_folder import has_checkpoint
 
 GIB = 2**30
 BAR_WIDTH = 20
@@ -55,22 +58,40 @@ class JsonlWriter:
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 
+    def _lines(self) -> Iterator[tuple[str, int | None]]:
+        """Each line with its step, None where it is damaged."""
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                yield line, int(json.loads(line)["step"])
+            except (ValueError, KeyError, TypeError):
+                yield line, None
+
     def forget_after(self, step: int) -> None:
         """Drop what a run wrote past the checkpoint that it now continues from."""
         self._file.close()
         kept = []
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                is_kept = json.loads(line)["step"] <= step
-            except (json.JSONDecodeError, KeyError, TypeError):
+        for line, its_step in self._lines():
+            if its_step is None:
                 logger.warning(f"{self.path}: dropped a damaged line: {line[:80]}")
-                continue
-            if is_kept:
+            elif its_step <= step:
                 kept.append(line + "\n")
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(kept), encoding="utf-8")
         os.replace(temporary, self.path)
         self._file = self.path.open("a", encoding="utf-8")
+
+    def has_after(self, step: int) -> bool:
+        """Whether a later step is on record."""
+        return any(its_step is not None and its_step > step for _, its_step in self._lines())
+
+    def set_aside(self) -> Path:
+        """Begin the file anew; gives the first free name <file>.1, .2, ..., under which the record stays."""
+        self._file.close()
+        names = (self.path.with_name(f"{self.path.name}.{n}") for n in itertools.count(1))
+        aside = next(path for path in names if not path.exists())
+        os.replace(self.path, aside)
+        self._file = self.path.open("a", encoding="utf-8")
+        return aside
 
     def names_at(self, step: int) -> set[str]:
         """What is on record for a step."""
@@ -107,21 +128,27 @@ class RunMetrics(MetricsProcessor):
         self.is_writer = torch.distributed.get_rank() == 0
         self.total_steps = job_config.training.steps
         self.folder = Path(job_config.job.dump_folder)
-        self.time_launched = time.perf_counter()
-        self._second_step: tuple[int, float] | None = None
-        self.jsonl = self.tensorboard = self.wandb_run = None
+        self._num_steps = 0  # of this launch
+        self._first_step_end = 0.0
+        self.jsonl = self.wandb_run = None
+        self.tensorboard: SummaryWriter | None = None  # from resume() on
         if self.is_writer:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.jsonl = JsonlWriter(self.folder / "metrics.jsonl")
-            if config.tensorboard:
-                self.tensorboard = SummaryWriter(str(self.folder / "tensorboard"))
             if config.wandb:
                 self.wandb_run = _start_wandb(self.folder, job_config.job.description, resolved_config)
 
     def resume(self, step: int) -> None:
-        """Continue the record after a step."""
+        """Continue the record after a step, -1 for a start; the record of a run that starts over is kept."""
         if self.jsonl is not None:
+            if not has_checkpoint(self.folder) and self.jsonl.has_after(max(step, 0)):
+                aside = self.jsonl.set_aside()
+                logger.warning(
+                    f"no checkpoint in {self.folder}; starting over, the earlier record is {aside}"
+                )
             self.jsonl.forget_after(step)
+            if self.config.tensorboard:
+                self.tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
         self.restart_clock()
 
     def names_at(self, step: int) -> set[str]:
@@ -138,13 +165,17 @@ class RunMetrics(MetricsProcessor):
         self.device_memory_monitor.reset_peak_stats()
 
     def throughput(self) -> dict[str, float | None]:
-        """Throughput of the interval that ends now, over all ranks; begins the next interval.
+        """Throughput of the step that ends now, over all ranks; begins the next interval.
 
         Returns:
             tokens/s, model FLOPs utilization in percent of the bf16 peak (None without a GPU), seconds,
             percent of the time spent waiting for data, and peak memory in GiB (None without a GPU).
         """
-        seconds = time.perf_counter() - self.time_last_log
+        now = time.perf_counter()
+        seconds = now - self.time_last_log
+        self._num_steps += 1
+        if self._num_steps == 1:
+            self._first_step_end = now
         tokens_per_second = self.ntokens_since_last_log * self.world_size / seconds
         on_gpu = torch.cuda.is_available()
         flops = self.num_flops_per_token * tokens_per_second / self.world_size
@@ -202,7 +233,7 @@ class RunMetrics(MetricsProcessor):
             table = wandb.Table(["step", "prompt", "text"])
             for sample in samples:
                 table.add_data(step, sample["prompt"], sample["text"])
-            self.wandb_run.log({"samples": table}, step=step)
+            self.wandb_run.log({"step": step, "samples": table})
 
     def record(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Write metrics of a step to every sink.
@@ -218,19 +249,17 @@ class RunMetrics(MetricsProcessor):
             for name, value in numbers.items():
                 self.tensorboard.add_scalar(name, value, step)
         if self.wandb_run is not None:
-            self.wandb_run.log(numbers, step=step)
+            self.wandb_run.log({"step": step, **numbers})
 
-    def mean_step_seconds(self, step: int) -> float:
-        """Mean time of a step since the second one of this launch; the first compiles."""
-        now = time.perf_counter()
-        if self._second_step is None:
-            self._second_step = (step, now)
-        first, since = self._second_step
-        return (now - since) / (step - first) if step > first else now - self.time_launched
+    def mean_step_seconds(self) -> float | None:
+        """Mean time of a step since the first one of this launch, which compiles; None before a second."""
+        if self._num_steps < 2:
+            return None
+        return (time.perf_counter() - self._first_step_end) / (self._num_steps - 1)
 
     def console(self, step: int, metrics: Mapping[str, Any], last_step: int) -> None:
         """Print a step's line: progress, loss, speed, time left until last_step."""
-        left = (last_step - step) * self.mean_step_seconds(step)
+        step_seconds = self.mean_step_seconds()
         mfu, memory = metrics["mfu_percent"], metrics["peak_memory_gib"]
         parts = [
             f"{progress_bar(step, self.total_steps)} step {step}/{self.total_steps}",
@@ -239,7 +268,7 @@ class RunMetrics(MetricsProcessor):
             f"{metrics['tokens_per_second']:,.0f} tokens/s",
             f"MFU {mfu:.1f}%" if mfu is not None else "",
             f"{memory:.1f} GiB" if memory is not None else "",
-            f"{duration(left)} left",
+            f"{duration((last_step - step) * step_seconds)} left" if step_seconds is not None else "",
         ]
         logger.info("  ".join(part for part in parts if part))
 
@@ -250,7 +279,8 @@ class RunMetrics(MetricsProcessor):
             if sink is not None:
                 sink.close()
         if self.wandb_run is not None:
-            self.wandb_run.finish()
+            # a run that fails closes its sinks on the way out, and is to be seen as failed
+            self.wandb_run.finish(exit_code=0 if sys.exc_info()[0] is None else 1)
 
 
 def _start_wandb(folder: Path, name: str, resolved_config: Mapping[str, Any]) -> Any:
@@ -260,7 +290,7 @@ def _start_wandb(folder: Path, name: str, resolved_config: Mapping[str, Any]) ->
     id_file = folder / "wandb_id"
     if not id_file.exists():
         id_file.write_text(secrets.token_hex(4), encoding="utf-8")
-    return wandb.init(
+    run = wandb.init(
         project=os.environ.get("WANDB_PROJECT", "parallax"),
         name=name,
         id=id_file.read_text(encoding="utf-8"),
@@ -268,3 +298,7 @@ def _start_wandb(folder: Path, name: str, resolved_config: Mapping[str, Any]) ->
         dir=str(folder),
         config=dict(resolved_config),
     )
+    # wandb's own steps never go back, and would drop those that a resumed run takes again
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    return run

@@ -201,6 +201,35 @@ def test_a_run_that_goes_on_with_another_config_says_so(tmp_path: Path) -> None:
     assert resume_warnings(load(tmp_path / "run", "--training.seq_len", "512"), 20) == []
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("optimizer.groups.hidden.momentum", "0.5", "is 0.95 there and 0.5 here"),
+        ("optimizer.groups.hidden.scale", "unit", "is 'spectral' there and 'unit' here"),
+        ("optimizer.groups.hidden.nesterov", "false", "is True there and False here"),
+        ("optimizer.groups.embedding.beta2", "0.5", "is 0.95 there and 0.5 here"),
+        ("optimizer.groups.embedding.eps", "1e-3", "is 1e-08 there and 0.001 here"),
+        ("eval.max_tokens", "1000", "is 100000 there and 1000 here"),
+        ("data.validation.files", '["x.parquet"]', "there and ['x.parquet'] here"),
+        ("data.validation", "none", "there and 'none' here"),
+        ("data.validation_documents", "held_out", "is 'all' there and 'held_out' here"),
+    ],
+)
+def test_a_change_of_what_is_no_rate_went_unsaid(tmp_path: Path, key: str, value: str, said: str) -> None:
+    source = write_run(tmp_path / "run")
+    words = (f"--{key}", value)
+    (resumed,) = resume_warnings(load(tmp_path / "run", *words), 20)
+    (branched,) = branch_warnings(load(tmp_path / "b", "--checkpoint.start_from", str(source), *words))
+    for warning in (resumed, branched):
+        assert f"{key} is " in warning
+        assert said in warning
+        assert ";" not in warning.partition("restore it")[0].rstrip("; ")  # nothing else
+    # groups of a config of before a key was there
+    table = (tmp_path / "run" / "config.toml").read_text()
+    (tmp_path / "run" / "config.toml").write_text(table.replace("\nmomentum =", "\n# momentum ="))
+    assert resume_warnings(load(tmp_path / "run", "--optimizer.groups.hidden.momentum", "0.5"), 20) == []
+
+
 def test_a_run_folder_with_checkpoints_keeps_its_start(tmp_path: Path) -> None:
     source = write_run(tmp_path / "stable")
     start = ["--checkpoint.start_from", str(source)]

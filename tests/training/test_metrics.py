@@ -1,11 +1,25 @@
 """The record and the console's words."""
 
+import contextlib
 import json
+import logging
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torchtitan.config import JobConfig
+from torchtitan.distributed import ParallelDims
 
-from training.metrics import JsonlWriter, duration, progress_bar
+from eval.run_records import read_run
+from training.log import logger
+from training.metrics import JsonlWriter, RunMetrics, duration, progress_bar
+from training.run_config import MetricsConfig
 
 
 @pytest.mark.parametrize(
@@ -35,3 +49,158 @@ def test_a_resumed_record_forgets_what_came_after_the_checkpoint_and_a_torn_line
     writer.close()
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(line["step"], line["loss"]) for line in lines[2:]] == [(3, 0.1 * 3), (4, 7.0)]
+
+
+Launch = Callable[..., RunMetrics]
+
+
+@pytest.fixture
+def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launch:
+    """Opens the metrics of a launch in the folder "run", as one process does."""
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    memory = SimpleNamespace(device_name="cpu", reset_peak_stats=lambda: None)
+    monkeypatch.setattr("torchtitan.components.metrics.build_device_memory_monitor", lambda: memory)
+
+    def start(**sinks: bool) -> RunMetrics:
+        job = JobConfig()
+        job.job.dump_folder, job.training.steps = str(tmp_path / "run"), 1000
+        dims = ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=1, pp=1, ep=1, etp=1, world_size=1)
+        config = MetricsConfig(**{"tensorboard": False, **sinks})
+        return RunMetrics(job, dims, config=config, resolved_config={})
+
+    return start
+
+
+def add_checkpoint(folder: Path, step: int) -> None:
+    (folder / "checkpoint" / f"step-{step}").mkdir(parents=True)
+    (folder / "checkpoint" / f"step-{step}" / ".metadata").touch()
+
+
+def test_tensorboard_showed_the_steps_that_a_resumed_run_took_again_twice(
+    launch: Launch, tmp_path: Path
+) -> None:
+    for resumed_at, steps, loss in ((-1, range(1, 10), 1.0), (5, range(6, 9), 2.0)):
+        time.sleep(1.1 if resumed_at > 0 else 0)  # the files' order is that of the seconds in their names
+        metrics = launch(tensorboard=True)
+        metrics.resume(resumed_at)
+        for step in steps:
+            metrics.record(step, {"loss": loss})
+        metrics.close()
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    found = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert found == [(step, 1.0 if step < 6 else 2.0) for step in range(1, 9)]
+
+
+class FakeWandb:
+    """What wandb does with a history: its own steps never go back, and what would take them there is lost."""
+
+    def __init__(self) -> None:
+        self.history: list[dict[str, Any]] = []
+        self.axes: dict[str, str | None] = {}
+        self.exit_code: int | None = None
+        self._last_step = -1
+
+    def init(self, **_: Any) -> "FakeWandb":
+        return self
+
+    def define_metric(self, name: str, step_metric: str | None = None) -> None:
+        self.axes[name] = step_metric
+
+    def log(self, data: dict[str, Any], step: int | None = None) -> None:
+        step = self._last_step + 1 if step is None else step
+        if step >= self._last_step:
+            self.history.append(data)
+            self._last_step = step
+
+    def finish(self, exit_code: int | None = None) -> None:
+        self.exit_code = exit_code
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
+    fake = FakeWandb()
+    names = {"init": fake.init, "Table": lambda columns: SimpleNamespace(add_data=lambda *cells: None)}
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(**names))
+    return fake
+
+
+def test_wandb_lost_the_steps_that_a_resumed_run_took_again(launch: Launch, wandb: FakeWandb) -> None:
+    for resumed_at, steps in ((-1, range(1, 10)), (5, range(6, 8))):
+        metrics = launch(wandb=True)
+        metrics.resume(resumed_at)
+        for step in steps:
+            metrics.record(step, {"loss": 0.5})
+        metrics.record_samples(steps[-1], [{"prompt": "a", "text": "b"}], {})
+        metrics.close()
+    assert [line["step"] for line in wandb.history if "loss" in line] == [*range(1, 10), 6, 7]
+    assert [line["step"] for line in wandb.history if "samples" in line] == [9, 7]
+    assert wandb.axes == {"step": None, "*": "step"}
+
+
+def test_wandb_took_a_run_that_failed_for_finished(launch: Launch, wandb: FakeWandb) -> None:
+    metrics = launch(wandb=True)
+    with pytest.raises(RuntimeError), contextlib.closing(metrics):
+        raise RuntimeError("out of memory")
+    assert wandb.exit_code == 1
+    launch(wandb=True).close()
+    assert wandb.exit_code == 0
+
+
+def record_steps(metrics: RunMetrics, *steps: int) -> str:
+    """Record steps and close; gives the file's new content."""
+    for step in steps:
+        metrics.record(step, {"loss": 0.5, "step_seconds": 1.0, "tokens": 8 * step})
+    metrics.close()
+    return (metrics.folder / "metrics.jsonl").read_text()
+
+
+def test_a_record_without_its_checkpoints_was_wiped_by_the_next_start(
+    launch: Launch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "run"
+    old = record_steps(launch(), 0, 1, 2)
+    for name, step, torn in (("metrics.jsonl.1", -1, '{"step": 3, "lo'), ("metrics.jsonl.2", 1, "")):
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write(torn)
+        metrics = launch()
+        metrics.resume(step)  # 1 is where a branch starts
+        assert (folder / name).read_text() == old + torn
+        assert (
+            f"no checkpoint in {folder}; starting over, the earlier record is {folder / name}" in caplog.text
+        )
+        old = record_steps(metrics, 2, 3)
+    # the file that was set aside is no part of the run
+    assert [record["step"] for record in read_run(folder).steps] == [2, 3]
+
+
+def test_a_record_is_set_aside_only_where_a_run_starts_over(launch: Launch, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    record_steps(launch(), 0)
+    launch().resume(-1)  # the evaluation at step 0 is made again
+    assert (folder / "metrics.jsonl").read_text() == ""
+    record_steps(launch(), 1, 2, 3)
+    add_checkpoint(folder, 2)
+    metrics = launch()
+    metrics.resume(2)
+    assert [json.loads(line)["step"] for line in record_steps(metrics, 3).splitlines()] == [1, 2, 3]
+    assert not list(folder.glob("metrics.jsonl.*"))
+
+
+def test_the_first_time_left_after_a_resume_was_weeks_too_long(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    caplog.set_level(logging.INFO, logger.name)
+    metrics = launch()
+    clock[0] += 600  # what building the model and loading the checkpoint take
+    metrics.resume(900)
+    for step in range(901, 911):
+        clock[0] += 300 if step == 901 else 2  # the first one compiles
+        record = metrics.throughput()
+        if step in (901, 910):
+            metrics.console(step, {"loss": 1.0, "grad_norm": 1.0, **record}, 1000)
+    first, second = (message for message in caplog.messages if "/1000" in message)
+    assert "left" not in first
+    assert "3m00s left" in second
