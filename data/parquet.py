@@ -123,9 +123,10 @@ def local_files(patterns: Sequence[str], kind: str) -> list[Path]:
         kind: What kind of source asks, for the message.
 
     Raises:
-        ValueError: If a pattern matches no file.
+        ValueError: If a pattern matches no file, or a file is named twice.
     """
     files: list[Path] = []
+    found: dict[Path, str] = {}
     for pattern in patterns:
         path = Path(pattern)
         # A path that exists is meant literally, brackets and all.
@@ -140,7 +141,15 @@ def local_files(patterns: Sequence[str], kind: str) -> list[Path]:
                 f"no file matches {pattern!r} in the files of a {kind} source (searched from {Path.cwd()}): "
                 "correct the path; `python -m data.sample --out .cache/sample` makes the debug configs' files"
             )
-        files.extend(matches)
+        for match in matches:
+            place = match.resolve()
+            if place in found:
+                raise ValueError(
+                    f"{match} is named twice in the files of a {kind} source, by {found[place]!r} and by "
+                    f"{pattern!r}, and would be read twice: let one of them name it"
+                )
+            found[place] = pattern
+            files.append(match)
     return files
 
 

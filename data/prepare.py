@@ -22,10 +22,12 @@ from data.encoding import Encode, EncodedDocument, encoder
 from data.files import FileDocuments
 from data.hub import HubDocumentFile
 from data.shard_format import (
+    DOCUMENT,
     FORMAT,
     MANIFEST_FILE,
     PARTIAL,
     SETTINGS_FILE,
+    SHARD_FILE,
     SHARDS_FOLDER,
     SPLITS,
     TOKEN,
@@ -98,7 +100,7 @@ def prepare(
 ) -> Manifest:
     """Write a source's documents as token shards, or go on where an earlier call stopped.
 
-    A shard that was deleted is written anew; finished ones are not touched.
+    A shard that was deleted, or lacks files or parts of them, is written anew; whole ones are not touched.
 
     Args:
         folder: Where to write.
@@ -275,7 +277,7 @@ def _settings(
 
 
 def _begin(folder: Path, settings: dict[str, Any]) -> None:
-    """Refuse to go on with other settings, and clear away what a kill left."""
+    """Refuse to go on with other settings, and clear away shards that are not whole."""
     path = folder / SETTINGS_FILE
     if not path.exists():
         write_json(path, settings)
@@ -290,6 +292,25 @@ def _begin(folder: Path, settings: dict[str, Any]) -> None:
             "into another folder"
         )
     _remove_partial(folder)
+    for place in (folder / SHARDS_FOLDER).glob("*"):
+        if place.name.isdigit() and not _is_whole(folder, int(place.name)):
+            shutil.rmtree(place)
+
+
+def _is_whole(folder: Path, number: int) -> bool:
+    """Whether a shard's files are there, as long as its shard.json says."""
+    place = shard_folder(folder, number)
+    if not (place / SHARD_FILE).exists():
+        return False
+    sizes = {
+        place / f"{split}.{suffix}": size
+        for split, summary in read_shard(folder, number).splits.items()
+        for suffix, size in (
+            ("tokens", summary.tokens * TOKEN.itemsize),
+            ("documents", summary.documents * DOCUMENT.itemsize),
+        )
+    }
+    return all(file.exists() and file.stat().st_size == size for file, size in sizes.items())
 
 
 def _remove_partial(folder: Path) -> None:

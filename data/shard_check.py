@@ -12,6 +12,7 @@ from data.encoding import num_cores
 from data.shard_format import (
     DOCUMENT,
     INDEX,
+    MANIFEST_FILE,
     SPLITS,
     TOKEN,
     Manifest,
@@ -28,7 +29,7 @@ from data.shard_writer import index_records
 _DOCUMENTS_AT_ONCE = 1 << 20
 
 
-def verify(folder: Path) -> Iterator[tuple[str, list[str]]]:
+def verify(folder: Path) -> Iterator[tuple[Path, list[str]]]:
     """Read everything and compare it with what was written.
 
     Checked are every file's SHA-256, each document's CRC-32 and last token, every id against the vocabulary,
@@ -38,7 +39,8 @@ def verify(folder: Path) -> Iterator[tuple[str, list[str]]]:
         folder: The folder that was prepared.
 
     Yields:
-        What was checked and what is wrong with it, by file, as it goes.
+        What was checked, which is what to delete if it is damaged (a shard's folder, an index, the
+        manifest), and what is wrong with it, as it goes.
 
     Raises:
         ValueError: If there is no manifest that can be read.
@@ -50,10 +52,10 @@ def verify(folder: Path) -> Iterator[tuple[str, list[str]]]:
         for number, problems in enumerate(
             pool.map(lambda number: _check_shard(folder, manifest, number), numbers)
         ):
-            yield f"shard {number}", problems
-    yield "order of the shards", _check_order(folder, manifest)
+            yield shard_folder(folder, number), problems
+    yield folder / MANIFEST_FILE, _check_order(folder, manifest)
     for split in SPLITS:
-        yield f"index of {split}", _check_index(folder, manifest, split)
+        yield index_file(folder, split), _check_index(folder, manifest, split)
 
 
 def length_histogram(folder: Path, split: ShardSplit) -> list[tuple[int, int, int]]:

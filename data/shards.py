@@ -144,13 +144,15 @@ def _prepare(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    num_problems = 0
-    for what, problems in verify(options.folder):
-        num_problems += len(problems)
+    damaged: list[Path] = []
+    for path, problems in verify(options.folder):
+        damaged += [path] if problems else []
         for problem in problems:
-            print(f"{what}: {problem}")
-    if num_problems:
-        print(f"{options.folder}: {num_problems} problems; delete what is named and prepare again")
+            print(problem)
+    if damaged:
+        print(f"{options.folder} is damaged: delete these, and run the same `prepare` again")
+        for path in damaged:
+            print(f"  {path}")
         return 1
     _print(options.folder, read_manifest(options.folder))
     print("  everything is what was written")

@@ -157,6 +157,13 @@ class Tokenizer:
         """Return the text of token ids, special tokens included."""
         return self._backend.decode(list(ids), skip_special_tokens=False)
 
+    def num_bytes(self, token: int) -> int:
+        """Return the bytes of UTF-8 that a token stands for, which need not be whole characters."""
+        text = self.decode([token])
+        # A byte-level vocabulary spells every byte as one character.
+        spelled = self._backend.id_to_token(token) if "\ufffd" in text else None
+        return len(text.encode()) if spelled is None else len(spelled)
+
     def save(self, path: Path) -> None:
         """Write the tokenizer as one JSON file."""
         self._backend.save(str(path))
@@ -223,6 +230,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     train.add_argument("--out", type=Path, required=True, help="folder to write tokenizer.json to")
     options = parser.parse_args(arguments)
     try:
+        if options.max_bytes < 1:
+            raise ValueError(f"--max-bytes is {options.max_bytes}, must be at least 1")
         documents = open_text(source_from(options), split="train")
         texts = _first_bytes(documents, options.max_bytes)
         tokenizer = Tokenizer(train_byte_level_bpe(texts, options.vocab_size))
@@ -234,14 +243,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _first_bytes(documents: DocumentSource, max_bytes: int) -> Iterator[str]:
+    """Yield texts up to so many bytes, the last one cut at a character."""
     left = max_bytes
     for row in documents.read(repeat=False):
         if row.text is None:
             continue
-        left -= len(row.text.encode())
-        if left < 0:
+        text = row.text.encode()
+        yield text[:left].decode(errors="ignore")
+        left -= len(text)
+        if left <= 0:
             return
-        yield row.text
 
 
 def _restore(backend: str, end_of_document: str, name: str) -> Tokenizer:

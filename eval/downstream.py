@@ -386,11 +386,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     print(format_table(results))
     if options.out is not None:
-        facts = {
-            "checkpoint": str(opened.checkpoint.resolve()),
-            "harness": harness_version,
-            "limit": options.limit,
-        }
+        facts = {"checkpoint": str(opened.checkpoint.resolve()), "harness": harness_version}
+        facts |= {"limit": options.limit, **opened.facts}
         text = json.dumps({**facts, **asdict(results)}, indent=1)
         (options.out / "results.json").write_text(text + "\n", encoding="utf-8")
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from data.tokenizer import Tokenizer, check_vocabulary
 from eval.language_model import Qwen3Model
+from eval.run_records import tokenizer_fingerprint
 from models.checkpoint import find_checkpoint, load_model, run_table
 
 
@@ -27,6 +28,7 @@ class OpenedModel:
         checkpoint: The checkpoint's folder.
         table: The run's resolved config.
         device: Where the model lies.
+        dtype: Of its weights.
     """
 
     model: Qwen3Model
@@ -34,6 +36,16 @@ class OpenedModel:
     checkpoint: Path
     table: dict[str, Any]
     device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What results depend on besides the checkpoint, for the files that hold them."""
+        return {
+            "tokenizer_fingerprint": self.tokenizer.fingerprint,
+            "max_length": self.model.max_length,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,6 +103,18 @@ def _identity(checkpoint: Path, dtype: torch.dtype) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
+def _open_tokenizer(chosen: str | None, data: dict[str, Any], run: Path) -> Tokenizer:
+    """The tokenizer that was chosen, else the run's, if it still is the one that the run was trained with."""
+    tokenizer = Tokenizer.load(chosen or data["tokenizer"], end_of_document=data["end_of_document"])
+    recorded = tokenizer_fingerprint(run)
+    if chosen is None and recorded is not None and recorded != tokenizer.fingerprint:
+        raise ValueError(
+            f"{tokenizer.name} has fingerprint {tokenizer.fingerprint}, but {run} was trained with a "
+            f"tokenizer of fingerprint {recorded}: put that one back, or name one with --tokenizer on purpose"
+        )
+    return tokenizer
+
+
 def open_model(options: argparse.Namespace, device: torch.device) -> OpenedModel:
     """Load what a command line names.
 
@@ -99,8 +123,8 @@ def open_model(options: argparse.Namespace, device: torch.device) -> OpenedModel
         device: Where the model goes.
 
     Raises:
-        ValueError: There is no such checkpoint or tokenizer, they do not fit each other, or a number is
-            below 1.
+        ValueError: There is no such checkpoint or tokenizer, they do not fit each other, the run's tokenizer
+            is another one now, or a number is below 1.
     """
     for name in ("max_length", "token_budget"):
         value = getattr(options, name)
@@ -109,9 +133,7 @@ def open_model(options: argparse.Namespace, device: torch.device) -> OpenedModel
     checkpoint = find_checkpoint(options.checkpoint)
     table = run_table(checkpoint)
     dtype = getattr(torch, options.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    tokenizer = Tokenizer.load(
-        options.tokenizer or table["data"]["tokenizer"], end_of_document=table["data"]["end_of_document"]
-    )
+    tokenizer = _open_tokenizer(options.tokenizer, table["data"], checkpoint.parent.parent)
     model = load_model(checkpoint, device=device, dtype=dtype)
     check_vocabulary(tokenizer, model.config.vocab_size)
     max_length = options.max_length or table["training"]["seq_len"]
@@ -122,4 +144,5 @@ def open_model(options: argparse.Namespace, device: torch.device) -> OpenedModel
         checkpoint=checkpoint,
         table=table,
         device=device,
+        dtype=dtype,
     )

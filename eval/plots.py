@@ -13,7 +13,7 @@ from eval.run_records import Record, RunRecord
 
 AXES = {"tokens": "tokens", "flops": "training FLOPs", "seconds": "hours of training steps"}
 SMOOTHED_PART = 100
-"""A smoothed curve's point is the mean of the steps before it, over a hundredth of the run."""
+"""A smoothed curve's point is the mean of the steps before it, over a hundredth of the whole run."""
 _SKIPPED_PART = 20  # the first twentieth of a run would set the scale of the losses
 
 Series = dict[int, float]
@@ -29,13 +29,14 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
 
 def smoothed_loss(run: RunRecord) -> list[float]:
     """The training loss of every step in nats/token, smoothed."""
-    return running_mean([step["loss"] for step in run.steps], max(1, len(run.steps) // SMOOTHED_PART))
+    # not of the steps so far: the curve of an unfinished run would lag less
+    num_steps = run.last_step or len(run.steps)
+    return running_mean([step["loss"] for step in run.steps], max(1, num_steps // SMOOTHED_PART))
 
 
 def loss_series(run: RunRecord) -> Series:
-    """The smoothed training loss by tokens."""
-    losses = smoothed_loss(run)
-    return {step["tokens"]: loss for step, loss in zip(run.steps, losses, strict=True)}
+    """The training loss by tokens."""
+    return {step["tokens"]: step["loss"] for step in run.steps}
 
 
 def held_out_series(run: RunRecord) -> Series:
@@ -156,7 +157,8 @@ def plot_differences(rows: Sequence[Row], baseline: Row, path: Path) -> bool:
             continue
         lines = difference_series(row, baseline, loss_series)
         points = {t: e for t, e in difference_series(row, baseline, held_out_series).items() if t > 0}
-        means = [delta.mean for delta in lines.values()]
+        # smoothed last: means of the losses over other windows would differ by themselves
+        means = running_mean([delta.mean for delta in lines.values()], max(1, len(lines) // SMOOTHED_PART))
         colour = f"C{index}"
         axes.plot(list(lines), means, color=colour, linewidth=0.8, alpha=0.6, label=f"{row.name}, training")
         axes.errorbar(

@@ -2,14 +2,16 @@
 
 import json
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eval.task_results import ACCURACIES
+from eval.task_results import mean_accuracy
 
 Record = dict[str, Any]
+
+_MEANS = {"mean_accuracy": True, "mean_plain_accuracy": False}  # name -> whether normalized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +27,8 @@ class RunRecord:
         held_out: Records of the held-out loss by step, with "tokens", "flops", "seconds" as in steps.
         tasks: Records of task evaluations by step, as task_record gives them: from training, and from a
             results.json of the run's checkpoints in the run folder or one below it. Each task is that of the
-            most documents, of as many from results.json; "origins" holds task -> path of that file,
-            None for training.
+            most documents, of as many from results.json, and the means are of these; "origins" holds task ->
+            path of that file, None for training.
         num_trunk_steps: How many of steps another run took, from which this one branched.
         notes: What a reader must know: damaged lines, missing parts.
     """
@@ -118,8 +120,18 @@ def task_record(results: Record) -> Record:
     """
     record = {f"tasks/{task}/{m}": x for task, found in results["metrics"].items() for m, x in found.items()}
     record |= {f"tasks/{task}/num_documents": num for task, num in results["num_documents"].items()}
-    means = {f"tasks/{name}": results[name] for name in ("mean_accuracy", "mean_plain_accuracy")}
-    return record | {name: value for name, value in means.items() if value is not None}
+    return record | {f"tasks/{name}": results[name] for name in _MEANS if results[name] is not None}
+
+
+def _last_fingerprint(records: Sequence[Record]) -> str | None:
+    found = (record.get("tokenizer_fingerprint") for record in reversed(records))
+    return next((each for each in found if each is not None), None)
+
+
+def tokenizer_fingerprint(folder: Path) -> str | None:
+    """Of the tokenizer that a run was trained with, from its metrics.jsonl; None where that lacks it."""
+    path = folder / "metrics.jsonl"
+    return _last_fingerprint(read_metrics(path)[0]) if path.exists() else None
 
 
 def _wrote(folder: Path, checkpoint: Path) -> bool:
@@ -128,8 +140,11 @@ def _wrote(folder: Path, checkpoint: Path) -> bool:
     return run.resolve() == folder.resolve() if run.exists() else run.name == folder.resolve().name
 
 
-def _read_results(folder: Path) -> tuple[list[Record], list[str]]:
-    """What `python -m eval.downstream --out` wrote into a run folder or a folder in it, with notes."""
+def _read_results(folder: Path, fingerprint: str | None) -> tuple[list[Record], list[str]]:
+    """What `python -m eval.downstream --out` wrote into a run folder or a folder in it, with notes.
+
+    Results with another tokenizer than the run's are left out, where both fingerprints are on record.
+    """
     records: list[Record] = []
     notes: list[str] = []
     for path in sorted((*folder.glob("results.json"), *folder.glob("*/results.json"))):
@@ -138,32 +153,47 @@ def _read_results(folder: Path) -> tuple[list[Record], list[str]]:
             checkpoint = Path(results["checkpoint"])
             step = int(checkpoint.name.removeprefix("step-"))
             record = {"step": step, "path": str(path), **task_record(results)}
+            theirs = results.get("tokenizer_fingerprint")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             notes.append(f"{path} is no result of eval.downstream ({error!r}) and was skipped")
             continue
-        if _wrote(folder, checkpoint):
-            records.append(record)
-        else:
+        if not _wrote(folder, checkpoint):
             notes.append(f"{path} is of {checkpoint}, which is no checkpoint of {folder}, and was ignored")
+        elif None not in (theirs, fingerprint) and theirs != fingerprint:
+            notes.append(
+                f"{path} was made with another tokenizer (fingerprint {theirs}) than the run's "
+                f"({fingerprint}), and was ignored"
+            )
+        else:
+            records.append(record)
     return records, notes
 
 
 def _by_task(record: Record) -> dict[str, Record]:
-    """A task record's items by task; those of no task, the means, under ""."""
+    """A task record's items by task; the means are of no task."""
     tasks: dict[str, Record] = {}
     for key, value in record.items():
-        if key.startswith("tasks/"):
-            tasks.setdefault(key.removeprefix("tasks/").rpartition("/")[0], {})[key] = value
+        task = key.removeprefix("tasks/").rpartition("/")[0]
+        if key.startswith("tasks/") and task:
+            tasks.setdefault(task, {})[key] = value
     return tasks
 
 
-def _num_documents(record: Record, task: str) -> int:
-    """Documents behind a task's values, 0 where unknown; behind the means, those of all of their tasks."""
-    return sum(record.get(f"tasks/{name}/num_documents", 0) for name in ((task,) if task else ACCURACIES))
+def _means(record: Record) -> Record:
+    """The means of a task record's own tasks, where it has all that they want."""
+    metrics = {
+        task: {key.rpartition("/")[2]: value for key, value in items.items()}
+        for task, items in _by_task(record).items()
+    }
+    means = {f"tasks/{name}": mean_accuracy(metrics, normalized=flag) for name, flag in _MEANS.items()}
+    return {name: value for name, value in means.items() if value is not None}
 
 
 def _fullest_tasks(records: Iterable[Record]) -> list[Record]:
-    """Task records, one a step: of each task the values from the most documents, the last ones of equals."""
+    """Task records, one a step: of each task the values from the most documents, the last ones of equals.
+
+    The means are those of the tasks that stand beside them, whatever their own records say.
+    """
     merged: dict[int, Record] = {}
     most: dict[tuple[int, str], int] = {}
     for record in records:
@@ -175,7 +205,7 @@ def _fullest_tasks(records: Iterable[Record]) -> list[Record]:
         found = merged.setdefault(step, {"origins": {}})
         found.update(facts)
         for task, values in tasks.items():
-            num = _num_documents(record, task)
+            num = record.get(f"tasks/{task}/num_documents", 0)
             if num < most.get((step, task), 0):
                 continue
             most[step, task] = num
@@ -183,7 +213,7 @@ def _fullest_tasks(records: Iterable[Record]) -> list[Record]:
                 del found[key]
             found.update(values)
             found["origins"][task] = path
-    return [merged[step] for step in sorted(merged)]
+    return [found | _means(found) for _, found in sorted(merged.items())]
 
 
 def _by_step(records: Iterable[Record], key: str) -> list[Record]:
@@ -263,7 +293,7 @@ def read_run(folder: Path) -> RunRecord:
         raise ValueError(f"{folder} is no run folder: there is no such folder; want one such as runs/NAME")
     config, records, trunk_step, notes = _read_folder(folder)
     steps = _by_step(records, "loss")
-    results, damaged = _read_results(folder)
+    results, damaged = _read_results(folder, _last_fingerprint(records))
     notes += damaged
     held_out, tasks = _by_step(records, "validation_loss"), _fullest_tasks([*records, *results])
     _add_costs(steps)

@@ -45,10 +45,10 @@ def mean_accuracy(metrics: Mapping[str, Mapping[str, float]], *, normalized: boo
     Returns:
         None unless all eight are there.
     """
-    if not set(ACCURACIES) <= set(metrics):
+    names = {task: "acc_norm" if normalized and task in NORMALIZED else "acc" for task in ACCURACIES}
+    if any(name not in metrics.get(task, {}) for task, name in names.items()):
         return None
-    names = ["acc_norm" if normalized and task in NORMALIZED else "acc" for task in ACCURACIES]
-    return statistics.fmean(metrics[task][name] for task, name in zip(ACCURACIES, names, strict=True))
+    return statistics.fmean(metrics[task][name] for task, name in names.items())
 
 
 def format_table(results: TaskResults) -> str:

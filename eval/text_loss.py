@@ -105,7 +105,9 @@ def _exp(x: float) -> float:
 
 def _document(tokenizer: Tokenizer, tokens: list[int]) -> _Text:
     """Of what training reads: tokens with the one that ends a document."""
-    return _Text(tokens, 1, 1, len(tokenizer.decode(tokens[1:-1]).encode()), 0)
+    # the bytes of a character may begin in the first token and end in a later one
+    num_bytes = len(tokenizer.decode(tokens[:-1]).encode()) - tokenizer.num_bytes(tokens[0])
+    return _Text(tokens, 1, 1, num_bytes, 0)
 
 
 def _wikitext(tokenizer: Tokenizer, text: str, ids: list[int]) -> _Text:
@@ -378,8 +380,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(format_result(result))
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
-        sizes = {"max_length": opened.model.max_length, "stride": options.stride or opened.model.max_length}
-        facts = {"checkpoint": str(opened.checkpoint), "source": words, "mode": options.mode, **sizes}
+        facts = {"checkpoint": str(opened.checkpoint), "source": words, "mode": options.mode, **opened.facts}
+        facts |= {"stride": options.stride or opened.model.max_length}
         text = json.dumps({**facts, **asdict(result)}, indent=1)
         (options.out / "perplexity.json").write_text(text + "\n", encoding="utf-8")
         plot_per_position(result, options.out / "perplexity.png", str(opened.checkpoint))

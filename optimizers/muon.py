@@ -212,7 +212,7 @@ class Muon(torch.optim.Optimizer):
         group = self.param_groups[bucket.group]
         for p in bucket.params:
             if "momentum_buffer" not in self.state[p]:
-                self._create_state(p, group)
+                self.create_state(p, group)
         shards = advance_momentum(
             [_local_gradient(p) for p in bucket.params],
             [_local(self.state[p]["momentum_buffer"]) for p in bucket.params],
@@ -223,7 +223,13 @@ class Muon(torch.optim.Optimizer):
         )
         return bucket.exchange.to_owners(shards)
 
-    def _create_state(self, p: torch.Tensor, group: dict[str, Any]) -> None:
+    def create_state(self, p: torch.Tensor, group: dict[str, Any]) -> None:
+        """Give a parameter the state that it has before its first step.
+
+        Args:
+            p: The parameter.
+            group: Its param group.
+        """
         self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         if group["row_beta2"] is not None:
             # sharded by rows as the parameter is
@@ -234,7 +240,7 @@ class Muon(torch.optim.Optimizer):
         group = self.param_groups[bucket.group]
         dtype = _DTYPES[group["dtype"]]
         if group["lr"] == 0.0 or not len(matrices):
-            # The checkpointer makes the state exist by a step at lr 0: nothing to compute.
+            # No parameter changes at lr 0: nothing to compute.
             return matrices.to(dtype)
         blocks = matrices.view(-1, _block_shape(bucket, group)[0], matrices.shape[2])
         blocks = _ORTHOGONALIZERS[group["orthogonalization"]](blocks, group["num_iterations"], dtype=dtype)

@@ -141,16 +141,12 @@ class GroupedOptimizers(OptimizersContainer[torch.optim.Optimizer]):
 
     def _flattened(self) -> dict[str, Any]:
         """Return state and hyperparameters by parameter name, creating state that is not there yet."""
-        fresh = [optimizer for optimizer in self.optimizers if not optimizer.state]
+        for optimizer in self.optimizers:
+            _create_missing_state(optimizer)
         flattened: dict[str, Any] = {}
         for part, own in zip(self.model_parts, self._by_part, strict=True):
             options = StateDictOptions(flatten_optimizer_state_dict=True)
             flattened.update(get_optimizer_state_dict(part, own, options=options))
-        # State is created by a step with zero gradients and lr 0; without this AdamW would count it as taken.
-        for optimizer in fresh:
-            for state in optimizer.state.values():
-                if "step" in state:
-                    state["step"].zero_()
         return flattened
 
 
@@ -282,6 +278,23 @@ def _optimizers_of(
         # fused on CPU too: the other implementations have no found_inf
         optimizers.append(torch.optim.AdamW(adamw_groups, fused=True))
     return optimizers
+
+
+def _create_missing_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give each parameter that has had no gradient yet the state from before a first step.
+
+    Whoever loads a checkpoint wants the state of all parameters, whichever of them had gradients.
+    """
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if optimizer.state[p]:
+                continue
+            if isinstance(optimizer, Muon):
+                optimizer.create_state(p, group)
+            else:
+                step = torch.zeros((), dtype=torch.float32, device=p.device)
+                moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                optimizer.state[p] = {"step": step, **moments}
 
 
 def _muon_values(group: MuonGroup) -> dict[str, Any]:

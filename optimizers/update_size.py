@@ -77,7 +77,8 @@ def adamw_square_sum(optimizer: torch.optim.AdamW, group: dict[str, Any]) -> tor
         num_steps = state["step"]
         denominator = mean_square.sqrt().div_((1.0 - beta2**num_steps).sqrt()).add_(group["eps"])
         square_sum = mean.div(denominator).square_().sum() / (1.0 - beta1**num_steps).square()
-        total += square_sum / num_replicas(p)
+        # without a step yet this is 0/0
+        total += torch.where(num_steps > 0, square_sum, 0.0) / num_replicas(p)
     return total
 
 

@@ -172,6 +172,16 @@ def test_a_missing_file_is_named(tmp_path: Path, write_parquet: WriteParquet) ->
             _open(there, missing)
 
 
+def test_a_file_that_two_patterns_name_is_refused_instead_of_read_twice(write_parquet: WriteParquet) -> None:
+    path = write_parquet("a.parquet", ["x"])
+    link, glob = path.parent / "link.parquet", path.parent / "a.*"
+    link.symlink_to(path)
+    for other in (path, glob, path.parent / ".." / path.parent.name / "a.parquet", link):
+        with pytest.raises(ValueError, match="is named twice") as raised:
+            _open(path, other)
+        assert f"by {str(path)!r} and by {str(other)!r}" in str(raised.value)
+
+
 def test_a_missing_column_names_the_file_and_the_columns_there(write_parquet: WriteParquet) -> None:
     good = write_parquet("good.parquet", ["x"])
     bad = write_parquet("bad.parquet", ["x"], column="text")

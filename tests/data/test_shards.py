@@ -1,6 +1,7 @@
 """Preparing shards: what is written, going on after any stop, and finding damage."""
 
 import itertools
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,22 @@ def test_a_deleted_shard_is_written_anew_and_the_others_are_not_touched(
     assert bytes_of(tmp_path) == before
 
 
+@pytest.mark.parametrize("name", ["train.tokens", "held_out.documents", "shard.json"])
+def test_a_shard_that_lacks_a_file_or_a_part_of_one_is_written_anew(
+    list_source: Any, byte_tokenizer: Tokenizer, tmp_path: Path, name: str
+) -> None:
+    _prepare(tmp_path, list_source(FILES), byte_tokenizer)
+    before = bytes_of(tmp_path)
+    path = shard_folder(tmp_path, 3) / name
+    path.unlink()
+    _prepare(tmp_path, list_source(FILES), byte_tokenizer)
+    assert bytes_of(tmp_path) == before
+    if path.suffix != ".json":
+        path.write_bytes(path.read_bytes()[:-4])
+        _prepare(tmp_path, list_source(FILES), byte_tokenizer)
+        assert bytes_of(tmp_path) == before
+
+
 def test_a_finished_folder_is_left_alone_and_other_settings_are_refused(
     list_source: Any, byte_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
@@ -237,7 +254,7 @@ DAMAGE: list[tuple[str, Callable[[bytes], bytes], str]] = [
 
 
 @pytest.mark.parametrize(("name", "change", "said"), DAMAGE)
-def test_verify_names_the_file_that_is_damaged(
+def test_verify_names_the_file_that_is_damaged_and_what_to_delete(
     list_source: Any,
     byte_tokenizer: Tokenizer,
     tmp_path: Path,
@@ -255,6 +272,12 @@ def test_verify_names_the_file_that_is_damaged(
     printed = "".join(capsys.readouterr())
     assert said in printed
     assert str(path if said == "SHA-256" else path.parent) in printed
+    named = printed.split("delete these, and run the same `prepare` again\n", 1)[1].split()
+    assert set(named) >= {str(path.parent if name.startswith("shards/") else path)}
+    for each in map(Path, named):
+        shutil.rmtree(each) if each.is_dir() else each.unlink(missing_ok=True)
+    _prepare(tmp_path, list_source(FILES), byte_tokenizer)
+    assert problems_of(tmp_path) == []
 
 
 def test_info_describes_the_shards(

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.tokenizer import Tokenizer, _pieces, check_vocabulary, train_byte_level_bpe
+from data.config import ParquetSource
+from data.sources import open_text
+from data.tokenizer import Tokenizer, _first_bytes, _pieces, check_vocabulary, train_byte_level_bpe
 from data.tokenizer import main as tokenizer_main
 
 QWEN3 = Path(__file__).parents[2] / "../shared/data/qwen3_tokenizer"
@@ -194,6 +196,24 @@ def test_the_train_command_learns_from_parquet_and_what_it_writes_loads(
     with pytest.raises(SystemExit):
         tokenizer_main([*words, "100"])
     assert "vocab_size is 100, must be at least 257" in capsys.readouterr().err
+
+
+def test_the_train_command_learns_from_the_part_of_a_huge_document_that_fits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    huge = "\u00e9t\u00e9 " * 1000
+    for name, rows in (("first", [huge]), ("later", ["ab ab", huge])):
+        pq.write_table(pa.table({"content": rows}), tmp_path / f"{name}.parquet")
+        words = ["train", "--files", str(tmp_path / f"{name}.parquet"), "--out", str(tmp_path / name)]
+        tokenizer_main([*words, "--vocab-size", "262", "--max-bytes", "1000"])
+        assert Tokenizer.load(tmp_path / name).vocab_size == 262
+    assert list(_first_bytes(open_text(ParquetSource(files=[str(tmp_path / "later.parquet")])), 7)) == [
+        "ab ab",
+        "\u00e9",
+    ]
+    with pytest.raises(SystemExit):
+        tokenizer_main([*words, "--vocab-size", "262", "--max-bytes", "0"])
+    assert "--max-bytes is 0, must be at least 1" in capsys.readouterr().err
 
 
 def test_the_train_command_reads_json_lines_and_text_files_too(tmp_path: Path) -> None:

@@ -262,6 +262,8 @@ def test_the_command_prints_a_table_and_writes_results(
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["checkpoint"].endswith("step-7")
     assert results["harness"] == "0.4.13"
+    assert results["tokenizer_fingerprint"] == Tokenizer.load(corpus).fingerprint
+    assert (results["max_length"], results["dtype"]) == (96, "float32")
     assert set(results["metrics"]) == set(PAPER)
     assert f"{results['mean_accuracy']:.4f}" in printed
     main([*words, "--limit", "4", "--out", f"{tmp_path}/out"])

@@ -1,82 +1,33 @@
 """The report says what runs wrote, with errors as by hand, and refuses what cannot be compared."""
 
-import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.axes import Axes
 
 import config
+from eval import plots
+from eval.comparison import Row
 from eval.paper_numbers import paper_row
-from eval.plots import running_mean
-from eval.report import main, write_report
+from eval.plots import running_mean, smoothed_loss
+from eval.report import main
 from eval.run_records import flatten, read_run
-from models.config_table import to_table, to_toml
-
-CONFIGS = Path(__file__).parents[2] / "configs"
-STEPS = 30
-STEP_TOKENS = 8 * 32
-SMALL = (
-    *("--training.steps", str(STEPS), "--training.seq_len", "32"),
-    *("--training.global_batch_size", "8", "--training.local_batch_size", "8"),
+from models.config_table import to_table
+from tests.eval.run_folders import (
+    CONFIGS,
+    STEP_TOKENS,
+    STEPS,
+    cells,
+    held_out,
+    launch,
+    make_run,
+    report,
+    seeds,
+    step_record,
+    training,
 )
-LAUNCH = {"num_ranks": 2, "device": "NVIDIA H100", "flops_per_token": 100.0, "num_parameters": 2_500_000}
-
-
-def launch(step: int = 0, **changes: Any) -> dict[str, Any]:
-    return {"step": step, "launch": {**LAUNCH, "tokenizer_fingerprint": "f" * 16, **changes}}
-
-
-def step_record(step: int, loss: float, seconds: float = 1.8) -> dict[str, Any]:
-    return {
-        **{"step": step, "loss": loss, "tokens": step * STEP_TOKENS, "step_seconds": seconds},
-        **{"tokens_per_second": 1000.0 + step, "mfu_percent": 40.0, "peak_memory_gib": 10.0 + step},
-    }
-
-
-def training(loss: float, first: int = 1, last: int = STEPS) -> list[dict[str, Any]]:
-    """Steps whose loss falls by 0.1 a step down to `loss` at STEPS."""
-    return [step_record(step, loss + 0.1 * (STEPS - step)) for step in range(first, last + 1)]
-
-
-def held_out(step: int, loss: float) -> dict[str, Any]:
-    return {"step": step, "validation_loss": loss, "validation_tokens": 500}
-
-
-def make_run(
-    folder: Path, records: Sequence[dict[str, Any]], *words: str, name: str = "debug_parallax_muon"
-) -> Path:
-    """A run folder as the trainer writes it."""
-    run = config.load(CONFIGS / f"{name}.toml", [*SMALL, "--run.folder", str(folder), *words])
-    folder.mkdir()
-    (folder / "config.toml").write_text(to_toml(run))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    return folder
-
-
-def seeds(tmp_path: Path, name: str, losses: Sequence[float]) -> list[Path]:
-    """Runs of one row: whole, with a held-out loss before, in the middle and after."""
-    folders = []
-    for seed, loss in enumerate(losses):
-        evaluations = (held_out(0, 8.0), held_out(15, loss + 1.0), held_out(STEPS, loss))
-        words = ("--run.seed", str(seed), "--data.shuffle_seed", str(10 + seed))
-        records = [launch(), *training(loss + 0.5), *evaluations]
-        folders.append(make_run(tmp_path / f"{name}_{seed}", records, *words, name=f"debug_{name}_muon"))
-    return folders
-
-
-def cells(text: str, heading: str, row: str) -> list[str]:
-    """A row of the table below a heading."""
-    section = text.split(f"## {heading}\n", 1)[1]
-    line = next(line for line in section.splitlines() if line.startswith(f"| {row} |"))
-    return [cell.strip() for cell in line.strip("|").split("|")]
-
-
-def report(folders: Sequence[Path], tmp_path: Path, **options: Any) -> str:
-    options = {"baseline": None, **options}
-    return write_report(folders, out=tmp_path / "out", **options).read_text()
 
 
 def test_means_and_errors_over_seeds_are_those_calculated_by_hand(tmp_path: Path) -> None:
@@ -250,107 +201,25 @@ def test_a_run_without_a_record_of_its_launch_has_no_flops_and_no_cost(tmp_path:
     assert not (tmp_path / "out" / "loss_flops.png").exists()
 
 
-def test_results_stand_beside_the_papers_numbers(tmp_path: Path) -> None:
-    folders = []
-    for name, accuracy in (("parallax", 0.56), ("softmax", 0.54)):
-        tasks = {
-            "tasks/lambada_openai/perplexity": 19.0,
-            "tasks/lambada_openai/perplexity_stderr": 0.5,
-            "tasks/wikitext/word_perplexity": 22.0,
-            "tasks/sciq/acc": 0.9,
-            "tasks/mean_accuracy": accuracy,
-        }
-        records = [launch(), *training(2.0), {"step": 10, "tasks/sciq/acc": 0.1}, {"step": STEPS, **tasks}]
-        folders.append(make_run(tmp_path / name, records, name=f"0.6b_{name}_muon"))
-    text = report(folders, tmp_path, baseline="softmax")
-    numbers = ["19.00", "18.56", "22.00", "22.25", "56.00", "55.99"]
-    assert cells(text, "Results", "parallax")[4:] == numbers
-    assert cells(text, "Results", "softmax")[5::2] == ["22.15", "23.43", "54.54"]
-    assert cells(text, "Every task", "sciq/acc")[1:] == ["0.9000", "0.9000"]
-    assert "stderr" not in text
-    assert cells(text, "Difference to softmax", "parallax")[4:] == ["+0.00", "+0.00", "+2.00"]
-    assert "arXiv 2605.29157" in text
+def test_an_unfinished_run_of_the_same_losses_seems_no_better(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plots, "SMOOTHED_PART", 5)
+    whole = make_run(tmp_path / "whole", [launch(), *training(2.0)])
+    half = make_run(tmp_path / "half", [launch(), *training(2.0, last=10)], "--model.attention.gate", "head")
+    runs = [read_run(folder) for folder in (whole, half)]
+    assert smoothed_loss(runs[0])[:10] == smoothed_loss(runs[1])
+    drawn: list[list[float]] = []
+    plain = Axes.plot
 
+    def keep(axes: Axes, *args: Any, **kwargs: Any) -> Any:
+        drawn.append(list(args[1]))
+        return plain(axes, *args, **kwargs)
 
-def test_a_task_is_not_one_whose_name_begins_so(tmp_path: Path) -> None:
-    found = {
-        "parallax": {"tasks/mmlu/acc": 0.3, "tasks/lambada_openai/perplexity": 19.0},
-        "softmax": {"tasks/mmlu_pro/acc": 0.1, "tasks/lambada_standard/perplexity": 30.0},
-    }
-    folders = []
-    for name, tasks in found.items():
-        records = [launch(), *training(2.0), {"step": STEPS, **tasks}]
-        folders.append(make_run(tmp_path / name, records, name=f"debug_{name}_muon"))
-    text = report(folders, tmp_path)
-    assert cells(text, "Every task", "mmlu/acc")[1:] == ["0.3000", "-"]
-    assert cells(text, "Every task", "mmlu_pro/acc")[1:] == ["-", "0.1000"]
-    assert cells(text, "Results", "parallax")[4] == "19.00"
-    assert cells(text, "Results", "softmax")[4] == "-"
-
-
-def test_results_of_a_checkpoint_evaluated_later_count_too(tmp_path: Path) -> None:
-    folders = []
-    for name in ("parallax", "softmax"):
-        records = [launch(), *training(2.0), {"step": STEPS, "tasks/sciq/acc": 0.1}]
-        folders.append(make_run(tmp_path / name, records, name=f"debug_{name}_muon"))
-    results = {
-        **{"checkpoint": "", "harness": "0.4.13", "limit": 200},
-        **{"metrics": {"sciq": {"acc": 0.75}}, "num_documents": {"sciq": 200}, "mean_accuracy": None},
-        **{"mean_plain_accuracy": 0.5, "num_tokens": 9, "num_reused": 0, "seconds": 1.0},
-    }
-    for folder, num_documents in zip(folders, (200, 100), strict=True):
-        (folder / "tasks").mkdir()
-        results["checkpoint"] = f"before_a_move/{folder.name}/checkpoint/step-{STEPS}"
-        results["num_documents"] = {"sciq": num_documents}
-        (folder / "tasks" / "results.json").write_text(json.dumps(results))
-    text = report(folders, tmp_path, allow_different=True)
-    assert cells(text, "Every task", "sciq/acc")[1:] == ["0.7500", "0.7500"]
-    assert cells(text, "Every task", "mean_plain_accuracy")[1:] == ["0.5000", "0.5000"]
-    assert cells(text, "Every task", "sciq/num_documents")[1:] == ["200", "100"]
-    with pytest.raises(
-        ValueError, match="sciq/num_documents is 200 in parallax and 100 in softmax"
-    ) as raised:
-        report(folders, tmp_path)
-    assert f"(from {folders[0]}/tasks/results.json and {folders[1]}/tasks/results.json)" in str(raised.value)
-    (folders[0] / "results.json").write_text("[]")
-    assert "results.json is no result of eval.downstream" in report(folders, tmp_path, allow_different=True)
-
-
-def write_results(path: Path, checkpoint: Path, metrics: dict[str, float], num_documents: int) -> None:
-    path.parent.mkdir(exist_ok=True)
-    found = {task: {"acc": value} for task, value in metrics.items()}
-    counts = dict.fromkeys(metrics, num_documents)
-    means = {"mean_accuracy": None, "mean_plain_accuracy": None}
-    results = {"checkpoint": str(checkpoint), "metrics": found, "num_documents": counts, **means}
-    path.write_text(json.dumps(results))
-
-
-def test_results_of_another_run_are_ignored_and_named(tmp_path: Path) -> None:
-    folder, other = (make_run(tmp_path / name, [launch(), *training(2.0)]) for name in "ab")
-    for name, run in (("there", other), ("gone", tmp_path / "deleted")):
-        checkpoint = run / "checkpoint" / f"step-{STEPS}"
-        write_results(folder / name / "results.json", checkpoint, {"sciq": 0.9}, 8)
-    text = report([folder], tmp_path)
-    assert "Every task" not in text
-    for name in ("there", "gone"):
-        assert f"{folder / name / 'results.json'} is of {tmp_path}" in text
-    assert text.count(f"is no checkpoint of {folder}, and was ignored") == 2
-    write_results(
-        folder / "there" / "results.json", folder / "checkpoint" / f"step-{STEPS}", {"sciq": 0.9}, 8
-    )
-    assert cells(report([folder], tmp_path), "Every task", "sciq/acc")[1:] == ["0.9000"]
-
-
-def test_each_task_counts_with_its_most_documents(tmp_path: Path) -> None:
-    trained = {"tasks/piqa/acc": 0.3, "tasks/piqa/acc_norm": 0.4, "tasks/piqa/num_documents": 8}
-    folder = make_run(tmp_path / "a", [launch(), *training(2.0), {"step": STEPS, **trained}])
-    checkpoint = folder / "checkpoint" / f"step-{STEPS}"
-    write_results(folder / "1_whole" / "results.json", checkpoint, {"sciq": 0.7, "piqa": 0.6}, 1000)
-    write_results(folder / "2_quick" / "results.json", checkpoint, {"sciq": 0.5, "boolq": 1.0}, 2)
-    tasks = read_run(folder).tasks[-1]
-    assert [tasks[f"tasks/{task}/acc"] for task in ("sciq", "piqa", "boolq")] == [0.7, 0.6, 1.0]
-    assert "tasks/piqa/acc_norm" not in tasks
-    assert tasks["origins"]["boolq"] == str(folder / "2_quick" / "results.json")
+    monkeypatch.setattr(Axes, "plot", keep)
+    rows = [Row(name=run.folder.name, runs=[run]) for run in runs]
+    assert plots.plot_differences(rows, rows[0], tmp_path / "differences.png")
+    assert drawn[0] == [0.0] * 10
 
 
 def test_a_value_of_fewer_seeds_than_the_row_says_so(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from data.config import JsonlSource, MixtureSource, ParquetSource, ShardsSource
 from data.documents import DocumentSource
 from data.loader import PackedLoader
 from data.sources import open_source
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, train_byte_level_bpe
 from eval import text_loss as text_loss_module
 from eval.groups import Group, Scores
 from eval.language_model import Qwen3Model
@@ -77,6 +77,18 @@ def test_bits_per_byte_are_of_the_bytes_that_were_predicted(tmp_path: Path, toke
     bits = float(nats[:-1].sum()) / math.log(2)
     assert found.bits_per_byte == pytest.approx(bits / (len(text.encode()) - len(first)), rel=1e-5)
     assert found.word_perplexity is None
+
+
+def test_bits_per_byte_count_a_character_of_several_tokens_by_its_bytes(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    text = "\U0001f600 hi"
+    tokens = [*tokenizer.encode(text), tokenizer.end_of_document_id]
+    assert [tokenizer.num_bytes(token) for token in tokens[:4]] == [1] * 4
+    model = build()
+    found = text_loss(Qwen3Model(model, max_length=64), tokenizer, documents(tmp_path, [text], tokenizer))
+    bits = -float(log_probs(model, tokens)[:-1].sum()) / math.log(2)
+    assert found.bits_per_byte == pytest.approx(bits / 6, rel=1e-5)
 
 
 @pytest.mark.parametrize("stride", [1, 3, 8])
@@ -200,12 +212,11 @@ def test_two_ranks_give_the_loss_of_one(corpus: Path, tokenizer: Tokenizer, tmp_
     assert float(loss) == pytest.approx(one.loss, rel=1e-6)
 
 
-def test_the_command_reads_the_run_s_held_out_text_or_another(
-    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model, run = build(vocab_size=304), tmp_path / "run"
+def make_run(run: Path, corpus: Path, tokenizer: Path) -> None:
+    """A run folder with a checkpoint of random weights."""
+    model = build(vocab_size=304)
     validation = to_table(ParquetSource(files=[str(corpus / "validation.parquet")]))
-    data = {"tokenizer": str(corpus), "end_of_document": "<|endoftext|>", "validation_documents": "all"}
+    data = {"tokenizer": str(tokenizer), "end_of_document": "<|endoftext|>", "validation_documents": "all"}
     table = {
         "model": to_table(model.config),
         "data": {**data, "validation": validation},
@@ -215,6 +226,13 @@ def test_the_command_reads_the_run_s_held_out_text_or_another(
     (run / "config.toml").write_text(to_toml(table))
     weights = {name: p.detach() for name, p in model.named_parameters()}
     dcp.save(weights, checkpoint_id=run / "checkpoint" / "step-2", no_dist=True)
+
+
+def test_the_command_reads_the_run_s_held_out_text_or_another(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    make_run(run, corpus, corpus)
     main(["--checkpoint", f"{run}", "--out", f"{tmp_path}/out"])
     own = json.loads((tmp_path / "out" / "perplexity.json").read_text())
     assert (tmp_path / "out" / "perplexity.png").read_bytes().startswith(b"\x89PNG")
@@ -224,6 +242,25 @@ def test_the_command_reads_the_run_s_held_out_text_or_another(
     assert "of 200 documents" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"eval.perplexity: .*nothing.parquet"):
         main(["--checkpoint", f"{run}", "--files", f"{corpus}/nothing.parquet"])
+
+
+def test_a_tokenizer_that_has_changed_since_the_training_is_refused_unless_it_was_chosen(
+    corpus: Path, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    run, other = tmp_path / "run", tmp_path / "other.json"
+    make_run(run, corpus, other)
+    launches = [{"step": 0, "launch": {"tokenizer_fingerprint": tokenizer.fingerprint}}, {"step": 2}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in launches))
+    train_byte_level_bpe(["other text of other letters"], 260).save(str(other))
+    found = Tokenizer.load(other)
+    said = f"{other} has fingerprint {found.fingerprint}, but {run} was .*{tokenizer.fingerprint}"
+    with pytest.raises(SystemExit, match=f"{said}: put that one back, or name one with --tokenizer"):
+        main(["--checkpoint", f"{run}"])
+    for name, path, wanted in (("a", other, found), ("b", corpus, tokenizer)):
+        main(["--checkpoint", f"{run}", "--tokenizer", f"{path}", "--out", f"{tmp_path}/{name}"])
+        facts = json.loads((tmp_path / name / "perplexity.json").read_text())
+        assert facts["tokenizer_fingerprint"] == wanted.fingerprint
+        assert facts["dtype"] == "float32"
 
 
 def test_the_command_refuses_what_it_cannot_use_before_it_evaluates(

@@ -173,6 +173,34 @@ def test_a_resumed_run_equals_an_uninterrupted_one(device: str, tmp_path: Path) 
         assert torch.equal(weights(second[0])[name], weight), name
 
 
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_checkpoint_of_a_parameter_without_a_gradient_loads(kind: str, tmp_path: Path) -> None:
+    config = replaced(row_beta2=0.9)
+    if kind == "adamw":
+        config = OptimizerConfig(groups={"all": AdamWGroup(parameters=[".*"], lr=0.01)})
+
+    def built() -> tuple[Model, GroupedOptimizers, GroupedSchedule]:
+        model = Model()
+        unused = nn.Linear(8, 12, bias=False)
+        unused.weight.data.fill_(1.0)
+        model.layers.append(unused)
+        optimizers = build_optimizers([model], config)
+        return model, optimizers, build_lr_schedulers(optimizers, SCHEDULE, 20)
+
+    whole, first, second = built(), built(), built()
+    train(*whole, range(6))
+    train(*first, range(3))
+    dcp.save({"optimizer": first[1], "lr_scheduler": first[2]}, checkpoint_id=tmp_path, no_dist=True)
+    second[0].load_state_dict(first[0].state_dict())
+    dcp.load({"optimizer": second[1], "lr_scheduler": second[2]}, checkpoint_id=tmp_path, no_dist=True)
+    second[1].record_updates(True)
+    train(*second, range(3, 6))
+    for name, weight in weights(whole[0]).items():
+        assert torch.equal(weights(second[0])[name], weight), name
+    assert all(share.isfinite() and share > 0 for share in second[1].update_mean_squares().values())
+
+
 def test_saving_in_between_changes_nothing() -> None:
     plain, saving = build(), build()
     saving[1].state_dict()
