@@ -9,6 +9,7 @@ another run. Any other --table.key VALUE overrides the config file.
 
 import argparse
 import os
+import signal
 import sys
 import time
 import traceback
@@ -19,7 +20,7 @@ import config
 from models.config_table import to_toml
 from training.run_config import RunConfig
 
-# torchrun ends the other ranks as soon as one has failed: rank 0 is to have said why
+# torchrun ends the other ranks as soon as one has failed: rank 0 is to have said what all of them would say
 _SECONDS_TO_SPEAK = 5.0
 
 
@@ -62,9 +63,10 @@ def _train(run: RunConfig) -> None:
 
 def _is_ours(error: ValueError) -> bool:
     """Whether this project raised it: ours say what the user got wrong, others are faults."""
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    root = Path(__file__).parent
-    return raised_in.is_relative_to(root) and ".venv" not in raised_in.relative_to(root).parts
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    raised_in, root = Path(last.filename), Path(__file__).parent
+    is_in_project = raised_in.is_relative_to(root) and ".venv" not in raised_in.relative_to(root).parts
+    return is_in_project and (last.line or "").startswith("raise ")  # and not int("x")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -90,10 +92,11 @@ def main(arguments: Sequence[str]) -> int:
     except ValueError as error:
         if not _is_ours(error):
             raise
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what torchrun sends once rank 0 has spoken
             time.sleep(_SECONDS_TO_SPEAK)
+        print(f"{'' if rank == '0' else f'rank {rank}: '}error: {error}", file=sys.stderr, flush=True)
         return 2
     return 0
 

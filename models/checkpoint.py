@@ -37,7 +37,9 @@ def find_checkpoint(path: Path) -> Path:
     """
     if (path / ".metadata").exists():
         return path
-    found = [p.parent for p in (path / "checkpoint").glob("step-*/.metadata")]
+    whole = (p.parent for p in (path / "checkpoint").glob("step-*/.metadata"))
+    # other names, such as step-5.before, are what the user has set aside
+    found = [p for p in whole if p.name.removeprefix("step-").isdigit()]
     if not found:
         raise ValueError(
             f"{path} is no checkpoint: wanted a run folder with checkpoint/step-N/.metadata, or such a step-N"

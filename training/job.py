@@ -17,6 +17,9 @@ def to_job_config(run: RunConfig, world_size: int) -> JobConfig:
 
     Returns:
         The job; -1 stands for "off" only here, where torchtitan wants it.
+
+    Raises:
+        ValueError: metrics.profile_every without a GPU.
     """
     job = JobConfig()
     job.job.dump_folder = run.run.folder
@@ -44,6 +47,11 @@ def to_job_config(run: RunConfig, world_size: int) -> JobConfig:
     if not torch.cuda.is_available():
         job.comm.trace_buf_size = 0  # the flight recorder is NCCL's
     if run.metrics.profile_every is not None:
+        if not torch.cuda.is_available():
+            raise ValueError(
+                f"metrics.profile_every is {run.metrics.profile_every}, but torchtitan's profiler needs a "
+                "GPU; set it to none here"
+            )
         job.profiling.enable_profiling = True
         job.profiling.profile_freq = run.metrics.profile_every
         job.profiling.save_traces_folder = "profile"

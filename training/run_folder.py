@@ -69,9 +69,25 @@ def _optimizer_differences(run: RunConfig, saved: Table) -> list[str]:
     return _differences(before, now, None, "optimizer.groups")
 
 
+def _step_folders(checkpoints: Path) -> dict[int, Path]:
+    # other names, such as best-step-5 and step-5.before, are what the user has set aside
+    names = ((re.fullmatch(r"step-(\d+)", path.name), path) for path in checkpoints.glob("step-*"))
+    return {int(name.group(1)): path for name, path in names if name is not None}
+
+
+def whole_checkpoints(checkpoints: Path) -> dict[int, Path]:
+    """The whole checkpoints of a run by step.
+
+    Args:
+        checkpoints: <run.folder>/checkpoint.
+    """
+    found = _step_folders(checkpoints)
+    return {step: path for step, path in found.items() if (path / ".metadata").is_file()}
+
+
 def has_checkpoint(folder: Path) -> bool:
     """Whether a run folder holds a whole checkpoint."""
-    return any((folder / "checkpoint").glob("step-*/.metadata"))
+    return bool(whole_checkpoints(folder / "checkpoint"))
 
 
 def saved_config(folder: Path) -> Table | None:
@@ -164,8 +180,10 @@ def write_config(run: RunConfig) -> None:
 
 def remove_partial_checkpoints(run: RunConfig) -> None:
     """Remove what a kill during a write left; only whole checkpoints count for checkpoint.keep."""
-    for path in (Path(run.run.folder) / "checkpoint").glob("step-*"):
-        if not (path / ".metadata").exists():
+    checkpoints = Path(run.run.folder) / "checkpoint"
+    whole = whole_checkpoints(checkpoints)
+    for step, path in _step_folders(checkpoints).items():
+        if step not in whole:
             shutil.rmtree(path)
 
 

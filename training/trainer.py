@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torchtitan.train
 from torch.distributed.tensor import DTensor
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.protocols import train_spec
@@ -24,7 +25,9 @@ from eval.perplexity import HeldOutLoss
 from models.checkpoint import find_checkpoint, load_weights
 from models.loss import IGNORE_INDEX
 from optimizers.titan import GroupedOptimizers, GroupedSchedule
+from training.agreement import check_shared
 from training.branch import branch_warnings, checkpoint_step, resume_warnings
+from training.checkpoints import RunCheckpoints
 from training.evaluation import Evaluator, NonFiniteLossError
 from training.job import MODEL_NAME, to_job_config
 from training.log import logger
@@ -50,6 +53,7 @@ class Trainer(TitanTrainer):
         self.run = run
         world_size = int(os.environ["WORLD_SIZE"])
         train_spec._extra_train_specs[MODEL_NAME] = build_train_spec(run, tokenizer)
+        torchtitan.train.CheckpointManager = RunCheckpoints  # which it makes itself
         super().__init__(to_job_config(run, world_size))
         # FSDP2's policy sets the precision on any number of ranks; torchtitan would use autocast on one
         self.model = self.model_parts[0]
@@ -60,8 +64,9 @@ class Trainer(TitanTrainer):
         assert isinstance(self.lr_schedulers, GroupedSchedule)
         assert isinstance(self.optimizers, GroupedOptimizers)
         assert isinstance(self.dataloader, TitanLoader)
+        assert isinstance(self.checkpointer, RunCheckpoints)
         self.metrics, self.schedule, self.loader = self.metrics_processor, self.lr_schedulers, self.dataloader
-        self.updater = self.optimizers
+        self.updater, self.checkpoints = self.optimizers, self.checkpointer
         self.evaluate = Evaluator(
             run, tokenizer=tokenizer, model=self.model, metrics=self.metrics, device=self.device
         )
@@ -101,8 +106,8 @@ class Trainer(TitanTrainer):
 
         Returns:
             The step's metrics: loss in nats/token over the global batch, gradient norm before clipping,
-            learning rates, weight decays and now and then the updates' size by group, tokens predicted, and
-            whether any rank was asked to stop.
+            learning rates, weight decays and now and then the updates' size by group, tokens predicted,
+            whether any rank was asked to stop, and whether all have ended a background write.
 
         Raises:
             NonFiniteLossError: The loss or the gradient norm is no number. Nothing is saved; the last
@@ -123,14 +128,14 @@ class Trainer(TitanTrainer):
         grad_norm = dist_utils.clip_grad_norm_(
             self.model.parameters(), self.run.training.max_grad_norm, foreach=True
         )
-        self.checkpointer.maybe_wait_for_staging()
+        self.checkpoints.maybe_wait_for_staging()
         squares = self._update(grad_norm)
         self.schedule.step()
         # the only wait for the device in a step
-        stop = loss.new_tensor(self.stop.requested)
-        sums = torch.stack([value.double() for value in (loss, stop, *squares.values())])
+        stop, write = loss.new_tensor([self.stop.requested, self.checkpoints.is_background_done])
+        sums = torch.stack([value.double() for value in (loss, stop, write, *squares.values())])
         dist.all_reduce(sums)
-        global_loss, num_stops, *mean_squares = sums.tolist()
+        global_loss, num_stops, num_writes, *mean_squares = sums.tolist()
         norm = float(grad_norm)
         if not (torch.tensor([global_loss, norm]).isfinite().all()):
             folder = Path(self.run.run.folder) / "checkpoint"
@@ -149,6 +154,7 @@ class Trainer(TitanTrainer):
             **self._spectra(),
             "predicted_tokens": int(num_predicted),
             "stop": num_stops > 0,
+            "write": num_writes == dist.get_world_size(),
         }
 
     def _is_due(self, every: int | None) -> bool:
@@ -178,8 +184,9 @@ class Trainer(TitanTrainer):
             Whether there was one here.
         """
         source, weights = self.run.checkpoint.start_from, self.run.checkpoint.initial_weights
-        if self.checkpointer.load(step=-1):
-            return True
+        step = self.checkpoints.newest_step()
+        if step is not None:
+            return self.checkpoints.load(step)
         if weights is not None:
             checkpoint = find_checkpoint(Path(weights))
             load_weights(self.model, checkpoint)
@@ -190,8 +197,8 @@ class Trainer(TitanTrainer):
         if source is None:
             return False
         # torchtitan's initial_load_path does nothing where a checkpoint folder exists, even one without any
-        states = self.checkpointer._states_to_load(model_only=False)
-        self.checkpointer.dcp_load(states, checkpoint_id=source, from_hf=False, from_quantized=False)
+        states = self.checkpoints._states_to_load(model_only=False)
+        self.checkpoints.dcp_load(states, checkpoint_id=source, from_hf=False, from_quantized=False)
         if self.step != checkpoint_step(Path(source)):
             raise ValueError(
                 f"checkpoint.start_from is {source!r}, but it was written after step {self.step}; give the "
@@ -204,8 +211,13 @@ class Trainer(TitanTrainer):
         return False
 
     def train(self) -> None:
-        """Train from the newest checkpoint in the run folder, or from the start, to the end or a signal."""
+        """Train from the newest checkpoint in the run folder, or from the start, to the end or a signal.
+
+        Raises:
+            ValueError: Ranks do not share the run folder.
+        """
         self.stop.install()
+        check_shared(Path(self.run.run.folder))
         is_resumed = self._load()
         goes_on = self.step < self.run.training.last_step
         if dist.get_rank() == 0:
@@ -247,9 +259,11 @@ class Trainer(TitanTrainer):
                 self.step += 1
                 self.gc_handler.run(self.step)
                 metrics = self.optimizer_step(batches)
-                stopped = metrics.pop("stop")
+                stopped, has_written = metrics.pop("stop"), metrics.pop("write")
                 self._record_step(metrics)
-                self._save(is_last=stopped or self.step == last_step)
+                # what a failed background write did not save is saved now
+                is_missing = has_written and not self.checkpoints.settle()
+                self._save(is_last=stopped or self.step == last_step, is_missing=is_missing)
                 after = None if stopped else self.evaluate(self.step, self.tokens)
                 if profiler:
                     profiler.step()
@@ -277,15 +291,12 @@ class Trainer(TitanTrainer):
         if self.step == 1 or self.step % self.run.metrics.console_every == 0:
             self.metrics.console(self.step, record, self.run.training.last_step)
 
-    def _save(self, is_last: bool) -> None:
-        has_tasks = self.evaluate.tasks_are_due(self.step)
-        if self.checkpointer._should_save(self.step, is_last or has_tasks):
+    def _save(self, is_last: bool, is_missing: bool) -> None:
+        # one that torchtitan takes for the last is whole when the tasks begin, even with async_save
+        is_whole = is_last or is_missing or self.evaluate.tasks_are_due(self.step)
+        if self.checkpoints._should_save(self.step, is_whole):
             self._check_weights()
-            # one that torchtitan takes for the last is whole when the tasks begin, even with async_save
-            self.checkpointer.save(self.step, last_step=is_last or has_tasks)
-            if has_tasks and not is_last:
-                self.checkpointer._purge_stale_checkpoints()
-            logger.info(f"step {self.step}  checkpoint written")
+            self.checkpoints.save(self.step, last_step=is_whole)
             self.metrics.restart_clock()
 
     def _summarize(
@@ -319,6 +330,5 @@ class Trainer(TitanTrainer):
 
     def close(self) -> None:
         """Finish background saves, stop the loader's thread and close the sinks."""
-        self.checkpointer._async_wait()
         self.loader.close()
         super().close()

@@ -49,6 +49,13 @@ def test_a_run_folder_means_its_newest_whole_checkpoint(tmp_path: Path) -> None:
     assert not torch.equal(first, last)
 
 
+def test_a_checkpoint_that_was_set_aside_is_not_the_newest(tmp_path: Path) -> None:
+    for name in ("step-9", "step-10.before-lr-change"):
+        (tmp_path / "checkpoint" / name).mkdir(parents=True)
+        (tmp_path / "checkpoint" / name / ".metadata").touch()
+    assert find_checkpoint(tmp_path) == tmp_path / "checkpoint" / "step-9"
+
+
 def test_what_cannot_be_loaded_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is no checkpoint: wanted a run folder"):
         load_model(tmp_path)

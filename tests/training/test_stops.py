@@ -9,10 +9,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
+import config
 import train as main_program
 from tests.conftest import write_parquet
 from tests.training.launch import ROOT, arguments, command, environment, losses, records, train
+from training.job import to_job_config
 
 LONG = ["--training.steps", "100000", "--data.validation", "none"]
 
@@ -139,15 +142,39 @@ def test_a_refused_resume_leaves_the_config_as_it_was(corpus: Path, tmp_path: Pa
     assert "max_grad_norm = 0.5" in (folder / "config.toml").read_text()
 
 
-def test_rank_0_has_time_to_say_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_that_rank_0_does_not_have_is_said_by_the_rank_that_has_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     slept: list[float] = []
     monkeypatch.setattr(main_program.time, "sleep", slept.append)
-    for rank, seconds in (("0", []), ("1", [5.0])):
+    # rank 0 speaks first: where it has the same error, torchrun ends the others before they repeat it
+    for rank, seconds, said in (("0", [], "error: "), ("1", [5.0], "rank 1: error: ")):
         slept.clear()
         monkeypatch.setenv("RANK", rank)
         words = ["--config", "configs/debug_softmax_adamw.toml", "--training.no_such_key", "1", "--dry-run"]
         assert main_program.main(words) == 2
         assert slept == seconds
+        printed = capsys.readouterr().err
+        assert printed.startswith(said)
+        assert "no_such_key" in printed
+
+
+def test_a_value_error_that_nobody_raised_on_purpose_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def load(*words: object) -> None:
+        list(zip([1], [], strict=True))
+
+    monkeypatch.setattr(main_program.config, "load", load)
+    with pytest.raises(ValueError, match="shorter"):
+        main_program.main(["--config", "any.toml"])
+
+
+def test_traces_without_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    run = config.load("configs/debug_softmax_adamw.toml", ["--metrics.profile_every", "10"])
+    with pytest.raises(ValueError, match=r"metrics\.profile_every is 10, but .* needs a GPU; set it to none"):
+        to_job_config(run, 1)
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(corpus: Path, tmp_path: Path) -> None:
