@@ -1,8 +1,9 @@
 """From a TOML file and dotted overrides to a typed RunConfig, strictly.
 
-`extends = "base/x.toml"` (or a list, later ones win) pulls in other files: tables merge, values replace; of a
-table whose `kind` changes only what all kinds share stays. Unknown keys, wrong types and bad choices raise
-ConfigError before anything is built. "none" is None where a key may be unset.
+`extends = "base/x.toml"` (or a list, later ones win) pulls in other files: tables merge, values replace. A
+table whose `kind` changes replaces the one below it, but for what all kinds of schedules, or of optimizers,
+share. Unknown keys, wrong types and bad choices raise ConfigError before anything is built. "none" is None
+where a key may be unset.
 """
 
 import dataclasses

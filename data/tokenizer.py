@@ -160,9 +160,11 @@ class Tokenizer:
     def num_bytes(self, token: int) -> int:
         """Return the bytes of UTF-8 that a token stands for, which need not be whole characters."""
         text = self.decode([token])
-        # A byte-level vocabulary spells every byte as one character.
         spelled = self._backend.id_to_token(token) if "\ufffd" in text else None
-        return len(text.encode()) if spelled is None else len(spelled)
+        if spelled is None:
+            return len(text.encode())
+        # A byte-level vocabulary spells every byte as one character, byte fallback one byte as <0xC3>.
+        return 1 if re.fullmatch("<0x[0-9A-F]{2}>", spelled) else len(spelled)
 
     def save(self, path: Path) -> None:
         """Write the tokenizer as one JSON file."""

@@ -123,7 +123,8 @@ class Qwen3Model(LanguageModel):
     def _can_share(self) -> bool:
         """Whether contexts may be read apart from what follows them.
 
-        Sharded weights are whole in a forward only; a cache has the weights' dtype, autocast's keys another.
+        Sharded weights are whole in a forward only; what goes through a cache is computed in the weights'
+        dtype, a forward in autocast's.
         """
         return self._has_keys and not torch.is_autocast_enabled(self._device.type)
 

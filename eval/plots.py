@@ -158,7 +158,8 @@ def plot_differences(rows: Sequence[Row], baseline: Row, path: Path) -> bool:
         lines = difference_series(row, baseline, loss_series)
         points = {t: e for t, e in difference_series(row, baseline, held_out_series).items() if t > 0}
         # smoothed last: means of the losses over other windows would differ by themselves
-        means = running_mean([delta.mean for delta in lines.values()], max(1, len(lines) // SMOOTHED_PART))
+        window = max(1, (row.runs[0].last_step or len(lines)) // SMOOTHED_PART)
+        means = running_mean([delta.mean for delta in lines.values()], window)
         colour = f"C{index}"
         axes.plot(list(lines), means, color=colour, linewidth=0.8, alpha=0.6, label=f"{row.name}, training")
         axes.errorbar(

@@ -231,7 +231,7 @@ def _load(options: argparse.Namespace) -> tuple[Qwen3, Tokenizer, int]:
     is_on_gpu = options.device.startswith("cuda")
     if is_on_gpu and not torch.cuda.is_available():
         raise ValueError(f"--device is {options.device}, but there is no CUDA device here; give cpu")
-    if torch.device(options.device).index is not None:
+    if is_on_gpu and torch.device(options.device).index is not None:
         torch.cuda.set_device(options.device)
     dtype = _DTYPES[options.dtype or ("bfloat16" if is_on_gpu else "float32")]
     return load_model(checkpoint, device=options.device, dtype=dtype), tokenizer, end

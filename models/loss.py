@@ -4,6 +4,7 @@ The fp32 logits of 32k tokens over 151,936 ids take 20 GB; a chunk of 4096 token
 only for a moment. The backward multiplies the gradients that the forward left by the incoming scalar.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -92,7 +93,8 @@ def linear_cross_entropy(
         The sum over valid labels in nats, a scalar in fp32 (fp64 for fp64 input).
     """
     x_BTD, weight_VD = cast_under_autocast(x_BTD, weight_VD)
-    with torch.autocast(x_BTD.device.type, enabled=False):
+    # autocast knows no meta device
+    with nullcontext() if x_BTD.is_meta else torch.autocast(x_BTD.device.type, enabled=False):
         return _LinearCrossEntropy.apply(
             x_BTD.flatten(0, 1), weight_VD, labels_BT.flatten(), chunk_tokens, torch.is_grad_enabled()
         )

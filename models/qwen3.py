@@ -120,9 +120,11 @@ class Head(nn.Module):
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Logits `[N, V]` in fp32 of `[N, D]`: what chooses between tokens should not round their scores."""
-        if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
-            return torch.mm(x, self.weight.T, out_dtype=torch.float32)
-        return F.linear(x, self.weight).float()
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(self.weight.dtype)
+            if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
+                return torch.mm(x, self.weight.T, out_dtype=torch.float32)
+            return F.linear(x, self.weight).float()
 
     def forward(self, x_BTD: torch.Tensor, labels_BT: torch.Tensor | None) -> torch.Tensor:
         """Logits `[B, T, V]` without labels, the summed loss in nats with them."""

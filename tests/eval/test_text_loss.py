@@ -10,6 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders
+from tokenizers.models import BPE
 from torch import multiprocessing as mp
 
 from data.config import JsonlSource, MixtureSource, ParquetSource, ShardsSource
@@ -89,6 +92,16 @@ def test_bits_per_byte_count_a_character_of_several_tokens_by_its_bytes(
     found = text_loss(Qwen3Model(model, max_length=64), tokenizer, documents(tmp_path, [text], tokenizer))
     bits = -float(log_probs(model, tokens)[:-1].sum()) / math.log(2)
     assert found.bits_per_byte == pytest.approx(bits / 6, rel=1e-5)
+
+    # a vocabulary whose unknown characters fall back to bytes
+    names = ["<|endoftext|>", "a", "\u2581", *(f"<0x{byte:02X}>" for byte in range(256))]
+    backend = Backend(BPE(vocab={name: i for i, name in enumerate(names)}, merges=[], byte_fallback=True))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    backend.save(str(tmp_path / "fallback.json"))
+    fallback = Tokenizer.load(tmp_path / "fallback.json", end_of_document="<|endoftext|>")
+    assert [fallback.num_bytes(token) for token in fallback.encode("\u00e9a")] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("stride", [1, 3, 8])

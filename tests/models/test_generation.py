@@ -116,9 +116,9 @@ def test_a_smaller_last_batch_draws_anew() -> None:
 
 def test_autocast_does_not_reach_generation() -> None:
     model = build(ParallaxConfig())
-    expected = [each.tokens for each in generate(model, [[1, 2], [3]], max_new_tokens=5)]
+    expected = generate(model, [[1, 2], [3]], max_new_tokens=5)
     with torch.autocast("cpu", torch.bfloat16):
-        assert [each.tokens for each in generate(model, [[1, 2], [3]], max_new_tokens=5)] == expected
+        assert generate(model, [[1, 2], [3]], max_new_tokens=5) == expected
 
 
 def test_the_current_gpu_is_a_device(

@@ -56,6 +56,13 @@ def test_autocast_gives_the_loss_of_its_dtype() -> None:
     assert all(torch.equal(actual, wanted) and actual.dtype == x.dtype for actual, wanted in gradients)
 
 
+def test_the_meta_device_has_a_loss() -> None:
+    x, weight = torch.empty(1, 4, 8, device="meta", requires_grad=True), torch.empty(5, 8, device="meta")
+    loss = linear_cross_entropy(x, weight, torch.zeros(1, 4, dtype=torch.int64, device="meta"))
+    loss.backward()
+    assert loss.is_meta
+
+
 def test_bfloat16_is_as_near_to_the_truth_as_plain_bfloat16() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 64, 32, generator=generator).bfloat16().requires_grad_()
