@@ -326,3 +326,11 @@ def test_bad_options_are_refused() -> None:
         MesaNetConfig(num_iterations=0)
     with pytest.raises(ValueError, match="state_size must be at least 1, got 0"):
         Mamba2Config(state_size=0)
+
+
+def test_a_second_derivative_of_the_solve_is_refused() -> None:
+    values = inputs("mesa", 20)
+    values["q"].requires_grad_()
+    o, _ = mesa(*values.values(), cu_seqlens=None)
+    with pytest.raises(NotImplementedError, match="has no second derivative"):
+        torch.autograd.grad(o.sum(), values["q"], create_graph=True)

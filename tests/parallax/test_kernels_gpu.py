@@ -280,6 +280,15 @@ def test_cuda_graph_replays_forward_and_backward(is_packed: bool) -> None:
     assert all(torch.equal(captured[name], expected[name]) for name in NAMES)
 
 
+@pytest.mark.multi_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+@pytest.mark.parametrize("width", [64, 128])
+def test_kernels_run_on_the_gpu_of_their_tensors(width: int) -> None:
+    expected = output_and_gradients(attend, make_inputs(1, 500, 4, 2, width, dtype=BF16, device="cuda:0"))
+    actual = output_and_gradients(attend, make_inputs(1, 500, 4, 2, width, dtype=BF16, device="cuda:1"))
+    assert all(torch.equal(actual[name].cpu(), expected[name].cpu()) for name in NAMES)
+
+
 def test_autocast_casts_the_inputs() -> None:
     inputs = make_inputs(1, 200, 4, 2, 64, dtype=torch.float32, device="cuda")
     expected = output_and_gradients(attend, inputs.to(BF16))
