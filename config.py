@@ -21,8 +21,6 @@ from training.run_config import RunConfig
 
 Table = dict[str, Any]
 
-# kinds of schedules share all keys, but these say something of "wsd" alone
-_WSD_KEYS = ("decay_ratio", "decay_steps", "decay_shape")
 # what optimizers have in common; the learning rate of one is none for another
 _GROUP_KEYS = ("parameters", "weight_decay", "weight_decay_gamma")
 
@@ -48,7 +46,7 @@ def _kept(name: str, below: Table, above: Table) -> Table:
     if "kind" not in above or before in (None, above["kind"]):
         return below
     if name == "schedule":
-        return {key: value for key, value in below.items() if key not in _WSD_KEYS}
+        return {key: value for key, value in below.items() if key not in ScheduleConfig.WSD_KEYS}
     is_group = name.startswith("optimizer.groups.")
     return {key: below[key] for key in _GROUP_KEYS if is_group and key in below}
 
@@ -201,16 +199,6 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     return value
 
 
-def _check_schedule(schedule: ScheduleConfig) -> None:
-    for key in _WSD_KEYS if schedule.kind != "wsd" else ():
-        value = getattr(schedule, key)
-        if value != getattr(ScheduleConfig(), key):
-            raise ConfigError(
-                f"schedule.{key}: got {json.dumps(value)}, which a {schedule.kind} schedule does not read; "
-                'leave it out, or set schedule.kind to "wsd"'
-            )
-
-
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run.
 
@@ -232,8 +220,6 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         run.setdefault("name", path.stem)
         run.setdefault("folder", f"runs/{run['name']}")
     try:
-        config = _build_dataclass(RunConfig, table, "")
-        _check_schedule(config.schedule)
-        return config
+        return _build_dataclass(RunConfig, table, "")
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None

@@ -1,6 +1,7 @@
 """A model from a run folder: its saved [model] table, and the weights of one of its checkpoints."""
 
 import pickle
+import re
 import tomllib
 import warnings
 from collections.abc import Mapping
@@ -23,6 +24,22 @@ from models.sizes import ModelSize
 _KINDS = {get_args(c.__annotations__["kind"])[0]: c for c in get_args(AttentionConfig)}
 
 
+def step_folders(checkpoints: Path) -> dict[int, Path]:
+    """The folders step-N by step; other names, such as step-5.before, are what the user has set aside.
+
+    Args:
+        checkpoints: <run folder>/checkpoint.
+    """
+    names = ((re.fullmatch(r"step-(\d+)", path.name), path) for path in checkpoints.glob("step-*"))
+    return {int(name.group(1)): path for name, path in names if name is not None}
+
+
+def whole_checkpoints(checkpoints: Path) -> dict[int, Path]:
+    """Those of step_folders whose writing has ended."""
+    found = step_folders(checkpoints)
+    return {step: path for step, path in found.items() if (path / ".metadata").is_file()}
+
+
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint that a path means.
 
@@ -37,14 +54,12 @@ def find_checkpoint(path: Path) -> Path:
     """
     if (path / ".metadata").exists():
         return path
-    whole = (p.parent for p in (path / "checkpoint").glob("step-*/.metadata"))
-    # other names, such as step-5.before, are what the user has set aside
-    found = [p for p in whole if p.name.removeprefix("step-").isdigit()]
+    found = whole_checkpoints(path / "checkpoint")
     if not found:
         raise ValueError(
             f"{path} is no checkpoint: wanted a run folder with checkpoint/step-N/.metadata, or such a step-N"
         )
-    return max(found, key=lambda p: int(p.name.removeprefix("step-")))
+    return found[max(found)]
 
 
 def run_table(checkpoint: Path) -> dict[str, Any]:

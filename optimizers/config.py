@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 Orthogonalization = Literal["newton_schulz5", "polar_express"]
 UpdateScale = Literal["match_rms_adamw", "spectral", "unit"]
@@ -156,12 +156,21 @@ class ScheduleConfig:
     min_lr_ratio: float = 0.0
     """What the decay tends to, as a part of the peak, in [0, 1]."""
 
+    WSD_KEYS: ClassVar = ("decay_ratio", "decay_steps", "decay_shape")
+
     def __post_init__(self) -> None:
         """Check the values.
 
         Raises:
-            ValueError: A value is out of its range.
+            ValueError: A value is out of its range, or is one that the kind does not read.
         """
+        for key in self.WSD_KEYS if self.kind != "wsd" else ():
+            value = getattr(self, key)
+            if value != getattr(ScheduleConfig, key):
+                raise ValueError(
+                    f"{key} is {value!r}, which a {self.kind} schedule does not read; leave it out, or set "
+                    'kind to "wsd"'
+                )
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps ({self.warmup_steps}) must not be negative")
         for field, value in (("decay_ratio", self.decay_ratio), ("min_lr_ratio", self.min_lr_ratio)):

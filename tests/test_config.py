@@ -116,10 +116,11 @@ def test_a_key_that_the_kind_of_schedule_does_not_read_was_taken(
 ) -> None:
     words = ["--schedule.kind=cosine", f"--schedule.{key}={value}"]
     for overrides in (words, words[::-1]):
-        message = refusal(write(tmp_path, RUN), *overrides)
-        assert f"schedule.{key}: got {value}, which a cosine schedule does not read" in message
+        message = refusal(write(tmp_path, RUN), *overrides).replace("'", '"')
+        assert f"schedule.{key} is {value}, which a cosine schedule does not read" in message
     text = RUN.replace("warmup_steps = 1", f'kind = "constant"\n{key} = {value}')
-    assert f"schedule.{key}: got {value}, which a constant schedule" in refusal(write(tmp_path, text))
+    message = refusal(write(tmp_path, text)).replace("'", '"')
+    assert f"schedule.{key} is {value}, which a constant schedule" in message
 
 
 def test_another_kind_of_optimizer_lost_the_parameters_and_the_weight_decay(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch.distributed as dist
 from torchtitan.components.checkpoint import CheckpointManager
 
+from models.checkpoint import whole_checkpoints
 from training.log import logger
-from training.run_folder import whole_checkpoints
 
 
 class RunCheckpoints(CheckpointManager):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from data.tokenizer import END_OF_DOCUMENT, Tokenizer
-from models.checkpoint import find_checkpoint, run_table
+from models.checkpoint import find_checkpoint, run_table, step_folders, whole_checkpoints
 from models.config_table import Table, to_table, to_toml
 from models.qwen3 import Qwen3
 from training.run_config import RunConfig
@@ -67,22 +67,6 @@ def _optimizer_differences(run: RunConfig, saved: Table) -> list[str]:
             # the same parameters, by other patterns
             before[name]["parameters"] = now[name]["parameters"]
     return _differences(before, now, None, "optimizer.groups")
-
-
-def _step_folders(checkpoints: Path) -> dict[int, Path]:
-    # other names, such as best-step-5 and step-5.before, are what the user has set aside
-    names = ((re.fullmatch(r"step-(\d+)", path.name), path) for path in checkpoints.glob("step-*"))
-    return {int(name.group(1)): path for name, path in names if name is not None}
-
-
-def whole_checkpoints(checkpoints: Path) -> dict[int, Path]:
-    """The whole checkpoints of a run by step.
-
-    Args:
-        checkpoints: <run.folder>/checkpoint.
-    """
-    found = _step_folders(checkpoints)
-    return {step: path for step, path in found.items() if (path / ".metadata").is_file()}
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -182,7 +166,7 @@ def remove_partial_checkpoints(run: RunConfig) -> None:
     """Remove what a kill during a write left; only whole checkpoints count for checkpoint.keep."""
     checkpoints = Path(run.run.folder) / "checkpoint"
     whole = whole_checkpoints(checkpoints)
-    for step, path in _step_folders(checkpoints).items():
+    for step, path in step_folders(checkpoints).items():
         if step not in whole:
             shutil.rmtree(path)
 

@@ -39,9 +39,7 @@ def test_decay_shapes_at_the_middle_and_towards_a_floor() -> None:
 
 
 def test_cosine_starts_its_decay_after_the_warmup() -> None:
-    config = ScheduleConfig(
-        kind="cosine", warmup_steps=20, decay_shape="linear", decay_ratio=0.9, min_lr_ratio=0.2
-    )
+    config = ScheduleConfig(kind="cosine", warmup_steps=20, min_lr_ratio=0.2)
     assert lr_factor(19, config, 120) == 1.0
     assert lr_factor(20, config, 120) == 1.0
     assert lr_factor(70, config, 120) == pytest.approx(0.2 + 0.8 * 0.5)
