@@ -112,14 +112,25 @@ def _eager_backward_fake(
     return q.new_empty(q.shape), q.new_empty(q.shape), k.new_empty(k.shape), k.new_empty(k.shape)
 
 
+def _differentiate_first_alone(ctx: Any, *others: Tensor) -> None:
+    """Let a backward have gradients of the first output alone, and None where it has none.
+
+    Autograd would otherwise write zeros for the others, vbar's as large as the output.
+    """
+    ctx.mark_non_differentiable(*others)
+    ctx.set_materialize_grads(False)
+
+
 def _save_for_eager_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     q, r, k, v, cu_seqlens, ctx.scale, ctx.window_size, ctx.block_size = inputs
     _, lse, tbar = output
     ctx.save_for_backward(q, r, k, v, lse, tbar, cu_seqlens)
-    ctx.mark_non_differentiable(lse, tbar)
+    _differentiate_first_alone(ctx, lse, tbar)
 
 
-def _differentiate_eager(ctx: Any, do: Tensor, _dlse: None, _dtbar: None) -> tuple[Tensor | None, ...]:
+def _differentiate_eager(ctx: Any, do: Tensor | None, _dlse: None, _dtbar: None) -> tuple[Tensor | None, ...]:
+    if do is None:
+        return (None,) * 8
     q, r, k, v, lse, tbar, cu_seqlens = ctx.saved_tensors
     gradients = eager_backward(
         do, q, r, k, v, lse, tbar, cu_seqlens, ctx.scale, ctx.window_size, ctx.block_size
@@ -270,12 +281,14 @@ def _save_for_triton_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...
     q, r, k, v, cu_seqlens, ctx.scale, ctx.window_size, ctx.save_vbar = inputs
     o, vbar, lse, tbar = output
     ctx.save_for_backward(q, r, k, v, o, vbar, lse, tbar, cu_seqlens)
-    ctx.mark_non_differentiable(vbar, lse, tbar)
+    _differentiate_first_alone(ctx, vbar, lse, tbar)
 
 
 def _differentiate_triton(
-    ctx: Any, do: Tensor, _dvbar: None, _dlse: None, _dtbar: None
+    ctx: Any, do: Tensor | None, _dvbar: None, _dlse: None, _dtbar: None
 ) -> tuple[Tensor | None, ...]:
+    if do is None:
+        return (None,) * 8
     if not ctx.save_vbar:
         raise RuntimeError("the forward ran with save_vbar=False, so it has no backward; pass save_vbar=True")
     *tensors, cu_seqlens = ctx.saved_tensors

@@ -22,6 +22,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from parallax.kernels.addressing import (
+    DQDR_CACHE_BYTES,
     LOG2E,
     Mask,
     can_use_descriptors,
@@ -391,9 +392,8 @@ def query_gradients(
     q, r, k, v, do = operands.described(tile) if use_descriptors else operands
     block_k = triton.next_power_of_2(head_dim)
     dq_out, dr_out = (describe(x, tile.block_t, block_k) if use_descriptors else x for x in (dq, dr))
-    section = heads_per_section(
-        num_programs, num_heads // num_kv_heads, 2 * num_tokens * head_dim * o.element_size()
-    )
+    streamed = 2 * mask.reach(num_tokens) * head_dim * o.element_size()
+    section = heads_per_section(num_programs, num_heads // num_kv_heads, streamed, DQDR_CACHE_BYTES)
     _parallax_bwd_dqdr_kernel[(num_tiles * num_programs,)](
         q, r, k, v, do, o, vbar, lse, tbar, rows, dq_out, dr_out, mask.first,
         strides_of(operands.q), strides_of(operands.r), strides_of(operands.k), strides_of(operands.v),
@@ -444,8 +444,8 @@ def key_gradients(
     constants = TensorDescriptor.from_tensor(rows, [1, 1, tile.block_t]) if use_descriptors else rows
     block_k = triton.next_power_of_2(head_dim)
     dk_out, dv_out = (describe(x, tile.block_s, block_k) if use_descriptors else x for x in (dk, dv))
-    bytes_per_head = 3 * num_heads // num_kv_heads * num_tokens * head_dim * dk.element_size()
-    section = heads_per_section(num_programs, 1, bytes_per_head)
+    streamed = 3 * num_heads // num_kv_heads * mask.reach(num_tokens) * head_dim * dk.element_size()
+    section = heads_per_section(num_programs, 1, streamed)
     _parallax_bwd_dkdv_kernel[(triton.cdiv(num_tokens, tile.block_s) * num_programs,)](
         q, r, k, v, do, constants, dk_out, dv_out, mask.end,
         strides_of(operands.q), strides_of(operands.r), strides_of(operands.k), strides_of(operands.v),

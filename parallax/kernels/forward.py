@@ -204,7 +204,8 @@ def forward(
     o_out = describe(o, tile.block_t, block_k) if use_descriptors else o
     vbar_out = describe(vbar, tile.block_t, block_k) if use_descriptors and save_vbar else vbar
     num_programs = batch_size * num_heads
-    section = heads_per_section(num_programs, group, 2 * k[0, :, 0].nbytes)
+    streamed = 2 * mask.reach(num_tokens) * head_dim * k.element_size()
+    section = heads_per_section(num_programs, group, streamed)
     _parallax_fwd_kernel[(triton.cdiv(num_tokens, tile.block_t) * num_programs,)](
         q_in, r_in, k_in, v_in, o_out, vbar_out, lse, tbar, mask.first,
         strides_of(q), strides_of(r), strides_of(k), strides_of(v),

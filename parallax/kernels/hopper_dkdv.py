@@ -310,12 +310,12 @@ def key_gradients(
     k_in, v_in, dk_out, dv_out = (describe(x, ROWS.value, block_k) for x in (k, v, dk, dv))
     rows_in = TensorDescriptor(rows, [rows.numel()], [1], [tile.block_t], _CONSTANTS)
     num_items = triton.cdiv(num_tokens, 2 * ROWS.value) * batch_size * num_kv_heads
-    bytes_per_head = 3 * num_heads // num_kv_heads * num_tokens * head_dim * q.element_size()
+    streamed = 3 * num_heads // num_kv_heads * mask.reach(num_tokens) * head_dim * q.element_size()
     num_programs, counter = draw_items(num_items, q.device)
     _parallax_bwd_dkdv_hopper_kernel[(num_programs,)](
         q_in, r_in, k_in, v_in, do_in, rows_in, dk_out, dv_out, mask.end, counter,
         num_tokens, rows.shape[2], mask.window_size or 0, num_items, batch_size * num_kv_heads,
-        heads_per_section(batch_size * num_kv_heads, 1, bytes_per_head), scale,
+        heads_per_section(batch_size * num_kv_heads, 1, streamed), scale,
         H=num_heads, G=num_kv_heads, BK=block_k, BT=tile.block_t, STAGES=tile.num_stages,
         PACKED=mask.is_packed, WINDOW=mask.has_window, num_warps=4,
     )  # fmt: skip

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from parallax.kernels.addressing import LOG2E, Mask, heads_per_section, strides_of
+from parallax.kernels.addressing import DQDR_CACHE_BYTES, LOG2E, Mask, heads_per_section, strides_of
 from parallax.kernels.hopper import (
     CONSUMER_REGISTERS,
     PRODUCER_REGISTERS,
@@ -291,7 +291,8 @@ def query_gradients(
     q_in, r_in, do_in, dq_out, dr_out = (describe(x, ROWS.value, block_k) for x in (q, r, do, dq, dr))
     k_in, v_in = (describe(x, tile.block_s, block_k) for x in (k, v))
     num_items = triton.cdiv(num_tokens, 2 * ROWS.value) * batch_size * num_heads
-    section = heads_per_section(batch_size * num_heads, num_heads // k.shape[2], 2 * k[0, :, 0].nbytes)
+    streamed = 2 * mask.reach(num_tokens) * head_dim * k.element_size()
+    section = heads_per_section(batch_size * num_heads, num_heads // k.shape[2], streamed, DQDR_CACHE_BYTES)
     num_programs, counter = draw_items(num_items, q.device)
     _parallax_bwd_dqdr_hopper_kernel[(num_programs,)](
         q_in, r_in, do_in, k_in, v_in, dq_out, dr_out, do, o, vbar, lse, tbar, rows, strides_of(do),

@@ -37,8 +37,6 @@ from parallax.kernels.hopper_queries import copy_tiles, is_visible, place_querie
 from parallax.kernels.row_sums import ADDED, added_row_sums, round_tile
 from parallax.kernels.tiles import Tile
 
-_BS = tl.constexpr(64)  # keys in a tile
-
 
 def _rescaling(n: int) -> tuple[tl.constexpr, tl.constexpr]:
     """Return PTX and its operands: n sums of a thread times the factors of their rows, of which it has two.
@@ -55,16 +53,23 @@ def _rescaling(n: int) -> tuple[tl.constexpr, tl.constexpr]:
     return tl.constexpr(ptx), tl.constexpr(",".join(operands))
 
 
-_PTX, _OPERANDS = _rescaling(64)
+_PTX_64, _OPERANDS_64 = _rescaling(32)
+_PTX_128, _OPERANDS_128 = _rescaling(64)
 
 
 @gluon.jit
 def _rescale(b_o, b_alpha):
-    """Return o [ROWS, 128] times alpha [ROWS]."""
+    """Return o [ROWS, BK] times alpha [ROWS]."""
     b_factor = gl.expand_dims(gl.convert_layout(b_alpha, gl.SliceLayout(1, b_o.type.layout)), 1)
-    return gl.inline_asm_elementwise(
-        _PTX, _OPERANDS, [b_o, b_factor], dtype=tl.float32, is_pure=True, pack=64
-    )
+    if b_o.shape[1] == 64:
+        b_o = gl.inline_asm_elementwise(
+            _PTX_64, _OPERANDS_64, [b_o, b_factor], dtype=tl.float32, is_pure=True, pack=32
+        )
+    else:
+        b_o = gl.inline_asm_elementwise(
+            _PTX_128, _OPERANDS_128, [b_o, b_factor], dtype=tl.float32, is_pure=True, pack=64
+        )
+    return b_o
 
 
 @gluon.jit
@@ -146,34 +151,36 @@ def _consume(
     o_out, vbar_out, lse, tbar = outputs
     _, T, _ = mask
     STAGES: tl.constexpr = k.shape[0]
+    BS: tl.constexpr = k.shape[1]
+    # tiles come from the last row's key backwards: of 64 keys, the first warpgroup's own one is the second
+    BEFORE: tl.constexpr = (1 - WARPGROUP) * ROWS // BS
+    gl.static_assert(BS == ROWS or BS == 2 * ROWS)
     gl.static_assert(STAGES >= 2, "the first two tiles have stages of their own")
-    SCORES: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _BS, 16])
-    b_zero = gl.zeros([ROWS, _BS], tl.float32, SCORES)
+    SCORES: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BS, 16])
+    b_zero = gl.zeros([ROWS, BS], tl.float32, SCORES)
     scale_log2 = scale * LOG2E
     num_items, _, _ = order
     i_n = 0  # items so far
     i_x = 0  # tiles of keys so far
     i_item = learn_item(items, i_n)
     while i_item < num_items:
-        i_b, i_h, i_t, num_steps = place_queries(i_item, order, mask, _BS, H, PACKED, WINDOW)
+        i_b, i_h, i_t, num_steps = place_queries(i_item, order, mask, BS, H, PACKED, WINDOW)
         i_buffer = i_n % 2 * 2 + WARPGROUP
         q = q_both.index(i_buffer)
         r = r_both.index(i_buffer)
         i_w = i_t + WARPGROUP * ROWS
         o_t = i_w + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
-        b_first, i_last, i_hidden = row_bounds(mask, o_t, i_t, i_w, num_steps, _BS, PACKED, WINDOW)
+        b_first, i_last, i_hidden = row_bounds(mask, o_t, i_t, i_w, num_steps, BS, PACKED, WINDOW)
 
-        # tiles come from the last row's key backwards: the first warpgroup's own one is the second
-        if WARPGROUP == 0:
-            skip_tiles(k_full, v_full, empty, i_x, i_x + 1)
-        i_own = i_x + 1 - WARPGROUP
+        skip_tiles(k_full, v_full, empty, i_x, i_x + BEFORE)
+        i_own = i_x + BEFORE
         i_stage = i_own % STAGES
         i_phase = (i_own // STAGES) & 1
         mbarrier.wait(q_full.index(i_buffer), (i_n // 2) & 1)
         mbarrier.wait(k_full.index(i_stage), i_phase)
         b_m, b_c, b_o1, b_d1, b_o2, b_d2 = _start(
-            q, r, k.index(i_stage), v.index(i_stage), v_full.index(i_stage), i_phase, i_w, o_t, b_first,
-            b_zero, scale_log2, BOUNDED,
+            q, r, k.index(i_stage), v.index(i_stage), v_full.index(i_stage), i_phase,
+            i_t + 2 * ROWS - (BEFORE + 1) * BS, o_t, b_first, b_zero, scale_log2, BOUNDED,
         )  # fmt: skip
         mbarrier.arrive(empty.index(i_stage), count=1)
         # the rows before these are stored by now
@@ -182,7 +189,7 @@ def _consume(
         for i_y in range(i_own + 1, i_x + i_last):
             i_stage = i_y % STAGES
             i_phase = (i_y // STAGES) & 1
-            i_s = i_t + ROWS - (i_y - i_x) * _BS
+            i_s = i_t + 2 * ROWS - (i_y - i_x + 1) * BS
             mbarrier.wait(k_full.index(i_stage), i_phase)
             b_m, b_o1, b_d1, b_o2, b_d2 = _attend_tile(
                 q, r, k.index(i_stage), v.index(i_stage), v_full.index(i_stage), i_phase, i_s, o_t, b_first,
@@ -219,16 +226,16 @@ def _consume(
 def _parallax_fwd_hopper_kernel(
     q_in, r_in, k_in, v_in, o_out, vbar_out, lse, tbar, first, counter,
     T, window_size, num_items, num_heads, section, scale,
-    H: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PACKED: tl.constexpr,
-    WINDOW: tl.constexpr, SAVE_VBAR: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr, STAGES: tl.constexpr,
+    PACKED: tl.constexpr, WINDOW: tl.constexpr, SAVE_VBAR: tl.constexpr,
 ):  # fmt: skip
     """Compute the output of items, tiles of 128 rows of one head, as long as the counter has some."""
     dtype: tl.constexpr = q_in.dtype
     # two of each for every warpgroup
     q = gl.allocate_shared_memory(dtype, [4, ROWS, BK], q_in.layout)
     r = gl.allocate_shared_memory(dtype, [4, ROWS, BK], r_in.layout)
-    k = gl.allocate_shared_memory(dtype, [STAGES, _BS, BK], k_in.layout)
-    v = gl.allocate_shared_memory(dtype, [STAGES, _BS, BK], v_in.layout)
+    k = gl.allocate_shared_memory(dtype, [STAGES, BS, BK], k_in.layout)
+    v = gl.allocate_shared_memory(dtype, [STAGES, BS, BK], v_in.layout)
     q_full = new_barriers(4, 1)
     q_empty = new_barriers(4, 1)
     k_full = new_barriers(STAGES, 1)
@@ -267,34 +274,37 @@ def forward(
     """Launch the forward kernel.
 
     Args:
-        q: Queries `[B, T, H, K]`, bf16/fp16, K 96 or 128; all four such that `can_use_descriptors` holds.
+        q: Queries `[B, T, H, K]`, bf16/fp16, K at most 128; all four such that `can_use_descriptors` holds.
         r: Probes `[B, T, H, K]`.
         k: Keys `[B, T, G, K]`.
         v: Values `[B, T, G, K]`.
         mask: What queries see.
         scale: Factor of q.k, positive.
         save_vbar: Whether a backward follows.
-        tile: Its num_stages is the tiles in the ring; it is 128 rows by 64 keys, whatever it says of warps.
+        tile: Its block_s is the keys in a tile, 64 or 128, its num_stages the tiles in the ring; it has 128
+            rows.
 
     Returns:
         As `parallax.kernels.forward.forward`.
     """
-    assert (*tile[:2], tile.sums) == (2 * ROWS.value, _BS.value, ADDED.value), "the kernel has no other tile"
+    assert (tile.block_t, tile.sums) == (2 * ROWS.value, ADDED.value), "the kernel has no other tile"
     batch_size, num_tokens, num_heads, head_dim = q.shape
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     vbar = torch.empty(q.shape if save_vbar else (0,), dtype=q.dtype, device=q.device)
     lse = torch.empty(batch_size, num_heads, num_tokens, dtype=torch.float32, device=q.device)
     tbar = torch.empty_like(lse)
     block_k = triton.next_power_of_2(head_dim)
-    q_in, r_in, k_in, v_in, o_out = (describe(x, ROWS.value, block_k) for x in (q, r, k, v, o))
+    q_in, r_in, o_out = (describe(x, ROWS.value, block_k) for x in (q, r, o))
+    k_in, v_in = (describe(x, tile.block_s, block_k) for x in (k, v))
     vbar_out = describe(vbar, ROWS.value, block_k) if save_vbar else o_out
     num_items = triton.cdiv(num_tokens, 2 * ROWS.value) * batch_size * num_heads
-    section = heads_per_section(batch_size * num_heads, num_heads // k.shape[2], 2 * k[0, :, 0].nbytes)
+    streamed = 2 * mask.reach(num_tokens) * head_dim * k.element_size()
+    section = heads_per_section(batch_size * num_heads, num_heads // k.shape[2], streamed)
     num_programs, counter = draw_items(num_items, q.device)
     _parallax_fwd_hopper_kernel[(num_programs,)](
         q_in, r_in, k_in, v_in, o_out, vbar_out, lse, tbar, mask.first, counter,
         num_tokens, mask.window_size or 0, num_items, batch_size * num_heads, section, scale,
-        H=num_heads, G=k.shape[2], BK=block_k, STAGES=tile.num_stages,
+        H=num_heads, G=k.shape[2], BK=block_k, BS=tile.block_s, STAGES=tile.num_stages,
         PACKED=mask.is_packed, WINDOW=mask.has_window, SAVE_VBAR=save_vbar, num_warps=4,
     )  # fmt: skip
     return o, vbar, lse, tbar

@@ -54,6 +54,7 @@ _HOPPER: dict[tuple[KernelName, int], Tile] = {
 }
 
 _HOPPER_SPECIALIZED: dict[tuple[KernelName, int], Tile] = {
+    ("forward", 64): Tile(128, 128, 4, 3, sums=4, is_specialized=True),
     ("forward", 128): Tile(128, 64, 4, 3, sums=4, is_specialized=True),
     ("dqdr", 64): Tile(128, 64, 4, 4, 1, sums=4, is_specialized=True),
     ("dkdv", 64): Tile(64, 128, 4, 4, 1, is_specialized=True),

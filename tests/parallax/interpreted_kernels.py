@@ -9,7 +9,7 @@ from torch import Tensor
 
 from parallax import ops
 from parallax.kernels import backward, forward
-from parallax.kernels.addressing import Mask, document_bounds
+from parallax.kernels.addressing import Mask, document_bounds, heads_per_section
 from parallax.kernels.tiles import Tile
 from parallax.reference import parallax_reference, parallax_reference_stats
 from parallax.testing import (
@@ -110,6 +110,14 @@ def test_tile_shape_changes_only_rounding(tile: Tile) -> None:
 
 def test_a_window_of_more_keys_than_there_are_is_one_of_all() -> None:
     assert [Mask.of(None, 10, n).window_size for n in (9, 10, 2**40)] == [9, 10, 10]
+
+
+def test_heads_in_a_section_are_counted_by_the_mean_document_or_the_window() -> None:
+    cu_seqlens = cu_seqlens_of((1, 5, 64, 63))
+    masks = (Mask.of(None, 133, None), Mask.of(cu_seqlens, 133, None), Mask.of(cu_seqlens, 133, 21))
+    assert [mask.reach(133) for mask in masks] == [133, 34, 21]
+    # 16 kv heads of two query heads: sections as equal as can be, of whole groups, at least one
+    assert [heads_per_section(32, 2, n, 100) for n in (10**6, 100, 30, 7, 1)] == [2, 2, 6, 16, 32]
 
 
 def test_bounds_of_documents_reach_every_row_even_if_they_end_early() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -258,6 +259,47 @@ def test_row_statistics_carry_no_gradient() -> None:
     assert o.requires_grad
     assert not lse.requires_grad
     assert not tbar.requires_grad
+
+
+class _Calls(TorchDispatchMode):
+    """Names of the operators that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_backward_is_one_operator_and_fills_nothing_with_zeros() -> None:
+    q, r, k, v, do = make_inputs(1, 8, 4, 2, 16, dtype=torch.float32)
+    q.requires_grad_()
+    o = parallax_attention(q, r, k, v)
+    with _Calls() as calls:
+        torch.autograd.grad(o, q, do)
+    computing = [name for name in calls.names if "detach" not in name]
+    assert computing == ["parallax::eager_backward"], calls.names
+
+
+class _Cut(torch.autograd.Function):
+    """The identity, whose input has no gradient, neither one of zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> None:
+        return None
+
+
+def test_an_output_without_gradient_gives_none_to_the_inputs() -> None:
+    q, r, k, v, _ = make_inputs(1, 8, 4, 2, 16, dtype=torch.float32)
+    q.requires_grad_()
+    _Cut.apply(parallax_attention(q, r, k, v)).sum().backward()
+    assert q.grad is None or not q.grad.any()
 
 
 def test_second_derivative_is_refused() -> None:
