@@ -265,7 +265,7 @@ def measure(shape: Shape, names: list[str], seconds: float) -> list[Cell]:
         for runner in runners[i_round % len(runners) :] + runners[: i_round % len(runners)]:
             # a cold L2 cache, and time for the host to run ahead of the GPU
             flushed.zero_()
-            torch.cuda._sleep(1_000_000)
+            torch.cuda._sleep(4_000_000)
             taken.append((runner, runner.run()))
         torch.cuda.synchronize()
         for runner, (start, middle, end) in taken:
