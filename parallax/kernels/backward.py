@@ -379,7 +379,7 @@ def query_gradients(
     num_kv_heads = operands.k.shape[2]
     if use_descriptors is None:
         use_descriptors = can_use_descriptors(*operands)
-    tile = tile or tile_of("dqdr", operands.q, use_descriptors and is_corrected)
+    tile = tile or tile_of("dqdr", operands.q, use_descriptors and is_corrected, mask.reach(num_tokens))
     if tile.is_specialized:
         from parallax.kernels import hopper_dqdr
 
@@ -433,7 +433,7 @@ def key_gradients(
     num_kv_heads = operands.k.shape[2]
     if use_descriptors is None:
         use_descriptors = can_use_descriptors(*operands)
-    tile = tile or tile_of("dkdv", operands.q, use_descriptors)
+    tile = tile or tile_of("dkdv", operands.q, use_descriptors, mask.reach(num_tokens))
     if tile.is_specialized:
         from parallax.kernels import hopper_dkdv
 

@@ -184,7 +184,6 @@ def forward(
     group = num_heads // k.shape[2]
     if use_descriptors is None:
         use_descriptors = can_use_descriptors(q, r, k, v)
-    tile = tile or tile_of("forward", q, use_descriptors and is_centred)
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     vbar = torch.empty(q.shape if save_vbar else (0,), dtype=q.dtype, device=q.device)
     lse = torch.empty(batch_size, num_heads, num_tokens, dtype=torch.float32, device=q.device)
@@ -193,6 +192,7 @@ def forward(
         return o, vbar, lse, tbar
 
     mask = Mask.of(cu_seqlens, num_tokens, window_size)
+    tile = tile or tile_of("forward", q, use_descriptors and is_centred, mask.reach(num_tokens))
     if tile.is_specialized:
         from parallax.kernels import hopper_forward
 

@@ -135,18 +135,22 @@ def _consume(
         b_dv = gl.zeros([ROWS, BK], tl.float32, ACC)
         for i_h in range(GROUP):
             _skip_tiles(full, empty, i_x, i_x + i_first)
-            for i_y in range(i_x + i_first, i_x + i_last):
-                i_stage = i_y % STAGES
-                mbarrier.wait(full.index(i_stage), (i_y // STAGES) & 1)
-                i_t = i_s + (i_y - i_x) * BT
-                is_masked = i_t < i_w + ROWS - 1
-                if BOUNDED:
-                    is_masked = is_masked | (i_t + BT > i_unmasked)
-                b_dk, b_dv = _add_tile(
-                    a_k, v, q.index(i_stage), r.index(i_stage), do.index(i_stage), constants, i_stage * 4,
-                    i_t, o_s, b_end, is_masked, b_dk, b_dv, b_zero, scale, BT, BOUNDED, ACC,
-                )  # fmt: skip
-                mbarrier.arrive(empty.index(i_stage), count=1)
+            # the tiles of its own keys' queries, and the others; one loop where any may hold a document's end
+            i_own = i_x + i_last if BOUNDED else i_x + tl.minimum(i_first + ROWS // BT, i_last)
+            zones = (i_x + i_first, i_own, i_x + i_last)
+            for ZONE in gl.static_range(1 if BOUNDED else 2):
+                for i_y in range(zones[ZONE], zones[ZONE + 1]):
+                    i_stage = i_y % STAGES
+                    mbarrier.wait(full.index(i_stage), (i_y // STAGES) & 1)
+                    i_t = i_s + (i_y - i_x) * BT
+                    is_masked = ZONE == 0
+                    if BOUNDED:
+                        is_masked = (i_t < i_w + ROWS - 1) | (i_t + BT > i_unmasked)
+                    b_dk, b_dv = _add_tile(
+                        a_k, v, q.index(i_stage), r.index(i_stage), do.index(i_stage), constants, i_stage * 4,
+                        i_t, o_s, b_end, is_masked, b_dk, b_dv, b_zero, scale, BT, BOUNDED, ACC,
+                    )  # fmt: skip
+                    mbarrier.arrive(empty.index(i_stage), count=1)
             _skip_tiles(full, empty, i_x + i_last, i_x + num_steps)
             i_x += num_steps
             # the keys before these are stored by now

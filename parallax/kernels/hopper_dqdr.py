@@ -72,8 +72,8 @@ def _row_constants(
 
 @gluon.jit
 def _add_tile(
-    a_q, r, do, k, v, v_full, i_phase, i_s, o_t, b_first, is_masked, b_rows, b_dq, b_dr, b_g_sum, b_u_sum,
-    b_zero, scale_log2, q_empty, is_last, BOUNDED: tl.constexpr,
+    a_q, r, do, k, v, v_full, i_phase, i_s, o_t, b_first, b_rows, b_dq, b_dr, b_g_sum, b_u_sum, b_zero,
+    scale_log2, q_empty, is_last, is_masked, BOUNDED: tl.constexpr,
 ):  # fmt: skip
     """Add one tile of keys to dQ / scale and -dR, and to the row sums of the rounded G and -U.
 
@@ -95,8 +95,7 @@ def _add_tile(
         b_p = gl.where(m_s, b_p, 0.0)
         b_t = gl.where(m_s, b_t, 0.0)
     b_a = warpgroup_mma_wait(0, deps=(b_a,))
-    if is_last:
-        mbarrier.arrive(q_empty, count=1)
+    mbarrier.arrive(q_empty, count=1, pred=is_last)
     b_u = b_p * (b_a - gl.expand_dims(b_b, 1))
     b_g = round_tile(b_t * b_u + b_p * gl.expand_dims(b_e, 1), k.dtype, ADDED)
     b_u = round_tile(b_u, k.dtype, ADDED)
@@ -172,28 +171,34 @@ def _consume(
         skip_tiles(k_full, v_full, empty, i_x, i_x + BEFORE)
         mbarrier.wait(q_full.index(i_buffer), (i_n // 2) & 1)
         a_q = q_all.index(i_buffer).load(gl.DotOperandLayout(0, SCORES, 2))
-        for i_y in range(i_x + BEFORE, i_x + i_last):
-            i_stage = i_y % STAGES
-            i_phase = (i_y // STAGES) & 1
-            i_s = i_t + 2 * ROWS - (i_y - i_x + 1) * BS
-            is_masked = i_y < i_x + BEFORE + OWN
-            if BOUNDED:
-                is_masked = is_masked | (i_s < i_hidden)
-            is_last = i_y == i_x + i_last - 1
-            mbarrier.wait(k_full.index(i_stage), i_phase)
-            b_dq, b_dr, b_g_sum, b_u_sum = _add_tile(
-                a_q, r_all.index(i_buffer), do_all.index(i_buffer), k.index(i_stage), v.index(i_stage),
-                v_full.index(i_stage), i_phase, i_s, o_t, b_first, is_masked, b_rows, b_dq, b_dr, b_g_sum,
-                b_u_sum, b_zero, scale_log2, q_empty.index(i_buffer), is_last, BOUNDED,
-            )  # fmt: skip
-            if is_last:
-                num_keys = tl.minimum(BS, T - i_s)
-                b_dq = _remove_row_sum(b_dq, b_g_sum, k.index(i_stage), num_keys)
-                b_dr = _remove_row_sum(b_dr, b_u_sum, k.index(i_stage), num_keys)
-                b_dq, b_dr = warpgroup_mma_wait(0, deps=(b_dq, b_dr))
-            mbarrier.arrive(empty.index(i_stage), count=1)
+        # the tiles of its own keys, and the others; one loop where any may hold the start of a document
+        i_own = i_x + BEFORE + OWN
+        i_end = i_x + i_last
+        zones = (i_x + BEFORE, i_end if BOUNDED else i_own, i_end)
+        for ZONE in gl.static_range(1 if BOUNDED else 2):
+            for i_y in range(zones[ZONE], zones[ZONE + 1]):
+                i_stage = i_y % STAGES
+                i_phase = (i_y // STAGES) & 1
+                i_s = i_t + 2 * ROWS - (i_y - i_x + 1) * BS
+                is_last = i_y == i_end - 1
+                is_masked = ZONE == 0
+                if BOUNDED:
+                    is_masked = (i_y < i_own) | (i_s < i_hidden)
+                mbarrier.wait(k_full.index(i_stage), i_phase)
+                b_dq, b_dr, b_g_sum, b_u_sum = _add_tile(
+                    a_q, r_all.index(i_buffer), do_all.index(i_buffer), k.index(i_stage), v.index(i_stage),
+                    v_full.index(i_stage), i_phase, i_s, o_t, b_first, b_rows, b_dq, b_dr, b_g_sum, b_u_sum,
+                    b_zero, scale_log2, q_empty.index(i_buffer), is_last, is_masked, BOUNDED,
+                )  # fmt: skip
+                mbarrier.arrive(empty.index(i_stage), count=1, pred=i_y < i_end - 1)
+        i_stage = (i_end - 1) % STAGES
+        num_keys = tl.minimum(BS, T - (i_t + 2 * ROWS - i_last * BS))
+        b_dq = _remove_row_sum(b_dq, b_g_sum, k.index(i_stage), num_keys)
+        b_dr = _remove_row_sum(b_dr, b_u_sum, k.index(i_stage), num_keys)
+        b_dq, b_dr = warpgroup_mma_wait(0, deps=(b_dq, b_dr))
+        mbarrier.arrive(empty.index(i_stage), count=1)
         # tiles that the other warpgroup alone sees
-        skip_tiles(k_full, v_full, empty, i_x + i_last, i_x + num_steps)
+        skip_tiles(k_full, v_full, empty, i_end, i_x + num_steps)
         i_x += num_steps
 
         tma.store_wait(0)

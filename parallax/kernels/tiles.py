@@ -62,6 +62,14 @@ _HOPPER_SPECIALIZED: dict[tuple[KernelName, int], Tile] = {
 }
 """On Hopper alone, before `_HOPPER`, for inputs that tensor descriptors can describe."""
 
+_HOPPER_SHORT: dict[tuple[KernelName, int], Tile] = {
+    ("forward", 64): Tile(128, 64, 4, 4, sums=4, is_specialized=True),
+}
+"""Before `_HOPPER_SPECIALIZED`, for rows or documents of at most `SHORT` tokens on average."""
+
+SHORT = 1024
+"""Tokens."""
+
 _AMPERE: dict[tuple[KernelName, int], Tile] = {
     ("forward", 64): Tile(64, 64, 4, 2),
     ("forward", 128): Tile(64, 32, 4, 2),
@@ -95,20 +103,24 @@ _FP32_HOPPER = _FP32 | {
 """Not tuned: 64 rows, which take warpgroup products, at the width where they fit the registers."""
 
 
-def tile_of(kernel: KernelName, x: Tensor, use_descriptors: bool) -> Tile:
+def tile_of(kernel: KernelName, x: Tensor, use_descriptors: bool, reach: int) -> Tile:
     """Return the tile of a kernel for inputs like x.
 
     Args:
         kernel: Which of the three.
         x: Queries or keys `[B, T, H, K]`, on the device that runs the kernel.
         use_descriptors: Whether tensor descriptors load the operands; the specialised kernels need them.
+        reach: Tokens of a mean document, or of a window, from `addressing.Mask.reach`.
     """
     width = 64 if x.shape[3] <= 64 else 128 if x.shape[3] <= 128 else 256
     capability = torch.cuda.get_device_capability(x.device) if x.device.type == "cuda" else (0, 0)
     if x.dtype == torch.float32:
         return (_FP32_HOPPER if capability[0] == 9 else _FP32)[kernel, width]
-    if capability[0] == 9 and use_descriptors and (kernel, width) in _HOPPER_SPECIALIZED:
-        return _HOPPER_SPECIALIZED[kernel, width]
+    if capability[0] == 9 and use_descriptors:
+        tables = (_HOPPER_SHORT, _HOPPER_SPECIALIZED) if reach <= SHORT else (_HOPPER_SPECIALIZED,)
+        for table in tables:
+            if (kernel, width) in table:
+                return table[kernel, width]
     return (_HOPPER if capability >= (9, 0) else _AMPERE)[kernel, width]
 
 

@@ -19,12 +19,15 @@ from triton.runtime.jit import JITFunction
 
 from parallax.kernels import backward, hopper, hopper_dkdv, hopper_forward
 from parallax.kernels.addressing import Mask
-from parallax.kernels.tiles import _HOPPER, _HOPPER_SPECIALIZED, KernelName
+from parallax.kernels.tiles import _HOPPER, _HOPPER_SHORT, _HOPPER_SPECIALIZED, KernelName, Tile
 
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 NUM_TOKENS, NUM_HEADS, NUM_KV_HEADS = 256, 4, 2
 STACK_BYTES = 160
-TILES = _HOPPER | _HOPPER_SPECIALIZED
+TILES = [
+    *((*key, tile) for table in (_HOPPER_SPECIALIZED, _HOPPER_SHORT) for key, tile in table.items()),
+    ("dqdr", 128, _HOPPER["dqdr", 128]),
+]
 
 
 class Driver(SimpleNamespace):
@@ -56,12 +59,11 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return kernels
 
 
-def launch(kernel: KernelName, width: int, is_bounded: bool) -> None:
+def launch(kernel: KernelName, width: int, tile: Tile, is_bounded: bool) -> None:
     heads = (NUM_HEADS, NUM_KV_HEADS)
     q, k = (torch.empty(2, NUM_TOKENS, n, width, dtype=torch.bfloat16) for n in heads)
     bounds = torch.empty(NUM_TOKENS, dtype=torch.int32)
     mask = Mask(bounds, bounds, 100) if is_bounded else Mask(None, None, None)
-    tile = TILES[kernel, width]
     if kernel == "forward":
         hopper_forward.forward(q, q, k, k, mask, 0.1, save_vbar=not is_bounded, tile=tile)
     elif kernel == "dqdr":
@@ -74,11 +76,11 @@ def launch(kernel: KernelName, width: int, is_bounded: bool) -> None:
 
 
 @pytest.mark.parametrize("is_bounded", [False, True], ids=["causal", "bounded"])
-@pytest.mark.parametrize(("kernel", "width"), [*_HOPPER_SPECIALIZED, ("dqdr", 128)], ids=str)
+@pytest.mark.parametrize(("kernel", "width", "tile"), TILES, ids=str)
 def test_products_overlap_and_registers_suffice(
-    kernel: KernelName, width: int, is_bounded: bool, compiled: list[Any], tmp_path: Path
+    kernel: KernelName, width: int, tile: Tile, is_bounded: bool, compiled: list[Any], tmp_path: Path
 ) -> None:
-    launch(kernel, width, is_bounded)
+    launch(kernel, width, tile, is_bounded)
     (found,) = compiled
     source, binary = tmp_path / "kernel.ptx", tmp_path / "kernel.cubin"
     source.write_text(found.asm["ptx"], encoding="utf-8")

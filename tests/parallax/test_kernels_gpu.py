@@ -50,6 +50,11 @@ def case_id(case: Case) -> str:
     return case.name
 
 
+def without_specialised_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    for table in ("_HOPPER_SHORT", "_HOPPER_SPECIALIZED"):
+        monkeypatch.setattr(tiles, table, {})
+
+
 @pytest.fixture
 def uninitialized_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     empty = torch.empty
@@ -74,7 +79,7 @@ def test_error_is_within_the_budget(case: Case, dtype: torch.dtype) -> None:
 def test_error_of_unspecialised_kernels_is_within_the_budget(
     case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tiles, "_HOPPER_SPECIALIZED", {})
+    without_specialised_kernels(monkeypatch)
     assert_attention_within_budget(attend, case.inputs(dtype, "cuda"), **case.masking("cuda"))
 
 
@@ -86,6 +91,19 @@ def test_error_is_within_the_budget_when_few_programs_do_all_items(
 ) -> None:
     monkeypatch.setattr(hopper, "num_multiprocessors", lambda device: num_programs)
     assert_attention_within_budget(attend, case.inputs(BF16, "cuda"), **case.masking("cuda"))
+
+
+@pytest.mark.usefixtures("uninitialized_memory_is_nan")
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "case", [case for case in (*LENGTHS, *WINDOWS, *DOCUMENTS) if case.head_dim == 64], ids=case_id
+)
+def test_error_with_the_tiles_of_long_rows_is_within_the_budget(
+    case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "SHORT", 0)
+    monkeypatch.setattr(hopper, "num_multiprocessors", lambda device: 3)
+    assert_attention_within_budget(attend, case.inputs(dtype, "cuda"), **case.masking("cuda"))
 
 
 def test_bounds_that_end_early_leave_the_rest_to_the_last_document() -> None:
@@ -129,7 +147,7 @@ def test_a_short_last_document_is_as_accurate_as_in_the_unspecialised_kernels(
     cu_seqlens = cu_seqlens_of((1024, 20), "cuda")
     truth = output_and_gradients(parallax_reference, inputs.to(torch.float64), cu_seqlens=cu_seqlens)
     actual = output_and_gradients(attend, inputs, cu_seqlens=cu_seqlens)
-    monkeypatch.setattr(tiles, "_HOPPER_SPECIALIZED", {})
+    without_specialised_kernels(monkeypatch)
     plain = output_and_gradients(attend, inputs, cu_seqlens=cu_seqlens)
     for name in NAMES:
         error, usual = (relative_error(x[name][:, 1024:], truth[name][:, 1024:]) for x in (actual, plain))
