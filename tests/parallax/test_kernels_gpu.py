@@ -344,7 +344,9 @@ def test_a_new_length_compiles_nothing() -> None:
     def run(batch_size: int, num_tokens: int) -> None:
         output_and_gradients(attend, make_inputs(batch_size, num_tokens, 4, 2, 64, dtype=BF16, device="cuda"))
 
+    # short rows have a tile of their own
     run(2, 64)
+    run(2, 2 * tiles.SHORT)
     before = num_compiled()
     for batch_size, num_tokens in ((2, 1), (1, 1), (1, 17), (3, 128), (2, 1000), (1, 4096)):
         run(batch_size, num_tokens)
