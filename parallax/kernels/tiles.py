@@ -65,10 +65,9 @@ _HOPPER_SPECIALIZED: dict[tuple[KernelName, int], Tile] = {
 _HOPPER_SHORT: dict[tuple[KernelName, int], Tile] = {
     ("forward", 64): Tile(128, 64, 4, 4, sums=4, is_specialized=True),
 }
-"""Before `_HOPPER_SPECIALIZED`, for rows or documents of at most `SHORT` tokens on average."""
+"""Before `_HOPPER_SPECIALIZED`, for documents, or rows of one, of at most `SHORT` tokens on average."""
 
 SHORT = 1024
-"""Tokens."""
 
 _AMPERE: dict[tuple[KernelName, int], Tile] = {
     ("forward", 64): Tile(64, 64, 4, 2),
@@ -116,11 +115,9 @@ def tile_of(kernel: KernelName, x: Tensor, use_descriptors: bool, reach: int) ->
     capability = torch.cuda.get_device_capability(x.device) if x.device.type == "cuda" else (0, 0)
     if x.dtype == torch.float32:
         return (_FP32_HOPPER if capability[0] == 9 else _FP32)[kernel, width]
-    if capability[0] == 9 and use_descriptors:
-        tables = (_HOPPER_SHORT, _HOPPER_SPECIALIZED) if reach <= SHORT else (_HOPPER_SPECIALIZED,)
-        for table in tables:
-            if (kernel, width) in table:
-                return table[kernel, width]
+    specialized = _HOPPER_SPECIALIZED | (_HOPPER_SHORT if reach <= SHORT else {})
+    if capability[0] == 9 and use_descriptors and (kernel, width) in specialized:
+        return specialized[kernel, width]
     return (_HOPPER if capability >= (9, 0) else _AMPERE)[kernel, width]
 
 
