@@ -28,7 +28,14 @@ _TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504}
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
-def download(repository: str, name: str, *, revision: str, kind: Literal["dataset", "model"]) -> Path:
+def download(
+    repository: str,
+    name: str,
+    *,
+    revision: str,
+    kind: Literal["dataset", "model"],
+    num_attempts: int = NUM_ATTEMPTS,
+) -> Path:
     """Fetch a file into the hub client's cache, unless it is there.
 
     HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE and the client's other variables hold. Processes of a node that want
@@ -39,6 +46,7 @@ def download(repository: str, name: str, *, revision: str, kind: Literal["datase
         name: Path of the file in the repository.
         revision: Branch, tag or commit.
         kind: What the repository is.
+        num_attempts: Of some 20 s each while the hub is out of reach, and with waits between them.
 
     Returns:
         Where the file lies.
@@ -49,7 +57,7 @@ def download(repository: str, name: str, *, revision: str, kind: Literal["datase
     """
     what = f"{name} of {kind} {repository} at revision {revision}"
     wait = FIRST_WAIT_SECONDS
-    for attempt in range(1, NUM_ATTEMPTS + 1):
+    for attempt in range(1, num_attempts + 1):
         try:
             return Path(hf_hub_download(repository, name, revision=revision, repo_type=kind))
         except Exception as error:
@@ -57,7 +65,7 @@ def download(repository: str, name: str, *, revision: str, kind: Literal["datase
             if remedy is not None:
                 raise ValueError(f"cannot fetch {what}: {remedy}") from error
             reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
-            if attempt == NUM_ATTEMPTS:
+            if attempt == num_attempts:
                 raise ValueError(
                     f"cannot fetch {what} in {attempt} attempts, the last one failing with {reason}: check "
                     f"the network and HF_ENDPOINT ({constants.ENDPOINT}), then run the same command again"

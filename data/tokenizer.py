@@ -27,6 +27,8 @@ _BATCH_CHARACTERS = 1 << 22
 # Where byte-level tokenizers end a word whatever follows: after a line, and before a space after a word.
 _LINE_END = re.compile(r"\n(?=\S)")
 _WORD_END = re.compile(r"(?<=\S)(?= )")
+# Fewer than for data: the name may be a mistyped path, and nothing has begun yet.
+_HUB_ATTEMPTS = 2
 # What a model on the hub is called; a path has other signs, or exists.
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
@@ -90,7 +92,13 @@ class Tokenizer:
         if not file.exists() and _HUB_NAME.fullmatch(str(path)):
             repository, _, revision = str(path).partition("@")
             try:
-                file = download(repository, TOKENIZER_FILE, revision=revision or "main", kind="model")
+                file = download(
+                    repository,
+                    TOKENIZER_FILE,
+                    revision=revision or "main",
+                    kind="model",
+                    num_attempts=_HUB_ATTEMPTS,
+                )
             except ValueError as error:
                 raise ValueError(
                     f"data.tokenizer {str(path)!r} is no path here, and of a model of that name: {error}"

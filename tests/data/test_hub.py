@@ -185,6 +185,15 @@ def test_waits_grow_and_an_outage_ends_with_what_failed(
     assert "again in" in caplog.text
 
 
+def test_a_mistyped_tokenizer_is_not_waited_for_as_long_as_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    monkeypatch.setattr(hub_client, "hf_hub_download", _fail)
+    with pytest.raises(ValueError, match=r"'runs/tok' is no path here, .* in 2 attempts"):
+        Tokenizer.load("runs/tok")
+    assert len(waits) == 1
+
+
 def _fail(*arguments: object, **options: object) -> str:
     raise ConnectionResetError("connection reset by peer")
 
