@@ -241,9 +241,11 @@ class FileDocuments:
         num_documents = counts.pop(None, 0)
         listed = ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "none"
         if is_whole and not num_documents:
+            column = getattr(self._options, "text_column", None)
+            searched = "" if column is None else f"; text_column is {column!r}"
             raise ValueError(
-                f"{self} holds no document (rows skipped: {listed}): name other files or another column, or "
-                "filter less"
+                f"{self} holds no document (rows skipped: {listed}{searched}): name other files or another "
+                "column, or filter less"
             )
         if self._is_reporter and any(counts[reason] for reason in DEFECTS):
             logger.warning(

@@ -283,8 +283,12 @@ def _begin(folder: Path, settings: dict[str, Any]) -> None:
         write_json(path, settings)
     saved = _decisive(read_json(path))
     now = _decisive(settings)
+    names = [each.get("tokenizer", {}).get("name") for each in (read_json(path), settings)]
     differences = [
-        f"{key} was {saved.get(key)!r} and is {now[key]!r}" for key in now if saved.get(key) != now[key]
+        f"{key} was {saved.get(key)!r} and is {now[key]!r}"
+        + (f", that of {names[0]} and {names[1]}" if key == "tokenizer" else "")
+        for key in now
+        if saved.get(key) != now[key]
     ]
     if differences:
         raise ValueError(

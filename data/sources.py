@@ -109,15 +109,24 @@ def check_data(config: DataConfig, tokenizer_fingerprint: str) -> None:
         tokenizer_fingerprint: The run's tokenizer.
 
     Raises:
-        ValueError: If a source cannot be opened, or `validation` reads all of what `train` reads.
+        ValueError: If a source cannot be opened, lies here and holds no document, or `validation` reads all
+            of what `train` reads; names the table.
     """
-    splits: list[tuple[Source | None, Split]] = [
-        (config.train, "train"),
-        (config.validation, config.validation_documents),
+    tables: list[tuple[str, Source | None, Split]] = [
+        ("train", config.train, "train"),
+        ("validation", config.validation, config.validation_documents),
     ]
-    for source, split in splits:
-        if source is not None:
-            open_source(source, tokenizer_fingerprint=tokenizer_fingerprint, split=split, is_reporter=False)
+    for name, source, split in tables:
+        if source is None:
+            continue
+        try:
+            opened = open_source(
+                source, tokenizer_fingerprint=tokenizer_fingerprint, split=split, is_reporter=False
+            )
+            if not _comes_from_hub(source):
+                next((row for row in opened.read(repeat=False) if row.skipped is None), None)
+        except ValueError as error:
+            raise ValueError(f"data.{name}: {error}") from error
     if config.validation is None:
         return
     shared = _places(config.train) & _places(config.validation)
@@ -126,6 +135,11 @@ def check_data(config: DataConfig, tokenizer_fingerprint: str) -> None:
             f'data.validation_documents is "all", but data.train reads {min(shared)} too: set it to '
             '"held_out" to validate on the documents that training leaves out'
         )
+
+
+def _comes_from_hub(source: Source) -> bool:
+    leaves = source.sources.values() if isinstance(source, MixtureSource) else (source,)
+    return any(isinstance(leaf, HubSource) for leaf in leaves)
 
 
 def _places(source: Source) -> set[str]:

@@ -106,7 +106,8 @@ class Tokenizer:
         if not file.exists():
             raise ValueError(
                 f"data.tokenizer {str(path)!r} does not exist: give a folder that holds a {TOKENIZER_FILE}, "
-                "a model's name on the hub, or make a small one with `python -m data.sample --out FOLDER`"
+                "a model's name on the hub, or make one by `python -m data.tokenizer train` (how is said in "
+                "the config's base; that of the debug configs by `python -m data.sample --out .cache/sample`)"
             )
         if file.is_dir():
             folder, file = file, file / TOKENIZER_FILE

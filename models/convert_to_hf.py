@@ -1,6 +1,7 @@
 """A run folder to a Hugging Face folder: one safetensors file in memory at a time."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -114,4 +115,8 @@ def _write_file(checkpoint: Path, shapes: dict[str, torch.Size], dtype: torch.dt
     load_tensors(tensors, checkpoint)
     renamed = to_hugging_face(tensors)
     save_file(renamed, path, metadata={"format": "pt"})
+    # it writes for the owner's eyes alone
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
     return list(renamed)

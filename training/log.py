@@ -26,5 +26,7 @@ def setup(rank: int) -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.WARNING)
+    # its lines come through the root's handler, and would come twice
+    logging.getLogger("huggingface_hub").handlers.clear()
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     warnings.filterwarnings("ignore", message="DTensor .* may not have complete support on cpu device mesh")

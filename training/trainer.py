@@ -307,7 +307,14 @@ class Trainer(TitanTrainer):
         stopped: bool,
     ) -> None:
         folder = Path(self.run.run.folder)
-        lines = [f"{'stopped by a signal' if stopped else 'finished'} after step {self.step}"]
+        num_steps = self.run.training.steps
+        if stopped:
+            end = f"stopped by a signal after step {self.step}"
+        elif self.step < num_steps:
+            end = f"stopped after step {self.step} of {num_steps} (training.stop_at_step)"
+        else:
+            end = f"finished after step {self.step}"
+        lines = [end]
         if metrics:
             lines.append(f"training loss        {metrics['loss']:.4f} nats/token")
         for name, result in (("before training", before), ("after training", after)):

@@ -10,7 +10,6 @@ from abc import abstractmethod
 import torch
 
 from models.attention.base import HeadProjections, Rope, State
-from parallax import parallax_decode
 
 _PIECE_TOKENS = 8
 """New tokens of a sequence that the decode kernels take at once."""
@@ -40,11 +39,11 @@ class KeyValueAttention(HeadProjections):
     ) -> torch.Tensor:
         """Attention over whole documents, `[B, T, H, K]`; arguments as projected, and as of forward."""
 
+    @abstractmethod
     def attend_cached(
         self, q_BTHK: torch.Tensor, r_BTHK: torch.Tensor | None, state: State, num_keys_B: torch.Tensor
     ) -> torch.Tensor:
-        """Attention of new tokens, whose keys are the last of num_keys_B in the state, `[B, T, H, K]`."""
-        return parallax_decode(q_BTHK, r_BTHK, state["k"], state["v"], cache_seqlens=num_keys_B)
+        """The same of new tokens, whose keys are the last of num_keys_B in the state, `[B, T, H, K]`."""
 
     def forward(
         self, x_BTD: torch.Tensor, rope: Rope, cu_seqlens: torch.Tensor | None, max_seqlen: int

@@ -3,11 +3,11 @@
 import torch
 from torch import nn
 
-from models.attention.base import Rope
+from models.attention.base import Rope, State
 from models.attention.key_values import KeyValueAttention
 from models.config import ParallaxConfig
 from models.sizes import ModelSize
-from parallax import parallax_attention
+from parallax import parallax_attention, parallax_decode
 
 
 class ParallaxAttention(KeyValueAttention):
@@ -69,6 +69,12 @@ class ParallaxAttention(KeyValueAttention):
         return parallax_attention(
             q_BTHK, r_BTHK, k_BTGK, v_BTGK, cu_seqlens=cu_seqlens, window_size=window_size, impl=impl
         )
+
+    def attend_cached(
+        self, q_BTHK: torch.Tensor, r_BTHK: torch.Tensor | None, state: State, num_keys_B: torch.Tensor
+    ) -> torch.Tensor:
+        """See KeyValueAttention.attend_cached."""
+        return parallax_decode(q_BTHK, r_BTHK, state["k"], state["v"], cache_seqlens=num_keys_B)
 
     def num_flops_per_token(self, seq_len: int) -> float:
         """See Attention.num_flops_per_token.

@@ -5,9 +5,11 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
+from models.attention.base import State
 from models.attention.key_values import KeyValueAttention
 from models.config import SoftmaxConfig
 from models.sizes import ModelSize
+from parallax import parallax_decode
 
 # the fastest first: on Hopper cuDNN takes 0.58 of FlashAttention-2's time
 _BACKENDS = [
@@ -118,6 +120,12 @@ class SoftmaxAttention(KeyValueAttention):
     ) -> torch.Tensor:
         """See KeyValueAttention.attend."""
         return softmax_attention(q_BTHK, k_BTGK, v_BTGK, cu_seqlens, max_seqlen, self.window_size)
+
+    def attend_cached(
+        self, q_BTHK: torch.Tensor, r_BTHK: torch.Tensor | None, state: State, num_keys_B: torch.Tensor
+    ) -> torch.Tensor:
+        """See KeyValueAttention.attend_cached."""
+        return parallax_decode(q_BTHK, None, state["k"], state["v"], cache_seqlens=num_keys_B)
 
     def num_flops_per_token(self, seq_len: int) -> float:
         """See Attention.num_flops_per_token: 2 products forward, 4 backward."""

@@ -166,7 +166,7 @@ def test_a_finished_folder_is_left_alone_and_other_settings_are_refused(
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")} == before
     for source, tokenizer, options, named in (
         (list_source(FILES[:1]), byte_tokenizer, {}, "source was"),
-        (list_source(FILES), Tokenizer(_backend("a")), {}, "tokenizer was"),
+        (list_source(FILES), Tokenizer(_backend("a"), name="other"), {}, "tokenizer was .* and other"),
         (list_source(FILES), byte_tokenizer, {"shard_tokens": 800}, "shard_tokens was 700 and is 800"),
         (list_source(FILES), byte_tokenizer, {"max_tokens": 800}, "max_tokens was None and is 800"),
     ):

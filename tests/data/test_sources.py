@@ -126,12 +126,22 @@ def test_what_cannot_be_opened_is_found_by_the_check(tmp_path: Path) -> None:
         (ShardsSource(folder=str(tmp_path)), "holds no prepared shards"),
         (MixtureSource(weights={"a": 1}, sources={"a": JsonlSource(files=["b.jsonl"])}), r"b\.jsonl"),
     ):
-        for config in (
-            DataConfig(tokenizer="given", train=bad),
-            DataConfig(tokenizer="given", train=good, validation=bad),
+        for name, config in (
+            ("train", DataConfig(tokenizer="given", train=bad)),
+            ("validation", DataConfig(tokenizer="given", train=good, validation=bad)),
         ):
-            with pytest.raises(ValueError, match=said):
+            with pytest.raises(ValueError, match=rf"^data\.{name}: .*{said}"):
                 check_data(config, "")
+
+
+def test_files_without_a_document_are_found_by_the_check(tmp_path: Path) -> None:
+    (tmp_path / "lines.jsonl").write_text('{"body": "text"}\n' * 3)
+    (tmp_path / "empty.jsonl").write_text("")
+    for name, skipped in (("empty", "none"), ("lines", "3 null")):
+        source = JsonlSource(files=[str(tmp_path / f"{name}.jsonl")])
+        said = rf"^data\.train: .*holds no document \(rows skipped: {skipped}; text_column is 'text'\)"
+        with pytest.raises(ValueError, match=said):
+            check_data(DataConfig(tokenizer="given", train=source), "")
 
 
 def test_parts_of_ultra_fineweb_are_named_and_never_listed() -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from models import sizes
+from models.attention.key_values import KeyValueAttention
 from models.cache import Cache, extend, prefill
 from models.config import AttentionConfig, ParallaxConfig, SoftmaxConfig
 from models.qwen3 import Qwen3
@@ -56,7 +57,8 @@ def test_a_long_chunk_onto_a_cache_goes_through_the_training_forward(
     lengths = (2, 30)
     rows = [tokens(1, n + 80, seed=n)[0] for n in lengths]
     cache, _ = prefilled(model, [row[:n] for row, n in zip(rows, lengths, strict=True)], 120)
-    monkeypatch.setattr("models.attention.key_values.parallax_decode", None)
+    for layer in model.layers:
+        monkeypatch.setattr(layer.attention, "attend_cached", None)
     new = torch.stack([row[n:] for row, n in zip(rows, lengths, strict=True)])
     logits_BTV = model.output(extend(model, new, cache), None)
     for logits, row, n in zip(logits_BTV, rows, lengths, strict=True):
@@ -79,6 +81,10 @@ def test_selected_rows_continue_on_their_own_and_a_reset_cache_is_new(attention:
     cache.reset()
     x_BTD = extend(model, new[:2], cache)
     torch.testing.assert_close(model.output(x_BTD, None), model(new[:2]), atol=1e-4, rtol=1e-4)
+
+
+def test_no_attention_decodes_by_another_ones_formula_unsaid() -> None:
+    assert {"attend", "attend_cached"} <= KeyValueAttention.__abstractmethods__
 
 
 def test_prompts_that_cannot_be_read_are_refused() -> None:

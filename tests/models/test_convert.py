@@ -119,6 +119,8 @@ def test_ours_to_theirs_and_back_is_the_same_run(
     )
     model = save_run(tmp_path / "run", config, step=7)
     convert_to_hf(tmp_path / "run" / "checkpoint" / "step-7", tmp_path / "hf", shard_bytes=400_000)
+    # others read the weights who read the rest
+    assert len({path.stat().st_mode for path in (tmp_path / "hf").iterdir()}) == 1
     convert_from_hf(tmp_path / "hf", tmp_path / "again")
     again = load_model(tmp_path / "again")
     assert again.config == config

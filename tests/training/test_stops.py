@@ -76,7 +76,8 @@ def test_a_second_signal_ends_at_once() -> None:
 
 def test_a_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(corpus: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    train("debug_softmax_adamw", corpus, folder, "--training.stop_at_step", "3")
+    printed = train("debug_softmax_adamw", corpus, folder, "--training.stop_at_step", "3")
+    assert re.search(r"stopped after step 3 of \d+ \(training\.stop_at_step\)", printed)
     wild = [f"--optimizer.groups.{group}.lr=1e36" for group in ("hidden", "embedding", "vectors")]
     printed = train("debug_softmax_adamw", corpus, folder, *wild, code=1)
     assert "stopped without saving" in printed
