@@ -281,9 +281,9 @@ def _begin(folder: Path, settings: dict[str, Any]) -> None:
     path = folder / SETTINGS_FILE
     if not path.exists():
         write_json(path, settings)
-    saved = _decisive(read_json(path))
-    now = _decisive(settings)
-    names = [each.get("tokenizer", {}).get("name") for each in (read_json(path), settings)]
+    begun = read_json(path)
+    saved, now = _decisive(begun), _decisive(settings)
+    names = [each.get("tokenizer", {}).get("name") for each in (begun, settings)]
     differences = [
         f"{key} was {saved.get(key)!r} and is {now[key]!r}"
         + (f", that of {names[0]} and {names[1]}" if key == "tokenizer" else "")

@@ -123,6 +123,7 @@ def check_data(config: DataConfig, tokenizer_fingerprint: str) -> None:
             opened = open_source(
                 source, tokenizer_fingerprint=tokenizer_fingerprint, split=split, is_reporter=False
             )
+            # a pass without a document raises; of the hub it would fetch whole files
             if not _comes_from_hub(source):
                 next((row for row in opened.read(repeat=False) if row.skipped is None), None)
         except ValueError as error:

@@ -2,13 +2,15 @@
 
 import os
 from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from parallax import ops
-from parallax.kernels import backward, forward
+from parallax.kernels import backward, forward, tiles
 from parallax.kernels.addressing import Mask, document_bounds, heads_per_section
 from parallax.kernels.tiles import Tile
 from parallax.reference import parallax_reference, parallax_reference_stats
@@ -118,6 +120,22 @@ def test_heads_in_a_section_are_counted_by_the_mean_document_or_the_window() -> 
     assert [mask.reach(133) for mask in masks] == [133, 34, 21]
     # 16 kv heads of two query heads: sections as equal as can be, of whole groups, at least one
     assert [heads_per_section(32, 2, n, 100) for n in (10**6, 100, 30, 7, 1)] == [2, 2, 6, 16, 32]
+
+
+def test_the_tile_follows_the_gpu_the_width_and_the_length_of_documents(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x: Any = SimpleNamespace(shape=(1, 4096, 8, 64), dtype=torch.bfloat16, device=torch.device("cuda", 0))
+
+    def tile(capability: tuple[int, int], reach: int, use_descriptors: bool = True) -> Tile:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        return tiles.tile_of("forward", x, use_descriptors, reach)
+
+    key = ("forward", 64)
+    assert tile((9, 0), tiles.SHORT) == tiles._HOPPER_SHORT[key]
+    assert tile((9, 0), tiles.SHORT + 1) == tiles._HOPPER_SPECIALIZED[key]
+    assert tile((9, 0), tiles.SHORT, use_descriptors=False) == tiles._HOPPER[key]
+    assert tile((8, 0), tiles.SHORT) == tiles._AMPERE[key]
 
 
 def test_bounds_of_documents_reach_every_row_even_if_they_end_early() -> None:

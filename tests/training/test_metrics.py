@@ -5,6 +5,7 @@ import json
 import logging
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 
 from eval.run_records import read_run
+from training import log
 from training.log import logger
 from training.metrics import JsonlWriter, RunMetrics, duration, progress_bar
 from training.run_config import MetricsConfig
@@ -33,6 +35,20 @@ def test_progress_is_full_at_the_end_and_empty_at_the_start() -> None:
     assert progress_bar(0, 7) == "[" + "." * 20 + "]   0%"
     assert progress_bar(7, 7) == "[" + "#" * 20 + "] 100%"
     assert progress_bar(3, 7).count("#") == 8
+
+
+def test_what_the_hubs_client_says_comes_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client, root = logging.getLogger("huggingface_hub"), logging.getLogger()
+    for each in (client, root):
+        monkeypatch.setattr(each, "handlers", [logging.StreamHandler(sys.stderr)])
+    monkeypatch.setattr(root, "level", root.level)
+    monkeypatch.setattr(logger, "level", logger.level)
+    with warnings.catch_warnings():
+        log.setup(0)
+    client.warning("the hub is away")
+    assert capsys.readouterr().err.count("the hub is away") == 1
 
 
 def test_a_resumed_record_forgets_what_came_after_the_checkpoint_and_a_torn_line(tmp_path: Path) -> None:
