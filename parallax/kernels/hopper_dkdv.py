@@ -53,7 +53,7 @@ _CONSTANTS = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, ran
 @gluon.jit
 def _add_tile(
     a_k, v, q, r, do, constants, i_c, i_t, o_s, b_end, is_masked, b_dk, b_dv, b_zero, scale,
-    BT: tl.constexpr, BOUNDED: tl.constexpr, ACC: tl.constexpr,
+    minus_inverse_scale, BT: tl.constexpr, BOUNDED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Add a tile of one head's queries to dK / scale and scale * dV."""
     SCORES: tl.constexpr = b_zero.type.layout
@@ -83,11 +83,11 @@ def _add_tile(
     b_b = constants.index(i_c + 2).load(COLUMN)
     b_e = constants.index(i_c + 3).load(COLUMN)
     b_a = warpgroup_mma_wait(1, deps=(b_a,))
-    b_a = gl.expand_dims(b_b, 0) - b_a * (1.0 / scale)
+    b_a = b_a * minus_inverse_scale + gl.expand_dims(b_b, 0)
     b_u = b_p * b_a
-    b_g = b_p * gl.expand_dims(b_e, 0) - b_w * b_a
-    b_dk = warpgroup_mma(gl.convert_layout(b_g.to(q.dtype), LEFT), q, b_dk, is_async=True)
     b_dk = warpgroup_mma(gl.convert_layout(b_u.to(q.dtype), LEFT), r, b_dk, is_async=True)
+    b_g = b_p * (gl.expand_dims(b_e, 0) - b_t * b_a)
+    b_dk = warpgroup_mma(gl.convert_layout(b_g.to(q.dtype), LEFT), q, b_dk, is_async=True)
     b_dv, b_dk = warpgroup_mma_wait(0, deps=(b_dv, b_dk))
     return b_dk, b_dv
 
@@ -108,6 +108,8 @@ def _consume(
     ACC: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BK, 16])
     SCORES: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BT, 16])
     b_zero = gl.zeros([ROWS, BT], tl.float32, SCORES)
+    # of a difference with a factor in its second term the compiler negates every element
+    minus_inverse_scale = -1.0 / scale
     num_items, _, _ = order
     i_n = 0  # items so far
     i_x = 0  # tiles of queries so far
@@ -148,7 +150,8 @@ def _consume(
                         is_masked = (i_t < i_w + ROWS - 1) | (i_t + BT > i_unmasked)
                     b_dk, b_dv = _add_tile(
                         a_k, v, q.index(i_stage), r.index(i_stage), do.index(i_stage), constants, i_stage * 4,
-                        i_t, o_s, b_end, is_masked, b_dk, b_dv, b_zero, scale, BT, BOUNDED, ACC,
+                        i_t, o_s, b_end, is_masked, b_dk, b_dv, b_zero, scale, minus_inverse_scale, BT,
+                        BOUNDED, ACC,
                     )  # fmt: skip
                     mbarrier.arrive(empty.index(i_stage), count=1)
             _skip_tiles(full, empty, i_x + i_last, i_x + num_steps)

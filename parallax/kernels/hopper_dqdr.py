@@ -97,13 +97,13 @@ def _add_tile(
     b_a = warpgroup_mma_wait(0, deps=(b_a,))
     mbarrier.arrive(q_empty, count=1, pred=is_last)
     b_u = b_p * (b_a - gl.expand_dims(b_b, 1))
-    b_g = round_tile(b_t * b_u + b_p * gl.expand_dims(b_e, 1), k.dtype, ADDED)
-    b_u = round_tile(b_u, k.dtype, ADDED)
+    b_u_low = round_tile(b_u, k.dtype, ADDED)
     # [ROWS, BK]
+    b_dr = warpgroup_mma(gl.convert_layout(b_u_low, LEFT), k, b_dr, is_async=True)
+    b_g = round_tile(b_t * b_u + b_p * gl.expand_dims(b_e, 1), k.dtype, ADDED)
     b_dq = warpgroup_mma(gl.convert_layout(b_g, LEFT), k, b_dq, is_async=True)
-    b_dr = warpgroup_mma(gl.convert_layout(b_u, LEFT), k, b_dr, is_async=True)
     b_g_sum += added_row_sums(b_g)
-    b_u_sum += added_row_sums(b_u)
+    b_u_sum += added_row_sums(b_u_low)
     b_dq, b_dr = warpgroup_mma_wait(0, deps=(b_dq, b_dr))
     return b_dq, b_dr, b_g_sum, b_u_sum
 

@@ -5,7 +5,9 @@ own key, and gives the row its centre c.
 
 Within a tile: the maximum and P1 are formed while T is computed, P2 while P1 V is, and the row sums while P2
 V is. Any number near a row's maximum serves as well as the maximum: it stays until weights would pass 2^8
-(in fp16, which ends at 2^16, 1), and a warp jumps past the rescaling of its sums where none moved.
+(in fp16, which ends at 2^16, 1), and a warp jumps past the rescaling of its sums where none moved. In long
+rows of bf16 the norms of queries and keys tell first by how much scores can exceed the maximum of the first
+tile. Where that is less than 2^GROWTH, no other tile needs a maximum: every weight and sum stays in range.
 """
 
 import torch
@@ -34,8 +36,12 @@ from parallax.kernels.hopper import (
     new_items,
 )
 from parallax.kernels.hopper_queries import copy_tiles, is_visible, place_queries, row_bounds, skip_tiles
+from parallax.kernels.key_norms import largest_key_norms
 from parallax.kernels.row_sums import ADDED, added_row_sums, round_tile
 from parallax.kernels.tiles import Tile
+
+GROWTH = tl.constexpr(64.0)
+"""Weights of a row may pass those of its first tile by 2^64: sums of 2^63 times that are still in range."""
 
 
 def _rescaling(n: int) -> tuple[tl.constexpr, tl.constexpr]:
@@ -73,6 +79,15 @@ def _rescale(b_o, b_alpha):
 
 
 @gluon.jit
+def _bound_scores(q, key_norm, scale_log2, b_row):
+    """Return what the scores of rows q [ROWS, BK] in shared memory, in base 2, cannot exceed, like b_row."""
+    BK: tl.constexpr = q.shape[1]
+    b_q = q.load(gl.BlockedLayout([1, 8], [256 // BK, BK // 8], [4, 1], [1, 0])).to(tl.float32)
+    b_norm = gl.convert_layout(gl.sum(b_q * b_q, 1), b_row.type.layout)
+    return gl.sqrt(b_norm) * gl.sqrt(key_norm) * scale_log2
+
+
+@gluon.jit
 def _start(q, r, k, v, v_full, i_phase, i_s, o_t, b_first, b_zero, scale_log2, BOUNDED: tl.constexpr):
     """Return the sums of (6) over a row's own tile, the first that it sees, and the centre c of (12)."""
     BK: tl.constexpr = q.shape[1]
@@ -104,9 +119,9 @@ def _start(q, r, k, v, v_full, i_phase, i_s, o_t, b_first, b_zero, scale_log2, B
 @gluon.jit
 def _attend_tile(
     q, r, k, v, v_full, i_phase, i_s, o_t, b_first, is_masked, b_m, b_c, b_o1, b_d1, b_o2, b_d2, b_zero,
-    scale_log2, BOUNDED: tl.constexpr,
+    scale_log2, MOVES: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """Add one tile of keys to the sums of (6)."""
+    """Add one tile of keys to the sums of (6); MOVES says whether the rows' maxima may change."""
     LEFT: tl.constexpr = gl.DotOperandLayout(0, b_o1.type.layout, 2)
     SUM: tl.constexpr = gl.SliceLayout(1, b_d1.type.layout)
     SLACK: tl.constexpr = 8.0 if v.dtype == tl.bfloat16 else 0.0
@@ -117,37 +132,45 @@ def _attend_tile(
     if BOUNDED:  # noqa: SIM102 (compiled away)
         if is_masked:
             b_s = gl.where(is_visible(b_zero, i_s, o_t, b_first, True), b_s, float("-inf"))
-    b_m_new = gl.maximum(b_m, gl.max(b_s, 1) * scale_log2)
-    b_m_new = gl.where(b_m_new - b_m > SLACK, b_m_new, b_m)
+    b_m_new = b_m
+    if MOVES:
+        b_m_new = gl.maximum(b_m, gl.max(b_s, 1) * scale_log2)
+        b_m_new = gl.where(b_m_new - b_m > SLACK, b_m_new, b_m)
     b_alpha = gl.exp2(b_m - b_m_new)
     b_p1 = gl.exp2(b_s * scale_log2 - gl.expand_dims(b_m_new, 1))
     b_p1_low = round_tile(b_p1, v.dtype, ADDED)
-    b_o1 = _rescale(b_o1, b_alpha)
+    if MOVES:
+        b_o1 = _rescale(b_o1, b_alpha)
     mbarrier.wait(v_full, i_phase)
     # [ROWS, BK]
     b_o1 = warpgroup_mma(gl.convert_layout(b_p1_low, LEFT), v, b_o1, is_async=True)
-    b_o2 = _rescale(b_o2, b_alpha)
+    if MOVES:
+        b_o2 = _rescale(b_o2, b_alpha)
     b_t = warpgroup_mma_wait(1, deps=(b_t,))
     # where a key is hidden P1 is zero
     b_p2 = round_tile(b_p1 * (b_t - gl.expand_dims(b_c, 1)), v.dtype, ADDED)
     b_o2 = warpgroup_mma(gl.convert_layout(b_p2, LEFT), v, b_o2, is_async=True)
-    b_alpha = gl.expand_dims(gl.convert_layout(b_alpha, SUM), 1)
-    b_d1 = b_d1 * b_alpha + added_row_sums(b_p1_low)
-    b_d2 = b_d2 * b_alpha + added_row_sums(b_p2)
+    if MOVES:
+        b_alpha = gl.expand_dims(gl.convert_layout(b_alpha, SUM), 1)
+        b_d1 *= b_alpha
+        b_d2 *= b_alpha
+    b_d1 += added_row_sums(b_p1_low)
+    b_d2 += added_row_sums(b_p2)
     b_o1, b_o2 = warpgroup_mma_wait(0, deps=(b_o1, b_o2))
     return b_m_new, b_o1, b_d1, b_o2, b_d2
 
 
 @gluon.jit
 def _consume(
-    WARPGROUP: tl.constexpr, queries, keys, items, order, outputs, mask, scale, H: tl.constexpr,
-    PACKED: tl.constexpr, WINDOW: tl.constexpr, SAVE_VBAR: tl.constexpr,
+    WARPGROUP: tl.constexpr, queries, keys, rest, H: tl.constexpr, G: tl.constexpr, PACKED: tl.constexpr,
+    WINDOW: tl.constexpr, NORMS: tl.constexpr, SAVE_VBAR: tl.constexpr,
 ):  # fmt: skip
     """Compute and store a warpgroup's rows."""
     BOUNDED: tl.constexpr = PACKED or WINDOW
     operands, q_full, q_empty = queries
     q_both, r_both = operands
     k, v, k_full, v_full, empty = keys
+    items, order, outputs, mask, scale, key_norms = rest
     o_out, vbar_out, lse, tbar = outputs
     _, T, _ = mask
     STAGES: tl.constexpr = k.shape[0]
@@ -177,6 +200,9 @@ def _consume(
         i_stage = i_own % STAGES
         i_phase = (i_own // STAGES) & 1
         mbarrier.wait(q_full.index(i_buffer), (i_n // 2) & 1)
+        b_bound = gl.zeros([ROWS], tl.float32, gl.SliceLayout(1, SCORES))
+        if NORMS:
+            b_bound = _bound_scores(q, gl.load(key_norms + i_b * G + i_h // (H // G)), scale_log2, b_bound)
         mbarrier.wait(k_full.index(i_stage), i_phase)
         b_m, b_c, b_o1, b_d1, b_o2, b_d2 = _start(
             q, r, k.index(i_stage), v.index(i_stage), v_full.index(i_stage), i_phase,
@@ -186,18 +212,26 @@ def _consume(
         # the rows before these are stored by now
         tma.store_wait(0)
         mbarrier.arrive(q_empty.index(i_buffer ^ 2), count=1, pred=i_n > 0)
-        for i_y in range(i_own + 1, i_x + i_last):
-            i_stage = i_y % STAGES
-            i_phase = (i_y // STAGES) & 1
-            i_s = i_t + 2 * ROWS - (i_y - i_x + 1) * BS
-            mbarrier.wait(k_full.index(i_stage), i_phase)
-            b_m, b_o1, b_d1, b_o2, b_d2 = _attend_tile(
-                q, r, k.index(i_stage), v.index(i_stage), v_full.index(i_stage), i_phase, i_s, o_t, b_first,
-                i_s < i_hidden, b_m, b_c, b_o1, b_d1, b_o2, b_d2, b_zero, scale_log2, BOUNDED,
-            )  # fmt: skip
-            mbarrier.arrive(empty.index(i_stage), count=1)
+        # the other tiles, all in one of two loops
+        i_end = tl.maximum(i_x + i_last, i_own + 1)
+        i_moves = i_own + 1
+        if NORMS:
+            i_moves = tl.where(gl.max(b_bound - b_m, 0) < GROWTH, i_end, i_moves)
+        zones = (i_own + 1, i_moves, i_end)
+        for MOVES in gl.static_range(0 if NORMS else 1, 2):
+            for i_y in range(zones[MOVES], zones[MOVES + 1]):
+                i_stage = i_y % STAGES
+                i_phase = (i_y // STAGES) & 1
+                i_s = i_t + 2 * ROWS - (i_y - i_x + 1) * BS
+                mbarrier.wait(k_full.index(i_stage), i_phase)
+                b_m, b_o1, b_d1, b_o2, b_d2 = _attend_tile(
+                    q, r, k.index(i_stage), v.index(i_stage), v_full.index(i_stage), i_phase, i_s, o_t,
+                    b_first, i_s < i_hidden, b_m, b_c, b_o1, b_d1, b_o2, b_d2, b_zero, scale_log2, MOVES,
+                    BOUNDED,
+                )  # fmt: skip
+                mbarrier.arrive(empty.index(i_stage), count=1)
         # tiles that the other warpgroup alone sees
-        skip_tiles(k_full, v_full, empty, tl.maximum(i_x + i_last, i_own + 1), i_x + num_steps)
+        skip_tiles(k_full, v_full, empty, i_end, i_x + num_steps)
         i_x += num_steps
 
         ROW: tl.constexpr = gl.SliceLayout(1, b_o1.type.layout)
@@ -224,10 +258,10 @@ def _consume(
 
 @gluon.jit(do_not_specialize=["T", "window_size", "num_items", "num_heads", "section"])
 def _parallax_fwd_hopper_kernel(
-    q_in, r_in, k_in, v_in, o_out, vbar_out, lse, tbar, first, counter,
+    q_in, r_in, k_in, v_in, o_out, vbar_out, lse, tbar, first, key_norms, counter,
     T, window_size, num_items, num_heads, section, scale,
     H: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr, STAGES: tl.constexpr,
-    PACKED: tl.constexpr, WINDOW: tl.constexpr, SAVE_VBAR: tl.constexpr,
+    PACKED: tl.constexpr, WINDOW: tl.constexpr, NORMS: tl.constexpr, SAVE_VBAR: tl.constexpr,
 ):  # fmt: skip
     """Compute the output of items, tiles of 128 rows of one head, as long as the counter has some."""
     dtype: tl.constexpr = q_in.dtype
@@ -249,10 +283,11 @@ def _parallax_fwd_hopper_kernel(
     inputs = ((q_in, r_in), k_in, v_in)
     outputs = (o_out, vbar_out, lse, tbar)
     mask = (first, T, window_size)
+    rest = (items, order, outputs, mask, scale, key_norms)
     gl.warp_specialize(
         [
-            (_consume, (0, queries, keys, items, order, outputs, mask, scale, H, PACKED, WINDOW, SAVE_VBAR)),
-            (_consume, (1, queries, keys, items, order, outputs, mask, scale, H, PACKED, WINDOW, SAVE_VBAR)),
+            (_consume, (0, queries, keys, rest, H, G, PACKED, WINDOW, NORMS, SAVE_VBAR)),
+            (_consume, (1, queries, keys, rest, H, G, PACKED, WINDOW, NORMS, SAVE_VBAR)),
             (copy_tiles, (queries, keys, items, order, mask, inputs, counter, H, H // G, PACKED, WINDOW)),
         ],
         [4, 1],  # warps of the second and the third
@@ -282,7 +317,7 @@ def forward(
         scale: Factor of q.k, positive.
         save_vbar: Whether a backward follows.
         tile: Its block_s is the keys in a tile, 64 or 128, its num_stages the tiles in the ring; it has 128
-            rows.
+            rows. Its key_norms holds for bf16.
 
     Returns:
         As `parallax.kernels.forward.forward`.
@@ -301,10 +336,13 @@ def forward(
     streamed = 2 * mask.reach(num_tokens) * head_dim * k.element_size()
     section = heads_per_section(batch_size * num_heads, num_heads // k.shape[2], streamed)
     num_programs, counter = draw_items(num_items, q.device)
+    # weights in fp16 must not grow
+    key_norms = largest_key_norms(k) if tile.key_norms and q.dtype == torch.bfloat16 else None
     _parallax_fwd_hopper_kernel[(num_programs,)](
-        q_in, r_in, k_in, v_in, o_out, vbar_out, lse, tbar, mask.first, counter,
+        q_in, r_in, k_in, v_in, o_out, vbar_out, lse, tbar, mask.first, key_norms, counter,
         num_tokens, mask.window_size or 0, num_items, batch_size * num_heads, section, scale,
         H=num_heads, G=k.shape[2], BK=block_k, BS=tile.block_s, STAGES=tile.num_stages,
-        PACKED=mask.is_packed, WINDOW=mask.has_window, SAVE_VBAR=save_vbar, num_warps=4,
+        PACKED=mask.is_packed, WINDOW=mask.has_window, NORMS=key_norms is not None, SAVE_VBAR=save_vbar,
+        num_warps=4,
     )  # fmt: skip
     return o, vbar, lse, tbar

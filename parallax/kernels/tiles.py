@@ -30,6 +30,8 @@ class Tile(NamedTuple):
             and probes forward, queries and dO for dQ and dR, keys and values for dK and dV.
         sums: Columns of the row sums of `row_sums.add_row_sums`, 1, 4 or 8: the way they are formed.
         is_specialized: Whether it is a tile of the kernel whose warps take different parts (`hopper_*.py`).
+        key_norms: Whether a pass over the keys first bounds the scores of bf16, so that most tiles need no
+            maxima (`hopper_forward`).
     """
 
     block_t: int
@@ -39,6 +41,7 @@ class Tile(NamedTuple):
     in_registers: int = 0
     sums: int = 8
     is_specialized: bool = False
+    key_norms: bool = False
 
 
 _HOPPER: dict[tuple[KernelName, int], Tile] = {
@@ -54,8 +57,8 @@ _HOPPER: dict[tuple[KernelName, int], Tile] = {
 }
 
 _HOPPER_SPECIALIZED: dict[tuple[KernelName, int], Tile] = {
-    ("forward", 64): Tile(128, 128, 4, 3, sums=4, is_specialized=True),
-    ("forward", 128): Tile(128, 64, 4, 3, sums=4, is_specialized=True),
+    ("forward", 64): Tile(128, 128, 4, 3, sums=4, is_specialized=True, key_norms=True),
+    ("forward", 128): Tile(128, 64, 4, 3, sums=4, is_specialized=True, key_norms=True),
     ("dqdr", 64): Tile(128, 64, 4, 4, 1, sums=4, is_specialized=True),
     ("dkdv", 64): Tile(64, 128, 4, 4, 1, is_specialized=True),
     ("dkdv", 128): Tile(32, 128, 4, 4, 1, is_specialized=True),
@@ -64,6 +67,7 @@ _HOPPER_SPECIALIZED: dict[tuple[KernelName, int], Tile] = {
 
 _HOPPER_SHORT: dict[tuple[KernelName, int], Tile] = {
     ("forward", 64): Tile(128, 64, 4, 4, sums=4, is_specialized=True),
+    ("forward", 128): Tile(128, 64, 4, 3, sums=4, is_specialized=True),
 }
 """Before `_HOPPER_SPECIALIZED`, for documents, or rows of one, of at most `SHORT` tokens on average."""
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from parallax import ops
 from parallax.kernels import backward, forward, tiles
 from parallax.kernels.addressing import Mask, document_bounds, heads_per_section
+from parallax.kernels.key_norms import largest_key_norms
 from parallax.kernels.tiles import Tile
 from parallax.reference import parallax_reference, parallax_reference_stats
 from parallax.testing import (
@@ -112,6 +113,12 @@ def test_tile_shape_changes_only_rounding(tile: Tile) -> None:
 
 def test_a_window_of_more_keys_than_there_are_is_one_of_all() -> None:
     assert [Mask.of(None, 10, n).window_size for n in (9, 10, 2**40)] == [9, 10, 10]
+
+
+@pytest.mark.parametrize("shape", [(2, 300, 3, 64), (1, 129, 2, 96), (1, 1, 1, 128)], ids=str)
+def test_largest_key_norms(shape: tuple[int, ...]) -> None:
+    k = torch.randn(shape).transpose(1, 2).contiguous().transpose(1, 2)
+    torch.testing.assert_close(largest_key_norms(k), k.square().sum(3).amax(1))
 
 
 def test_heads_in_a_section_are_counted_by_the_mean_document_or_the_window() -> None:
