@@ -8,8 +8,9 @@ stay in registers as left operands. Keys stay in registers as well, because the 
 shared memory otherwise. Sums stay in registers over all query heads of the group: the result is the same bits
 every time.
 
-While one warpgroup forms weights the other one has products under way. Registers do not allow one to start
-the next tile's products before it has finished with those of a tile: the compiler then waits after each.
+While one warpgroup forms weights the other one has products under way. To start the next tile's products
+before it has finished with those of a tile gains nothing: what a tile costs is its products and, on top of
+them, every instruction that forms weights.
 """
 
 import torch

@@ -3,7 +3,8 @@
 Who copies and who multiplies: `parallax.kernels.hopper_queries`. The mathematics is that of
 `parallax.kernels.backward`; the reference key of (13) is the mean of the last tile that a row goes through,
 its first keys. Queries stay in registers, because the tensor cores would wait for shared memory otherwise.
-For widths up to 64: at 128, registers allow tiles of 32 keys, and the plain kernel is the faster one.
+For widths up to 64: at 128, registers allow tiles of 32 keys, or of 64 with addresses in local memory; the
+plain kernel is the faster one.
 """
 
 import torch

@@ -7,7 +7,9 @@ Within a tile: the maximum and P1 are formed while T is computed, P2 while P1 V 
 V is. Any number near a row's maximum serves as well as the maximum: it stays until weights would pass 2^8
 (in fp16, which ends at 2^16, 1), and a warp jumps past the rescaling of its sums where none moved. In long
 rows of bf16 the norms of queries and keys tell first by how much scores can exceed the maximum of the first
-tile. Where that is less than 2^GROWTH, no other tile needs a maximum: every weight and sum stays in range.
+tile. Where weights stay below 2^GROWTH, no other tile needs a maximum.
+
+What a tile costs is its products and, on top of them, a clock for every instruction that a warp issues.
 """
 
 import torch
@@ -41,7 +43,7 @@ from parallax.kernels.row_sums import ADDED, added_row_sums, round_tile
 from parallax.kernels.tiles import Tile
 
 GROWTH = tl.constexpr(64.0)
-"""Weights of a row may pass those of its first tile by 2^64: sums of 2^63 times that are still in range."""
+"""In base 2, what weights may reach, 1 in the first tile: sums of 2^63 times that are still in range."""
 
 
 def _rescaling(n: int) -> tuple[tl.constexpr, tl.constexpr]:
