@@ -129,16 +129,17 @@ def test_heads_in_a_section_are_counted_by_the_mean_document_or_the_window() -> 
     assert [heads_per_section(32, 2, n, 100) for n in (10**6, 100, 30, 7, 1)] == [2, 2, 6, 16, 32]
 
 
+@pytest.mark.parametrize("width", [64, 128])
 def test_the_tile_follows_the_gpu_the_width_and_the_length_of_documents(
-    monkeypatch: pytest.MonkeyPatch,
+    width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    x: Any = SimpleNamespace(shape=(1, 4096, 8, 64), dtype=torch.bfloat16, device=torch.device("cuda", 0))
+    x: Any = SimpleNamespace(shape=(1, 4096, 8, width), dtype=torch.bfloat16, device=torch.device("cuda", 0))
 
     def tile(capability: tuple[int, int], reach: int, use_descriptors: bool = True) -> Tile:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         return tiles.tile_of("forward", x, use_descriptors, reach)
 
-    key = ("forward", 64)
+    key: tuple[tiles.KernelName, int] = ("forward", width)
     assert tile((9, 0), tiles.SHORT) == tiles._HOPPER_SHORT[key]
     assert tile((9, 0), tiles.SHORT + 1) == tiles._HOPPER_SPECIALIZED[key]
     assert tile((9, 0), tiles.SHORT, use_descriptors=False) == tiles._HOPPER[key]
