@@ -9,8 +9,8 @@ shared memory otherwise. Sums stay in registers over all query heads of the grou
 every time.
 
 While one warpgroup forms weights the other one has products under way. To start the next tile's products
-before it has finished with those of a tile gains nothing: what a tile costs is its products and, on top of
-them, every instruction that forms weights.
+before it has finished with those of a tile gains nothing: a tile costs about as much as its products and, on
+top of them, every instruction that forms weights.
 """
 
 import torch
@@ -109,7 +109,7 @@ def _consume(
     ACC: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BK, 16])
     SCORES: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BT, 16])
     b_zero = gl.zeros([ROWS, BT], tl.float32, SCORES)
-    # of a difference with a factor in its second term the compiler negates every element
+    # b - a / scale is compiled to a negation of every a, b + a * minus_inverse_scale is not
     minus_inverse_scale = -1.0 / scale
     num_items, _, _ = order
     i_n = 0  # items so far

@@ -9,7 +9,7 @@ V is. Any number near a row's maximum serves as well as the maximum: it stays un
 rows of bf16 the norms of queries and keys tell first by how much scores can exceed the maximum of the first
 tile. Where weights stay below 2^GROWTH, no other tile needs a maximum.
 
-What a tile costs is its products and, on top of them, a clock for every instruction that a warp issues.
+A tile costs about as much as its products and, on top of them, a clock for every instruction of a warp.
 """
 
 import torch
@@ -43,7 +43,7 @@ from parallax.kernels.row_sums import ADDED, added_row_sums, round_tile
 from parallax.kernels.tiles import Tile
 
 GROWTH = tl.constexpr(64.0)
-"""In base 2, what weights may reach, 1 in the first tile: sums of 2^63 times that are still in range."""
+"""Logarithm in base 2 of what weights may reach, 1 in the first tile; sums of 2^63 of them stay in range."""
 
 
 def _rescaling(n: int) -> tuple[tl.constexpr, tl.constexpr]:
@@ -319,7 +319,7 @@ def forward(
         scale: Factor of q.k, positive.
         save_vbar: Whether a backward follows.
         tile: Its block_s is the keys in a tile, 64 or 128, its num_stages the tiles in the ring; it has 128
-            rows. Its key_norms holds for bf16.
+            rows. Its key_norms is for bf16 alone.
 
     Returns:
         As `parallax.kernels.forward.forward`.

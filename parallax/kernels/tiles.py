@@ -69,7 +69,7 @@ _HOPPER_SHORT: dict[tuple[KernelName, int], Tile] = {
     ("forward", 64): Tile(128, 64, 4, 4, sums=4, is_specialized=True),
     ("forward", 128): Tile(128, 64, 4, 3, sums=4, is_specialized=True),
 }
-"""Before `_HOPPER_SPECIALIZED`, for documents, or rows of one, of at most `SHORT` tokens on average."""
+"""Before `_HOPPER_SPECIALIZED`, for documents or windows of at most `SHORT` tokens on average."""
 
 SHORT = 1024
 
