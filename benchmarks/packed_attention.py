@@ -101,16 +101,21 @@ def as_row(times: tuple[float, float]) -> dict[str, float]:
 
 
 def check(head_dim: int) -> float:
-    """Relative error of the packed output against fp64; exits where it is above the bar of `attention`."""
-    lengths = mixed_lengths(2000)
-    inputs = make_inputs(1, 2000, 4, 2, head_dim, dtype=torch.bfloat16, device="cuda")
-    cu_seqlens = cu_seqlens_of(lengths, "cuda")
-    actual = parallax_attention(*inputs[:4], cu_seqlens=cu_seqlens)
-    truth = parallax_reference(*(x.double() for x in inputs[:4]), cu_seqlens=cu_seqlens)
-    error = relative_error(actual, truth)
-    if not error <= BARS["o"]:
-        sys.exit(f"no speed is reported: the packed output is off by {error:.4f}")
-    return error
+    """Largest relative error of packed outputs against fp64; exits where it is above the bar of `attention`.
+
+    Documents are short on average, and long: the forward on Hopper has a tile for each.
+    """
+    largest = 0.0
+    for lengths in ([1, 63, 400, 1500, 36], [2500, 500]):
+        inputs = make_inputs(1, sum(lengths), 4, 2, head_dim, dtype=torch.bfloat16, device="cuda")
+        cu_seqlens = cu_seqlens_of(lengths, "cuda")
+        actual = parallax_attention(*inputs[:4], cu_seqlens=cu_seqlens)
+        truth = parallax_reference(*(x.double() for x in inputs[:4]), cu_seqlens=cu_seqlens)
+        error = relative_error(actual, truth)
+        if not error <= BARS["o"]:
+            sys.exit(f"no speed is reported: the packed output is off by {error:.4f}, documents {lengths}")
+        largest = max(largest, error)
+    return largest
 
 
 def main() -> None:
