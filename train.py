@@ -48,7 +48,7 @@ def _train(run: RunConfig) -> None:
     import torch.distributed as dist
 
     from training import log
-    from training.spec import check_run
+    from training.titan import check_run
     from training.trainer import Trainer
 
     rank = int(os.environ["RANK"])

@@ -28,13 +28,13 @@ import tokenizers
 
 from benchmarks.machine import write_result
 from data.config import ParquetSource, ShardsSource
-from data.files import FileDocuments
-from data.loader import PackedLoader
-from data.shard_check import verify
-from data.shard_format import read_manifest
-from data.shard_source import ShardDocuments
-from data.sources import open_text
-from data.split import is_held_out
+from data.loading.loader import PackedLoader
+from data.shards.verify import verify
+from data.sources.files import FileDocuments
+from data.sources.open import open_text
+from data.sources.shard_format import read_manifest
+from data.sources.shards import ShardDocuments
+from data.sources.split import is_held_out
 from data.tokenizer import Tokenizer
 
 _BATCH_DOCUMENTS = 256

@@ -29,13 +29,13 @@ from lm_eval.models.huggingface import HFLM
 from benchmarks.machine import write_result
 from data.tokenizer import Tokenizer
 from eval.downstream import HarnessModel, load_tasks, quiet
-from eval.language_model import LanguageModel, Qwen3Model
-from eval.scoring import Scorer
+from eval.scoring.language_model import LanguageModel, Qwen3Model
+from eval.scoring.scorer import Scorer
+from eval.scoring.transformers_model import TransformersModel
 from eval.task_results import ACCURACIES
-from eval.transformers_model import TransformersModel
 from models.checkpoint import load_model
 from models.config import ModelConfig
-from models.hf_format import to_config_json, to_hugging_face
+from models.convert.format import to_config_json, to_hugging_face
 from models.init import init_weights
 from models.qwen3 import Qwen3
 

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.machine import RESULTS, write_result
 from models.config import ModelConfig, ParallaxConfig, SoftmaxConfig
-from models.generation import stream
+from models.generation.generate import stream
 from models.init import init_weights
 from models.qwen3 import Qwen3
 

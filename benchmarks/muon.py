@@ -32,7 +32,7 @@ from benchmarks.machine import RESULTS, write_result
 from optimizers.muon import Muon
 from optimizers.orthogonalize import newton_schulz5
 from optimizers.param_groups import assign_parameters
-from training.plan import build_meta_model
+from training.preflight import build_meta_model
 
 LR, MUON_LR = 1e-3, 0.01
 MAX_ERROR = 0.02

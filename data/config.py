@@ -5,7 +5,7 @@ from typing import Literal, TypeAlias
 
 from data.ultra_fineweb import PARTS, REPOSITORY, REVISION, part_files
 
-# Which documents of a source are read: data/split.py decides by their content.
+# Which documents of a source are read: data/sources/split.py decides by their content.
 Split: TypeAlias = Literal["all", "train", "held_out"]
 
 
@@ -225,7 +225,8 @@ class DataConfig:
     Attributes:
         tokenizer: Folder that holds a tokenizer.json, that file itself, or a model's name on the Hugging Face
             hub, such as "Qwen/Qwen3-0.6B-Base", with "@" and a revision if need be.
-        train: Documents to train on. Those that data/split.py holds out are left out, whatever the source.
+        train: Documents to train on. Those that data/sources/split.py holds out are left out,
+            whatever the source.
         validation: Documents to validate on, or None for a run that never validates.
         validation_documents: "all" reads every document of `validation`; "held_out" only those that training
             leaves out, for a `validation` of the same files as `train`.

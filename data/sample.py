@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.split import content_hash, is_held_out
+from data.sources.split import content_hash, is_held_out
 from data.tokenizer import TOKENIZER_FILE, Tokenizer, train_byte_level_bpe
 
 TRAIN_FILE = "train.parquet"

@@ -8,9 +8,9 @@ from typing import Any
 from torchtitan.components.dataloader import BaseDataLoader
 
 from data.config import DataConfig
-from data.loader import PackedLoader
-from data.packing import MicroBatch
-from data.sources import open_source
+from data.loading.loader import PackedLoader
+from data.loading.packing import MicroBatch
+from data.sources.open import open_source
 from data.tokenizer import Tokenizer
 
 _STATE_KEY = "packed_loader"

@@ -12,10 +12,10 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from data.documents import DocumentSource
 from data.hub_client import download
-from data.source_options import add_source_arguments, source_from
-from data.sources import open_text
+from data.sources.base import DocumentSource
+from data.sources.cli import add_source_arguments, source_from
+from data.sources.open import open_text
 
 END_OF_DOCUMENT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"

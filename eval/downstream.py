@@ -44,10 +44,10 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
 from data.tokenizer import Tokenizer
-from eval.language_model import LanguageModel
 from eval.local_tasks import fetching, local_task
 from eval.open_model import add_model_arguments, open_model, ranks
-from eval.scoring import SavedResults, Scorer, rank_and_world_size, windows
+from eval.scoring.language_model import LanguageModel
+from eval.scoring.scorer import SavedResults, Scorer, rank_and_world_size, windows
 from eval.task_results import PAPER, TaskResults, format_table, mean_accuracy
 
 # The harness's own default for tasks that do not say.
@@ -295,8 +295,8 @@ def evaluate_tasks(
     """Evaluate a model on tasks of the harness.
 
     Every rank of torch.distributed calls this with the same arguments, takes its share of the batches and
-    gets the same results. `eval.language_model.Qwen3Model(qwen3, max_length=seq_len)` makes a LanguageModel
-    of one of ours, sharded or not.
+    gets the same results. `eval.scoring.language_model.Qwen3Model(qwen3, max_length=seq_len)` makes a
+    LanguageModel of one of ours, sharded or not.
 
     Args:
         model: The model.

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from data.tokenizer import Tokenizer, check_vocabulary
-from eval.language_model import Qwen3Model
-from eval.run_records import tokenizer_fingerprint
+from eval.report.run_records import tokenizer_fingerprint
+from eval.scoring.language_model import Qwen3Model
 from models.checkpoint import find_checkpoint, load_model, run_table
 
 

@@ -1,4 +1,4 @@
-"""The table of `python -m models.sizes`: what every model of the comparison has and costs."""
+"""The table of `python -m models.size_table`: what every model of the comparison has and costs."""
 
 from typing import get_args
 
@@ -89,3 +89,7 @@ def _cells(size: str, label: str, attention: AttentionConfig) -> list[str]:
         *(f"{model.num_flops_per_token(SEQ_LEN) / 1e9:.3f}", f"{cache:,.0f}"),
         "" if missed is None else f"{missed:+.4%}",
     ]
+
+
+if __name__ == "__main__":
+    print(size_table())

@@ -3,8 +3,8 @@
 0.6b and 1.7b are Qwen3's own dimensions (paper, section 3). debug and 60m are our choice: 60m has about 60M
 parameters outside the embedding, a size for one GPU.
 
-The controls of the comparison (paper, section 3) stand at three sizes. `python -m models.sizes` prints all
-rows and by how much a control misses the parameters that it matches, MLP widths being multiples of 8:
+The controls of the comparison (paper, section 3) stand at three sizes. `python -m models.size_table` prints
+all rows and by how much a control misses the parameters that it matches, MLP widths being multiples of 8:
   _parameter_matched          for softmax: query heads are added until it has Parallax's parameters
   _compute_matched            for Parallax: the head width is halved (at 60m the number of heads: the kernels
                               start at width 64), so that the forward has the softmax model's products; the
@@ -19,7 +19,6 @@ width (the paper states none, the choice is ours), an MLP for the parameters of 
   _mamba2          an inner width of twice the width, in heads of 64, a state of 128
 """
 
-import importlib
 from dataclasses import dataclass
 
 
@@ -141,8 +140,3 @@ def split_size(size: str) -> tuple[str, str | None]:
     """A row's plain size and its control, as ("0.6b", "compute_matched"); None for a plain size."""
     plain, _, control = size.partition("_")
     return plain, control or None
-
-
-if __name__ == "__main__":
-    # by name: the table needs the models, which need this module
-    print(importlib.import_module("models.size_table").size_table())

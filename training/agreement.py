@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from eval.language_model import Group, LanguageModel, Scores
+from eval.scoring.language_model import Group, LanguageModel, Scores
 from training.log import logger
 
 T = TypeVar("T")

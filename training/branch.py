@@ -14,8 +14,8 @@ from typing import Any
 from models.config_table import Table, to_table
 from optimizers.config import ScheduleConfig
 from optimizers.schedule import decay_start, lr_factor, weight_decay_factor
+from training.resume import check_fits, has_checkpoint, saved_config
 from training.run_config import RunConfig
-from training.run_folder import check_fits, has_checkpoint, saved_config
 
 # (table, key) of what changes the data or what tokens see; the loader refuses another source or tokenizer
 _FIXED_KEYS = (("training", "seq_len"), ("data", "mask_documents"))

@@ -2,7 +2,7 @@
 
 from optimizers.param_groups import assign_parameters
 from training.memory import GIB, estimate_memory
-from training.plan import build_meta_model
+from training.preflight import build_meta_model
 from training.run_config import RunConfig
 
 

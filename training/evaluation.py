@@ -19,11 +19,11 @@ from torch.distributed.tensor import DTensor
 
 from data.titan import build_validation_loader
 from data.tokenizer import Tokenizer
-from eval.language_model import Qwen3Model
-from eval.perplexity import HeldOutLoss, held_out_loss
-from eval.run_records import Record, task_record
+from eval.held_out import HeldOutLoss, held_out_loss
+from eval.report.run_records import Record, task_record
+from eval.scoring.language_model import Qwen3Model
 from eval.task_results import TaskResults, format_table
-from models.generation import generate
+from models.generation.generate import generate
 from models.init import clean_name
 from models.qwen3 import Qwen3
 from training.agreement import AgreeingModel, EvaluationError, together

@@ -17,8 +17,8 @@ from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 
 from training.log import logger
+from training.resume import has_checkpoint
 from training.run_config import MetricsConfig
-from training.run_folder import has_checkpoint
 
 GIB = 2**30
 BAR_WIDTH = 20
@@ -191,7 +191,7 @@ class RunMetrics(MetricsProcessor):
         return record
 
     def record_launch(self, step: int, *, num_parameters: int, tokenizer_fingerprint: str) -> None:
-        """Write to the JSONL what holds for all that this launch records, for eval/report.py.
+        """Write to the JSONL what holds for all that this launch records, for eval/report/__main__.py.
 
         Args:
             step: Optimizer steps taken before it.

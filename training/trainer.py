@@ -21,7 +21,7 @@ from torchtitan.train import Trainer as TitanTrainer
 
 from data.titan import TitanLoader
 from data.tokenizer import Tokenizer
-from eval.perplexity import HeldOutLoss
+from eval.held_out import HeldOutLoss
 from models.checkpoint import find_checkpoint, load_weights
 from models.loss import IGNORE_INDEX
 from optimizers.titan import GroupedOptimizers, GroupedSchedule
@@ -32,10 +32,10 @@ from training.evaluation import Evaluator, NonFiniteLossError
 from training.job import MODEL_NAME, to_job_config
 from training.log import logger
 from training.metrics import RunMetrics
+from training.resume import other_tokenizer, remove_partial_checkpoints, write_config
 from training.run_config import RunConfig
-from training.run_folder import other_tokenizer, remove_partial_checkpoints, write_config
 from training.signals import StopRequest
-from training.spec import build_train_spec
+from training.titan import build_train_spec
 
 MicroBatch = tuple[dict[str, torch.Tensor], torch.Tensor]
 
@@ -48,7 +48,7 @@ class Trainer(TitanTrainer):
 
         Args:
             run: The run; RANK, WORLD_SIZE and LOCAL_RANK are in the environment, as torchrun sets them.
-            tokenizer: From training.spec.check_run.
+            tokenizer: From training.titan.check_run.
         """
         self.run = run
         world_size = int(os.environ["WORLD_SIZE"])

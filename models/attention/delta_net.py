@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention.recurrent import (
+from models.attention.recurrent.base import (
     GATED_DELTA_RULE,
     Past,
     RecurrentAttention,
@@ -14,8 +14,8 @@ from models.attention.recurrent import (
     conv_state,
     mean_visible_in_chunk,
 )
+from models.attention.recurrent.gates import initial_a_log, initial_dt_bias, rate, step_size
 from models.config import GatedDeltaNetConfig
-from models.recurrent.gates import initial_a_log, initial_dt_bias, rate, step_size
 from models.sizes import ModelSize
 
 

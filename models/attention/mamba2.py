@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention.recurrent import (
+from models.attention.recurrent.base import (
     STATE_SPACE,
     Past,
     RecurrentAttention,
@@ -12,8 +12,8 @@ from models.attention.recurrent import (
     conv_state,
     mean_visible_in_chunk,
 )
+from models.attention.recurrent.gates import initial_a_log, initial_dt_bias, rate, step_size
 from models.config import Mamba2Config
-from models.recurrent.gates import initial_a_log, initial_dt_bias, rate, step_size
 from models.sizes import ModelSize
 
 

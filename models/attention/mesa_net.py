@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention.recurrent import (
+from models.attention.recurrent.base import (
     MESA,
     Past,
     RecurrentAttention,

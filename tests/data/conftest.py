@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data.config import Split, TextOptions
-from data.files import DamagedFileError, FileDocuments, RawRow
+from data.sources.files import DamagedFileError, FileDocuments, RawRow
 from data.tokenizer import Tokenizer, train_byte_level_bpe
 
 

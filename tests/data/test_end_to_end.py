@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from data.split import is_held_out
+from data.sources.split import is_held_out
 from tests.conftest import make_text
 from tests.training.launch import ROOT, SMALL, environment, records
 

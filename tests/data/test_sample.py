@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data import sample
-from data.split import is_held_out
+from data.sources.split import is_held_out
 from data.tokenizer import Tokenizer
 
 MAX_BYTES = 1_500_000

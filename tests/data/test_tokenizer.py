@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.config import ParquetSource
-from data.sources import open_text
+from data.sources.open import open_text
 from data.tokenizer import Tokenizer, _first_bytes, _pieces, check_vocabulary, train_byte_level_bpe
 from data.tokenizer import main as tokenizer_main
 

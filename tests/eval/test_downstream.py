@@ -20,9 +20,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from data.tokenizer import Tokenizer
 from eval.downstream import HarnessModel, evaluate_tasks, load_tasks, main
-from eval.groups import Group, Scores
-from eval.language_model import Qwen3Model
-from eval.scoring import Scorer, windows
+from eval.scoring.groups import Group, Scores
+from eval.scoring.language_model import Qwen3Model
+from eval.scoring.scorer import Scorer, windows
 from eval.task_results import ACCURACIES, NORMALIZED, PAPER
 from models.config_table import to_table, to_toml
 from models.qwen3 import Qwen3

@@ -23,10 +23,10 @@ from benchmarks.eval_parity import (
 )
 from data.tokenizer import Tokenizer
 from eval.downstream import HarnessModel
-from eval.language_model import Qwen3Model
-from eval.scoring import Scorer
+from eval.scoring.language_model import Qwen3Model
+from eval.scoring.scorer import Scorer
+from eval.scoring.transformers_model import TransformersModel
 from eval.task_results import ACCURACIES, PAPER
-from eval.transformers_model import TransformersModel
 from tests.conftest import make_text
 from tests.eval.conftest import build
 

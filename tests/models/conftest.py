@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from models.attention.recurrent import _fla
+from models.attention.recurrent.base import _fla
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ from models.config import (
     SoftmaxConfig,
     ValueAverageConfig,
 )
-from models.convert import to_hugging_face
+from models.convert.__main__ import to_hugging_face
 from models.init import init_weights
 from models.qwen3 import Qwen3
 

@@ -12,7 +12,7 @@ from training import device
 
 def break_scores(folder: Path) -> None:
     """Let the last rank's first batch fail, saying which checkpoints there are by then."""
-    from eval.language_model import Group, Qwen3Model, Scores
+    from eval.scoring.language_model import Group, Qwen3Model, Scores
 
     rank, last = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]) - 1
     score, calls = Qwen3Model.score, [0]

@@ -9,8 +9,8 @@ import config
 from tests.conftest import write_parquet
 from tests.training.launch import EXACT, ROOT, losses, records, train
 from training.branch import branch_warnings, check_branch, resume_warnings
+from training.resume import write_config
 from training.run_config import RunConfig
-from training.run_folder import write_config
 
 RANKS = pytest.mark.parametrize("ranks", [1, 2])
 # five steps of warm-up, no decay

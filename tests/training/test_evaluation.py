@@ -16,8 +16,8 @@ import config
 from data.tokenizer import Tokenizer
 from eval.config import EvalConfig
 from eval.downstream import evaluate_tasks
-from eval.language_model import Group, LanguageModel, Qwen3Model, Scores
-from eval.report import write_report
+from eval.report.__main__ import write_report
+from eval.scoring.language_model import Group, LanguageModel, Qwen3Model, Scores
 from models.checkpoint import load_model
 from tests.conftest import make_text
 from tests.training.launch import EXACT, ROOT, losses, records, train

@@ -16,14 +16,14 @@ import config
 from data.tokenizer import Tokenizer
 from models.checkpoint import load_model
 from models.config import ModelConfig
-from models.convert_from_hf import convert_from_hf
-from models.hf_format import to_config_json, to_hugging_face
+from models.convert.format import to_config_json, to_hugging_face
+from models.convert.from_hf import convert_from_hf
 from models.init import init_weights, initial_weight
 from models.qwen3 import Qwen3
 from tests.training.launch import EXACT, ROOT, SMALL, losses, records, train
 from training.branch import check_branch
+from training.resume import check_folder, other_tokenizer, write_config
 from training.run_config import RunConfig
-from training.run_folder import check_folder, other_tokenizer, write_config
 
 WIDE = 0.1  # standard deviation: losses far from those of a fresh model
 

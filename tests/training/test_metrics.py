@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 
-from eval.run_records import read_run
+from eval.report.run_records import read_run
 from training import log
 from training.log import logger
 from training.metrics import JsonlWriter, RunMetrics, duration, progress_bar

@@ -1,0 +1,1 @@
+"""From documents to the rows of a batch: packing, order, resume."""

@@ -1,0 +1,194 @@
+"""Prepare text as token shards once, so that training never tokenizes.
+
+    python -m data.shards prepare --parts 1-4 --tokenizer Qwen/Qwen3-0.6B-Base --out .cache/ultra_fineweb
+    python -m data.shards verify .cache/ultra_fineweb
+    python -m data.shards info .cache/ultra_fineweb
+
+`prepare` may be stopped at any time, killed even; the same command goes on.
+data/sources/shard_format.py says what it writes.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.utils import disable_progress_bars
+from tqdm import tqdm
+
+from data.config import HubSource
+from data.shards.encode import num_cores
+from data.shards.prepare import PrepareOptions, Progress, prepare
+from data.shards.verify import length_histogram, verify
+from data.sources.cli import add_source_arguments, source_from
+from data.sources.files import FileDocuments
+from data.sources.open import open_text
+from data.sources.shard_format import SPLITS, Manifest, read_manifest
+from data.tokenizer import END_OF_DOCUMENT, Tokenizer
+
+_BAR = "{percentage:5.1f}%|{bar:20}| {elapsed}, {remaining} left{postfix}"
+
+
+class _Bar:
+    """A progress bar of a preparation, with the time that is left."""
+
+    def __init__(self) -> None:
+        # A log gets a line now and then, a terminal a bar that moves.
+        self._bar = tqdm(
+            total=1.0, bar_format=_BAR, mininterval=0.5 if sys.stderr.isatty() else 60.0, smoothing=0.1
+        )
+        self._since = time.monotonic()
+        self._first: Progress | None = None
+
+    def __call__(self, progress: Progress) -> None:
+        if self._first is None:
+            # What an earlier call did says nothing about speed.
+            self._first = progress
+            self._bar.initial = self._bar.n = progress.share
+        seconds = max(time.monotonic() - self._since, 1e-9)
+        rate = (progress.tokens - self._first.tokens) / seconds
+        self._bar.set_postfix_str(
+            f"{progress.tokens:,} tokens, {progress.documents:,} documents, {progress.shards} shards, "
+            f"{rate:,.0f} tokens/s",
+            refresh=False,
+        )
+        self._bar.update(progress.share - self._bar.n)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: Words after the program's name; None for those of this process.
+
+    Returns:
+        The exit code: 0; 1 if `verify` finds something wrong; 2 for what cannot be done; 130 if interrupted.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; finished shards stay, and the same command goes on", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m data.shards",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("prepare", help="tokenize a source into shards, or go on with it")
+    command.set_defaults(run=_prepare)
+    command.add_argument("--out", type=Path, required=True, help="folder to write to")
+    command.add_argument(
+        "--tokenizer", required=True, help="folder, tokenizer.json, or a model's name on the hub"
+    )
+    command.add_argument("--end-of-document", default=END_OF_DOCUMENT, help="token that closes each document")
+    add_source_arguments(command)
+    how = command.add_argument_group("how")
+    how.add_argument("--shard-tokens", type=int, default=1 << 26, help="tokens of a shard (default 67M)")
+    how.add_argument("--max-tokens", type=int, help="end at this many tokens (default: the whole source)")
+    how.add_argument("--processes", type=int, help="processes that tokenize (default: one a core)")
+    how.add_argument(
+        "--delete-downloads",
+        action="store_true",
+        help="remove a file of the hub from the cache when it is done",
+    )
+    for name, run, text in (
+        ("verify", _verify, "read everything and compare it with what was written"),
+        ("info", _info, "say what the shards hold"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.set_defaults(run=run)
+        command.add_argument("folder", type=Path, help="a folder that was prepared")
+    return parser
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    disable_progress_bars()
+    config = source_from(options)
+    tokenizer = Tokenizer.load(options.tokenizer, end_of_document=options.end_of_document)
+    source = open_text(config)
+    processes = num_cores() if options.processes is None else options.processes
+    how = PrepareOptions(
+        shard_tokens=options.shard_tokens,
+        max_tokens=options.max_tokens,
+        num_processes=processes,
+        delete_downloads=options.delete_downloads,
+    )
+    bar = _Bar()
+    try:
+        manifest = prepare(
+            options.out,
+            source,
+            tokenizer,
+            how,
+            description=_description(config, source),
+            report=bar,
+        )
+    finally:
+        bar.close()
+    _print(options.out, manifest)
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    damaged: list[Path] = []
+    for path, problems in verify(options.folder):
+        damaged += [path] if problems else []
+        for problem in problems:
+            print(problem)
+    if damaged:
+        print(f"{options.folder} is damaged: delete these, and run the same `prepare` again")
+        for path in damaged:
+            print(f"  {path}")
+        return 1
+    _print(options.folder, read_manifest(options.folder))
+    print("  everything is what was written")
+    return 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    _print(options.folder, read_manifest(options.folder))
+    for split in SPLITS:
+        print(f"  {split} documents by length in tokens:")
+        rows = length_histogram(options.folder, split)
+        most = max((documents for _, documents, _ in rows), default=0)
+        for least, documents, tokens in rows:
+            bar = "#" * round(30 * documents / most)
+            print(f"  {least:>11,} to {2 * least - 1:>11,} {documents:>13,} {tokens:>17,} tokens  {bar}")
+    return 0
+
+
+def _description(config: Any, source: FileDocuments) -> dict[str, Any]:
+    """Say in the manifest what was read."""
+    files = {} if isinstance(config, HubSource) else {"files": [str(file) for file in source.files]}
+    return {**asdict(config), **files}
+
+
+def _print(folder: Path, manifest: Manifest) -> None:
+    settings = manifest.settings
+    source, tokenizer = settings["source"], settings["tokenizer"]
+    print(f"{folder}: {len(manifest.shards)} shards of {source['kind']} files")
+    if "revision" in source:
+        print(f"  {'source':<11}{source['repository']} at revision {source['revision']}")
+    print(f"  {'tokenizer':<11}{tokenizer['name']}, {tokenizer['vocab_size']:,} ids")
+    for split, summary in manifest.splits.items():
+        print(f"  {split:<11}{summary.documents:>13,} documents {summary.tokens:>17,} tokens")
+    skipped = ", ".join(f"{count:,} {reason}" for reason, count in manifest.skipped.items())
+    print(f"  {'skipped':<11}{skipped or 'none'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Log-probabilities of continuations from a model, batched."""

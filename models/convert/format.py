@@ -1,0 +1,255 @@
+"""Hugging Face's names and config.json of what converts: stock Qwen3, and modeling_parallax.py."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from models.config import ModelConfig, ParallaxConfig, SoftmaxConfig
+from models.sizes import SIZES, ModelSize
+
+T = TypeVar("T")
+Table = dict[str, Any]
+
+SOFTMAX_ARCHITECTURE, SOFTMAX_TYPE = "Qwen3ForCausalLM", "qwen3"
+PARALLAX_ARCHITECTURE, PARALLAX_TYPE = "ParallaxQwen3ForCausalLM", "parallax_qwen3"
+PARALLAX_FILE = "modeling_parallax.py"
+
+_NAMES = {
+    r"tok_embeddings\.weight": "model.embed_tokens.weight",
+    r"norm\.weight": "model.norm.weight",
+    r"output\.weight": "lm_head.weight",
+    r"layers\.(\d+)\.attention_norm\.weight": r"model.layers.\1.input_layernorm.weight",
+    r"layers\.(\d+)\.mlp_norm\.weight": r"model.layers.\1.post_attention_layernorm.weight",
+    r"layers\.(\d+)\.attention\.w([qkvorg])\.weight": r"model.layers.\1.self_attn.\2_proj.weight",
+    r"layers\.(\d+)\.attention\.wr_(in|out)\.weight": r"model.layers.\1.self_attn.r_\2_proj.weight",
+    r"layers\.(\d+)\.attention\.([qkr])_norm\.weight": r"model.layers.\1.self_attn.\2_norm.weight",
+    r"layers\.(\d+)\.mlp\.(gate|up|down)\.weight": r"model.layers.\1.mlp.\2_proj.weight",
+}
+_DIMENSIONS = {
+    "hidden_size": "width",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_dim",
+    "intermediate_size": "mlp_width",
+}
+_PROBE_KEYS = [f.name for f in dataclasses.fields(ParallaxConfig) if f.name not in ("kind", "impl")]
+# what has one value here
+_FIXED: Table = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "is_encoder_decoder": False,
+    "chunk_size_feed_forward": 0,
+    "quantization_config": None,
+}
+# what changes neither weights nor logits, besides what is read below
+_WITHOUT_EFFECT = {
+    *("_name_or_path", "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "model_type"),
+    *("pad_token_id", "torch_dtype", "transformers_version", "use_cache"),
+    *("output_attentions", "output_hidden_states", "return_dict", "id2label", "label2id", "problem_type"),
+}
+_READ = {
+    *(*_DIMENSIONS, "vocab_size", "rms_norm_eps", "initializer_range", "tie_word_embeddings"),
+    *("max_position_embeddings", "rope_theta", "rope_scaling", "rope_parameters"),
+    *("use_sliding_window", "sliding_window", "max_window_layers", "layer_types"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HuggingFaceConfig:
+    """What a config.json says of a model.
+
+    Attributes:
+        model: The architecture.
+        num_positions: max_position_embeddings; None where it is not named.
+        eos_token_id: The id, or the first of them, that ends a text; None where none is named.
+    """
+
+    model: ModelConfig
+    num_positions: int | None
+    eos_token_id: int | None
+
+
+def to_hugging_face(weights: Mapping[str, T]) -> dict[str, T]:
+    """Rename the weights of a softmax or Parallax model to those of its Hugging Face model.
+
+    Args:
+        weights: Values (tensors of any kind) by our names.
+
+    Returns:
+        The same values by Hugging Face's names.
+
+    Raises:
+        ValueError: A weight has no place there; names it.
+    """
+    renamed: dict[str, T] = {}
+    for name, value in weights.items():
+        for pattern, template in _NAMES.items():
+            match = re.fullmatch(pattern, name)
+            if match is not None:
+                renamed[match.expand(template)] = value
+                break
+        else:
+            raise ValueError(f"{name} has no place in Hugging Face's Qwen3; softmax and Parallax models have")
+    return renamed
+
+
+def to_config_json(
+    config: ModelConfig, *, dtype: str, num_positions: int | None, eos_token_id: int | None
+) -> Table:
+    """The config.json of a model.
+
+    Args:
+        config: The [model] table.
+        dtype: Dtype of the saved weights, as torch calls it.
+        num_positions: Tokens of the rows that it was trained on; None to leave it to the reader.
+        eos_token_id: The id that ends a document; None where no tokenizer is known.
+
+    Returns:
+        JSON's values by key.
+
+    Raises:
+        NotImplementedError: The attention has no counterpart there; names those that have.
+    """
+    size = config.dimensions
+    table: Table = {name: getattr(size, field) for name, field in _DIMENSIONS.items()}
+    table |= {
+        "vocab_size": config.vocab_size,
+        "tie_word_embeddings": config.tie_embeddings,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "initializer_range": config.init_std,
+        "torch_dtype": dtype,
+        "use_cache": True,
+    }
+    table |= {} if num_positions is None else {"max_position_embeddings": num_positions}
+    # no pad_token_id here: it would cut that embedding off from its gradient
+    table |= {} if eos_token_id is None else {"eos_token_id": eos_token_id}
+    match config.attention:
+        case SoftmaxConfig(window_size=window_size):
+            table |= {"architectures": [SOFTMAX_ARCHITECTURE], "model_type": SOFTMAX_TYPE}
+            table |= {"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0}
+            table |= {"rope_scaling": None, "use_sliding_window": window_size is not None}
+            table |= {} if window_size is None else {"sliding_window": window_size, "max_window_layers": 0}
+        case ParallaxConfig():
+            module = PARALLAX_FILE.removesuffix(".py")
+            table |= {"architectures": [PARALLAX_ARCHITECTURE], "model_type": PARALLAX_TYPE}
+            table["auto_map"] = {
+                "AutoConfig": f"{module}.ParallaxQwen3Config",
+                "AutoModelForCausalLM": f"{module}.{PARALLAX_ARCHITECTURE}",
+            }
+            table |= {name: getattr(config.attention, name) for name in _PROBE_KEYS}
+        case _:
+            raise NotImplementedError(
+                f'models with attention.kind "{config.attention.kind}" have no Hugging Face counterpart '
+                'here; "softmax" and "parallax" have'
+            )
+    return dict(sorted(table.items()))
+
+
+def from_config_json(table: Table) -> HuggingFaceConfig:
+    """Our config of a model by its config.json.
+
+    Args:
+        table: JSON's values by key.
+
+    Returns:
+        The architecture; its size is a row of models/sizes.py where one has these dimensions, else "custom".
+
+    Raises:
+        ValueError: The architecture is another, or fields say what we cannot represent; names them all.
+    """
+    kind = _architecture(table)
+    problems = [
+        f"{name} is {table[name]!r}, wanted {value!r}"
+        for name, value in _FIXED.items()
+        if name in table and table[name] != value
+    ]
+    theta, window_size = _rope_theta(table, problems), _window(table, problems)
+    needed = [name for name in (*_DIMENSIONS, "vocab_size", "rms_norm_eps") if name not in table]
+    problems += [f"{name} is missing" for name in needed]
+    known = {*_FIXED, *_WITHOUT_EFFECT, *_READ, *(_PROBE_KEYS if kind == PARALLAX_TYPE else ())}
+    problems += [f"{name} is not known here; remove it if it changes nothing" for name in {*table} - known]
+    if kind == PARALLAX_TYPE and window_size is not None:
+        problems.append("use_sliding_window is Qwen3's; a Parallax folder's window is window_size")
+    if problems:
+        raise ValueError(f"config.json says what this code cannot represent: {'; '.join(sorted(problems))}")
+    size = ModelSize(**{field: table[name] for name, field in _DIMENSIONS.items()})
+    named = next((name for name, row in SIZES.items() if row == size), None)
+    attention = SoftmaxConfig(window_size=window_size)
+    if kind == PARALLAX_TYPE:
+        attention = ParallaxConfig(**{name: table[name] for name in _PROBE_KEYS if name in table})
+    eos = table.get("eos_token_id")
+    return HuggingFaceConfig(
+        model=ModelConfig(
+            size=named or "custom",
+            custom_size=size if named is None else None,
+            vocab_size=table["vocab_size"],
+            tie_embeddings=table.get("tie_word_embeddings", False),
+            attention=attention,
+            rope_theta=float(theta),
+            norm_eps=float(table["rms_norm_eps"]),
+            init_std=float(table.get("initializer_range", 0.02)),
+        ),
+        num_positions=table.get("max_position_embeddings"),
+        eos_token_id=eos[0] if isinstance(eos, list) else eos,
+    )
+
+
+def _architecture(table: Table) -> str:
+    """The model_type, once it and the architecture are known."""
+    kind = table.get("model_type")
+    wanted = {SOFTMAX_TYPE: SOFTMAX_ARCHITECTURE, PARALLAX_TYPE: PARALLAX_ARCHITECTURE}
+    architectures = table.get("architectures") or [wanted.get(kind or "", kind)]
+    if kind not in wanted or architectures != [wanted[kind]]:
+        raise ValueError(
+            f"config.json: unknown architecture {', '.join(map(str, architectures))} (model_type {kind!r}); "
+            f"wanted {SOFTMAX_ARCHITECTURE} (model_type {SOFTMAX_TYPE!r}), dense, or our own "
+            f"{PARALLAX_ARCHITECTURE}"
+        )
+    return kind
+
+
+def _rope_theta(table: Table, problems: list[str]) -> float:
+    """The base of the rotary embedding; adds to problems where it is another embedding."""
+    found = table.get("rope_theta")
+    for name in ("rope_scaling", "rope_parameters"):
+        values = dict(table.get(name) or {})
+        rope_type = values.pop("rope_type", values.pop("type", "default"))
+        theta = values.pop("rope_theta", found)
+        values = {key: value for key, value in values.items() if value is not None}
+        if rope_type != "default" or values:
+            problems.append(f"{name} is {table[name]!r}, wanted rope_type 'default' and no factors")
+        if found is not None and theta != found:
+            problems.append(f"{name} has rope_theta {theta!r}, rope_theta is {found!r}")
+        found = theta
+    if found is None:
+        problems.append("rope_theta is missing")
+    return found or 0.0
+
+
+def _window(table: Table, problems: list[str]) -> int | None:
+    """Keys that a query sees in every layer; adds to problems where layers differ."""
+    num_layers = table.get("num_hidden_layers", 0)
+    window_size = table.get("sliding_window") if table.get("use_sliding_window") else None
+    num_full = table.get("max_window_layers", num_layers)
+    layers = table.get("layer_types") or [
+        "full_attention" if window_size is None or layer < num_full else "sliding_attention"
+        for layer in range(num_layers)
+    ]
+    if len({*layers}) > 1 or {*layers} - {"full_attention", "sliding_attention"}:
+        field = "layer_types" if table.get("layer_types") else "max_window_layers"
+        kinds = ", ".join(f"{layers.count(kind)} {kind}" for kind in dict.fromkeys(layers))
+        problems.append(
+            f"{field} ({table.get(field)!r}) mixes {kinds}; wanted one kind, full or sliding, in all layers"
+        )
+    if "sliding_attention" not in layers:
+        return None
+    if window_size is None:
+        problems.append(
+            "layer_types has sliding_attention, but sliding_window or use_sliding_window is unset"
+        )
+    return window_size

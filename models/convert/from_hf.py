@@ -1,0 +1,213 @@
+"""A Hugging Face folder of a dense Qwen3 model to a run folder: one tensor in memory at a time."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import MetadataIndex
+
+from models.config import ModelConfig, ParallaxConfig
+from models.config_table import to_table, to_toml
+from models.convert.format import from_config_json, to_hugging_face
+from models.convert.tokenizer import take_tokenizer
+from models.init import initial_weight
+from models.qwen3 import Qwen3
+
+_SINGLE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """A tensor in a safetensors file."""
+
+    file: Path
+    shape: list[int]
+    dtype: str
+
+
+class _LazyPlanner(DefaultSavePlanner):
+    """Saves a state dict of tensors without memory: each is read when its turn to be written comes."""
+
+    def __init__(self, read: Callable[[str], torch.Tensor]) -> None:
+        super().__init__()
+        self._read = read
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        return self._read(index.fqn)
+
+
+def convert_from_hf(
+    source: Path,
+    out: Path,
+    *,
+    attention: Literal["softmax", "parallax"] | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    seed: int = 0,
+) -> str:
+    """Write a run folder: config.toml, checkpoint/step-0 with weights alone, and the tokenizer's files.
+
+    A softmax model becomes a Parallax model of the same function by an r-norm gain of 0; its W_R is drawn as
+    in a new run, since at W_R = 0 the norm has no usable gradient (notes of the paper, section 1).
+
+    Args:
+        source: Folder with config.json (Qwen3ForCausalLM, or what convert_to_hf writes) and safetensors.
+        out: The run folder; it may exist, but hold neither a config.toml nor checkpoints.
+        attention: "parallax" to give a softmax model a probe; None for what the folder has.
+        dtype: Of the written weights; training loads any into fp32.
+        seed: Seed of W_R.
+
+    Returns:
+        What was written, in a few lines.
+
+    Raises:
+        ValueError: config.json is another architecture's or has fields that we cannot represent, tensors are
+            missing, unexpected, or of other shapes or dtypes, or out is taken; names all that is wrong.
+    """
+    if (out / "config.toml").exists() or any((out / "checkpoint").glob("step-*")):
+        raise ValueError(f"{out} already holds a run; give --out another folder")
+    config_path = source / "config.json"
+    if not config_path.is_file():
+        raise ValueError(
+            f"{source} has no config.json; wanted a folder as transformers' save_pretrained writes"
+        )
+    table = json.loads(config_path.read_text(encoding="utf-8"))
+    there = from_config_json(table)
+    config = _with_attention(there.model, attention)
+    saved = _read_headers(source)
+    names = _check_tensors(saved, there.model, source)
+    wanted = getattr(torch, dtype)
+
+    def read(name: str) -> torch.Tensor:
+        if name in names:
+            return _read(saved[names[name]].file, names[name]).to(wanted, copy=True)
+        return initial_weight(config, name, shapes[name], seed).to(wanted)
+
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in Qwen3(config).named_parameters()}
+    data = take_tokenizer(source, out / "tokenizer", there.eos_token_id)
+    weights = {name: torch.empty(shape, dtype=wanted, device="meta") for name, shape in shapes.items()}
+    # one file a tensor: within a file the writer would hold on to all that it has written
+    writer = FileSystemWriter(out / "checkpoint" / "step-0", single_file_per_rank=False)
+    dcp.save(weights, storage_writer=writer, planner=_LazyPlanner(read), no_dist=True)
+    tables: dict[str, Any] = {"run": {"name": out.name, "folder": str(out), "seed": seed}}
+    tables["model"] = to_table(config)
+    tables |= {} if data is None else {"data": data}
+    tables |= {} if there.num_positions is None else {"training": {"seq_len": there.num_positions}}
+    # last: a folder with a config is a whole one
+    (out / "config.toml").write_text(to_toml(tables), encoding="utf-8")
+    return _report(out, config, shapes, dtype, new=shapes.keys() - names.keys(), saved=saved, data=data)
+
+
+def _with_attention(config: ModelConfig, attention: str | None) -> ModelConfig:
+    before = config.attention
+    if attention is None or attention == before.kind:
+        return config
+    if attention == "softmax":
+        raise ValueError("--attention softmax would drop the folder's W_R: it holds a Parallax model already")
+    assert before.kind == "softmax"
+    return replace(config, attention=ParallaxConfig(r_gain_init=0.0, window_size=before.window_size))
+
+
+def _read_headers(source: Path) -> dict[str, _Saved]:
+    """Shape, dtype and file of every tensor of a folder."""
+    index = source / _INDEX
+    if index.is_file():
+        listed: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = sorted({*listed.values()})
+    elif (source / _SINGLE_FILE).is_file():
+        listed, files = {}, [_SINGLE_FILE]
+    else:
+        raise ValueError(f"{source} has neither {_SINGLE_FILE} nor {_INDEX}; other formats are not read")
+    absent = [name for name in files if not (source / name).is_file()]
+    if absent:
+        raise ValueError(f"{source} lacks files that {_INDEX} names: {', '.join(absent)}")
+    saved: dict[str, _Saved] = {}
+    for name in files:
+        try:
+            with safe_open(source / name, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118  (a safe_open is no dict)
+                    header = file.get_slice(key)
+                    saved[key] = _Saved(source / name, header.get_shape(), header.get_dtype())
+        except SafetensorError as error:
+            raise ValueError(
+                f"{source / name} is no whole safetensors file ({error}); fetch it again"
+            ) from None
+    return saved
+
+
+def _check_tensors(saved: Mapping[str, _Saved], config: ModelConfig, source: Path) -> dict[str, str]:
+    """Hugging Face's name of every weight of the folder's model, by ours.
+
+    Raises:
+        ValueError: The folder's tensors are not those of its config.json; names all that differ.
+    """
+    with torch.device("meta"):
+        shapes = {name: list(p.shape) for name, p in Qwen3(config).named_parameters()}
+    names = {ours: theirs for ours in shapes for theirs in to_hugging_face({ours: None})}
+    wanted = {names[ours]: shape for ours, shape in shapes.items()}
+    tied = {_HEAD} if config.tie_embeddings else set()
+    wrong = [
+        *(f"{name} is missing" for name in wanted if name not in saved),
+        *(f"{name} is unexpected" for name in saved if name not in {*wanted, *tied}),
+        *(
+            f"{name} is {saved[name].shape}, wanted {shape}"
+            for name, shape in wanted.items()
+            if name in saved and saved[name].shape != shape
+        ),
+        *(
+            f"{name} has dtype {entry.dtype}, wanted one of {', '.join(_DTYPES)}"
+            for name, entry in saved.items()
+            if entry.dtype not in _DTYPES
+        ),
+    ]
+    if wrong:
+        raise ValueError(f"{source} does not hold the model of its config.json: {'; '.join(wrong)}")
+    if tied & saved.keys() and not torch.equal(
+        *(_read(saved[name].file, name) for name in (_HEAD, _EMBEDDING))
+    ):
+        raise ValueError(
+            f"{source}: tie_word_embeddings is true, but {_HEAD} is not {_EMBEDDING}; set it to false to "
+            "keep both, or remove the one that is wrong"
+        )
+    return names
+
+
+def _read(path: Path, name: str) -> torch.Tensor:
+    """A view of the file, which is mapped for as long as the tensor lives."""
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)
+
+
+def _report(
+    out: Path,
+    config: ModelConfig,
+    shapes: Mapping[str, torch.Size],
+    dtype: str,
+    *,
+    new: set[str],
+    saved: Mapping[str, _Saved],
+    data: dict[str, str] | None,
+) -> str:
+    there: dict[str, int] = {}
+    for entry in saved.values():
+        there[_DTYPES[entry.dtype]] = there.get(_DTYPES[entry.dtype], 0) + 1
+    count = sum(shape.numel() for shape in shapes.values())
+    drawn = sum(shapes[name].numel() for name in new)
+    lines = [
+        f"{out / 'checkpoint' / 'step-0'}: {config.attention.kind}, size {config.size}, {count / 1e6:.2f}M "
+        f"parameters in {dtype} (there {', '.join(f'{n} tensors {kind}' for kind, n in there.items())})"
+    ]
+    if drawn:
+        lines.append(f"{drawn / 1e6:.2f}M of them are the new probe's, whose gain is 0")
+    if data is None:
+        lines.append("no tokenizer.json there: name a tokenizer where text goes in or out")
+    return "\n".join(lines)

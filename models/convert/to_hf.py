@@ -1,0 +1,122 @@
+"""A run folder to a Hugging Face folder: one safetensors file in memory at a time."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+
+from models.checkpoint import check_tensors, find_checkpoint, load_tensors, model_config, run_table
+from models.config import ParallaxConfig
+from models.convert.format import PARALLAX_FILE, to_config_json, to_hugging_face
+from models.convert.tokenizer import find_tokenizer, give_tokenizer
+from models.qwen3 import Qwen3
+
+_END_OF_DOCUMENT = "<|endoftext|>"  # data.end_of_document where a run does not say
+
+
+def convert_to_hf(
+    source: Path,
+    out: Path,
+    *,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    tokenizer: Path | None = None,
+    shard_bytes: int = 5_000_000_000,
+) -> str:
+    """Write a folder that transformers loads: stock Qwen3 for softmax, else with modeling_parallax.py in it.
+
+    Args:
+        source: A run folder for its newest checkpoint, or one of its checkpoints.
+        out: The folder to write; must not hold a config.json or safetensors.
+        dtype: Of the written weights; checkpoints of training hold fp32.
+        tokenizer: A tokenizer.json or its folder, in place of the run's.
+        shard_bytes: The most bytes of tensors in a file, one tensor at least.
+
+    Returns:
+        What was written, in a few lines.
+
+    Raises:
+        ValueError: There is no whole run, its tokenizer is not there, or out is taken.
+        NotImplementedError: The attention has no counterpart there.
+    """
+    if (out / "config.json").exists() or any(out.glob("*.safetensors")):
+        raise ValueError(f"{out} already holds a model, or a part of one; give --out another folder")
+    if shard_bytes < 1:
+        raise ValueError(f"--shard-gb must be positive, got {shard_bytes / 1e9}")
+    checkpoint = find_checkpoint(source)
+    run, table = checkpoint.parent.parent, run_table(checkpoint)
+    config = model_config(table["model"])
+    num_positions = table.get("training", {}).get("seq_len")
+    data: dict[str, Any] = table.get("data", {})
+    to_config_json(config, dtype=dtype, num_positions=None, eos_token_id=None)  # refuses first
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in Qwen3(config).named_parameters()}
+    check_tensors(shapes, checkpoint)
+    text = find_tokenizer(run, data, tokenizer)
+    out.mkdir(parents=True, exist_ok=True)
+    eos: int | None = None
+    if text is not None:
+        end = data.get("end_of_document", _END_OF_DOCUMENT)
+        eos, pad = give_tokenizer(
+            text, out, end_of_document=end, num_positions=num_positions, vocab_size=config.vocab_size
+        )
+        _write_json(out / "generation_config.json", {"eos_token_id": eos, "pad_token_id": pad})
+    files = _write_weights(checkpoint, shapes, getattr(torch, dtype), out, shard_bytes)
+    if isinstance(config.attention, ParallaxConfig):
+        shutil.copyfile(Path(__file__).with_name(PARALLAX_FILE), out / PARALLAX_FILE)
+    # last: a folder with a config is a whole one
+    saved = to_config_json(config, dtype=dtype, num_positions=num_positions, eos_token_id=eos)
+    _write_json(out / "config.json", saved)
+    count = sum(shape.numel() for shape in shapes.values())
+    lines = [
+        f"{out}: {saved['architectures'][0]}, {count / 1e6:.2f}M parameters of {checkpoint.name} in {dtype}, "
+        f"{files} safetensors file{'s' if files > 1 else ''}"
+    ]
+    lines += [] if text is not None else ["no tokenizer: the run names none; give --tokenizer for one"]
+    lines += ["load it with trust_remote_code=True"] if "auto_map" in saved else []
+    return "\n".join(lines)
+
+
+def _write_json(path: Path, table: dict[str, Any]) -> None:
+    path.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_weights(
+    checkpoint: Path, shapes: dict[str, torch.Size], dtype: torch.dtype, out: Path, shard_bytes: int
+) -> int:
+    """Write all weights and, where they take several files, the index; gives the number of files."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, shape in shapes.items():
+        size = shape.numel() * dtype.itemsize
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        file = "model" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}"
+        written = _write_file(checkpoint, {n: shapes[n] for n in names}, dtype, out / f"{file}.safetensors")
+        weight_map |= dict.fromkeys(written, f"{file}.safetensors")
+    if len(shards) > 1:
+        total = sum(shape.numel() for shape in shapes.values()) * dtype.itemsize
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(out / "model.safetensors.index.json", index)
+    return len(shards)
+
+
+def _write_file(checkpoint: Path, shapes: dict[str, torch.Size], dtype: torch.dtype, path: Path) -> list[str]:
+    """Write some weights; gives Hugging Face's names of them."""
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
+    load_tensors(tensors, checkpoint)
+    renamed = to_hugging_face(tensors)
+    save_file(renamed, path, metadata={"format": "pt"})
+    # it writes for the owner's eyes alone
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+    return list(renamed)

@@ -1,0 +1,1 @@
+"""Text from a trained model; `python -m models.generation` is the command."""

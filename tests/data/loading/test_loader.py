@@ -1,0 +1,311 @@
+import gc
+import itertools
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.config import ParquetSource
+from data.loading.packing import MicroBatch
+from data.sources.open import open_text
+from data.tokenizer import Tokenizer
+from tests.data.loading.loaders import (
+    FILES,
+    are_equal,
+    epoch_of,
+    make_loader,
+    make_ranks,
+    take,
+    token_stream,
+)
+
+CORPUS = Path(__file__).parents[3] / "../shared/data/corpus"
+QWEN3 = Path(__file__).parents[3] / "../shared/data/qwen3_tokenizer"
+needs_corpus = pytest.mark.skipif(not (CORPUS.is_dir() and QWEN3.is_dir()), reason="the corpus is not here")
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=10),
+    seq_len=st.integers(1, 13),
+    prefetch=st.sampled_from([0, 2]),
+)
+def test_training_repeats_every_token_in_order(
+    byte_tokenizer: Tokenizer, list_source: Any, lengths: list[int], seq_len: int, prefetch: int
+) -> None:
+    texts = ["abcdefghijklmnopqrstuvwxyz0123456789ABCDEF"[:length] for length in lengths]
+    source = list_source([texts[: len(texts) // 2], texts[len(texts) // 2 :]])
+    loader = make_loader(
+        source, byte_tokenizer, seq_len=seq_len, mask_documents=False, prefetch_batches=prefetch
+    )
+    expected = token_stream(byte_tokenizer, texts, num_epochs=seq_len + 2)
+    num_rows = (len(expected) - 1) // seq_len
+    batches = take(loader, num_rows)
+    loader.close()
+    covered = num_rows * seq_len
+    assert torch.cat([batch["input"][0] for batch, _ in batches]).tolist() == expected[:covered]
+    assert torch.cat([labels[0] for _, labels in batches]).tolist() == expected[1 : covered + 1]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=10),
+    seq_len=st.integers(1, 13),
+    world=st.integers(1, 4),
+    local=st.integers(1, 3),
+    mask=st.booleans(),
+)
+def test_validation_predicts_each_token_once_in_equally_many_batches_a_rank(
+    byte_tokenizer: Tokenizer,
+    list_source: Any,
+    lengths: list[int],
+    seq_len: int,
+    world: int,
+    local: int,
+    mask: bool,
+) -> None:
+    texts = ["abcdefghijklmnopqrstuvwxyz0123456789ABCDEF"[:length] for length in lengths]
+    loaders = make_ranks(
+        list_source([texts]),
+        byte_tokenizer,
+        world,
+        seq_len=seq_len,
+        local_batch_size=local,
+        global_batch_size=local * world,
+        mask_documents=mask,
+        repeat=False,
+    )
+    passes = [list(loader) for loader in loaders]
+    assert len({len(batches) for batches in passes}) == 1
+    targets = torch.cat([labels.flatten() for step in zip(*passes, strict=True) for _, labels in step])
+    documents = [[*byte_tokenizer.encode(text), byte_tokenizer.end_of_document_id] for text in texts]
+    expected = [token for document in documents for token in document[1:]]
+    if not mask:
+        expected = list(itertools.chain.from_iterable(documents))[1:]
+    assert targets[targets != -100].tolist() == expected
+
+
+def test_validation_starts_over_with_each_iterator_also_after_a_break(
+    byte_tokenizer: Tokenizer, list_source: Any
+) -> None:
+    loader = make_loader(list_source(FILES), byte_tokenizer, repeat=False, prefetch_batches=2)
+    whole = list(loader)
+    assert are_equal(take(loader, 3), whole[:3])
+    assert are_equal(list(loader), whole)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=10),
+    seq_len=st.integers(1, 13),
+    world=st.integers(1, 3),
+)
+def test_best_fit_predicts_each_token_but_a_documents_first_once_an_epoch(
+    byte_tokenizer: Tokenizer, list_source: Any, lengths: list[int], seq_len: int, world: int
+) -> None:
+    texts = ["abcdefghijklmnopqrstuvwxyz0123456789ABCDEF"[:length] for length in lengths]
+    loaders = make_ranks(
+        list_source([texts]),
+        byte_tokenizer,
+        world,
+        seq_len=seq_len,
+        global_batch_size=world,
+        repeat=False,
+        packing="best_fit",
+        mask_documents=True,
+    )
+    labels = [label for loader in loaders for _, row in loader for label in row.flatten().tolist()]
+    documents = [[*byte_tokenizer.encode(text), byte_tokenizer.end_of_document_id] for text in texts]
+    expected = [token for document in documents for token in document[1:]]
+    assert sorted(label for label in labels if label != -100) == sorted(expected)
+
+
+def test_masked_rows_of_a_rank_join_with_their_bounds(byte_tokenizer: Tokenizer, list_source: Any) -> None:
+    source = list_source([["abc", "de", "fghijklmnopq", "r"]])
+    (batch, labels), *_ = take(make_loader(source, byte_tokenizer, seq_len=5, local_batch_size=2), 1)
+    end = byte_tokenizer.end_of_document_id
+    ids = token_stream(byte_tokenizer, ["abc", "de", "fghijklmnopq"])
+    assert batch["input"].tolist() == [ids[:10]]
+    assert [index for index, token in enumerate(ids[:10]) if token == end] == [3, 6]
+    assert batch["cu_seqlens"].tolist() == [0, 4, 5, 7, 10]
+    expected = ids[1:11]
+    expected[3] = expected[6] = -100
+    assert labels.tolist() == [expected]
+    assert (batch["input"].dtype, labels.dtype) == (torch.int64, torch.int64)
+
+
+def test_the_state_is_of_what_was_taken_and_not_of_what_was_prefetched(
+    byte_tokenizer: Tokenizer, list_source: Any
+) -> None:
+    source = list_source(FILES)
+    loader, plain = (
+        make_loader(source, byte_tokenizer, prefetch_batches=8),
+        make_loader(source, byte_tokenizer),
+    )
+    ahead, behind = iter(loader), iter(plain)
+    for taken in range(1, 6):
+        next(ahead), next(behind)
+        assert loader.state_dict() == plain.state_dict()
+        assert loader.state_dict()["position"]["sequence"] == taken
+    loader.close()
+
+
+def test_skipped_rows_are_counted_once_an_epoch_and_after_a_resume(
+    byte_tokenizer: Tokenizer, list_source: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = list_source(FILES)
+    loader = make_loader(source, byte_tokenizer, repeat=False)
+    list(loader)
+    assert loader.skipped == {"null": 3, "empty": 2, "not_text": 1}
+    assert "rows skipped: 3 null, 2 empty, 1 not_text" in caplog.text
+    training = make_loader(source, byte_tokenizer)
+    while epoch_of(training) < 2:
+        state = json.loads(json.dumps(training.state_dict()))
+        training = make_loader(source, byte_tokenizer)
+        training.load_state_dict(state)
+        take(training, 1)
+    # Two epochs and the null that opens the third.
+    assert training.skipped == {"null": 7, "empty": 4, "not_text": 2}
+
+
+def test_a_source_without_a_document_raises_and_does_not_spin(
+    byte_tokenizer: Tokenizer, list_source: Any
+) -> None:
+    for repeat in (True, False):
+        loader = make_loader(
+            list_source([[None, ""], [" "]]), byte_tokenizer, repeat=repeat, prefetch_batches=2
+        )
+        with pytest.raises(ValueError, match=r"a list holds no document \(rows skipped: 1 null, 2 empty\)"):
+            next(iter(loader))
+
+
+def test_a_damaged_file_surfaces_from_the_thread_after_the_batches_before_it(
+    byte_tokenizer: Tokenizer, list_source: Any
+) -> None:
+    source = list_source([["a" * 3000] * 300, ["b"]], damaged_at=(1, 0))
+    loader = make_loader(source, byte_tokenizer, seq_len=3000, prefetch_batches=2)
+    taken: list[MicroBatch] = []
+    with pytest.raises(ValueError, match="part-1 is damaged at row 0"):
+        taken.extend(loader)
+    assert len(taken) >= 200
+    assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+
+
+def test_no_thread_outlives_its_iterator(byte_tokenizer: Tokenizer, list_source: Any) -> None:
+    def threads() -> int:
+        return sum(thread.name == "prefetch" for thread in threading.enumerate())
+
+    loader = make_loader(list_source(FILES), byte_tokenizer, prefetch_batches=2)
+    for _ in loader:
+        assert threads() == 1
+        break
+    gc.collect()
+    assert threads() == 0
+    first, second = iter(loader), iter(loader)
+    next(first), next(second)
+    assert threads() == 1
+    assert next(first, None) is None, "a new iterator ends the old one"
+    del loader, first, second
+    gc.collect()
+    assert threads() == 0
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_an_iterator_from_before_a_load_ends_and_cannot_move_the_position(
+    byte_tokenizer: Tokenizer, list_source: Any, prefetch: int
+) -> None:
+    loader = make_loader(list_source(FILES), byte_tokenizer, prefetch_batches=prefetch)
+    state = loader.state_dict()
+    old = iter(loader)
+    next(old), next(old)
+    loader.load_state_dict(state)
+    assert next(old, None) is None
+    assert loader.state_dict() == state
+
+
+BAD_SIZES = [
+    ({"seq_len": 0}, "seq_len is 0"),
+    ({"local_batch_size": 0}, "local_batch_size is 0"),
+    ({"global_batch_size": 0}, "global_batch_size is 0"),
+    ({"dp_rank": 2, "dp_world_size": 2}, "dp_rank is 2"),
+    (
+        {"global_batch_size": 6, "dp_world_size": 4},
+        r"global_batch_size \(6\) must be a multiple .* the next is 8",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_SIZES)
+def test_sizes_that_do_not_fit_are_refused(
+    byte_tokenizer: Tokenizer, list_source: Any, changes: dict[str, int], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_loader(list_source(FILES), byte_tokenizer, **changes)
+
+
+def test_a_state_of_other_files_or_another_tokenizer_is_refused(
+    byte_tokenizer: Tokenizer, list_source: Any
+) -> None:
+    loader = make_loader(list_source(FILES), byte_tokenizer)
+    take(loader, 3)
+    state = loader.state_dict()
+    with pytest.raises(ValueError, match=r"belongs to another source .*run.folder"):
+        make_loader(list_source(FILES[:1]), byte_tokenizer).load_state_dict(state)
+    other = {**state, "fingerprint": {**state["fingerprint"], "tokenizer": "x"}}
+    with pytest.raises(ValueError, match="belongs to another tokenizer"):
+        loader.load_state_dict(other)
+    with pytest.raises(ValueError, match="belongs to another packing"):
+        make_loader(list_source(FILES), byte_tokenizer, packing="best_fit").load_state_dict(state)
+    with pytest.raises(ValueError, match="belongs to another source"):
+        make_loader(list_source(FILES, shuffle_seed=1), byte_tokenizer).load_state_dict(state)
+    with pytest.raises(ValueError, match="version 0"):
+        loader.load_state_dict({**state, "version": 0})
+    with pytest.raises(ValueError, match="no position to load"):
+        make_loader(list_source(FILES), byte_tokenizer, repeat=False).load_state_dict(state)
+
+
+def test_a_state_whose_document_is_gone_is_refused(byte_tokenizer: Tokenizer, list_source: Any) -> None:
+    source = list_source(FILES)
+    loader = make_loader(source, byte_tokenizer)
+    take(loader, 2)
+    state = loader.state_dict()
+    assert state["position"]["offset"] > 0
+    other = list_source([[None] * 6, [], FILES[2]])
+    changed = {**state, "fingerprint": {**state["fingerprint"], "source": other.fingerprint}}
+    resumed = make_loader(other, byte_tokenizer)
+    resumed.load_state_dict(changed)
+    with pytest.raises(ValueError, match="the files or the tokenizer changed"):
+        next(iter(resumed))
+
+
+@needs_corpus
+def test_the_real_corpus_with_the_qwen3_tokenizer(write_parquet: Callable[..., Path]) -> None:
+    tokenizer = Tokenizer.load(QWEN3)
+    source = open_text(ParquetSource(files=[str(CORPUS / "train-*.parquet")]))
+    rows_read = itertools.islice(source.read(repeat=True), 120)
+    texts = [row.text for row in rows_read if row.text is not None]
+    stream = token_stream(tokenizer, texts)
+    loaders = make_ranks(source, tokenizer, 2, seq_len=512, global_batch_size=4, prefetch_batches=2)
+    steps = [list(itertools.islice(loader, 8)) for loader in loaders]
+    states = [loader.state_dict() for loader in loaders]
+    for loader in loaders:
+        loader.close()
+    rows = [batch for pair in zip(*steps, strict=True) for batch in pair]
+    assert len(stream) > 16 * 512 + 1
+    assert torch.cat([batch["input"][0] for batch, _ in rows]).tolist() == stream[: 16 * 512]
+    for index, (batch, labels) in enumerate(rows):
+        ids = torch.tensor(stream[index * 512 : index * 512 + 513])
+        is_end = ids[:-1] == tokenizer.end_of_document_id
+        assert torch.equal(labels[0], torch.where(is_end, -100, ids[1:]))
+        inner = (is_end[:-1].nonzero().flatten() + 1).tolist()
+        assert batch["cu_seqlens"].tolist() == [0, *inner, 512]
+    assert states[0] == states[1]
+    resumed = make_loader(source, tokenizer, seq_len=512)
+    resumed.load_state_dict(states[0])
+    assert next(iter(resumed))[0]["input"][0].tolist() == stream[16 * 512 : 17 * 512]

@@ -1,0 +1,168 @@
+"""Passes over a list of files: order, filters, damage, and going on from any position."""
+
+import itertools
+import json
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.config import ColumnOptions, TextOptions
+from data.sources.base import Row
+from data.sources.filters import SKIP_REASONS, Filter
+from data.sources.split import is_held_out
+
+ROWS = st.lists(st.lists(st.sampled_from(["text", None, ""]), max_size=9), min_size=1, max_size=5)
+
+
+def _name_rows(files: list[list[str | None]]) -> list[list[str | None]]:
+    """Give each text a name of its own, so that it can be counted."""
+    return [
+        [f"{index}-{row}" if value else value for row, value in enumerate(rows)]
+        for index, rows in enumerate(files)
+    ]
+
+
+@settings(max_examples=60, deadline=None)
+@given(files=ROWS, seed=st.one_of(st.none(), st.integers(0, 99)), block=st.integers(1, 6))
+def test_every_document_comes_exactly_once_an_epoch(
+    list_source: Any, files: list[list[str | None]], seed: int | None, block: int
+) -> None:
+    files = _name_rows(files)
+    texts = [text for rows in files for text in rows if text]
+    if not texts:
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data.sources.files.BLOCK_ROWS", block)
+        rows = list_source(files, shuffle_seed=seed).read(repeat=True)
+        num_rows = sum(map(len, files))
+        for epoch in range(3):
+            one_pass = list(itertools.islice(rows, num_rows))
+            assert sorted(row.text for row in one_pass if row.text) == sorted(texts)
+            assert {row.after["epoch"] for row in one_pass} == {epoch}
+
+
+@settings(max_examples=40, deadline=None)
+@given(files=ROWS, seed=st.one_of(st.none(), st.integers(0, 99)), block=st.integers(1, 6))
+def test_reading_goes_on_from_every_position_as_if_it_had_not_stopped(
+    list_source: Any, files: list[list[str | None]], seed: int | None, block: int
+) -> None:
+    files = _name_rows(files)
+    if not any(text for rows in files for text in rows):
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data.sources.files.BLOCK_ROWS", block)
+        source = list_source(files, shuffle_seed=seed)
+        num_rows = 2 * sum(map(len, files)) + 3
+        whole = list(itertools.islice(source.read(repeat=True), num_rows))
+        for index, row in enumerate(whole):
+            position = json.loads(json.dumps(row.after))
+            rest = list(itertools.islice(source.read(position, repeat=True), num_rows - index - 1))
+            assert rest == whole[index + 1 :]
+
+
+def test_epochs_and_seeds_see_different_orders(list_source: Any) -> None:
+    files = [[f"{file}-{row}" for row in range(50)] for file in range(20)]
+    texts = list(itertools.chain.from_iterable(files))
+
+    def epochs(seed: int | None) -> list[list[str | None]]:
+        rows = list_source(files, shuffle_seed=seed).read(repeat=True)
+        return [[row.text for row in itertools.islice(rows, 1000)] for _ in range(2)]
+
+    orders = [*epochs(1), *epochs(2)]
+    assert epochs(1) == orders[:2], "the same seed gives the same order"
+    assert epochs(None) == [texts, texts]
+    assert len({tuple(order) for order in orders}) == 4
+    # Files are permuted, and rows within them.
+    firsts = [[text.partition("-")[0] for text in order[::50] if text] for order in orders]
+    assert len({tuple(first) for first in firsts}) == 4
+    assert orders[0][:50] not in files
+
+
+def test_a_block_ends_with_the_row_that_makes_it_large(
+    list_source: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data.sources.files.BLOCK_CHARACTERS", 10)
+    source = list_source([["aaaa", "bbbb", "cccc", "dddd", "eeee"]], shuffle_seed=0)
+    rows = [row.after["row"] for row in source.read(repeat=False)]
+    assert rows == [0, 0, 3, 3, 5]
+
+
+@pytest.mark.parametrize("seed", [None, 4])
+def test_damage_stops_with_the_files_name_or_costs_the_rest_of_that_file(
+    list_source: Any, seed: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = [["a", "b"], ["c", "d", "e"], ["f"]]
+    with pytest.raises(ValueError, match="part-1 is damaged at row 1"):
+        list(list_source(files, damaged_at=(1, 1), shuffle_seed=seed).read(repeat=False))
+    source = list_source(
+        files, damaged_at=(1, 1), shuffle_seed=seed, options=TextOptions(on_damaged_file="skip")
+    )
+    rows = list(itertools.islice(source.read(repeat=True), 10))
+    assert Counter(row.text for row in rows) == dict.fromkeys(("a", "b", "c", "f", None), 2)
+    assert [row.skipped for row in rows if row.text is None] == ["damaged_file"] * 2
+    for index, row in enumerate(rows):
+        assert list(itertools.islice(source.read(row.after, repeat=True), 9 - index)) == rows[index + 1 :]
+    assert "part-1 is damaged at row 1" in caplog.text
+    assert "epoch 0 of a list: 4 documents, rows skipped: 1 damaged_file" in caplog.text
+
+
+DECISIONS: list[tuple[dict[str, Any], object, object, str | None]] = [
+    ({}, None, None, "null"),
+    ({}, " \n", None, "empty"),
+    ({}, b"", None, "empty"),
+    ({}, b"\xff", None, "not_text"),
+    ({}, "half a pair \ud800", None, "not_text"),
+    ({}, 3.5, None, "not_text"),
+    ({}, "text", None, None),
+    ({"min_score": 0.5}, "text", 0.5, None),
+    ({"min_score": 0.5}, "text", 0.49, "low_score"),
+    ({"min_score": 0.5}, "text", "0.7", None),
+    ({"min_score": 0.5}, "text", "n/a", "bad_score"),
+    ({"min_score": 0.5}, "text", None, "bad_score"),
+    ({"min_score": 0.5}, None, 0.1, "null"),
+    ({"min_characters": 4, "max_characters": 4}, "text", None, None),
+    ({"min_characters": 5}, "text", None, "too_short"),
+    ({"max_characters": 3}, "text", None, "too_long"),
+]
+
+
+@pytest.mark.parametrize(("limits", "value", "score", "reason"), DECISIONS)
+def test_a_row_is_a_document_or_skipped_for_a_reason(
+    limits: dict[str, Any], value: object, score: object, reason: str | None
+) -> None:
+    text, found = Filter(**limits).decide(value, score)
+    assert found == reason
+    assert (text is None) == (reason is not None)
+    assert reason is None or reason in SKIP_REASONS
+
+
+def test_training_and_held_out_documents_are_told_apart_by_their_content(list_source: Any) -> None:
+    texts = [f"document {index}" for index in range(2000)]
+
+    def read(split: str) -> list[Row]:
+        return list(list_source([texts], split=split).read(repeat=False))
+
+    train, held_out = ([row.text for row in read(split) if row.text] for split in ("train", "held_out"))
+    assert sorted([*train, *held_out]) == sorted(texts)
+    assert all(map(is_held_out, held_out))
+    assert 0.02 < len(held_out) / 2000 < 0.045
+    assert Counter(row.skipped for row in read("train"))["held_out"] == len(held_out)
+    # Neither the order nor the neighbours of a document matter.
+    assert [row.text for row in list_source([texts[::-1]], split="train").read(repeat=False) if row.text] == (
+        train[::-1]
+    )
+
+
+@pytest.mark.parametrize("limits", [{"min_characters": 5, "max_characters": 4}, {"min_characters": -1}])
+def test_limits_that_leave_nothing_are_refused(limits: dict[str, int]) -> None:
+    options: dict[str, Any] = {**limits}
+    with pytest.raises(ValueError, match=r"min_characters is (5|-1) and max_characters"):
+        TextOptions(**options)
+
+
+def test_columns_without_a_name_are_refused() -> None:
+    with pytest.raises(ValueError, match="score_column"):
+        ColumnOptions(score_column="")

@@ -1,0 +1,110 @@
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from data.config import JsonlSource
+from data.sources.files import FileDocuments
+from data.sources.open import open_text
+
+LINES = [
+    b'\xef\xbb\xbf{"text": "first", "score": "0.9"}',
+    b'{"text": null}',
+    b"",
+    b'{"text": "not closed',
+    b'["a list"]',
+    b'{"other": "no text"}',
+    b'{"text": "bad \xff byte"}',
+    b'{"text": "half a pair \\ud800"}',
+    b'{"text": 7}',
+    json.dumps({"text": "gr\u00f6\u00dfe \U0001f600", "score": 0.4}).encode(),
+    b"[" * 100_000,
+    b'{"text": "last", "score": 1}',
+]
+REASONS = [
+    None,
+    "null",
+    "empty",
+    "malformed",
+    "malformed",
+    "null",
+    "not_text",
+    "not_text",
+    "not_text",
+    None,
+    "malformed",
+    None,
+]
+
+
+def _write(path: Path, data: bytes) -> Path:
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(data))
+    elif path.suffix == ".zst":
+        with pa.output_stream(str(path), compression="zstd") as file:
+            file.write(data)
+    else:
+        path.write_bytes(data)
+    return path
+
+
+def _open(*paths: Path, **options: Any) -> FileDocuments:
+    return open_text(JsonlSource(files=[str(path) for path in paths], **options))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
+@pytest.mark.parametrize("end", [b"\n", b""], ids=["closed", "last line open"])
+def test_each_line_is_a_document_or_skipped_and_reading_goes_on_after_any(
+    tmp_path: Path, name: str, end: bytes
+) -> None:
+    source = _open(_write(tmp_path / name, b"\n".join(LINES) + end))
+    rows = list(source.read(repeat=False))
+    assert [row.skipped for row in rows] == REASONS
+    assert [row.text for row in rows if row.text] == ["first", "gr\u00f6\u00dfe \U0001f600", "last"]
+    for index, row in enumerate(rows, 1):
+        assert list(source.read(row.after, repeat=False)) == rows[index:]
+    # A compressed file's own size says little of how far reading is in its text.
+    assert name != "a.jsonl" or source.share_before(rows[-1].after) == 1.0
+
+
+def test_scores_and_other_keys(tmp_path: Path) -> None:
+    path = _write(tmp_path / "a.jsonl", b"\n".join([LINES[0], LINES[9], LINES[11]]))
+    rows = list(_open(path, min_score=0.5).read(repeat=False))
+    assert [row.skipped for row in rows] == [None, "low_score", None]
+    rows = list(_open(path, text_column="score").read(repeat=False))
+    assert [row.text for row in rows] == ["0.9", None, None]
+
+
+def test_a_document_of_more_than_10_mb_and_a_line_longer_than_any_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    huge = "0123456789 " * 1_000_000
+    path = _write(
+        tmp_path / "a.jsonl", b"\n".join(json.dumps({"text": text}).encode() for text in (huge, "x"))
+    )
+    assert [row.text for row in _open(path).read(repeat=False)] == [huge, "x"]
+    monkeypatch.setattr("data.sources.jsonl._MAX_LINE_BYTES", 1 << 20)
+    source = _open(path)
+    rows = list(source.read(repeat=False))
+    assert [(row.text, row.skipped) for row in rows] == [(None, "too_long"), ("x", None)]
+    assert list(source.read(rows[0].after, repeat=False)) == rows[1:]
+
+
+@pytest.mark.parametrize("name", ["cut.jsonl.gz", "cut.jsonl.zst"])
+def test_a_cut_off_file_stops_with_its_name_or_is_skipped_and_counted(tmp_path: Path, name: str) -> None:
+    lines = b"".join(b'{"text": "%d"}\n' % index for index in range(50_000))
+    path = _write(tmp_path / name, lines)
+    path.write_bytes(path.read_bytes()[:-20])
+    good = _write(tmp_path / "good.jsonl", b'{"text": "good"}')
+    with pytest.raises(ValueError, match=rf"cannot read .*{name}.*damaged"):
+        list(_open(path, good).read(repeat=False))
+    rows = list(_open(path, good, on_damaged_file="skip").read(repeat=False))
+    assert [(row.text, row.skipped) for row in rows[-2:]] == [(None, "damaged_file"), ("good", None)]
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no file matches .*nowhere\.jsonl' in the files of a jsonl source"):
+        _open(tmp_path / "nowhere.jsonl")

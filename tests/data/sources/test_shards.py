@@ -1,0 +1,307 @@
+"""Training from prepared shards: order, resuming, and damage."""
+
+import itertools
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.config import ShardsSource, Split
+from data.loading.loader import PackedLoader
+from data.shards.prepare import PrepareOptions, prepare
+from data.sources.mixture import MixtureDocuments
+from data.sources.shard_format import shard_folder
+from data.sources.shards import ShardDocuments
+from data.tokenizer import Tokenizer, train_byte_level_bpe
+
+TEXTS = [f"{index} " + "abcdefghijk" * (index % 4) for index in range(300)]
+
+
+@pytest.fixture(scope="session")
+def shards(list_source: Any, byte_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepared documents of 2 to 37 tokens, in many shards."""
+    folder = tmp_path_factory.mktemp("shards")
+    prepare(folder, list_source([TEXTS]), byte_tokenizer, PrepareOptions(shard_tokens=400))
+    return folder
+
+
+def _open(
+    folder: Path,
+    tokenizer: Tokenizer,
+    *,
+    seed: int | None = None,
+    split: Split = "all",
+    tolerant: bool = False,
+) -> ShardDocuments:
+    source = ShardsSource(folder=str(folder), on_damaged_file="skip" if tolerant else "stop")
+    return ShardDocuments(source, tokenizer_fingerprint=tokenizer.fingerprint, split=split, shuffle_seed=seed)
+
+
+def _texts(rows: Any, tokenizer: Tokenizer) -> list[str | None]:
+    return [None if row.tokens is None else tokenizer.decode(row.tokens[:-1].tolist()) for row in rows]
+
+
+@pytest.mark.parametrize("seed", [None, 0, 7])
+def test_every_document_comes_exactly_once_an_epoch_and_each_epoch_has_its_own_order(
+    shards: Path, byte_tokenizer: Tokenizer, seed: int | None
+) -> None:
+    rows = _open(shards, byte_tokenizer, seed=seed).read(repeat=True)
+    epochs = [_texts(itertools.islice(rows, 300), byte_tokenizer) for _ in range(3)]
+    assert all(sorted(map(str, epoch)) == sorted(TEXTS) for epoch in epochs)
+    assert (epochs[0] == epochs[1]) == (seed is None)
+    if seed is not None:
+        # Across shards, not within them: neighbours come from everywhere.
+        numbers = [int(str(text).split()[0]) for text in epochs[0]]
+        jumps = [abs(first - second) for first, second in itertools.pairwise(numbers)]
+        assert sum(jumps) / len(jumps) > 80
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.one_of(st.none(), st.integers(0, 9)), first=st.integers(0, 700))
+def test_reading_goes_on_from_any_position(
+    shards: Path, byte_tokenizer: Tokenizer, seed: int | None, first: int
+) -> None:
+    source = _open(shards, byte_tokenizer, seed=seed)
+    whole = list(itertools.islice(source.read(repeat=True), first, first + 50))
+    again = source.read(json.loads(json.dumps(whole[0].after)), repeat=True)
+    for before, row in zip(whole[1:], again, strict=False):
+        assert row.after == before.after
+        assert row.tokens is not None
+        assert before.tokens is not None
+        assert row.tokens[:].tolist() == before.tokens[:].tolist()
+
+
+def _loader(source: Any, tokenizer: Tokenizer, **changes: Any) -> PackedLoader:
+    sizes: dict[str, Any] = {
+        "seq_len": 16,
+        "local_batch_size": 1,
+        "global_batch_size": 16,
+        "dp_rank": 0,
+        "dp_world_size": 1,
+        "prefetch_batches": 0,
+        "mask_documents": False,
+    }
+    return PackedLoader(source, tokenizer, **{**sizes, **changes})
+
+
+@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
+def test_a_run_on_4_ranks_goes_on_on_2_and_then_on_8_without_loss_or_repetition(
+    shards: Path, byte_tokenizer: Tokenizer, packing: str
+) -> None:
+    def steps(world: int, count: int, state: str | None) -> tuple[list[torch.Tensor], str]:
+        loaders = [
+            _loader(
+                _open(shards, byte_tokenizer, seed=3, split="train"),
+                byte_tokenizer,
+                dp_rank=rank,
+                dp_world_size=world,
+                packing=packing,
+            )
+            for rank in range(world)
+        ]
+        for loader in loaders:
+            if state is not None:
+                loader.load_state_dict(json.loads(state))
+        iterators = [iter(loader) for loader in loaders]
+        rows = [
+            torch.cat([next(each)[0]["input"] for _ in range(16 // world) for each in iterators])
+            for _ in range(count)
+        ]
+        (state,) = {json.dumps(loader.state_dict(), sort_keys=True) for loader in loaders}
+        return rows, state
+
+    whole, _ = steps(1, 60, None)
+    legs: list[torch.Tensor] = []
+    state: str | None = None
+    for world, count in ((4, 21), (2, 20), (8, 19)):
+        rows, state = steps(world, count, state)
+        legs += rows
+    assert state is not None
+    assert json.loads(state)["position"]["position"]["epoch"] >= 1, "the test must cross epochs"
+    assert all(torch.equal(leg, step) for leg, step in zip(legs, whole, strict=True))
+
+
+@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
+def test_resuming_at_every_step_equals_no_interruption(
+    shards: Path, byte_tokenizer: Tokenizer, packing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data.loading.best_fit.BLOCK_ROWS", 20)
+    source = _open(shards, byte_tokenizer, seed=1)
+    loader = _loader(source, byte_tokenizer, packing=packing)
+    states, rows = [json.dumps(loader.state_dict())], []
+    for batch, _ in itertools.islice(loader, 700):
+        rows.append(batch["input"])
+        states.append(json.dumps(loader.state_dict()))
+    assert max(map(len, states)) < 400, "the state stays small"
+    for step in range(0, 640, 7):
+        resumed = _loader(source, byte_tokenizer, packing=packing)
+        resumed.load_state_dict(json.loads(states[step]))
+        taken = [batch["input"] for batch, _ in itertools.islice(resumed, 40)]
+        assert torch.equal(torch.cat(taken), torch.cat(rows[step : step + 40]))
+
+
+def test_a_rank_reads_the_tokens_of_its_own_rows_alone(
+    shards: Path, byte_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_bytes: Counter[int] = Counter()
+    reading_rank = 0
+    pread = os.pread
+
+    def count(descriptor: int, length: int, offset: int) -> bytes:
+        num_bytes[reading_rank] += length
+        return pread(descriptor, length, offset)
+
+    monkeypatch.setattr(os, "pread", count)
+    world = 8
+    for reading_rank in range(world):
+        source = _open(shards, byte_tokenizer, seed=1)
+        loader = _loader(source, byte_tokenizer, dp_rank=reading_rank, dp_world_size=world)
+        for _ in itertools.islice(loader, 20):
+            pass
+    used = 4 * 20 * 17
+    # Whole documents are read, the longest of 37 tokens.
+    assert all(used <= num_bytes[rank] < used + 20 * 4 * 2 * 37 for rank in range(world))
+
+
+def test_the_two_splits_share_no_document_and_training_never_sees_the_held_out(
+    shards: Path, byte_tokenizer: Tokenizer
+) -> None:
+    train, held_out = (
+        set(_texts(_open(shards, byte_tokenizer, split=split).read(repeat=False), byte_tokenizer))
+        for split in ("train", "held_out")
+    )
+    assert train | held_out == set(TEXTS)
+    assert not train & held_out
+    assert held_out
+
+
+def test_shards_and_text_mix(shards: Path, byte_tokenizer: Tokenizer, list_source: Any) -> None:
+    sources = {
+        "shards": _open(shards, byte_tokenizer, seed=1),
+        "text": list_source([["own text " * 3, "more of it"]], shuffle_seed=1),
+    }
+    mixture = MixtureDocuments(sources, {"shards": 3.0, "text": 1.0})
+    whole = _loader(mixture, byte_tokenizer)
+    rows = [batch["input"] for batch, _ in itertools.islice(whole, 30)]
+    state = json.loads(json.dumps(whole.state_dict()))
+    after = [batch["input"] for batch, _ in itertools.islice(whole, 10)]
+    resumed = _loader(mixture, byte_tokenizer)
+    resumed.load_state_dict(state)
+    assert torch.equal(
+        torch.cat([batch["input"] for batch, _ in itertools.islice(resumed, 10)]), torch.cat(after)
+    )
+    text = byte_tokenizer.decode(torch.cat(rows).flatten().tolist())
+    assert "own text" in text
+    assert "abcdefghijk" in text
+
+
+def test_shards_of_another_tokenizer_are_refused(shards: Path) -> None:
+    other = Tokenizer(train_byte_level_bpe(["abab"], 258))
+    with pytest.raises(ValueError, match=r"was prepared with tokenizer .*set data\.tokenizer"):
+        _open(shards, other)
+
+
+@pytest.fixture
+def damaged(list_source: Any, byte_tokenizer: Tokenizer, tmp_path: Path) -> Path:
+    """A folder with one flipped bit, one shard cut off and one missing."""
+    prepare(tmp_path, list_source([TEXTS]), byte_tokenizer, PrepareOptions(shard_tokens=400))
+    flipped, cut, gone = (shard_folder(tmp_path, number) / "train.tokens" for number in (1, 3, 5))
+    data = bytearray(flipped.read_bytes())
+    data[0] ^= 4
+    flipped.write_bytes(bytes(data))
+    cut.write_bytes(cut.read_bytes()[:-400])
+    gone.unlink()
+    return tmp_path
+
+
+def test_a_damaged_shard_stops_with_its_name(damaged: Path, byte_tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match=r"00003/train\.tokens has \d+ bytes, should have \d+: delete"):
+        _open(damaged, byte_tokenizer)
+    good = shard_folder(damaged, 0) / "train.tokens"
+    for number in (3, 5):
+        path = shard_folder(damaged, number) / "train.tokens"
+        size = (400 * 4) if not path.exists() else path.stat().st_size
+        path.write_bytes(good.read_bytes()[:size].ljust(size, b"\0"))
+    # Of the right size, or as if cut off only after the start: a document's checksum tells.
+    reader = _open(damaged, byte_tokenizer, tolerant=True)._readers[0]
+    with pytest.raises(ValueError, match=r"00001/train\.tokens is damaged in the \d+ tokens from 0 on"):
+        reader.document(_number_of_first(reader, 1))[:]
+
+
+def _number_of_first(reader: Any, shard: int) -> int:
+    starts = reader._index["start"].tolist()
+    return starts.index(reader._firsts[shard])
+
+
+def test_damaged_documents_are_skipped_and_counted_on_every_rank_alike(
+    damaged: Path, byte_tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = _open(damaged, byte_tokenizer, seed=2, tolerant=True)
+    rows = list(source.read(repeat=False))
+    texts = _texts(rows, byte_tokenizer)
+    good = [text for text in texts if text is not None]
+    assert len(texts) == 300
+    assert len(good) == len(set(good)) < 290
+    assert set(good) < set(TEXTS)
+    assert Counter(row.skipped for row in rows)["damaged_document"] == 300 - len(good)
+    assert "skipped the first damaged document of epoch 0" in caplog.text
+    assert f"{len(good)} documents, {300 - len(good)} damaged ones skipped" in caplog.text
+    ranks = [
+        _loader(_open(damaged, byte_tokenizer, seed=2, tolerant=True), byte_tokenizer, **ranks)
+        for ranks in ({}, {"dp_rank": 1, "dp_world_size": 4})
+    ]
+    for _ in itertools.islice(ranks[0], 400):
+        pass
+    for _ in itertools.islice(ranks[1], 100):
+        pass
+    assert ranks[0].skipped["damaged_document"] > 0
+    assert ranks[0].state_dict() == ranks[1].state_dict()
+
+
+def test_a_damaged_or_missing_index_is_named(
+    list_source: Any, byte_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    prepare(tmp_path, list_source([TEXTS]), byte_tokenizer, PrepareOptions())
+    index = tmp_path / "train.index"
+    index.write_bytes(index.read_bytes()[:-5])
+    with pytest.raises(ValueError, match=r"train\.index has \d+ bytes, should have"):
+        _open(tmp_path, byte_tokenizer)
+    index.unlink()
+    with pytest.raises(ValueError, match=r"cannot read .*train\.index"):
+        _open(tmp_path, byte_tokenizer, tolerant=True)
+
+
+def test_a_folder_that_is_not_whole_says_how_to_go_on(tmp_path: Path, byte_tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match=r"holds no prepared shards that are whole .*correct the folder"):
+        _open(tmp_path, byte_tokenizer)
+    (tmp_path / "prepare.json").write_text("{}")
+    with pytest.raises(ValueError, match="prepare` again to go on"):
+        _open(tmp_path, byte_tokenizer)
+
+
+def test_a_split_without_a_document_is_refused(
+    list_source: Any, byte_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    prepare(tmp_path, list_source([["only one, to train on"]]), byte_tokenizer, PrepareOptions())
+    _open(tmp_path, byte_tokenizer, split="train")
+    with pytest.raises(ValueError, match="holds no document of held_out"):
+        _open(tmp_path, byte_tokenizer, split="held_out")
+
+
+def test_many_shards_need_few_open_files(
+    list_source: Any, byte_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data.sources.shards._OPEN_FILES", 3)
+    prepare(tmp_path, list_source([TEXTS]), byte_tokenizer, PrepareOptions(shard_tokens=60))
+    source = _open(tmp_path, byte_tokenizer, seed=1)
+    before = len(os.listdir("/proc/self/fd"))
+    assert sorted(map(str, _texts(source.read(repeat=False), byte_tokenizer))) == sorted(TEXTS)
+    assert len(os.listdir("/proc/self/fd")) <= before + 2 * 3
+    del source
+    assert len(os.listdir("/proc/self/fd")) < before

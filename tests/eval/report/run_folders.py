@@ -1,0 +1,84 @@
+"""Run folders as the trainer writes them, and what the report says of them."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import config
+from eval.report.__main__ import write_report
+from models.config_table import to_toml
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+STEPS = 30
+STEP_TOKENS = 8 * 32
+SMALL = (
+    *("--training.steps", str(STEPS), "--training.seq_len", "32"),
+    *("--training.global_batch_size", "8", "--training.local_batch_size", "8"),
+)
+LAUNCH = {"num_ranks": 2, "device": "NVIDIA H100", "flops_per_token": 100.0, "num_parameters": 2_500_000}
+
+
+def launch(step: int = 0, **changes: Any) -> dict[str, Any]:
+    return {"step": step, "launch": {**LAUNCH, "tokenizer_fingerprint": "f" * 16, **changes}}
+
+
+def step_record(step: int, loss: float, seconds: float = 1.8) -> dict[str, Any]:
+    return {
+        **{"step": step, "loss": loss, "tokens": step * STEP_TOKENS, "step_seconds": seconds},
+        **{"tokens_per_second": 1000.0 + step, "mfu_percent": 40.0, "peak_memory_gib": 10.0 + step},
+    }
+
+
+def training(loss: float, first: int = 1, last: int = STEPS) -> list[dict[str, Any]]:
+    """Steps whose loss falls by 0.1 a step down to `loss` at STEPS."""
+    return [step_record(step, loss + 0.1 * (STEPS - step)) for step in range(first, last + 1)]
+
+
+def held_out(step: int, loss: float) -> dict[str, Any]:
+    return {"step": step, "validation_loss": loss, "validation_tokens": 500}
+
+
+def make_run(
+    folder: Path, records: Sequence[dict[str, Any]], *words: str, name: str = "debug_parallax_muon"
+) -> Path:
+    """A run folder as the trainer writes it."""
+    run = config.load(CONFIGS / f"{name}.toml", [*SMALL, "--run.folder", str(folder), *words])
+    folder.mkdir()
+    (folder / "config.toml").write_text(to_toml(run))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def seeds(tmp_path: Path, name: str, losses: Sequence[float]) -> list[Path]:
+    """Runs of one row: whole, with a held-out loss before, in the middle and after."""
+    folders = []
+    for seed, loss in enumerate(losses):
+        evaluations = (held_out(0, 8.0), held_out(15, loss + 1.0), held_out(STEPS, loss))
+        words = ("--run.seed", str(seed), "--data.shuffle_seed", str(10 + seed))
+        records = [launch(), *training(loss + 0.5), *evaluations]
+        folders.append(make_run(tmp_path / f"{name}_{seed}", records, *words, name=f"debug_{name}_muon"))
+    return folders
+
+
+def cells(text: str, heading: str, row: str) -> list[str]:
+    """A row of the table below a heading."""
+    section = text.split(f"## {heading}\n", 1)[1]
+    line = next(line for line in section.splitlines() if line.startswith(f"| {row} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def report(folders: Sequence[Path], tmp_path: Path, **options: Any) -> str:
+    options = {"baseline": None, **options}
+    return write_report(folders, out=tmp_path / "out", **options).read_text()
+
+
+def write_results(
+    path: Path, checkpoint: Path, metrics: dict[str, float], num_documents: int, **more: Any
+) -> None:
+    path.parent.mkdir(exist_ok=True)
+    found = {task: {"acc": value, "acc_norm": value} for task, value in metrics.items()}
+    counts = dict.fromkeys(metrics, num_documents)
+    means = {"mean_accuracy": None, "mean_plain_accuracy": None}
+    results = {"checkpoint": str(checkpoint), "metrics": found, "num_documents": counts, **means, **more}
+    path.write_text(json.dumps(results))

@@ -1,0 +1,262 @@
+"""The report says what runs wrote, with errors as by hand, and refuses what cannot be compared."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.axes import Axes
+
+import config
+from eval.report import plots
+from eval.report.__main__ import main
+from eval.report.comparison import Row
+from eval.report.paper_numbers import paper_row
+from eval.report.plots import running_mean, smoothed_loss
+from eval.report.run_records import flatten, read_run
+from models.config_table import to_table
+from tests.eval.report.run_folders import (
+    CONFIGS,
+    STEP_TOKENS,
+    STEPS,
+    cells,
+    held_out,
+    launch,
+    make_run,
+    report,
+    seeds,
+    step_record,
+    training,
+)
+
+
+def test_means_and_errors_over_seeds_are_those_calculated_by_hand(tmp_path: Path) -> None:
+    folders = [*seeds(tmp_path, "softmax", (2.50, 2.54)), *seeds(tmp_path, "parallax", (2.40, 2.41))]
+    text = report(folders, tmp_path, baseline="softmax_1")
+    # s / sqrt(2) = |a - b| / 2; the last 20 steps lie 0.95 above the last one
+    assert cells(text, "Results", "softmax_0")[1:4] == ["2", "3.9700 +/- 0.0200", "2.5200 +/- 0.0200"]
+    assert cells(text, "Results", "parallax_0")[1:4] == ["2", "3.8550 +/- 0.0050", "2.4050 +/- 0.0050"]
+    error = math.sqrt(0.02**2 + 0.005**2)
+    expected = ["2 / 2", *[f"-0.1150 +/- {error:.4f}"] * 2, "-", "-", "-"]
+    assert cells(text, "Difference to softmax_0", "parallax_0")[1:] == expected
+    assert "One seed" not in text
+    assert cells(text, "What differs", "`model.attention.kind`")[1:] == ["softmax", "parallax"]
+    assert "run.seed" not in text
+    assert "shuffle_seed" not in text
+
+
+def test_one_seed_has_no_error_and_the_report_says_so(tmp_path: Path) -> None:
+    folders = [*seeds(tmp_path, "softmax", (2.50, 2.54)), *seeds(tmp_path, "parallax", (2.40,))]
+    text = report(folders, tmp_path, baseline="softmax_0")
+    assert cells(text, "Difference to softmax_0", "parallax_0")[1:4] == ["1 / 2", "-0.1200", "-0.1200"]
+    assert "One seed, so no error: parallax_0." in text
+
+
+def test_the_same_seeds_again_are_no_second_seed(tmp_path: Path) -> None:
+    first, second = (make_run(tmp_path / name, [launch(), *training(2.0)]) for name in "ab")
+    text = report([first, second], tmp_path)
+    assert cells(text, "Results", "a")[1] == cells(text, "Results", "b")[1] == "1"
+    assert "Nothing but seeds and names." in text
+
+
+def test_plots_are_pictures(tmp_path: Path) -> None:
+    folders = [*seeds(tmp_path, "softmax", (2.50, 2.54)), *seeds(tmp_path, "parallax", (2.40,))]
+    text = report(folders, tmp_path, baseline="softmax_0")
+    names = ["loss_tokens", "loss_flops", "loss_seconds", "held_out", "differences"]
+    pictures = [(tmp_path / "out" / f"{name}.png").read_bytes() for name in names]
+    for name, picture in zip(names, pictures, strict=True):
+        assert f"]({name}.png)" in text
+        assert picture.startswith(b"\x89PNG\r\n\x1a\n")
+        assert len(picture) > 5000
+    assert len(set(pictures)) == len(pictures)
+
+
+def test_a_running_mean_is_of_the_last_values() -> None:
+    assert running_mean([1.0, 2.0, 3.0, 7.0], 2) == [1.0, 1.5, 2.5, 5.0]
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("data.train.files", ("--data.train.files", '["other.parquet"]')),
+        ("data.train.min_score", ("--data.train.min_score", "0.5")),
+        ("data.tokenizer", ("--data.tokenizer", "other/tokenizer.json")),
+        ("tokens of the run", ("--training.stop_at_step", "29")),
+        ("eval.max_tokens", ("--eval.max_tokens", "7")),
+    ],
+)
+def test_other_data_tokenizer_or_budget_is_refused_unless_asked_for(
+    key: str, words: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [launch(tokenizer_fingerprint=None), *training(2.0)]
+    first = make_run(tmp_path / "a", records)
+    second = make_run(tmp_path / "b", records, *words)
+    with pytest.raises(ValueError, match="not comparable") as raised:
+        report([first, second], tmp_path)
+    assert key in str(raised.value)
+    out = ("--out", str(tmp_path / "out"))
+    assert main([str(first), str(second), *out]) == 2
+    assert key in capsys.readouterr().err
+    assert main([str(first), str(second), "--allow-different", *out]) == 0
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert text.index("not comparable") < text.index(key) < text.index("## Runs")
+
+
+def test_a_tokenizer_is_known_by_its_vocabulary_where_that_is_on_record(tmp_path: Path) -> None:
+    here = make_run(tmp_path / "a", [launch(), *training(2.0)])
+    moved = make_run(tmp_path / "b", [launch(), *training(2.0)], "--data.tokenizer", "moved/tokenizer.json")
+    assert "not comparable" not in report([here, moved], tmp_path)
+    other = make_run(tmp_path / "c", [launch(tokenizer_fingerprint="e" * 16), *training(2.0)])
+    with pytest.raises(ValueError, match=r"data\.tokenizer"):
+        report([here, other], tmp_path)
+
+
+def test_a_damaged_last_line_is_skipped_and_noted(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a", [launch(), *training(2.0), held_out(STEPS, 2.0)])
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 31, "lo')
+    text = report([folder], tmp_path)
+    assert 'the last line is damaged and was skipped: \'{"step": 31, "lo\'' in text
+    assert cells(text, "Results", "a")[3] == "2.0000"
+
+
+def test_empty_and_unfinished_runs_are_named(tmp_path: Path) -> None:
+    whole = make_run(tmp_path / "whole", [launch(), *training(2.0), held_out(STEPS, 2.0)])
+    half = [launch(), *training(2.0, last=12), held_out(12, 3.0)]
+    half_folder = make_run(tmp_path / "half", half, "--run.seed", "1", "--model.attention.gate", "head")
+    empty = make_run(tmp_path / "empty", [])
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    text = report([whole, half_folder, empty, bare], tmp_path, baseline="whole")
+    assert f"{half_folder} is not finished: step 12 of {STEPS}" in text
+    assert f"{empty} holds no training step" in text
+    assert f"{bare} has no config.toml" in text
+    assert cells(text, "Results", "half")[2:4] == ["-", "-"]
+    assert cells(text, "Difference to whole", "half")[2:4] == ["-", "-"]
+    assert "holds no training step" in report([empty], tmp_path)
+    with pytest.raises(ValueError, match="there is no such folder"):
+        report([tmp_path / "missing"], tmp_path)
+    with pytest.raises(ValueError, match="is none of the rows; rows: whole"):
+        report([whole], tmp_path, baseline="other")
+
+
+def test_a_resumed_run_counts_each_step_once_with_the_ranks_that_took_it(tmp_path: Path) -> None:
+    records = [
+        *[launch(num_ranks=2), held_out(0, 8.0), *training(2.0, last=20), held_out(15, 9.9)],
+        # killed after step 20, continued from the checkpoint of step 10 on four ranks
+        *[launch(10, num_ranks=4), *training(2.0, first=11), held_out(STEPS, 1.9)],
+    ]
+    folder = make_run(tmp_path / "a", records)
+    run = read_run(folder)
+    assert [record["step"] for record in run.steps] == list(range(1, STEPS + 1))
+    assert [record["step"] for record in run.held_out] == [0, STEPS]
+    text = report([folder], tmp_path)
+    hours = [f"{x:.3f}" for x in (30 * 1.8 / 3600, *2 * [(10 * 2 + 20 * 4) * 1.8 / 3600])]
+    expected = ["2 x NVIDIA H100, 4 x NVIDIA H100", "1,016", "40.0", "40.0", *hours]
+    assert cells(text, "Throughput and cost", "a")[1:] == expected
+    assert cells(text, "Runs", "a")[3:7] == [
+        "2.50M",
+        "30 of 30",
+        "7,680",
+        f"{30 * STEP_TOKENS * 100.0:.3e}",
+    ]
+
+
+def test_the_tokens_of_a_run_are_those_on_record(tmp_path: Path) -> None:
+    # it was resumed with twice the batch that its config names now
+    resumed = [{**step_record(s, 2.0), "tokens": 2 * s * STEP_TOKENS} for s in range(1, 21)]
+    assert read_run(make_run(tmp_path / "a", [launch(), *resumed])).budget == (40 + 10) * STEP_TOKENS
+    assert read_run(make_run(tmp_path / "b", [])).budget == STEPS * STEP_TOKENS
+    words = ("--training.stop_at_step", "15")
+    assert read_run(make_run(tmp_path / "c", resumed, *words)).budget == 30 * STEP_TOKENS
+
+
+def test_a_branch_takes_curves_and_cost_from_its_trunk(tmp_path: Path) -> None:
+    stable = [launch(num_ranks=1), held_out(0, 8.0), *training(2.0), held_out(STEPS, 2.5)]
+    make_run(tmp_path / "stable", stable, "--schedule.decay_ratio", "0")
+    start = ("--checkpoint.start_from", "runs/stable/checkpoint/step-20")
+    records = [launch(20, num_ranks=3), *training(1.0, first=21), held_out(STEPS, 1.5)]
+    branch = make_run(tmp_path / "branch", records, *start)
+    run = read_run(branch)
+    assert [record["step"] for record in run.steps] == list(range(1, STEPS + 1))
+    assert [(r["step"], r["tokens"]) for r in run.held_out] == [(0, 0), (STEPS, STEPS * STEP_TOKENS)]
+    assert run.num_trunk_steps == 20
+    assert run.notes == []
+    assert run.steps[-1]["rank_seconds"] == pytest.approx((20 * 1 + 10 * 3) * 1.8)
+    text = report([branch], tmp_path)
+    # medians are of the branch's own steps
+    assert cells(text, "Throughput and cost", "branch")[1:3] == ["3 x NVIDIA H100", "1,026"]
+    lonely = tmp_path / "elsewhere"
+    lonely.mkdir()
+    run = read_run(make_run(lonely / "branch", records, *start))
+    assert [record["step"] for record in run.steps] == list(range(21, STEPS + 1))
+    assert "its curves and cost begin at step 21" in run.notes[0]
+
+
+def test_a_run_without_a_record_of_its_launch_has_no_flops_and_no_cost(tmp_path: Path) -> None:
+    text = report([make_run(tmp_path / "a", training(2.0))], tmp_path)
+    assert "No run recorded its training FLOPs." in text
+    assert cells(text, "Runs", "a")[3] == cells(text, "Runs", "a")[6] == "-"
+    assert cells(text, "Throughput and cost", "a")[6:] == ["-", "-"]
+    assert not (tmp_path / "out" / "loss_flops.png").exists()
+
+
+def test_an_unfinished_run_of_the_same_losses_seems_no_better(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plots, "SMOOTHED_PART", 5)
+    whole = make_run(tmp_path / "whole", [launch(), *training(2.0)])
+    half = make_run(tmp_path / "half", [launch(), *training(2.0, last=10)], "--model.attention.gate", "head")
+    runs = [read_run(folder) for folder in (whole, half)]
+    assert smoothed_loss(runs[0])[:10] == smoothed_loss(runs[1])
+    drawn: list[list[float]] = []
+    plain = Axes.plot
+
+    def keep(axes: Axes, *args: Any, **kwargs: Any) -> Any:
+        drawn.append(list(args[1]))
+        return plain(axes, *args, **kwargs)
+
+    monkeypatch.setattr(Axes, "plot", keep)
+    rows = [Row(name=run.folder.name, runs=[run]) for run in runs]
+    assert plots.plot_differences(rows, rows[0], tmp_path / "differences.png")
+    assert drawn[0] == [0.0] * 10
+
+
+def test_a_value_of_fewer_seeds_than_the_row_says_so(tmp_path: Path) -> None:
+    folders = [*seeds(tmp_path, "softmax", (2.50, 2.54)), *seeds(tmp_path, "parallax", (2.40, 2.41))]
+    records = [launch(), *training(3.0)]
+    words = ("--run.seed", "7", "--data.shuffle_seed", "7")
+    folders.append(make_run(tmp_path / "third", records, *words, name="debug_parallax_muon"))
+    text = report(folders, tmp_path, baseline="softmax_0")
+    assert cells(text, "Results", "parallax_0")[3] == "2.4050 +/- 0.0050 (2 of 3)"
+    assert "of 3)" not in cells(text, "Results", "parallax_0")[2]
+    assert cells(text, "Difference to softmax_0", "parallax_0")[3].endswith(" (2 of 3 / 2 of 2)")
+    assert "over the last 20 steps" in text
+
+
+def test_the_steps_of_the_final_training_loss_are_those_there_are(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a", [launch(), *training(2.0, last=5)], "--training.steps", "5")
+    assert "the training loss over the last 5 steps" in report([folder], tmp_path)
+
+
+def test_every_config_finds_its_row_of_the_paper_and_no_other() -> None:
+    found = {}
+    for path in CONFIGS.glob("*.toml"):
+        row = paper_row(flatten(to_table(config.load(path))))
+        if row is not None:
+            found[path.stem] = (row.lambada_perplexity, row.mean_accuracy)
+    matched = {
+        "0.6b_softmax_muon": (22.15, 54.54),
+        "0.6b_softmax_parameter_matched_muon": (22.35, 54.90),
+        "0.6b_parallax_compute_matched_muon": (20.29, 55.79),
+        "0.6b_parallax_compute_parameter_matched_muon": (20.29, 55.79),
+        "0.6b_parallax_no_rope_on_r_muon": (19.77, 55.54),
+        "0.6b_parallax_muon": (18.56, 55.99),
+        "0.6b_parallax_adamw": (None, 52.68),
+        "0.6b_softmax_adamw": (None, 52.61),
+        "0.6b_kda_muon": (25.16, 52.73),
+        "0.6b_gated-deltanet_muon": (24.63, 53.67),
+        "1.7b_softmax_muon": (13.07, 61.43),
+        "1.7b_parallax_muon": (10.80, 62.45),
+    }
+    assert found == matched

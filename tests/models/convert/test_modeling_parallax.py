@@ -1,0 +1,274 @@
+"""The exported Parallax model in transformers: our logits, gradients and generated text, in every variant."""
+
+import ast
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from models.checkpoint import load_model
+from models.config import ModelConfig, ParallaxConfig, SoftmaxConfig
+from models.config_table import to_table, to_toml
+from models.convert.format import to_config_json, to_hugging_face
+from models.convert.from_hf import convert_from_hf
+from models.convert.to_hf import convert_to_hf
+from models.loss import IGNORE_INDEX
+from models.qwen3 import Qwen3
+from models.sizes import ModelSize
+from tests.models.convert.test_convert import all_tensors, assert_same_bits
+from tests.models.test_checkpoint import save_run
+
+transformers = pytest.importorskip("transformers")
+VOCAB = 97
+PAD = 96
+SIZE = ModelSize(width=36, num_layers=3, num_heads=6, num_kv_heads=2, head_dim=10, mlp_width=52)
+VARIANTS = {
+    "default": ParallaxConfig(),
+    "window": ParallaxConfig(window_size=4),
+    "probe per kv head": ParallaxConfig(r_heads="kv"),
+    "low rank": ParallaxConfig(r_rank=5),
+    "no norm": ParallaxConfig(r_norm=False, r_scale=0.3),
+    "gain and scale": ParallaxConfig(r_gain_init=1.5, r_scale=0.5),
+    "no RoPE on r": ParallaxConfig(rope_on_r=False),
+    "gate per token": ParallaxConfig(gate="token"),
+    "gate per head": ParallaxConfig(gate="head", rope_on_r=False),
+    "plain layers": ParallaxConfig(num_plain_layers=2),
+    "all": ParallaxConfig(
+        window_size=6, r_heads="kv", r_rank=7, r_scale=0.5, gate="head", num_plain_layers=1, rope_on_r=False
+    ),
+}
+variants = pytest.mark.parametrize("attention", VARIANTS.values(), ids=list(VARIANTS))
+
+
+@pytest.fixture(autouse=True)
+def _own_module_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code that folders carry is copied under the test's folder, not under the user's home."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+
+
+def settings(attention: ParallaxConfig | SoftmaxConfig, **options: Any) -> ModelConfig:
+    return ModelConfig(
+        size="custom", custom_size=SIZE, vocab_size=VOCAB, attention=attention, init_std=0.2, **options
+    )
+
+
+def export(
+    folder: Path, attention: ParallaxConfig | SoftmaxConfig, dtype: Any = "float32", **options: Any
+) -> tuple[Qwen3, Any]:
+    """A random model of ours, and what transformers loads of its export."""
+    save_run(folder / "run", settings(attention, **options))
+    convert_to_hf(folder / "run", folder / "hf", dtype=dtype)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "hf", trust_remote_code=True)
+    return load_model(folder / "run", dtype=getattr(torch, dtype)), theirs
+
+
+def tokens(*lengths: int, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, PAD, (n,), generator=generator).tolist() for n in lengths]
+
+
+def left_padded(prompts: list[list[int]]) -> dict[str, torch.Tensor]:
+    longest = max(map(len, prompts))
+    return {
+        "input_ids": torch.tensor([[PAD] * (longest - len(p)) + p for p in prompts]),
+        "attention_mask": torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts]),
+    }
+
+
+def greedy(model: Qwen3, prompt: list[int], num_tokens: int) -> list[int]:
+    """What our model writes, by whole forwards without a cache."""
+    ids = list(prompt)
+    for _ in range(num_tokens):
+        ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(a, b, atol=tolerance * float(b.detach().abs().max()), rtol=0)
+
+
+@variants
+@torch.no_grad()
+def test_logits_and_greedy_text_are_ours(attention: ParallaxConfig, tmp_path: Path) -> None:
+    ours, theirs = export(tmp_path, attention)
+    assert type(theirs).__module__.startswith("transformers_modules.")
+    # longer than a block of queries
+    ids = torch.tensor(tokens(140, 140))
+    close(theirs(ids).logits, ours(ids))
+    softmax = Qwen3(settings(SoftmaxConfig(window_size=attention.window_size)))
+    softmax.load_state_dict(ours.state_dict(), strict=False)
+    assert (softmax(ids) - ours(ids)).abs().max() > 0.05
+    prompts = tokens(11, 3, 7)
+    written = theirs.generate(**left_padded(prompts), max_new_tokens=8, do_sample=False, pad_token_id=PAD)
+    assert written[:, 11:].tolist() == [greedy(ours, prompt, 8) for prompt in prompts]
+
+
+@variants
+def test_the_folder_comes_back_as_the_same_run(attention: ParallaxConfig, tmp_path: Path) -> None:
+    ours, theirs = export(tmp_path, attention)
+    convert_from_hf(tmp_path / "hf", tmp_path / "again")
+    again = load_model(tmp_path / "again")
+    assert again.config == settings(attention)
+    assert_same_bits(dict(ours.state_dict()), dict(again.state_dict()))
+    # and as transformers saves it
+    theirs.save_pretrained(tmp_path / "saved")
+    assert_same_bits(all_tensors(tmp_path / "hf"), all_tensors(tmp_path / "saved"))
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+    ids = torch.tensor(tokens(9))
+    assert torch.equal(loaded(ids).logits, theirs(ids).logits)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_loss_and_gradients_are_ours(tied: bool, tmp_path: Path) -> None:
+    ours, theirs = export(tmp_path, VARIANTS["all"], tie_embeddings=tied)
+    assert (theirs.lm_head.weight is theirs.model.embed_tokens.weight) == tied
+    ours.requires_grad_(True)
+    ids = torch.tensor(tokens(20, 20))
+    labels = ids.clone()
+    labels[0, :5] = IGNORE_INDEX
+    expected = ours(ids[:, :-1], labels_BT=labels[:, 1:]) / (15 + 19)
+    loss = theirs(ids, labels=labels).loss
+    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(theirs(ids, labels=labels, num_items_in_batch=68).loss, expected / 2)
+    loss.backward()
+    expected.backward()
+    grads = to_hugging_face({name: p.grad for name, p in ours.named_parameters()})
+    found = {name: p.grad for name, p in theirs.named_parameters()}
+    assert grads.keys() == found.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(found[name], grad, atol=1e-6, rtol=1e-4, msg=name)
+
+
+@torch.no_grad()
+def test_a_cache_filled_in_parts_gives_the_logits_of_one_pass(tmp_path: Path) -> None:
+    for name in ("default", "all"):
+        ours, theirs = export(tmp_path / name.replace(" ", "_"), VARIANTS[name])
+        (row,) = tokens(150)
+        ids = torch.tensor([row])
+        whole = ours(ids)
+        cache, parts = transformers.DynamicCache(), []
+        for part in ids.split([130, 1, 1, 18], dim=1):
+            out = theirs(part, past_key_values=cache, use_cache=True)
+            assert out.past_key_values is cache
+            parts.append(out.logits)
+        close(torch.cat(parts, dim=1), whole)
+        assert cache.get_seq_length() == 150
+        assert cache.layers[0].keys.shape == (1, SIZE.num_kv_heads, 150, SIZE.head_dim)
+        close(theirs(ids, logits_to_keep=2, use_cache=False).logits, whole[:, -2:])
+        assert theirs(ids, use_cache=False).past_key_values is None
+        embeds = theirs.get_input_embeddings()(ids)
+        close(theirs(inputs_embeds=embeds, return_dict=False)[0], whole)
+
+
+@torch.no_grad()
+def test_padding_on_either_side_changes_nothing(tmp_path: Path) -> None:
+    # without RoPE on r, a wrong position would show
+    ours, theirs = export(tmp_path, VARIANTS["no RoPE on r"])
+    prompts = tokens(9, 4)
+    left = left_padded(prompts)
+    for row, prompt in enumerate(prompts):
+        close(theirs(**left).logits[row, -len(prompt) :], ours(torch.tensor([prompt]))[0])
+    right = {name: torch.stack([values[0], values[1].roll(-5)]) for name, values in left.items()}
+    logits = theirs(**right).logits
+    close(logits[1, :4], ours(torch.tensor([prompts[1]]))[0])
+    assert logits.isfinite().all()
+    assert theirs(**left).logits.isfinite().all()
+
+
+@torch.no_grad()
+def test_beams_end_where_the_run_says_a_document_ends(corpus: Path, tmp_path: Path) -> None:
+    config = ModelConfig(size="debug", vocab_size=300, attention=ParallaxConfig(), init_std=0.2)
+    save_run(tmp_path / "run", config)
+    tables = {"model": to_table(config), "data": {"tokenizer": str(corpus / "tokenizer.json")}}
+    (tmp_path / "run" / "config.toml").write_text(to_toml(tables))
+    convert_to_hf(tmp_path / "run", tmp_path / "hf")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", padding_side="left")
+    batch = tokenizer(["a model of", "the"], return_tensors="pt", padding=True)
+    ours = load_model(tmp_path / "run")
+    written = theirs.generate(**batch, max_new_tokens=5, do_sample=False)
+    width = batch["input_ids"].shape[1]
+    for row, text in zip(written, ("a model of", "the"), strict=True):
+        assert row[width:].tolist() == greedy(ours, tokenizer(text).input_ids, 5)
+    beams = theirs.generate(**batch, max_new_tokens=5, num_beams=3, do_sample=False, num_return_sequences=2)
+    assert beams.shape[0] == 4
+
+    # the best beam is at least as probable as the greedy text
+    def log_probability(row: torch.Tensor) -> float:
+        ids = row[row != tokenizer.eos_token_id].unsqueeze(0)
+        steps = ours(ids)[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+        return float(steps[-5:].sum())
+
+    assert log_probability(beams[0]) >= log_probability(written[0]) - 1e-4
+    # whatever is written, the end of a document ends it
+    theirs.lm_head.weight.zero_()
+    theirs.generation_config.suppress_tokens = [i for i in range(300) if i != tokenizer.eos_token_id]
+    ended = theirs.generate(**batch, max_new_tokens=5, do_sample=False)
+    assert ended.shape[1] == width + 1
+    assert (ended[:, -1] == tokenizer.eos_token_id).all()
+
+
+@torch.no_grad()
+def test_low_precision_stays_near_ours(tmp_path: Path) -> None:
+    exact, _ = export(tmp_path / "exact", VARIANTS["default"])
+    ours, theirs = export(tmp_path / "low", VARIANTS["default"], dtype="bfloat16")
+    assert theirs.dtype == torch.bfloat16
+    ids = torch.tensor(tokens(60, 60))
+    error, own = ((m - exact(ids)).norm() / exact(ids).norm() for m in (theirs(ids).logits, ours(ids)))
+    assert 0 < error < 1.2 * own
+
+
+@torch.no_grad()
+def test_softmax_is_stock_qwen3_with_the_same_greedy_text(tmp_path: Path) -> None:
+    for attention in (SoftmaxConfig(), SoftmaxConfig(window_size=5)):
+        folder = tmp_path / str(attention.window_size)
+        ours, theirs = export(folder, attention, tie_embeddings=False)
+        assert type(theirs) is transformers.Qwen3ForCausalLM
+        assert not (folder / "hf" / "modeling_parallax.py").exists()
+        prompts = tokens(11, 3, 7)
+        written = theirs.generate(**left_padded(prompts), max_new_tokens=8, do_sample=False, pad_token_id=PAD)
+        assert written[:, 11:].tolist() == [greedy(ours, prompt, 8) for prompt in prompts]
+
+
+def test_every_option_of_parallax_is_in_the_config_and_refused_where_it_is_wrong(tmp_path: Path) -> None:
+    _, theirs = export(tmp_path, VARIANTS["all"])
+    table = to_config_json(settings(VARIANTS["all"]), dtype="float32", num_positions=None, eos_token_id=None)
+    for field in fields(ParallaxConfig):
+        if field.name not in ("kind", "impl"):
+            assert table[field.name] == getattr(VARIANTS["all"], field.name)
+            assert getattr(theirs.config, field.name) == table[field.name]
+    config_class = type(theirs.config)
+    for name, value in (
+        ("r_heads", "all"),
+        ("gate", "layer"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} is {value!r}, wanted one of"):
+            config_class(**{name: value})
+    fresh = type(theirs)(config_class(**{**table, "r_gain_init": 0.5, "num_plain_layers": 0}))
+    gains = [p for n, p in fresh.named_parameters() if n.endswith("r_norm.weight")]
+    assert len(gains) == SIZE.num_layers
+    assert all((gain == 0.5).all() for gain in gains)
+
+
+def test_what_the_model_does_not_do_is_said(tmp_path: Path) -> None:
+    _, theirs = export(tmp_path, VARIANTS["default"])
+    ids = torch.tensor(tokens(6))
+    with pytest.raises(NotImplementedError, match=r"output_hidden_states are not given out"):
+        theirs(ids, output_hidden_states=True)
+    with pytest.raises(ValueError, match=r"attention_mask is \[1, 5\], wanted \[1, 6\]"):
+        theirs(ids, attention_mask=torch.ones(1, 5))
+    with pytest.raises(ValueError, match=r"for static caches .* leave cache_implementation as it is"):
+        theirs.generate(ids, max_new_tokens=2, cache_implementation="static", disable_compile=True)
+    with pytest.raises(ValueError, match="give exactly one of input_ids and inputs_embeds"):
+        theirs()
+
+
+def test_the_file_stands_on_torch_and_transformers_alone() -> None:
+    source = Path(__file__).parents[3] / "models" / "convert" / "modeling_parallax.py"
+    nodes = [*ast.walk(ast.parse(source.read_text()))]
+    imported = {alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names}
+    imported |= {n.module or "." for n in nodes if isinstance(n, ast.ImportFrom)}
+    assert {name.partition(".")[0] for name in imported} == {"torch", "transformers", "typing"}

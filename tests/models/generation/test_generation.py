@@ -1,0 +1,197 @@
+"""Generation: greedy text is that of full forwards, sampling keeps its promises, text streams whole."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from models import sizes
+from models.config import AttentionConfig, LinearConfig, ModelConfig, ParallaxConfig, SoftmaxConfig
+from models.generation import generate as generation
+from models.generation.generate import generate, stream
+from models.generation.sampling import Sampling, choose
+from models.generation.text_stream import TextStream, stop_at
+from tests.models.test_checkpoint import save_run
+from tests.models.test_qwen3 import TINY, build, tokens
+
+
+@pytest.fixture(autouse=True)
+def _tiny_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sizes.SIZES, "tiny", TINY)
+
+
+@pytest.fixture
+def byte_tokenizer() -> Tokenizer:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<|endoftext|>": 0} | {character: 1 + i for i, character in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "attention", [SoftmaxConfig(), ParallaxConfig(), LinearConfig()], ids=lambda a: a.kind
+)
+def test_greedy_equals_full_forwards(attention: AttentionConfig) -> None:
+    model = build(attention, torch.float64)
+    prompts = [tokens(1, n, seed=n)[0].tolist() for n in (1, 7, 4)]
+    results = generate(model, prompts, max_new_tokens=12, batch_size=2)
+    for prompt, result in zip(prompts, results, strict=True):
+        sequence, logprobs = list(prompt), []
+        for _ in range(12):
+            row = model(torch.tensor([sequence]))[0, -1].log_softmax(-1)
+            sequence.append(int(row.argmax()))
+            logprobs.append(float(row.max()))
+        assert result.tokens == sequence[len(prompt) :]
+        assert result.logprobs == pytest.approx(logprobs, abs=1e-5)
+        assert not result.is_finished
+
+
+def test_a_continuation_ends_at_its_own_stop_and_the_others_go_on() -> None:
+    model = build(SoftmaxConfig())
+    prompts = [tokens(1, n, seed=n)[0].tolist() for n in (3, 5)]
+    free = generate(model, prompts, max_new_tokens=8)
+    end = free[0].tokens[2]
+    first = free[0].tokens.index(end) + 1
+    results = generate(model, prompts, max_new_tokens=8, stop=lambda row, new: row == 0 and new[-1] == end)
+    assert results[0].tokens == free[0].tokens[:first]
+    assert results[0].is_finished
+    assert results[1].tokens == free[1].tokens
+    assert not results[1].is_finished
+    by_id = generate(model, prompts[:1], max_new_tokens=8, stop_ids={end})
+    assert by_id[0].tokens == free[0].tokens[:first]
+    streamed = [each.token for new in stream(model, prompts[:1], max_new_tokens=8) for each in new]
+    assert streamed == free[0].tokens
+
+
+def test_sampling_draws_from_the_distribution_that_was_asked_for() -> None:
+    logits = torch.tensor([3.0, 2.0, 1.0, 0.0, -1.0, -2.0])
+    rows = logits.expand(20_000, -1)
+
+    def shares(**options: Any) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        drawn, logprobs = choose(rows, Sampling(**options), generator)
+        torch.testing.assert_close(logprobs, logits.log_softmax(-1)[drawn])
+        return drawn.bincount(minlength=6) / len(rows)
+
+    def close(share: torch.Tensor, wanted: torch.Tensor) -> None:
+        assert ((share - wanted).abs() < 5 * (wanted * (1 - wanted) / len(rows)).sqrt() + 1e-9).all()
+
+    close(shares(temperature=1.0), logits.softmax(-1))
+    close(shares(temperature=2.0), (logits / 2).softmax(-1))
+    three = logits[:3].softmax(-1)
+    close(shares(temperature=1.0, top_k=3), torch.cat((three, torch.zeros(3))))
+    # the first two have 0.86 together: too little for 0.87, so that the third stays
+    close(shares(temperature=1.0, top_p=0.87), torch.cat((three, torch.zeros(3))))
+    close(shares(temperature=1.0, top_p=1e-6), torch.tensor([1.0, 0, 0, 0, 0, 0]))
+    close(shares(temperature=0.0), torch.tensor([1.0, 0, 0, 0, 0, 0]))
+
+
+def test_a_seed_repeats_and_another_differs() -> None:
+    model = build(ParallaxConfig())
+    prompts = [[1, 2], [3]]
+    first, again, other = (
+        generate(model, prompts, max_new_tokens=20, temperature=1.0, seed=seed) for seed in (0, 0, 1)
+    )
+    assert first == again
+    assert first != other
+
+
+def test_a_smaller_last_batch_draws_anew() -> None:
+    model = build(SoftmaxConfig())
+    first_tokens = [
+        [
+            g.tokens[0]
+            for g in generate(model, 5 * [[1]], max_new_tokens=1, temperature=1.0, seed=s, batch_size=4)
+        ]
+        for s in range(30)
+    ]
+    assert sum(row[0] == row[4] for row in first_tokens) < 15
+
+
+def test_autocast_does_not_reach_generation() -> None:
+    model = build(ParallaxConfig())
+    expected = generate(model, [[1, 2], [3]], max_new_tokens=5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert generate(model, [[1, 2], [3]], max_new_tokens=5) == expected
+
+
+def test_the_current_gpu_is_a_device(
+    tmp_path: Path, byte_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_run(tmp_path, ModelConfig(size="debug", vocab_size=257))
+    byte_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(generation, "load_model", lambda checkpoint, *, device, dtype: (device, dtype))
+    words = ["--checkpoint", str(tmp_path), "--tokenizer", str(tmp_path)]
+    assert generation._load(generation._parser().parse_args(words))[0] == ("cuda", torch.bfloat16)
+
+
+def test_wrong_options_are_refused() -> None:
+    model = build(SoftmaxConfig())
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"temperature": -1.0}, r"temperature must be 0 \(greedy\) or above"),
+        ({"temperature": math.nan}, "temperature must be 0"),
+        ({"top_k": 0}, "top_k must be at least 1"),
+        ({"top_p": 1.5}, "top_p must be above 0 and at most 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+    ]
+    for options, match in wrong:
+        arguments: dict[str, Any] = {"max_new_tokens": 4, **options}
+        with pytest.raises(ValueError, match=match):
+            generate(model, [[1]], **arguments)
+    with pytest.raises(ValueError, match="a prompt is empty"):
+        generate(model, [[1], []], max_new_tokens=4)
+    assert generate(model, [], max_new_tokens=4) == []
+
+
+def test_text_streams_in_whole_characters_and_stops_before_a_stop_string(byte_tokenizer: Tokenizer) -> None:
+    ids = byte_tokenizer.encode("caf\u00e9 \u20ac END tail").ids
+    text, stop = TextStream(byte_tokenizer, ["END", "never"]), stop_at(byte_tokenizer, ["END", "never"])
+    shown, count = [], 0
+    for count in range(1, len(ids) + 1):
+        shown.append(text.add(ids[count - 1]))
+        if stop(0, ids[:count]):
+            break
+    assert "".join(shown) + text.end() == "caf\u00e9 \u20ac "
+    assert not any("\ufffd" in piece or "E" in piece for piece in shown)
+    assert byte_tokenizer.decode(ids[:count]).endswith("END")
+
+
+def test_the_command_line_continues_a_prompt(tmp_path: Path, byte_tokenizer: Tokenizer) -> None:
+    save_run(tmp_path, ModelConfig(size="debug", vocab_size=257, attention=ParallaxConfig()))
+    file = tmp_path / "tokenizer.json"
+    byte_tokenizer.save(str(file))
+    command = [
+        sys.executable,
+        "-m",
+        "models.generation",
+        "--checkpoint",
+        str(tmp_path),
+        "--tokenizer",
+        str(file),
+    ]
+    command += ["--max-new-tokens", "9", "--temperature", "1", "--device", "cpu"]
+    run: dict[str, Any] = {"capture_output": True, "check": False}
+    done = subprocess.run([*command, "--prompt", "Hello"], **run)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(b"Hello")
+    assert b"9 tokens; first after" in done.stderr
+    assert b"tokens/s" in done.stderr
+    again = subprocess.run(command, input=b"Hello\n", **run)
+    assert again.stdout == done.stdout
+    for words, message in (
+        (["--checkpoint", str(tmp_path / "nowhere")], b"nowhere is no checkpoint"),
+        (["--stop", ""], b"a stop string is empty"),
+    ):
+        wrong = subprocess.run([*command, *words, "--prompt", "a"], **run)
+        assert wrong.returncode == 1
+        assert wrong.stdout == b""
+        assert wrong.stderr.startswith(b"error: ")
+        assert message in wrong.stderr
