@@ -1,0 +1,53 @@
+"""What a user got wrong, and how every command line ends with it: one line, exit code 2."""
+
+import sys
+from collections.abc import Callable
+
+USER_ERROR_CODE = 2
+INTERRUPT_CODE = 130
+
+# where `parallax`, which imports nothing of this project, checks the arguments that a config gives it
+_ARGUMENT_CHECKS = ("parallax.api", "parallax.validation", "parallax.decode", "parallax.kernels.tiles")
+
+
+class UserError(ValueError):
+    """A config, a file or an argument that this project cannot work with.
+
+    The message names the key, file or option, what was got, what was wanted and the remedy.
+    """
+
+
+class UnsupportedError(UserError, NotImplementedError):
+    """A combination that makes sense but that nothing here serves; the message names what works instead."""
+
+
+def is_user_error(error: BaseException) -> bool:
+    """Return whether an error says what the user got wrong; any other is a fault and keeps its traceback."""
+    if isinstance(error, UserError):
+        return True
+    if not isinstance(error, ValueError | TypeError | NotImplementedError):
+        return False
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame is not None and frame.tb_frame.f_globals.get("__name__") in _ARGUMENT_CHECKS
+
+
+def run_command(main: Callable[[], int | None]) -> int:
+    """Run a command line to its exit code.
+
+    Args:
+        main: Parses the arguments and does the work; returns an exit code, or None for 0.
+
+    Returns:
+        main's exit code; 2 after one line on standard error for what the user got wrong; 130 for Ctrl-C.
+    """
+    try:
+        return main() or 0
+    except KeyboardInterrupt:
+        return INTERRUPT_CODE
+    except Exception as error:
+        if not is_user_error(error):
+            raise
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return USER_ERROR_CODE

@@ -1,0 +1,84 @@
+"""The structure of the code: who may import whom, and how long a file may be."""
+
+import ast
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("training", "eval", "models", "optimizers", "data", "parallax")
+MAX_LINES = 400
+MAX_KERNEL_LINES = 600
+
+
+def _tracked(*patterns: str) -> list[Path]:
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *patterns],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [ROOT / line for line in listed.stdout.splitlines() if (ROOT / line).is_file()]
+
+
+def _module(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _sources() -> dict[str, Path]:
+    files = _tracked("*.py", *(f"{package}/**/*.py" for package in PACKAGES))
+    names = {_module(path): path for path in files}
+    return {
+        name: path for name, path in names.items() if name.partition(".")[0] not in ("tests", "benchmarks")
+    }
+
+
+def _imports(path: Path, modules: set[str]) -> set[str]:
+    """The project's modules that a file imports, anywhere in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found & modules
+
+
+@pytest.fixture(scope="module")
+def graph() -> dict[str, set[str]]:
+    sources = _sources()
+    return {name: _imports(path, set(sources)) - {name} for name, path in sources.items()}
+
+
+def test_modules_do_not_import_each_other_in_a_circle(graph: dict[str, set[str]]) -> None:
+    remaining = {name: set(imports) for name, imports in graph.items()}
+    while free := {name for name, imports in remaining.items() if not imports & remaining.keys()}:
+        remaining = {name: imports for name, imports in remaining.items() if name not in free}
+    assert not remaining, f"modules in a circle, or above one: {sorted(remaining)}"
+
+
+def test_the_ground_floor_imports_nothing_of_the_project(graph: dict[str, set[str]]) -> None:
+    assert graph["errors"] == set()
+    assert graph["config"] <= {"errors"}
+
+
+def test_parallax_stands_alone(graph: dict[str, set[str]]) -> None:
+    above = {n for name, n_set in graph.items() if name.split(".")[0] == "parallax" for n in n_set}
+    assert {name for name in above if name.split(".")[0] != "parallax"} == set()
+
+
+def test_nobody_imports_the_entry_point(graph: dict[str, set[str]]) -> None:
+    assert [name for name, imports in graph.items() if "train" in imports] == []
+
+
+def test_no_file_is_too_long() -> None:
+    too_long = {}
+    for path in _tracked("*.py"):
+        limit = MAX_KERNEL_LINES if "kernels" in path.parts else MAX_LINES
+        num_lines = len(path.read_text(encoding="utf-8").splitlines())
+        if num_lines > limit:
+            too_long[str(path.relative_to(ROOT))] = num_lines
+    assert not too_long
