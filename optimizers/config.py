@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
 Orthogonalization = Literal["newton_schulz5", "polar_express"]
@@ -10,12 +10,16 @@ UpdateScale = Literal["match_rms_adamw", "spectral", "unit"]
 MuonDtype = Literal["float16", "bfloat16", "float32"]
 
 DEFAULT_DECAY_RATIO = 0.2
+KEYS_OF_ALL_GROUPS = ("parameters", "weight_decay", "weight_decay_gamma")
+"""What survives a change of a group's kind; a learning rate of one optimizer means nothing to another."""
 DEFAULT_ITERATIONS: dict[Orthogonalization, int] = {"newton_schulz5": 5, "polar_express": 8}
 
 
 @dataclass(frozen=True, kw_only=True)
 class MuonGroup:
     """Matrices that Muon updates: every parameter of the group must be two-dimensional."""
+
+    KEYS_OF_ALL_KINDS: ClassVar[tuple[str, ...]] = KEYS_OF_ALL_GROUPS
 
     kind: Literal["muon"] = "muon"
 
@@ -76,6 +80,8 @@ class MuonGroup:
 @dataclass(frozen=True, kw_only=True)
 class AdamWGroup:
     """Parameters of any shape that AdamW updates."""
+
+    KEYS_OF_ALL_KINDS: ClassVar[tuple[str, ...]] = KEYS_OF_ALL_GROUPS
 
     kind: Literal["adamw"] = "adamw"
 
@@ -156,7 +162,7 @@ class ScheduleConfig:
     min_lr_ratio: float = 0.0
     """What the decay tends to, as a part of the peak, in [0, 1]."""
 
-    WSD_KEYS: ClassVar = ("decay_ratio", "decay_steps", "decay_shape")
+    KEYS_OF_ALL_KINDS: ClassVar[tuple[str, ...]] = ("warmup_steps", "min_lr_ratio")
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -164,7 +170,8 @@ class ScheduleConfig:
         Raises:
             ValueError: A value is out of its range, or is one that the kind does not read.
         """
-        for key in self.WSD_KEYS if self.kind != "wsd" else ():
+        wsd_keys = (f.name for f in fields(self) if f.name not in ("kind", *self.KEYS_OF_ALL_KINDS))
+        for key in wsd_keys if self.kind != "wsd" else ():
             value = getattr(self, key)
             if value != getattr(ScheduleConfig, key):
                 raise ValueError(
@@ -173,9 +180,9 @@ class ScheduleConfig:
                 )
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps ({self.warmup_steps}) must not be negative")
-        for field, value in (("decay_ratio", self.decay_ratio), ("min_lr_ratio", self.min_lr_ratio)):
+        for name, value in (("decay_ratio", self.decay_ratio), ("min_lr_ratio", self.min_lr_ratio)):
             if value is not None and not 0.0 <= value <= 1.0:
-                raise ValueError(f"{field} ({value}) must lie in [0, 1]")
+                raise ValueError(f"{name} ({value}) must lie in [0, 1]")
         if self.decay_steps is not None and self.decay_steps < 0:
             raise ValueError(f"decay_steps ({self.decay_steps}) must not be negative")
         if self.decay_ratio is not None and self.decay_steps is not None:
