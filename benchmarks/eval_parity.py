@@ -28,7 +28,7 @@ from lm_eval.models.huggingface import HFLM
 
 from benchmarks.machine import write_result
 from data.tokenizer import Tokenizer
-from eval.downstream import HarnessModel, load_tasks, quiet
+from eval.harness import HarnessModel, load_tasks, quiet
 from eval.scoring.language_model import LanguageModel, Qwen3Model
 from eval.scoring.scorer import Scorer
 from eval.scoring.transformers_model import TransformersModel

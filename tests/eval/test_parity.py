@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("lm_eval", reason="wants the extra `eval`")
-pytest.importorskip("accelerate", reason="the harness's own model wants accelerate")
+pytest.importorskip("lm_eval", reason="needs the extra `eval`")
+pytest.importorskip("accelerate", reason="the harness's own model needs accelerate")
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -22,7 +22,7 @@ from benchmarks.eval_parity import (
     twin,
 )
 from data.tokenizer import Tokenizer
-from eval.downstream import HarnessModel
+from eval.harness import HarnessModel
 from eval.scoring.language_model import Qwen3Model
 from eval.scoring.scorer import Scorer
 from eval.scoring.transformers_model import TransformersModel
