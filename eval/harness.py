@@ -23,7 +23,7 @@ from lm_eval.tasks import TaskManager
 
 from data.tokenizer import Tokenizer
 from errors import UnsupportedError, UserError
-from eval.local_tasks import fetching, local_task
+from eval.local_tasks import downloading, local_task
 from eval.scoring.language_model import LanguageModel
 from eval.scoring.saved_results import SavedResults
 from eval.scoring.scorer import Scorer, windows
@@ -228,11 +228,11 @@ def load_tasks(names: Sequence[str], data: Path | None) -> dict[str, Task]:
             f'{", ".join(unknown) or "(none was named)"}; "paper" stands for the ten of the paper'
         )
     if data is None:
-        fetched: dict[str, Task] = {}
+        downloaded: dict[str, Task] = {}
         for name in wanted:
-            with fetching(name):
-                fetched |= manager.load([name])["tasks"]
-        return fetched
+            with downloading(name):
+                downloaded |= manager.load([name])["tasks"]
+        return downloaded
     group = {"group": "local", "task": [local_task(name, data) for name in wanted]}
     try:
         tasks = manager.load(group)["tasks"]

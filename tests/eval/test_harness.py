@@ -201,13 +201,13 @@ def test_two_ranks_return_the_results_of_one(
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        (None, r"has no documents of piqa: wanted piqa.jsonl or piqa.arrow"),
-        ("", r"piqa.jsonl holds no document of piqa"),
-        ('{"goal": "a", "sol1": "b"\n', r"piqa.jsonl, line 1 is no JSON"),
-        ("[1]\n", r"piqa.jsonl, line 1 is list, wanted a JSON object"),
+        (None, r"has no documents of piqa: want piqa.jsonl or piqa.arrow"),
+        ("", r"piqa.jsonl has no documents of piqa"),
+        ('{"goal": "a", "sol1": "b"\n', r"piqa.jsonl, line 1 is not valid JSON"),
+        ("[1]\n", r"piqa.jsonl, line 1 is a list, want a JSON object"),
         (
             '{"goal": "a", "sol1": "b", "sol2": "c", "label": 0}\n{"goal": "a", "sol1": "b", "label": 1}\n',
-            r"piqa.jsonl, document 2 has no sol2, which piqa needs; it has goal, label, sol1",
+            r"piqa.jsonl, document 2 has no sol2, required by piqa; it has goal, label, sol1",
         ),
     ],
 )
@@ -224,7 +224,7 @@ def test_a_file_that_is_missing_or_malformed_is_named(
 def test_a_damaged_arrow_file_and_an_unknown_task_are_named(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "sciq.arrow").write_bytes(b"no arrow at all")
     model = Qwen3Model(build(), max_length=96)
-    with pytest.raises(ValueError, match=r"sciq.arrow is no Arrow file that can be read"):
+    with pytest.raises(ValueError, match=r"sciq.arrow is not a readable Arrow file"):
         evaluate_tasks(model, tokenizer, ["sciq"], data=tmp_path)
     with pytest.raises(ValueError, match=r"has no task hellaswagg"):
         evaluate_tasks(model, tokenizer, ["hellaswagg"], data=tmp_path)

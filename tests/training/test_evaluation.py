@@ -12,7 +12,7 @@ import config
 from data.tokenizer import Tokenizer
 from eval.config import EvalConfig
 from eval.harness import evaluate_tasks
-from eval.report.__main__ import write_report
+from eval.report.writer import write_report
 from eval.scoring.language_model import Qwen3Model
 from models.checkpoint import load_model
 from tests.conftest import make_text
@@ -147,7 +147,7 @@ def test_tasks_that_cannot_be_evaluated_are_refused_before_training(
         ({"tasks_every": 0}, "tasks_every must be at least 1"),
         ({"tasks_limit": 0}, "tasks_limit must be at least 1"),
         ({"sample_tokens": 0}, "sample_tokens must be at least 1"),
-        ({"sample_prompts": ["the", ""]}, "sample_prompts has an empty text"),
+        ({"sample_prompts": ["the", ""]}, "sample_prompts has an empty string"),
     ],
 )
 def test_keys_that_mean_nothing_are_refused(words: dict[str, object], message: str) -> None:
