@@ -1,12 +1,12 @@
-"""Our batching beside lm-evaluation-harness's own Hugging Face model: same weights and requests, one process.
+"""Compare our batched scoring with lm-evaluation-harness's HFLM: same weights and requests, one process.
 
     python -m benchmarks.eval_parity --data DIR --tasks piqa sciq --limit 200 --gguf SmolLM2.gguf
     python -m benchmarks.eval_parity --data DIR --tokenizer DIR --size 60m --checkpoint RUN --dtype bfloat16
 
---gguf takes a model that transformers reads; without it the model is a Qwen3 of ours (--checkpoint, or random
-weights of --size) and its twin in transformers. Both sides answer every request of the tasks, ours first;
-then per-request log-likelihoods, greedy flags and accuracies are compared, and the time of answering (without
-reading tasks) becomes a ratio. The harness gets the batch size of --batch-sizes that is fastest for it.
+--gguf names a model that transformers reads; without it the model is a Qwen3 of ours (--checkpoint, or random
+weights of --size) and the same model in transformers. Both sides compute all requests of the tasks, ours
+first. Log-likelihoods and greedy flags per request and accuracies are compared, and the times of computing
+them (without loading tasks) are given as a ratio. HFLM runs at the fastest of --batch-sizes.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from lm_eval.models.huggingface import HFLM
 
 from benchmarks.machine import write_result
 from data.tokenizer import Tokenizer
+from errors import run_command
 from eval.harness import HarnessModel, load_tasks, quiet
 from eval.scoring.language_model import LanguageModel, Qwen3Model
 from eval.scoring.scorer import Scorer
@@ -42,15 +43,15 @@ from models.qwen3 import Qwen3
 
 @dataclass(frozen=True)
 class Answers:
-    """What one side makes of the tasks.
+    """Answers of one side to all requests of the tasks.
 
     Attributes:
-        values: Log-likelihood in nats and greedy flag of every request, by task; None for a flag that there
-            is none of.
+        values: Log-likelihood in nats and greedy flag of every request, by task; the flag is None for a
+            rolling log-likelihood.
         arguments: Context and continuation of every request, in the same order.
         metrics: The harness's metrics by task.
         num_documents: Documents of each task.
-        seconds: Time in which the requests were answered, tokenizing included.
+        seconds: Time of computing the answers, tokenization included.
     """
 
     values: dict[str, list[tuple[float, bool | None]]]
@@ -62,15 +63,15 @@ class Answers:
 
 @dataclass(frozen=True)
 class Parity:
-    """Two sides compared.
+    """Comparison of the answers of two sides.
 
     Attributes:
         num_documents: Documents of all tasks.
         num_requests: Requests of all tasks.
         max_difference: Largest difference of a log-likelihood in nats.
-        max_relative: The same over 1 + its magnitude.
+        max_relative: Largest difference of a log-likelihood over 1 + its magnitude.
         flags_differ: Requests whose greedy flags differ.
-        choices_differ: By task, metrics that are not equal to the last digit: (ours, theirs).
+        choices_differ: By task, accuracies that are not bit-identical: (ours, theirs).
     """
 
     num_documents: int
@@ -81,8 +82,8 @@ class Parity:
     choices_differ: dict[str, dict[str, tuple[float, float]]]
 
 
-def twin(model: Qwen3) -> Any:
-    """The same model in transformers, with copies of the weights, in their dtype, on their device."""
+def to_transformers(model: Qwen3) -> Any:
+    """Build the same model in transformers, with copies of the weights, in their dtype, on their device."""
     weight = model.tok_embeddings.weight
     assert isinstance(weight, torch.Tensor)
     dtype = str(weight.dtype).removeprefix("torch.")
@@ -97,13 +98,13 @@ def twin(model: Qwen3) -> Any:
 
 
 def harness_model(theirs: Any, tokenizer: Any, *, max_length: int, batch_size: int) -> HFLM:
-    """The harness's own model around one of transformers.
+    """Wrap a model of transformers as the harness's HFLM.
 
     Args:
         theirs: A `PreTrainedModel`.
         tokenizer: A `PreTrainedTokenizerFast`.
         max_length: Most tokens of an input.
-        batch_size: Rows of a batch.
+        batch_size: Rows per batch.
     """
     return HFLM(pretrained=theirs, tokenizer=tokenizer, max_length=max_length, batch_size=batch_size)
 
@@ -119,13 +120,13 @@ def _timed(method: Callable[..., Any], seconds: list[float]) -> Callable[..., An
 
 
 def answer(lm: TemplateLM, tasks: Sequence[str], *, data: Path | None, limit: int | None) -> Answers:
-    """Have one side answer all requests of some tasks.
+    """Compute one side's answers to all requests of the tasks.
 
     Args:
-        lm: The side.
+        lm: The side's model.
         tasks: Names of tasks, or "paper".
-        data: As eval.downstream.evaluate_tasks.
-        limit: Documents of each task; None for all.
+        data: As for eval.harness.evaluate_tasks.
+        limit: First documents of each task to evaluate; None for all.
     """
     seconds: list[float] = []
     for name in ("loglikelihood", "loglikelihood_rolling"):
@@ -152,7 +153,7 @@ def answer(lm: TemplateLM, tasks: Sequence[str], *, data: Path | None, limit: in
 
 
 def compare(ours: Answers, theirs: Answers) -> Parity:
-    """Compare two sides' answers to the same requests."""
+    """Compare the answers of two sides to the same requests."""
     pairs = [
         pair for name in ours.values for pair in zip(ours.values[name], theirs.values[name], strict=True)
     ]
@@ -174,20 +175,20 @@ def compare(ours: Answers, theirs: Answers) -> Parity:
     )
 
 
-def errors_of_the_worst(
+def largest_errors(
     ours: Answers, theirs: Answers, model: LanguageModel, tokenizer: Tokenizer, count: int = 10
 ) -> dict[str, float]:
-    """Largest errors of both sides, over the requests in which they differ most.
+    """Compute the largest error of each side over the requests in which they differ most.
 
     Args:
-        ours: One side's answers.
-        theirs: The other's, to the same requests.
+        ours: Answers of one side.
+        theirs: Answers of the other to the same requests.
         model: The same weights in fp64.
         tokenizer: Its tokenizer.
-        count: How many requests to compute in fp64.
+        count: Number of requests to compute in fp64.
 
     Returns:
-        The largest distance of each side from fp64, in nats.
+        The largest error of each side against fp64, in nats.
     """
     cases = [
         (a[0], b[0], pair)
@@ -205,13 +206,13 @@ def errors_of_the_worst(
 
 
 def open_gguf(path: Path) -> tuple[Any, Any, Tokenizer]:
-    """A model that transformers reads from a GGUF file.
+    """Load a model from a GGUF file through transformers.
 
     Args:
         path: The file.
 
     Returns:
-        The model in fp32, transformers' tokenizer, and the same as ours.
+        The model in fp32, the tokenizer of transformers, and the same tokenizer as ours.
     """
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
@@ -221,7 +222,7 @@ def open_gguf(path: Path) -> tuple[Any, Any, Tokenizer]:
 
 
 def fast_tokenizer(tokenizer: Tokenizer, folder: Path) -> Any:
-    """The same tokenizer as transformers has it; folder is for its file."""
+    """Convert a tokenizer to one of transformers, through a file in a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder / "tokenizer.json")
     return transformers.PreTrainedTokenizerFast(
@@ -232,7 +233,7 @@ def fast_tokenizer(tokenizer: Tokenizer, folder: Path) -> Any:
 
 
 def _open(options: argparse.Namespace) -> tuple[LanguageModel, Tokenizer, Any, Any]:
-    """Our side's model and tokenizer, and theirs."""
+    """Open our model and tokenizer, and theirs."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, options.dtype)
     if options.gguf is not None:
@@ -243,13 +244,13 @@ def _open(options: argparse.Namespace) -> tuple[LanguageModel, Tokenizer, Any, A
     if options.checkpoint is not None:
         model = load_model(options.checkpoint, device=device, dtype=dtype)
     else:
-        # a multiple of 64 rows, as a trained model's head has
+        # a multiple of 64, as in trained models
         config = ModelConfig(size=options.size, vocab_size=math.ceil(tokenizer.vocab_size / 64) * 64)
         model = Qwen3(config)
         init_weights(model, 0)
         model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
     fast = fast_tokenizer(tokenizer, options.scratch)
-    return Qwen3Model(model, max_length=options.max_length), tokenizer, twin(model), fast
+    return Qwen3Model(model, max_length=options.max_length), tokenizer, to_transformers(model), fast
 
 
 def _side(answers: Answers) -> dict[str, Any]:
@@ -262,19 +263,19 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, help="as of python -m eval.downstream")
+    parser.add_argument("--data", type=Path, required=True, help="as for python -m eval.downstream")
     parser.add_argument("--tasks", nargs="+", default=list(ACCURACIES))
     parser.add_argument("--limit", type=int, default=200)
     parser.add_argument("--gguf", type=Path)
     parser.add_argument("--checkpoint", type=Path)
-    parser.add_argument("--tokenizer", help="of a Qwen3")
+    parser.add_argument("--tokenizer", help="tokenizer of the Qwen3")
     parser.add_argument("--size", default="60m")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--max-length", type=int, default=2048)
     parser.add_argument("--token-budget", type=int, default=65536)
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 64, 256], help="of the harness")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 64, 256], help="of HFLM")
     parser.add_argument("--scratch", type=Path, default=Path(".cache/eval_parity"))
-    parser.add_argument("--name", default="eval_parity", help="of the result's file")
+    parser.add_argument("--name", default="eval_parity", help="name of the results file")
     return parser
 
 
@@ -301,16 +302,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             found[batch_size] = answer(lm, options.tasks, **where)
         except torch.cuda.OutOfMemoryError:
-            print(f"the harness's model, batches of {batch_size}: out of memory", flush=True)
+            print(f"HFLM, batch size {batch_size}: out of memory", flush=True)
             gc.collect()
             torch.cuda.empty_cache()
             continue
-        print(f"the harness's model, batches of {batch_size}: {found[batch_size].seconds:.1f} s", flush=True)
+        print(f"HFLM, batch size {batch_size}: {found[batch_size].seconds:.1f} s", flush=True)
     best = min(found, key=lambda size: found[size].seconds)
     parity = compare(ours, found[best])
-    # the last use of the weights: they become fp64 in place
+    # converts the weights to fp64 in place, which is their last use
     exact = TransformersModel(theirs_model.double(), max_length=options.max_length)
-    errors = errors_of_the_worst(ours, found[best], exact, tokenizer)
+    errors = largest_errors(ours, found[best], exact, tokenizer)
     result = {
         "command": f"python -m benchmarks.eval_parity {' '.join(arguments or sys.argv[1:])}",
         "versions": {"transformers": transformers.__version__},
@@ -324,8 +325,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path = write_result(options.name, result)
     print(parity)
     print(f"errors against fp64 where they differ most: {errors}")
-    print(f"the harness's best time over ours: {result['harness_seconds_over_ours']:.2f}; wrote {path}")
+    print(f"best time of HFLM over ours: {result['harness_seconds_over_ours']:.2f}; wrote {path}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -237,7 +237,9 @@ def load_tasks(names: Sequence[str], data: Path | None) -> dict[str, Task]:
     try:
         tasks = manager.load(group)["tasks"]
     except (KeyError, TypeError, IndexError) as error:
-        raise UserError(f"the documents of {', '.join(wanted)} in {data} do not fit: {error!r}") from error
+        raise UserError(
+            f"the documents of {', '.join(wanted)} in {data} do not fit the task: {error!r}"
+        ) from error
     for name, task in tasks.items():
         if task.config.num_fewshot and not task.has_training_docs():
             raise UserError(
