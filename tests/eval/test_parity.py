@@ -15,9 +15,9 @@ from benchmarks.eval_parity import (
     Answers,
     answer,
     compare,
-    largest_errors,
     fast_tokenizer,
     harness_model,
+    largest_errors,
     open_gguf,
     to_transformers,
 )
