@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import config
-from models.config_table import to_toml
+from config import to_toml
 from training.run_config import RunConfig
 
 # torchrun ends the other ranks as soon as one has failed: rank 0 is to have said what all of them would say
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str]) -> int:
     """
     options, overrides = _parse(arguments)
     try:
-        run = config.load(options.config, overrides)
+        run = config.load(RunConfig, options.config, overrides)
         if options.print_config:
             print(to_toml(run), end="", flush=True)
         elif options.dry_run:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
 from errors import UserError
@@ -12,6 +12,8 @@ UpdateScale = Literal["match_rms_adamw", "spectral", "unit"]
 MuonDtype = Literal["float16", "bfloat16", "float32"]
 
 DEFAULT_DECAY_RATIO = 0.2
+KEYS_OF_ALL_GROUPS = ("parameters", "weight_decay", "weight_decay_gamma")
+"""Keys that a group keeps when its kind changes; learning rates of different optimizers are not comparable."""
 DEFAULT_ITERATIONS: dict[Orthogonalization, int] = {"newton_schulz5": 5, "polar_express": 8}
 
 
@@ -40,6 +42,8 @@ class MuonGroup:
         row_beta2: NorMuon's row normalization: coefficient of the moving average of the rows' mean squares,
             for example 0.95; None for no row normalization.
     """
+
+    KEYS_OF_ALL_KINDS: ClassVar[tuple[str, ...]] = KEYS_OF_ALL_GROUPS
 
     kind: Literal["muon"] = "muon"
     parameters: list[str]
@@ -83,6 +87,8 @@ class AdamWGroup:
         weight_decay_gamma: Exponent of weight-decay annealing: weight_decay (1 - t)^gamma over the decay
             phase (optimizers/schedule.py); None for a constant weight decay.
     """
+
+    KEYS_OF_ALL_KINDS: ClassVar[tuple[str, ...]] = KEYS_OF_ALL_GROUPS
 
     kind: Literal["adamw"] = "adamw"
     parameters: list[str]
@@ -137,6 +143,8 @@ class ScheduleConfig:
         min_lr_ratio: Factor at the end of the decay, in [0, 1].
     """
 
+    KEYS_OF_ALL_KINDS: ClassVar[tuple[str, ...]] = ("warmup_steps", "min_lr_ratio")
+
     kind: Literal["wsd", "cosine", "constant"] = "wsd"
     warmup_steps: int = 0
     decay_ratio: float | None = None
@@ -144,10 +152,9 @@ class ScheduleConfig:
     decay_shape: Literal["linear", "one_minus_sqrt", "cosine"] = "linear"
     min_lr_ratio: float = 0.0
 
-    WSD_KEYS: ClassVar = ("decay_ratio", "decay_steps", "decay_shape")
-
     def __post_init__(self) -> None:
-        for key in self.WSD_KEYS if self.kind != "wsd" else ():
+        wsd_keys = [f.name for f in fields(self) if f.name not in ("kind", *self.KEYS_OF_ALL_KINDS)]
+        for key in wsd_keys if self.kind != "wsd" else ():
             value = getattr(self, key)
             if value != getattr(ScheduleConfig, key):
                 raise UserError(
@@ -156,9 +163,9 @@ class ScheduleConfig:
                 )
         if self.warmup_steps < 0:
             raise UserError(f"warmup_steps ({self.warmup_steps}) must not be negative")
-        for field, value in (("decay_ratio", self.decay_ratio), ("min_lr_ratio", self.min_lr_ratio)):
+        for name, value in (("decay_ratio", self.decay_ratio), ("min_lr_ratio", self.min_lr_ratio)):
             if value is not None and not 0.0 <= value <= 1.0:
-                raise UserError(f"{field} ({value}) must be in [0, 1]")
+                raise UserError(f"{name} ({value}) must be in [0, 1]")
         if self.decay_steps is not None and self.decay_steps < 0:
             raise UserError(f"decay_steps ({self.decay_steps}) must not be negative")
         if self.decay_ratio is not None and self.decay_steps is not None:
@@ -179,15 +186,15 @@ def _check_patterns(patterns: Sequence[str]) -> None:
 
 
 def _check_rates(lr: float, weight_decay: float, weight_decay_gamma: float | None) -> None:
-    for field, value in (("lr", lr), ("weight_decay", weight_decay)):
+    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
         if not 0.0 <= value < float("inf"):
-            raise UserError(f"{field} ({value}) must be finite and not negative")
+            raise UserError(f"{name} ({value}) must be finite and not negative")
     if weight_decay_gamma is not None and not 0.0 <= weight_decay_gamma < float("inf"):
         raise UserError(
             f'weight_decay_gamma ({weight_decay_gamma}) must be finite and not negative, or "none"'
         )
 
 
-def _check_coefficient(field: str, value: float) -> None:
+def _check_coefficient(name: str, value: float) -> None:
     if not 0.0 <= value < 1.0:
-        raise UserError(f"{field} ({value}) must be in [0, 1)")
+        raise UserError(f"{name} ({value}) must be in [0, 1)")

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from models.config_table import Table, to_table
+from config import Table, to_table
 from optimizers.config import ScheduleConfig
 from optimizers.schedule import decay_start, lr_factor, weight_decay_factor
 from training.resume import check_fits, has_checkpoint, saved_config

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from config import Table, to_table, to_toml
 from data.tokenizer import END_OF_DOCUMENT, Tokenizer
 from models.checkpoint import find_checkpoint, run_table, step_folders, whole_checkpoints
-from models.config_table import Table, to_table, to_toml
 from models.qwen3 import Qwen3
 from training.run_config import RunConfig
 

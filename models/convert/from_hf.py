@@ -13,8 +13,8 @@ from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
+from config import to_table, to_toml
 from models.config import ModelConfig, ParallaxConfig
-from models.config_table import to_table, to_toml
 from models.convert.format import from_config_json, to_hugging_face
 from models.convert.tokenizer import take_tokenizer
 from models.init import initial_weight

@@ -95,7 +95,7 @@ def test_what_a_branch_would_not_do_is_said_before_it_starts(
 
 
 def load(folder: Path, *words: str, name: str = "debug_parallax_muon") -> RunConfig:
-    return config.load(ROOT / "configs" / f"{name}.toml", ["--run.folder", str(folder), *words])
+    return config.load(RunConfig, ROOT / "configs" / f"{name}.toml", ["--run.folder", str(folder), *words])
 
 
 def write_run(folder: Path, *words: str, steps: tuple[int, ...] = (20,)) -> Path:

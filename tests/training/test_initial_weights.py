@@ -99,7 +99,9 @@ def test_sharded_weights_with_a_head_of_their_own_are_those_of_one_rank(corpus: 
 
 
 def load(folder: Path, *words: str, name: str = "debug_softmax_muon") -> RunConfig:
-    return config.load(ROOT / "configs" / f"{name}.toml", ["--run.folder", str(folder), *SMALL, *words])
+    return config.load(
+        RunConfig, ROOT / "configs" / f"{name}.toml", ["--run.folder", str(folder), *SMALL, *words]
+    )
 
 
 def test_weights_of_another_architecture_and_other_mistakes_are_refused(tmp_path: Path) -> None:

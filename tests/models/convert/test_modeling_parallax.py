@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from config import to_table, to_toml
 from models.checkpoint import load_model
 from models.config import ModelConfig, ParallaxConfig, SoftmaxConfig
-from models.config_table import to_table, to_toml
 from models.convert.format import to_config_json, to_hugging_face
 from models.convert.from_hf import convert_from_hf
 from models.convert.to_hf import convert_to_hf

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from config import to_table, to_toml
 from data.tokenizer import Tokenizer
 from models.checkpoint import run_table
 from models.config import ModelConfig
-from models.config_table import to_table, to_toml
 from models.convert.from_hf import convert_from_hf
 from models.convert.to_hf import convert_to_hf
 from models.sizes import ModelSize
