@@ -13,7 +13,7 @@ MuonDtype = Literal["float16", "bfloat16", "float32"]
 
 DEFAULT_DECAY_RATIO = 0.2
 KEYS_OF_ALL_GROUPS = ("parameters", "weight_decay", "weight_decay_gamma")
-"""Keys that a group keeps when its kind changes; learning rates of different optimizers are not comparable."""
+"""Keys that survive a change of a group's kind; learning rates of different optimizers are not comparable."""
 DEFAULT_ITERATIONS: dict[Orthogonalization, int] = {"newton_schulz5": 5, "polar_express": 8}
 
 
