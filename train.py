@@ -2,10 +2,10 @@
 
 `torchrun --nproc-per-node 8 train.py --config configs/0.6b_parallax_muon.toml [--training.steps 40000 ...]`
 
---print-config shows the resolved run, --help-config the meaning of every key. --dry-run builds the run without
-memory, data or tokenizer and prints its size and cost on --world-size ranks. --checkpoint
-runs/stable/checkpoint/step-N starts from a checkpoint of another run. Any other --table.key VALUE overrides the
-config file.
+--print-config shows the resolved run, --help-config the meaning of every key. --dry-run builds the run
+without memory, data or tokenizer and prints its size and cost on --world-size ranks.
+--checkpoint runs/stable/checkpoint/step-N starts from a checkpoint of another run. Any other
+--table.key VALUE overrides the config file.
 """
 
 import argparse

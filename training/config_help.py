@@ -13,6 +13,11 @@ from config import Table, kind_of, to_table, type_name, variants
 from errors import UserError
 from training.run_config import RunConfig
 
+_INTRODUCTION = """\
+# Configuration
+
+Every key of a run's TOML file, as `python train.py --help-config` prints it. A key is overridden on the command
+line as `--table.key VALUE`; None in a description is "none" in TOML. NAME stands for a name of your choice."""
 _WIDTH = 110
 _ENTRY = re.compile(r"^(?: {4})(\w+): (.*)$")
 
@@ -34,12 +39,17 @@ def describe_config(table: str | None = None) -> str:
     chosen = [
         text for name, text in sections if table is None or name == table or name.startswith(f"{table}.")
     ]
-    return "\n\n".join(text for text in chosen if text)
+    return "\n\n".join([*([] if table else [_INTRODUCTION]), *(text for text in chosen if text)])
 
 
-def _sections(hint: Any, name: str) -> Iterator[tuple[str, str]]:
+def _sections(hint: Any, name: str, described: dict[Any, str] | None = None) -> Iterator[tuple[str, str]]:
     """Yield (table, description) of a type's table, one for each kind that it has, and of those below it."""
     classes = variants(hint)
+    described = {} if described is None else described
+    other = described.setdefault(tuple(classes), name)
+    if other != name and classes:
+        yield name, f"## [{name}]\n\nThe same keys as [{other}]."
+        return
     seen: set[str] = set()
     for variant in classes:
         kind = f', kind = "{kind_of(variant)}"' if len(classes) > 1 else ""
@@ -54,7 +64,7 @@ def _sections(hint: Any, name: str) -> Iterator[tuple[str, str]]:
                 path, child = f"{path}.NAME", get_args(child)[1]
             # a source of a mixture is described where the mixture's own kinds are
             if not set(variants(child)) & set(classes):
-                yield from _sections(child, path)
+                yield from _sections(child, path, described)
 
 
 def _section(cls: type, name: str, kind: str) -> str:
@@ -81,17 +91,19 @@ def _default(field: dataclasses.Field) -> str:
 
 
 def _read_docstring(cls: type) -> tuple[str, dict[str, str]]:
-    """Return the first paragraph of a class's docstring, and the texts of its Attributes section by name."""
-    summary, _, attributes = (inspect.getdoc(cls) or "").partition("\n\nAttributes:\n")
+    """Return the first paragraph of a class's docstring, and its and its bases' Attributes by name."""
+    summary, _, _ = (inspect.getdoc(cls) or "").partition("\n\n")
     meanings: dict[str, str] = {}
-    name = ""
-    for line in attributes.splitlines():
-        entry = _ENTRY.match(line)
-        if entry is not None:
-            name = entry.group(1)
-            meanings[name] = entry.group(2)
-        elif not line.strip():
-            break
-        else:
-            meanings[name] += " " + line.strip()
+    for base in reversed(cls.__mro__):
+        _, _, attributes = inspect.cleandoc(base.__dict__.get("__doc__") or "").partition("\n\nAttributes:\n")
+        name = ""
+        for line in attributes.splitlines():
+            entry = _ENTRY.match(line)
+            if entry is not None:
+                name = entry.group(1)
+                meanings[name] = entry.group(2)
+            elif not line.strip():
+                break
+            else:
+                meanings[name] += " " + line.strip()
     return " ".join(summary.split()), meanings
