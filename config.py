@@ -1,82 +1,189 @@
-"""From a TOML file and dotted overrides to a typed RunConfig, strictly.
+"""The codec of configs: TOML and dotted overrides to dataclasses, strictly, and dataclasses to TOML.
 
-`extends = "base/x.toml"` (or a list, later ones win) pulls in other files: tables merge, values replace. A
-table whose `kind` changes replaces the one below it, but for what all kinds of schedules, or of optimizers,
-share. Unknown keys, wrong types and bad choices raise ConfigError before anything is built. "none" is None
-where a key may be unset.
+The schema is a tree of dataclasses, given by the caller; this file knows none of them.
+`extends = "base/x.toml"` (or a list, later files win) pulls in other files: tables merge, values replace.
+Where the `kind` of a table changes, only the keys that its classes name in KEYS_OF_ALL_KINDS survive. Unknown
+keys, wrong types and bad choices raise ConfigError before anything is built. "none" is None where a key may
+be unset.
 """
 
 import dataclasses
 import difflib
 import json
+import re
 import tomllib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
-from optimizers.config import ScheduleConfig
-from training.run_config import RunConfig
+import tomli_w
+
+from errors import UserError
 
 Table = dict[str, Any]
+Key = tuple[str | int, ...]
+T = TypeVar("T")
 
-# what optimizers have in common; the learning rate of one is none for another
-_GROUP_KEYS = ("parameters", "weight_decay", "weight_decay_gamma")
-
-
-class ConfigError(ValueError):
-    """A config file or an override says something that a run cannot be."""
+COMMAND_LINE = "command line"
 
 
-def _read_toml(path: Path) -> Table:
+class ConfigError(UserError):
+    """A config file or an override gives a value that the schema does not allow.
+
+    Attributes:
+        keys: The keys that are to blame, most specific first.
+    """
+
+    def __init__(self, message: str, keys: Sequence[Key] = ()) -> None:
+        super().__init__(message)
+        self.keys = tuple(keys)
+
+
+class _TypeMismatchError(ConfigError):
+    """A value of another type than the key's."""
+
+
+class _Layer(NamedTuple):
+    """Tables of one origin: a file, or the command line."""
+
+    source: str
+    table: Table
+
+
+def load(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
+    """Read a config file, the files that it extends, and overrides.
+
+    Args:
+        schema: The dataclass of the whole file. Its static method `name_after_file(table, path)`, if any,
+            fills in what follows from the file's name.
+        path: The TOML file.
+        overrides: Words such as "--training.steps", "100" or "--training.steps=100"; values as in TOML, bare
+            strings allowed.
+
+    Returns:
+        The config, every value typed and checked.
+
+    Raises:
+        ConfigError: Names the file or the command line, the dotted key, what was got, what is allowed, and
+            the nearest valid key.
+    """
+    path = Path(path)
+    layers = [*_read_layers(path), _Layer(COMMAND_LINE, _parse_overrides(overrides))]
+    merged: Table = {}
+    for layer in layers:
+        merged = _merge(merged, layer.table, schema)
+    name_after_file = getattr(schema, "name_after_file", None)
+    if name_after_file is not None:
+        name_after_file(merged, path)
+    try:
+        return _Decoder(schema).convert(schema, merged, ())
+    except ConfigError as error:
+        raise ConfigError(f"{_blame(layers, error.keys) or path}: {error}", error.keys) from None
+
+
+def from_table(schema: Any, table: Table, source: str | Path, key: str = "") -> Any:
+    """Decode a table that `to_table` or `to_toml` wrote.
+
+    Args:
+        schema: The dataclass of the table, or a union of dataclasses that differ by their `kind`.
+        table: The table; "none" stands for None.
+        source: Where it comes from, for error messages.
+        key: The table's own dotted key there, for error messages.
+
+    Returns:
+        A value of the schema.
+
+    Raises:
+        ConfigError: A key, type or value that this version of the schema does not have.
+    """
+    try:
+        return _Decoder(schema).convert(schema, table, tuple(key.split(".")) if key else ())
+    except ConfigError as error:
+        raise ConfigError(f"{source} does not fit this version of the code: {error}", error.keys) from None
+
+
+def to_table(config: Any) -> Any:
+    """Encode a config as nested dicts of TOML values; None becomes "none"."""
+    if dataclasses.is_dataclass(config):
+        return {f.name: to_table(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, dict):
+        return {key: to_table(value) for key, value in config.items()}
+    if isinstance(config, list):
+        return [to_table(value) for value in config]
+    return "none" if config is None else config
+
+
+def to_toml(config: Any) -> str:
+    """Encode a config, or a dict of configs by table, as TOML that loads to an equal one."""
+    return tomli_w.dumps(to_table(config))
+
+
+def read_toml(path: Path) -> Table:
+    """Read a TOML file.
+
+    Raises:
+        ConfigError: It is missing, can't be read, or is not valid TOML.
+    """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: can't be read as a config file: {error}") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
 
 
-def _kept(name: str, below: Table, above: Table) -> Table:
-    """What stays of a table below another one, whose kind may be another."""
-    before = below.get("kind", "wsd" if name == "schedule" else None)
-    if "kind" not in above or before in (None, above["kind"]):
-        return below
-    if name == "schedule":
-        return {key: value for key, value in below.items() if key not in ScheduleConfig.WSD_KEYS}
-    is_group = name.startswith("optimizer.groups.")
-    return {key: below[key] for key in _GROUP_KEYS if is_group and key in below}
+def type_name(hint: Any) -> str:
+    """Describe the values that a key of a type takes."""
+    names = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
+    if hint in names:
+        return names[hint]
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(json.dumps(a) for a in args)
+    if origin is list:
+        return "a list, each entry " + type_name(args[0])
+    if _is_union(hint):
+        named = dict.fromkeys(type_name(a) for a in args if a is not type(None))
+        return " or ".join([*named, *(['"none"'] if type(None) in args else [])])
+    return "a table"
 
 
-def _merge(below: Table, above: Table, name: str = "", *, is_one_source: bool = False) -> Table:
-    """Lay one table over another; keys of one source (the overrides) belong together whatever their kind."""
-    merged = dict(below)
-    for key, value in above.items():
-        old = merged.get(key)
-        if isinstance(value, dict) and isinstance(old, dict):
-            path = f"{name}.{key}".lstrip(".")
-            kept = old if is_one_source else _kept(path, old, value)
-            merged[key] = _merge(kept, value, path, is_one_source=is_one_source)
-        else:
-            merged[key] = value
-    return merged
+def variants(hint: Any) -> list[type]:
+    """Return the dataclasses that a table of a type can be: one, several kinds, or none."""
+    if dataclasses.is_dataclass(hint):
+        return [typing.cast(type, hint)]
+    return [a for a in get_args(hint) if dataclasses.is_dataclass(a)] if _is_union(hint) else []
 
 
-def _read_extended(path: Path, chain: tuple[Path, ...] = ()) -> Table:
+def kind_of(variant: type) -> str:
+    """Return the `kind` that chooses a dataclass among the variants of a table."""
+    return get_args(typing.get_type_hints(variant)["kind"])[0]
+
+
+def _is_union(hint: Any) -> bool:
+    return get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _dotted(key: Key) -> str:
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in key)
+    return "".join(parts).removeprefix(".")
+
+
+def _read_layers(path: Path, chain: tuple[Path, ...] = ()) -> list[_Layer]:
+    """Return a file's own table behind those that it extends."""
     if path.resolve() in chain:
         raise ConfigError(f"{path}: extends itself")
-    table = _read_toml(path)
+    table = read_toml(path)
     parents = table.pop("extends", [])
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(p, str) for p in parents):
         raise ConfigError(f"{path}: extends must be a file name or a list of them, got {parents!r}")
-    merged: Table = {}
-    for parent in parents:
-        merged = _merge(merged, _read_extended(path.parent / parent, (*chain, path.resolve())))
-    return _merge(merged, table)
+    below = [layer for p in parents for layer in _read_layers(path.parent / p, (*chain, path.resolve()))]
+    return [*below, _Layer(str(path), table)]
 
 
 def _parse_overrides(arguments: Sequence[str]) -> Table:
@@ -93,133 +200,154 @@ def _parse_overrides(arguments: Sequence[str]) -> Table:
             text = words.pop(0)
         try:
             value: Any = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
+        except (tomllib.TOMLDecodeError, RecursionError):
             value = text
         for part in reversed(key.split(".")):
             value = {part: value}
-        table = _merge(table, typing.cast(Table, value), is_one_source=True)
+        # all overrides belong together: a kind among them drops none of their keys
+        table = _merge(table, typing.cast(Table, value), None)
     return table
 
 
-def _keys(hint: Any, prefix: str = "") -> list[str]:
-    """Every dotted key of a schema; names that a run chooses are not known."""
-    if dataclasses.is_dataclass(hint):
-        hints = typing.get_type_hints(hint)
-        names = [f"{prefix}.{f.name}".lstrip(".") for f in dataclasses.fields(hint)]
-        return [key for n in names for key in (n, *_keys(hints[n.rpartition(".")[2]], n))]
-    return [key for a in get_args(hint) if dataclasses.is_dataclass(a) for key in _keys(a, prefix)]
+def _merge(below: Table, above: Table, hint: Any) -> Table:
+    """Lay one table over another; hint is the type of both, None to keep all keys whatever the kinds."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        if isinstance(value, dict) and isinstance(old, dict):
+            child = _child_hint(hint, key)
+            merged[key] = _merge(old if hint is None else _surviving(child, old, value), value, child)
+        else:
+            merged[key] = value
+    return merged
 
 
-def _nearest(key: str, prefix: str, allowed: Sequence[str]) -> str:
-    close = difflib.get_close_matches(key, allowed, n=1, cutoff=0.6)
-    elsewhere = [k for k in _keys(RunConfig) if k.rpartition(".")[2] == key]
-    if not close and elsewhere:
-        return f"nearest is {elsewhere[0]}"
-    close = close or difflib.get_close_matches(key, allowed, n=1, cutoff=0.0)
-    return f"nearest is {prefix}{close[0]}" if close else "no key is allowed here"
+def _child_hint(hint: Any, key: str) -> Any:
+    """Return the type of a key of a table; Any where the schema does not have it."""
+    if get_origin(hint) is dict:
+        return get_args(hint)[1]
+    found = (typing.get_type_hints(variant).get(key) for variant in variants(hint))
+    return None if hint is None else next((child for child in found if child is not None), Any)
 
 
-def _type_name(hint: Any) -> str:
-    names = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
-    if hint in names:
-        return names[hint]
-    origin, args = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return "one of " + ", ".join(json.dumps(a) for a in args)
-    if origin is list:
-        return "a list, each entry " + _type_name(args[0])
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join('"none"' if a is type(None) else _type_name(a) for a in args)
-    return "a table"
+def _surviving(hint: Any, below: Table, above: Table) -> Table:
+    """Return what survives of a table below another one, which may change its kind."""
+    classes = variants(hint)
+    default = getattr(classes[0], "kind", None) if len(classes) == 1 else None
+    if "kind" not in above or below.get("kind", default) in (None, above["kind"]):
+        return below
+    kept = {key for variant in classes for key in getattr(variant, "KEYS_OF_ALL_KINDS", ())}
+    return {key: value for key, value in below.items() if key in kept}
 
 
-def _build_dataclass(cls: type, value: Table, key: str) -> Any:
-    prefix = f"{key}." if key else ""
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    for name in value:
-        if name not in fields:
-            raise ConfigError(f"{prefix}{name}: unknown key; {_nearest(name, prefix, list(fields))}")
-    for name, field in fields.items():
-        has_default = (field.default, field.default_factory) != (dataclasses.MISSING, dataclasses.MISSING)
-        if name not in value and not has_default:
-            lost = " (a table whose kind changed needs its own)" if "kind" in value else ""
-            raise ConfigError(f"{prefix}{name}: missing; want {_type_name(hints[name])}{lost}")
-    arguments = {name: _convert(hints[name], v, f"{prefix}{name}") for name, v in value.items()}
-    try:
-        return cls(**arguments)
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"{prefix}{error}") from None
+def _blame(layers: Sequence[_Layer], keys: Sequence[Key]) -> str | None:
+    """Return the source of the last layer that sets one of the keys; None where none does."""
+
+    def sets(table: Any, key: Key) -> bool:
+        for part in (part for part in key if isinstance(part, str)):
+            if not isinstance(table, dict) or part not in table:
+                return isinstance(table, str | int | float | list)
+            table = table[part]
+        return True
+
+    return next((each.source for each in reversed(layers) if any(sets(each.table, k) for k in keys)), None)
 
 
-def _build_kind(variants: Sequence[type], value: Table, key: str) -> Any:
-    by_kind = {get_args(typing.get_type_hints(v)["kind"])[0]: v for v in variants}
-    kind = value.get("kind")
-    if kind not in by_kind:
-        raise ConfigError(f"{key}.kind: got {kind!r}, want one of {', '.join(map(json.dumps, by_kind))}")
-    return _build_dataclass(by_kind[kind], value, key)
+def _all_keys(hint: Any, prefix: str = "") -> Iterable[str]:
+    """Return every dotted key of a schema; names that a run chooses are not known."""
+    for variant in variants(hint):
+        hints = typing.get_type_hints(variant)
+        for field in dataclasses.fields(variant):
+            name = f"{prefix}.{field.name}".lstrip(".")
+            yield name
+            yield from _all_keys(hints[field.name], name)
 
 
-def _convert(hint: Any, value: Any, key: str) -> Any:
-    origin, args = get_origin(hint), get_args(hint)
-    wrong = ConfigError(f"{key}: got {json.dumps(value, default=str)}, want {_type_name(hint)}")
-    if origin in (typing.Union, types.UnionType):
-        if type(None) in args and value == "none":
-            return None
-        rest = [a for a in args if a is not type(None)]
-        if len(rest) == 1:
-            return _convert(rest[0], value, key)
-        if all(dataclasses.is_dataclass(a) for a in rest):
+class _Decoder:
+    """Converts tables to the dataclasses of a schema.
+
+    Attributes:
+        schema: The whole file's, where the nearest key to an unknown one is looked for.
+    """
+
+    def __init__(self, schema: Any) -> None:
+        self.schema = schema
+
+    def convert(self, hint: Any, value: Any, key: Key) -> Any:
+        """Return a TOML value as a value of a type."""
+        origin, args = get_origin(hint), get_args(hint)
+        got = json.dumps(value, default=str)
+        wrong = _TypeMismatchError(f"{_dotted(key)}: got {got}, want {type_name(hint)}", [key])
+        if _is_union(hint):
+            return self._convert_union(hint, value, key, wrong)
+        if origin is Literal:
+            if value not in args:
+                raise wrong
+            return value
+        if origin is list:
+            if not isinstance(value, list):
+                raise wrong
+            return [self.convert(args[0], v, (*key, i)) for i, v in enumerate(value)]
+        if origin is dict or dataclasses.is_dataclass(hint):
             if not isinstance(value, dict):
                 raise wrong
-            return _build_kind(rest, value, key)
-        raise AssertionError(f"{key}: unions hold one type and None, or dataclasses with a kind")
-    if origin is Literal:
-        if value not in args:
+            if origin is dict:
+                return {name: self.convert(args[1], v, (*key, name)) for name, v in value.items()}
+            return self._build(typing.cast(type, hint), value, key)
+        if hint is float and type(value) is int:
+            return float(value)
+        if type(value) is not hint:
             raise wrong
         return value
-    if origin is list:
-        if not isinstance(value, list):
-            raise wrong
-        return [_convert(args[0], v, f"{key}[{i}]") for i, v in enumerate(value)]
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise wrong
-        return {name: _convert(args[1], v, f"{key}.{name}") for name, v in value.items()}
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise wrong
-        return _build_dataclass(typing.cast(type, hint), value, key)
-    if hint is float and type(value) is int:
-        return float(value)
-    if type(value) is not hint:
-        raise wrong
-    return value
 
+    def _convert_union(self, hint: Any, value: Any, key: Key, wrong: ConfigError) -> Any:
+        if type(None) in get_args(hint) and value == "none":
+            return None
+        rest = [a for a in get_args(hint) if a is not type(None)]
+        if len(rest) > 1:
+            assert all(dataclasses.is_dataclass(a) for a in rest), f"{_dotted(key)}: a union of scalars"
+            if not isinstance(value, dict):
+                raise wrong
+            return self._build_kind(rest, value, key)
+        try:
+            return self.convert(rest[0], value, key)
+        except _TypeMismatchError as error:
+            # the union's own message names "none" too
+            raise wrong if error.keys == (key,) else error from None
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run.
+    def _build_kind(self, classes: Sequence[type], value: Table, key: Key) -> Any:
+        by_kind = {kind_of(variant): variant for variant in classes}
+        kind = value.get("kind")
+        if not isinstance(kind, str) or kind not in by_kind:
+            want = ", ".join(map(json.dumps, by_kind))
+            message = f"{_dotted((*key, 'kind'))}: got {kind!r}, want one of {want}"
+            raise ConfigError(message, [(*key, "kind")])
+        return self._build(by_kind[kind], value, key)
 
-    Args:
-        path: The TOML file.
-        overrides: Words such as "--training.steps", "100" or "--training.steps=100"; values as in TOML, bare
-            strings allowed.
+    def _build(self, cls: type, value: Table, key: Key) -> Any:
+        hints = typing.get_type_hints(cls)
+        fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, cls))}
+        for name in value:
+            if name not in fields:
+                nearest = self._nearest(name, key, list(fields))
+                raise ConfigError(f"{_dotted((*key, name))}: unknown key; {nearest}", [(*key, name)])
+        for name, field in fields.items():
+            has_default = (field.default, field.default_factory) != (dataclasses.MISSING, dataclasses.MISSING)
+            if name not in value and not has_default:
+                lost = " (a table whose kind changed needs its own)" if "kind" in value else ""
+                message = f"{_dotted((*key, name))}: missing; want {type_name(hints[name])}{lost}"
+                raise ConfigError(message, [(*key, "kind")])
+        arguments = {name: self.convert(hints[name], v, (*key, name)) for name, v in value.items()}
+        try:
+            return cls(**arguments)
+        except ValueError as error:
+            named = [(*key, word) for word in re.findall(r"\w+", str(error)) if word in fields]
+            raise ConfigError(_dotted((*key, str(error))), named) from None
 
-    Returns:
-        The run, every value typed and checked.
-
-    Raises:
-        ConfigError: Names the dotted key, what was got, what is allowed, and the nearest valid key.
-    """
-    path = Path(path)
-    table = _merge(_read_extended(path), _parse_overrides(overrides))
-    run = table.setdefault("run", {})
-    if isinstance(run, dict):
-        run.setdefault("name", path.stem)
-        run.setdefault("folder", f"runs/{run['name']}")
-    try:
-        return _build_dataclass(RunConfig, table, "")
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+    def _nearest(self, name: str, key: Key, allowed: Sequence[str]) -> str:
+        close = difflib.get_close_matches(name, allowed, n=1, cutoff=0.6)
+        elsewhere = [k for k in _all_keys(self.schema) if k.rpartition(".")[2] == name]
+        if not close and elsewhere:
+            return f"nearest is {elsewhere[0]}"
+        close = close or difflib.get_close_matches(name, allowed, n=1, cutoff=0.0)
+        return f"nearest is {_dotted((*key, close[0]))}" if close else "no key is allowed here"

@@ -33,6 +33,7 @@ from optimizers.muon import Muon
 from optimizers.orthogonalize import newton_schulz5
 from optimizers.param_groups import assign_parameters
 from training.preflight import build_meta_model
+from training.run_config import RunConfig
 
 LR, MUON_LR = 1e-3, 0.01
 MAX_ERROR = 0.02
@@ -52,7 +53,7 @@ def make_params(path: str, mesh: DeviceMesh | None) -> Params:
     Returns:
         "muon" and "adamw": fp32 parameters of normal entries on the GPU, with gradients.
     """
-    run = config.load(path, [])
+    run = config.load(RunConfig, path, [])
     assigned = assign_parameters(build_meta_model(run).named_parameters(), run.optimizer.groups)
     generator = torch.Generator("cuda").manual_seed(0)
     params: Params = {"muon": [], "adamw": []}

@@ -26,6 +26,7 @@ import torch
 
 import config
 from benchmarks.machine import RESULTS, describe, write_result
+from training.run_config import RunConfig
 
 WARMUP_STEPS = 5
 FINAL_STEPS = 20
@@ -48,7 +49,7 @@ def _launch(path: str, gpus: Sequence[str], num_ranks: int, arguments: Sequence[
 
 def _num_rows(path: str, overrides: Sequence[str]) -> int:
     """Rows of one micro-batch of a rank."""
-    return config.load(path, overrides).training.local_batch_size
+    return config.load(RunConfig, path, overrides).training.local_batch_size
 
 
 def _arguments(path: str, steps: int, num_ranks: int, overrides: Sequence[str]) -> list[str]:

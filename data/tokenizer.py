@@ -71,6 +71,8 @@ class Tokenizer:
         backend.encode_special_tokens = True
         self._backend = backend
         self.name = name
+        self.file: Path | None = None
+        """The tokenizer.json that it was loaded from, or the folder that holds it; None for one made here."""
         self.end_of_document = end_of_document
         self.end_of_document_id: int = end_of_document_id
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
@@ -88,7 +90,7 @@ class Tokenizer:
             UserError: The path or its tokenizer.json is missing, the file is damaged or cannot be downloaded,
                 or `end_of_document` is not in the vocabulary.
         """
-        file = Path(path)
+        file, folder = Path(path), None
         if not file.exists() and _HUB_NAME.fullmatch(str(path)):
             file = _download(str(path))
         if not file.exists():
@@ -112,7 +114,9 @@ class Tokenizer:
             raise UserError(
                 f"cannot load {file} as a tokenizer ({error}): download it or train it again"
             ) from error
-        return cls(backend, end_of_document=end_of_document, name=str(path))
+        tokenizer = cls(backend, end_of_document=end_of_document, name=str(path))
+        tokenizer.file = folder if folder is not None else file
+        return tokenizer
 
     def __reduce__(self) -> tuple[object, tuple[str, str, str]]:
         """Pickle the tokenizer as JSON."""

@@ -1,14 +1,16 @@
 """The strict loader: what it merges, what it refuses and how it says so."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 import config
-from data.config import ParquetSource
-from models.config_table import to_toml
+from config import to_toml
+from data.config import DataConfig, ParquetSource
 from optimizers.config import MuonGroup, ScheduleConfig
+from training.run_config import RunConfig
 
 RUN = """
 [model]
@@ -43,14 +45,18 @@ def write(folder: Path, text: str, name: str = "run.toml") -> Path:
     return path
 
 
+def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    return config.load(RunConfig, path, overrides)
+
+
 def refusal(path: Path, *overrides: str) -> str:
     with pytest.raises(config.ConfigError) as error:
-        config.load(path, overrides)
+        load(path, overrides)
     return str(error.value)
 
 
 def test_a_run_is_typed_and_named_after_its_file(tmp_path: Path) -> None:
-    run = config.load(write(tmp_path, RUN))
+    run = load(write(tmp_path, RUN))
     assert (run.run.name, run.run.folder) == ("run", "runs/run")
     assert run.training.stop_at_step is None
     assert run.data.validation is None
@@ -67,7 +73,9 @@ def test_overrides_of_every_spelling(tmp_path: Path) -> None:
         "other",
         "--schedule.kind=cosine",
     ]
-    run = config.load(path, [*words, "--data.train.files", '["b.parquet"]', "--training.max_grad_norm", "2"])
+    run = config.load(
+        RunConfig, path, [*words, "--data.train.files", '["b.parquet"]', "--training.max_grad_norm", "2"]
+    )
     assert (run.training.steps, run.training.compile, run.run.folder) == (7, False, "runs/other")
     assert isinstance(run.data.train, ParquetSource)
     assert run.data.train.files == ["b.parquet"]
@@ -78,7 +86,7 @@ def test_overrides_of_every_spelling(tmp_path: Path) -> None:
 def test_extends_merges_tables_and_replaces_values(tmp_path: Path) -> None:
     write(tmp_path, RUN, "base.toml")
     child = 'extends = "base.toml"\n[training]\nsteps = 3\n[model.attention]\nkind = "softmax"\n'
-    run = config.load(write(tmp_path, child))
+    run = load(write(tmp_path, child))
     assert (run.training.steps, run.training.seq_len) == (3, 16)
     # the parallax options below do not leak into another kind
     assert run.model.attention.kind == "softmax"
@@ -87,7 +95,7 @@ def test_extends_merges_tables_and_replaces_values(tmp_path: Path) -> None:
 def test_a_child_says_the_decay_in_steps_where_its_base_says_a_ratio(tmp_path: Path) -> None:
     write(tmp_path, RUN.replace("warmup_steps = 1", "warmup_steps = 1\ndecay_ratio = 0.5"), "base.toml")
     child = 'extends = "base.toml"\n[schedule]\ndecay_ratio = "none"\ndecay_steps = 3\n'
-    schedule = config.load(write(tmp_path, child)).schedule
+    schedule = load(write(tmp_path, child)).schedule
     assert (schedule.warmup_steps, schedule.decay_ratio, schedule.decay_steps) == (1, None, 3)
     message = refusal(write(tmp_path, child.replace('decay_ratio = "none"\n', "")))
     assert "schedule.decay_ratio (0.5) and decay_steps (3) are both given" in message
@@ -98,13 +106,13 @@ def test_a_child_says_the_decay_in_steps_where_its_base_says_a_ratio(tmp_path: P
 def test_another_kind_of_schedule_dropped_the_warm_up(tmp_path: Path, kind: str, base_kind: str) -> None:
     below = f'{base_kind}warmup_steps = 5\ndecay_ratio = 0.5\ndecay_shape = "cosine"\nmin_lr_ratio = 0.1\n'
     path = write(tmp_path, RUN.replace("warmup_steps = 1", below))
-    schedule = config.load(path, ["--schedule.kind", kind]).schedule
+    schedule = load(path, ["--schedule.kind", kind]).schedule
     # of the decay of the base nothing stays
     plain = ScheduleConfig(warmup_steps=5, min_lr_ratio=0.1)
     assert (schedule.kind, dataclasses.replace(schedule, kind="wsd")) == (kind, plain)
     child = write(tmp_path, f'extends = "run.toml"\n[schedule]\nkind = "{kind}"\n', "child.toml")
-    assert config.load(child).schedule == schedule
-    back = config.load(child, ["--schedule.kind", "wsd", "--schedule.decay_steps", "3"]).schedule
+    assert load(child).schedule == schedule
+    back = load(child, ["--schedule.kind", "wsd", "--schedule.decay_steps", "3"]).schedule
     assert (back.warmup_steps, back.decay_ratio, back.decay_steps) == (5, None, 3)
 
 
@@ -128,14 +136,14 @@ def test_another_kind_of_optimizer_lost_the_parameters_and_the_weight_decay(tmp_
     kind = "--optimizer.groups.all.kind=muon"
     message = refusal(path, kind)
     assert "optimizer.groups.all.lr: missing; want a number (a table whose kind changed needs its" in message
-    group = config.load(path, [kind, "--optimizer.groups.all.lr", "0.01"]).optimizer.groups["all"]
+    group = load(path, [kind, "--optimizer.groups.all.lr", "0.01"]).optimizer.groups["all"]
     assert group == MuonGroup(parameters=[".*"], lr=0.01, weight_decay=0.1)
 
 
 def test_later_files_win_and_cycles_are_found(tmp_path: Path) -> None:
     write(tmp_path, RUN, "a.toml")
     write(tmp_path, "[training]\nsteps = 5\n", "b.toml")
-    assert config.load(write(tmp_path, 'extends = ["a.toml", "b.toml"]')).training.steps == 5
+    assert load(write(tmp_path, 'extends = ["a.toml", "b.toml"]')).training.steps == 5
     assert "extends itself" in refusal(write(tmp_path, 'extends = "run.toml"'))
 
 
@@ -143,8 +151,8 @@ def test_toml_of_a_run_loads_to_the_same_run(tmp_path: Path) -> None:
     words = ["--run.name", 'run \U0001f600 "quoted"', "--optimizer.groups.all.lr", "1e-7"]
     named = RUN.replace("[optimizer.groups.all]", '[optimizer.groups."every one"]')
     for text, overrides in ((RUN, words), (named, [])):
-        run = config.load(write(tmp_path, text), overrides)
-        assert config.load(write(tmp_path, to_toml(run), "again.toml")) == run
+        run = load(write(tmp_path, text), overrides)
+        assert load(write(tmp_path, to_toml(run), "again.toml")) == run
 
 
 @pytest.mark.parametrize(
@@ -188,3 +196,39 @@ def test_missing_key_missing_file_bad_toml_and_bad_words(tmp_path: Path) -> None
     path = write(tmp_path, RUN)
     assert "has no value" in refusal(path, "--training.steps")
     assert "expected an override" in refusal(path, "training.steps=3")
+
+
+def test_an_override_that_is_wrong_is_blamed_on_the_command_line(tmp_path: Path) -> None:
+    write(tmp_path, RUN, "base.toml")
+    path = write(tmp_path, 'extends = "base.toml"\n[training]\nlocal_batch_size = 4\n')
+    assert refusal(path, "--training.steps", "x").startswith("command line: training.steps: got")
+    assert refusal(path, "--training", "3").startswith("command line: training: got 3, want a table")
+    assert refusal(path, "--data.train.kind=[]").startswith("command line: data.train.kind: got []")
+    # of two keys that do not fit each other, the one that was set last
+    assert refusal(path, "--training.global_batch_size", "3").startswith(
+        "command line: training.global_batch"
+    )
+    write(tmp_path, RUN.replace("seq_len = 16", "seq_len = 0"), "base.toml")
+    assert refusal(path).startswith(f"{tmp_path / 'base.toml'}: training.seq_len must be at least 1")
+    write(tmp_path, RUN.replace("seq_len = 16", ""), "base.toml")
+    assert refusal(path).startswith(f"{path}: training.seq_len: missing")
+
+
+def test_none_is_named_where_a_key_may_be_unset(tmp_path: Path) -> None:
+    path = write(tmp_path, RUN)
+    assert 'want an integer or "none"' in refusal(path, "--training.stop_at_step", "soon")
+    kinds = 'want one of "selective", "full" or "none"'
+    assert kinds in refusal(path, "--training.activation_checkpointing", "all")
+
+
+def test_characters_that_toml_escapes_survive(tmp_path: Path) -> None:
+    run = load(write(tmp_path, RUN), ["--run.name", "a\x7fb\u2028\t\\"])
+    assert load(write(tmp_path, config.to_toml(run), "again.toml")) == run
+
+
+def test_a_saved_table_of_another_version_names_file_and_key(tmp_path: Path) -> None:
+    table = config.to_table(load(write(tmp_path, RUN)))["data"]
+    assert config.to_table(config.from_table(DataConfig, table, "x")) == table
+    table["train"]["colour"] = 1
+    with pytest.raises(config.ConfigError, match=r"runs/x/config.toml .*: data.train.colour: unknown key"):
+        config.from_table(DataConfig, table, "runs/x/config.toml", "data")

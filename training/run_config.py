@@ -1,7 +1,8 @@
-"""A run as typed tables: what a TOML file in configs/ may say. config.py reads it."""
+"""A run as typed tables: what a TOML file in configs/ may say, for config.load."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from data.config import DataConfig
 from eval.config import EvalConfig
@@ -180,6 +181,14 @@ class RunConfig:
     parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+
+    @staticmethod
+    def name_after_file(table: dict[str, Any], path: Path) -> None:
+        """Name a run that has no name after its config file, and its folder after its name; in place."""
+        run = table.setdefault("run", {})
+        if isinstance(run, dict):
+            run.setdefault("name", path.stem)
+            run.setdefault("folder", f"runs/{run['name']}")
 
     def gradient_accumulation_steps(self, world_size: int) -> int:
         """Micro-batches of a step on each of world_size ranks.

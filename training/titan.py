@@ -5,10 +5,10 @@ from torch import nn
 from torchtitan.protocols import train_spec
 from torchtitan.tools.utils import device_type
 
+from config import to_table
 from data.sources.open import check_data
 from data.titan import build_dataloader
 from data.tokenizer import Tokenizer, check_vocabulary
-from models.config_table import to_table
 from models.loss import cross_entropy
 from models.titan import TitanModelArgs, TitanQwen3, device_mesh, parallelize
 from optimizers.titan import build_lr_schedulers, build_optimizers

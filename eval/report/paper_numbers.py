@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from config import to_table
 from models.config import ParallaxConfig
-from models.config_table import to_table
 from models.sizes import split_size
 
 SOURCE = "arXiv 2605.29157"

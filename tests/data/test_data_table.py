@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 import config
+from config import to_toml
 from data.config import HubSource, JsonlSource, MixtureSource, ShardsSource, TextSource
-from models.config_table import to_toml
+from training.run_config import RunConfig
 
 RUN = """
 [model]
@@ -52,7 +53,7 @@ folder = "shards"
 
 def test_a_run_names_every_kind_of_source_in_toml(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text(RUN)
-    data = config.load(tmp_path / "run.toml").data
+    data = config.load(RunConfig, tmp_path / "run.toml").data
     assert isinstance(data.train, MixtureSource)
     assert data.train.weights == {"web": 0.7, "own": 0.2, "notes": 0.1}
     assert data.train.sources == {
@@ -61,10 +62,10 @@ def test_a_run_names_every_kind_of_source_in_toml(tmp_path: Path) -> None:
         "notes": TextSource(folder="notes", max_characters=100_000),
     }
     assert data.validation == ShardsSource(folder="shards")
-    (tmp_path / "again.toml").write_text(to_toml(config.load(tmp_path / "run.toml")))
-    assert config.load(tmp_path / "again.toml").data == data
+    (tmp_path / "again.toml").write_text(to_toml(config.load(RunConfig, tmp_path / "run.toml")))
+    assert config.load(RunConfig, tmp_path / "again.toml").data == data
     words = ["--data.train.kind", "hub", "--data.train.parts", "1-20", "--data.shuffle_seed", "none"]
-    data = config.load(tmp_path / "run.toml", words).data
+    data = config.load(RunConfig, tmp_path / "run.toml", words).data
     assert data.train == HubSource(parts="1-20")
     assert data.shuffle_seed is None
 
@@ -84,12 +85,12 @@ def test_a_run_names_every_kind_of_source_in_toml(tmp_path: Path) -> None:
 def test_a_wrong_source_is_rejected_with_its_key(tmp_path: Path, words: list[str], said: str) -> None:
     (tmp_path / "run.toml").write_text(RUN)
     with pytest.raises(config.ConfigError, match=re.escape(said)):
-        config.load(tmp_path / "run.toml", words)
+        config.load(RunConfig, tmp_path / "run.toml", words)
 
 
 def test_every_config_of_the_project_reads_shards_or_the_sample() -> None:
     for path in sorted(Path("configs").glob("*.toml")):
-        data = config.load(path).data
+        data = config.load(RunConfig, path).data
         assert data.train is not None
         if not path.stem.startswith("debug"):
             assert isinstance(data.train, ShardsSource)

@@ -18,13 +18,13 @@ pytest.importorskip("lm_eval", reason="wants the extra `eval`")
 from lm_eval.api.instance import Instance
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from config import to_table, to_toml
 from data.tokenizer import Tokenizer
 from eval.downstream import HarnessModel, evaluate_tasks, load_tasks, main
 from eval.scoring.groups import Group, Scores
 from eval.scoring.language_model import Qwen3Model
 from eval.scoring.scorer import Scorer, windows
 from eval.task_results import ACCURACIES, NORMALIZED, PAPER
-from models.config_table import to_table, to_toml
 from models.qwen3 import Qwen3
 from tests.eval.conftest import build
 

@@ -15,6 +15,7 @@ from tokenizers import decoders
 from tokenizers.models import BPE
 from torch import multiprocessing as mp
 
+from config import to_table, to_toml
 from data.config import JsonlSource, MixtureSource, ParquetSource, ShardsSource
 from data.loading.loader import PackedLoader
 from data.sources.base import DocumentSource
@@ -26,7 +27,6 @@ from eval.held_out import held_out_loss
 from eval.perplexity import main, saved_source, text_loss
 from eval.scoring.groups import Group, Scores
 from eval.scoring.language_model import Qwen3Model
-from models.config_table import to_table, to_toml
 from models.qwen3 import Qwen3
 from tests.conftest import make_text
 from tests.eval.conftest import build

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from config import to_table, to_toml
 from models.checkpoint import find_checkpoint, load_model, load_weights
 from models.config import AttentionConfig, ModelConfig, ParallaxConfig
-from models.config_table import to_table, to_toml
 from models.init import init_weights
 from models.qwen3 import Qwen3
 

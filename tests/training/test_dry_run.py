@@ -69,7 +69,7 @@ def read(text: str, name: str) -> float:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_passes_the_dry_run(path: Path) -> None:
-    run = config.load(path)
+    run = config.load(RunConfig, path)
     text = dry_run(run, 8 if split_size(run.model.size)[0] in ("0.6b", "1.7b") else 1)
     size, attention, *change, optimizer = path.stem.split("_")
     plain, control = split_size(run.model.size)
@@ -94,7 +94,7 @@ def test_every_row_of_the_paper_without_recurrence_has_its_config(size: str) -> 
     names = {path.stem for path in CONFIGS}
     for attention, changes in CHANGES.items():
         assert {f"{size}_{attention}_{change}" for change in changes} <= names
-    runs = [config.load(path) for path in CONFIGS if path.stem.startswith(f"{size}_")]
+    runs = [config.load(RunConfig, path) for path in CONFIGS if path.stem.startswith(f"{size}_")]
     plain = {(r.training.steps, r.training.seq_len, r.training.global_batch_size) for r in runs}
     assert plain - {(1500, 1024, 256)} == {(2000, 1024, 256) if size == "60m" else (20000, 4096, 1024)}
     assert {r.schedule.warmup_steps for r in runs} == {100 if size == "60m" else 500}
@@ -109,7 +109,7 @@ def test_every_size_has_both_attentions_with_both_optimizers() -> None:
 
 def test_small_runs_start_on_any_power_of_two_of_gpus() -> None:
     for path in CONFIGS:
-        run = config.load(path)
+        run = config.load(RunConfig, path)
         if split_size(run.model.size)[0] in ("debug", "60m"):
             assert [run.gradient_accumulation_steps(ranks) for ranks in (1, 2, 4, 8)] == [8, 4, 2, 1]
 
@@ -117,20 +117,20 @@ def test_small_runs_start_on_any_power_of_two_of_gpus() -> None:
 def test_the_dry_run_refuses_what_the_run_would() -> None:
     path = next(p for p in CONFIGS if p.stem == "debug_softmax_muon")
     with pytest.raises(ValueError, match="no group matches these parameters"):
-        dry_run(config.load(path, ["--optimizer.groups.vectors.parameters", '["norm.weight"]']), 1)
+        dry_run(config.load(RunConfig, path, ["--optimizer.groups.vectors.parameters", '["norm.weight"]']), 1)
     with pytest.raises(ValueError, match="warmup_steps"):
-        dry_run(config.load(path, ["--training.steps", "3"]), 1)
+        dry_run(config.load(RunConfig, path, ["--training.steps", "3"]), 1)
     with pytest.raises(ValueError, match="--world-size must be at least 1"):
-        dry_run(config.load(path), 0)
+        dry_run(config.load(RunConfig, path), 0)
     with pytest.raises(ValueError, match="number of ranks"):
-        dry_run(config.load(path, ["--parallelism.replicate", "3"]), 2)
+        dry_run(config.load(RunConfig, path, ["--parallelism.replicate", "3"]), 2)
 
 
 def test_memory_falls_with_ranks_and_checkpointing_and_grows_with_the_batch() -> None:
     path = next(p for p in CONFIGS if p.stem == "0.6b_parallax_muon")
 
     def peak(ranks: int, *words: str) -> float:
-        return float(dry_run(config.load(path, words), ranks).split()[-2])
+        return float(dry_run(config.load(RunConfig, path, words), ranks).split()[-2])
 
     assert peak(8) < peak(1)
     assert peak(8, "--training.activation_checkpointing", "full") < 0.5 * peak(8)

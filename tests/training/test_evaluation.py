@@ -23,6 +23,7 @@ from tests.conftest import make_text
 from tests.training.launch import EXACT, ROOT, losses, records, train
 from training.agreement import AgreeingModel, EvaluationError, together
 from training.evaluation import check_tasks
+from training.run_config import RunConfig
 
 FAILING = ("-m", "tests.training.failing_tasks")
 NUM_DOCUMENTS = 12
@@ -158,7 +159,7 @@ def test_a_failed_generation_waits_for_the_next_agreement() -> None:
 
 def check(tmp_path: Path, *words: str) -> None:
     path = ROOT / "configs" / "debug_softmax_muon.toml"
-    check_tasks(config.load(path, ["--run.folder", str(tmp_path / "run"), *words]))
+    check_tasks(config.load(RunConfig, path, ["--run.folder", str(tmp_path / "run"), *words]))
 
 
 def test_tasks_that_cannot_be_evaluated_are_refused_before_training(

@@ -16,6 +16,7 @@ import train as main_program
 from tests.conftest import write_parquet
 from tests.training.launch import ROOT, arguments, command, environment, losses, records, train
 from training.job import to_job_config
+from training.run_config import RunConfig
 
 LONG = ["--training.steps", "100000", "--data.validation", "none"]
 
@@ -173,7 +174,7 @@ def test_a_value_error_that_nobody_raised_on_purpose_keeps_its_traceback(
 
 def test_traces_without_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    run = config.load("configs/debug_softmax_adamw.toml", ["--metrics.profile_every", "10"])
+    run = config.load(RunConfig, "configs/debug_softmax_adamw.toml", ["--metrics.profile_every", "10"])
     with pytest.raises(ValueError, match=r"metrics\.profile_every is 10, but .* needs a GPU; set it to none"):
         to_job_config(run, 1)
 

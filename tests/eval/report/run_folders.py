@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import config
+from config import to_toml
 from eval.report.__main__ import write_report
-from models.config_table import to_toml
+from training.run_config import RunConfig
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 STEPS = 30
@@ -43,7 +44,7 @@ def make_run(
     folder: Path, records: Sequence[dict[str, Any]], *words: str, name: str = "debug_parallax_muon"
 ) -> Path:
     """A run folder as the trainer writes it."""
-    run = config.load(CONFIGS / f"{name}.toml", [*SMALL, "--run.folder", str(folder), *words])
+    run = config.load(RunConfig, CONFIGS / f"{name}.toml", [*SMALL, "--run.folder", str(folder), *words])
     folder.mkdir()
     (folder / "config.toml").write_text(to_toml(run))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -8,13 +8,13 @@ import pytest
 from matplotlib.axes import Axes
 
 import config
+from config import to_table
 from eval.report import plots
 from eval.report.__main__ import main
 from eval.report.comparison import Row
 from eval.report.paper_numbers import paper_row
 from eval.report.plots import running_mean, smoothed_loss
 from eval.report.run_records import flatten, read_run
-from models.config_table import to_table
 from tests.eval.report.run_folders import (
     CONFIGS,
     STEP_TOKENS,
@@ -28,6 +28,7 @@ from tests.eval.report.run_folders import (
     step_record,
     training,
 )
+from training.run_config import RunConfig
 
 
 def test_means_and_errors_over_seeds_are_those_calculated_by_hand(tmp_path: Path) -> None:
@@ -242,7 +243,7 @@ def test_the_steps_of_the_final_training_loss_are_those_there_are(tmp_path: Path
 def test_every_config_finds_its_row_of_the_paper_and_no_other() -> None:
     found = {}
     for path in CONFIGS.glob("*.toml"):
-        row = paper_row(flatten(to_table(config.load(path))))
+        row = paper_row(flatten(to_table(config.load(RunConfig, path))))
         if row is not None:
             found[path.stem] = (row.lambada_perplexity, row.mean_accuracy)
     matched = {

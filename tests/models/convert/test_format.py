@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import config as loader
-from models.checkpoint import model_config
+from config import from_table, to_table, to_toml
 from models.config import ModelConfig
-from models.config_table import to_table, to_toml
 from models.convert.format import from_config_json, to_config_json
 from models.qwen3 import Qwen3
 from models.sizes import SIZES, ModelSize
+from training.run_config import RunConfig
 
 ROOT = Path(__file__).parents[3]
 ODD = ModelSize(width=36, num_layers=3, num_heads=6, num_kv_heads=2, head_dim=10, mlp_width=52)
@@ -133,12 +133,12 @@ def test_a_custom_size_is_a_table_of_a_run(tmp_path: Path) -> None:
         path.write_text("\n".join([base, "[model]", f'size = "{size}"', *lines]))
         return path
 
-    run = loader.load(write("tie_embeddings = false", "[model.custom_size]", *CUSTOM))
+    run = loader.load(RunConfig, write("tie_embeddings = false", "[model.custom_size]", *CUSTOM))
     assert run.model.dimensions == ODD
     assert not run.model.tie_embeddings
     path.write_text(to_toml(run))
-    assert loader.load(path) == run
-    assert model_config(to_table(run.model)) == run.model
+    assert loader.load(RunConfig, path) == run
+    assert from_table(ModelConfig, to_table(run.model), "test") == run.model
     for lines, size, message in (
         ([], "custom", 'model.size is "custom", so custom_size must be a table'),
         (
@@ -156,6 +156,8 @@ def test_a_custom_size_is_a_table_of_a_run(tmp_path: Path) -> None:
         (["custom_size = 3"], "custom", "model.custom_size: got 3, want a table"),
     ):
         with pytest.raises(loader.ConfigError) as error:
-            loader.load(write(*lines, size=size))
+            loader.load(RunConfig, write(*lines, size=size))
         assert message in str(error.value)
-    assert loader.load(write('custom_size = "none"', size="debug")).model.dimensions == SIZES["debug"]
+    assert (
+        loader.load(RunConfig, write('custom_size = "none"', size="debug")).model.dimensions == SIZES["debug"]
+    )
