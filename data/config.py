@@ -227,9 +227,9 @@ class DataConfig:
         validation_documents: "all" reads every document of `validation`; "held_out" only those that training
             skips, for a `validation` of the same files as `train`.
         packing: "concatenate" splits the stream of documents every T tokens. "best_fit" packs whole documents
-            into rows with at most 1% padding and splits few that fit into a row; it buffers 512 rows of
-            documents, for which a step may wait unless they are shards. Validation always concatenates, so
-            that losses are comparable across packings.
+            into rows with at most 1% padding and splits few that fit into a row; it tokenizes 512 rows of
+            documents at a time, for which a step may wait (shards are tokenized already). Validation always
+            concatenates, so that losses are comparable across packings.
         shuffle_seed: Seed of the shuffle of `train`, reshuffled each epoch; None for the stored order.
             Validation is never shuffled.
         mask_documents: Whether a token attends only to its own document. If not, rows are plain causal

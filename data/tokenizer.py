@@ -45,6 +45,7 @@ class Tokenizer:
         name: As given.
         end_of_document: As given.
         end_of_document_id: Its id.
+        file: The tokenizer.json that `load` read, or the folder that holds it; None if not loaded from disk.
         vocab_size: Highest id + 1, which may exceed the number of tokens, since ids may have gaps.
 
     Raises:
@@ -72,7 +73,6 @@ class Tokenizer:
         self._backend = backend
         self.name = name
         self.file: Path | None = None
-        """The tokenizer.json that it was loaded from, or the folder that holds it; None for one made here."""
         self.end_of_document = end_of_document
         self.end_of_document_id: int = end_of_document_id
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
@@ -90,9 +90,9 @@ class Tokenizer:
             UserError: The path or its tokenizer.json is missing, the file is damaged or cannot be downloaded,
                 or `end_of_document` is not in the vocabulary.
         """
-        file, folder = Path(path), None
+        file = source = Path(path)
         if not file.exists() and _HUB_NAME.fullmatch(str(path)):
-            file = _download(str(path))
+            file = source = _download(str(path))
         if not file.exists():
             raise UserError(
                 f"data.tokenizer {str(path)!r} does not exist: give a folder that holds a {TOKENIZER_FILE} "
@@ -101,9 +101,9 @@ class Tokenizer:
                 ".cache/sample`)"
             )
         if file.is_dir():
-            folder, file = file, file / TOKENIZER_FILE
+            file = source / TOKENIZER_FILE
             if not file.is_file():
-                names = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+                names = ", ".join(sorted(entry.name for entry in source.iterdir())[:8]) or "nothing"
                 raise UserError(
                     f"data.tokenizer {str(path)!r} has no {TOKENIZER_FILE} (it holds {names}): "
                     "save the tokenizer in the format of the `tokenizers` library"
@@ -115,7 +115,7 @@ class Tokenizer:
                 f"cannot load {file} as a tokenizer ({error}): download it or train it again"
             ) from error
         tokenizer = cls(backend, end_of_document=end_of_document, name=str(path))
-        tokenizer.file = folder if folder is not None else file
+        tokenizer.file = source
         return tokenizer
 
     def __reduce__(self) -> tuple[object, tuple[str, str, str]]:

@@ -59,7 +59,7 @@ class DocumentFile(Protocol):
 
     @property
     def identity(self) -> list[Any]:
-        """Plain JSON that distinguishes this file from others, wherever the dataset lies."""
+        """Plain JSON that distinguishes this file from others, independent of the dataset's location."""
         ...
 
     def check(self) -> None:
@@ -120,7 +120,7 @@ class FileDocuments:
         log_skipped: Whether this process logs skipped rows.
 
     Raises:
-        UserError: A file is missing, lacks a column, or is damaged while `options` says to stop.
+        UserError: A file is missing, lacks a column, or is damaged while on_damaged_file is "stop".
     """
 
     def __init__(

@@ -41,7 +41,7 @@ def open_text(
         log_skipped: Whether this process logs skipped rows.
 
     Raises:
-        UserError: A file is missing, lacks a column, or is damaged while the config says to stop.
+        UserError: A file is missing, lacks a column, or is damaged while on_damaged_file is "stop".
     """
     files: list[DocumentFile]
     match source:
@@ -81,7 +81,7 @@ def open_source(
         log_skipped: Whether this process logs skipped rows.
 
     Raises:
-        UserError: A file is missing, lacks a column, or is damaged while the config says to stop, or shards
+        UserError: A file is missing, lacks a column, or is damaged while on_damaged_file is "stop", or shards
             were made with another tokenizer.
     """
 

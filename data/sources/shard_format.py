@@ -1,6 +1,6 @@
 """The files of a folder of prepared shards.
 
-    prepare.json                      settings; written first, other settings are then refused
+    prepare.json                      settings; written first, later runs must have the same
     shards/00000/train.tokens         token ids, uint32 little-endian, documents concatenated
     shards/00000/train.documents      length in tokens and CRC-32 of each document
     shards/00000/held_out.*           the documents that data/sources/split.py holds out from training

@@ -170,7 +170,7 @@ class ShardDocuments:
 
     Raises:
         UserError: The folder is incomplete, was tokenized by another tokenizer, has no document of the split,
-            or lacks a file while `source` says to stop at damage.
+            or lacks a file while on_damaged_file is "stop".
     """
 
     def __init__(

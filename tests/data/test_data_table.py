@@ -71,7 +71,7 @@ def test_a_run_names_every_kind_of_source_in_toml(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--data.train.kind", "csv"], "data.train.kind: got 'csv', want one of"),
         (["--data.train.sources.web.kind", "mixture"], "data.train.sources.web.kind"),
@@ -82,9 +82,9 @@ def test_a_run_names_every_kind_of_source_in_toml(tmp_path: Path) -> None:
         (["--data.packing", "tight"], "data.packing"),
     ],
 )
-def test_a_wrong_source_is_rejected_with_its_key(tmp_path: Path, words: list[str], said: str) -> None:
+def test_a_wrong_source_is_rejected_with_its_key(tmp_path: Path, words: list[str], message: str) -> None:
     (tmp_path / "run.toml").write_text(RUN)
-    with pytest.raises(config.ConfigError, match=re.escape(said)):
+    with pytest.raises(config.ConfigError, match=re.escape(message)):
         config.load(RunConfig, tmp_path / "run.toml", words)
 
 

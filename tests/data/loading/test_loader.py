@@ -266,7 +266,9 @@ def test_a_state_of_other_files_or_another_tokenizer_is_rejected(
         make_loader(list_source(FILES), byte_tokenizer, repeat=False).load_state_dict(state)
 
 
-def test_a_state_whose_document_is_gone_is_rejected(byte_tokenizer: Tokenizer, list_source: Any) -> None:
+def test_a_state_whose_document_no_longer_exists_is_rejected(
+    byte_tokenizer: Tokenizer, list_source: Any
+) -> None:
     source = list_source(FILES)
     loader = make_loader(source, byte_tokenizer)
     take(loader, 2)

@@ -210,7 +210,7 @@ def test_a_missing_file_is_named_even_if_damaged_files_are_skipped(hub: HubServe
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"revision": "0" * 40}, "no such revision"),
         ({"repository": "some/set", "revision": "main", "files": ["a.parquet"]}, "no such repository"),
@@ -218,10 +218,10 @@ def test_a_missing_file_is_named_even_if_damaged_files_are_skipped(hub: HubServe
     ],
 )
 def test_a_wrong_repository_or_revision_is_named_without_a_retry(
-    hub: HubServer, changes: dict[str, Any], said: str
+    hub: HubServer, changes: dict[str, Any], message: str
 ) -> None:
     source = open_text(HubSource(**changes) if "files" in changes else HubSource(parts="1", **changes))
-    with pytest.raises(ValueError, match=f"cannot fetch .*{said}"):
+    with pytest.raises(ValueError, match=f"cannot fetch .*{message}"):
         _texts(source)
 
 

@@ -121,7 +121,7 @@ def test_validating_on_the_training_documents_is_rejected(
 def test_check_data_finds_a_source_that_cannot_be_opened(tmp_path: Path) -> None:
     good = TextSource(folder=str(tmp_path))
     (tmp_path / "a.txt").write_text("text")
-    for bad, said in (
+    for bad, message in (
         (ParquetSource(files=["nowhere.parquet"]), "no file matches 'nowhere.parquet'"),
         (ShardsSource(folder=str(tmp_path)), "holds no complete set of shards"),
         (MixtureSource(weights={"a": 1}, sources={"a": JsonlSource(files=["b.jsonl"])}), r"b\.jsonl"),
@@ -130,7 +130,7 @@ def test_check_data_finds_a_source_that_cannot_be_opened(tmp_path: Path) -> None
             ("train", DataConfig(tokenizer="given", train=bad)),
             ("validation", DataConfig(tokenizer="given", train=good, validation=bad)),
         ):
-            with pytest.raises(ValueError, match=rf"^data\.{name}: .*{said}"):
+            with pytest.raises(ValueError, match=rf"^data\.{name}: .*{message}"):
                 check_data(config, "")
 
 
@@ -139,8 +139,8 @@ def test_check_data_finds_a_source_without_a_document(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     for name, skipped in (("empty", "none"), ("lines", "3 null")):
         source = JsonlSource(files=[str(tmp_path / f"{name}.jsonl")])
-        said = rf"^data\.train: .*holds no document \(rows skipped: {skipped}; text_column is 'text'\)"
-        with pytest.raises(ValueError, match=said):
+        message = rf"^data\.train: .*holds no document \(rows skipped: {skipped}; text_column is 'text'\)"
+        with pytest.raises(ValueError, match=message):
             check_data(DataConfig(tokenizer="given", train=source), "")
 
 
@@ -157,7 +157,7 @@ def test_parts_of_ultra_fineweb_are_named_without_a_listing() -> None:
 def test_a_hub_source_takes_either_files_or_parts() -> None:
     assert HubSource(files=["a/b.parquet"]).file_names == ["a/b.parquet"]
     assert len(HubSource(parts="1-20").file_names) == 20
-    for arguments, said in (
+    for arguments, message in (
         ({}, "either files or parts"),
         ({"files": ["a.parquet"], "parts": "1"}, "either files or parts"),
         ({"files": []}, "files of a hub source is an empty list"),
@@ -166,5 +166,5 @@ def test_a_hub_source_takes_either_files_or_parts() -> None:
         ({"files": ["a.parquet"], "repository": "own/set"}, "give a commit of that one"),
         ({"parts": "2049"}, "numbers from 1 to 2048"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             HubSource(**arguments)  # pyrefly: ignore [bad-argument-type]

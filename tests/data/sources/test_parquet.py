@@ -166,13 +166,13 @@ def test_rows_of_megabytes_are_read_a_few_at_a_time(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path, write_parquet: WriteParquet) -> None:
-    there = write_parquet("a.parquet", ["x"])
+    existing = write_parquet("a.parquet", ["x"])
     for missing in (tmp_path / "nowhere.parquet", tmp_path / "part-*.parquet"):
         with pytest.raises(ValueError, match=missing.name.replace("*", r"\*")):
-            _open(there, missing)
+            _open(existing, missing)
 
 
-def test_a_file_that_two_patterns_name_is_refused_instead_of_read_twice(write_parquet: WriteParquet) -> None:
+def test_a_file_named_by_two_patterns_is_rejected(write_parquet: WriteParquet) -> None:
     path = write_parquet("a.parquet", ["x"])
     link, glob = path.parent / "link.parquet", path.parent / "a.*"
     link.symlink_to(path)
@@ -182,7 +182,7 @@ def test_a_file_that_two_patterns_name_is_refused_instead_of_read_twice(write_pa
         assert f"by {str(path)!r} and by {str(other)!r}" in str(raised.value)
 
 
-def test_a_missing_column_names_the_file_and_the_columns_there(write_parquet: WriteParquet) -> None:
+def test_a_missing_column_names_the_file_and_its_columns(write_parquet: WriteParquet) -> None:
     good = write_parquet("good.parquet", ["x"])
     bad = write_parquet("bad.parquet", ["x"], column="text")
     with pytest.raises(
@@ -191,7 +191,7 @@ def test_a_missing_column_names_the_file_and_the_columns_there(write_parquet: Wr
         _open(good, bad)
 
 
-@pytest.mark.parametrize("keep", [0, 3, 100], ids=["empty", "three bytes", "footer gone"])
+@pytest.mark.parametrize("keep", [0, 3, 100], ids=["empty", "three_bytes", "no_footer"])
 def test_a_truncated_file_is_named_before_anything_is_read(write_parquet: WriteParquet, keep: int) -> None:
     path = write_parquet("cut.parquet", ["some text"] * 50)
     path.write_bytes(path.read_bytes()[:keep])
