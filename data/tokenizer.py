@@ -70,6 +70,8 @@ class Tokenizer:
         backend.encode_special_tokens = True
         self._backend = backend
         self.name = name
+        self.file: Path | None = None
+        """The tokenizer.json that it was loaded from, or the folder that holds it; None for one made here."""
         self.end_of_document = end_of_document
         self.end_of_document_id: int = end_of_document_id
         # Ids may have gaps: the number of tokens says nothing about the rows an embedding needs.
@@ -88,7 +90,7 @@ class Tokenizer:
             ValueError: If the path or its tokenizer.json is missing, the file is damaged or cannot be
                 fetched, or `end_of_document` is not in the vocabulary.
         """
-        file = Path(path)
+        file, folder = Path(path), None
         if not file.exists() and _HUB_NAME.fullmatch(str(path)):
             repository, _, revision = str(path).partition("@")
             try:
@@ -123,7 +125,9 @@ class Tokenizer:
             raise ValueError(
                 f"{file} is no tokenizer that can be read ({error}): fetch it or make it again"
             ) from error
-        return cls(backend, end_of_document=end_of_document, name=str(path))
+        tokenizer = cls(backend, end_of_document=end_of_document, name=str(path))
+        tokenizer.file = folder if folder is not None else file
+        return tokenizer
 
     def __reduce__(self) -> tuple[object, tuple[str, str, str]]:
         """Say how another process makes the same tokenizer."""

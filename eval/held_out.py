@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from models.loss import IGNORE_INDEX
+from tokens import IGNORE_INDEX
 
 Batch = tuple[Mapping[str, torch.Tensor], torch.Tensor]
 

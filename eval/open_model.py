@@ -15,7 +15,9 @@ import torch.distributed as dist
 from data.tokenizer import Tokenizer, check_vocabulary
 from eval.report.run_records import tokenizer_fingerprint
 from eval.scoring.language_model import Qwen3Model
-from models.checkpoint import find_checkpoint, load_model, run_table
+from models.checkpoint import load_model
+from models.run_folder import RunFolder, find_checkpoint, read_run_table
+from models.run_tokenizer import find_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,13 +105,15 @@ def _identity(checkpoint: Path, dtype: torch.dtype) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
-def _open_tokenizer(chosen: str | None, data: dict[str, Any], run: Path) -> Tokenizer:
-    """The tokenizer that was chosen, else the run's, if it still is the one that the run was trained with."""
-    tokenizer = Tokenizer.load(chosen or data["tokenizer"], end_of_document=data["end_of_document"])
+def _open_tokenizer(chosen: str | None, data: dict[str, Any], run: RunFolder) -> Tokenizer:
+    """Load the tokenizer that was chosen, else the run's own if the run was trained with it."""
+    place = chosen or find_tokenizer(run, data)
+    assert place is not None
+    tokenizer = Tokenizer.load(place, end_of_document=data["end_of_document"])
     recorded = tokenizer_fingerprint(run)
     if chosen is None and recorded is not None and recorded != tokenizer.fingerprint:
         raise ValueError(
-            f"{tokenizer.name} has fingerprint {tokenizer.fingerprint}, but {run} was trained with a "
+            f"{tokenizer.name} has fingerprint {tokenizer.fingerprint}, but {run.path} was trained with a "
             f"tokenizer of fingerprint {recorded}: put that one back, or name one with --tokenizer on purpose"
         )
     return tokenizer
@@ -131,9 +135,9 @@ def open_model(options: argparse.Namespace, device: torch.device) -> OpenedModel
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}, must be at least 1")
     checkpoint = find_checkpoint(options.checkpoint)
-    table = run_table(checkpoint)
+    table = read_run_table(checkpoint)
     dtype = getattr(torch, options.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    tokenizer = _open_tokenizer(options.tokenizer, table["data"], checkpoint.parent.parent)
+    tokenizer = _open_tokenizer(options.tokenizer, table["data"], RunFolder.of_checkpoint(checkpoint))
     model = load_model(checkpoint, device=device, dtype=dtype)
     check_vocabulary(tokenizer, model.config.vocab_size)
     max_length = options.max_length or table["training"]["seq_len"]

@@ -26,6 +26,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from config import from_table
 from data.config import LeafSource, MixtureSource, Source, Split
 from data.sources.base import DocumentSource, Row, batches
 from data.sources.cli import add_source_arguments, source_from
@@ -263,19 +264,8 @@ def saved_source(table: dict[str, Any]) -> tuple[Source, Split]:
     validation = table.get("validation", "none")
     if validation == "none":
         raise ValueError("the run has no data.validation: name a text, as --files 'corpus/*.parquet'")
-    return _source(validation), table["validation_documents"]
-
-
-def _source(table: dict[str, Any]) -> Source:
-    values: dict[str, Any] = {key: None if value == "none" else value for key, value in table.items()}
-    if values["kind"] == "mixture":
-        values["sources"] = {name: _source(each) for name, each in values["sources"].items()}
-        return MixtureSource(**values)
-    kinds = {get_args(each.__annotations__["kind"])[0]: each for each in get_args(LeafSource)}
-    try:
-        return kinds[values["kind"]](**values)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"the saved [data.validation] does not fit this version: {error}") from None
+    source = from_table(LeafSource | MixtureSource, validation, "the run's config.toml", "data.validation")
+    return source, table["validation_documents"]
 
 
 def plot_per_position(result: TextLoss, path: Path, title: str) -> None:

@@ -11,8 +11,8 @@ import torch
 from torch.nn import functional as F
 
 from parallax.api import cast_under_autocast
+from tokens import IGNORE_INDEX
 
-IGNORE_INDEX = -100
 CHUNK_TOKENS = 4096
 
 

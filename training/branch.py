@@ -4,15 +4,15 @@ One run at a constant learning rate serves several token budgets so: each budget
 one of its checkpoints and decays.
 """
 
-import dataclasses
 import os
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from config import Table, to_table
-from optimizers.config import ScheduleConfig
+from config import Table, from_table, to_table
+from errors import UserError
+from models.run_folder import RunFolder, is_whole, nearby_checkpoints, step_of
+from optimizers.config import OptimizerConfig, ScheduleConfig
 from optimizers.schedule import decay_start, lr_factor, weight_decay_factor
 from training.resume import check_fits, has_checkpoint, saved_config
 from training.run_config import RunConfig
@@ -34,23 +34,20 @@ def checkpoint_step(checkpoint: Path) -> int:
         checkpoint: Folder step-N, as the trainer writes it.
 
     Raises:
-        ValueError: It isn't there, is not whole, or has another name; names the checkpoints that are near it.
+        UserError: It isn't there, is not whole, or has another name; names the checkpoints near it.
     """
-    name = re.fullmatch(r"step-(\d+)", checkpoint.name)
-    if name is not None and (checkpoint / ".metadata").is_file():
-        return int(name.group(1))
-    folders = (checkpoint, checkpoint / "checkpoint", checkpoint.parent)
-    near = [str(path.parent) for folder in folders for path in sorted(folder.glob("step-*/.metadata"))]
-    near = near or ["none near it; want one such as runs/stable/checkpoint/step-1000"]
+    step = step_of(checkpoint)
+    if step is not None and is_whole(checkpoint):
+        return step
     if not checkpoint.is_dir():
         problem = "there is no such folder"
-    elif name is None:
+    elif step is None:
         problem = "it is no folder step-N"
     else:
         problem = "it is no whole checkpoint (it has no .metadata)"
-    raise ValueError(
-        f"checkpoint.start_from is {str(checkpoint)!r}, but {problem}; checkpoints: {', '.join(near)}"
-    )
+    near = ", ".join(map(str, nearby_checkpoints(checkpoint)))
+    near = near or "none near it; want one such as runs/stable/checkpoint/step-1000"
+    raise UserError(f"checkpoint.start_from is {str(checkpoint)!r}, but {problem}; checkpoints: {near}")
 
 
 def check_branch(run: RunConfig) -> None:
@@ -73,7 +70,7 @@ def check_branch(run: RunConfig) -> None:
     source = Path(start_from)
     step = checkpoint_step(source)
     _check_step(run, step)
-    saved = saved_config(source.parent.parent)
+    saved = saved_config(RunFolder.of_checkpoint(source).path)
     if saved is None:
         return
     check_fits(run, saved, source, "Start from another checkpoint")
@@ -96,9 +93,9 @@ def branch_warnings(run: RunConfig) -> list[str]:
     """
     assert run.checkpoint.start_from is not None
     source = Path(run.checkpoint.start_from)
-    saved = saved_config(source.parent.parent)
+    saved = saved_config(RunFolder.of_checkpoint(source).path)
     if saved is None:
-        return [f"{source.parent.parent} has no config.toml: its schedule, model and batch were not compared"]
+        return [f"{source} has no config.toml beside it: its schedule, model and batch were not compared"]
     step = checkpoint_step(source)
     paths = _paths_to_warn_of(run, saved)
     differences = [*_differing(run, saved, paths), *_rate_differences(run, saved, step)]
@@ -192,10 +189,11 @@ def _differing(run: RunConfig, saved: Table, paths: Iterable[tuple[str, ...]]) -
 
 def _rate_differences(run: RunConfig, saved: Table, step: int) -> list[str]:
     """By group, the first step before the checkpoint whose learning rate or weight decay was another."""
-    known = {field.name for field in dataclasses.fields(ScheduleConfig)}
-    schedule: dict[str, Any] = {key: _get(saved, "schedule", key) for key in known & saved["schedule"].keys()}
-    before = _rates(saved, ScheduleConfig(**schedule), step)
-    now = _rates(to_table(run), run.schedule, step)
+    file = RunFolder(Path(run.run.folder)).config_file
+    schedule = from_table(ScheduleConfig, saved["schedule"], file, "schedule")
+    optimizer = from_table(OptimizerConfig, saved["optimizer"], file, "optimizer")
+    before = _rates(optimizer, schedule, saved["training"]["steps"], step)
+    now = _rates(run.optimizer, run.schedule, run.training.steps, step)
     differences = []
     for name in now:
         pairs = zip(before[name], now[name], strict=True)
@@ -206,15 +204,15 @@ def _rate_differences(run: RunConfig, saved: Table, step: int) -> list[str]:
     return differences
 
 
-def _rates(table: Table, schedule: ScheduleConfig, step: int) -> dict[str, list[float]]:
+def _rates(
+    optimizer: OptimizerConfig, schedule: ScheduleConfig, total: int, step: int
+) -> dict[str, list[float]]:
     """Learning rate and weight decay of each group in the first steps of a run."""
     rates: dict[str, list[float]] = {}
-    total = table["training"]["steps"]
-    for name, group in table["optimizer"]["groups"].items():
-        gamma = group.get("weight_decay_gamma", "none")
-        gamma = 0.0 if gamma == "none" else gamma
-        rates[f"lr of group {name}"] = [group["lr"] * lr_factor(s, schedule, total) for s in range(step)]
+    for name, group in optimizer.groups.items():
+        gamma = group.weight_decay_gamma or 0.0
+        rates[f"lr of group {name}"] = [group.lr * lr_factor(s, schedule, total) for s in range(step)]
         rates[f"weight_decay of group {name}"] = [
-            group["weight_decay"] * weight_decay_factor(s, schedule, total, gamma) for s in range(step)
+            group.weight_decay * weight_decay_factor(s, schedule, total, gamma) for s in range(step)
         ]
     return rates

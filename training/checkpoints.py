@@ -7,7 +7,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torchtitan.components.checkpoint import CheckpointManager
 
-from models.checkpoint import whole_checkpoints
+from models.run_folder import RunFolder
 from training.log import logger
 
 
@@ -17,9 +17,13 @@ class RunCheckpoints(CheckpointManager):
     save_future: Future | None = None  # close() may come before there is one
     _step: int
 
+    @property
+    def _run(self) -> RunFolder:
+        return RunFolder(Path(self.folder).parent)
+
     def newest_step(self) -> int | None:
         """The newest step that rank 0 finds, the same on every rank; every rank calls this."""
-        found = [max(whole_checkpoints(Path(self.folder)), default=None) if dist.get_rank() == 0 else None]
+        found = [max(self._run.whole_checkpoints(), default=None) if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(found)
         return found[0]
 
@@ -92,6 +96,6 @@ class RunCheckpoints(CheckpointManager):
     def _purge_stale_checkpoints(self) -> None:
         """Delete all but the newest whole checkpoints; torchtitan would count any name with step-N in it."""
         if self.purge_thread is not None and dist.get_rank() == 0:
-            whole = whole_checkpoints(Path(self.folder))
+            whole = self._run.whole_checkpoints()
             for step in sorted(whole)[: -self.keep_latest_k]:
                 self.purge_queue.put(str(whole[step]))

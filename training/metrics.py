@@ -16,6 +16,7 @@ from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 
+from models.run_folder import RunFolder
 from training.log import logger
 from training.resume import has_checkpoint
 from training.run_config import MetricsConfig
@@ -134,7 +135,7 @@ class RunMetrics(MetricsProcessor):
         self.tensorboard: SummaryWriter | None = None  # from resume() on
         if self.is_writer:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.jsonl = JsonlWriter(self.folder / "metrics.jsonl")
+            self.jsonl = JsonlWriter(RunFolder(self.folder).metrics_file)
             if config.wandb:
                 self.wandb_run = _start_wandb(self.folder, job_config.job.description, resolved_config)
 
@@ -148,7 +149,7 @@ class RunMetrics(MetricsProcessor):
                 )
             self.jsonl.forget_after(step)
             if self.config.tensorboard:
-                self.tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+                self.tensorboard = SummaryWriter(str(RunFolder(self.folder).tensorboard), purge_step=step + 1)
         self.restart_clock()
 
     def names_at(self, step: int) -> set[str]:
@@ -287,7 +288,7 @@ def _start_wandb(folder: Path, name: str, resolved_config: Mapping[str, Any]) ->
     import wandb
 
     # the id is the folder's, so that a resumed run goes on in the same wandb run
-    id_file = folder / "wandb_id"
+    id_file = RunFolder(folder).wandb_id_file
     if not id_file.exists():
         id_file.write_text(secrets.token_hex(4), encoding="utf-8")
     run = wandb.init(

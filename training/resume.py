@@ -4,16 +4,18 @@ import dataclasses
 import os
 import re
 import shutil
-import tomllib
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from config import Table, to_table, to_toml
-from data.tokenizer import END_OF_DOCUMENT, Tokenizer
-from models.checkpoint import find_checkpoint, run_table, step_folders, whole_checkpoints
+from config import Table, to_table
+from data.tokenizer import Tokenizer
+from errors import UserError
 from models.qwen3 import Qwen3
+from models.run_folder import RunFolder, find_checkpoint, read_run_table
+from models.run_tokenizer import find_tokenizer
+from tokens import END_OF_DOCUMENT
 from training.run_config import RunConfig
 
 # keys of [model] that leave weights and function as they are
@@ -71,13 +73,12 @@ def _optimizer_differences(run: RunConfig, saved: Table) -> list[str]:
 
 def has_checkpoint(folder: Path) -> bool:
     """Whether a run folder holds a whole checkpoint."""
-    return bool(whole_checkpoints(folder / "checkpoint"))
+    return RunFolder(folder).newest_checkpoint() is not None
 
 
 def saved_config(folder: Path) -> Table | None:
     """The resolved config that lies in a run folder, None where there is none."""
-    path = folder / "config.toml"
-    return tomllib.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return RunFolder(folder).read_config()
 
 
 def _check_model(run: RunConfig, saved: Table, folder: Path, remedy: str) -> None:
@@ -150,23 +151,14 @@ def _check_initial_weights(run: RunConfig, path: Path) -> None:
         "Give checkpoint.initial_weights another folder (one of softmax becomes Parallax by "
         "`python -m models.convert`: to-hf, then from-hf --attention parallax)"
     )
-    _check_model(run, run_table(checkpoint), checkpoint, remedy)
-
-
-def write_config(run: RunConfig) -> None:
-    """Write <run.folder>/config.toml, whole or not at all."""
-    folder = Path(run.run.folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / "config.toml.tmp"
-    temporary.write_text(to_toml(run), encoding="utf-8")
-    os.replace(temporary, folder / "config.toml")
+    _check_model(run, read_run_table(checkpoint), checkpoint, remedy)
 
 
 def remove_partial_checkpoints(run: RunConfig) -> None:
     """Remove what a kill during a write left; only whole checkpoints count for checkpoint.keep."""
-    checkpoints = Path(run.run.folder) / "checkpoint"
-    whole = whole_checkpoints(checkpoints)
-    for step, path in step_folders(checkpoints).items():
+    folder = RunFolder(Path(run.run.folder))
+    whole = folder.whole_checkpoints()
+    for step, path in folder.step_folders().items():
         if step not in whole:
             shutil.rmtree(path)
 
@@ -178,13 +170,14 @@ def other_tokenizer(checkpoint: Path, fingerprint: str) -> str | None:
         checkpoint: Of any run, or converted.
         fingerprint: Of the tokenizer that goes on with its weights.
     """
-    data = run_table(checkpoint).get("data", {})
-    if "tokenizer" not in data:
-        return None
+    data = read_run_table(checkpoint).get("data", {})
     end = data.get("end_of_document", END_OF_DOCUMENT)
     try:
-        theirs = Tokenizer.load(data["tokenizer"], end_of_document=end)
-    except ValueError as error:
+        place = find_tokenizer(RunFolder.of_checkpoint(checkpoint), data)
+        if place is None:
+            return None
+        theirs = Tokenizer.load(place, end_of_document=end)
+    except UserError as error:
         return f"{checkpoint} names a tokenizer that cannot be compared with this run's: {error}"
     if theirs.fingerprint == fingerprint:
         return None

@@ -22,9 +22,11 @@ from torchtitan.train import Trainer as TitanTrainer
 from data.titan import TitanLoader
 from data.tokenizer import Tokenizer
 from eval.held_out import HeldOutLoss
-from models.checkpoint import find_checkpoint, load_weights
-from models.loss import IGNORE_INDEX
+from models.checkpoint import load_weights
+from models.run_folder import RunFolder, find_checkpoint
+from models.run_tokenizer import copy_tokenizer
 from optimizers.titan import ParamGroupOptimizers, ParamGroupScheduler
+from tokens import IGNORE_INDEX
 from training.agreement import check_shared
 from training.branch import branch_warnings, checkpoint_step, resume_warnings
 from training.checkpoints import RunCheckpoints
@@ -32,7 +34,7 @@ from training.evaluation import Evaluator, NonFiniteLossError
 from training.job import MODEL_NAME, to_job_config
 from training.log import logger
 from training.metrics import RunMetrics
-from training.resume import other_tokenizer, remove_partial_checkpoints, write_config
+from training.resume import other_tokenizer, remove_partial_checkpoints
 from training.run_config import RunConfig
 from training.signals import StopRequest
 from training.titan import build_train_spec
@@ -57,6 +59,8 @@ class Trainer(TitanTrainer):
         super().__init__(to_job_config(run, world_size))
         # FSDP2's policy sets the precision on any number of ranks; torchtitan would use autocast on one
         self.model = self.model_parts[0]
+        self.folder = RunFolder(Path(run.run.folder))
+        self.run_tokenizer = tokenizer
         self.tokenizer_fingerprint = tokenizer.fingerprint
         self.stop = StopRequest()
         self.tokens = 0
@@ -138,7 +142,7 @@ class Trainer(TitanTrainer):
         global_loss, num_stops, num_writes, *mean_squares = sums.tolist()
         norm = float(grad_norm)
         if not (torch.tensor([global_loss, norm]).isfinite().all()):
-            folder = Path(self.run.run.folder) / "checkpoint"
+            folder = self.folder.checkpoints
             raise NonFiniteLossError(
                 f"step {self.step}: loss {global_loss}, gradient norm {norm}; stopped without saving. The "
                 f"newest checkpoint in {folder} is the last good state; continue from it with a lower "
@@ -226,7 +230,8 @@ class Trainer(TitanTrainer):
                 for warning in resume_warnings(self.run, self.step):
                     logger.warning(warning)
             if goes_on:
-                write_config(self.run)
+                self.folder.write_config(self.run)
+                self._keep_tokenizer(is_resumed)
         if self.step > 0:
             self.metrics.resume(self.step)
         if is_resumed:
@@ -269,6 +274,11 @@ class Trainer(TitanTrainer):
                     profiler.step()
         self._summarize(metrics, before, after, stopped)
 
+    def _keep_tokenizer(self, is_resumed: bool) -> None:
+        """Copy the tokenizer into the run folder; a resumed run keeps the one it has."""
+        if self.run_tokenizer.file is not None and not (is_resumed and self.folder.tokenizer.is_dir()):
+            copy_tokenizer(self.run_tokenizer.file, self.folder.tokenizer)
+
     def _check_weights(self) -> None:
         """Refuse to save weights that the last update made non-finite.
 
@@ -306,7 +316,6 @@ class Trainer(TitanTrainer):
         after: HeldOutLoss | None,
         stopped: bool,
     ) -> None:
-        folder = Path(self.run.run.folder)
         num_steps = self.run.training.steps
         if stopped:
             end = f"stopped by a signal after step {self.step}"
@@ -330,8 +339,8 @@ class Trainer(TitanTrainer):
             counts = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
             lines.append(f"documents skipped    {counts}")
         lines += [
-            f"checkpoint           {folder / 'checkpoint' / f'step-{self.step}'}",
-            f"metrics, config      {folder / 'metrics.jsonl'}, {folder / 'config.toml'}",
+            f"checkpoint           {self.folder.checkpoint(self.step)}",
+            f"metrics, config      {self.folder.metrics_file}, {self.folder.config_file}",
         ]
         logger.info("\n  ".join(lines))
 

@@ -1,13 +1,14 @@
 """What a run wrote, read back: its resolved config and its metrics. Nothing is built."""
 
 import json
-import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from errors import UserError
 from eval.task_results import mean_accuracy
+from models.run_folder import RunFolder, step_of
 
 Record = dict[str, Any]
 
@@ -128,15 +129,15 @@ def _last_fingerprint(records: Sequence[Record]) -> str | None:
     return next((each for each in found if each is not None), None)
 
 
-def tokenizer_fingerprint(folder: Path) -> str | None:
+def tokenizer_fingerprint(run: RunFolder) -> str | None:
     """Of the tokenizer that a run was trained with, from its metrics.jsonl; None where that lacks it."""
-    path = folder / "metrics.jsonl"
+    path = run.metrics_file
     return _last_fingerprint(read_metrics(path)[0]) if path.exists() else None
 
 
 def _wrote(folder: Path, checkpoint: Path) -> bool:
     """Whether a run wrote a checkpoint; a run that was moved since is known by its name."""
-    run = checkpoint.parent.parent
+    run = RunFolder.of_checkpoint(checkpoint).path
     return run.resolve() == folder.resolve() if run.exists() else run.name == folder.resolve().name
 
 
@@ -151,8 +152,7 @@ def _read_results(folder: Path, fingerprint: str | None) -> tuple[list[Record], 
         try:
             results = json.loads(path.read_text(encoding="utf-8"))
             checkpoint = Path(results["checkpoint"])
-            step = int(checkpoint.name.removeprefix("step-"))
-            record = {"step": step, "path": str(path), **task_record(results)}
+            record = {"step": step_of(checkpoint), "path": str(path), **task_record(results)}
             theirs = results.get("tokenizer_fingerprint")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             notes.append(f"{path} is no result of eval.downstream ({error!r}) and was skipped")
@@ -224,29 +224,28 @@ def _by_step(records: Iterable[Record], key: str) -> list[Record]:
 
 def _parent_folder(folder: Path, checkpoint: Path) -> Path:
     """The folder of the run that wrote a checkpoint: where the config says, else beside the branch's own."""
-    parent = checkpoint.parent.parent
+    parent = RunFolder.of_checkpoint(checkpoint).path
     return parent if parent.exists() else folder.parent / parent.name
 
 
 def _read_folder(folder: Path, seen: tuple[Path, ...] = ()) -> tuple[Record, list[Record], int, list[str]]:
     """A folder's config, its records behind its trunk's, the trunk's last step, and notes."""
     notes: list[str] = []
-    config: Record = {}
-    try:
-        config = flatten(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        notes.append(f"{folder} has no config.toml: nothing was trained there")
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{folder / 'config.toml'} is damaged ({error}); restore it") from None
-    path = folder / "metrics.jsonl"
-    own, damaged = read_metrics(path) if path.exists() else ([], [])
+    run = RunFolder(folder)
+    table = run.read_config()
+    if table is None:
+        notes.append(f"{folder} has no {run.config_file.name}: nothing was trained there")
+    config = flatten(table or {})
+    own, damaged = read_metrics(run.metrics_file) if run.metrics_file.exists() else ([], [])
     notes += damaged
     start_from = config.get("checkpoint.start_from")
     if start_from is None or folder.resolve() in seen:
         return config, own, 0, notes
     checkpoint = Path(start_from)
-    parent, step = _parent_folder(folder, checkpoint), int(checkpoint.name.removeprefix("step-"))
-    if not (parent / "metrics.jsonl").exists():
+    parent, step = _parent_folder(folder, checkpoint), step_of(checkpoint)
+    if step is None:
+        raise UserError(f"{run.config_file}: checkpoint.start_from is {start_from!r}, wanted a folder step-N")
+    if not RunFolder(parent).metrics_file.exists():
         notes.append(
             f"{folder} branched from {start_from}, whose run is not there: its curves and cost begin at "
             f"step {step + 1}"

@@ -13,12 +13,13 @@ from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from config import to_table, to_toml
+from errors import UserError
 from models.config import ModelConfig, ParallaxConfig
 from models.convert.format import from_config_json, to_hugging_face
 from models.convert.tokenizer import take_tokenizer
 from models.init import initial_weight
 from models.qwen3 import Qwen3
+from models.run_folder import RunFolder
 
 _SINGLE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -69,14 +70,15 @@ def convert_from_hf(
         What was written, in a few lines.
 
     Raises:
-        ValueError: config.json is another architecture's or has fields that we cannot represent, tensors are
+        UserError: config.json is another architecture's or has fields that we cannot represent, tensors are
             missing, unexpected, or of other shapes or dtypes, or out is taken; names all that is wrong.
     """
-    if (out / "config.toml").exists() or any((out / "checkpoint").glob("step-*")):
-        raise ValueError(f"{out} already holds a run; give --out another folder")
+    run = RunFolder(out)
+    if run.config_file.exists() or run.step_folders():
+        raise UserError(f"{out} already holds a run; give --out another folder")
     config_path = source / "config.json"
     if not config_path.is_file():
-        raise ValueError(
+        raise UserError(
             f"{source} has no config.json; wanted a folder as transformers' save_pretrained writes"
         )
     table = json.loads(config_path.read_text(encoding="utf-8"))
@@ -93,18 +95,18 @@ def convert_from_hf(
 
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in Qwen3(config).named_parameters()}
-    data = take_tokenizer(source, out / "tokenizer", there.eos_token_id)
+    data = take_tokenizer(source, run.tokenizer, there.eos_token_id)
     weights = {name: torch.empty(shape, dtype=wanted, device="meta") for name, shape in shapes.items()}
     # one file a tensor: within a file the writer would hold on to all that it has written
-    writer = FileSystemWriter(out / "checkpoint" / "step-0", single_file_per_rank=False)
+    writer = FileSystemWriter(run.checkpoint(0), single_file_per_rank=False)
     dcp.save(weights, storage_writer=writer, planner=_LazyPlanner(read), no_dist=True)
     tables: dict[str, Any] = {"run": {"name": out.name, "folder": str(out), "seed": seed}}
-    tables["model"] = to_table(config)
+    tables["model"] = config
     tables |= {} if data is None else {"data": data}
     tables |= {} if there.num_positions is None else {"training": {"seq_len": there.num_positions}}
     # last: a folder with a config is a whole one
-    (out / "config.toml").write_text(to_toml(tables), encoding="utf-8")
-    return _report(out, config, shapes, dtype, new=shapes.keys() - names.keys(), saved=saved, data=data)
+    run.write_config(tables)
+    return _report(run, config, shapes, dtype, new=shapes.keys() - names.keys(), saved=saved, data=data)
 
 
 def _with_attention(config: ModelConfig, attention: str | None) -> ModelConfig:
@@ -112,7 +114,7 @@ def _with_attention(config: ModelConfig, attention: str | None) -> ModelConfig:
     if attention is None or attention == before.kind:
         return config
     if attention == "softmax":
-        raise ValueError("--attention softmax would drop the folder's W_R: it holds a Parallax model already")
+        raise UserError("--attention softmax would drop the folder's W_R: it holds a Parallax model already")
     assert before.kind == "softmax"
     return replace(config, attention=ParallaxConfig(r_gain_init=0.0, window_size=before.window_size))
 
@@ -126,10 +128,10 @@ def _read_headers(source: Path) -> dict[str, _Saved]:
     elif (source / _SINGLE_FILE).is_file():
         listed, files = {}, [_SINGLE_FILE]
     else:
-        raise ValueError(f"{source} has neither {_SINGLE_FILE} nor {_INDEX}; other formats are not read")
+        raise UserError(f"{source} has neither {_SINGLE_FILE} nor {_INDEX}; other formats are not read")
     absent = [name for name in files if not (source / name).is_file()]
     if absent:
-        raise ValueError(f"{source} lacks files that {_INDEX} names: {', '.join(absent)}")
+        raise UserError(f"{source} lacks files that {_INDEX} names: {', '.join(absent)}")
     saved: dict[str, _Saved] = {}
     for name in files:
         try:
@@ -138,7 +140,7 @@ def _read_headers(source: Path) -> dict[str, _Saved]:
                     header = file.get_slice(key)
                     saved[key] = _Saved(source / name, header.get_shape(), header.get_dtype())
         except SafetensorError as error:
-            raise ValueError(
+            raise UserError(
                 f"{source / name} is no whole safetensors file ({error}); fetch it again"
             ) from None
     return saved
@@ -148,7 +150,7 @@ def _check_tensors(saved: Mapping[str, _Saved], config: ModelConfig, source: Pat
     """Hugging Face's name of every weight of the folder's model, by ours.
 
     Raises:
-        ValueError: The folder's tensors are not those of its config.json; names all that differ.
+        UserError: The folder's tensors are not those of its config.json; names all that differ.
     """
     with torch.device("meta"):
         shapes = {name: list(p.shape) for name, p in Qwen3(config).named_parameters()}
@@ -170,11 +172,11 @@ def _check_tensors(saved: Mapping[str, _Saved], config: ModelConfig, source: Pat
         ),
     ]
     if wrong:
-        raise ValueError(f"{source} does not hold the model of its config.json: {'; '.join(wrong)}")
+        raise UserError(f"{source} does not hold the model of its config.json: {'; '.join(wrong)}")
     if tied & saved.keys() and not torch.equal(
         *(_read(saved[name].file, name) for name in (_HEAD, _EMBEDDING))
     ):
-        raise ValueError(
+        raise UserError(
             f"{source}: tie_word_embeddings is true, but {_HEAD} is not {_EMBEDDING}; set it to false to "
             "keep both, or remove the one that is wrong"
         )
@@ -188,7 +190,7 @@ def _read(path: Path, name: str) -> torch.Tensor:
 
 
 def _report(
-    out: Path,
+    run: RunFolder,
     config: ModelConfig,
     shapes: Mapping[str, torch.Size],
     dtype: str,
@@ -203,7 +205,7 @@ def _report(
     count = sum(shape.numel() for shape in shapes.values())
     drawn = sum(shapes[name].numel() for name in new)
     lines = [
-        f"{out / 'checkpoint' / 'step-0'}: {config.attention.kind}, size {config.size}, {count / 1e6:.2f}M "
+        f"{run.checkpoint(0)}: {config.attention.kind}, size {config.size}, {count / 1e6:.2f}M "
         f"parameters in {dtype} (there {', '.join(f'{n} tensors {kind}' for kind, n in there.items())})"
     ]
     if drawn:

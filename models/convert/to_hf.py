@@ -9,13 +9,16 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 
-from models.checkpoint import check_tensors, find_checkpoint, load_tensors, model_config, run_table
+from config import Table
+from errors import UserError
+from models.checkpoint import check_tensors, load_tensors, model_config
 from models.config import ParallaxConfig
 from models.convert.format import PARALLAX_FILE, to_config_json, to_hugging_face
-from models.convert.tokenizer import find_tokenizer, give_tokenizer
+from models.convert.tokenizer import give_tokenizer
 from models.qwen3 import Qwen3
-
-_END_OF_DOCUMENT = "<|endoftext|>"  # data.end_of_document where a run does not say
+from models.run_folder import RunFolder, find_checkpoint, read_run_table
+from models.run_tokenizer import find_tokenizer
+from tokens import END_OF_DOCUMENT
 
 
 def convert_to_hf(
@@ -39,18 +42,18 @@ def convert_to_hf(
         What was written, in a few lines.
 
     Raises:
-        ValueError: There is no whole run, its tokenizer is not there, or out is taken.
+        UserError: There is no whole run, its tokenizer is not there, or out is taken.
         NotImplementedError: The attention has no counterpart there.
     """
     if (out / "config.json").exists() or any(out.glob("*.safetensors")):
-        raise ValueError(f"{out} already holds a model, or a part of one; give --out another folder")
+        raise UserError(f"{out} already holds a model, or a part of one; give --out another folder")
     if shard_bytes < 1:
-        raise ValueError(f"--shard-gb must be positive, got {shard_bytes / 1e9}")
+        raise UserError(f"--shard-gb must be positive, got {shard_bytes / 1e9}")
     checkpoint = find_checkpoint(source)
-    run, table = checkpoint.parent.parent, run_table(checkpoint)
-    config = model_config(table["model"])
+    run, table = RunFolder.of_checkpoint(checkpoint), read_run_table(checkpoint)
+    config = model_config(table, checkpoint)
     num_positions = table.get("training", {}).get("seq_len")
-    data: dict[str, Any] = table.get("data", {})
+    data: Table = table.get("data", {})
     to_config_json(config, dtype=dtype, num_positions=None, eos_token_id=None)  # refuses first
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in Qwen3(config).named_parameters()}
@@ -59,7 +62,7 @@ def convert_to_hf(
     out.mkdir(parents=True, exist_ok=True)
     eos: int | None = None
     if text is not None:
-        end = data.get("end_of_document", _END_OF_DOCUMENT)
+        end = data.get("end_of_document", END_OF_DOCUMENT)
         eos, pad = give_tokenizer(
             text, out, end_of_document=end, num_positions=num_positions, vocab_size=config.vocab_size
         )

@@ -2,10 +2,8 @@
 
 import sys
 
+from errors import run_command
 from models.generation.generate import main
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(run_command(main))

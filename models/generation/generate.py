@@ -16,13 +16,16 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from models.checkpoint import find_checkpoint, load_model, model_config, run_table
-from models.convert.tokenizer import check_ids, find_tokenizer
+from errors import UserError
+from models.checkpoint import load_model, model_config
 from models.generation.cache import Cache, prefill
 from models.generation.decode_step import DecodeStep
 from models.generation.sampling import Sampling
 from models.generation.text_stream import TextStream, stop_at
 from models.qwen3 import Qwen3
+from models.run_folder import RunFolder, find_checkpoint, read_run_table
+from models.run_tokenizer import check_ids, find_tokenizer
+from tokens import END_OF_DOCUMENT
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -84,11 +87,11 @@ def stream(
         compile_blocks: Compile the layers of a decoding step: some seconds once, then fewer, larger kernels.
 
     Raises:
-        ValueError: A prompt is empty, or max_new_tokens or batch_size is below 1.
+        UserError: A prompt is empty, or max_new_tokens or batch_size is below 1.
     """
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+            raise UserError(f"{name} must be at least 1, got {value}")
     cache = step = None
     max_seqlen = -(-(max(map(len, prompts), default=0) + max_new_tokens) // 64) * 64
     # prompts of like length finish together, the longest first: what does not fit in memory fails at once
@@ -171,7 +174,7 @@ def generate(
         The continuations, in the order of the prompts.
 
     Raises:
-        ValueError: A prompt is empty, or an option is out of range.
+        UserError: A prompt is empty, or an option is out of range.
     """
     results = [Generation() for _ in prompts]
     steps = stream(
@@ -217,20 +220,20 @@ def _parser() -> argparse.ArgumentParser:
 def _load(options: argparse.Namespace) -> tuple[Qwen3, Tokenizer, int]:
     """The model, its tokenizer and the token that ends a document."""
     checkpoint = find_checkpoint(options.checkpoint)
-    table = run_table(checkpoint)
+    table = read_run_table(checkpoint)
     data = table.get("data", {})
-    file = find_tokenizer(checkpoint.parent.parent, data, options.tokenizer)
+    file = find_tokenizer(RunFolder.of_checkpoint(checkpoint), data, options.tokenizer)
     if file is None:
-        raise ValueError(f"{checkpoint} names no tokenizer; give --tokenizer")
+        raise UserError(f"{checkpoint} names no tokenizer; give --tokenizer")
     tokenizer = Tokenizer.from_file(str(file / "tokenizer.json" if file.is_dir() else file))
-    check_ids(tokenizer, str(file), model_config(table["model"]).vocab_size)
-    end_of_document = data.get("end_of_document", "<|endoftext|>")
+    check_ids(tokenizer, str(file), model_config(table, checkpoint).vocab_size)
+    end_of_document = data.get("end_of_document", END_OF_DOCUMENT)
     end = tokenizer.token_to_id(end_of_document)
     if end is None:
-        raise ValueError(f"{file} has no token {end_of_document!r}, which ends a document of this run")
+        raise UserError(f"{file} has no token {end_of_document!r}, which ends a document of this run")
     is_on_gpu = options.device.startswith("cuda")
     if is_on_gpu and not torch.cuda.is_available():
-        raise ValueError(f"--device is {options.device}, but there is no CUDA device here; give cpu")
+        raise UserError(f"--device is {options.device}, but there is no CUDA device here; give cpu")
     if is_on_gpu and torch.device(options.device).index is not None:
         torch.cuda.set_device(options.device)
     dtype = _DTYPES[options.dtype or ("bfloat16" if is_on_gpu else "float32")]
@@ -241,7 +244,7 @@ def main() -> None:
     """Run the command line."""
     options = _parser().parse_args()
     if options.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens must be at least 1, got {options.max_new_tokens}")
+        raise UserError(f"--max-new-tokens must be at least 1, got {options.max_new_tokens}")
     sampling = Sampling(
         temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed
     )

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from eval.held_out import held_out_loss
-from models.loss import IGNORE_INDEX
+from tokens import IGNORE_INDEX
 
 CPU = torch.device("cpu")
 

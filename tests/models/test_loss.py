@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from models.loss import IGNORE_INDEX, cross_entropy, linear_cross_entropy
+from models.loss import cross_entropy, linear_cross_entropy
+from tokens import IGNORE_INDEX
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 64])

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 import config
+from models.run_folder import RunFolder
 from tests.conftest import write_parquet
 from tests.training.launch import EXACT, ROOT, losses, records, train
 from training.branch import branch_warnings, check_branch, resume_warnings
-from training.resume import write_config
 from training.run_config import RunConfig
 
 RANKS = pytest.mark.parametrize("ranks", [1, 2])
@@ -100,7 +100,7 @@ def load(folder: Path, *words: str, name: str = "debug_parallax_muon") -> RunCon
 
 def write_run(folder: Path, *words: str, steps: tuple[int, ...] = (20,)) -> Path:
     """A run folder with a config and empty checkpoints; gives the first one."""
-    write_config(load(folder, *words))
+    RunFolder(folder).write_config(load(folder, *words))
     for step in steps:
         (folder / "checkpoint" / f"step-{step}").mkdir(parents=True)
         (folder / "checkpoint" / f"step-{step}" / ".metadata").write_text("")

@@ -20,9 +20,10 @@ from models.convert.format import to_config_json, to_hugging_face
 from models.convert.from_hf import convert_from_hf
 from models.init import init_weights, initial_weight
 from models.qwen3 import Qwen3
+from models.run_folder import RunFolder
 from tests.training.launch import EXACT, ROOT, SMALL, losses, records, train
 from training.branch import check_branch
-from training.resume import check_folder, other_tokenizer, write_config
+from training.resume import check_folder, other_tokenizer
 from training.run_config import RunConfig
 
 WIDE = 0.1  # standard deviation: losses far from those of a fresh model
@@ -127,7 +128,7 @@ def test_weights_of_another_architecture_and_other_mistakes_are_refused(tmp_path
 
 def test_a_run_that_started_with_other_weights_is_another_run(tmp_path: Path) -> None:
     run = load(tmp_path / "run", "--checkpoint.initial_weights", "runs/there")
-    write_config(run)
+    RunFolder(Path(run.run.folder)).write_config(run)
     (tmp_path / "run" / "checkpoint" / "step-3").mkdir(parents=True)
     (tmp_path / "run" / "checkpoint" / "step-3" / ".metadata").write_text("")
     check_folder(run)
@@ -137,7 +138,7 @@ def test_a_run_that_started_with_other_weights_is_another_run(tmp_path: Path) ->
 
 def test_folders_from_before_these_keys_and_patterns_still_fit(tmp_path: Path) -> None:
     run = load(tmp_path / "run", name="debug_parallax_muon")
-    write_config(run)
+    RunFolder(Path(run.run.folder)).write_config(run)
     (tmp_path / "run" / "checkpoint" / "step-3").mkdir(parents=True)
     (tmp_path / "run" / "checkpoint" / "step-3" / ".metadata").write_text("")
     path = tmp_path / "run" / "config.toml"
@@ -166,7 +167,7 @@ def test_weights_of_another_tokenizer_are_warned_of(tmp_path: Path) -> None:
         backend.save(str(paths[-1]))
     checkpoint = tmp_path / "run" / "checkpoint" / "step-0"
     checkpoint.mkdir(parents=True)
-    config = checkpoint.parent.parent / "config.toml"
+    config = RunFolder.of_checkpoint(checkpoint).config_file
     config.write_text(f'[data]\ntokenizer = "{paths[0]}"\n')
     ours, other = (Tokenizer.load(path).fingerprint for path in paths)
     assert other_tokenizer(checkpoint, ours) is None

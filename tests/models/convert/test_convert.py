@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models.checkpoint import load_model, model_config
+from config import from_table
+from models.checkpoint import load_model
 from models.config import ModelConfig, ParallaxConfig, SoftmaxConfig
 from models.convert.__main__ import main
 from models.convert.format import to_config_json, to_hugging_face
@@ -239,7 +240,9 @@ def test_folders_that_are_taken_and_the_command_line(
 
 def test_only_softmax_and_parallax_have_a_counterpart(tmp_path: Path) -> None:
     for kind in ("lla", "linear", "value-average"):
-        config = model_config({"size": "debug", "vocab_size": 50, "attention": {"kind": kind}})
+        config = from_table(
+            ModelConfig, {"size": "debug", "vocab_size": 50, "attention": {"kind": kind}}, "test"
+        )
         save_run(tmp_path / kind, config)
         with pytest.raises(NotImplementedError, match=f'"{kind}" have no .*; "softmax" and "parallax" have'):
             convert_to_hf(tmp_path / kind, tmp_path / "hf")

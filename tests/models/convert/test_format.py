@@ -7,8 +7,7 @@ import pytest
 import torch
 
 import config as loader
-from config import to_table, to_toml
-from models.checkpoint import model_config
+from config import from_table, to_table, to_toml
 from models.config import ModelConfig
 from models.convert.format import from_config_json, to_config_json
 from models.qwen3 import Qwen3
@@ -139,7 +138,7 @@ def test_a_custom_size_is_a_table_of_a_run(tmp_path: Path) -> None:
     assert not run.model.tie_embeddings
     path.write_text(to_toml(run))
     assert loader.load(RunConfig, path) == run
-    assert model_config(to_table(run.model)) == run.model
+    assert from_table(ModelConfig, to_table(run.model), "test") == run.model
     for lines, size, message in (
         ([], "custom", 'model.size is "custom", so custom_size must be a table'),
         (

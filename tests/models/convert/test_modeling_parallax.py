@@ -14,11 +14,11 @@ from models.config import ModelConfig, ParallaxConfig, SoftmaxConfig
 from models.convert.format import to_config_json, to_hugging_face
 from models.convert.from_hf import convert_from_hf
 from models.convert.to_hf import convert_to_hf
-from models.loss import IGNORE_INDEX
 from models.qwen3 import Qwen3
 from models.sizes import ModelSize
 from tests.models.convert.test_convert import all_tensors, assert_same_bits
 from tests.models.test_checkpoint import save_run
+from tokens import IGNORE_INDEX
 
 transformers = pytest.importorskip("transformers")
 VOCAB = 97

@@ -7,10 +7,10 @@ import pytest
 
 from config import to_table, to_toml
 from data.tokenizer import Tokenizer
-from models.checkpoint import run_table
 from models.config import ModelConfig
 from models.convert.from_hf import convert_from_hf
 from models.convert.to_hf import convert_to_hf
+from models.run_folder import read_run_table
 from models.sizes import ModelSize
 from tests.models.test_checkpoint import save_run
 
@@ -36,7 +36,7 @@ def test_a_trained_runs_tokenizer_goes_with_it(corpus: Path, tmp_path: Path) -> 
     assert model.config.max_position_embeddings == theirs.model_max_length == 77
     # and back: the same tokenizer and end of document
     convert_from_hf(tmp_path / "hf", tmp_path / "again")
-    table = run_table(tmp_path / "again" / "checkpoint" / "step-0")
+    table = read_run_table(tmp_path / "again" / "checkpoint" / "step-0")
     again = Tokenizer.load(table["data"]["tokenizer"], end_of_document=table["data"]["end_of_document"])
     assert again.fingerprint == ours.fingerprint
     assert table["training"]["seq_len"] == 77
@@ -87,7 +87,10 @@ def test_qwen3s_own_tokenizer_keeps_its_template_and_gets_the_runs_end(tmp_path:
     table = json.loads((tmp_path / "hf" / "config.json").read_text()) | {"eos_token_id": [151645, 151643]}
     (tmp_path / "hf" / "config.json").write_text(json.dumps(table))
     convert_from_hf(tmp_path / "hf", tmp_path / "again")
-    assert run_table(tmp_path / "again" / "checkpoint" / "step-0")["data"]["end_of_document"] == "<|im_end|>"
+    assert (
+        read_run_table(tmp_path / "again" / "checkpoint" / "step-0")["data"]["end_of_document"]
+        == "<|im_end|>"
+    )
 
 
 def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(corpus: Path, tmp_path: Path) -> None:

@@ -1,0 +1,156 @@
+"""The layout of a run folder, known here and nowhere else.
+
+runs/NAME/
+config.toml         the resolved config
+tokenizer/          the run's own tokenizer (models/run_tokenizer.py)
+metrics.jsonl       every step
+checkpoint/step-N/  the state after optimizer step N; whole once it holds .metadata
+tensorboard/, profile/, wandb_id
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from config import Table, read_toml, to_toml
+from errors import UserError
+
+_METADATA = ".metadata"
+_STEP = re.compile(r"step-(\d+)")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one run.
+
+    Attributes:
+        path: runs/NAME; it need not exist.
+    """
+
+    path: Path
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: Path) -> "RunFolder":
+        """Return the folder of the run that wrote checkpoint/step-N."""
+        return cls(checkpoint.parent.parent)
+
+    @property
+    def config_file(self) -> Path:
+        """The resolved config."""
+        return self.path / "config.toml"
+
+    @property
+    def metrics_file(self) -> Path:
+        """The record of every step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder of the run's own tokenizer."""
+        return self.path / "tokenizer"
+
+    @property
+    def tensorboard(self) -> Path:
+        """The folder of TensorBoard files."""
+        return self.path / "tensorboard"
+
+    @property
+    def wandb_id_file(self) -> Path:
+        """The id of the run at Weights & Biases."""
+        return self.path / "wandb_id"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of all checkpoints."""
+        return self.path / "checkpoint"
+
+    def checkpoint(self, step: int) -> Path:
+        """Return the folder of the checkpoint after a step."""
+        return self.checkpoints / f"step-{step}"
+
+    def step_folders(self) -> dict[int, Path]:
+        """Return the folders step-N by step; other names, such as step-5.before, are the user's own."""
+        found = ((step_of(path), path) for path in self.checkpoints.glob("step-*"))
+        return {step: path for step, path in found if step is not None}
+
+    def whole_checkpoints(self) -> dict[int, Path]:
+        """Return the checkpoints that were written to the end, by step."""
+        return {step: path for step, path in self.step_folders().items() if is_whole(path)}
+
+    def newest_checkpoint(self) -> Path | None:
+        """Return the newest whole checkpoint; None without one."""
+        whole = self.whole_checkpoints()
+        return whole[max(whole)] if whole else None
+
+    def read_config(self) -> Table | None:
+        """Read the resolved config as tables, in which "none" stands for None; None where there is none.
+
+        Raises:
+            ConfigError: The file is damaged.
+        """
+        return read_toml(self.config_file) if self.config_file.exists() else None
+
+    def write_config(self, config: Any) -> None:
+        """Write the resolved config, a dataclass or a dict of them by table, atomically."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        temporary = self.config_file.with_name("config.toml.tmp")
+        temporary.write_text(to_toml(config), encoding="utf-8")
+        os.replace(temporary, self.config_file)
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """Return N of a folder step-N; None for any other name."""
+    name = _STEP.fullmatch(checkpoint.name)
+    return None if name is None else int(name.group(1))
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Return whether a checkpoint was written to the end: its metadata comes last."""
+    return (checkpoint / _METADATA).is_file()
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Find the checkpoint that a path names.
+
+    Args:
+        path: A checkpoint (`<run folder>/checkpoint/step-N`), or a run folder for its newest whole one.
+
+    Raises:
+        UserError: There is none.
+    """
+    if is_whole(path):
+        return path
+    newest = RunFolder(path).newest_checkpoint()
+    if newest is None:
+        raise UserError(
+            f"{path} is no checkpoint: wanted a run folder with checkpoint/step-N/{_METADATA}, or such a "
+            "step-N"
+        )
+    return newest
+
+
+def nearby_checkpoints(path: Path) -> list[Path]:
+    """Return the whole checkpoints that a mistyped path may have meant: in it, below it, or beside it."""
+    folders = (path, RunFolder(path).checkpoints, path.parent)
+    return [each for folder in folders for each in sorted(folder.glob("step-*")) if is_whole(each)]
+
+
+def read_run_table(checkpoint: Path) -> Table:
+    """Read the resolved config of the run that wrote a checkpoint, as tables.
+
+    Args:
+        checkpoint: From find_checkpoint.
+
+    Raises:
+        UserError: The run folder has no config.toml, or a damaged one.
+    """
+    run = RunFolder.of_checkpoint(checkpoint)
+    table = run.read_config()
+    if table is None:
+        raise UserError(
+            f"{run.config_file} is missing: it describes the model that {checkpoint} holds; copy the whole "
+            "run folder"
+        )
+    return table
