@@ -9,10 +9,11 @@
    end-of-document token, and yields `Document`s. Shards hold tokens already, which stay unread (`LazyTokens`,
    sources/shards.py); `python -m data.shards` writes them (shards/).
 4. Pack. A `Packer`, `ConcatenatePacker` (loading/packing.py) or `BestFitPacker` (loading/best_fit.py), turns
-   documents into `PackedRow`s of T + 1 tokens, each with the `StreamState` from which the next one resumes.
-5. Divide. A row has a global index. `PackedLoader` (loading/loader.py) takes its rank's rows of each
-   micro-step (loading/global_batch.py) and collates them into a `MicroBatch`: `{"input", "cu_seqlens"}` and
-   labels. With the state of the last micro-batch, a run resumes on any number of ranks.
+   documents into `PackedRow`s of T + 1 tokens, each with the `PackerState` of the next row. `RowStream` adds
+   the row's global index: the `StreamState`, from which a run resumes.
+5. Divide. `PackedLoader` (loading/loader.py) takes its rank's rows of each micro-step
+   (loading/global_batch.py) and collates them into a `MicroBatch`: `{"input", "cu_seqlens"}` and labels. The
+   state does not depend on the rank, so a run resumes on any number of ranks.
 6. Prefetch. A `Prefetcher` (loading/prefetch.py) prepares micro-batches ahead in a background thread.
    `TitanLoader` (titan.py) is the loader that torchtitan's trainer iterates over and checkpoints.
 """

@@ -149,7 +149,7 @@ class HubSource(ColumnOptions):
         if self.repository != REPOSITORY and self.revision == REVISION:
             raise UserError(
                 f"revision is a commit of {REPOSITORY}, but repository is {self.repository!r}: "
-                "give a commit of that one"
+                "give a commit of that repository"
             )
         others = [name for name in self.file_names if not name.endswith(".parquet")]
         if others:

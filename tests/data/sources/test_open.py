@@ -163,7 +163,7 @@ def test_a_hub_source_takes_either_files_or_parts() -> None:
         ({"files": []}, "files of a hub source is an empty list"),
         ({"files": ["a.csv"]}, r"'a\.csv': want parquet"),
         ({"parts": "1", "repository": "own/set"}, "parts names files of openbmb/Ultra-FineWeb"),
-        ({"files": ["a.parquet"], "repository": "own/set"}, "give a commit of that one"),
+        ({"files": ["a.parquet"], "repository": "own/set"}, "give a commit of that repository"),
         ({"parts": "2049"}, "numbers from 1 to 2048"),
     ):
         with pytest.raises(ValueError, match=message):
