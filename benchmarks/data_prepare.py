@@ -36,8 +36,9 @@ from data.sources.open import open_text
 from data.sources.shard_format import read_manifest
 from data.sources.shards import ShardDocuments
 from data.sources.split import is_held_out
-from data.tokenizer import TOKENIZER_FILE, Tokenizer
+from data.tokenizer import Tokenizer
 from errors import run_command
+from tokens import TOKENIZER_FILE
 
 _BATCH_DOCUMENTS = 256
 _backend: list[tokenizers.Tokenizer] = []

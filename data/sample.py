@@ -25,9 +25,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.sources.split import content_hash, is_held_out
-from data.tokenizer import TOKENIZER_FILE, Tokenizer
+from data.tokenizer import Tokenizer
 from data.train_tokenizer import train_byte_level_bpe
 from errors import UserError, run_command
+from tokens import TOKENIZER_FILE
 
 TRAIN_FILE = "train.parquet"
 VALIDATION_FILE = "validation.parquet"

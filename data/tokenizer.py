@@ -12,9 +12,7 @@ import tokenizers
 
 from data.hub_client import download
 from errors import UserError
-from tokens import END_OF_DOCUMENT
-
-TOKENIZER_FILE = "tokenizer.json"
+from tokens import END_OF_DOCUMENT, TOKENIZER_FILE
 
 # the library takes some 130 bytes of memory per character of a batch, and its regular expressions fail on
 # millions of consecutive spaces

@@ -16,9 +16,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from data.sources.base import DocumentSource
 from data.sources.cli import add_source_arguments, source_from
 from data.sources.open import open_text
-from data.tokenizer import TOKENIZER_FILE, Tokenizer
+from data.tokenizer import Tokenizer
 from errors import UserError, run_command
-from tokens import END_OF_DOCUMENT
+from tokens import END_OF_DOCUMENT, TOKENIZER_FILE
 
 
 def train_byte_level_bpe(
