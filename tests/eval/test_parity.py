@@ -11,14 +11,14 @@ pytest.importorskip("accelerate", reason="the harness's Hugging Face model needs
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
-from benchmarks.eval_parity import (
+from benchmarks.harness_comparison import (
     Answers,
     answer,
     compare,
-    fast_tokenizer,
+    errors_at_largest_differences,
     harness_model,
-    largest_errors,
     open_gguf,
+    to_fast_tokenizer,
     to_transformers,
 )
 from data.tokenizer import Tokenizer
@@ -44,7 +44,7 @@ def both(
     network = build(vocab_size=tokenizer.vocab_size + 4)
     model = Qwen3Model(network, max_length=max_length)
     ours = HarnessModel(model, tokenizer, Scorer(model, token_budget=2000))
-    fast = fast_tokenizer(tokenizer, folder)
+    fast = to_fast_tokenizer(tokenizer, folder)
     theirs = harness_model(to_transformers(network), fast, max_length=max_length, batch_size=8)
     return answer(ours, tasks, data=data, limit=limit), answer(theirs, tasks, data=data, limit=limit)
 
@@ -83,7 +83,7 @@ def test_generated_texts_equal_those_of_hflm(tokenizer: Tokenizer, tmp_path: Pat
     network = build(vocab_size=tokenizer.vocab_size)
     model = Qwen3Model(network, max_length=96)
     ours = HarnessModel(model, tokenizer, Scorer(model, token_budget=150))
-    fast = fast_tokenizer(tokenizer, tmp_path)
+    fast = to_fast_tokenizer(tokenizer, tmp_path)
     theirs = harness_model(to_transformers(network), fast, max_length=96, batch_size=1)
     options = {"until": [], "do_sample": False, "max_gen_toks": 24}
     # 600 words are longer than max_length: both sides truncate the prompt from the left
@@ -112,7 +112,7 @@ def smollm2(file: Path, data: Path, limit: int) -> tuple[Answers, Answers, dict[
     theirs = harness_model(network, fast, max_length=2048, batch_size=8)
     first, second = (answer(lm, tasks, data=data, limit=limit) for lm in (ours, theirs))
     exact = TransformersModel(network.double(), max_length=2048)
-    return first, second, largest_errors(first, second, exact, tokenizer, count=4)
+    return first, second, errors_at_largest_differences(first, second, exact, tokenizer, count=4)
 
 
 def assert_same(first: Answers, second: Answers, errors: dict[str, float]) -> None:

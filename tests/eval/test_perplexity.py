@@ -8,7 +8,8 @@ import torch.distributed.checkpoint as dcp
 
 from config import to_table, to_toml
 from data.config import ParquetSource
-from data.tokenizer import Tokenizer, train_byte_level_bpe
+from data.tokenizer import Tokenizer
+from data.train_tokenizer import train_byte_level_bpe
 from errors import UserError
 from eval.perplexity import main
 from tests.eval.conftest import build
