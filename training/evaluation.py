@@ -21,7 +21,7 @@ from data.titan import build_validation_loader
 from data.tokenizer import Tokenizer
 from eval.distributed import EvaluationError, RankSafeModel, run_on_all_ranks
 from eval.held_out import HeldOutLoss, held_out_loss
-from eval.report.run_records import Record, task_record
+from eval.report.task_records import Record, task_record
 from eval.scoring.language_model import Qwen3Model
 from eval.task_results import TaskResults, format_table
 from models.generation.generate import generate

@@ -9,7 +9,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from eval.report.comparison import Estimate, Row, difference, estimate
-from eval.report.run_records import Record, RunRecord
+from eval.report.run_records import RunRecord
+from eval.report.task_records import Record
 
 AXES = {"tokens": "tokens", "flops": "training FLOPs", "seconds": "hours of training steps"}
 SMOOTHED_PART = 100
@@ -79,7 +80,7 @@ def _write(figure: Figure, axes: Axes, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _positions(records: Sequence[Record], axis: str) -> list[float]:
+def _x_values(records: Sequence[Record], axis: str) -> list[float]:
     scale = 1 / 3600 if axis == "seconds" else 1.0
     return [record[axis] * scale for record in records]
 
@@ -103,7 +104,7 @@ def plot_loss(rows: Sequence[Row], axis: str, path: Path) -> bool:
             if run.steps[-1][axis] is None:
                 continue
             loss = smoothed_loss(run)
-            axes.plot(_positions(run.steps, axis), loss, color=f"C{index}", linewidth=1, label=label)
+            axes.plot(_x_values(run.steps, axis), loss, color=f"C{index}", linewidth=1, label=label)
             drawn += loss[len(loss) // _SKIPPED_PART :]
             label = None
     if drawn:

@@ -1,18 +1,13 @@
-"""Records of a run, read from its folder: resolved config, metrics, results of tasks."""
+"""Records of a run, read from its folder: config and metrics, those of a branch with its trunk's."""
 
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from errors import UserError
-from eval.task_results import RESULTS_FILE, mean_accuracy
+from eval.report.task_records import Record, merge_tasks, read_results
 from models.run_folder import RunFolder, step_of
-
-Record = dict[str, Any]
-
-_MEANS = {"mean_accuracy": True, "mean_plain_accuracy": False}  # name -> whether normalized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +21,8 @@ class RunRecord:
             where recorded, "seconds" (of training steps so far), "rank_seconds" (the same times ranks; None
             where the ranks are unknown) and "flops" (None where unknown).
         held_out: Records of the held-out loss by step, with "tokens", "flops", "seconds" as in steps.
-        tasks: Records of task evaluations by step, as task_record returns them: from training, and from each
-            results.json in the run folder or a folder in it that is of one of the run's checkpoints. Of
-            several results for a task the one over the most documents is kept, at equal numbers the one
-            from results.json; means are over the kept ones. "origins": task -> path of its results.json,
-            None for training.
+        tasks: Task records by step, merged by merge_tasks from those of training and of results.json files.
+            "origins": task -> path of its results.json, None for training.
         num_trunk_steps: Number of steps that the trunk took.
         notes: Damaged lines and missing parts, for the report.
     """
@@ -110,21 +102,6 @@ def read_metrics(path: Path) -> tuple[list[Record], list[str]]:
     return records, notes
 
 
-def task_record(results: Record) -> Record:
-    """Flatten results of tasks to a record.
-
-    Args:
-        results: The fields of an eval.task_results.TaskResults, as in results.json.
-
-    Returns:
-        "tasks/<task>/<metric>", num_documents being one of the metrics, and "tasks/mean_accuracy" and
-        "tasks/mean_plain_accuracy" unless None.
-    """
-    record = {f"tasks/{task}/{m}": x for task, found in results["metrics"].items() for m, x in found.items()}
-    record |= {f"tasks/{task}/num_documents": num for task, num in results["num_documents"].items()}
-    return record | {f"tasks/{name}": results[name] for name in _MEANS if results[name] is not None}
-
-
 def _last_fingerprint(records: Sequence[Record]) -> str | None:
     found = (record.get("tokenizer_fingerprint") for record in reversed(records))
     return next((each for each in found if each is not None), None)
@@ -134,87 +111,6 @@ def tokenizer_fingerprint(run: RunFolder) -> str | None:
     """Return the fingerprint of the tokenizer that a run was trained with; None where it was not recorded."""
     path = run.metrics_file
     return _last_fingerprint(read_metrics(path)[0]) if path.exists() else None
-
-
-def _wrote(folder: Path, checkpoint: Path) -> bool:
-    """Return whether a run wrote a checkpoint; for a run that has been moved since, compare folder names."""
-    run = RunFolder.of_checkpoint(checkpoint).path
-    return run.resolve() == folder.resolve() if run.exists() else run.name == folder.resolve().name
-
-
-def _read_results(folder: Path, fingerprint: str | None) -> tuple[list[Record], list[str]]:
-    """Read each results.json in a run folder or a folder in it; return task records and notes.
-
-    Results with another tokenizer than the run's are skipped, where both fingerprints were recorded.
-    """
-    records: list[Record] = []
-    notes: list[str] = []
-    for path in sorted((*folder.glob(RESULTS_FILE), *folder.glob(f"*/{RESULTS_FILE}"))):
-        try:
-            results = json.loads(path.read_text(encoding="utf-8"))
-            checkpoint = Path(results["checkpoint"])
-            record = {"step": step_of(checkpoint), "path": str(path), **task_record(results)}
-            theirs = results.get("tokenizer_fingerprint")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            notes.append(f"{path} was not written by eval.downstream ({error!r}) and was skipped")
-            continue
-        if not _wrote(folder, checkpoint):
-            notes.append(f"{path} is of {checkpoint}, not a checkpoint of {folder}, and was skipped")
-        elif None not in (theirs, fingerprint) and theirs != fingerprint:
-            notes.append(
-                f"{path} was made with another tokenizer (fingerprint {theirs}) than the run's "
-                f"({fingerprint}), and was skipped"
-            )
-        else:
-            records.append(record)
-    return records, notes
-
-
-def _by_task(record: Record) -> dict[str, Record]:
-    """Group the items of a task record by task, without the means."""
-    tasks: dict[str, Record] = {}
-    for key, value in record.items():
-        task = key.removeprefix("tasks/").rpartition("/")[0]
-        if key.startswith("tasks/") and task:
-            tasks.setdefault(task, {})[key] = value
-    return tasks
-
-
-def _means(record: Record) -> Record:
-    """Compute the means over a task record's tasks, where it has all eight."""
-    metrics = {
-        task: {key.rpartition("/")[2]: value for key, value in items.items()}
-        for task, items in _by_task(record).items()
-    }
-    means = {f"tasks/{name}": mean_accuracy(metrics, normalized=flag) for name, flag in _MEANS.items()}
-    return {name: value for name, value in means.items() if value is not None}
-
-
-def _merge_tasks(records: Iterable[Record]) -> list[Record]:
-    """Merge task records into one per step: of each task the result over the most documents, else the last.
-
-    Means are recomputed over the merged tasks.
-    """
-    merged: dict[int, Record] = {}
-    most: dict[tuple[int, str], int] = {}
-    for record in records:
-        step, tasks = record["step"], _by_task(record)
-        if not tasks:
-            continue
-        facts = {key: value for key, value in record.items() if not key.startswith("tasks/")}
-        path = facts.pop("path", None)
-        found = merged.setdefault(step, {"origins": {}})
-        found.update(facts)
-        for task, values in tasks.items():
-            num = record.get(f"tasks/{task}/num_documents", 0)
-            if num < most.get((step, task), 0):
-                continue
-            most[step, task] = num
-            for key in _by_task(found).get(task, ()):
-                del found[key]
-            found.update(values)
-            found["origins"][task] = path
-    return [found | _means(found) for _, found in sorted(merged.items())]
 
 
 def _by_step(records: Iterable[Record], prefix: str) -> list[Record]:
@@ -271,7 +167,7 @@ def _add_costs(steps: list[Record]) -> None:
         record["flops"] = None if flops is None else flops * record["tokens"]
 
 
-def _add_positions(records: list[Record], steps: list[Record]) -> None:
+def _add_progress(records: list[Record], steps: list[Record]) -> None:
     """Add the tokens, FLOPs and seconds of their step to records of evaluations."""
     by_step = {step["step"]: step for step in steps}
     for record in records:
@@ -294,12 +190,12 @@ def read_run(folder: Path) -> RunRecord:
         raise UserError(f"there is no folder {folder}; want a run folder such as runs/NAME")
     config, records, trunk_step, notes = _read_folder(folder)
     steps = _by_step(records, "loss")
-    results, damaged = _read_results(folder, _last_fingerprint(records))
+    results, damaged = read_results(folder, _last_fingerprint(records))
     notes += damaged
-    held_out, tasks = _by_step(records, "validation_loss"), _merge_tasks([*records, *results])
+    held_out, tasks = _by_step(records, "validation_loss"), merge_tasks([*records, *results])
     _add_costs(steps)
-    _add_positions(held_out, steps)
-    _add_positions(tasks, steps)
+    _add_progress(held_out, steps)
+    _add_progress(tasks, steps)
     notes += [
         f"{folder}: at step {record['step']} an evaluation failed: {record['eval_error']}"
         for record in records
@@ -309,7 +205,7 @@ def read_run(folder: Path) -> RunRecord:
         notes.append(f"{folder} has no training steps")
     elif steps[0]["step"] > 1 and not any("branched" in note for note in notes):
         notes.append(
-            f"{folder}: records begin at step {steps[0]['step']}; time and cost lack the steps before"
+            f"{folder}: records begin at step {steps[0]['step']}; time and cost are without earlier steps"
         )
     run = RunRecord(
         folder=folder,
