@@ -158,7 +158,7 @@ def _compared(run: RunRecord) -> dict[str, Any]:
     """Return the keys that must be equal for losses to be comparable."""
     keys = {k: v for k, v in run.config.items() if k.startswith("data.") and k not in _FREE_DATA_KEYS}
     keys |= {key: run.config[key] for key in ("training.seq_len", "eval.max_tokens") if key in run.config}
-    return keys | {"tokens of the run": run.budget}
+    return keys | {"token budget": run.budget}
 
 
 def _num_documents(run: RunRecord) -> dict[str, Any]:

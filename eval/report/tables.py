@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 from eval.report.comparison import (
     FINAL_STEPS,
@@ -26,17 +27,35 @@ def _percent(value: float | None) -> float | None:
     return None if value is None else 100 * value
 
 
-# heading, value of a run, digits, value of the paper's row
-_RESULTS: tuple[tuple[str, Value, int, Callable[[PaperRow], float | None] | None], ...] = (
-    ("training loss", training_loss, 4, None),
-    ("held-out loss", held_out_loss, 4, None),
-    ("LAMBADA ppl", lambda run: task_metric(run, "lambada_openai", "perplexity"), 2,
-     lambda r: r.lambada_perplexity),
-    ("WikiText ppl", lambda run: task_metric(run, "wikitext", "word_perplexity"), 2,
-     lambda r: r.wikitext_perplexity),
-    ("mean accuracy, %", lambda run: _percent(task_metric(run, "", "mean_accuracy")), 2,
-     lambda r: r.mean_accuracy),
-)  # fmt: skip
+class _Column(NamedTuple):
+    heading: str
+    value: Value
+    digits: int
+    paper_value: Callable[[PaperRow], float | None] | None
+
+
+_RESULTS = (
+    _Column("training loss", training_loss, 4, None),
+    _Column("held-out loss", held_out_loss, 4, None),
+    _Column(
+        "LAMBADA ppl",
+        lambda run: task_metric(run, "lambada_openai", "perplexity"),
+        2,
+        lambda row: row.lambada_perplexity,
+    ),
+    _Column(
+        "WikiText ppl",
+        lambda run: task_metric(run, "wikitext", "word_perplexity"),
+        2,
+        lambda row: row.wikitext_perplexity,
+    ),
+    _Column(
+        "mean accuracy, %",
+        lambda run: _percent(task_metric(run, "", "mean_accuracy")),
+        2,
+        lambda row: row.mean_accuracy,
+    ),
+)
 
 
 def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
@@ -108,15 +127,15 @@ def results_table(rows: Sequence[Row]) -> list[str]:
     papers = [row.paper for row in rows]
     with_paper = any(paper is not None for paper in papers)
     head = ["row", "seeds"]
-    for name, _, _, of_paper in _RESULTS:
-        head += [name, "paper"] if with_paper and of_paper else [name]
+    for column in _RESULTS:
+        head += [column.heading, "paper"] if with_paper and column.paper_value else [column.heading]
     body = []
     for row, paper in zip(rows, papers, strict=True):
         cells = [row.name, str(len(row.runs))]
-        for _, value, digits, of_paper in _RESULTS:
-            cells.append(_cell(row, value, digits))
-            if with_paper and of_paper:
-                stated = of_paper(paper) if paper is not None else None
+        for column in _RESULTS:
+            cells.append(_cell(row, column.value, column.digits))
+            if with_paper and column.paper_value:
+                stated = column.paper_value(paper) if paper is not None else None
                 cells.append(_NO_VALUE if stated is None else f"{stated:.2f}")
         body.append(cells)
     source = f"Paper: {SOURCE}." if with_paper else f"No row is in the paper ({SOURCE})."
@@ -153,11 +172,11 @@ def tasks_table(rows: Sequence[Row]) -> list[str]:
 
 def differences_table(rows: Sequence[Row], baseline: Row) -> list[str]:
     """Format the differences of results, row - baseline."""
-    head = ["row", "seeds of row / baseline", *(name for name, *_ in _RESULTS)]
+    head = ["row", "seeds of row / baseline", *(column.heading for column in _RESULTS)]
     body = []
     for row in rows:
         if row is not baseline:
-            deltas = (_difference_cell(row, baseline, value, digits) for _, value, digits, _ in _RESULTS)
+            deltas = (_difference_cell(row, baseline, each.value, each.digits) for each in _RESULTS)
             body.append([row.name, f"{len(row.runs)} / {len(baseline.runs)}", *deltas])
     lines = [
         f"Row - `{baseline.name}` +/- sqrt(s1^2/n1 + s2^2/n2), with sample variances s^2 over n seeds.",

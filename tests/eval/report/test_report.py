@@ -83,7 +83,7 @@ def test_a_running_mean_is_over_the_last_values() -> None:
         ("data.train.files", ("--data.train.files", '["other.parquet"]')),
         ("data.train.min_score", ("--data.train.min_score", "0.5")),
         ("data.tokenizer", ("--data.tokenizer", "other/tokenizer.json")),
-        ("tokens of the run", ("--training.stop_at_step", "29")),
+        ("token budget", ("--training.stop_at_step", "29")),
         ("eval.max_tokens", ("--eval.max_tokens", "7")),
     ],
 )
