@@ -134,7 +134,7 @@ def run_on_all_ranks(work: Callable[[], T], device: torch.device) -> T:
         result = work()
     except EvaluationError:
         raise
-    except Exception as error:  # of any kind: training goes on without this evaluation
+    except Exception as error:  # of any kind: training continues without this evaluation
         failure = error
     raise_on_all_ranks(failure, device)
     return result  # pyrefly: ignore [bad-return]

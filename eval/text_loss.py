@@ -16,7 +16,7 @@ from eval.scoring.groups import Scores
 from eval.scoring.language_model import LanguageModel
 from eval.scoring.scorer import score_groups
 
-# batches that are sorted by length together: more of them waste less, and take more memory
+# batches per rank whose windows are sorted by length together: more fill the batches better but take memory
 _SORTED_BATCHES = 16
 _BINS_PER_OCTAVE = 2
 

@@ -21,7 +21,7 @@ SOURCE = "arXiv 2605.29157"
 
 @dataclass(frozen=True, kw_only=True)
 class PaperRow:
-    """A row of the paper's results; None where the paper states no number.
+    """A row of the paper's results; None for a number that the paper does not report.
 
     Attributes:
         size: Size, as in models/sizes.py.

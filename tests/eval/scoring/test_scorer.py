@@ -117,9 +117,9 @@ def test_an_interrupted_evaluation_resumes(tmp_path: Path) -> None:
     path, wanted = tmp_path / "out" / "requests.jsonl", requests(100)
     whole = IdModel()
     truth = Scorer(whole, token_budget=60).log_likelihoods(wanted)
-    broken = IdModel(interrupt_after=4)
+    interrupted = IdModel(interrupt_after=4)
     with pytest.raises(KeyboardInterrupt):
-        Scorer(broken, token_budget=60, saved=SavedResults(path, "a")).log_likelihoods(wanted)
+        Scorer(interrupted, token_budget=60, saved=SavedResults(path, "a")).log_likelihoods(wanted)
     # an interrupted write
     with path.open("a") as file:
         file.write('["half a li')
@@ -127,7 +127,9 @@ def test_an_interrupted_evaluation_resumes(tmp_path: Path) -> None:
     scorer = Scorer(again, token_budget=60, saved=SavedResults(path, "a"))
     assert scorer.log_likelihoods(wanted) == truth
     assert len(again.batches) <= len(whole.batches) - 4 + 1
-    assert scorer.num_reused == sum(len(group.continuations) for batch in broken.batches for group in batch)
+    assert scorer.num_reused == sum(
+        len(group.continuations) for batch in interrupted.batches for group in batch
+    )
     third = IdModel()
     assert Scorer(third, token_budget=60, saved=SavedResults(path, "a")).log_likelihoods(wanted) == truth
     assert third.batches == []
@@ -206,7 +208,7 @@ def _differ_on_two(rank: int, folder: str) -> None:
     scorer = Scorer(IdModel(), token_budget=20)
     swapped = [*wanted[:-1], ((5, 6), (7,))] if rank else wanted
     prompts = [[1, 2], [3 + rank]]
-    # each rank sees a folder of its own
+    # each rank has a folder of its own
     own = Path(folder, str(rank))
     saved = SavedResults(own / "requests.jsonl", "a")
     complaints = [
