@@ -44,10 +44,10 @@ def windows(
 
     The first window predicts as many tokens as fit, each later one the next `stride` tokens, with as much
     context as fits. A window is max_length + 1 tokens long, as its last token is no input. With the default
-    stride, max_length, these are the harness's rolling windows: disjoint but for one token of context.
+    stride, max_length, these are the rolling windows of the harness.
 
-    Example: 11 tokens, max_length 4; token 0 starts the text and is never predicted ("c" context only, "P"
-    predicted).
+    Example: 11 tokens, max_length 4. Token 0 starts the text and is never predicted. "c" is a token that is
+    context only, "P" a predicted one.
 
         token            0 1 2 3 4 5 6 7 8 9 10
 
@@ -60,7 +60,9 @@ def windows(
                                  c c c P P            (4, 7, 9)
                                      c c c P P        (6, 9, 11)
 
-    A smaller stride gives each token more context and costs more windows.
+    The window (4, 5, 9) has tokens 4 to 7 as input and predicts tokens 5 to 8, from 1 to 4 tokens of context
+    each. At stride 2 the same tokens have 3 or 4 tokens of context: a smaller stride gives a lower loss and
+    costs more windows.
 
     Args:
         num_tokens: Tokens of the text.
