@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from models import sizes
 from models.attention.base import Attention, mean_visible_keys
@@ -272,6 +273,35 @@ def test_initial_weights_depend_on_seed_and_name_alone() -> None:
     assert not torch.equal(attention.wq.weight, attention.wr.weight)
     assert float(attention.wr.weight.detach().std()) == pytest.approx(0.2, rel=0.1)
     assert torch.all(attention.r_norm.weight == 0.25)
+
+
+def test_wrappers_of_activation_checkpointing_are_not_in_parameter_names() -> None:
+    plain, wrapped = build(ParallaxConfig()), build(ParallaxConfig())
+    for index, block in enumerate(wrapped.layers):
+        wrapped.layers[index] = checkpoint_wrapper(block)
+    assert [*wrapped.unwrapped_parameters()] == [name for name, _ in plain.named_parameters()]
+    init_weights(wrapped, 1)
+    for a, b in zip(plain.parameters(), wrapped.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_materialize_keeps_embedding_and_head_tied() -> None:
+    for tie in (True, False):
+        with torch.device("meta"):
+            model = Qwen3(ModelConfig(size="tiny", vocab_size=VOCAB, tie_embeddings=tie))
+        model.materialize("cpu")
+        assert not model.norm.weight.is_meta
+        assert (model.output.weight is model.tok_embeddings.weight) == tie
+
+
+def test_logits_are_at_least_fp32_whatever_the_dtype_and_autocast() -> None:
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        model = build(SoftmaxConfig(), dtype)
+        assert model(tokens(2, 5)).dtype == torch.promote_types(dtype, torch.float32)
+    x = torch.randn(3, TINY.width)
+    expected = build(SoftmaxConfig()).output.logits(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(build(SoftmaxConfig()).output(x, None), expected)
 
 
 def test_bad_dimensions_and_inputs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
