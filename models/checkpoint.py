@@ -41,8 +41,8 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
         checkpoint: From find_checkpoint.
 
     Raises:
-        UserError: Weights are missing in the checkpoint or have other shapes (all are listed), or a file of it
-            cannot be read.
+        UserError: Weights are missing in the checkpoint or have other shapes (all are listed), or one of its
+            files cannot be read.
     """
     assert isinstance(model, Qwen3)
     weights = {name: parameter.detach() for name, parameter in model.unwrapped_parameters().items()}

@@ -1,13 +1,14 @@
 """Initial weights, each drawn from a generator that is seeded by the run's seed and the parameter's name.
 
-Every rank draws the whole tensor on the CPU and keeps its shard: the weights are bit-identical on any number of
-ranks and on any hardware.
+Every rank draws the whole tensor on the CPU and keeps its shard: the weights are bit-identical on any number
+of ranks and on any hardware.
 
-    matrices               normal with the config's init_std
-    attention.wo, mlp.down normal with init_std / sqrt(2 num_layers), as in GPT-2: they write to the residual stream
-    wr_out (low-rank W_R)  normal with 1 / sqrt(rank): the product wr_out wr_in has init_std
-    norm gains             1, the probe's r_gain_init
-    others                 Attention.initial_value of their module
+    matrices                 normal with std init_std
+    attention.wo, mlp.down   normal with std init_std / sqrt(2 num_layers), as in GPT-2: their outputs are
+                             added to the residual stream
+    wr_out (low-rank W_R)    normal with std 1 / sqrt(rank), so that wr_out wr_in has std init_std
+    gains of norms           1; the probe's r_gain_init
+    others                   Attention.initial_value of their module
 """
 
 import hashlib

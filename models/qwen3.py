@@ -295,7 +295,7 @@ class Qwen3(nn.Module):
         return sum(module.num_cache_elements(seq_len) for module in self.attention_modules())
 
     def num_parameters(self) -> dict[str, int]:
-        """Count the parameters by part: embedding (with the head), attention (with w_r), mlp, norms, total."""
+        """Count the parameters by part: embedding (and head), attention (and its w_r), mlp, norms, total."""
         counts = dict.fromkeys(("embedding", "attention", "w_r", "mlp", "norms", "total"), 0)
         for name, parameter in self.unwrapped_parameters().items():
             if name in ("tok_embeddings.weight", "output.weight"):

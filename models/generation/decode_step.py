@@ -40,7 +40,7 @@ class DecodeStep:
         self._host = torch.zeros(2, batch, dtype=torch.float64, pin_memory=device.type == "cuda")
         self._graph: torch.cuda.CUDAGraph | None = None
         attentions = [m for m in model.modules() if isinstance(m, Attention)]
-        if device.type == "cuda" and all(attention.extends_in_graph for attention in attentions):
+        if device.type == "cuda" and all(attention.supports_cuda_graph for attention in attentions):
             self._capture()
 
     def start(self, logits_BV: torch.Tensor) -> None:

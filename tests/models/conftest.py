@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from models.attention.recurrent.base import _fla
+from models.attention.recurrent.fla import import_fla
 
 
 @pytest.fixture(scope="session")
@@ -17,7 +17,7 @@ def little_tuning() -> None:
     """
     if importlib.util.find_spec("fla") is None:
         return
-    _fla(torch.empty(0))  # imports the kernels
+    import_fla(torch.empty(0))
     for name, module in list(sys.modules.items()):
         for kernel in list(vars(module).values()) if name.startswith("fla.") else []:
             while kernel is not None and not hasattr(kernel, "configs"):

@@ -86,7 +86,7 @@ def test_a_graph_gives_what_its_calls_give(
     captured = generate(model, PROMPTS, max_new_tokens=40)
     for module in model.modules():
         if isinstance(module, Attention):
-            monkeypatch.setattr(module, "extends_in_graph", False, raising=False)
+            monkeypatch.setattr(module, "supports_cuda_graph", False, raising=False)
     assert generate(model, PROMPTS, max_new_tokens=40) == captured
 
 

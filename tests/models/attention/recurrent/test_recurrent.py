@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from errors import UnsupportedError
 from models import sizes
 from models.attention.base import Attention, Rope
 from models.attention.mamba2 import Mamba2
 from models.attention.recurrent.base import STATE_SPACE
-from models.attention.recurrent.chunks import unit
+from models.attention.recurrent.chunks import l2_normalize
 from models.attention.recurrent.delta_rule import gated_delta_rule, gated_delta_rule_steps
 from models.attention.recurrent.mesa import mesa, mesa_steps
 from models.attention.recurrent.state_space import state_space, state_space_steps
@@ -101,7 +102,7 @@ def fla_reference(kind: str, values: dict[str, Any]) -> tuple[Tensor, tuple[Any,
     if kind == "state-space":
         o, state = naive_recurrent_simple_gla(q, k, v, g, scale=1.0, output_final_state=True)
         return o, (state,)
-    q, k, beta = unit(q), unit(k), values["beta"]
+    q, k, beta = l2_normalize(q), l2_normalize(k), values["beta"]
     if kind == "mesa":
         o, *states = naive_mesa_net_exact(q, k, v, g, values["ridge"], beta)
         return o, tuple(states)
@@ -314,9 +315,11 @@ def test_kernels_without_fla_or_in_fp64_are_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "fla.modules.causal_conv1d", None)
     q = torch.zeros(1, 4, 1, 8)
     with pytest.raises(ImportError, match=r"pip install 'parallax-pretraining\[baselines\]'"):
-        STATE_SPACE.fused(q, q, q, q[..., 0], cu_seqlens=None, keep=False)
-    with pytest.raises(NotImplementedError, match="run it on the CPU"):
-        STATE_SPACE.fused(*(x.double() for x in (q, q, q, q[..., 0])), cu_seqlens=None, keep=False)
+        STATE_SPACE.fused(q, q, q, q[..., 0], cu_seqlens=None, output_final_state=False)
+    with pytest.raises(UnsupportedError, match="use the CPU"):
+        STATE_SPACE.fused(
+            *(x.double() for x in (q, q, q, q[..., 0])), cu_seqlens=None, output_final_state=False
+        )
 
 
 def test_bad_options_are_refused() -> None:

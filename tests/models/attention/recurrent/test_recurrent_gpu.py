@@ -1,7 +1,7 @@
 """The recurrent baselines on CUDA: fla's kernels against the plain code, packed, compiled and in CUDA graphs.
 
 The measuring stick: inputs are made once in the low dtype, the plain code on their `.double()` is the truth,
-and the error may be twice that of the plain code in bf16 (of a mechanism: under autocast, which rounds what
+and the error may be twice that of the plain code in bf16 (of a recurrence: under autocast, which rounds what
 its products take), plus the rounding of a result.
 """
 
@@ -17,10 +17,10 @@ from models.attention.recurrent.base import (
     GATED_DELTA_RULE,
     MESA,
     STATE_SPACE,
-    Mechanism,
+    Recurrence,
     RecurrentAttention,
+    RowScan,
     ShortConvolution,
-    _Rows,
 )
 from models.config import (
     AttentionConfig,
@@ -36,7 +36,7 @@ from models.qwen3 import Qwen3
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:Gated DeltaNet runs slower here")]
 
 BAND = 2**-8  # a rounding of each result to bf16
-MECHANISMS: dict[str, Mechanism] = {
+RECURRENCES: dict[str, Recurrence] = {
     "gated-delta": GATED_DELTA_RULE,
     "kimi-delta": GATED_DELTA_RULE,
     "mesa": MESA,
@@ -114,18 +114,18 @@ def assert_within_budget(
     ("width", "dtype"), [(64, torch.bfloat16), (128, torch.bfloat16), (64, torch.float32)], ids=str
 )
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", MECHANISMS)
+@pytest.mark.parametrize("kind", RECURRENCES)
 def test_kernels_equal_the_plain_code(kind: str, layout: str, width: int, dtype: torch.dtype) -> None:
-    lengths, mechanism = LAYOUTS[layout], MECHANISMS[kind]
+    lengths, recurrence = LAYOUTS[layout], RECURRENCES[kind]
     documents = None if lengths is None else bounds(lengths)
     values = inputs(kind, width, dtype, 2 if documents is None else 1)
 
     def fused(*arguments: Any) -> Any:
-        o, states = mechanism.fused(*arguments, cu_seqlens=documents, keep=documents is None)
+        o, states = recurrence.fused(*arguments, cu_seqlens=documents, output_final_state=documents is None)
         return o, states if documents is None else ()
 
     def plain(*arguments: Any) -> Any:
-        o, states = mechanism.plain(*arguments, cu_seqlens=documents)
+        o, states = recurrence.chunked(*arguments, cu_seqlens=documents)
         return o, states if documents is None else ()
 
     def plain_in_bf16(*arguments: Any) -> Any:
@@ -136,16 +136,16 @@ def test_kernels_equal_the_plain_code(kind: str, layout: str, width: int, dtype:
     assert_within_budget(results(fused, values), results(plain_in_bf16, values), truth)
 
 
-@pytest.mark.parametrize("kind", MECHANISMS)
+@pytest.mark.parametrize("kind", RECURRENCES)
 def test_gradients_of_a_mean_over_millions_of_tokens_are_as_exact(kind: str) -> None:
-    mechanism, documents = MECHANISMS[kind], bounds([63, 65, 272])
+    recurrence, documents = RECURRENCES[kind], bounds([63, 65, 272])
     values, scale = inputs(kind, 64, torch.bfloat16, 1), 2.0**-22
 
     def fused(*arguments: Any) -> Any:
-        return mechanism.fused(*arguments, cu_seqlens=documents, keep=False)[0], ()
+        return recurrence.fused(*arguments, cu_seqlens=documents, output_final_state=False)[0], ()
 
     def plain(*arguments: Any) -> Any:
-        return mechanism.plain(*arguments, cu_seqlens=documents)[0], ()
+        return recurrence.chunked(*arguments, cu_seqlens=documents)[0], ()
 
     def plain_in_bf16(*arguments: Any) -> Any:
         with torch.autocast("cuda", torch.bfloat16):
@@ -163,10 +163,10 @@ def test_gated_delta_rule_of_256_wide_keys_equals_the_plain_code() -> None:
     def run(function: Any, **options: Any) -> Any:
         return lambda *arguments: (function(*arguments, cu_seqlens=documents, **options)[0], ())
 
-    truth = results(run(GATED_DELTA_RULE.plain), values, double=True)
+    truth = results(run(GATED_DELTA_RULE.chunked), values, double=True)
     with torch.autocast("cuda", torch.bfloat16):
-        plain = results(run(GATED_DELTA_RULE.plain), values)
-    assert_within_budget(results(run(GATED_DELTA_RULE.fused, keep=False), values), plain, truth)
+        plain = results(run(GATED_DELTA_RULE.chunked), values)
+    assert_within_budget(results(run(GATED_DELTA_RULE.fused, output_final_state=False), values), plain, truth)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -182,7 +182,7 @@ def test_convolution_kernel_equals_the_plain_code(layout: str, bias: bool) -> No
     def run(device: str, dtype: torch.dtype) -> dict[str, Tensor]:
         conv.bfloat16().to(device, dtype)
         leaf = x.to(device, dtype).requires_grad_()
-        rows = _Rows(None if documents is None else documents.to(device))
+        rows = RowScan(None if documents is None else documents.to(device))
         y = rows.convolve("", conv, leaf)
         gradients = torch.autograd.grad(y.square().sum(), [leaf, *conv.parameters()])
         return {"y": y.cuda(), **{f"gradient {n}": g.cuda() for n, g in enumerate(gradients)}}
