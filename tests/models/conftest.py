@@ -1,4 +1,4 @@
-"""Fixtures of the tests of models."""
+"""Fixtures of the models' tests."""
 
 import importlib.util
 import sys
@@ -10,10 +10,10 @@ from models.attention.recurrent.fla import import_fla
 
 
 @pytest.fixture(scope="session")
-def little_tuning() -> None:
-    """Let fla's kernels, where they are, try three settings each: results are tested, not speed.
+def fast_autotuning() -> None:
+    """Reduce the autotuning of fla's kernels, if installed, to three configs each.
 
-    They tune over up to a hundred settings a shape, which takes minutes.
+    Up to a hundred configs per shape take minutes, and speed is not tested.
     """
     if importlib.util.find_spec("fla") is None:
         return

@@ -58,7 +58,9 @@ kinds = pytest.mark.parametrize(
 
 
 @kinds
-def test_generation_is_as_exact_as_the_full_forward(attention: AttentionConfig, little_tuning: None) -> None:
+def test_generation_is_as_exact_as_the_full_forward(
+    attention: AttentionConfig, fast_autotuning: None
+) -> None:
     """Error budget: fp64 with the same weights is the truth, the full forward the yardstick."""
     model = build(attention)
     truth_model = copy.deepcopy(model).to("cpu", torch.float64)
@@ -80,7 +82,7 @@ def test_generation_is_as_exact_as_the_full_forward(attention: AttentionConfig, 
 
 @kinds
 def test_a_cuda_graph_equals_eager_decoding(
-    attention: AttentionConfig, monkeypatch: pytest.MonkeyPatch, little_tuning: None
+    attention: AttentionConfig, monkeypatch: pytest.MonkeyPatch, fast_autotuning: None
 ) -> None:
     model = build(attention)
     captured = generate(model, PROMPTS, max_new_tokens=40)
