@@ -1,8 +1,8 @@
 """The recurrent baselines on CUDA: fla's kernels against the chunked code, packed, compiled, in CUDA graphs.
 
-Error budget: inputs are made once in the low dtype, the chunked code on their `.double()` is the truth, and the
-error may be twice that of the chunked code in bf16 (of a recurrence: under autocast, which rounds the inputs
-of its products), plus one rounding of the result.
+Error budget: inputs are made once in the low dtype, the chunked code on their `.double()` is the truth, and
+the error may be twice that of the chunked code in bf16 (of a recurrence: under autocast, which rounds the
+inputs of its products), plus one rounding of the result.
 """
 
 import re
@@ -286,7 +286,7 @@ def test_model_gradients_equal_those_on_cpu_compiled_or_not(
         truth = gradients_by_role(truth_model, documents)
 
         def joined(of: Qwen3, documents: Tensor = documents, truth: dict[str, Tensor] = truth) -> Tensor:
-            # all roles weigh the same; a gate's few gradients alone are cancelling sums, mostly rounding error
+            # all roles weigh the same; the few gradients of a gate are cancelling sums, mostly rounding
             gradients = gradients_by_role(of, documents)
             return torch.cat([gradients[role] / x.norm() for role, x in truth.items()])
 
