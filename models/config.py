@@ -251,9 +251,7 @@ def _check_size(size: str, custom_size: ModelSize | None) -> None:
     if size != "custom" and size not in SIZES:
         raise UserError(f'size must be "custom" or one of {sorted(SIZES)}, got {size!r}')
     if size == "custom" and custom_size is None:
-        raise UserError(
-            'size is "custom", so custom_size must be a table of width, num_layers and so on'
-        )
+        raise UserError('size is "custom", so custom_size must be a table of width, num_layers and so on')
     if size != "custom" and custom_size is not None:
         raise UserError(f'custom_size requires size = "custom", got size {size!r}; set custom_size to "none"')
     for dimension in () if custom_size is None else fields(custom_size):

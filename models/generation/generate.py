@@ -88,10 +88,11 @@ def stream(
             step = DecodeStep(model, cache, _for_batch(sampling or Sampling(), first), compile_blocks)
         cache.reset()
         device = cache.lengths_B.device
-        bounds = torch.tensor([0, *(len(prompts[row]) for row in rows)]).cumsum(0).to(device, torch.int32)
+        bounds = torch.tensor([0, *(len(prompts[row]) for row in rows)]).cumsum(0)
+        cu_seqlens = bounds.to(device, torch.int32)
         tokens_1T = torch.tensor([[token for row in rows for token in prompts[row]]], device=device)
-        x_BD = prefill(model, tokens_1T, bounds, cache)[0, bounds[1:].long() - 1]
-        step.start(model.output.logits(x_BD))
+        x_1TD = prefill(model, tokens_1T, cu_seqlens, cache)
+        step.start(model.output.logits(x_1TD[0, cu_seqlens[1:].long() - 1]))
         yield from _decode(step, rows, max_new_tokens, stop_ids, stop)
 
 
