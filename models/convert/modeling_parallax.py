@@ -313,13 +313,18 @@ class ParallaxQwen3Model(ParallaxQwen3PreTrainedModel):
 class ParallaxHead(nn.Linear):
     """The output projection, with logits in at least fp32."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Compute logits; 16-bit products on CUDA are rounded only if they need gradients."""
-        needs_grad = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        if x.is_cuda and x.dtype == self.weight.dtype in (torch.bfloat16, torch.float16) and not needs_grad:
-            logits = torch.mm(x.flatten(0, -2), self.weight.T, out_dtype=torch.float32)
-            return logits.unflatten(0, x.shape[:-1])
-        logits = super().forward(x)
+        weight = self.weight
+        needs_grad = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
+        if (
+            input.is_cuda
+            and input.dtype == weight.dtype in (torch.bfloat16, torch.float16)
+            and not needs_grad
+        ):
+            logits = torch.mm(input.flatten(0, -2), weight.T, out_dtype=torch.float32)
+            return logits.unflatten(0, input.shape[:-1])
+        logits = super().forward(input)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

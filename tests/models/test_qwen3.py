@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
+from errors import UserError
 from models import sizes
 from models.attention.base import Attention, mean_visible_keys
 from models.attention.parallax import ParallaxAttention
@@ -247,11 +248,11 @@ def test_linear_variants_have_the_parameters_of_softmax() -> None:
 
 def test_invalid_solver_options_raise() -> None:
     for kind in (LocalLinearConfig, AffineMesaNetConfig):
-        with pytest.raises(ValueError, match="ridge must be positive and finite"):
+        with pytest.raises(UserError, match="ridge must be positive and finite"):
             kind(ridge=0.0)
-        with pytest.raises(ValueError, match="num_iterations must be at least 1, got 0"):
+        with pytest.raises(UserError, match="num_iterations must be at least 1, got 0"):
             kind(num_iterations=0)
-    with pytest.raises(ValueError, match="window_size must be at least 1"):
+    with pytest.raises(UserError, match="window_size must be at least 1"):
         LocalLinearConfig(window_size=0)
 
 
@@ -305,10 +306,10 @@ def test_logits_are_at_least_fp32_whatever_the_dtype_and_autocast() -> None:
 
 def test_invalid_dimensions_and_inputs_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sizes.SIZES, "odd", replace(TINY, num_kv_heads=3))
-    with pytest.raises(ValueError, match=r"num_heads \(4\) must be a multiple of num_kv_heads \(3\)"):
+    with pytest.raises(UserError, match=r"num_heads \(4\) must be a multiple of num_kv_heads \(3\)"):
         Qwen3(ModelConfig(size="odd", vocab_size=VOCAB))
     model = build(SoftmaxConfig())
-    with pytest.raises(ValueError, match="at least one token"):
+    with pytest.raises(UserError, match="at least one token"):
         model(tokens(1, 0))
     with pytest.raises(ValueError, match="cu_seqlens needs batch 1"):
         model(tokens(2, 4), cu_seqlens=torch.tensor([0, 4], dtype=torch.int32))
