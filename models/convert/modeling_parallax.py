@@ -315,16 +315,11 @@ class ParallaxHead(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Compute logits; 16-bit products on CUDA are rounded only if they need gradients."""
-        weight = self.weight
-        needs_grad = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
-        if (
-            input.is_cuda
-            and input.dtype == weight.dtype in (torch.bfloat16, torch.float16)
-            and not needs_grad
-        ):
-            logits = torch.mm(input.flatten(0, -2), weight.T, out_dtype=torch.float32)
-            return logits.unflatten(0, input.shape[:-1])
-        logits = super().forward(input)
+        x, weight = input, self.weight
+        needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        if x.is_cuda and x.dtype == weight.dtype in (torch.bfloat16, torch.float16) and not needs_grad:
+            return torch.mm(x.flatten(0, -2), weight.T, out_dtype=torch.float32).unflatten(0, x.shape[:-1])
+        logits = super().forward(x)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
