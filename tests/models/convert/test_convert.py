@@ -166,7 +166,7 @@ def test_a_softmax_model_converts_to_a_trainable_parallax_model_with_the_same_lo
         weights = [dict(load_model(tmp_path / f).named_parameters()) for f in ("parallax", f"seed{seed}")]
         assert torch.equal(*(w["layers.0.attention.wr.weight"] for w in weights)) == same
     convert_to_hf(tmp_path / "parallax", tmp_path / "parallax_hf")
-    with pytest.raises(UserError, match="--attention softmax would drop the folder's W_R"):
+    with pytest.raises(UserError, match="--attention softmax would drop W_R"):
         convert_from_hf(tmp_path / "parallax_hf", tmp_path / "no", attention="softmax")
 
 
