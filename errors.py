@@ -21,6 +21,10 @@ class UnsupportedError(UserError, NotImplementedError):
     """A combination that makes sense but that nothing here serves; the message names what works instead."""
 
 
+class RunError(RuntimeError):
+    """A run that cannot continue though neither its config nor the code is wrong, such as a loss of NaN."""
+
+
 def is_user_error(error: BaseException) -> bool:
     """Return whether an error says what the user got wrong; any other is a fault and keeps its traceback."""
     if isinstance(error, UserError):

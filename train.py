@@ -2,9 +2,10 @@
 
 `torchrun --nproc-per-node 8 train.py --config configs/0.6b_parallax_muon.toml [--training.steps 40000 ...]`
 
---print-config shows the resolved run; --dry-run builds it without memory, data or tokenizer and prints its
-size and cost on --world-size ranks; --checkpoint runs/stable/checkpoint/step-N starts from a checkpoint of
-another run. Any other --table.key VALUE overrides the config file.
+--print-config shows the resolved run, --help-config the meaning of every key. --dry-run builds the run
+without memory, data or tokenizer and prints its size and cost on --world-size ranks.
+--checkpoint runs/stable/checkpoint/step-N starts from a checkpoint of another run. Any other
+--table.key VALUE overrides the config file.
 """
 
 import argparse
@@ -12,28 +13,37 @@ import os
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Sequence
-from pathlib import Path
 
 import config
-from config import to_toml
+from errors import INTERRUPT_CODE, USER_ERROR_CODE, RunError, is_user_error
 from training.run_config import RunConfig
 
-# torchrun ends the other ranks as soon as one has failed: rank 0 is to have said what all of them would say
-_SECONDS_TO_SPEAK = 5.0
+RUN_ERROR_CODE = 1
+
+# torchrun ends the other ranks as soon as one has failed: the main rank is to print what all of them would
+_SECONDS_TO_PRINT = 5.0
 
 
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--config", required=True, help="TOML file of the run")
-    parser.add_argument("--print-config", action="store_true", help="print the resolved run and end")
-    parser.add_argument("--dry-run", action="store_true", help="print parameters, FLOPs and memory and end")
+    parser.add_argument("--config", help="TOML file of the run")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved run and exit")
+    parser.add_argument(
+        "--help-config",
+        nargs="?",
+        const="",
+        metavar="TABLE",
+        help="print every key of the config, or of one table of it, with type, default and meaning, and exit",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print parameters, FLOPs and memory and exit")
     parser.add_argument("--world-size", type=int, default=1, help="ranks that --dry-run plans for (1)")
     parser.add_argument("--checkpoint", metavar="FOLDER", help="short for --checkpoint.start_from")
     options, overrides = parser.parse_known_args(arguments)
+    if options.config is None and options.help_config is None:
+        parser.error("the following arguments are required: --config")
     if options.checkpoint is not None:
         overrides += ["--checkpoint.start_from", options.checkpoint]
     return options, overrides
@@ -61,12 +71,30 @@ def _train(run: RunConfig) -> None:
     dist.destroy_process_group()
 
 
-def _is_ours(error: ValueError) -> bool:
-    """Whether this project raised it: ours say what the user got wrong, others are faults."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    raised_in, root = Path(last.filename), Path(__file__).parent
-    is_in_project = raised_in.is_relative_to(root) and ".venv" not in raised_in.relative_to(root).parts
-    return is_in_project and (last.line or "").startswith("raise ")  # and not int("x")
+def _run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
+    if options.help_config is not None:
+        from training.config_help import describe_config
+
+        print(describe_config(options.help_config or None))
+        return
+    run = config.load(RunConfig, options.config, overrides)
+    if options.print_config:
+        print(config.to_toml(run), end="", flush=True)
+    elif options.dry_run:
+        from training.dry_run import dry_run
+
+        print(dry_run(run, options.world_size), flush=True)
+    else:
+        _train(run)
+
+
+def _report(error: Exception) -> None:
+    """Print one line, on the main rank before the others."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # from torchrun, once the main rank has printed it
+        time.sleep(_SECONDS_TO_PRINT)
+    print(f"{'' if rank == '0' else f'rank {rank}: '}error: {error}", file=sys.stderr, flush=True)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -76,28 +104,16 @@ def main(arguments: Sequence[str]) -> int:
         arguments: Words after the program's name.
 
     Returns:
-        The exit code: 0, or 2 for a config that no run can have.
+        The exit code: 0; 2 for what the user got wrong; 1 for a run that cannot go on, such as a loss of NaN.
     """
     options, overrides = _parse(arguments)
     try:
-        run = config.load(RunConfig, options.config, overrides)
-        if options.print_config:
-            print(to_toml(run), end="", flush=True)
-        elif options.dry_run:
-            from training.dry_run import dry_run
-
-            print(dry_run(run, options.world_size), flush=True)
-        else:
-            _train(run)
-    except ValueError as error:
-        if not _is_ours(error):
+        _run(options, overrides)
+    except Exception as error:
+        if not (is_user_error(error) or isinstance(error, RunError)):
             raise
-        rank = os.environ.get("RANK", "0")
-        if rank != "0":
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what torchrun sends once rank 0 has spoken
-            time.sleep(_SECONDS_TO_SPEAK)
-        print(f"{'' if rank == '0' else f'rank {rank}: '}error: {error}", file=sys.stderr, flush=True)
-        return 2
+        _report(error)
+        return RUN_ERROR_CODE if isinstance(error, RunError) else USER_ERROR_CODE
     return 0
 
 
@@ -105,5 +121,5 @@ if __name__ == "__main__":
     try:
         code = main(sys.argv[1:])
     except KeyboardInterrupt:  # before training has taken over the signal: there is nothing to save
-        code = 130
+        code = INTERRUPT_CODE
     os._exit(code)  # DTensor's caches keep gloo's threads, which now and then abort an interpreter that ends

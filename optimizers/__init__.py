@@ -1,1 +1,1 @@
-"""Optimizers of a run: Muon for hidden matrices, AdamW for the rest, and their learning-rate schedule."""
+"""Optimizers of a run: Muon for hidden matrices, AdamW for the other parameters, and their schedule."""

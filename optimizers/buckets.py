@@ -1,4 +1,4 @@
-"""Buckets: matrices of one layout that are orthogonalised together, each rank those that it owns."""
+"""Buckets of equally shaped matrices: which rank orthogonalizes which matrix, and in which batch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from optimizers.exchange import Exchange, Layout
 
 @dataclass(frozen=True)
 class Bucket:
-    """Matrices of one layout and group.
+    """Matrices of one param group and layout that are exchanged and orthogonalized as one batch.
 
     Attributes:
-        group: Index of their group.
-        params: The matrices, ordered by owner.
-        exchange: Brings their shards to the owners and the results back.
+        group: Index of their param group.
+        params: The matrices, ordered by owner rank.
+        exchange: All-to-alls between the shards and the owners.
     """
 
     group: int
@@ -28,32 +28,29 @@ class Bucket:
         """The layout of the matrices."""
         return self.exchange.layout
 
-    @property
-    def first_own(self) -> int:
-        """Index of the first matrix that this rank owns."""
-        return sum(self.exchange.num_owned[: self.layout.rank])
 
+def plan_buckets(groups: Sequence[dict[str, Any]], max_elements: int) -> list[Bucket]:
+    """Assign every matrix that has a gradient to an owner rank and a bucket.
 
-def plan(groups: Sequence[dict[str, Any]], max_elements: int) -> list[Bucket]:
-    """Assign every matrix that has a gradient to a rank, and cut the matrices into buckets.
-
-    The costliest go first, each to the rank that has the least to do; the plan is the same on every rank.
+    Greedy load balancing: the most expensive matrices first, each to the rank with the least work so far. All
+    ranks compute the same plan.
 
     Args:
         groups: Param groups.
-        max_elements: Most elements of the matrices that a rank owns in a bucket; a larger one goes alone.
+        max_elements: Maximum number of elements that a rank owns in a bucket; a larger matrix has a bucket of
+            its own.
 
     Returns:
-        Buckets, the costliest matrices first.
+        Buckets, the most expensive matrices first.
     """
-    alike: dict[tuple[int, Layout, Any], list[Tensor]] = {}
+    by_layout: dict[tuple[int, Layout, Any], list[Tensor]] = {}
     for i, group in enumerate(groups):
         for p in group["params"]:
             if p.grad is not None:
-                alike.setdefault((i, Layout.of(p), p.dtype), []).append(p)
+                by_layout.setdefault((i, Layout.of(p), p.dtype), []).append(p)
     buckets: list[Bucket] = []
     loads: dict[Any, list[float]] = {}
-    for (i, layout, _), params in sorted(alike.items(), key=lambda item: -_cost(item[0][1].shape)):
+    for (i, layout, _), params in sorted(by_layout.items(), key=lambda item: -_cost(item[0][1].shape)):
         load = loads.setdefault(layout.mesh, [0.0] * layout.num_ranks)
         by_owner: list[list[Tensor]] = [[] for _ in load]
         for p in params:
@@ -62,13 +59,13 @@ def plan(groups: Sequence[dict[str, Any]], max_elements: int) -> list[Bucket]:
             by_owner[owner].append(p)
         size = max(1, max_elements // (layout.shape[0] * layout.shape[1]))
         for start in range(0, max(map(len, by_owner)), size):
-            chunks = [own[start : start + size] for own in by_owner]
+            chunks = [owned[start : start + size] for owned in by_owner]
             exchange = Exchange(layout, [len(chunk) for chunk in chunks])
             buckets.append(Bucket(i, [p for chunk in chunks for p in chunk], exchange))
     return buckets
 
 
 def _cost(shape: tuple[int, int]) -> float:
-    """Return the time of an orthogonalisation, up to a factor."""
+    """Return the time of one orthogonalization, up to a constant factor."""
     short, long = sorted(shape)
     return short * short * (6.0 * long + 14.0 * short)

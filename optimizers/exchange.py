@@ -1,9 +1,9 @@
-"""Who orthogonalises which matrix, and the exchange of shards that it takes.
+"""All-to-all exchange between the shards of matrices and the ranks that orthogonalize them.
 
-Every matrix has one owner among the ranks of its mesh. The ranks send their shards of a bucket of equally
-shaped matrices to the owners in one all-to-all, and the owners send the results back, each rank its shard, in
-another. Replicas (HSDP) hold the same shards: an owner receives from its own replica and answers all of them.
-Without sharding, and on one rank, the same calls move nothing.
+Every matrix has one owner among the ranks of its mesh. For a bucket of equally shaped matrices, one
+all-to-all gathers whole matrices on their owners, and another scatters the results back to the shards. HSDP
+replicas hold equal shards: an owner gathers from its own replica and scatters to all of them. Without
+sharding, or on one rank, nothing is communicated.
 """
 
 import itertools
@@ -18,53 +18,55 @@ from torch import Tensor
 from torch.distributed.tensor import DeviceMesh, DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from errors import UnsupportedError
 
-class Block(NamedTuple):
-    """The part of a matrix that a rank holds."""
+
+class ShardSlice(NamedTuple):
+    """The rows and columns of a matrix that a rank holds."""
 
     rows: range
     cols: range
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and columns of the block."""
+        """Number of rows and of columns."""
         return len(self.rows), len(self.cols)
 
     @property
     def numel(self) -> int:
-        """Elements of the block."""
+        """Number of elements."""
         return len(self.rows) * len(self.cols)
 
     def of(self, matrices: Tensor) -> Tensor:
-        """Return this part of whole matrices `[n, rows, cols]`."""
+        """Return a view of the shards `[n, *shape]` of whole matrices `[n, rows, cols]`."""
         return matrices[:, self.rows.start : self.rows.stop, self.cols.start : self.cols.stop]
 
 
 def check_placements(p: Tensor) -> None:
-    """Refuse a parameter whose shards cannot be exchanged.
+    """Check that the shards of a parameter can be exchanged.
 
     Args:
         p: A matrix.
 
     Raises:
-        NotImplementedError: It is placed otherwise than by Shard and Replicate.
+        UnsupportedError: It has a placement other than Shard and Replicate.
     """
     for placement in p.placements if isinstance(p, DTensor) else ():
         if not isinstance(placement, Shard | _StridedShard | Replicate):
-            raise NotImplementedError(
-                f"Muon serves the placements of FSDP2, HSDP and tensor parallelism, Shard and Replicate, got "
-                f"{placement}"
+            raise UnsupportedError(
+                "Muon supports the placements of FSDP2, HSDP and tensor parallelism, "
+                f"Shard and Replicate, got {placement}"
             )
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How matrices of one shape lie on the ranks of a mesh.
+    """Shape, mesh and placements of a matrix.
 
     Attributes:
         shape: Rows and columns of the whole matrix.
-        mesh: Where it lies, or None for a plain tensor.
-        placements: How, one a dimension of the mesh.
+        mesh: Its device mesh, or None for a plain tensor.
+        placements: One per dimension of the mesh.
     """
 
     shape: tuple[int, int]
@@ -81,41 +83,41 @@ class Layout:
 
     @property
     def num_ranks(self) -> int:
-        """Ranks of the mesh."""
+        """Number of ranks of the mesh."""
         return 1 if self.mesh is None else self.mesh.size()
 
     @property
     def group(self) -> dist.ProcessGroup | None:
-        """All ranks of the mesh, or None without one."""
-        # not kept: a reference would outlive destroy_process_group, and the group's threads the interpreter
+        """Process group of all ranks of the mesh, or None without a mesh."""
+        # not cached: a reference would keep the group and its threads alive after destroy_process_group
         if self.mesh is None:
             return None
         return (self.mesh if self.mesh.ndim == 1 else self.mesh._flatten()).get_group()
 
     @cached_property
     def rank(self) -> int:
-        """This process in the group."""
+        """Rank of this process in the group."""
         return 0 if self.group is None else dist.get_rank(self.group)
 
     @cached_property
-    def blocks(self) -> list[Block]:
-        """What each rank of the group holds."""
-        return [self._block(coordinate) for coordinate in self._coordinates]
+    def slices(self) -> list[ShardSlice]:
+        """The slice that each rank of the group holds."""
+        return [self._slice(coordinate) for coordinate in self._coordinates]
 
     @cached_property
     def replica_of(self) -> list[tuple[int, ...]]:
-        """The replica that each rank of the group belongs to."""
+        """The replica of each rank of the group, as coordinates on the replicated mesh dimensions."""
         dims = [d for d, p in enumerate(self.placements) if isinstance(p, Replicate)]
         return [tuple(coordinate[d] for d in dims) for coordinate in self._coordinates]
 
     @cached_property
-    def strips(self) -> Tensor | None:
-        """The place of each rank's block where all are equal strips of rows; None if they are not."""
-        height = len(self.blocks[0].rows)
+    def row_chunks(self) -> Tensor | None:
+        """Index of each rank's chunk of rows, `[ranks]` int64 on the CPU; None if chunks differ in size."""
+        height = len(self.slices[0].rows)
         is_even = height > 0 and self.shape[0] % height == 0
-        if not is_even or any(b.shape != (height, self.shape[1]) for b in self.blocks):
+        if not is_even or any(s.shape != (height, self.shape[1]) for s in self.slices):
             return None
-        return torch.tensor([b.rows.start // height for b in self.blocks])
+        return torch.tensor([s.rows.start // height for s in self.slices])
 
     @cached_property
     def _coordinates(self) -> list[tuple[int, ...]]:
@@ -126,10 +128,10 @@ class Layout:
         by_rank = dict(zip(self.mesh.mesh.flatten().tolist(), coordinates, strict=True))
         return [by_rank[rank] for rank in dist.get_process_group_ranks(self.group)]
 
-    def _block(self, coordinate: tuple[int, ...]) -> Block:
+    def _slice(self, coordinate: tuple[int, ...]) -> ShardSlice:
         spans = [range(n) for n in self.shape]
         assert self.mesh is not None or not coordinate
-        # tensor parallelism cuts before FSDP2, whose dimension comes first in the mesh: then it is strided
+        # tensor parallelism shards before FSDP2, although FSDP2's mesh dimension comes first: a strided shard
         dims = sorted(range(len(coordinate)), key=lambda d: isinstance(self.placements[d], _StridedShard))
         for d in dims:
             placement = self.placements[d]
@@ -138,122 +140,128 @@ class Layout:
                 span = spans[placement.dim]
                 size = -(-len(span) // self.mesh.shape[d])
                 spans[placement.dim] = span[coordinate[d] * size : (coordinate[d] + 1) * size]
-        return Block(*spans)
+        return ShardSlice(*spans)
 
 
-class Pending:
-    """A tensor under way."""
+class AsyncResult:
+    """The result of an asynchronous all-to-all.
+
+    Args:
+        received: The receive buffer.
+        unpack: Makes the result of the filled buffer.
+        work: Handle of the collective, or None if the buffer is already filled.
+        sent: The send buffer, kept alive until the collective has ended.
+    """
 
     def __init__(
         self,
-        flat: Tensor,
-        finish: Callable[[Tensor], Tensor] = lambda x: x,
+        received: Tensor,
+        unpack: Callable[[Tensor], Tensor] = lambda x: x,
         work: dist.Work | None = None,
         sent: Tensor | None = None,
     ) -> None:
-        """Take what arrives and what to make of it.
-
-        Args:
-            flat: Where it arrives.
-            finish: Called on it once it is there.
-            work: What fills it, or None if it is full.
-            sent: Kept alive until then.
-        """
-        self._flat, self._finish, self._work, self._sent = flat, finish, work, sent
+        self._received, self._unpack, self._work, self._sent = received, unpack, work, sent
 
     def wait(self) -> Tensor:
-        """Return the tensor; on a GPU its stream waits, not the host."""
+        """Return the result; on a GPU the current stream waits, not the host."""
         if self._work is not None:
             self._work.wait()
         self._sent = None
-        return self._finish(self._flat)
+        return self._unpack(self._received)
 
 
 class Exchange:
-    """The two ways of one bucket: shards to owners, results to shards."""
+    """The two all-to-alls of a bucket: shards to owners, and results back to shards.
+
+    Args:
+        layout: The layout of the bucket's matrices.
+        num_owned: Number of matrices that each rank of the group owns; the matrices are ordered by owner.
+    """
 
     def __init__(self, layout: Layout, num_owned: Sequence[int]) -> None:
-        """Describe a bucket.
-
-        Args:
-            layout: Of its matrices.
-            num_owned: How many of them each rank of the group owns; the matrices are ordered by owner.
-        """
         self.layout = layout
         self.num_owned = list(num_owned)
-        self._is_partner = [replica == layout.replica_of[layout.rank] for replica in layout.replica_of]
+        self._in_replica = [replica == layout.replica_of[layout.rank] for replica in layout.replica_of]
 
-    def to_owners(self, shards: Tensor) -> Pending:
-        """Start to send this rank's shards.
+    def to_owners(self, shards: Tensor) -> AsyncResult:
+        """Start the all-to-all of shards to the owners.
 
         Args:
-            shards: Of every matrix, `[matrices, *block]`, ordered by owner.
+            shards: This rank's shards of all matrices, `[matrices, *slice]`, ordered by owner.
 
         Returns:
-            The whole matrices that this rank owns, `[owned, rows, cols]`, once awaited.
+            The whole matrices that this rank owns, `[owned, rows, cols]`.
         """
         layout = self.layout
         if layout.num_ranks == 1:
-            return Pending(shards)
-        own = layout.blocks[layout.rank]
-        if all(self._is_partner):
+            return AsyncResult(shards)
+        own = layout.slices[layout.rank]
+        if all(self._in_replica):
             send = shards.flatten()
         else:
-            pieces = zip(shards.split(self.num_owned), self._is_partner, strict=True)
-            send = torch.cat([piece.flatten() for piece, is_partner in pieces if is_partner])
-        sent = [n * own.numel * x for n, x in zip(self.num_owned, self._is_partner, strict=True)]
+            pieces = zip(shards.split(self.num_owned), self._in_replica, strict=True)
+            send = torch.cat([piece.flatten() for piece, in_replica in pieces if in_replica])
+        send_sizes = [n * own.numel * x for n, x in zip(self.num_owned, self._in_replica, strict=True)]
         num_mine = self.num_owned[layout.rank]
-        received = [num_mine * b.numel * x for b, x in zip(layout.blocks, self._is_partner, strict=True)]
-        return self._start(send, sent, received, self._assemble)
+        receive_sizes = [num_mine * s.numel * x for s, x in zip(layout.slices, self._in_replica, strict=True)]
+        return self._all_to_all(send, send_sizes, receive_sizes, self._assemble)
 
-    def to_shards(self, matrices: Tensor) -> Pending:
-        """Start to send whole results back.
+    def to_shards(self, matrices: Tensor) -> AsyncResult:
+        """Start the all-to-all of results back to the shards.
 
         Args:
-            matrices: Those that this rank owns, `[owned, rows, cols]`.
+            matrices: The results for the matrices that this rank owns, `[owned, rows, cols]`.
 
         Returns:
-            This rank's shards of every matrix, `[matrices, *block]` ordered by owner, once awaited.
+            This rank's shards of all matrices, `[matrices, *slice]`, ordered by owner.
         """
         layout = self.layout
         if layout.num_ranks == 1:
-            return Pending(matrices)
-        if layout.strips is None:
-            send = torch.cat([block.of(matrices).flatten() for block in layout.blocks])
+            return AsyncResult(matrices)
+        if layout.row_chunks is None:
+            send = torch.cat([s.of(matrices).flatten() for s in layout.slices])
         else:
-            height = len(layout.blocks[0].rows)
-            strips = matrices.view(len(matrices), layout.shape[0] // height, height, layout.shape[1])
-            send = _in_order(strips.transpose(0, 1), layout.strips).flatten()
-        own = layout.blocks[layout.rank]
-        sent = [len(matrices) * block.numel for block in layout.blocks]
-        received = [n * own.numel for n in self.num_owned]
-        return self._start(send, sent, received, lambda flat: flat.view(sum(self.num_owned), *own.shape))
+            height = len(layout.slices[0].rows)
+            chunks = matrices.view(len(matrices), layout.shape[0] // height, height, layout.shape[1])
+            send = _permuted(chunks.transpose(0, 1), layout.row_chunks).flatten()
+        own = layout.slices[layout.rank]
+        send_sizes = [len(matrices) * s.numel for s in layout.slices]
+        receive_sizes = [n * own.numel for n in self.num_owned]
+        return self._all_to_all(
+            send, send_sizes, receive_sizes, lambda flat: flat.view(sum(self.num_owned), *own.shape)
+        )
 
     def _assemble(self, flat: Tensor) -> Tensor:
-        """Join the blocks of the owned matrices, which came rank by rank."""
+        """Return the owned matrices `[owned, rows, cols]` from their shards, which are ordered by rank."""
         layout = self.layout
         num_mine = self.num_owned[layout.rank]
-        partners = [i for i, is_partner in enumerate(self._is_partner) if is_partner]
-        if layout.strips is not None:
-            strips = flat.view(len(partners), num_mine, *layout.blocks[0].shape)
-            strips = _in_order(strips, layout.strips[partners].argsort())
-            return strips.transpose(0, 1).reshape(num_mine, *layout.shape)
+        senders = [i for i, in_replica in enumerate(self._in_replica) if in_replica]
+        if layout.row_chunks is not None:
+            chunks = flat.view(len(senders), num_mine, *layout.slices[0].shape)
+            chunks = _permuted(chunks, layout.row_chunks[senders].argsort())
+            return chunks.transpose(0, 1).reshape(num_mine, *layout.shape)
         matrices = flat.new_empty(num_mine, *layout.shape)
-        blocks = [layout.blocks[i] for i in partners]
-        for block, part in zip(blocks, flat.split([num_mine * b.numel for b in blocks]), strict=True):
-            block.of(matrices).copy_(part.view(num_mine, *block.shape))
+        slices = [layout.slices[i] for i in senders]
+        for s, part in zip(slices, flat.split([num_mine * s.numel for s in slices]), strict=True):
+            s.of(matrices).copy_(part.view(num_mine, *s.shape))
         return matrices
 
-    def _start(
-        self, send: Tensor, sent: list[int], received: list[int], finish: Callable[[Tensor], Tensor]
-    ) -> Pending:
-        flat = send.new_empty(sum(received))
-        work = dist.all_to_all_single(flat, send, received, sent, group=self.layout.group, async_op=True)
-        return Pending(flat, finish, work, send)
+    def _all_to_all(
+        self,
+        send: Tensor,
+        send_sizes: list[int],
+        receive_sizes: list[int],
+        unpack: Callable[[Tensor], Tensor],
+    ) -> AsyncResult:
+        received = send.new_empty(sum(receive_sizes))
+        work = dist.all_to_all_single(
+            received, send, receive_sizes, send_sizes, group=self.layout.group, async_op=True
+        )
+        return AsyncResult(received, unpack, work, send)
 
 
-def _in_order(x: Tensor, order: Tensor) -> Tensor:
-    """Return x[order], x itself if that changes nothing; `order` lies on the host."""
+def _permuted(x: Tensor, order: Tensor) -> Tensor:
+    """Return x[order] for an order on the CPU, or x itself if the order is the identity."""
     if torch.equal(order, torch.arange(len(x))):
         return x
     return x.index_select(0, order.to(x.device))

@@ -1,18 +1,19 @@
-"""Iterations that replace a matrix U S V^T by (nearly) U V^T with matrix products alone.
+"""Iterations that orthogonalize a matrix U S V^T to (nearly) U V^T by matrix products alone.
 
-Both divide by the Frobenius norm and then apply odd polynomials of degree five to the singular values:
+Both divide the matrix by its Frobenius norm and then apply odd polynomials of degree five to the singular
+values:
 
     X <- Z X,   Z = a I + b R + c R^2,   R = X X^T        so that        s <- a s + b s^3 + c s^5
 
-for every matrix of a batch, on its short side: R is as small as the shorter dimension m. All m x m products
-are symmetric (`optimizers.kernels.symmetric`).
+for every matrix of a batch, on its short side: R is m x m for the shorter dimension m. All m x m products are
+symmetric (`optimizers.kernels.symmetric`).
 
-Several steps are taken on m x m matrices before X is touched (the Gram form): Q <- Z Q and R <- Z R Z, since
-X X^T turns into Z R Z, and X <- Q X at the end. The rounding errors of R grow as its small eigenvalues do, by
-the square of the steps' factors a; so such a block of steps ends before the product of their a exceeds
-`MAX_GROWTH`, and R is formed anew. In fp16 Newton-Schulz then takes a block of three steps and one of two,
-and directions at 0.003 of the Frobenius norm come out within 0.005 of the fp32 iteration's. bf16 has eight
-times the rounding error: it takes one step a block, and adds a X in fp32.
+In the Gram form, several steps update m x m matrices only, Q <- Z Q and R <- Z R Z (since X X^T becomes
+Z R Z), and X <- Q X follows at the end. Rounding errors of R grow like its small eigenvalues, by the square
+of the steps' factors a. The Gram form is therefore restarted, with R = X X^T recomputed, before the product
+of the factors a exceeds `MAX_GROWTH`. In fp16, Newton-Schulz takes three steps, restarts, and takes two;
+directions at 0.003 of the Frobenius norm are then within 0.005 of the fp32 iteration's. bf16 has eight times
+the rounding error: it restarts at every step, and adds a X in fp32.
 """
 
 import math
@@ -27,7 +28,7 @@ Coefficients = tuple[float, float, float]
 
 NEWTON_SCHULZ5: Coefficients = (3.4445, -4.7750, 2.0315)
 
-# Optimal for singular values from 1e-3 to 1 in five steps, each already divided by a safety factor of 1.02.
+# optimal for singular values from 1e-3 to 1 in five steps, each divided by a safety factor of 1.02
 POLAR_EXPRESS: tuple[Coefficients, ...] = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -35,12 +36,12 @@ POLAR_EXPRESS: tuple[Coefficients, ...] = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
-# Converges at one, where repeating POLAR_EXPRESS's last row would leave values up to 1.083.
+# converges to one; repeating the last row of POLAR_EXPRESS would leave singular values up to 1.083
 POLAR_EXPRESS_TAIL: Coefficients = (1.875, -1.25, 0.375)
 POLAR_EXPRESS_SAFETY = 1.02
 
 MAX_GROWTH = 50.0
-"""Largest factor by which the steps of one block of the Gram form may enlarge small singular values."""
+"""Maximum factor by which small singular values grow between two restarts of the Gram form."""
 
 
 def newton_schulz5(
@@ -50,17 +51,18 @@ def newton_schulz5(
     dtype: torch.dtype | None = None,
     eps: float = 1e-7,
 ) -> torch.Tensor:
-    """Orthogonalise roughly, by one polynomial that favours speed near zero over convergence at one.
+    """Orthogonalize approximately by the quintic Newton-Schulz iteration.
 
-    After 5 steps, singular values that were above 0.003 of the Frobenius norm lie in [0.65, 1.25]. Source:
-    Keller Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024
-    (kellerjordan.github.io/posts/muon); torch.optim.Muon has the same.
+    Its one polynomial is chosen for fast growth near zero and does not converge to one: after 5 steps,
+    singular values that were above 0.003 of the Frobenius norm are in [0.65, 1.25]. Source: Keller Jordan et
+    al., "Muon: an optimizer for hidden layers in neural networks", 2024 (kellerjordan.github.io/posts/muon);
+    torch.optim.Muon uses the same.
 
     Args:
         matrices: `[..., rows, cols]`, any floating dtype.
-        num_iterations: Steps.
-        dtype: Of the iteration; None takes the input's.
-        eps: Least Frobenius norm to divide by: a matrix below it gives a smaller result, zero gives zero.
+        num_iterations: Number of steps.
+        dtype: Dtype of the iteration; None for the input's.
+        eps: Lower bound of the Frobenius norm in the division; a zero matrix returns zero.
 
     Returns:
         `[..., rows, cols]` in the iteration's dtype.
@@ -75,18 +77,18 @@ def polar_express(
     dtype: torch.dtype | None = None,
     eps: float = 1e-7,
 ) -> torch.Tensor:
-    """Orthogonalise closely, by polynomials that are each the best after those before.
+    """Orthogonalize accurately by Polar Express, whose polynomials are each optimal given those before it.
 
-    After 8 steps, singular values that were above 0.003 of the Frobenius norm lie in [0.95, 1.05]. Steps
-    beyond the fifth repeat (1.875, -1.25, 0.375), which converges at one. Source: Amsel et al., "The Polar
+    After 8 steps, singular values that were above 0.003 of the Frobenius norm are in [0.95, 1.05]. Steps
+    after the fifth repeat (1.875, -1.25, 0.375), which converges to one. Source: Amsel et al., "The Polar
     Express", arXiv 2505.16932, with the coefficients of its public implementations (safety factor 1.02,
     cushion 2).
 
     Args:
         matrices: `[..., rows, cols]`, any floating dtype.
-        num_iterations: Steps.
-        dtype: Of the iteration; None takes the input's.
-        eps: Least Frobenius norm to divide by: a matrix below it gives a smaller result, zero gives zero.
+        num_iterations: Number of steps.
+        dtype: Dtype of the iteration; None for the input's.
+        eps: Lower bound of the Frobenius norm in the division; a zero matrix returns zero.
 
     Returns:
         `[..., rows, cols]` in the iteration's dtype.
@@ -106,46 +108,49 @@ def _iterate(
 ) -> torch.Tensor:
     rows, cols = matrices.shape[-2:]
     batch = matrices.reshape(math.prod(matrices.shape[:-2]), rows, cols).contiguous()
-    # The norm of a 16-bit matrix is accumulated in fp32; a 16-bit sum over millions of squares would stall.
+    # the norm is accumulated in fp32 at least: a 16-bit sum of millions of squares stagnates
     norm_dtype = torch.promote_types(batch.dtype, torch.float32)
     norm = torch.linalg.vector_norm(batch, dim=(-2, -1), dtype=norm_dtype)
     x = multiply(batch, (norm * safety).clamp(min=eps).reciprocal(), dtype or batch.dtype)
-    for block in blocks_of(coefficients, 0.0 if x.dtype == torch.bfloat16 else MAX_GROWTH):
-        x = _advance(x, block)
+    for steps in split_at_restarts(coefficients, 0.0 if x.dtype == torch.bfloat16 else MAX_GROWTH):
+        x = _apply_steps(x, steps)
     return x.reshape(matrices.shape)
 
 
-def blocks_of(coefficients: Sequence[Coefficients], max_growth: float) -> list[list[Coefficients]]:
-    """Cut steps into runs in which the product of a does not exceed a bound; a run has at least one step.
+def split_at_restarts(coefficients: Sequence[Coefficients], max_growth: float) -> list[list[Coefficients]]:
+    """Split steps at the restarts of the Gram form, so that the product of a in each part is bounded.
 
     Args:
         coefficients: (a, b, c) of each step.
-        max_growth: The bound.
+        max_growth: Upper bound of the product; a single step may exceed it.
+
+    Returns:
+        The parts, each with at least one step.
     """
-    blocks: list[list[Coefficients]] = []
+    parts: list[list[Coefficients]] = []
     growth = math.inf
     for step in coefficients:
         if growth * step[0] > max_growth:
-            blocks.append([])
+            parts.append([])
             growth = 1.0
-        blocks[-1].append(step)
+        parts[-1].append(step)
         growth *= step[0]
-    return blocks
+    return parts
 
 
-def _advance(x: torch.Tensor, block: Sequence[Coefficients]) -> torch.Tensor:
-    """Take the steps of one block on `[n, rows, cols]`."""
+def _apply_steps(x: torch.Tensor, steps: Sequence[Coefficients]) -> torch.Tensor:
+    """Apply the steps between two restarts to `[n, rows, cols]`."""
     is_tall = x.shape[1] > x.shape[2]
     r = symmetric_product(x, x, is_tall=is_tall)
-    if len(block) == 1:
-        a, b, c = block[0]
+    if len(steps) == 1:
+        a, b, c = steps[0]
         z = symmetric_product(r, r, alpha=c, c=r, beta=b)
         return torch.baddbmm(x, x, z, beta=a) if is_tall else torch.baddbmm(x, z, x, beta=a)
     q = None
-    for i, (a, b, c) in enumerate(block):
+    for i, (a, b, c) in enumerate(steps):
         z = symmetric_product(r, r, alpha=c, c=r, beta=b, diagonal=a)
         q = z if q is None else symmetric_product(z, q)
-        if i + 1 < len(block):
+        if i + 1 < len(steps):
             r = symmetric_product(z, symmetric_product(z, r))
     assert q is not None
     return torch.bmm(x, q) if is_tall else torch.bmm(q, x)

@@ -1,28 +1,32 @@
-"""Assignment of a model's parameters to the named groups of the configuration."""
+"""Assignment of a model's parameters to the parameter groups of the configuration."""
 
 import re
 from collections.abc import Iterable, Mapping
 
 from torch import nn
 
+from errors import UserError
 from optimizers.config import ParameterGroup
 
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 _NUM_NAMES_SHOWN = 8
 
 
-def clean_name(name: str) -> str:
-    """Return a parameter's name without what torch.compile and activation checkpointing put into it.
+def unwrapped_named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Return a model's parameters by their names in the unwrapped model, which are those of its state dict.
+
+    Unlike named_parameters(), a state dict does not have the prefixes of activation checkpointing's wrappers.
 
     Args:
-        name: Fully qualified name, as named_parameters() gives it.
+        model: Sharded or not, with or without activation checkpointing, compiled in place or not.
 
     Returns:
-        The name in the unwrapped model.
+        Names and parameters in the order of the model; a tied parameter once, under its first name.
     """
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
+    names: dict[nn.Parameter, str] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if isinstance(value, nn.Parameter):
+            names.setdefault(value, name)
+    return [(name, parameter) for parameter, name in names.items()]
 
 
 def assign_parameters(
@@ -31,45 +35,43 @@ def assign_parameters(
     """Assign every trainable parameter to exactly one group.
 
     Args:
-        named_parameters: Names and parameters without duplicates, as named_parameters() gives them: a tied
-            parameter goes by its first name.
-        groups: Groups by name; their patterns must match a whole clean name.
+        named_parameters: Names in the unwrapped model, and parameters without duplicates.
+        groups: Groups by name; a pattern must match the full name of a parameter.
 
     Returns:
-        The parameters of each group, in the order of the model, without those that need no gradient.
+        The trainable parameters of each group, in the order of the model.
 
     Raises:
-        ValueError: A parameter is matched by no group or by several, a group matches nothing, or a Muon group
-            matches a parameter that is no matrix.
+        UserError: No group or several groups match a parameter, a group matches nothing, or a Muon group
+            matches a parameter that is not a matrix.
     """
     patterns = {
         group_name: [re.compile(pattern) for pattern in group.parameters]
         for group_name, group in groups.items()
     }
     assigned: dict[str, list[nn.Parameter]] = {group_name: [] for group_name in groups}
-    orphans: list[str] = []
-    contested: list[str] = []
+    unmatched: list[str] = []
+    ambiguous: list[str] = []
     not_matrices: list[str] = []
-    for raw_name, parameter in named_parameters:
+    for name, parameter in named_parameters:
         if not parameter.requires_grad:
             continue
-        name = clean_name(raw_name)
-        owners = [owner for owner, own in patterns.items() if any(p.fullmatch(name) for p in own)]
-        if not owners:
-            orphans.append(name)
-        elif len(owners) > 1:
-            contested.append(f"{name} ({', '.join(owners)})")
+        matching = [group for group, own in patterns.items() if any(p.fullmatch(name) for p in own)]
+        if not matching:
+            unmatched.append(name)
+        elif len(matching) > 1:
+            ambiguous.append(f"{name} ({', '.join(matching)})")
         else:
-            assigned[owners[0]].append(parameter)
-            if groups[owners[0]].kind == "muon" and parameter.ndim != 2:
-                not_matrices.append(f"{name} {list(parameter.shape)} ({owners[0]})")
+            assigned[matching[0]].append(parameter)
+            if groups[matching[0]].kind == "muon" and parameter.ndim != 2:
+                not_matrices.append(f"{name} {list(parameter.shape)} ({matching[0]})")
     empty = [group_name for group_name, members in assigned.items() if not members]
-    _raise_if("no group matches these parameters", orphans, "add a pattern, or freeze them")
-    _raise_if("several groups match these parameters", contested, "make the patterns exclude each other")
+    _raise_if("no group matches these parameters", unmatched, "add a pattern, or freeze them")
+    _raise_if("several groups match these parameters", ambiguous, "make the patterns exclude each other")
     _raise_if(
-        "Muon groups match parameters that are no matrices", not_matrices, "move them to an adamw group"
+        "Muon groups match parameters that are not matrices", not_matrices, "move them to an adamw group"
     )
-    _raise_if("these groups match no trainable parameter", empty, "correct their patterns or drop them")
+    _raise_if("these groups match no trainable parameter", empty, "correct their patterns or remove them")
     return assigned
 
 
@@ -78,4 +80,4 @@ def _raise_if(problem: str, names: list[str], remedy: str) -> None:
         return
     shown = ", ".join(names[:_NUM_NAMES_SHOWN])
     more = f" and {len(names) - _NUM_NAMES_SHOWN} more" if len(names) > _NUM_NAMES_SHOWN else ""
-    raise ValueError(f"optimizer groups: {problem}: {shown}{more}; {remedy}")
+    raise UserError(f"optimizer groups: {problem}: {shown}{more}; {remedy}")

@@ -1,4 +1,4 @@
-"""What torchtitan's trainer takes from here: the optimizers of a model and their schedule."""
+"""Optimizers and learning-rate scheduler as torchtitan's trainer takes them."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torchtitan.components.lr_scheduler import LRSchedulersContainer
 from torchtitan.components.optimizer import OptimizersContainer
 
+from errors import UserError
 from optimizers.config import (
     AdamWGroup,
     MuonGroup,
@@ -23,113 +24,116 @@ from optimizers.config import (
     ScheduleConfig,
 )
 from optimizers.muon import Muon
-from optimizers.param_groups import assign_parameters
+from optimizers.param_groups import assign_parameters, unwrapped_named_parameters
 from optimizers.schedule import lr_factor, weight_decay_factor
-from optimizers.update_size import UpdateRecorder, adamw_square_sum, num_replicas
+from optimizers.update_size import SupportsUpdateStats, adamw_update_squared_norm, num_replicas
 
 _STATE_PREFIX = "state."
 
 
-class GroupedOptimizers(OptimizersContainer[torch.optim.Optimizer]):
-    """The optimizers of a model: for each of its parts at most one Muon and one AdamW.
+class ParamGroupOptimizers(OptimizersContainer[torch.optim.Optimizer]):
+    """The optimizers of a model: at most one Muon and one AdamW per model part.
 
-    A checkpoint holds their tensors by parameter name and no hyperparameters: those always come from the
-    configuration of the run that loads it. Every param group has its "name" and what the schedule starts
-    from: its peak learning rate "base_lr", "base_weight_decay", and "weight_decay_gamma", 0 for None.
+    A checkpoint has their state tensors by parameter name and no hyperparameters: these always come from the
+    configuration of the run that loads it. Every param group has a "name", and the values that the scheduler
+    starts from: the peak learning rate "base_lr", "base_weight_decay", and "weight_decay_gamma", 0 for None.
+
+    Args:
+        model_parts: Modules with disjoint parameters, usually one, sharded and on their device.
+        config: Parameter groups.
+
+    Raises:
+        UserError: A parameter is in no group or in several, or a group does not fit its parameters.
     """
 
     def __init__(self, model_parts: Sequence[nn.Module], config: OptimizerConfig) -> None:
-        """Build the optimizers.
-
-        Args:
-            model_parts: Modules with disjoint parameters, usually one, sharded and on their device.
-            config: Groups of parameters.
-
-        Raises:
-            ValueError: A parameter is in no group or in several, or a group does not fit.
-        """
         self.model_parts = list(model_parts)
-        named = [named for part in self.model_parts for named in part.named_parameters()]
+        named = [named for part in self.model_parts for named in unwrapped_named_parameters(part)]
         assigned = assign_parameters(named, config.groups)
-        self._by_part = [_optimizers_of(part, assigned, config.groups) for part in self.model_parts]
+        self._by_part = [_build_optimizers(part, assigned, config.groups) for part in self.model_parts]
         self.optimizers = [optimizer for own in self._by_part for optimizer in own]
         self._num_elements = {name: sum(p.numel() for p in members) for name, members in assigned.items()}
-        self._post_init([p for members in assigned.values() for p in members], {})
+        # the container's own constructor would build its optimizers; step hooks need the base class's
+        torch.optim.Optimizer.__init__(self, [p for members in assigned.values() for p in members], {})
 
     def step(self, *, found_inf: torch.Tensor | None = None) -> None:  # pyrefly: ignore [bad-override]
-        """Update every parameter, or none of them.
+        """Update all parameters, or none of them.
 
         Args:
-            found_inf: fp32 scalar on the parameters' device, the same on every rank: 1 leaves parameters and
-                state untouched, which only the device needs to know; 0 or None takes the step. It is torch's
-                own convention (GradScaler and fused AdamW), an attribute of each optimizer during its step.
+            found_inf: fp32 scalar on the parameters' device, equal on all ranks. 1 leaves parameters and
+                state unchanged without a host-device synchronization; 0 or None applies the step. This is
+                torch's convention (GradScaler and fused AdamW): an attribute of each optimizer during its
+                step.
         """
         for optimizer in self.optimizers:
             optimizer.found_inf = found_inf  # pyrefly: ignore [missing-attribute]
             optimizer.step()
             optimizer.found_inf = None  # pyrefly: ignore [missing-attribute]
 
-    def record_updates(self, is_recorded: bool) -> None:
-        """Say before a step whether the methods below will be asked about it.
+    def record_update_stats(self, enabled: bool) -> None:
+        """Enable or disable the statistics of the next steps' updates.
 
         Args:
-            is_recorded: Whether optimizers keep what their state does not tell.
+            enabled: Whether `local_update_mean_squares` and `update_singular_values` are called after a step.
         """
         for optimizer in self.optimizers:
-            if isinstance(optimizer, UpdateRecorder):
-                optimizer.record_updates = is_recorded
+            if isinstance(optimizer, SupportsUpdateStats):
+                optimizer.record_update_stats = enabled
 
-    def update_mean_squares(self) -> dict[str, torch.Tensor]:
-        """Return this rank's share of the last update's mean square, by group.
+    def local_update_mean_squares(self) -> dict[str, torch.Tensor]:
+        """Return this rank's part of the last update's mean square, by group name.
 
         Returns:
             fp32 scalars on the device, for the same groups in the same order on every rank. Summed over all
-            ranks, each is the mean over its group of (update / learning rate)^2, without weight decay.
+            ranks, each is the mean of (update / learning rate)^2 over the group, without weight decay.
         """
-        shares: dict[str, torch.Tensor] = {}
+        mean_squares: dict[str, torch.Tensor] = {}
         for optimizer in self.optimizers:
-            sums = optimizer.update_square_sums() if isinstance(optimizer, UpdateRecorder) else {}
+            recorded = isinstance(optimizer, SupportsUpdateStats)
+            squared_norms = optimizer.local_update_squared_norms() if recorded else {}
             for group in optimizer.param_groups:
                 name = group["name"]
                 if isinstance(optimizer, torch.optim.AdamW):
-                    square_sum = adamw_square_sum(optimizer, group)
-                elif name in sums:
-                    square_sum = sums[name] / num_replicas(group["params"][0])
+                    squared_norm = adamw_update_squared_norm(optimizer, group)
+                elif name in squared_norms:
+                    squared_norm = squared_norms[name] / num_replicas(group["params"][0])
                 else:
                     continue
-                shares[name] = shares.get(name, 0.0) + square_sum / self._num_elements[name]
-        return shares
+                mean_squares[name] = mean_squares.get(name, 0.0) + squared_norm / self._num_elements[name]
+        return mean_squares
 
-    def update_spectra(self) -> dict[str, tuple[float, float, float]]:
-        """Return (least, median, largest) singular value of one orthogonalised matrix, by Muon group.
+    def update_singular_values(self) -> dict[str, tuple[float, float, float]]:
+        """Return the minimum, median and maximum singular value of one orthogonalized matrix, by Muon group.
+
+        Synchronizes with the device.
 
         Returns:
-            Those of the first matrix of the group that this rank orthogonalises; nothing for groups of which
-            it has none. Waits for the device.
+            The values of the first matrix of the group that this rank orthogonalizes; groups without one are
+            left out.
         """
-        recorders = [optimizer for optimizer in self.optimizers if isinstance(optimizer, UpdateRecorder)]
-        return {name: spread for each in recorders for name, spread in each.update_spectra().items()}
+        recorders = [optimizer for optimizer in self.optimizers if isinstance(optimizer, SupportsUpdateStats)]
+        return {name: spread for each in recorders for name, spread in each.update_singular_values().items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state tensors as "state.<parameter>.<name>", sharded as the parameters are."""
+        """Return the state tensors as "state.<parameter>.<name>", sharded like the parameters."""
         return {key: value for key, value in self._flattened().items() if key.startswith(_STATE_PREFIX)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the state tensors; hyperparameters stay those of the configuration.
+        """Load the state tensors; hyperparameters remain those of the configuration.
 
         Args:
-            state_dict: What state_dict() gave, for the same parameters in groups of the same kind.
+            state_dict: From state_dict(), for the same parameters in groups of the same kinds.
 
         Raises:
-            ValueError: State is missing or left over, as from another model or other groups.
+            UserError: Keys are missing or unexpected, as from another model or other groups.
         """
         current = self._flattened()
         expected = {key for key in current if key.startswith(_STATE_PREFIX)}
         differing = sorted(expected.symmetric_difference(state_dict))
         if differing:
-            raise ValueError(
-                f"optimizer state does not fit the model and its groups: {len(differing)} entries missing "
-                f"or left over, among them {differing[0]}; use the model and groups that it was saved with"
+            raise UserError(
+                f"optimizer state does not fit the model and its groups: {len(differing)} keys are missing "
+                f"or unexpected, for example {differing[0]}; use the model and groups that it was saved with"
             )
         for part, own in zip(self.model_parts, self._by_part, strict=True):
             set_optimizer_state_dict(
@@ -140,7 +144,7 @@ class GroupedOptimizers(OptimizersContainer[torch.optim.Optimizer]):
             )
 
     def _flattened(self) -> dict[str, Any]:
-        """Return state and hyperparameters by parameter name, creating state that is not there yet."""
+        """Return state and hyperparameters by parameter name; creates missing state."""
         for optimizer in self.optimizers:
             _create_missing_state(optimizer)
         flattened: dict[str, Any] = {}
@@ -150,23 +154,21 @@ class GroupedOptimizers(OptimizersContainer[torch.optim.Optimizer]):
         return flattened
 
 
-class GroupedSchedule(LRSchedulersContainer):
-    """Sets every group's learning rate and weight decay for the next step, from the first step on.
+class ParamGroupScheduler(LRSchedulersContainer):
+    """Scheduler of every group's learning rate and weight decay.
 
-    Each is the group's value times the schedule's factor, a pure function of the step.
+    Each is the group's base value times a factor that is a pure function of the step.
+
+    Args:
+        optimizers: From build_optimizers.
+        schedule: The schedule.
+        total_steps: Number of steps of the run.
+
+    Raises:
+        UserError: Warm-up and decay together are longer than the run.
     """
 
     def __init__(self, optimizers: OptimizersContainer, schedule: ScheduleConfig, total_steps: int) -> None:
-        """Start at step 0.
-
-        Args:
-            optimizers: What build_optimizers gave.
-            schedule: The factors' configuration.
-            total_steps: Steps of the run.
-
-        Raises:
-            ValueError: The schedule does not fit into the steps.
-        """
         self._optimizers = optimizers
         self._lr_factor = functools.partial(lr_factor, config=schedule, total_steps=total_steps)
         self._weight_decay_factor = functools.partial(
@@ -176,33 +178,33 @@ class GroupedSchedule(LRSchedulersContainer):
         self._apply()
 
     def step(self) -> None:
-        """Move to the next optimizer step."""
+        """Set the learning rates and weight decays of the next step."""
         self._step += 1
         self._apply()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of steps taken, the whole state."""
+        """Return the number of completed steps, the only state."""
         return {"step": self._step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue after a number of steps, by this run's schedule.
+        """Resume after a number of completed steps, with this run's schedule.
 
         Args:
-            state_dict: What state_dict() gave.
+            state_dict: From state_dict().
         """
         self._step = int(state_dict["step"])
         self._apply()
 
     def lr_by_group(self) -> dict[str, float]:
-        """Return the learning rate of the step about to be taken, by group name."""
+        """Return the learning rate of the next step, by group name."""
         return {group["name"]: group["lr"] for group in self._groups()}
 
     def weight_decay_by_group(self) -> dict[str, float]:
-        """Return the weight decay of the step about to be taken, by group name."""
+        """Return the weight decay of the next step, by group name."""
         return {group["name"]: group["weight_decay"] for group in self._groups()}
 
     def _groups(self) -> list[dict[str, Any]]:
-        # looked up each time: loading a state gives an optimizer new groups
+        # not cached: loading a state dict replaces an optimizer's param groups
         return [group for optimizer in self._optimizers for group in optimizer.param_groups]
 
     def _apply(self) -> None:
@@ -214,45 +216,45 @@ class GroupedSchedule(LRSchedulersContainer):
             )
 
 
-def build_optimizers(model_parts: Sequence[nn.Module], config: OptimizerConfig) -> GroupedOptimizers:
+def build_optimizers(model_parts: Sequence[nn.Module], config: OptimizerConfig) -> ParamGroupOptimizers:
     """Build the optimizers of a model.
 
     Args:
         model_parts: Modules with disjoint parameters, usually one, sharded and on their device.
-        config: Groups of parameters.
+        config: Parameter groups.
 
     Returns:
-        One container with all of them.
+        A container of all optimizers.
 
     Raises:
-        ValueError: A parameter is in no group or in several, or a group does not fit.
+        UserError: A parameter is in no group or in several, or a group does not fit its parameters.
     """
-    return GroupedOptimizers(model_parts, config)
+    return ParamGroupOptimizers(model_parts, config)
 
 
 def build_lr_schedulers(
     optimizers: OptimizersContainer, schedule: ScheduleConfig, total_steps: int
-) -> GroupedSchedule:
-    """Build the learning-rate schedule of all groups and set the first step's learning rates.
+) -> ParamGroupScheduler:
+    """Build the scheduler of all groups, and set the first step's learning rates and weight decays.
 
     Args:
-        optimizers: What build_optimizers gave.
+        optimizers: From build_optimizers.
         schedule: The schedule.
-        total_steps: Steps of the run.
+        total_steps: Number of steps of the run.
 
     Returns:
-        The schedule, at step 0.
+        The scheduler, at step 0.
 
     Raises:
-        ValueError: The schedule does not fit into the steps.
+        UserError: Warm-up and decay together are longer than the run.
     """
-    return GroupedSchedule(optimizers, schedule, total_steps)
+    return ParamGroupScheduler(optimizers, schedule, total_steps)
 
 
-def _optimizers_of(
+def _build_optimizers(
     part: nn.Module, assigned: Mapping[str, list[nn.Parameter]], groups: Mapping[str, ParameterGroup]
 ) -> list[torch.optim.Optimizer]:
-    """Build one Muon and one AdamW, where they have parameters, for one part of a model."""
+    """Build the Muon and the AdamW of a model part, each if it has parameters."""
     own = set(part.parameters())
     muon_groups: list[dict[str, Any]] = []
     adamw_groups: list[dict[str, Any]] = []
@@ -275,15 +277,15 @@ def _optimizers_of(
     if muon_groups:
         optimizers.append(Muon(muon_groups, lr=0.0))
     if adamw_groups:
-        # fused on CPU too: the other implementations have no found_inf
+        # fused on CPU too: the other implementations do not support found_inf
         optimizers.append(torch.optim.AdamW(adamw_groups, fused=True))
     return optimizers
 
 
 def _create_missing_state(optimizer: torch.optim.Optimizer) -> None:
-    """Give each parameter that has had no gradient yet the state from before a first step.
+    """Create the initial state of the parameters that have had no gradient yet.
 
-    Whoever loads a checkpoint wants the state of all parameters, whichever of them had gradients.
+    A checkpoint is saved and loaded with the state of all parameters.
     """
     for group in optimizer.param_groups:
         for p in group["params"]:
@@ -298,8 +300,8 @@ def _create_missing_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _muon_values(group: MuonGroup) -> dict[str, Any]:
-    not_its_own = ("kind", "parameters", "weight_decay_gamma")
-    return {key: value for key, value in asdict(group).items() if key not in not_its_own}
+    not_muons = ("kind", "parameters", "weight_decay_gamma")
+    return {key: value for key, value in asdict(group).items() if key not in not_muons}
 
 
 def _adamw_values(group: AdamWGroup) -> dict[str, Any]:

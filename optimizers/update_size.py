@@ -1,4 +1,4 @@
-"""How large the updates of a step were, computed on the device from what the optimizers keep."""
+"""Squared norms of the last update, computed on the device from the optimizers' state."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -8,37 +8,37 @@ from torch.distributed.tensor import DTensor, Replicate
 
 
 @runtime_checkable
-class UpdateRecorder(Protocol):
-    """An optimizer that can tell of its last update, as Muon does.
+class SupportsUpdateStats(Protocol):
+    """An optimizer that can record statistics of its last update, such as Muon.
 
     Attributes:
-        record_updates: Whether step() keeps what the methods below tell; set before the step.
+        record_update_stats: Whether step() records what the methods return; set it before the step.
     """
 
-    record_updates: bool
+    record_update_stats: bool
 
-    def update_square_sums(self) -> dict[str, torch.Tensor]:
-        """Return, by group name, the sum over this rank's own elements of the last update's squares.
+    def local_update_squared_norms(self) -> dict[str, torch.Tensor]:
+        """Return the squared norm of this rank's shards of the last update, by group name.
 
-        The update is what the learning rate multiplies, without weight decay. fp32 scalars on the device, not
-        reduced over ranks; a replica (HSDP) counts its elements as if there were no other.
+        The update is the factor of the learning rate, without weight decay. fp32 scalars on the device, not
+        reduced over ranks; HSDP replicas each count their elements.
         """
         ...
 
-    def update_spectra(self) -> dict[str, tuple[float, float, float]]:
-        """Return (least, median, largest) singular value of one matrix of a group, by group name.
+    def update_singular_values(self) -> dict[str, tuple[float, float, float]]:
+        """Return the minimum, median and maximum singular value of one matrix of a group, by group name.
 
-        The matrix is the first of the group that this rank orthogonalises, as orthogonalised, before scaling;
-        groups of which it has none are left out. Waits for the device.
+        The matrix is the first of the group that this rank orthogonalizes, before scaling; groups without one
+        are left out. Synchronizes with the device.
         """
         ...
 
 
 def num_replicas(parameter: torch.Tensor) -> int:
-    """Return how many ranks hold each element of a parameter.
+    """Return the number of ranks that hold each element of a parameter.
 
     Args:
-        parameter: A plain tensor, which every rank holds whole, or a DTensor.
+        parameter: A plain tensor, which every rank holds in full, or a DTensor.
 
     Returns:
         Ranks divided by shards; 1 without a process group.
@@ -52,20 +52,19 @@ def num_replicas(parameter: torch.Tensor) -> int:
     return num_ranks
 
 
-def adamw_square_sum(optimizer: torch.optim.AdamW, group: dict[str, Any]) -> torch.Tensor:
-    """Return this rank's share of the squared norm of AdamW's last update of a group.
+def adamw_update_squared_norm(optimizer: torch.optim.AdamW, group: dict[str, Any]) -> torch.Tensor:
+    """Return this rank's part of the squared norm of AdamW's last update of a param group.
 
-    The update is what the learning rate multiplies, without weight decay (Loshchilov and Hutter, arXiv
+    The update is the factor of the learning rate, without weight decay (Loshchilov and Hutter, arXiv
     1711.05101): mhat / (sqrt(vhat) + eps) with mhat = m / (1 - beta1^n), vhat = v / (1 - beta2^n) after n
-    steps, which is the state that the step left behind. Takes the memory of two copies of the largest
-    parameter's own part.
+    steps, computed from the state after the step. Allocates two copies of the largest local shard.
 
     Args:
-        optimizer: The optimizer, just after its step; no amsgrad.
+        optimizer: The optimizer right after its step; without amsgrad.
         group: One of its param groups.
 
     Returns:
-        fp32 scalar on the parameters' device; its sum over all ranks counts every element once.
+        fp32 scalar on the parameters' device; summed over all ranks, it counts every element once.
     """
     beta1, beta2 = group["betas"]
     total = torch.zeros((), device=group["params"][0].device)
@@ -76,9 +75,9 @@ def adamw_square_sum(optimizer: torch.optim.AdamW, group: dict[str, Any]) -> tor
         mean, mean_square = _local(state["exp_avg"]), _local(state["exp_avg_sq"])
         num_steps = state["step"]
         denominator = mean_square.sqrt().div_((1.0 - beta2**num_steps).sqrt()).add_(group["eps"])
-        square_sum = mean.div(denominator).square_().sum() / (1.0 - beta1**num_steps).square()
-        # without a step yet this is 0/0
-        total += torch.where(num_steps > 0, square_sum, 0.0) / num_replicas(p)
+        squared_norm = mean.div(denominator).square_().sum() / (1.0 - beta1**num_steps).square()
+        # 0/0 before the first step
+        total += torch.where(num_steps > 0, squared_norm, 0.0) / num_replicas(p)
     return total
 
 

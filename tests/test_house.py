@@ -1,6 +1,7 @@
 """The structure of the code: who may import whom, and how long a file may be."""
 
 import ast
+import re
 import subprocess
 from pathlib import Path
 
@@ -83,3 +84,17 @@ def test_no_file_is_too_long() -> None:
         if num_lines > limit:
             too_long[str(path.relative_to(ROOT))] = num_lines
     assert not too_long
+
+
+def test_the_readme_is_one_page() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = text.splitlines()
+    assert len(lines) <= 130
+    assert len(text.encode()) <= 9 * 1024
+    assert [line for line in lines if len(line) >= 110] == []
+
+
+def test_links_of_the_documents_lead_somewhere() -> None:
+    for path in _tracked("*.md", "docs/*.md"):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text(encoding="utf-8")):
+            assert (path.parent / target).exists(), f"{path.name} links to {target}"

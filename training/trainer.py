@@ -25,7 +25,7 @@ from eval.held_out import HeldOutLoss
 from models.checkpoint import load_weights
 from models.run_folder import RunFolder, find_checkpoint
 from models.run_tokenizer import copy_tokenizer
-from optimizers.titan import GroupedOptimizers, GroupedSchedule
+from optimizers.titan import ParamGroupOptimizers, ParamGroupScheduler
 from tokens import IGNORE_INDEX
 from training.agreement import check_shared
 from training.branch import branch_warnings, checkpoint_step, resume_warnings
@@ -65,8 +65,8 @@ class Trainer(TitanTrainer):
         self.stop = StopRequest()
         self.tokens = 0
         assert isinstance(self.metrics_processor, RunMetrics)
-        assert isinstance(self.lr_schedulers, GroupedSchedule)
-        assert isinstance(self.optimizers, GroupedOptimizers)
+        assert isinstance(self.lr_schedulers, ParamGroupScheduler)
+        assert isinstance(self.optimizers, ParamGroupOptimizers)
         assert isinstance(self.dataloader, TitanLoader)
         assert isinstance(self.checkpointer, RunCheckpoints)
         self.metrics, self.schedule, self.loader = self.metrics_processor, self.lr_schedulers, self.dataloader
@@ -167,9 +167,9 @@ class Trainer(TitanTrainer):
     def _update(self, grad_norm: torch.Tensor) -> dict[str, torch.Tensor]:
         """Step unless the gradient is no number; gives this rank's shares of the updates' mean squares."""
         has_mean_squares = self._is_due(self.run.metrics.update_every)
-        self.updater.record_updates(has_mean_squares or self._is_due(self.run.metrics.spectrum_every))
+        self.updater.record_update_stats(has_mean_squares or self._is_due(self.run.metrics.spectrum_every))
         self.updater.step(found_inf=(~grad_norm.isfinite()).float())
-        return self.updater.update_mean_squares() if has_mean_squares else {}
+        return self.updater.local_update_mean_squares() if has_mean_squares else {}
 
     def _spectra(self) -> dict[str, float]:
         # rank 0 keeps the record, and speaks of the matrices that it orthogonalises
@@ -177,7 +177,7 @@ class Trainer(TitanTrainer):
             return {}
         return {
             f"update_sv_{name}/{group}": value
-            for group, spread in self.updater.update_spectra().items()
+            for group, spread in self.updater.update_singular_values().items()
             for name, value in zip(("min", "median", "max"), spread, strict=True)
         }
 

@@ -7,7 +7,8 @@ from tokenizers import Tokenizer
 
 from errors import UserError
 from models.convert.format import Table, read_json
-from models.run_tokenizer import OTHER_FILES, SETTINGS_FILE, TOKENIZER_FILE, check_ids, copy_tokenizer
+from models.run_tokenizer import OTHER_FILES, SETTINGS_FILE, check_ids, copy_tokenizer
+from tokens import TOKENIZER_FILE
 
 
 def import_tokenizer(source: Path, out: Path, eos_token_id: int | None) -> Table | None:

@@ -19,8 +19,8 @@ from models.generation.sampling import Sampling
 from models.generation.text_stream import TextStream, stop_at
 from models.qwen3 import Qwen3
 from models.run_folder import RunFolder, find_checkpoint, read_run_table
-from models.run_tokenizer import TOKENIZER_FILE, check_ids, find_tokenizer
-from tokens import END_OF_DOCUMENT
+from models.run_tokenizer import check_ids, find_tokenizer
+from tokens import END_OF_DOCUMENT, TOKENIZER_FILE
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

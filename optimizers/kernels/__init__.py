@@ -1,1 +1,1 @@
-"""Triton kernels of Muon, each beside the torch functions that take its place without a GPU."""
+"""Triton kernels of Muon, each with its PyTorch equivalent for the CPU."""

@@ -1,8 +1,8 @@
-"""The passes of Muon that move memory: gradients into momentum, normalisation, updates into parameters.
+"""Memory-bound passes of Muon: momentum, normalization and parameter update, for lists of tensors.
 
-On a GPU one kernel launch serves a whole list of equally large tensors, whose addresses it reads from a
-table, and touches each element once; elsewhere torch does the same. A step is masked
-without a look at the device: where `found_inf` is not zero, no state is written.
+On a GPU, one kernel launch processes a list of equally shaped tensors, whose addresses it reads from a table,
+and reads and writes each element once; on the CPU, torch computes the same. A step is skipped without a
+host-device synchronization: where `found_inf` is not zero, nothing is written.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ _TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.
 
 @triton.jit
 def _pointer(table, i_n, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Return the address of tensor i_n of a list."""
+    """Return the pointer to tensor i_n of a list."""
     p_x = tl.load(table + i_n).to(tl.pointer_type(DTYPE))
     if ALIGNED:
         p_x = tl.multiple_of(p_x, 16)
@@ -34,12 +34,12 @@ def _is_skipped(found_inf, MASKED: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["weight"])
-def _advance_momentum_kernel(
+def _update_momentum_kernel(
     table, out, found_inf, weight, num_tensors, num_elements,
     G: tl.constexpr, M: tl.constexpr, NESTEROV: tl.constexpr, MASKED: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Advance BLOCK elements of one momentum buffer; the table holds gradients, then buffers."""
+    """Update BLOCK elements of one momentum buffer; the table has all gradients, then all buffers."""
     i_n = tl.program_id(1)
     o_x = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_x = o_x < num_elements
@@ -55,9 +55,9 @@ def _advance_momentum_kernel(
     tl.store(p_out, b_m.to(out.dtype.element_ty), mask=m_x)
 
 
-@triton.jit(do_not_specialize=["keep", "alpha"])
+@triton.jit(do_not_specialize=["decay", "alpha"])
 def _apply_update_kernel(
-    table, updates, found_inf, keep, alpha, num_elements,
+    table, updates, found_inf, decay, alpha, num_elements,
     P: tl.constexpr, MASKED: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Update BLOCK elements of one parameter."""
@@ -69,7 +69,7 @@ def _apply_update_kernel(
         b_p = tl.load(p_p, mask=m_x, other=0.0).to(tl.float32)
         p_u = updates + tl.cast(i_n, tl.int64) * num_elements + o_x
         b_u = tl.load(p_u, mask=m_x, other=0.0).to(tl.float32)
-        tl.store(p_p, (b_p * keep + alpha * b_u).to(P), mask=m_x)
+        tl.store(p_p, (b_p * decay + alpha * b_u).to(P), mask=m_x)
 
 
 @triton.jit
@@ -87,9 +87,12 @@ def multiply(x: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
     """Multiply each matrix of a batch by its own factor, in fp32 at least.
 
     Args:
-        x: `[N, rows, cols]`, contiguous.
+        x: `[N, rows, cols]`, contiguous, any floating dtype.
         factors: `[N]`, fp32 or fp64.
-        dtype: Of the result.
+        dtype: Dtype of the result.
+
+    Returns:
+        `[N, rows, cols]` in dtype.
     """
     if x.is_cuda and factors.dtype == torch.float32 and x.numel():
         return launch_multiply(x, factors, dtype)
@@ -97,7 +100,7 @@ def multiply(x: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def launch_multiply(x: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
-    """Launch the kernel of `multiply`, whose arguments and result these are."""
+    """Launch the kernel of `multiply`; same arguments and result."""
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     num_elements = x[0].numel()
     with torch.cuda.device_of(x):
@@ -105,7 +108,7 @@ def launch_multiply(x: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def advance_momentum(
+def update_momentum(
     gradients: Sequence[Tensor],
     momenta: Sequence[Tensor],
     *,
@@ -114,49 +117,51 @@ def advance_momentum(
     dtype: torch.dtype,
     found_inf: Tensor | None,
 ) -> Tensor:
-    """Move each momentum M by M <- M + weight (G - M), in place.
+    """Update momentum buffers in place, M <- M + weight (G - M).
 
     Args:
-        gradients: N tensors of one shape, dtype and device.
-        momenta: Likewise.
-        weight: Of the gradient, 1 - beta.
+        gradients: N tensors of equal shape, dtype and device.
+        momenta: N momentum buffers of equal shape, dtype and device.
+        weight: Weight of the gradient, 1 - beta.
         nesterov: Whether to return M + weight (G - M) with the new M instead of M.
-        dtype: Of the result.
-        found_inf: fp32 scalar on the device; the momenta stay where it is not zero. None never masks.
+        dtype: Dtype of the result.
+        found_inf: fp32 scalar on the device; if it is not zero, the momenta are unchanged. None skips
+            nothing.
 
     Returns:
-        What is to be orthogonalised, `[N, *shape]`; of no meaning where the step is masked.
+        The updates before orthogonalization, `[N, *shape]`; undefined if the step is skipped.
     """
     if momenta[0].is_cuda:
-        return launch_advance(gradients, momenta, weight, nesterov, dtype, found_inf)
+        return launch_update_momentum(gradients, momenta, weight, nesterov, dtype, found_inf)
     stacked = torch.stack(list(gradients))
-    moved = torch.stack(list(momenta)).lerp(stacked, weight)
+    updated = torch.stack(list(momenta)).lerp(stacked, weight)
     if found_inf is None or not found_inf:
-        for momentum, new in zip(momenta, moved, strict=True):
+        for momentum, new in zip(momenta, updated, strict=True):
             momentum.copy_(new)
-    return (moved.lerp(stacked, weight) if nesterov else moved).to(dtype)
+    return (updated.lerp(stacked, weight) if nesterov else updated).to(dtype)
 
 
 def apply_update(
-    params: Sequence[Tensor], updates: Tensor, *, keep: float, alpha: float, found_inf: Tensor | None
+    params: Sequence[Tensor], updates: Tensor, *, decay: float, alpha: float, found_inf: Tensor | None
 ) -> None:
-    """Change each parameter by P <- keep P + alpha U, in place.
+    """Update parameters in place, P <- decay P + alpha U.
 
     Args:
-        params: N tensors of one shape, dtype and device.
+        params: N tensors of equal shape, dtype and device.
         updates: `[N, *shape]`, any floating dtype.
-        keep: Factor of the parameters.
+        decay: Factor of the parameters, 1 - lr * weight_decay.
         alpha: Factor of the updates.
-        found_inf: fp32 scalar on the device; the parameters stay where it is not zero. None never masks.
+        found_inf: fp32 scalar on the device; if it is not zero, the parameters are unchanged. None skips
+            nothing.
     """
     if params[0].is_cuda:
-        launch_apply(params, updates, keep, alpha, found_inf)
+        launch_apply_update(params, updates, decay, alpha, found_inf)
     elif found_inf is None or not found_inf:
         for p, update in zip(params, updates.to(params[0].dtype), strict=True):
-            p.mul_(keep).add_(update, alpha=alpha)
+            p.mul_(decay).add_(update, alpha=alpha)
 
 
-def launch_advance(
+def launch_update_momentum(
     gradients: Sequence[Tensor],
     momenta: Sequence[Tensor],
     weight: float,
@@ -164,14 +169,14 @@ def launch_advance(
     dtype: torch.dtype,
     found_inf: Tensor | None,
 ) -> Tensor:
-    """Launch the kernel of `advance_momentum`, whose arguments and result these are."""
+    """Launch the kernel of `update_momentum`; same arguments and result."""
     first = momenta[0]
     out = torch.empty(len(momenta), *first.shape, dtype=dtype, device=first.device)
     lists = [x.contiguous() for x in gradients], list(momenta)
     table = _addresses(*lists)
     if out.numel():
         with torch.cuda.device_of(first):
-            _advance_momentum_kernel[_grid(momenta)](
+            _update_momentum_kernel[_grid(momenta)](
                 table, out, table if found_inf is None else found_inf, weight, len(momenta), first.numel(),
                 G=_TRITON_DTYPES[gradients[0].dtype], M=_TRITON_DTYPES[first.dtype], NESTEROV=nesterov,
                 MASKED=found_inf is not None, ALIGNED=_are_aligned(*lists), BLOCK=_BLOCK,
@@ -179,17 +184,17 @@ def launch_advance(
     return out
 
 
-def launch_apply(
-    params: Sequence[Tensor], updates: Tensor, keep: float, alpha: float, found_inf: Tensor | None
+def launch_apply_update(
+    params: Sequence[Tensor], updates: Tensor, decay: float, alpha: float, found_inf: Tensor | None
 ) -> None:
-    """Launch the kernel of `apply_update`, whose arguments these are."""
+    """Launch the kernel of `apply_update`; same arguments."""
     first = params[0]
     updates = updates.contiguous()
     table = _addresses(params)
     if updates.numel():
         with torch.cuda.device_of(first):
             _apply_update_kernel[_grid(params)](
-                table, updates, table if found_inf is None else found_inf, keep, alpha, first.numel(),
+                table, updates, table if found_inf is None else found_inf, decay, alpha, first.numel(),
                 P=_TRITON_DTYPES[first.dtype], MASKED=found_inf is not None, ALIGNED=_are_aligned(params),
                 BLOCK=_BLOCK,
             )  # fmt: skip
@@ -200,7 +205,7 @@ def _grid(tensors: Sequence[Tensor]) -> tuple[int, int]:
 
 
 def _addresses(*lists: Sequence[Tensor]) -> Tensor:
-    """Return the addresses of all tensors as int64 on their device, without waiting for it."""
+    """Return the addresses of all tensors, int64 on their device, without a host-device synchronization."""
     addresses = torch.tensor([x.data_ptr() for tensors in lists for x in tensors], dtype=torch.int64)
     device = lists[0][0].device
     return addresses.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else addresses

@@ -1,7 +1,8 @@
-"""Products of matrices that are known to be symmetric, each pair of entries computed once.
+"""Batched matrix products with symmetric results, of which only the lower triangle is computed.
 
-On a GPU in 16 bits a Triton kernel computes the tiles on and below the diagonal and writes each of them to
-both places: (t + 1) / 2t of the work of a full product with t tiles a side. Elsewhere torch computes all.
+For 16-bit dtypes on a GPU, a Triton kernel computes the tiles on and below the diagonal and writes each to
+both triangles: (t + 1) / 2t of the work of a full product with t tiles per side. Otherwise torch computes the
+full product.
 """
 
 import torch
@@ -19,7 +20,7 @@ NUM_STAGES = 3
 def _load(
     x, i_n, i_row, i_col, num_rows, num_cols, ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr
 ):
-    """Load a tile of matrix i_n of a contiguous `[n, num_rows, num_cols]`, zeros beyond its bounds."""
+    """Load a tile of matrix i_n of a contiguous `[n, num_rows, num_cols]`, with zeros out of bounds."""
     if TMA:
         b_x = x.load([i_n, i_row, i_col]).reshape(ROWS, COLS)
     else:
@@ -47,10 +48,10 @@ def _symmetric_product_kernel(
     a, b, c, out, alpha, beta, diagonal, n, m, k, num_pairs,
     TALL: tl.constexpr, ADD: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Compute one tile on or below the diagonal of alpha a b^T + beta c + diagonal I; one program each."""
+    """Compute one tile of alpha a b^T + beta c + diagonal I per program, on or below the diagonal."""
     dtype: tl.constexpr = a.dtype.element_ty
     if TMA:
-        # made here: to make descriptors on the host takes longer than the product of a few matrices
+        # made on the device: on the host this takes longer than the product of a few matrices
         if TALL:
             a = tl.make_tensor_descriptor(a, [n, k, m], [k * m, m, 1], [1, BK, BM])
             b = tl.make_tensor_descriptor(b, [n, k, m], [k * m, m, 1], [1, BK, BM])
@@ -61,7 +62,7 @@ def _symmetric_product_kernel(
         out = tl.make_tensor_descriptor(out, [n, m, m], [m * m, m, 1], [1, BM, BM])
     i_n = tl.program_id(0) // num_pairs
     i_pair = tl.program_id(0) % num_pairs
-    # the pairs (0, 0), (1, 0), (1, 1), (2, 0), ...
+    # tile pairs in the order (0, 0), (1, 0), (1, 1), (2, 0), ...
     i_row = tl.cast((tl.sqrt(8.0 * i_pair + 1.0) - 1.0) * 0.5, tl.int32)
     i_row = tl.where(i_row * (i_row + 1) // 2 > i_pair, i_row - 1, i_row)
     i_row = tl.where((i_row + 1) * (i_row + 2) // 2 <= i_pair, i_row + 1, i_row)
@@ -102,17 +103,17 @@ def symmetric_product(
     beta: float = 1.0,
     diagonal: float = 0.0,
 ) -> Tensor:
-    """Return alpha a b^T + beta c + diagonal I of every matrix of a batch, if the result is symmetric.
+    """Compute alpha a b^T + beta c + diagonal I for a batch whose results are symmetric.
 
-    It is where b is a, and where a and b are polynomials of one symmetric matrix. On a GPU what lies above
-    the diagonal is a copy of what lies below. Sums are in fp32.
+    They are if b is a, or if a and b are polynomials of one symmetric matrix. On a GPU the upper triangle is
+    a copy of the lower one. 16-bit inputs accumulate in fp32.
 
     Args:
         a: `[n, m, k]`, or `[n, k, m]` if tall; any floating dtype.
-        b: Like a.
+        b: Same shape and dtype as a.
         is_tall: Whether to compute a^T b instead of a b^T.
         alpha: Factor of the product.
-        c: A symmetric `[n, m, m]` to add, or None.
+        c: Symmetric `[n, m, m]` in the dtype of a, or None.
         beta: Factor of c.
         diagonal: Added to the diagonal.
 
@@ -133,7 +134,7 @@ def symmetric_product(
 def launch(
     a: Tensor, b: Tensor, c: Tensor | None, is_tall: bool, alpha: float, beta: float, diagonal: float
 ) -> Tensor:
-    """Launch the kernel; arguments and result are those of `symmetric_product`."""
+    """Launch the kernel of `symmetric_product`; same arguments and result."""
     a, b = a.contiguous(), b.contiguous()
     n, m, k = (a.shape[0], a.shape[2], a.shape[1]) if is_tall else a.shape
     out = torch.empty(n, m, m, dtype=a.dtype, device=a.device)
@@ -143,7 +144,7 @@ def launch(
     if a.numel() == 0:
         return out.zero_()
     is_hopper = a.is_cuda and torch.cuda.get_device_capability(a.device) >= (9, 0)
-    # TMA wants rows of a multiple of 16 bytes
+    # TMA requires row strides that are multiples of 16 bytes
     use_tma = is_hopper and m % 8 == 0 and k % 8 == 0
     if use_tma:
         triton.set_allocator(_scratch)
@@ -157,5 +158,5 @@ def launch(
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Return memory for the descriptors that a kernel makes."""
+    """Allocate memory for the descriptors that a kernel makes."""
     return torch.empty(size, dtype=torch.int8, device="cuda")

@@ -14,14 +14,14 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from optimizers.config import AdamWGroup, MuonGroup, OptimizerConfig, ScheduleConfig
-from optimizers.titan import GroupedOptimizers, build_lr_schedulers, build_optimizers
+from optimizers.titan import ParamGroupOptimizers, build_lr_schedulers, build_optimizers
 
-# Rows that 2 ranks share unevenly (5, 7), and one row, of which one rank has nothing.
+# 5 and 7 rows are sharded unevenly over 2 ranks; of 1 row, one rank has nothing
 WIDTHS = (8, 5, 7, 7, 7, 1)
 STEPS = 5
 
 
-def config(orthogonalization: str) -> OptimizerConfig:
+def make_config(orthogonalization: str) -> OptimizerConfig:
     assert orthogonalization in ("newton_schulz5", "polar_express")
     hidden = MuonGroup(
         parameters=[r"layers\.\d+\.weight"],
@@ -51,7 +51,9 @@ class Model(nn.Module):
         return self.output(self.norm(x)) * self.layers[-1](x)
 
 
-def train(model: nn.Module, optimizers: GroupedOptimizers, rank: int, num_ranks: int, steps: range) -> None:
+def train(
+    model: nn.Module, optimizers: ParamGroupOptimizers, rank: int, num_ranks: int, steps: range
+) -> None:
     schedule = build_lr_schedulers(optimizers, ScheduleConfig(kind="wsd", warmup_steps=2), 2 * STEPS)
     schedule.load_state_dict({"step": steps.start})
     for step in steps:
@@ -62,7 +64,7 @@ def train(model: nn.Module, optimizers: GroupedOptimizers, rank: int, num_ranks:
         schedule.step()
 
 
-def sharded(shape: tuple[int, ...]) -> Model:
+def sharded_model(shape: tuple[int, ...]) -> Model:
     model = Model()
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
     for layer in model.layers:
@@ -70,13 +72,13 @@ def sharded(shape: tuple[int, ...]) -> Model:
     fully_shard(model, mesh=mesh)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # gloo has no PREMUL_SUM; the loss is already divided by the global batch.
+            # gloo has no PREMUL_SUM; the loss is already divided by the global batch size
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
     return model
 
 
-def whole(model: nn.Module) -> dict[str, torch.Tensor]:
+def full_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {
         name: (p.full_tensor() if isinstance(p, DTensor) else p).detach()
         for name, p in model.named_parameters()
@@ -84,14 +86,14 @@ def whole(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def check_equals_one_rank(shape: tuple[int, ...], orthogonalization: str) -> None:
-    alone = Model()
-    train(alone, build_optimizers([alone], config(orthogonalization)), 0, 1, range(STEPS))
-    model = sharded(shape)
-    optimizers = build_optimizers([model], config(orthogonalization))
+    unsharded = Model()
+    train(unsharded, build_optimizers([unsharded], make_config(orthogonalization)), 0, 1, range(STEPS))
+    model = sharded_model(shape)
+    optimizers = build_optimizers([model], make_config(orthogonalization))
     train(model, optimizers, dist.get_rank(), dist.get_world_size(), range(STEPS))
-    torch.testing.assert_close(whole(model), whole(alone), rtol=0, atol=1e-6)
+    torch.testing.assert_close(full_tensors(model), full_tensors(unsharded), rtol=0, atol=1e-6)
     start = Model()
-    moved = {name: (p - whole(start)[name]).abs().max() for name, p in whole(model).items()}
+    moved = {name: (p - full_tensors(start)[name]).abs().max() for name, p in full_tensors(model).items()}
     assert min(moved.values()) > 1e-2, moved
     layer = model.layers[0].weight
     assert isinstance(layer, DTensor)
@@ -101,27 +103,28 @@ def check_equals_one_rank(shape: tuple[int, ...], orthogonalization: str) -> Non
     assert buffer.to_local().shape == layer.to_local().shape
 
 
-def check_resumes_exactly(shape: tuple[int, ...], folder: str) -> None:
+def check_resume_is_bit_identical(shape: tuple[int, ...], folder: str) -> None:
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
-    models = [sharded(shape) for _ in range(3)]
-    once, first, second = ((model, build_optimizers([model], config("newton_schulz5"))) for model in models)
-    train(*once, rank, num_ranks, range(STEPS))
+    models = [sharded_model(shape) for _ in range(3)]
+    config = make_config("newton_schulz5")
+    uninterrupted, first, second = ((model, build_optimizers([model], config)) for model in models)
+    train(*uninterrupted, rank, num_ranks, range(STEPS))
     train(*first, rank, num_ranks, range(3))
     dcp.save({"model": first[0].state_dict(), "optimizer": first[1]}, checkpoint_id=folder)
     dcp.load({"model": second[0].state_dict(), "optimizer": second[1]}, checkpoint_id=folder)
     train(*second, rank, num_ranks, range(3, STEPS))
-    for name, weight in whole(once[0]).items():
-        assert torch.equal(whole(second[0])[name], weight), name
+    for name, weight in full_tensors(uninterrupted[0]).items():
+        assert torch.equal(full_tensors(second[0])[name], weight), name
 
 
 def check_loads_on_one_rank(folder: str) -> None:
-    """Continue the checkpoint of check_resumes_exactly without sharding."""
-    alone, resumed = Model(), Model()
-    train(alone, build_optimizers([alone], config("newton_schulz5")), 0, 1, range(STEPS))
-    optimizers = build_optimizers([resumed], config("newton_schulz5"))
+    """Resume from the checkpoint of check_resume_is_bit_identical without sharding."""
+    unsharded, resumed = Model(), Model()
+    train(unsharded, build_optimizers([unsharded], make_config("newton_schulz5")), 0, 1, range(STEPS))
+    optimizers = build_optimizers([resumed], make_config("newton_schulz5"))
     dcp.load({"model": resumed.state_dict(), "optimizer": optimizers}, checkpoint_id=folder, no_dist=True)
     train(resumed, optimizers, 0, 1, range(3, STEPS))
-    torch.testing.assert_close(whole(resumed), whole(alone), rtol=0, atol=1e-6)
+    torch.testing.assert_close(full_tensors(resumed), full_tensors(unsharded), rtol=0, atol=1e-6)
 
 
 def worker(rank: int, num_ranks: int, folder: str) -> None:
@@ -131,7 +134,7 @@ def worker(rank: int, num_ranks: int, folder: str) -> None:
     if num_ranks == 2:
         check_equals_one_rank((2,), "newton_schulz5")
         check_equals_one_rank((2,), "polar_express")
-        check_resumes_exactly((2,), f"{folder}/checkpoint")
+        check_resume_is_bit_identical((2,), f"{folder}/checkpoint")
     else:
         check_equals_one_rank((2, 2), "newton_schulz5")
         check_equals_one_rank((4,), "newton_schulz5")
@@ -141,7 +144,7 @@ def worker(rank: int, num_ranks: int, folder: str) -> None:
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_sharded_training_equals_training_on_one_rank(num_ranks: int, tmp_path: Path) -> None:
-    # Imports torch once for all ranks.
+    # all ranks share one import of torch
     multiprocessing.get_context("forkserver").set_forkserver_preload(["optimizers.titan"])
     mp.start_processes(worker, args=(num_ranks, str(tmp_path)), nprocs=num_ranks, start_method="forkserver")
     if num_ranks == 2:

@@ -11,11 +11,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from optimizers.buckets import plan
+from errors import UnsupportedError
+from optimizers.buckets import plan_buckets
 from optimizers.exchange import Exchange, Layout, check_placements
 
-# Mesh, placements, shape: FSDP2 with even and uneven strips, HSDP, tensor parallelism by columns and by rows
-# under FSDP2, without sharding, and fewer rows than ranks.
+# mesh, placements, shape: FSDP2 with equal and unequal chunks of rows and with fewer rows than ranks, tensor
+# parallelism by columns, no sharding, HSDP, and FSDP2 with tensor parallelism
 CASES: list[tuple[tuple[int, ...], list[Placement], tuple[int, int]]] = [
     ((4,), [Shard(0)], (8, 6)),
     ((4,), [Shard(0)], (7, 3)),
@@ -29,32 +30,28 @@ CASES: list[tuple[tuple[int, ...], list[Placement], tuple[int, int]]] = [
 ]
 
 
-def layout_of(mesh: DeviceMesh, placements: list[Placement], shape: tuple[int, int]) -> Layout:
-    return Layout(shape, mesh, tuple(placements))
-
-
 def round_trip(layout: Layout, local: torch.Tensor, whole: torch.Tensor, num_owned: list[int]) -> None:
-    """Send the shards of several matrices, which differ by a factor, to their owners and back."""
+    """Exchange several matrices, multiples of one another, with their owners and back."""
     exchange = Exchange(layout, num_owned)
     factors = torch.arange(1.0, sum(num_owned) + 1.0)[:, None, None]
     owned = exchange.to_owners(factors * local).wait()
     start = sum(num_owned[: layout.rank])
-    mine = factors[start : start + num_owned[layout.rank]]
-    assert torch.equal(owned, mine * whole)
+    own_factors = factors[start : start + num_owned[layout.rank]]
+    assert torch.equal(owned, own_factors * whole)
     assert torch.equal(exchange.to_shards(owned + 1.0).wait(), factors * local + 1.0)
 
 
-def check_tensor_parallel_strips() -> None:
-    """FSDP2 over tensor parallelism by rows: the second dimension of the mesh cuts first."""
+def check_strided_shards() -> None:
+    """FSDP2 over tensor parallelism by rows: the second mesh dimension shards first."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tp"))
     whole = torch.arange(48.0).view(8, 6)
     fsdp, tp = mesh.get_local_rank("fsdp"), mesh.get_local_rank("tp")
     local = whole.chunk(2)[tp].chunk(2)[fsdp]
-    layout = layout_of(mesh, [_StridedShard(0, split_factor=2), Shard(0)], (8, 6))
+    layout = Layout((8, 6), mesh, (_StridedShard(0, split_factor=2), Shard(0)))
     round_trip(layout, local, whole, [1, 0, 2, 1])
 
 
-def check_plan(mesh: DeviceMesh) -> None:
+def check_bucket_plan(mesh: DeviceMesh) -> None:
     params: list[Any] = []
     for i in range(7):
         p = torch.nn.Parameter(distribute_tensor(torch.full((8, 4), float(i)), mesh, [Shard(0)]))
@@ -63,11 +60,11 @@ def check_plan(mesh: DeviceMesh) -> None:
     tall = torch.nn.Parameter(distribute_tensor(torch.zeros(32, 16), mesh, [Shard(0)]))
     tall.grad = torch.zeros_like(tall)
     groups = [{"params": [*params, tall]}]
-    buckets = plan(groups, max_elements=32)
+    buckets = plan_buckets(groups, max_elements=32)
     owned = [[0] * 4 for _ in buckets]
     for counts, bucket in zip(owned, buckets, strict=True):
         counts[:] = bucket.exchange.num_owned
-    # the large matrix is alone on its rank; the small ones are spread over the others
+    # the large matrix has a rank to itself; the small ones are distributed over the others
     assert owned[0] == [1, 0, 0, 0]
     small = [sum(counts[rank] for counts in owned[1:]) for rank in range(4)]
     assert small == [0, 3, 2, 2]
@@ -89,22 +86,22 @@ def worker(rank: int, folder: str) -> None:
         layout = Layout.of(sharded)
         for num_owned in ([1, 1, 1, 1], [0, 3, 1, 0]):
             round_trip(layout, sharded.to_local(), whole, num_owned)
-    check_tensor_parallel_strips()
-    check_plan(init_device_mesh("cpu", (4,)))
+    check_strided_shards()
+    check_bucket_plan(init_device_mesh("cpu", (4,)))
     dist.destroy_process_group()
 
 
-def test_shards_reach_their_owners_and_come_back(tmp_path: Path) -> None:
+def test_round_trip_from_shards_to_owners_and_back(tmp_path: Path) -> None:
     multiprocessing.get_context("forkserver").set_forkserver_preload(["optimizers.exchange"])
     mp.start_processes(worker, args=(str(tmp_path),), nprocs=4, start_method="forkserver")
 
 
-def test_other_placements_are_refused() -> None:
+def test_other_placements_are_unsupported() -> None:
     class Placed(DTensor):
         placements = (Partial(),)
 
         def __new__(cls) -> "Placed":
             return torch.Tensor._make_wrapper_subclass(cls, (2, 2))
 
-    with pytest.raises(NotImplementedError, match="Shard and Replicate, got P"):
+    with pytest.raises(UnsupportedError, match="Shard and Replicate, got P"):
         check_placements(Placed())

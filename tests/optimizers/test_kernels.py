@@ -11,8 +11,8 @@ from optimizers.kernels.symmetric import symmetric_product
 INTERPRETED = Path(__file__).with_name("interpreted_kernels.py")
 
 
-def test_kernels_in_the_interpreter() -> None:
-    # the interpreter must be chosen before triton is first imported, which this process may have done
+def test_kernels_in_interpreter() -> None:
+    # TRITON_INTERPRET must be set before triton is first imported, so this takes another process
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(INTERPRETED)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -21,18 +21,18 @@ def test_kernels_in_the_interpreter() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-# 201 is no multiple of 8: read without tensor descriptors
+# 201 is not a multiple of 8: no tensor descriptors
 @pytest.mark.parametrize(("m", "k"), [(1024, 3072), (200, 136), (201, 1000), (2048, 512)])
 @pytest.mark.parametrize("is_tall", [False, True])
-def test_products_on_a_gpu(dtype: torch.dtype, m: int, k: int, is_tall: bool) -> None:
+def test_symmetric_products_on_gpu(dtype: torch.dtype, m: int, k: int, is_tall: bool) -> None:
     generator = torch.Generator("cuda").manual_seed(0)
     x = (torch.randn(3, m, k, generator=generator, device="cuda") / k**0.5).to(dtype)
     stored = x.mT.contiguous() if is_tall else x
     r = symmetric_product(stored, stored, is_tall=is_tall)
-    wanted = x.double() @ x.double().mT
+    expected = x.double() @ x.double().mT
     rounding = torch.finfo(dtype).eps
-    assert ((r - wanted).norm() / wanted.norm()).item() < rounding
+    assert ((r - expected).norm() / expected.norm()).item() < rounding
     assert torch.equal(r, r.mT)
     z = symmetric_product(r, r, alpha=0.5, c=r, beta=-1.5, diagonal=3.0)
-    wanted = 0.5 * r.double() @ r.double() - 1.5 * r.double() + 3.0 * torch.eye(m, device="cuda")
-    assert ((z - wanted).norm() / wanted.norm()).item() < rounding
+    expected = 0.5 * r.double() @ r.double() - 1.5 * r.double() + 3.0 * torch.eye(m, device="cuda")
+    assert ((z - expected).norm() / expected.norm()).item() < rounding

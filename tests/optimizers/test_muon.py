@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 import torch
 
+from errors import UserError
 from optimizers.muon import Muon
 from optimizers.orthogonalize import newton_schulz5, polar_express
 
@@ -18,39 +19,39 @@ def parameters(dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[
 def set_gradients(params: list[torch.nn.Parameter], step: int) -> None:
     generator = torch.Generator().manual_seed(100 + step)
     for p in params:
-        # Not centred, so that successive gradients agree and momentum matters.
+        # a nonzero mean, so that successive gradients correlate and momentum matters
         p.grad = (torch.randn(p.shape, generator=generator) + 0.5).to(p.device, p.dtype)
 
 
-def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
-    return ((got - wanted).norm() / wanted.norm()).item()
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual - expected).norm() / expected.norm()).item()
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize(
-    ("scale", "theirs"), [("match_rms_adamw", "match_rms_adamw"), ("spectral", "original")]
+    ("scale", "torch_scale"), [("match_rms_adamw", "match_rms_adamw"), ("spectral", "original")]
 )
-def test_is_torchs_muon(device: str, nesterov: bool, scale: Any, theirs: str) -> None:
+def test_equals_torch_muon(device: str, nesterov: bool, scale: Any, torch_scale: str) -> None:
     values = {"lr": 0.02, "weight_decay": 0.3, "momentum": 0.9, "nesterov": nesterov}
     ours, reference, start = (parameters(device=device) for _ in range(3))
     muon = Muon(ours, **values, scale=scale)
-    expected = torch.optim.Muon(reference, **values, adjust_lr_fn=theirs)
+    torch_muon = torch.optim.Muon(reference, **values, adjust_lr_fn=torch_scale)
     for step in range(6):
-        for params, optimizer in ((ours, muon), (reference, expected)):
+        for params, optimizer in ((ours, muon), (reference, torch_muon)):
             set_gradients(params, step)
             optimizer.step()
     for p, q, p0 in zip(ours, reference, start, strict=True):
-        assert relative(p - p0, q - p0) < 1e-2
-        buffer, wanted = muon.state[p]["momentum_buffer"], expected.state[q]["momentum_buffer"]
-        torch.testing.assert_close(buffer, wanted, rtol=1e-6, atol=1e-7)
+        assert relative_error(p - p0, q - p0) < 1e-2
+        actual, expected = (o.state[x]["momentum_buffer"] for o, x in ((muon, p), (torch_muon, q)))
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
 
 
-def test_follows_its_formula_in_fp32() -> None:
+def test_fp32_steps_equal_the_formula() -> None:
     lr, decay, beta = 0.1, 0.2, 0.8
     ours = parameters()
-    wanted = [p.detach().clone() for p in ours]
-    momenta = [torch.zeros_like(p) for p in wanted]
+    expected = [p.detach().clone() for p in ours]
+    momenta = [torch.zeros_like(p) for p in expected]
     muon = Muon(
         ours,
         lr=lr,
@@ -66,9 +67,9 @@ def test_follows_its_formula_in_fp32() -> None:
             assert p.grad is not None
             momenta[i] = beta * momenta[i] + (1 - beta) * p.grad
             update = polar_express((1 - beta) * p.grad + beta * momenta[i], 8)
-            wanted[i] = (1 - lr * decay) * wanted[i] - lr * update
+            expected[i] = (1 - lr * decay) * expected[i] - lr * update
         muon.step()
-    torch.testing.assert_close([p.detach() for p in ours], wanted, rtol=0, atol=2e-6)
+    torch.testing.assert_close([p.detach() for p in ours], expected, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,7 @@ def test_follows_its_formula_in_fp32() -> None:
     [("match_rms_adamw", 0.2 * math.sqrt(24)), ("spectral", math.sqrt(3)), ("unit", 1.0)],
 )
 @pytest.mark.parametrize("num_iterations", [None, 3])
-def test_scale_and_number_of_iterations(scale: Any, factor: float, num_iterations: int | None) -> None:
+def test_scale_and_num_iterations(scale: Any, factor: float, num_iterations: int | None) -> None:
     p = torch.nn.Parameter(torch.zeros(24, 8))
     gradient = torch.randn(24, 8, generator=torch.Generator().manual_seed(0))
     p.grad = gradient.clone()
@@ -85,14 +86,14 @@ def test_scale_and_number_of_iterations(scale: Any, factor: float, num_iteration
     torch.testing.assert_close(p.detach(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_match_rms_adamw_gives_the_size_of_an_adamw_update() -> None:
+def test_match_rms_adamw_has_the_rms_of_an_adamw_update() -> None:
     p = torch.nn.Parameter(torch.zeros(64, 256))
     p.grad = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
     Muon([p], lr=1.0, orthogonalization="polar_express").step()
     assert p.detach().square().mean().sqrt().item() == pytest.approx(0.2, rel=0.01)
 
 
-def test_zero_gradient_only_decays_the_weights() -> None:
+def test_zero_gradients_only_decay_the_weights() -> None:
     params = parameters()
     before = [p.detach().clone() for p in params]
     for p in params:
@@ -101,7 +102,7 @@ def test_zero_gradient_only_decays_the_weights() -> None:
     torch.testing.assert_close([p.detach() for p in params], [0.95 * p for p in before])
 
 
-def test_a_parameter_without_gradient_stays_as_it_is() -> None:
+def test_a_parameter_without_gradient_is_unchanged() -> None:
     params = parameters()
     set_gradients(params, 0)
     params[1].grad = None
@@ -116,15 +117,15 @@ def test_a_parameter_without_gradient_stays_as_it_is() -> None:
     ]
 
 
-@pytest.mark.parametrize("max_stacked_elements", [1, 400, 2**26])
-def test_stack_size_does_not_change_the_result(max_stacked_elements: int) -> None:
-    together, bounded = parameters(), parameters()
-    for params, bound in ((together, 2**26), (bounded, max_stacked_elements)):
-        muon = Muon(params, lr=0.1, dtype="float32", max_stacked_elements=bound)
+@pytest.mark.parametrize("max_bucket_elements", [1, 400, 2**26])
+def test_bucket_size_does_not_change_the_result(max_bucket_elements: int) -> None:
+    reference, bounded = parameters(), parameters()
+    for params, bound in ((reference, 2**26), (bounded, max_bucket_elements)):
+        muon = Muon(params, lr=0.1, dtype="float32", max_bucket_elements=bound)
         for step in range(3):
             set_gradients(params, step)
             muon.step()
-    torch.testing.assert_close(bounded, together, rtol=0, atol=1e-5)
+    torch.testing.assert_close(bounded, reference, rtol=0, atol=1e-5)
 
 
 def test_bfloat16_parameters_keep_their_dtype() -> None:
@@ -134,7 +135,7 @@ def test_bfloat16_parameters_keep_their_dtype() -> None:
         Muon(group, lr=0.5).step()
     for p, master in zip(params, masters, strict=True):
         assert p.dtype == torch.bfloat16
-        assert relative(p.detach().float(), master.detach()) < 1e-2
+        assert relative_error(p.detach().float(), master.detach()) < 1e-2
 
 
 @pytest.mark.parametrize(
@@ -146,18 +147,18 @@ def test_bfloat16_parameters_keep_their_dtype() -> None:
         ({"num_iterations": 0}, r"num_iterations \(0\)"),
         ({"scale": "none"}, r"scale \('none'\) must be one of match_rms_adamw, spectral, unit"),
         ({"dtype": "float64"}, r"dtype \('float64'\)"),
-        ({"block_rows": 5}, r"block_rows \(5\) must divide the rows .* \[16, 16\]"),
+        ({"block_rows": 5}, r"block_rows \(5\) must divide the number of rows .* \[16, 16\]"),
         ({"row_beta2": 1.0}, r"row_beta2 \(1.0\)"),
         ({"orthogonalization": "svd"}, r"orthogonalization \('svd'\)"),
     ],
 )
-def test_values_out_of_range_are_named(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_errors_name_the_value_out_of_range(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         Muon([{"params": parameters(), **values}], lr=0.1)
 
 
 @pytest.mark.parametrize("rows", [4, 8])
-def test_every_block_of_rows_is_a_matrix_of_its_own(rows: int) -> None:
+def test_blocks_of_rows_are_orthogonalized_separately(rows: int) -> None:
     p = torch.nn.Parameter(torch.zeros(16, 12))
     p.grad = torch.randn(16, 12, generator=torch.Generator().manual_seed(0))
     Muon([p], lr=0.5, scale="match_rms_adamw", dtype="float32", block_rows=rows, nesterov=False).step()
@@ -165,9 +166,9 @@ def test_every_block_of_rows_is_a_matrix_of_its_own(rows: int) -> None:
     torch.testing.assert_close(p.detach(), (-0.5 * 0.2 * math.sqrt(12) * heads).view(16, 12))
 
 
-def test_row_normalization_follows_its_formula() -> None:
+def test_row_normalization_equals_the_formula() -> None:
     beta2, p = 0.9, torch.nn.Parameter(torch.zeros(24, 8))
-    mean, wanted, momentum = torch.zeros(24, 1), torch.zeros(24, 8), torch.zeros(24, 8)
+    mean, expected, momentum = torch.zeros(24, 1), torch.zeros(24, 8), torch.zeros(24, 8)
     muon = Muon([p], lr=0.5, scale="unit", dtype="float32", row_beta2=beta2, nesterov=False)
     for step in range(3):
         gradient = torch.randn(24, 8, generator=torch.Generator().manual_seed(step))
@@ -178,14 +179,14 @@ def test_row_normalization_follows_its_formula() -> None:
         o = newton_schulz5(momentum)
         mean = beta2 * mean + (1 - beta2) * o.square().mean(1, keepdim=True)
         normalized = o / (mean.sqrt() + 1e-8)
-        wanted -= 0.5 * normalized * o.norm() / normalized.norm()
-        torch.testing.assert_close(p.detach(), wanted, rtol=1e-4, atol=1e-4)
+        expected -= 0.5 * normalized * o.norm() / normalized.norm()
+        torch.testing.assert_close(p.detach(), expected, rtol=1e-4, atol=1e-4)
     assert muon.state[p]["row_mean_square"].shape == (24, 1)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("row_beta2", [None, 0.9])
-def test_a_masked_step_changes_nothing(device: str, row_beta2: float | None) -> None:
+def test_a_skipped_step_changes_nothing(device: str, row_beta2: float | None) -> None:
     params = parameters(device=device)
     muon = Muon(params, lr=0.1, weight_decay=0.5, row_beta2=row_beta2)
     set_gradients(params, 0)
@@ -206,24 +207,24 @@ def test_a_masked_step_changes_nothing(device: str, row_beta2: float | None) -> 
     assert not any(torch.equal(p, value) for p, value in zip(params, before, strict=True))
 
 
-def test_recorded_updates_are_those_of_the_step() -> None:
+def test_update_stats_are_those_of_the_step() -> None:
     params = parameters()
     before = [p.detach().clone() for p in params]
     set_gradients(params, 0)
     groups = [{"params": params[:2], "name": "a"}, {"params": params[2:], "name": "b"}]
     muon = Muon(groups, lr=0.5, dtype="float32", orthogonalization="polar_express")
-    muon.record_updates = True
+    muon.record_update_stats = True
     muon.step()
-    moved = [((p.detach() - q) / 0.5).square().sum() for p, q in zip(params, before, strict=True)]
-    sums = muon.update_square_sums()
-    torch.testing.assert_close(sums, {"a": sum(moved[:2]), "b": sum(moved[2:])})
-    for low, middle, high in muon.update_spectra().values():
-        assert 0.95 < low <= middle <= high < 1.05
-    muon.record_updates = False
+    expected = [((p.detach() - q) / 0.5).square().sum() for p, q in zip(params, before, strict=True)]
+    squared_norms = muon.local_update_squared_norms()
+    torch.testing.assert_close(squared_norms, {"a": sum(expected[:2]), "b": sum(expected[2:])})
+    for minimum, median, maximum in muon.update_singular_values().values():
+        assert 0.95 < minimum <= median <= maximum < 1.05
+    muon.record_update_stats = False
     muon.step()
-    assert muon.update_square_sums() == {}
+    assert muon.local_update_squared_norms() == {}
 
 
-def test_a_vector_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"shape \[7\]; use AdamW"):
+def test_a_vector_is_an_error() -> None:
+    with pytest.raises(UserError, match=r"shape \[7\]; use AdamW"):
         Muon([torch.nn.Parameter(torch.zeros(7))], lr=0.1)

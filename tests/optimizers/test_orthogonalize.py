@@ -8,8 +8,8 @@ from optimizers.orthogonalize import newton_schulz5, polar_express
 Method = Callable[..., torch.Tensor]
 SHAPES = [(48, 48), (96, 40), (40, 96), (200, 136), (1, 17), (17, 1)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Of the Frobenius norm; directions below it are too weak for the iterations to reach one.
-WEAK = 0.003
+# fraction of the Frobenius norm below which singular values are too small to reach one
+SMALL = 0.003
 BOUNDS = [
     pytest.param(newton_schulz5, 0.65, 1.25, id="newton_schulz5"),
     pytest.param(polar_express, 0.95, 1.05, id="polar_express"),
@@ -30,10 +30,10 @@ def ill_conditioned(rows: int, cols: int) -> torch.Tensor:
     return u @ torch.diag(torch.logspace(0, -6, s.numel(), dtype=torch.float64)) @ vh
 
 
-def barely_strong(rows: int, cols: int) -> torch.Tensor:
-    """One strong direction, and all others at the threshold, where rounding errors of the Gram form show."""
+def barely_large(rows: int, cols: int) -> torch.Tensor:
+    """All singular values but one are at the threshold, where rounding errors of the Gram form matter."""
     u, s, vh = torch.linalg.svd(gaussian(rows, cols), full_matrices=False)
-    values = torch.full_like(s, 1.02 * WEAK)
+    values = torch.full_like(s, 1.02 * SMALL)
     values[0] = 1.0
     return u @ torch.diag(values) @ vh
 
@@ -46,9 +46,9 @@ def _seed() -> None:
 @pytest.mark.parametrize(("method", "low", "high"), BOUNDS)
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("make", [gaussian, low_rank, ill_conditioned, barely_strong])
+@pytest.mark.parametrize("make", [gaussian, low_rank, ill_conditioned, barely_large])
 @pytest.mark.parametrize(("rows", "cols"), SHAPES)
-def test_keeps_directions_and_brings_their_strengths_near_one(
+def test_singular_vectors_are_kept_and_singular_values_are_near_one(
     device: str,
     method: Method,
     low: float,
@@ -58,22 +58,22 @@ def test_keeps_directions_and_brings_their_strengths_near_one(
     rows: int,
     cols: int,
 ) -> None:
-    # as momentum travels to the iteration
+    # the dtype in which momentum is exchanged
     matrix = make(rows, cols).to(torch.float32 if dtype == torch.float32 else torch.bfloat16)
     out = method(matrix.to(device), dtype=dtype).cpu()
     assert out.dtype == dtype
     u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
-    strong = s > WEAK * s.norm()
-    in_directions = u[:, strong].mT @ out.double() @ vh[strong].mT
-    strengths = torch.linalg.svdvals(in_directions)
-    assert strengths.min() > low
-    assert strengths.max() < high
+    is_large = s > SMALL * s.norm()
+    projected = u[:, is_large].mT @ out.double() @ vh[is_large].mT
+    singular_values = torch.linalg.svdvals(projected)
+    assert singular_values.min() > low
+    assert singular_values.max() < high
     assert torch.linalg.svdvals(out.double()).max() < high
-    assert in_directions.diagonal().min() > low - 0.02
+    assert projected.diagonal().min() > low - 0.02
 
 
 @pytest.mark.parametrize(("rows", "cols"), SHAPES)
-def test_polar_express_is_the_polar_factor_of_a_well_conditioned_matrix(rows: int, cols: int) -> None:
+def test_polar_express_converges_to_the_polar_factor(rows: int, cols: int) -> None:
     u, s, vh = torch.linalg.svd(gaussian(rows, cols), full_matrices=False)
     matrix = u @ torch.diag(torch.linspace(0.2, 3.0, s.numel(), dtype=torch.float64)) @ vh
     torch.testing.assert_close(polar_express(matrix, 9), u @ vh, rtol=0, atol=1e-9)
@@ -88,33 +88,33 @@ def test_newton_schulz5_applies_its_polynomial_to_the_singular_values() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_each_matrix_of_a_batch_is_on_its_own(method: Method) -> None:
+def test_batch_equals_separate_matrices(method: Method) -> None:
     batch = torch.randn(2, 3, 12, 7, dtype=torch.float64)
     batch[0, 1] *= 1e4
     batch[1, 2] = 0
-    alone = torch.stack([torch.stack([method(matrix) for matrix in row]) for row in batch])
-    torch.testing.assert_close(method(batch), alone)
+    separate = torch.stack([torch.stack([method(matrix) for matrix in row]) for row in batch])
+    torch.testing.assert_close(method(batch), separate)
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_zero_gives_zero_and_strength_does_not_matter(method: Method, dtype: torch.dtype) -> None:
+def test_zero_is_kept_and_the_norm_does_not_matter(method: Method, dtype: torch.dtype) -> None:
     assert torch.equal(method(torch.zeros(4, 9, dtype=dtype)), torch.zeros(4, 9, dtype=dtype))
     matrix = torch.randn(9, 4).to(dtype)
-    # A power of two scales floating-point numbers exactly.
+    # scaling by a power of two is exact
     for factor in (2.0**-20, 2.0**40):
         assert torch.equal(method(matrix * factor), method(matrix))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_leaves_its_input_alone(method: Method) -> None:
+def test_input_is_not_modified(method: Method) -> None:
     matrix = torch.randn(5, 8)
     before = matrix.clone()
     method(matrix)
     assert torch.equal(matrix, before)
 
 
-def test_polar_express_takes_fewer_iterations_than_it_lists() -> None:
+def test_polar_express_with_fewer_iterations_than_coefficients() -> None:
     s = torch.tensor([[0.5]], dtype=torch.float64)
     x = 1 / 1.02
     expected = 8.156554524902461 * x - 22.48329292557795 * x**3 + 15.878769915207462 * x**5

@@ -4,15 +4,16 @@ from typing import Any
 import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from torchtitan.components.lr_scheduler import build_lr_schedulers as titan_schedulers
+from torchtitan.components.lr_scheduler import build_lr_schedulers as build_titan_schedulers
 from torchtitan.config import LRScheduler
 
+from errors import UserError
 from optimizers.config import AdamWGroup, OptimizerConfig, ScheduleConfig
 from optimizers.schedule import decay_start, lr_factor, weight_decay_factor
-from optimizers.titan import GroupedOptimizers, build_lr_schedulers, build_optimizers
+from optimizers.titan import ParamGroupOptimizers, build_lr_schedulers, build_optimizers
 
 
-def one_group_optimizers() -> GroupedOptimizers:
+def one_group_optimizers() -> ParamGroupOptimizers:
     model = torch.nn.Linear(2, 2, bias=False)
     config = OptimizerConfig(groups={"all": AdamWGroup(parameters=["weight"], lr=1.0)})
     return build_optimizers([model], config)
@@ -22,14 +23,14 @@ def factors(config: ScheduleConfig, total_steps: int) -> list[float]:
     return [lr_factor(step, config, total_steps) for step in range(total_steps)]
 
 
-def test_wsd_at_named_steps() -> None:
+def test_wsd_at_chosen_steps() -> None:
     config = ScheduleConfig(kind="wsd", warmup_steps=10, decay_ratio=0.2)
     at = {0: 0.1, 4: 0.5, 9: 1.0, 10: 1.0, 79: 1.0, 80: 1.0, 81: 0.95, 90: 0.5, 99: 0.05, 100: 0.0, 999: 0.0}
     for step, factor in at.items():
         assert lr_factor(step, config, 100) == pytest.approx(factor, abs=1e-12), step
 
 
-def test_decay_shapes_at_the_middle_and_towards_a_floor() -> None:
+def test_decay_shapes_with_a_minimum_learning_rate() -> None:
     for shape, value in (("linear", 0.5), ("one_minus_sqrt", 1 - math.sqrt(0.5)), ("cosine", 0.5)):
         config = ScheduleConfig(kind="wsd", decay_ratio=0.5, decay_shape=shape, min_lr_ratio=0.1)
         assert lr_factor(75, config, 100) == pytest.approx(0.1 + 0.9 * value)
@@ -38,7 +39,7 @@ def test_decay_shapes_at_the_middle_and_towards_a_floor() -> None:
     assert lr_factor(70, quarter, 100) == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
 
 
-def test_cosine_starts_its_decay_after_the_warmup() -> None:
+def test_cosine_decay_starts_after_the_warmup() -> None:
     config = ScheduleConfig(kind="cosine", warmup_steps=20, min_lr_ratio=0.2)
     assert lr_factor(19, config, 120) == 1.0
     assert lr_factor(20, config, 120) == 1.0
@@ -46,20 +47,20 @@ def test_cosine_starts_its_decay_after_the_warmup() -> None:
     assert lr_factor(119, config, 120) == pytest.approx(0.2 + 0.4 * (1 + math.cos(math.pi * 0.99)))
 
 
-def test_decay_steps_say_what_decay_ratio_says() -> None:
+def test_decay_steps_equal_decay_ratio() -> None:
     by_steps = ScheduleConfig(kind="wsd", warmup_steps=10, decay_steps=20)
     at = {0: 0.1, 9: 1.0, 10: 1.0, 79: 1.0, 80: 1.0, 81: 0.95, 99: 0.05, 100: 0.0}
     for step, factor in at.items():
         assert lr_factor(step, by_steps, 100) == pytest.approx(factor, abs=1e-12), step
-    # the same length of decay whatever the budget
+    # the decay is equally long for any number of steps
     assert lr_factor(181, by_steps, 200) == pytest.approx(0.95)
     assert factors(by_steps, 100) == factors(ScheduleConfig(warmup_steps=10, decay_ratio=0.2), 100)
-    # 0.2 where neither is given, and no decay at all of 0 steps
+    # the default is a ratio of 0.2; 0 steps are no decay
     assert factors(ScheduleConfig(warmup_steps=10), 100) == factors(by_steps, 100)
     assert factors(ScheduleConfig(decay_steps=0), 7) == [1.0] * 7
 
 
-def test_the_decay_starts_where_it_is_said_to() -> None:
+def test_decay_start_is_the_first_step_of_the_decay() -> None:
     assert decay_start(ScheduleConfig(decay_steps=20), 100) == 80
     assert decay_start(ScheduleConfig(decay_ratio=0.25), 60) == 45
     assert decay_start(ScheduleConfig(kind="cosine", warmup_steps=7), 60) == 7
@@ -69,7 +70,7 @@ def test_the_decay_starts_where_it_is_said_to() -> None:
 
 
 @pytest.mark.parametrize("shape", ["linear", "one_minus_sqrt", "cosine"])
-def test_weight_decay_falls_by_its_power_over_the_decay_phase(shape: Any) -> None:
+def test_weight_decay_is_annealed_over_the_decay_phase(shape: Any) -> None:
     config = ScheduleConfig(kind="wsd", warmup_steps=10, decay_steps=20, decay_shape=shape, min_lr_ratio=0.1)
     for gamma, at in {
         2.0: {0: 1.0, 9: 1.0, 79: 1.0, 80: 1.0, 81: 0.9025, 90: 0.25, 99: 0.0025, 100: 0.0},
@@ -86,42 +87,42 @@ def test_weight_decay_falls_by_its_power_over_the_decay_phase(shape: Any) -> Non
     assert {weight_decay_factor(step, constant, 120, 2.0) for step in range(121)} == {1.0}
 
 
-def test_two_lengths_of_one_decay_are_refused() -> None:
-    with pytest.raises(ValueError, match=r'decay_ratio \(0.25\) and decay_steps \(500\).*"none"'):
+def test_decay_ratio_and_decay_steps_exclude_each_other() -> None:
+    with pytest.raises(UserError, match=r'decay_ratio \(0.25\) and decay_steps \(500\).*"none"'):
         ScheduleConfig(decay_ratio=0.25, decay_steps=500)
-    with pytest.raises(ValueError, match=r"decay_steps \(-1\) must not be negative"):
+    with pytest.raises(UserError, match=r"decay_steps \(-1\) must not be negative"):
         ScheduleConfig(decay_steps=-1)
-    with pytest.raises(ValueError, match=r"decay \(500 steps\).*100 steps.*schedule.decay_steps"):
+    with pytest.raises(UserError, match=r"decay \(500 steps\).*100 steps.*schedule.decay_steps"):
         lr_factor(0, ScheduleConfig(decay_steps=500), 100)
 
 
-def test_constant_holds_after_the_warmup() -> None:
+def test_constant_after_the_warmup() -> None:
     assert factors(ScheduleConfig(kind="constant", warmup_steps=4), 8) == [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("shape", ["linear", "one_minus_sqrt", "cosine"])
 @pytest.mark.parametrize(("warmup", "ratio"), [(0, 1.0), (7, 0.25), (3, 0.0), (10, 0.5)])
-def test_agrees_with_torchtitan(shape: Any, warmup: int, ratio: float) -> None:
+def test_equals_torchtitan(shape: Any, warmup: int, ratio: float) -> None:
     ours = ScheduleConfig(
         kind="wsd", warmup_steps=warmup, decay_ratio=ratio, decay_shape=shape, min_lr_ratio=0.05
     )
-    theirs = LRScheduler(
+    titan_config = LRScheduler(
         warmup_steps=warmup,
         decay_ratio=ratio,
         decay_type="sqrt" if shape == "one_minus_sqrt" else shape,
         min_lr_factor=0.05,
     )
-    scheduler = titan_schedulers(one_group_optimizers(), theirs, 20).schedulers[0]
+    scheduler = build_titan_schedulers(one_group_optimizers(), titan_config, 20).schedulers[0]
     assert isinstance(scheduler, LambdaLR)
     for step in range(20):
         assert lr_factor(step, ours, 20) == pytest.approx(scheduler.lr_lambdas[0](step), rel=1e-12), step
 
 
-def test_warmup_and_decay_that_do_not_fit_are_named() -> None:
+def test_warmup_and_decay_longer_than_the_run_are_an_error() -> None:
     config = ScheduleConfig(kind="wsd", warmup_steps=15, decay_ratio=0.5)
-    with pytest.raises(ValueError, match=r"warmup_steps \(15\).*decay \(10 steps\).*20 steps"):
+    with pytest.raises(UserError, match=r"warmup_steps \(15\).*decay \(10 steps\).*20 steps"):
         build_lr_schedulers(one_group_optimizers(), config, 20)
-    with pytest.raises(ValueError, match=r"warmup_steps \(30\)"):
+    with pytest.raises(UserError, match=r"warmup_steps \(30\)"):
         lr_factor(0, ScheduleConfig(kind="constant", warmup_steps=30), 20)
-    with pytest.raises(ValueError, match=r"warmup_steps \(30\)"):
+    with pytest.raises(UserError, match=r"warmup_steps \(30\)"):
         lr_factor(0, ScheduleConfig(kind="cosine", warmup_steps=30), 20)

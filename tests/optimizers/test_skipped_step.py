@@ -1,4 +1,4 @@
-"""A step with a non-finite gradient changes nothing, and an update's logged size is how far weights moved."""
+"""NaN or Inf gradients skip a step, and mean squares of updates are those of the weight changes."""
 
 import math
 import multiprocessing
@@ -17,11 +17,11 @@ from torch.distributed.tensor import DTensor
 from torchtitan.distributed.utils import clip_grad_norm_
 
 from optimizers.config import AdamWGroup, MuonGroup, OptimizerConfig
-from optimizers.titan import GroupedOptimizers, build_optimizers
+from optimizers.titan import ParamGroupOptimizers, build_optimizers
 from optimizers.update_size import num_replicas
 
 WIDTH = 6
-# 5 entries or rows, which 2 ranks share unevenly, and 1, of which one rank has nothing
+# 5 elements or rows are sharded unevenly over 2 ranks; of 1, one rank has nothing
 CONFIG = OptimizerConfig(
     groups={
         "hidden": MuonGroup(parameters=[r"layers\..*weight"], lr=0.02, weight_decay=0.1, dtype="float32"),
@@ -52,7 +52,7 @@ class Model(nn.Module):
         return self.output(x)
 
 
-def sharded(shape: tuple[int, ...]) -> Model:
+def sharded_model(shape: tuple[int, ...]) -> Model:
     model = Model()
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
     for layer in model.layers:
@@ -65,21 +65,21 @@ def sharded(shape: tuple[int, ...]) -> Model:
     return model
 
 
-def backward(model: nn.Module, step: int, poison: float | None = None) -> torch.Tensor:
-    """Gradients of a step, on rank 0 with a poisoned one; gives the norm before clipping."""
+def backward(model: nn.Module, step: int, factor: float | None = None) -> torch.Tensor:
+    """Compute the gradients of a step, on rank 0 multiplied by a factor; return the norm before clipping."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     num_ranks = dist.get_world_size() if dist.is_initialized() else 1
     x = torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(step))[rank::num_ranks]
     model.zero_grad()
     loss = model(x).square().sum() / 8
-    if poison is not None and rank == 0:
-        loss.register_hook(lambda gradient: gradient * poison)
+    if factor is not None and rank == 0:
+        loss.register_hook(lambda gradient: gradient * factor)
     loss.backward()
     return clip_grad_norm_(model.parameters(), 1.0, foreach=True)
 
 
-def step(model: nn.Module, optimizers: GroupedOptimizers, index: int, poison: float | None = None) -> None:
-    norm = backward(model, index, poison)
+def step(model: nn.Module, optimizers: ParamGroupOptimizers, index: int, factor: float | None = None) -> None:
+    norm = backward(model, index, factor)
     optimizers.step(found_inf=(~norm.isfinite()).float())
 
 
@@ -87,8 +87,8 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def everything(model: nn.Module, optimizers: GroupedOptimizers) -> dict[str, torch.Tensor]:
-    """This rank's part of weights and optimizer state."""
+def local_state(model: nn.Module, optimizers: ParamGroupOptimizers) -> dict[str, torch.Tensor]:
+    """Copy this rank's shards of weights and optimizer state."""
     tensors = {name: local(p) for name, p in model.named_parameters()}
     for name, p in model.named_parameters():
         for optimizer in optimizers:
@@ -103,80 +103,80 @@ def check_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
         assert torch.equal(value, b[name]), name
 
 
-def check_masks(make: Any, config: OptimizerConfig) -> None:
-    clean, poisoned = make(), make()
-    optimizers, theirs = build_optimizers([clean], config), build_optimizers([poisoned], config)
+def check_skipped_steps(make: Any, config: OptimizerConfig) -> None:
+    reference, model = make(), make()
+    reference_optimizers, optimizers = (build_optimizers([m], config) for m in (reference, model))
     for index in range(3):
-        step(clean, optimizers, index)
-        step(poisoned, theirs, index)
-        before = everything(poisoned, theirs)
+        step(reference, reference_optimizers, index)
+        step(model, optimizers, index)
+        before = local_state(model, optimizers)
         assert len(before) > 8 + 2 * 6
-        for poison in (math.nan, math.inf, -math.inf):
-            step(poisoned, theirs, 7, poison)
-            check_equal(everything(poisoned, theirs), before)
-    # as if the masked steps had never been
-    check_equal(everything(poisoned, theirs), everything(clean, optimizers))
-    moved = [name for name, p in whole(make()).items() if not torch.equal(p, whole(clean)[name])]
-    assert len(moved) == 8
+        for factor in (math.nan, math.inf, -math.inf):
+            step(model, optimizers, 7, factor)
+            check_equal(local_state(model, optimizers), before)
+    # equal to a run without the skipped steps
+    check_equal(local_state(model, optimizers), local_state(reference, reference_optimizers))
+    initial, final = full_tensors(make()), full_tensors(reference)
+    assert len([name for name, p in initial.items() if not torch.equal(p, final[name])]) == 8
 
 
-def whole(model: nn.Module) -> dict[str, torch.Tensor]:
+def full_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {
         n: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
         for n, p in model.named_parameters()
     }
 
 
-def check_sizes(make: Any, config: OptimizerConfig) -> None:
-    """The mean squares, against what the weights moved by."""
+def check_mean_squares(make: Any, config: OptimizerConfig) -> None:
+    """Compare the mean squares with those of the weight changes."""
     model = make()
     optimizers = build_optimizers([model], config)
     for index in range(4):
-        optimizers.record_updates(index > 0)
-        before = whole(model)
+        optimizers.record_update_stats(index > 0)
+        before = full_tensors(model)
         step(model, optimizers, index)
         if index == 0:
             continue
-        shares = optimizers.update_mean_squares()
-        assert list(shares) == ["hidden", "output", "vectors"]
-        squares = torch.stack(list(shares.values()))
+        mean_squares = optimizers.local_update_mean_squares()
+        assert list(mean_squares) == ["hidden", "output", "vectors"]
+        squares = torch.stack(list(mean_squares.values()))
         assert squares.dtype == torch.float32
         if dist.is_initialized():
             dist.all_reduce(squares)
-        after = whole(model)
+        after = full_tensors(model)
         for (name, group), square in zip(config.groups.items(), squares, strict=True):
             members = {
                 "hidden": [n for n in before if n.startswith("layers") and n.endswith("weight")],
                 "output": ["output.weight"],
                 "vectors": [n for n in before if n.endswith("bias")],
             }[name]
-            moved = [
+            updates = [
                 (before[n].double() * (1 - group.lr * group.weight_decay) - after[n]) / group.lr
                 for n in members
             ]
-            expected = torch.cat([m.flatten() for m in moved]).square().mean()
+            expected = torch.cat([u.flatten() for u in updates]).square().mean()
             torch.testing.assert_close(square.double(), expected, rtol=1e-3, atol=0)
 
 
-def test_on_one_process_without_a_group() -> None:
+def test_one_process_without_process_group() -> None:
     assert num_replicas(torch.zeros(3)) == 1
     for config in (CONFIG, ADAMW):
-        check_masks(Model, config)
-        check_sizes(Model, config)
+        check_skipped_steps(Model, config)
+        check_mean_squares(Model, config)
 
 
-def test_spectra_are_those_of_the_muon_groups() -> None:
+def test_singular_values_of_muon_groups() -> None:
     model = Model()
     optimizers = build_optimizers([model], CONFIG)
-    optimizers.record_updates(True)
+    optimizers.record_update_stats(True)
     step(model, optimizers, 0)
-    spectra = optimizers.update_spectra()
-    assert list(spectra) == ["hidden"]
-    least, median, most = spectra["hidden"]
-    assert 0.0 <= least <= median <= most < 1.3
+    singular_values = optimizers.update_singular_values()
+    assert list(singular_values) == ["hidden"]
+    minimum, median, maximum = singular_values["hidden"]
+    assert 0.0 <= minimum <= median <= maximum < 1.3
     assert median > 0.5
     model = Model()
-    assert build_optimizers([model], ADAMW).update_spectra() == {}
+    assert build_optimizers([model], ADAMW).update_singular_values() == {}
 
 
 def worker(rank: int, num_ranks: int, folder: str) -> None:
@@ -184,33 +184,33 @@ def worker(rank: int, num_ranks: int, folder: str) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=num_ranks)
     shape = (2,) if num_ranks == 2 else (2, 2)
-    assert {num_replicas(p) for p in sharded(shape).parameters()} == {num_ranks // 2}
+    assert {num_replicas(p) for p in sharded_model(shape).parameters()} == {num_ranks // 2}
     assert num_replicas(torch.zeros(3)) == num_ranks
     for config in (CONFIG, ADAMW):
-        check_masks(lambda: sharded(shape), config)
-        check_sizes(lambda: sharded(shape), config)
+        check_skipped_steps(lambda: sharded_model(shape), config)
+        check_mean_squares(lambda: sharded_model(shape), config)
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
-def test_on_several_ranks(num_ranks: int, tmp_path: Path) -> None:
+def test_several_ranks(num_ranks: int, tmp_path: Path) -> None:
     multiprocessing.get_context("forkserver").set_forkserver_preload(["optimizers.titan"])
     mp.start_processes(worker, args=(num_ranks, str(tmp_path)), nprocs=num_ranks, start_method="forkserver")
 
 
 @pytest.mark.gpu
-def test_neither_the_mask_nor_the_size_waits_for_the_device() -> None:
+def test_found_inf_and_mean_squares_do_not_synchronize_with_the_device() -> None:
     model = Model().cuda()
     optimizers = build_optimizers([model], ADAMW)
-    for poison in (1.0, math.nan):
-        (model(torch.ones(4, WIDTH, device="cuda")).sum() * poison).backward()
+    for factor in (1.0, math.nan):
+        (model(torch.ones(4, WIDTH, device="cuda")).sum() * factor).backward()
         norm = clip_grad_norm_(model.parameters(), 1.0, foreach=True)
-        before = everything(model, optimizers)
-        if poison != 1.0:  # the first step makes the state
+        before = local_state(model, optimizers)
+        if factor != 1.0:  # the first step creates the state
             torch.cuda.set_sync_debug_mode("error")
         try:
             optimizers.step(found_inf=(~norm.isfinite()).float())
-            optimizers.update_mean_squares()
+            optimizers.local_update_mean_squares()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    check_equal(everything(model, optimizers), before)
+    check_equal(local_state(model, optimizers), before)
