@@ -40,12 +40,74 @@ SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
 @triton.jit
-def _load_rows(x, strides, i_b, i_g, o_m, GROUP: tl.constexpr, K: tl.constexpr, M: tl.constexpr):
-    """Load the queries or probes of a group, [BM, K]: row m is token m // GROUP, head m % GROUP."""
+def _load_rows(
+    x, strides, i_b, i_g, o_m, GROUP: tl.constexpr, K: tl.constexpr, M: tl.constexpr, FIRST: tl.constexpr
+):
+    """Load the queries or probes of a group into rows from FIRST on, [BM, K]; zeros elsewhere.
+
+    Row FIRST + m is token m // GROUP, head m % GROUP.
+    """
     o_k = tl.arange(0, K)
+    o_x = o_m - FIRST
     i_x = tl.cast(i_b, tl.int64) * strides[0] + tl.cast(i_g, tl.int64) * GROUP * strides[2]
-    p_x = x + i_x + (o_m // GROUP * strides[1] + o_m % GROUP * strides[2])[:, None] + o_k[None, :]
-    return tl.load(p_x, mask=(o_m < M)[:, None], other=0.0)
+    p_x = x + i_x + (o_x // GROUP * strides[1] + o_x % GROUP * strides[2])[:, None] + o_k[None, :]
+    return tl.load(p_x, mask=((o_x >= 0) & (o_x < M))[:, None], other=0.0)
+
+
+@triton.jit
+def _halves(b_x, STRIPS: tl.constexpr, N: tl.constexpr):
+    """Return rows 0 to 7 and rows 8 to 15 of [(STRIPS,) 16, N]; a thread holds both of a pair in registers."""
+    if STRIPS == 1:
+        b_x = tl.permute(tl.reshape(b_x, [2, 8, N]), (1, 2, 0))
+    else:
+        b_x = tl.permute(tl.reshape(b_x, [STRIPS, 2, 8, N]), (0, 2, 3, 1))
+    return tl.split(b_x)
+
+
+@triton.jit
+def _stack(b_x, b_y, STRIPS: tl.constexpr, N: tl.constexpr):
+    """Undo _halves."""
+    b_xy = tl.join(b_x, b_y)
+    if STRIPS == 1:
+        b_xy = tl.reshape(tl.permute(b_xy, (2, 0, 1)), [16, N])
+    else:
+        b_xy = tl.reshape(tl.permute(b_xy, (0, 3, 1, 2)), [STRIPS, 16, N])
+    return b_xy
+
+
+@triton.jit
+def _add_row_sums(b_x, b_sum, STRIPS: tl.constexpr, BS: tl.constexpr, SUMS: tl.constexpr):
+    """`add_row_sums`, over [(STRIPS,) BM, BS]."""
+    if STRIPS == 1:
+        return add_row_sums(b_x, b_sum)
+    else:
+        return tl.dot(b_x, tl.full([STRIPS, BS, SUMS], 1.0, b_x.dtype), b_sum)
+
+
+@triton.jit
+def _warm(p_x):
+    """Have what lies at these addresses brought to L2."""
+    tl.inline_asm_elementwise(
+        "{prefetch.global.L2 [$1]; mov.b32 $0, 0;}", "=r,l", [p_x], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _warm_rows(x, strides, i_b, i_g, GROUP: tl.constexpr, K: tl.constexpr, M: tl.constexpr, BM: tl.constexpr):
+    """Have the queries or probes of a group brought to L2."""
+    o_m = tl.minimum(tl.arange(0, BM), M - 1)
+    i_x = tl.cast(i_b, tl.int64) * strides[0] + tl.cast(i_g, tl.int64) * GROUP * strides[2]
+    p_x = x + i_x + (o_m // GROUP * strides[1] + o_m % GROUP * strides[2])[:, None]
+    _warm(p_x + (tl.arange(0, K // 64) * 64)[None, :])
+
+
+@triton.jit
+def _scaled_rows(b_x, b_scale, STRIPS: tl.constexpr, STACK: tl.constexpr):
+    """Multiply the rows of [(STRIPS,) BM, N] by [(STRIPS,) R]."""
+    b_scale = tl.expand_dims(b_scale, -1)
+    if STACK:
+        b_scale = _stack(b_scale, b_scale, STRIPS, 1)
+    return b_x * b_scale
 
 
 @triton.jit(do_not_specialize=["num_splits", "window_size", "max_pages"])
@@ -53,46 +115,75 @@ def _parallax_decode_kernel(
     q, r, k, v, page_table, cache_seqlens, o, parts, stats,
     q_strides, r_strides, k_strides, v_strides, num_splits, max_pages, window_size, scale,
     T: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BM: tl.constexpr,
-    BS: tl.constexpr, SPLIT: tl.constexpr, PAGE: tl.constexpr, PAGED: tl.constexpr, WINDOW: tl.constexpr,
-    PROBE: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr, SUMS: tl.constexpr,
+    BS: tl.constexpr, STRIPS: tl.constexpr, SPLIT: tl.constexpr, PAGE: tl.constexpr, PAGED: tl.constexpr,
+    WINDOW: tl.constexpr, PROBE: tl.constexpr, STACK: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr,
+    SUMS: tl.constexpr, EARLY: tl.constexpr = True, WARM: tl.constexpr = True,
 ):  # fmt: skip
-    """Attend to one split of one kv head's cache; one program each."""
+    """Attend to one split of one kv head's cache; one program each.
+
+    With STRIPS > 1 all blocks have a leading dimension of strips, one a warp, which differ in their keys: each
+    warp has softmaxes of its own until the end. With STACK rows 0 to 7 are of queries, rows 8 to 15 of probes.
+    """
     M: tl.constexpr = T * GROUP
+    # rows of the softmax; the axis of keys
+    R: tl.constexpr = 8 if STACK else BM
+    LAST: tl.constexpr = 1 if STRIPS == 1 else 2
+    TILE: tl.constexpr = BS * STRIPS
     scale_log2 = scale * LOG2E
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     i_p = tl.program_id(0)
     # the heads of a sequence side by side: they share the cache's rows
     i_g = i_p % G
     i_n = i_p // G % num_splits
     i_b = i_p // G // num_splits
+    if PDL:
+        if EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
+        if WARM:
+            _warm(cache_seqlens + i_b + tl.arange(0, 1))
+            _warm_rows(q, q_strides, i_b, i_g, GROUP, K, M, BM)
+            if PROBE:
+                _warm_rows(r, r_strides, i_b, i_g, GROUP, K, M, BM)
+        tl.extra.cuda.gdc_wait()
 
     num_keys = tl.load(cache_seqlens + i_b)
     i_first = 0
     if WINDOW:
         i_first = tl.maximum(num_keys - T + 1 - window_size, 0)
-    per_split = tl.cdiv(tl.cdiv(num_keys - i_first, num_splits), BS) * BS
+    per_split = tl.cdiv(tl.cdiv(num_keys - i_first, num_splits), TILE) * TILE
     i_start = i_first + i_n * per_split
     i_end = tl.minimum(i_start + per_split, num_keys)
 
     o_m = tl.arange(0, BM)
     o_k = tl.arange(0, K)
-    # the last key that a row sees
-    o_last = num_keys - T + o_m // GROUP
-    b_q = _load_rows(q, q_strides, i_b, i_g, o_m, GROUP, K, M)
-    b_m = tl.full([BM], -1.0e30, tl.float32)
-    b_c = tl.zeros([BM], tl.float32)
-    b_d1 = tl.zeros([BM, SUMS], tl.float32)
-    b_d2 = tl.zeros([BM, SUMS], tl.float32)
-    b_o1 = tl.zeros([BM, K], tl.float32)
-    b_o2 = tl.zeros([BM, K], tl.float32)
+    b_q = _load_rows(q, q_strides, i_b, i_g, o_m, GROUP, K, M, 0)
     b_r = b_q
     if PROBE:
-        b_r = _load_rows(r, r_strides, i_b, i_g, o_m, GROUP, K, M)
+        b_r = _load_rows(r, r_strides, i_b, i_g, o_m, GROUP, K, M, 8 if STACK else 0)
+    if STACK:
+        b_q = tl.where((o_m < 8)[:, None], b_q, b_r)
+    o_r = tl.arange(0, R)
+    # the last key that a row sees
+    o_last = num_keys - T + o_r // GROUP
+    o_key = tl.arange(0, BS)
+    if STRIPS == 1:
+        b_m = tl.full([R], -1.0e30, tl.float32)
+        b_d1 = tl.zeros([BM, SUMS], tl.float32)
+        b_o1 = tl.zeros([BM, K], tl.float32)
+    else:
+        o_key = (tl.arange(0, STRIPS) * BS)[:, None] + o_key[None, :]
+        b_q = tl.broadcast_to(b_q[None], [STRIPS, BM, K])
+        b_r = tl.broadcast_to(b_r[None], [STRIPS, BM, K])
+        b_m = tl.full([STRIPS, R], -1.0e30, tl.float32)
+        b_d1 = tl.zeros([STRIPS, BM, SUMS], tl.float32)
+        b_o1 = tl.zeros([STRIPS, BM, K], tl.float32)
+    b_c = tl.zeros_like(b_m)
+    b_d2 = tl.zeros_like(b_d1)
+    b_o2 = tl.zeros_like(b_o1)
     k_head = k + tl.cast(i_g, tl.int64) * k_strides[2]
     v_head = v + tl.cast(i_g, tl.int64) * v_strides[2]
-    for i_s in tl.range(i_start, i_end, BS, num_stages=STAGES):
-        o_s = i_s + tl.arange(0, BS)
+    for i_s in tl.range(i_start, i_end, TILE, num_stages=STAGES):
+        # [(STRIPS,) BS]
+        o_s = i_s + o_key
         m_s = o_s < i_end
         if PAGED:
             i_page = tl.load(page_table + tl.cast(i_b, tl.int64) * max_pages + o_s // PAGE, mask=m_s, other=0)
@@ -101,51 +192,92 @@ def _parallax_decode_kernel(
         else:
             i_k = tl.cast(i_b, tl.int64) * k_strides[0] + o_s.to(tl.int64) * k_strides[1]
             i_v = tl.cast(i_b, tl.int64) * v_strides[0] + o_s.to(tl.int64) * v_strides[1]
-        # [BS, K]; zeros past the end, whatever the cache holds there
-        b_k = tl.load(k_head + i_k[:, None] + o_k[None, :], mask=m_s[:, None], other=0.0)
-        b_v = tl.load(v_head + i_v[:, None] + o_k[None, :], mask=m_s[:, None], other=0.0)
-        # [BM, BS]
-        m_x = m_s[None, :] & (o_s[None, :] <= o_last[:, None])
+        # [(STRIPS,) BS, K]; zeros past the end, whatever the cache holds there
+        m_k = tl.expand_dims(m_s, -1)
+        b_k = tl.load(k_head + tl.expand_dims(i_k, -1) + o_k, mask=m_k, other=0.0)
+        b_v = tl.load(v_head + tl.expand_dims(i_v, -1) + o_k, mask=m_k, other=0.0)
+        b_k = tl.trans(b_k) if STRIPS == 1 else tl.permute(b_k, (0, 2, 1))
+        # [(STRIPS,) R, BS]
+        o_s = tl.expand_dims(o_s, -2)
+        m_x = tl.expand_dims(m_s, -2) & (o_s <= o_last[:, None])
         if WINDOW:
-            m_x = m_x & (o_s[None, :] > (o_last - window_size)[:, None])
-        b_s = tl.where(m_x, tl.dot(b_q, tl.trans(b_k)) * scale_log2, float("-inf"))
-        b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
+            m_x = m_x & (o_s > (o_last - window_size)[:, None])
+        b_s = tl.dot(b_q, b_k)
+        b_t = b_s
+        if STACK:
+            b_s, b_t = _halves(b_s, STRIPS, BS)
+        elif PROBE:
+            b_t = tl.dot(b_r, b_k)
+        b_s = tl.where(m_x, b_s * scale_log2, float("-inf"))
+        b_m_new = tl.maximum(b_m, tl.max(b_s, LAST))
         b_alpha = tl.math.exp2(b_m - b_m_new)
-        b_p1 = tl.math.exp2(b_s - b_m_new[:, None])
+        b_p1 = tl.math.exp2(b_s - tl.expand_dims(b_m_new, -1))
+        b_d1 = _scaled_rows(b_d1, b_alpha, STRIPS, STACK)
+        b_o1 = _scaled_rows(b_o1, b_alpha, STRIPS, STACK)
         if PROBE:
-            b_t = tl.dot(b_r, tl.trans(b_k))
             if i_s == i_start:
                 # the largest weight that a row sees is one; a row that sees nothing here weighs nothing
-                b_c = tl.sum(b_p1 * b_t, 1) / tl.maximum(tl.sum(b_p1, 1), 0.5)
-            b_p2 = (b_p1 * (b_t - b_c[:, None])).to(b_v.dtype)
-            b_d2 = add_row_sums(b_p2, b_d2 * b_alpha[:, None])
-            b_o2 = tl.dot(b_p2, b_v, b_o2 * b_alpha[:, None])
+                b_c = tl.sum(b_p1 * b_t, LAST) / tl.maximum(tl.sum(b_p1, LAST), 0.5)
+            b_p2 = b_p1 * (b_t - tl.expand_dims(b_c, -1))
+            if STACK:
+                b_p1 = _stack(b_p1, b_p2, STRIPS, BS)
+            else:
+                b_p2 = b_p2.to(b_v.dtype)
+                b_d2 = _add_row_sums(b_p2, _scaled_rows(b_d2, b_alpha, STRIPS, False), STRIPS, BS, SUMS)
+                b_o2 = tl.dot(b_p2, b_v, _scaled_rows(b_o2, b_alpha, STRIPS, False))
         b_p1 = b_p1.to(b_v.dtype)
-        b_d1 = add_row_sums(b_p1, b_d1 * b_alpha[:, None])
-        b_o1 = tl.dot(b_p1, b_v, b_o1 * b_alpha[:, None])
+        b_d1 = _add_row_sums(b_p1, b_d1, STRIPS, BS, SUMS)
+        b_o1 = tl.dot(b_p1, b_v, b_o1)
         b_m = b_m_new
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+        if not EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
 
-    b_d1 = tl.max(b_d1, 1)
+    if STACK:
+        b_d1, b_d2 = _halves(b_d1, STRIPS, SUMS)
+        b_o1, b_o2 = _halves(b_o1, STRIPS, K)
+    b_d1 = tl.max(b_d1, LAST)
+    if PROBE:
+        b_d2 = tl.max(b_d2, LAST)
+    if STRIPS > 1:
+        b_top = tl.max(b_m, 0)
+        b_w = tl.math.exp2(b_m - b_top[None, :])
+        b_m = b_top
+        if PROBE:
+            # one zero of t for all strips
+            b_d2 = tl.sum((b_d2 + b_d1 * b_c) * b_w, 0)
+            b_o2 = (b_o2 + b_o1 * b_c[:, :, None]) * b_w[:, :, None]
+            b_c = tl.zeros([R], tl.float32)
+        b_d1 = tl.sum(b_d1 * b_w, 0)
+        b_o1 = b_o1 * b_w[:, :, None]
+        if STACK:
+            b_o1, b_o2 = _halves(tl.sum(_stack(b_o1, b_o2, STRIPS, K), 0), 1, K)
+        else:
+            b_o1 = tl.sum(b_o1, 0)
+            if PROBE:
+                b_o2 = tl.sum(b_o2, 0)
     b_inverse = 1.0 / tl.maximum(b_d1, 0.5)
     b_vbar = b_o1 * b_inverse[:, None]
-    b_shift = tl.max(b_d2, 1) * b_inverse
-    b_correction = b_o2 * b_inverse[:, None] - b_vbar * b_shift[:, None]
+    if PROBE:
+        b_shift = b_d2 * b_inverse
+        b_correction = b_o2 * b_inverse[:, None] - b_vbar * b_shift[:, None]
     # [B, T, H]
-    i_row = (tl.cast(i_b, tl.int64) * T + o_m // GROUP) * (G * GROUP) + i_g * GROUP + o_m % GROUP
-    m_m = (o_m < M)[:, None]
+    i_row = (tl.cast(i_b, tl.int64) * T + o_r // GROUP) * (G * GROUP) + i_g * GROUP + o_r % GROUP
+    m_r = o_r < M
     if not SPLIT:
+        b_o = b_vbar
+        if PROBE:
+            b_o -= b_correction
         p_o = o + i_row[:, None] * K + o_k[None, :]
-        tl.store(p_o, (b_vbar - b_correction).to(o.dtype.element_ty), mask=m_m)
+        tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_r[:, None])
     else:
         i_row = i_row * num_splits + i_n
-        tl.store(stats + i_row * 2, tl.where(b_d1 > 0.0, b_m + tl.math.log2(b_d1), -1.0e30), mask=o_m < M)
+        tl.store(stats + i_row * 2, tl.where(b_d1 > 0.0, b_m + tl.math.log2(b_d1), -1.0e30), mask=m_r)
         p_o = parts + i_row[:, None] * (2 * K) + o_k[None, :]
-        tl.store(p_o, b_vbar, mask=m_m)
+        tl.store(p_o, b_vbar, mask=m_r[:, None])
         if PROBE:
-            tl.store(stats + i_row * 2 + 1, b_c + b_shift, mask=o_m < M)
-            tl.store(p_o + K, b_correction, mask=m_m)
+            tl.store(stats + i_row * 2 + 1, b_c + b_shift, mask=m_r)
+            tl.store(p_o + K, b_correction, mask=m_r[:, None])
 
 
 @triton.jit(do_not_specialize=["num_splits"])
@@ -155,23 +287,26 @@ def _merge_splits_kernel(
 ):  # fmt: skip
     """Merge the splits of one row of o; one program each."""
     if PDL:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     i_row = tl.cast(tl.program_id(0), tl.int64)
     o_n = tl.arange(0, BN)
     o_k = tl.arange(0, K)
-    b_lse = tl.load(stats + (i_row * num_splits + o_n) * 2, mask=o_n < num_splits, other=-1.0e30)
+    m_n = o_n < num_splits
+    p_x = parts + (i_row * num_splits + o_n)[:, None] * (2 * K) + o_k[None, :]
+    # all loads before the first use; a split without keys has left zeros
+    b_lse = tl.load(stats + (i_row * num_splits + o_n) * 2, mask=m_n, other=-1.0e30)
+    # [BN, K]
+    b_o = tl.load(p_x, mask=m_n[:, None], other=0.0)
+    if PROBE:
+        b_tbar = tl.load(stats + (i_row * num_splits + o_n) * 2 + 1, mask=m_n, other=0.0)
+        b_correction = tl.load(p_x + K, mask=m_n[:, None], other=0.0)
     b_w = tl.math.exp2(b_lse - tl.max(b_lse, 0))
     # a split without keys weighs nothing, also where all are so
     b_w = tl.where(b_lse > -1.0e29, b_w, 0.0)
     b_w = b_w / tl.maximum(tl.sum(b_w, 0), 0.5)
-    m_n = (b_w > 0.0)[:, None]
-    p_x = parts + (i_row * num_splits + o_n)[:, None] * (2 * K) + o_k[None, :]
-    # [BN, K]
-    b_o = tl.load(p_x, mask=m_n, other=0.0)
     if PROBE:
-        b_tbar = tl.load(stats + (i_row * num_splits + o_n) * 2 + 1, mask=b_w > 0.0, other=0.0)
-        b_o = b_o * (1.0 + tl.sum(b_w * b_tbar, 0) - b_tbar)[:, None] - tl.load(p_x + K, mask=m_n, other=0.0)
+        b_o = b_o * (1.0 + tl.sum(b_w * b_tbar, 0) - b_tbar)[:, None] - b_correction
     tl.store(o + i_row * K + o_k, tl.sum(b_o * b_w[:, None], 0).to(o.dtype.element_ty))
 
 
@@ -189,6 +324,7 @@ class DecodeTile(NamedTuple):
     block_s: int
     num_warps: int
     num_stages: int
+    num_strips: int = 1
 
 
 def tile_of(
@@ -305,14 +441,15 @@ def decode(
         _strides(q), _strides(probe), _strides(k_cache), _strides(v_cache),
         num_splits, 0 if page_table is None else page_table.stride(0), window_size or 0, scale,
         T=num_tokens, G=num_kv_heads, GROUP=group, K=head_dim,
-        BM=max(16, triton.next_power_of_2(num_tokens * group)), BS=tile.block_s, SPLIT=num_splits > 1,
+        BM=max(16, triton.next_power_of_2(num_tokens * group)), BS=tile.block_s // tile.num_strips,
+        STRIPS=tile.num_strips, SPLIT=num_splits > 1, STACK=has_probe and num_tokens * group <= 8,
         PAGE=page_size if page_table is not None else 1, PAGED=page_table is not None,
         WINDOW=window_size is not None, PROBE=has_probe, PDL=use_pdl, STAGES=tile.num_stages, SUMS=8,
         num_warps=tile.num_warps, **launch,
     )  # fmt: skip
     if num_splits > 1:
         _merge_splits_kernel[(batch_size * num_tokens * num_heads,)](
-            parts, stats, out, num_splits, K=head_dim, BN=64 if num_splits > 16 else 16,
+            parts, stats, out, num_splits, K=head_dim, BN=max(2, triton.next_power_of_2(num_splits)),
             PROBE=has_probe, PDL=use_pdl, num_warps=4, **launch,
         )  # fmt: skip
 

@@ -15,17 +15,19 @@ from tests.parallax.decode_cases import CASES, DecodeCase, DecodeInputs, make_in
 assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_kernels.py"
 
 
-def run(x: DecodeInputs, num_splits: int, block_s: int, with_probe: bool = True) -> Tensor:
+def run(
+    x: DecodeInputs, num_splits: int, block_s: int, with_probe: bool = True, num_strips: int = 1
+) -> Tensor:
     out = torch.full_like(x.q, torch.nan)
     scale = x.q.shape[-1] ** -0.5
     arguments = (x.k_cache, x.v_cache, x.cache_seqlens, x.page_table, x.window_size, scale, out)
-    decode(x.q, x.r if with_probe else None, *arguments, tile=DecodeTile(num_splits, block_s, 4, 1))
+    decode(x.q, x.r if with_probe else None, *arguments, tile=DecodeTile(num_splits, block_s, 4, 1, num_strips))
     return out
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("num_splits", [1, 3])
-def test_decode(case: DecodeCase, num_splits: int) -> None:
+@pytest.mark.parametrize(("num_splits", "num_strips"), [(1, 1), (3, 1), (1, 4), (3, 2)])
+def test_decode(case: DecodeCase, num_splits: int, num_strips: int) -> None:
     x = make_inputs(case, torch.float16)
     yardstick = torch.empty_like(x.q)
     scale = x.q.shape[-1] ** -0.5
@@ -34,8 +36,9 @@ def test_decode(case: DecodeCase, num_splits: int) -> None:
     )
     # the yardstick rounds the output alone: the kernel's 16-bit weights come on top
     budget = 2 * float(relative_error(yardstick, x.expected)) + 2 * torch.finfo(torch.float16).eps
-    assert relative_error(run(x, num_splits, 32), x.expected) < budget
-    assert relative_error(run(x, num_splits, 16, with_probe=False), x.expected_softmax) < budget
+    assert relative_error(run(x, num_splits, 32, num_strips=num_strips), x.expected) < budget
+    softmax = run(x, num_splits, 16 * num_strips, with_probe=False, num_strips=num_strips)
+    assert relative_error(softmax, x.expected_softmax) < budget
 
 
 def test_a_sequence_without_keys_gives_zeros() -> None:
