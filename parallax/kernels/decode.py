@@ -6,9 +6,9 @@ all new tokens are the rows of one tile, so keys and values are read once. Tiles
 the tensor cores; up to eight queries have their probes in rows 8 to 15 of the same tile, so that Parallax
 takes as many products as softmax. A thread then holds the two scores of a query and its probe in registers.
 
-With p the weights of a split's keys relative to their maximum m, and c a value that t lies around, a split
-sums d1 = Sigma p, d2 = Sigma p (t - c), o1 = Sigma p v and o2 = Sigma p (t - c) v. It leaves m, d1, d2 + c d1,
-o1 and o2 + c o1 to a second kernel, which adds these up in fp32, each times exp(m - max m):
+With p the weights of a split's keys relative to the largest, exp(m), and c a value that t lies around, a
+split sums d1 = Sigma p, d2 = Sigma p (t - c), o1 = Sigma p v and o2 = Sigma p (t - c) v. It leaves m, d1,
+d2 + c d1, o1 and o2 + c o1 to a second kernel, which adds these up in fp32, each times exp(m - max m):
 
     o = (o1 (1 + d2 / d1) - o2) / d1.
 
@@ -332,8 +332,9 @@ def decode(
     if num_splits > 1:
         block_k = 32
         _merge_splits_kernel[(batch_size * num_tokens * num_heads * head_dim // block_k,)](
-            parts, stats, out, num_splits, K=head_dim, BK=block_k, BN=max(2, triton.next_power_of_2(num_splits)),
-            PROBE=has_probe, PDL=use_pdl, num_warps=1, **launch,
+            parts, stats, out, num_splits,
+            K=head_dim, BK=block_k, BN=triton.next_power_of_2(num_splits), PROBE=has_probe, PDL=use_pdl,
+            num_warps=1, **launch,
         )  # fmt: skip
 
 

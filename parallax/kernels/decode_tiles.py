@@ -8,8 +8,9 @@ SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 FAST_MEMORY_BYTES = 100 << 30
 """More memory than this is HBM3e or later.
 
-An H100 and an H200 have the same compute capability and as many multiprocessors, but 3.35 and 4.8 TB/s. The
-cards with HBM3 have 80 to 96 GB (H100, H100 NVL, GH200), those with HBM3e 141 GB and more (H200, GH200, B200).
+An H100 and an H200 have the same compute capability and as many multiprocessors, but 3.35 and 4.8 TB/s.
+The cards with HBM3 have 80 to 96 GB (H100, H100 NVL, GH200), those with HBM3e 141 GB and more (H200, GH200,
+B200).
 """
 
 
@@ -46,12 +47,10 @@ class DecodeTile(NamedTuple):
     num_stages: int
 
 
-def tile_of(
-    num_pairs: int, capacity: int, num_rows: int, head_dim: int, device: DecodeDevice
-) -> DecodeTile:
+def tile_of(num_pairs: int, capacity: int, num_rows: int, head_dim: int, device: DecodeDevice) -> DecodeTile:
     """Return how a call is cut: by its size and the device's, never by the sequences' lengths.
 
-    From what `benchmarks/tune_decode.py` measured on an H200, and on an H100 with the kernels of November 2026
+    From what `benchmarks/tune_decode.py` measured: on an H200 these kernels, on an H100 earlier ones
     that had queries and probes in tiles of their own.
 
     Args:

@@ -76,7 +76,9 @@ def test_every_tile_of_the_tables(shape: tuple[int, int], has_fast_memory: bool)
 
 def test_calls_that_follow_one_another_see_what_the_last_has_written() -> None:
     # programs start before their inputs are there: each call's queries are the output of the call before
-    x = make_inputs(DecodeCase("", (512,), num_heads=16, num_kv_heads=8, head_dim=128), torch.bfloat16, "cuda")
+    x = make_inputs(
+        DecodeCase("", (512,), num_heads=16, num_kv_heads=8, head_dim=128), torch.bfloat16, "cuda"
+    )
 
     def chain(q: Tensor) -> Tensor:
         for _ in range(20):

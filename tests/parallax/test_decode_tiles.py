@@ -6,16 +6,21 @@ import pytest
 
 from parallax.kernels.decode_tiles import DecodeDevice, DecodeTile, tile_of
 
-H100 = DecodeDevice.of(SimpleNamespace(name="NVIDIA H100 80GB HBM3", multi_processor_count=132, total_memory=84_900_000_000))
-H200 = DecodeDevice.of(SimpleNamespace(name="NVIDIA H200", multi_processor_count=132, total_memory=150_110_000_000))
+H100 = DecodeDevice.of(
+    SimpleNamespace(name="NVIDIA H100 80GB HBM3", multi_processor_count=132, total_memory=84_900_000_000)
+)
+H200 = DecodeDevice.of(
+    SimpleNamespace(name="NVIDIA H200", multi_processor_count=132, total_memory=150_110_000_000)
+)
 
 
 def test_an_h200_differs_from_an_h100_by_its_memory() -> None:
-    assert H100 == DecodeDevice(132, has_fast_memory=False)
-    assert H200 == DecodeDevice(132, has_fast_memory=True)
+    assert DecodeDevice(132, has_fast_memory=False) == H100
+    assert DecodeDevice(132, has_fast_memory=True) == H200
     # an H100 NVL and a GH200 with HBM3
     for memory in (100_000_000_000, 102_000_000_000):
-        assert not DecodeDevice.of(SimpleNamespace(multi_processor_count=132, total_memory=memory)).has_fast_memory
+        properties = SimpleNamespace(multi_processor_count=132, total_memory=memory)
+        assert not DecodeDevice.of(properties).has_fast_memory
 
 
 @pytest.mark.parametrize("device", [H100, H200], ids=["h100", "h200"])
