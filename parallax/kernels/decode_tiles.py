@@ -71,16 +71,18 @@ def tile_of(num_pairs: int, capacity: int, num_rows: int, head_dim: int, device:
     if not device.has_fast_memory:
         # a program that has its multiprocessor to itself keeps one tile more in flight
         return DecodeTile(num_splits, 64 * width, 4, 4 if is_alone else 3)
+    if num_rows > 8:
+        # probes in a tile of their own: twice the registers
+        return DecodeTile(num_splits, 64 * width, 4, 5 if is_alone else 3)
     num_rounds = -(-num_programs // device.num_multiprocessors)
     is_full = num_programs > 0.9 * num_rounds * device.num_multiprocessors
-    # rows that have no probes in their tile would spill
-    if num_rows <= 8 and keys >= (512 if is_alone else 4096) and (is_alone or is_full):
+    if (is_alone and (keys >= 512 or 64 < keys == capacity)) or (is_full and keys >= 4096 and width == 1):
         # one program a multiprocessor at a time, whose tiles cost little beside their bytes
         return DecodeTile(num_splits, 128 * width, 4, 3)
     if is_alone:
-        # a program of a single tile takes so much room that no two share a multiprocessor
-        return DecodeTile(num_splits, 64 * width, 4, 5 if keys <= 64 else 3)
-    return DecodeTile(num_splits, 64 * width, 4, 4 if keys >= 512 else 3)
+        # takes so much room that no two share a multiprocessor, also with the next call's programs
+        return DecodeTile(num_splits, 64 * width, 4, 5)
+    return DecodeTile(num_splits, 32 * width, 2, 4)
 
 
 def _num_splits(num_pairs: int, capacity: int, device: DecodeDevice) -> int:

@@ -41,14 +41,17 @@ def test_what_was_measured_on_an_h200_is_what_its_table_takes() -> None:
     def tile(pairs: int, capacity: int, num_rows: int = 2, head_dim: int = 128) -> DecodeTile:
         return tile_of(pairs, capacity, num_rows, head_dim, H200)
 
+    assert tile(8, 128) == (1, 128, 4, 3)
     assert tile(8, 512) == (8, 64, 4, 5)
-    assert tile(8, 4096) == (16, 64, 4, 3)
+    assert tile(8, 4096) == (16, 64, 4, 5)
     assert tile(8, 32768) == (16, 128, 4, 3)
     assert tile(128, 1024) == (1, 128, 4, 3)
-    assert tile(1024, 1024) == (1, 64, 4, 4)
-    assert tile(8192, 128) == (1, 64, 4, 3)
+    assert tile(1024, 1024) == (1, 32, 2, 4)
+    assert tile(8192, 128) == (1, 32, 2, 4)
+    assert tile(1024, 4096) == (1, 128, 4, 3)
+    assert tile(1024, 4096, head_dim=64) == (1, 64, 2, 4)
     # a second round of programs would be nearly empty
-    assert tile(144, 8192).block_s == 64
+    assert tile(144, 8192).block_s == 32
     # rows that have no probes in their tile
     assert tile(128, 4096, num_rows=16).block_s == 64
     assert tile(128, 4096, num_rows=32).block_s == 32
