@@ -285,8 +285,8 @@ def print_table(rows: list[dict[str, Any]], names: list[str]) -> None:
     print("| heads | batch | context | width | " + " | ".join([*names, *last]) + " |")
     print("|---" * (len(names) + 8) + "|")
     for row in rows:
-        times = {**row["us"], "authors_scaled": row.get("authors_scaled_us")}
-        cells = [f"{times[n]:.{2 if times[n] < 30 else 1}f}" if times.get(n) else "" for n in names]
+        times = [row["us"].get(n) for n in names[:-1]] + [row.get("authors_scaled_us")]
+        cells = ["" if us is None else f"{us:.{2 if us < 30 else 1}f}" for us in times]
         softmax = row["us"].get("ours_softmax", float("nan"))
         cells.append(f"{row['gb_per_s']['ours']:.0f}" if "ours" in row["us"] else "")
         cells.append(f"{row['us'].get('cudnn', float('nan')) / row['us'].get('ours', float('nan')):.3f}")

@@ -105,7 +105,7 @@ def _parallax_decode_kernel(
     """
     M: tl.constexpr = T * GROUP
     # rows of the softmax
-    R: tl.constexpr = 8 if STACK else BM
+    R: tl.constexpr = BM // 2 if STACK else BM
     scale_log2 = scale * LOG2E
     i_p = tl.program_id(0)
     # the heads of a sequence side by side: they share the cache's rows
@@ -165,6 +165,7 @@ def _parallax_decode_kernel(
         if WINDOW:
             m_x = m_x & (o_s[None, :] > (o_last - window_size)[:, None])
         b_s = tl.dot(b_q, tl.trans(b_k))
+        b_t = b_s
         if STACK:
             b_s, b_t = _halves(b_s, BS)
         elif PROBE:
@@ -235,6 +236,7 @@ def _merge_splits_kernel(
     b_d1 = tl.load(p_stats + 1, mask=m_n, other=0.0)
     # [BN, BK]
     b_o1 = tl.load(p_x, mask=m_n[:, None], other=0.0)
+    b_d2, b_o2 = b_d1, b_o1
     if PROBE:
         b_d2 = tl.load(p_stats + 2, mask=m_n, other=0.0)
         b_o2 = tl.load(p_x + K, mask=m_n[:, None], other=0.0)

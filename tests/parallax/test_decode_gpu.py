@@ -69,7 +69,7 @@ def test_every_tile_of_the_tables(shape: tuple[int, int], has_fast_memory: bool)
     for probe in (r, None):
         out, truth = torch.full_like(q, torch.nan), torch.empty_like(q, dtype=torch.float64)
         decode_by_kernels(q, probe, k, v, lengths, None, None, 128**-0.5, out, tile=tile)
-        doubles = [x if x is None else x.double() for x in (q, probe, k, v)]
+        doubles = (q.double(), probe if probe is None else probe.double(), k.double(), v.double())
         eager_decode.decode(*doubles, lengths, None, None, 128**-0.5, truth)
         assert relative_error(out, truth) < 0.0027
 
