@@ -107,7 +107,7 @@ def step_of(checkpoint: Path) -> int | None:
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Return whether a checkpoint is complete: its metadata is written last."""
+    """Return whether a checkpoint was written to the end: its metadata comes last."""
     return (checkpoint / _METADATA).is_file()
 
 
