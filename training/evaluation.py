@@ -25,7 +25,6 @@ from eval.report.task_records import Record, task_record
 from eval.scoring.language_model import Qwen3Model
 from eval.task_results import TaskResults, format_table
 from models.generation.generate import generate
-from models.init import clean_name
 from models.qwen3 import Qwen3
 from training.log import logger
 from training.metrics import RunMetrics
@@ -192,7 +191,7 @@ class Evaluator:
     def _whole_model(self) -> Qwen3:
         """A copy of the model without shards, in the run's precision, on every rank."""
         model = run_on_all_ranks(self._allocate, self.device)
-        weights = {clean_name(name): weight for name, weight in self.model.state_dict().items()}
+        weights = self.model.state_dict()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 weight = weights[name].to(parameter.dtype)
@@ -202,13 +201,9 @@ class Evaluator:
     def _allocate(self) -> Qwen3:
         with torch.device("meta"):
             model = Qwen3(self.run.model).to(getattr(torch, self.run.training.precision))
-        model = model.to_empty(device=self.device)
+        model.materialize(self.device)
         # what gathering the largest weight takes besides: ranks must know before they gather that it is there
         torch.empty(2 * max(p.numel() for p in model.parameters()), dtype=torch.float32, device=self.device)
-        if self.run.model.tie_embeddings:  # to_empty has taken them apart
-            weight = model.tok_embeddings.weight
-            assert isinstance(weight, nn.Parameter)
-            model.output.weight = weight
         return model.eval().requires_grad_(False)
 
     def _sample(self, model: Qwen3, step: int, progress: Record) -> None:

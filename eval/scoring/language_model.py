@@ -12,7 +12,6 @@ from torch.distributed.tensor import DTensor
 from eval.scoring.groups import Group, Scores, rows_of
 from eval.scoring.head_scores import ScoredTokens, TokenScorer, head_input_hook
 from eval.scoring.shared_prefix import score_shared, shared_length
-from models.attention.base import Attention
 from models.attention.key_values import KeyValueAttention
 from models.generation.generate import generate
 from models.qwen3 import Head, Qwen3
@@ -88,8 +87,7 @@ class Qwen3Model(LanguageModel):
         self.identity = identity
         weights = list(model.parameters())
         self._device = weights[0].device
-        layers = [module for module in model.modules() if isinstance(module, Attention)]
-        has_kv_cache = all(isinstance(layer, KeyValueAttention) for layer in layers)
+        has_kv_cache = all(isinstance(module, KeyValueAttention) for module in model.attention_modules())
         # sharded weights are gathered in a forward of the whole model only
         self._can_extend = has_kv_cache and not any(isinstance(weight, DTensor) for weight in weights)
 
