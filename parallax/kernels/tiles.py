@@ -9,7 +9,14 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-KernelName = Literal["forward", "dqdr", "dkdv"]
+KernelName = Literal["forward", "dqdr", "dkdv", "softmax_forward", "softmax_dq", "softmax_dkdv"]
+
+_WITH_PROBES: dict[KernelName, KernelName] = {
+    "softmax_forward": "forward",
+    "softmax_dq": "dqdr",
+    "softmax_dkdv": "dkdv",
+}
+"""A kernel without probes holds less than the one with probes: that one's tile serves where none was measured."""
 
 HEAD_DIMS = (64, 96, 128, 256)
 """Head widths that the kernels serve."""
@@ -110,19 +117,20 @@ def tile_of(kernel: KernelName, x: Tensor, use_descriptors: bool, reach: int) ->
     """Return the tile of a kernel for inputs like x.
 
     Args:
-        kernel: Which of the three.
+        kernel: Which one.
         x: Queries or keys `[B, T, H, K]`, on the device that runs the kernel.
         use_descriptors: Whether tensor descriptors load the operands; the specialised kernels need them.
         reach: Tokens of a mean document, or of a window, from `addressing.Mask.reach`.
     """
     width = 64 if x.shape[3] <= 64 else 128 if x.shape[3] <= 128 else 256
     capability = torch.cuda.get_device_capability(x.device) if x.device.type == "cuda" else (0, 0)
+    plain = _WITH_PROBES.get(kernel, kernel)
     if x.dtype == torch.float32:
-        return (_FP32_HOPPER if capability[0] == 9 else _FP32)[kernel, width]
+        return (_FP32_HOPPER if capability[0] == 9 else _FP32)[plain, width]
     specialized = _HOPPER_SPECIALIZED | (_HOPPER_SHORT if reach <= SHORT else {})
     if capability[0] == 9 and use_descriptors and (kernel, width) in specialized:
         return specialized[kernel, width]
-    return (_HOPPER if capability >= (9, 0) else _AMPERE)[kernel, width]
+    return (_HOPPER if capability >= (9, 0) else _AMPERE)[plain, width]
 
 
 def refusal(q: Tensor, k: Tensor, scale: float) -> str | None:
