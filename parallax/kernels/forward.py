@@ -150,7 +150,6 @@ def _parallax_fwd_kernel(
             BS, BK, K, TMA, False, BOUNDED, CENTRED, PROBES,
         )  # fmt: skip
 
-    p_t = tl.cast(i_bh, tl.int64) * T + o_t
     if PROBES:
         b_m, b_c, b_d1, b_d2, b_o1, b_o2 = state
     else:
@@ -161,13 +160,15 @@ def _parallax_fwd_kernel(
     if PROBES:
         b_shift = total_row_sums(b_d2) * b_inverse
         b_o = (b_o1 * (1.0 + b_shift)[:, None] - b_o2) * b_inverse[:, None]
-        tl.store(tbar + p_t, b_c + b_shift, mask=o_t < T)
     else:
         b_o = b_o1 * b_inverse[:, None]
     store_tile(o, b_o, i_b, i_h, i_t, T, H, K, TMA)
     if SAVE_VBAR:
         store_tile(vbar, b_o1 * b_inverse[:, None], i_b, i_h, i_t, T, H, K, TMA)
+    p_t = tl.cast(i_bh, tl.int64) * T + o_t
     tl.store(lse + p_t, (b_m + tl.math.log2(b_d1)) * LN2, mask=o_t < T)
+    if PROBES:
+        tl.store(tbar + p_t, b_c + b_shift, mask=o_t < T)
 
 
 def forward(

@@ -4,8 +4,8 @@ A program owns 128 query rows of one head at a time, 64 a warpgroup, and goes on
 some, the operands of the next are copied. One warp copies tiles of keys and values, from the last row's key
 backwards; both warpgroups read every tile, so that it is copied half as often as by programs of 64 rows.
 
-Shared memory holds two sets of the operands of queries for each warpgroup, with a barrier that is `q_full`
-when they have arrived, and one that is `q_empty` when their warpgroup has let them go.
+Shared memory holds one or two sets of the operands of queries for each warpgroup, with a barrier that is
+`q_full` when they have arrived, and one that is `q_empty` when their warpgroup has let them go.
 """
 
 import triton.language as tl
@@ -83,6 +83,7 @@ def copy_tiles(
     k, v, k_full, v_full, empty = keys
     operands_in, k_in, v_in = inputs
     STAGES: tl.constexpr = k.shape[0]
+    SETS: tl.constexpr = operands[0].shape[0] // 2
     BS: tl.constexpr = k.shape[1]
     BK: tl.constexpr = k.shape[2]
     num_items, _, _ = order
@@ -102,10 +103,10 @@ def copy_tiles(
             if i_y == i_x:
                 # the second warpgroup's first: it starts at once
                 for i_w in gl.static_range(1, -1, -1):
-                    i_buffer = i_n % 2 * 2 + i_w
+                    i_buffer = i_n % SETS * 2 + i_w
                     bar = q_full.index(i_buffer)
                     place = [i_b, i_h, i_t + i_w * ROWS, 0]
-                    mbarrier.wait(q_empty.index(i_buffer), (i_n // 2 & 1) ^ 1)
+                    mbarrier.wait(q_empty.index(i_buffer), (i_n // SETS & 1) ^ 1)
                     mbarrier.expect(bar, len(operands) * ROWS * BK * 2)
                     for i_o in gl.static_range(len(operands)):
                         tma.async_copy_global_to_shared(
