@@ -197,7 +197,7 @@ def _consume(
         b_dq = gl.zeros([ROWS, BK], tl.float32, ACC)
         state = (b_dq, b_dq, b_no_sum, b_no_sum) if PROBES else (b_dq, b_no_sum)
 
-        skip_tiles(k_full, v_full, empty, i_x, i_x + BEFORE)
+        skip_tiles(keys, i_x, i_x + BEFORE)
         mbarrier.wait(q_full.index(i_buffer), (i_n // SETS) & 1)
         a_q = operands[0].index(i_buffer).load(gl.DotOperandLayout(0, SCORES, 2))
         r = operands[1].index(i_buffer) if PROBES else None
@@ -237,7 +237,7 @@ def _consume(
             b_dq = warpgroup_mma_wait(0, deps=(_remove_row_sum(b_dq, b_g_sum, k.index(i_stage), num_keys),))
         mbarrier.arrive(empty.index(i_stage), count=1)
         # tiles that the other warpgroup alone sees
-        skip_tiles(k_full, v_full, empty, i_end, i_x + num_steps)
+        skip_tiles(keys, i_end, i_x + num_steps)
         i_x += num_steps
 
         tma.store_wait(0)

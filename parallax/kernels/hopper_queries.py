@@ -64,13 +64,16 @@ def is_visible(b_s, i_s, o_t, b_first, BOUNDED: tl.constexpr):
 
 
 @gluon.jit
-def skip_tiles(k_full, v_full, empty, i_first, i_end):
+def skip_tiles(keys, i_first, i_end):
     """Wait for tiles and let them go, so that arrivals of two uses of a stage never meet."""
+    k_full = keys[2]
+    v_full = keys[3]
     STAGES: tl.constexpr = k_full.shape[0]
     for i_y in range(i_first, i_end):
         mbarrier.wait(k_full.index(i_y % STAGES), (i_y // STAGES) & 1)
         mbarrier.wait(v_full.index(i_y % STAGES), (i_y // STAGES) & 1)
-        mbarrier.arrive(empty.index(i_y % STAGES), count=1)
+        for i_e in gl.static_range(4, len(keys)):
+            mbarrier.arrive(keys[i_e].index(i_y % STAGES), count=1)
 
 
 @gluon.jit
@@ -80,7 +83,8 @@ def copy_tiles(
 ):  # fmt: skip
     """Draw items; copy the operands of their queries, and the tiles of all keys that they see."""
     operands, q_full, q_empty = queries
-    k, v, k_full, v_full, empty = keys
+    k, v, k_full, v_full = keys[:4]
+    empty = keys[4]
     operands_in, k_in, v_in = inputs
     STAGES: tl.constexpr = k.shape[0]
     SETS: tl.constexpr = operands[0].shape[0] // 2
@@ -112,6 +116,8 @@ def copy_tiles(
                         tma.async_copy_global_to_shared(
                             operands_in[i_o], place, bar, operands[i_o].index(i_buffer)
                         )
+            if len(keys) == 6:
+                mbarrier.wait(keys[5].index(i_stage), (i_y // STAGES & 1) ^ 1)
             mbarrier.expect(v_full.index(i_stage), BS * BK * 2)
             tma.async_copy_global_to_shared(v_in, [i_b, i_g, i_s, 0], v_full.index(i_stage), v.index(i_stage))
         i_x += num_steps

@@ -69,6 +69,12 @@ _HOPPER_SPECIALIZED: dict[tuple[KernelName, int], Tile] = {
     ("dqdr", 64): Tile(128, 64, 4, 4, 1, sums=4, is_specialized=True),
     ("dkdv", 64): Tile(64, 128, 4, 4, 1, is_specialized=True),
     ("dkdv", 128): Tile(32, 128, 4, 4, 1, is_specialized=True),
+    ("softmax_forward", 64): Tile(128, 128, 4, 3, 1, sums=4, is_specialized=True, key_norms=True),
+    ("softmax_forward", 128): Tile(128, 128, 4, 2, 1, sums=4, is_specialized=True, key_norms=True),
+    ("softmax_dq", 64): Tile(128, 64, 4, 4, 2, sums=4, is_specialized=True),
+    ("softmax_dq", 128): Tile(128, 64, 4, 4, 2, sums=4, is_specialized=True),
+    ("softmax_dkdv", 64): Tile(64, 128, 4, 4, 1, is_specialized=True),
+    ("softmax_dkdv", 128): Tile(32, 128, 4, 4, 1, is_specialized=True),
 }
 """On Hopper alone, before `_HOPPER`, for inputs that tensor descriptors can describe."""
 
