@@ -1,4 +1,4 @@
-"""Memory-bounded Parallax and softmax attention in PyTorch operations, for machines that the kernels do not serve.
+"""Memory-bounded Parallax attention in PyTorch operations, for machines that the kernels do not serve.
 
 Walks over tiles of `block_size` queries. A tile meets only the keys that its queries can see (causal bound
 above, window and document bounds below), so the largest buffers are `[B, H, block_size, S]` and the backward

@@ -333,7 +333,5 @@ def triton_attention(
         Output `[B, T, H, K]` in the dtype of q.
     """
     assert scale > 0, "`tiles.refusal` says so"
-    save_vbar = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (q, r, k, v)
-    )
+    save_vbar = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, r, k, v))
     return triton_forward(q, r, k, v, cu_seqlens, scale, window_size, save_vbar)[0]

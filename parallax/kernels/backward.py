@@ -1,4 +1,4 @@
-"""Backward kernels of Parallax and softmax attention, (7) to (11) and (13) of `parallax.reference`, in two passes.
+"""Backward kernels of Parallax attention, (7) to (11) and (13) of `parallax.reference`, in two passes.
 
 First pass, one program a tile of queries: b = dO.vbar and T = dO.o of its rows, then dQ and dR with five
 products a tile. The row sums of the rounded G and U times a reference key are taken off dQ and dR at the end,
@@ -12,8 +12,8 @@ registers as left operands of the products that follow.
 Without probes (PROBES false: softmax attention, (9')) U, dR and three of the products fall away, and the row
 constants are lse in base 2 and T.
 
-Eleven products (seven) instead of the eight (five) that one pass needs, but no reductions in memory: the result does not
-depend on the order in which programs run, and is the same bits every time.
+Eleven products (seven) instead of the eight (five) that one pass needs, but no reductions in memory: the
+result does not depend on the order in which programs run, and is the same bits every time.
 """
 
 from typing import NamedTuple
@@ -206,7 +206,7 @@ def _dkdv_tile(
     T, T_padded, scale, scale_log2, H: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, K: tl.constexpr,
     TMA: tl.constexpr, MASKED: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """Add one tile of one head's queries to dK / scale and scale * dV; without probes to dK / scale and dV."""
+    """Add one tile of one head's queries to dK / scale and scale * dV; without probes to dV."""
     PROBES: tl.constexpr = r is not None
     b_dk, b_dv = state
     # [BT, BK]
@@ -357,7 +357,8 @@ def backward(
         window_size: Keys that a query sees, or None.
 
     Returns:
-        `dq`, `dr` `[B, T, H, K]` (without r `[0]`) and `dk`, `dv` `[B, T, G, K]` in the dtype of q, contiguous.
+        `dq`, `dr` `[B, T, H, K]` (without r `[0]`) and `dk`, `dv` `[B, T, G, K]` in the dtype of q,
+        contiguous.
     """
     operands = Operands(
         with_contiguous_rows(q),
@@ -446,9 +447,13 @@ def query_gradients(
     name: KernelName = "softmax_dq" if operands.r is None else "dqdr"
     tile = tile or tile_of(name, operands.q, use_descriptors and is_corrected, mask.reach(num_tokens))
     if tile.is_specialized:
-        from parallax.kernels import hopper_dqdr
+        from parallax.kernels import hopper_dqdr, hopper_softmax_dq
 
         assert is_corrected, "the specialised kernel has no other form"
+        if operands.r is None:
+            return hopper_softmax_dq.query_gradients(
+                operands.q, operands.k, operands.v, operands.do, o, lse, mask, scale, tile
+            )
         return hopper_dqdr.query_gradients(*operands, o, vbar, lse, tbar, mask, scale, tile)
     dq, dr = (
         torch.empty((0,) if x is None else o.shape, dtype=o.dtype, device=o.device)
@@ -457,7 +462,11 @@ def query_gradients(
     num_tiles = triton.cdiv(num_tokens, tile.block_t)
     num_programs = batch_size * num_heads
     rows = torch.empty(
-        num_programs, operands.num_row_constants, num_tiles * tile.block_t, dtype=torch.float32, device=o.device
+        num_programs,
+        operands.num_row_constants,
+        num_tiles * tile.block_t,
+        dtype=torch.float32,
+        device=o.device,
     )
     q, r, k, v, do = operands.described(tile) if use_descriptors else operands
     r_strides = None if operands.r is None else strides_of(operands.r)
@@ -518,7 +527,14 @@ def key_gradients(
     constants = TensorDescriptor.from_tensor(rows, [1, 1, tile.block_t]) if use_descriptors else rows
     block_k = triton.next_power_of_2(head_dim)
     dk_out, dv_out = (describe(x, tile.block_s, block_k) if use_descriptors else x for x in (dk, dv))
-    streamed = (len(operands.tensors) - 2) * num_heads // num_kv_heads * mask.reach(num_tokens) * head_dim * dk.element_size()
+    streamed = (
+        (len(operands.tensors) - 2)
+        * num_heads
+        // num_kv_heads
+        * mask.reach(num_tokens)
+        * head_dim
+        * dk.element_size()
+    )
     section = heads_per_section(num_programs, 1, streamed)
     _parallax_bwd_dkdv_kernel[(triton.cdiv(num_tokens, tile.block_s) * num_programs,)](
         q, r, k, v, do, constants, dk_out, dv_out, mask.end,

@@ -219,13 +219,18 @@ def forward(
         return o, vbar, lse, tbar
 
     mask = Mask.of(cu_seqlens, num_tokens, window_size)
-    tile = tile or tile_of("softmax_forward" if r is None else "forward", q, use_descriptors and is_centred, mask.reach(num_tokens))
+    tile = tile or tile_of(
+        "softmax_forward" if r is None else "forward",
+        q,
+        use_descriptors and is_centred,
+        mask.reach(num_tokens),
+    )
     if tile.is_specialized:
-        from parallax.kernels import hopper_forward, hopper_softmax
+        from parallax.kernels import hopper_forward, hopper_softmax_forward
 
         assert is_centred, "the specialised kernel has no other form"
         if r is None:
-            return o, vbar, hopper_softmax.forward(q, k, v, mask, scale, o, tile=tile), tbar
+            return o, vbar, hopper_softmax_forward.forward(q, k, v, mask, scale, o, tile=tile), tbar
         return hopper_forward.forward(q, r, k, v, mask, scale, save_vbar=save_vbar, tile=tile)
     block_k = triton.next_power_of_2(head_dim)
     pairs = ((q, tile.block_t), (r, tile.block_t), (k, tile.block_s), (v, tile.block_s))

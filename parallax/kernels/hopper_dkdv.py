@@ -56,7 +56,7 @@ def _add_tile(
     a_k, a_v, q, r, do, constants, i_c, i_t, o_s, b_end, is_masked, b_dk, b_dv, b_zero, scale,
     minus_inverse_scale, BT: tl.constexpr, BOUNDED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Add a tile of one head's queries to dK / scale and scale * dV; without probes to dK / scale and dV."""
+    """Add a tile of one head's queries to dK / scale and scale * dV; without probes to dV."""
     PROBES: tl.constexpr = r is not None
     SCORES: tl.constexpr = b_zero.type.layout
     COLUMN: tl.constexpr = gl.SliceLayout(0, SCORES)
@@ -296,8 +296,14 @@ def _parallax_bwd_dkdv_hopper_kernel(
     mask = (end, T, window_size)
     gl.warp_specialize(
         [
-            (_consume, (0, buffers, items, order, outputs, mask, scale, G, GROUP, PACKED, WINDOW, IN_REGISTERS)),
-            (_consume, (1, buffers, items, order, outputs, mask, scale, G, GROUP, PACKED, WINDOW, IN_REGISTERS)),
+            (
+                _consume,
+                (0, buffers, items, order, outputs, mask, scale, G, GROUP, PACKED, WINDOW, IN_REGISTERS),
+            ),
+            (
+                _consume,
+                (1, buffers, items, order, outputs, mask, scale, G, GROUP, PACKED, WINDOW, IN_REGISTERS),
+            ),
             (_produce, (buffers, items, order, mask, inputs, T_padded, G, GROUP, PACKED, WINDOW)),
         ],
         [4, 1],  # warps of the second and the third
@@ -319,7 +325,8 @@ def key_gradients(
     """Launch the second pass.
 
     Args:
-        q: Queries `[B, T, H, K]`, bf16/fp16, K at most 128; all that there are such that `can_use_descriptors` holds.
+        q: Queries `[B, T, H, K]`, bf16/fp16, K at most 128; with all others such that `can_use_descriptors`
+            holds.
         r: Probes `[B, T, H, K]`, or None for softmax attention.
         k: Keys `[B, T, G, K]`.
         v: Values `[B, T, G, K]`.
@@ -345,7 +352,14 @@ def key_gradients(
     k_in, v_in, dk_out, dv_out = (describe(x, ROWS.value, block_k) for x in (k, v, dk, dv))
     rows_in = TensorDescriptor(rows, [rows.numel()], [1], [tile.block_t], _CONSTANTS)
     num_items = triton.cdiv(num_tokens, 2 * ROWS.value) * batch_size * num_kv_heads
-    streamed = (2 if r is None else 3) * num_heads // num_kv_heads * mask.reach(num_tokens) * head_dim * q.element_size()
+    streamed = (
+        (2 if r is None else 3)
+        * num_heads
+        // num_kv_heads
+        * mask.reach(num_tokens)
+        * head_dim
+        * q.element_size()
+    )
     num_programs, counter = draw_items(num_items, q.device)
     _parallax_bwd_dkdv_hopper_kernel[(num_programs,)](
         q_in, r_in, k_in, v_in, do_in, rows_in, dk_out, dv_out, mask.end, counter,

@@ -40,12 +40,9 @@ from parallax.kernels.tiles import Tile
 @gluon.jit
 def _row_constants(
     rows_in, rows, i_b, i_h, i_w, T, T_padded, scale, BK: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
-    ROW: tl.constexpr, PROBES: tl.constexpr,
+    ROW: tl.constexpr,
 ):  # fmt: skip
-    """Return lse in base 2, 1 + tbar, b and b - T of 64 rows, and write them for the second pass.
-
-    Without probes lse in base 2 and T.
-    """
+    """Return lse in base 2, 1 + tbar, b and b - T of 64 rows, and write them for the second pass."""
     do, o, vbar, lse, tbar, do_strides, o_strides = rows_in
     BLOCK: tl.constexpr = gl.BlockedLayout([1, 8], [256 // BK, BK // 8], [4, 1], [1, 0])
     o_r = gl.expand_dims(gl.arange(0, ROWS, gl.SliceLayout(1, BLOCK)), 1)
@@ -56,86 +53,60 @@ def _row_constants(
     p_o = tl.cast(i_b, tl.int64) * o_strides[0] + tl.cast(i_h, tl.int64) * o_strides[2]
     b_do = gl.load(do + p_do + (i_w + o_r).to(tl.int64) * do_strides[1] + o_c, mask=m_x, other=0.0)
     b_o = gl.load(o + p_o + (i_w + o_r).to(tl.int64) * o_strides[1] + o_c, mask=m_x, other=0.0)
-    if PROBES:
-        b_vbar = gl.load(vbar + p_o + (i_w + o_r).to(tl.int64) * o_strides[1] + o_c, mask=m_x, other=0.0)
+    b_vbar = gl.load(vbar + p_o + (i_w + o_r).to(tl.int64) * o_strides[1] + o_c, mask=m_x, other=0.0)
     # [ROWS]
     o_t = i_w + gl.arange(0, ROWS, ROW)
     i_bh = tl.cast(i_b * H + i_h, tl.int64)
     b_lse = gl.load(lse + i_bh * T + o_t, mask=o_t < T, other=0.0) * LOG2E
-    if PROBES:
-        b_t1 = gl.load(tbar + i_bh * T + o_t, mask=o_t < T, other=0.0) + 1.0
+    b_t1 = gl.load(tbar + i_bh * T + o_t, mask=o_t < T, other=0.0) + 1.0
     b_do = b_do.to(tl.float32)
-    if PROBES:
-        b_b = gl.sum(b_do * b_vbar.to(tl.float32), 1)
-        b_e = gl.convert_layout(b_b - gl.sum(b_do * b_o.to(tl.float32), 1), ROW)
-        b_b = gl.convert_layout(b_b, ROW)
-        p_rows = rows + i_bh * 4 * T_padded + o_t
-        gl.store(p_rows, b_lse, mask=o_t < T_padded)
-        gl.store(p_rows + T_padded, b_t1 * scale, mask=o_t < T_padded)
-        gl.store(p_rows + 2 * T_padded, b_b / scale, mask=o_t < T_padded)
-        gl.store(p_rows + 3 * T_padded, b_e, mask=o_t < T_padded)
-        b_rows = (b_lse, b_t1, b_b, b_e)
-    else:
-        b_total = gl.convert_layout(gl.sum(b_do * b_o.to(tl.float32), 1), ROW)
-        p_rows = rows + i_bh * 2 * T_padded + o_t
-        gl.store(p_rows, b_lse, mask=o_t < T_padded)
-        gl.store(p_rows + T_padded, b_total, mask=o_t < T_padded)
-        b_rows = (b_lse, b_total)
-    return b_rows
+    b_b = gl.sum(b_do * b_vbar.to(tl.float32), 1)
+    b_e = gl.convert_layout(b_b - gl.sum(b_do * b_o.to(tl.float32), 1), ROW)
+    b_b = gl.convert_layout(b_b, ROW)
+    p_rows = rows + i_bh * 4 * T_padded + o_t
+    gl.store(p_rows, b_lse, mask=o_t < T_padded)
+    gl.store(p_rows + T_padded, b_t1 * scale, mask=o_t < T_padded)
+    gl.store(p_rows + 2 * T_padded, b_b / scale, mask=o_t < T_padded)
+    gl.store(p_rows + 3 * T_padded, b_e, mask=o_t < T_padded)
+    return b_lse, b_t1, b_b, b_e
 
 
 @gluon.jit
 def _add_tile(
-    a_q, r, a_do, k, v, v_full, i_phase, i_s, o_t, b_first, b_rows, state, b_zero, scale_log2, q_empty, is_last,
-    is_masked, BOUNDED: tl.constexpr,
+    a_q, r, do, k, v, v_full, i_phase, i_s, o_t, b_first, b_rows, b_dq, b_dr, b_g_sum, b_u_sum, b_zero,
+    scale_log2, q_empty, is_last, is_masked, BOUNDED: tl.constexpr,
 ):  # fmt: skip
     """Add one tile of keys to dQ / scale and -dR, and to the row sums of the rounded G and -U.
 
     Behind the scores of the last tile the operands of queries are let go.
     """
-    PROBES: tl.constexpr = r is not None
-    if PROBES:
-        b_lse, b_t1, b_b, b_e = b_rows
-        b_dq, b_dr, b_g_sum, b_u_sum = state
-    else:
-        b_lse, b_b = b_rows
-        b_dq, b_g_sum = state
     LEFT: tl.constexpr = gl.DotOperandLayout(0, b_dq.type.layout, 2)
+    b_lse, b_t1, b_b, b_e = b_rows
     # [ROWS, BS]
     b_s = warpgroup_mma(a_q, k.permute((1, 0)), b_zero, use_acc=False, is_async=True)
-    if PROBES:
-        b_t = warpgroup_mma(r, k.permute((1, 0)), b_zero, use_acc=False, is_async=True)
+    b_t = warpgroup_mma(r, k.permute((1, 0)), b_zero, use_acc=False, is_async=True)
     mbarrier.wait(v_full, i_phase)
-    b_a = warpgroup_mma(a_do, v.permute((1, 0)), b_zero, use_acc=False, is_async=True)
-    b_s = warpgroup_mma_wait(2 if PROBES else 1, deps=(b_s,))
+    b_a = warpgroup_mma(do, v.permute((1, 0)), b_zero, use_acc=False, is_async=True)
+    b_s = warpgroup_mma_wait(2, deps=(b_s,))
     b_p = gl.exp2(b_s * scale_log2 - gl.expand_dims(b_lse, 1))
-    if PROBES:
-        b_t = warpgroup_mma_wait(1, deps=(b_t,))
-        b_t = gl.expand_dims(b_t1, 1) - b_t
+    b_t = warpgroup_mma_wait(1, deps=(b_t,))
+    b_t = gl.expand_dims(b_t1, 1) - b_t
     if is_masked:
         m_s = is_visible(b_zero, i_s, o_t, b_first, BOUNDED)
         b_p = gl.where(m_s, b_p, 0.0)
-        if PROBES:
-            b_t = gl.where(m_s, b_t, 0.0)
+        b_t = gl.where(m_s, b_t, 0.0)
     b_a = warpgroup_mma_wait(0, deps=(b_a,))
     mbarrier.arrive(q_empty, count=1, pred=is_last)
-    # without probes b is T, and G is -U
     b_u = b_p * (b_a - gl.expand_dims(b_b, 1))
     b_u_low = round_tile(b_u, k.dtype, ADDED)
     # [ROWS, BK]
-    if PROBES:
-        b_dr = warpgroup_mma(gl.convert_layout(b_u_low, LEFT), k, b_dr, is_async=True)
-        b_g = round_tile(b_t * b_u + b_p * gl.expand_dims(b_e, 1), k.dtype, ADDED)
-        b_dq = warpgroup_mma(gl.convert_layout(b_g, LEFT), k, b_dq, is_async=True)
-        b_g_sum += added_row_sums(b_g)
-        b_u_sum += added_row_sums(b_u_low)
-        b_dq, b_dr = warpgroup_mma_wait(0, deps=(b_dq, b_dr))
-        state = (b_dq, b_dr, b_g_sum, b_u_sum)
-    else:
-        b_dq = warpgroup_mma(gl.convert_layout(b_u_low, LEFT), k, b_dq, is_async=True)
-        b_g_sum += added_row_sums(b_u_low)
-        state = (warpgroup_mma_wait(0, deps=(b_dq,)), b_g_sum)
-    return state
+    b_dr = warpgroup_mma(gl.convert_layout(b_u_low, LEFT), k, b_dr, is_async=True)
+    b_g = round_tile(b_t * b_u + b_p * gl.expand_dims(b_e, 1), k.dtype, ADDED)
+    b_dq = warpgroup_mma(gl.convert_layout(b_g, LEFT), k, b_dq, is_async=True)
+    b_g_sum += added_row_sums(b_g)
+    b_u_sum += added_row_sums(b_u_low)
+    b_dq, b_dr = warpgroup_mma_wait(0, deps=(b_dq, b_dr))
+    return b_dq, b_dr, b_g_sum, b_u_sum
 
 
 @gluon.jit
@@ -157,17 +128,16 @@ def _remove_row_sum(b_dx, b_sum, k, num_keys):
 @gluon.jit
 def _consume(
     WARPGROUP: tl.constexpr, queries, keys, gradients, rest, H: tl.constexpr, K: tl.constexpr,
-    PACKED: tl.constexpr, WINDOW: tl.constexpr, IN_REGISTERS: tl.constexpr,
+    PACKED: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Compute and store a warpgroup's rows."""
     BOUNDED: tl.constexpr = PACKED or WINDOW
     operands, q_full, q_empty = queries
-    PROBES: tl.constexpr = len(operands) == 3
-    # without probes all operands can be in registers; their memory is then free for the next ones
-    HELD: tl.constexpr = IN_REGISTERS < len(operands)
-    SETS: tl.constexpr = operands[0].shape[0] // 2
+    q_all, r_all, do_all = operands
     k, v, k_full, v_full, empty = keys
+    dq, dr = gradients
     items, order, outputs, mask, rows_in, rows, T_padded, scale = rest
+    dq_out, dr_out = outputs
     _, T, _ = mask
     STAGES: tl.constexpr = k.shape[0]
     BS: tl.constexpr = k.shape[1]
@@ -190,21 +160,18 @@ def _consume(
     while i_item < num_items:
         i_b, i_h, i_t, num_steps = place_queries(i_item, order, mask, BS, H, PACKED, WINDOW)
         i_w = i_t + WARPGROUP * ROWS
-        b_rows = _row_constants(rows_in, rows, i_b, i_h, i_w, T, T_padded, scale, BK, H, K, ROW, PROBES)
+        b_rows = _row_constants(rows_in, rows, i_b, i_h, i_w, T, T_padded, scale, BK, H, K, ROW)
         o_t = i_w + gl.arange(0, ROWS, ROW)
         b_first, i_last, i_hidden = row_bounds(mask, o_t, i_t, i_w, num_steps, BS, PACKED, WINDOW)
-        i_buffer = i_n % SETS * 2 + WARPGROUP
+        i_buffer = i_n % 2 * 2 + WARPGROUP
         b_dq = gl.zeros([ROWS, BK], tl.float32, ACC)
-        state = (b_dq, b_dq, b_no_sum, b_no_sum) if PROBES else (b_dq, b_no_sum)
+        b_dr = gl.zeros([ROWS, BK], tl.float32, ACC)
+        b_g_sum = b_no_sum
+        b_u_sum = b_no_sum
 
         skip_tiles(keys, i_x, i_x + BEFORE)
-        mbarrier.wait(q_full.index(i_buffer), (i_n // SETS) & 1)
-        a_q = operands[0].index(i_buffer).load(gl.DotOperandLayout(0, SCORES, 2))
-        r = operands[1].index(i_buffer) if PROBES else None
-        a_do = operands[-1].index(i_buffer)
-        if not HELD:
-            a_do = a_do.load(gl.DotOperandLayout(0, SCORES, 2))
-            mbarrier.arrive(q_empty.index(i_buffer), count=1)
+        mbarrier.wait(q_full.index(i_buffer), (i_n // 2) & 1)
+        a_q = q_all.index(i_buffer).load(gl.DotOperandLayout(0, SCORES, 2))
         # the tiles of its own keys, and the others; one loop where any may hold the start of a document
         i_own = i_x + BEFORE + OWN
         i_end = i_x + i_last
@@ -214,40 +181,33 @@ def _consume(
                 i_stage = i_y % STAGES
                 i_phase = (i_y // STAGES) & 1
                 i_s = i_t + 2 * ROWS - (i_y - i_x + 1) * BS
-                is_last = (i_y == i_end - 1) & HELD
+                is_last = i_y == i_end - 1
                 is_masked = ZONE == 0
                 if BOUNDED:
                     is_masked = (i_y < i_own) | (i_s < i_hidden)
                 mbarrier.wait(k_full.index(i_stage), i_phase)
-                state = _add_tile(
-                    a_q, r, a_do, k.index(i_stage), v.index(i_stage), v_full.index(i_stage), i_phase, i_s, o_t,
-                    b_first, b_rows, state, b_zero, scale_log2, q_empty.index(i_buffer), is_last, is_masked,
-                    BOUNDED,
+                b_dq, b_dr, b_g_sum, b_u_sum = _add_tile(
+                    a_q, r_all.index(i_buffer), do_all.index(i_buffer), k.index(i_stage), v.index(i_stage),
+                    v_full.index(i_stage), i_phase, i_s, o_t, b_first, b_rows, b_dq, b_dr, b_g_sum, b_u_sum,
+                    b_zero, scale_log2, q_empty.index(i_buffer), is_last, is_masked, BOUNDED,
                 )  # fmt: skip
                 mbarrier.arrive(empty.index(i_stage), count=1, pred=i_y < i_end - 1)
         i_stage = (i_end - 1) % STAGES
         num_keys = tl.minimum(BS, T - (i_t + 2 * ROWS - i_last * BS))
-        if PROBES:
-            b_dq, b_dr, b_g_sum, b_u_sum = state
-            b_dq = _remove_row_sum(b_dq, b_g_sum, k.index(i_stage), num_keys)
-            b_dr = _remove_row_sum(b_dr, b_u_sum, k.index(i_stage), num_keys)
-            b_dq, b_dr = warpgroup_mma_wait(0, deps=(b_dq, b_dr))
-        else:
-            b_dq, b_g_sum = state
-            b_dq = warpgroup_mma_wait(0, deps=(_remove_row_sum(b_dq, b_g_sum, k.index(i_stage), num_keys),))
+        b_dq = _remove_row_sum(b_dq, b_g_sum, k.index(i_stage), num_keys)
+        b_dr = _remove_row_sum(b_dr, b_u_sum, k.index(i_stage), num_keys)
+        b_dq, b_dr = warpgroup_mma_wait(0, deps=(b_dq, b_dr))
         mbarrier.arrive(empty.index(i_stage), count=1)
         # tiles that the other warpgroup alone sees
         skip_tiles(keys, i_end, i_x + num_steps)
         i_x += num_steps
 
         tma.store_wait(0)
-        gradients[0].index(WARPGROUP).store((b_dq * scale).to(k.dtype))
-        if PROBES:
-            gradients[1].index(WARPGROUP).store((-b_dr).to(k.dtype))
+        dq.index(WARPGROUP).store((b_dq * scale).to(k.dtype))
+        dr.index(WARPGROUP).store((-b_dr).to(k.dtype))
         fence_async_shared()
-        for i_o in gl.static_range(len(gradients)):
-            place = [i_b, i_h, i_w, 0]
-            tma.async_copy_shared_to_global(outputs[i_o], place, gradients[i_o].index(WARPGROUP))
+        tma.async_copy_shared_to_global(dq_out, [i_b, i_h, i_w, 0], dq.index(WARPGROUP))
+        tma.async_copy_shared_to_global(dr_out, [i_b, i_h, i_w, 0], dr.index(WARPGROUP))
         i_n += 1
         i_item = learn_item(items, i_n)
     tma.store_wait(0)
@@ -258,41 +218,35 @@ def _parallax_bwd_dqdr_hopper_kernel(
     q_in, r_in, do_in, k_in, v_in, dq_out, dr_out, do, o, vbar, lse, tbar, rows, do_strides, o_strides, first,
     counter, T, T_padded, window_size, num_items, num_heads, section, scale,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr,
-    STAGES: tl.constexpr, SETS: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr,
-    IN_REGISTERS: tl.constexpr,
+    STAGES: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Compute dQ and dR of items, tiles of 128 rows of one head, as long as the counter has some."""
     dtype: tl.constexpr = q_in.dtype
-    q = gl.allocate_shared_memory(dtype, [SETS * 2, ROWS, BK], q_in.layout)
-    if r_in is None:
-        do_all = gl.allocate_shared_memory(dtype, [SETS * 2, ROWS, BK], do_in.layout)
-        operands = (q, do_all)
-        gradients = (gl.allocate_shared_memory(dtype, [2, ROWS, BK], dq_out.layout),)
-        inputs = ((q_in, do_in), k_in, v_in)
-        outputs = (dq_out,)
-    else:
-        r = gl.allocate_shared_memory(dtype, [SETS * 2, ROWS, BK], r_in.layout)
-        operands = (q, r, gl.allocate_shared_memory(dtype, [SETS * 2, ROWS, BK], do_in.layout))
-        gradients = (
-            gl.allocate_shared_memory(dtype, [2, ROWS, BK], dq_out.layout),
-            gl.allocate_shared_memory(dtype, [2, ROWS, BK], dr_out.layout),
-        )
-        inputs = ((q_in, r_in, do_in), k_in, v_in)
-        outputs = (dq_out, dr_out)
+    operands = (
+        gl.allocate_shared_memory(dtype, [4, ROWS, BK], q_in.layout),
+        gl.allocate_shared_memory(dtype, [4, ROWS, BK], r_in.layout),
+        gl.allocate_shared_memory(dtype, [4, ROWS, BK], do_in.layout),
+    )
+    gradients = (
+        gl.allocate_shared_memory(dtype, [2, ROWS, BK], dq_out.layout),
+        gl.allocate_shared_memory(dtype, [2, ROWS, BK], dr_out.layout),
+    )
     k = gl.allocate_shared_memory(dtype, [STAGES, BS, BK], k_in.layout)
     v = gl.allocate_shared_memory(dtype, [STAGES, BS, BK], v_in.layout)
-    queries = (operands, new_barriers(SETS * 2, 1), new_barriers(SETS * 2, 1))
+    queries = (operands, new_barriers(4, 1), new_barriers(4, 1))
     keys = (k, v, new_barriers(STAGES, 1), new_barriers(STAGES, 1), new_barriers(STAGES, 2))
     items = new_items()
     fence_async_shared()
     order = (num_items, num_heads, section)
+    inputs = ((q_in, r_in, do_in), k_in, v_in)
+    outputs = (dq_out, dr_out)
     mask = (first, T, window_size)
     rows_in = (do, o, vbar, lse, tbar, do_strides, o_strides)
     rest = (items, order, outputs, mask, rows_in, rows, T_padded, scale)
     gl.warp_specialize(
         [
-            (_consume, (0, queries, keys, gradients, rest, H, K, PACKED, WINDOW, IN_REGISTERS)),
-            (_consume, (1, queries, keys, gradients, rest, H, K, PACKED, WINDOW, IN_REGISTERS)),
+            (_consume, (0, queries, keys, gradients, rest, H, K, PACKED, WINDOW)),
+            (_consume, (1, queries, keys, gradients, rest, H, K, PACKED, WINDOW)),
             (copy_tiles, (queries, keys, items, order, mask, inputs, counter, H, H // G, PACKED, WINDOW)),
         ],
         [4, 1],  # warps of the second and the third
@@ -302,7 +256,7 @@ def _parallax_bwd_dqdr_hopper_kernel(
 
 def query_gradients(
     q: Tensor,
-    r: Tensor | None,
+    r: Tensor,
     k: Tensor,
     v: Tensor,
     do: Tensor,
@@ -318,7 +272,7 @@ def query_gradients(
 
     Args:
         q: Queries `[B, T, H, K]`, bf16/fp16, K at most 64; all five such that `can_use_descriptors` holds.
-        r: Probes `[B, T, H, K]`, or None for softmax attention.
+        r: Probes `[B, T, H, K]`.
         k: Keys `[B, T, G, K]`.
         v: Values `[B, T, G, K]`.
         do: Gradient of the output `[B, T, H, K]`.
@@ -336,15 +290,11 @@ def query_gradients(
     """
     assert (tile.block_t, tile.sums) == (2 * ROWS.value, ADDED.value), "the kernel has no other tile"
     batch_size, num_tokens, num_heads, head_dim = q.shape
-    dq, dr = (
-        torch.empty((0,) if x is None else o.shape, dtype=o.dtype, device=o.device) for x in (q, r)
-    )
+    dq, dr = (torch.empty(o.shape, dtype=o.dtype, device=o.device) for _ in range(2))
     num_rows = triton.cdiv(num_tokens, ROWS.value) * ROWS.value
-    num_constants = 2 if r is None else 4
-    rows = torch.empty(batch_size * num_heads, num_constants, num_rows, dtype=torch.float32, device=o.device)
+    rows = torch.empty(batch_size * num_heads, 4, num_rows, dtype=torch.float32, device=o.device)
     block_k = triton.next_power_of_2(head_dim)
-    q_in, do_in, dq_out = (describe(x, ROWS.value, block_k) for x in (q, do, dq))
-    r_in, dr_out = (None if r is None else describe(x, ROWS.value, block_k) for x in (r, dr))
+    q_in, r_in, do_in, dq_out, dr_out = (describe(x, ROWS.value, block_k) for x in (q, r, do, dq, dr))
     k_in, v_in = (describe(x, tile.block_s, block_k) for x in (k, v))
     num_items = triton.cdiv(num_tokens, 2 * ROWS.value) * batch_size * num_heads
     streamed = 2 * mask.reach(num_tokens) * head_dim * k.element_size()
@@ -355,7 +305,6 @@ def query_gradients(
         strides_of(o), mask.first, counter, num_tokens, num_rows, mask.window_size or 0, num_items,
         batch_size * num_heads, section, scale,
         H=num_heads, G=k.shape[2], K=head_dim, BK=block_k, BS=tile.block_s, STAGES=tile.num_stages,
-        SETS=1 if r is None and tile.in_registers == 2 else 2, PACKED=mask.is_packed, WINDOW=mask.has_window,
-        IN_REGISTERS=tile.in_registers, num_warps=4,
+        PACKED=mask.is_packed, WINDOW=mask.has_window, num_warps=4,
     )  # fmt: skip
     return dq, dr, rows

@@ -80,7 +80,8 @@ def test_output_and_gradients_equal_the_reference(case: Case, layout: Layout) ->
 def test_log_sum_exp_equals_the_reference(case: Case) -> None:
     q, _, k, v, _ = case.inputs(torch.float64)
     masking = case.masking()
-    o, lse, tbar = eager.forward(q, None, k, v, masking["cu_seqlens"], case.head_dim**-0.5, case.window_size, 16)
+    scale = case.head_dim**-0.5
+    o, lse, tbar = eager.forward(q, None, k, v, masking["cu_seqlens"], scale, case.window_size, 16)
     expected = parallax_reference_stats(q, None, k, v, **masking)
     torch.testing.assert_close(lse, expected.lse)
     assert tbar.numel() == 0
@@ -177,11 +178,10 @@ def test_a_backward_is_one_operator_and_fills_nothing_with_zeros() -> None:
     assert [name for name in calls.names if "detach" not in name] == ["parallax::eager_backward"], calls.names
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_activation_checkpointing_changes_no_gradient(use_reentrant: bool) -> None:
+def test_activation_checkpointing_changes_no_gradient() -> None:
     inputs = make_inputs(1, 40, 4, 2, 16, dtype=torch.float32).without_probes()
     expected = output_and_gradients(parallax_attention, inputs)
-    actual = output_and_gradients(partial(checkpoint, parallax_attention, use_reentrant=use_reentrant), inputs)
+    actual = output_and_gradients(partial(checkpoint, parallax_attention, use_reentrant=False), inputs)
     for name in expected:
         assert torch.equal(actual[name], expected[name]), name
 

@@ -1,9 +1,8 @@
 """Forward of softmax attention on Hopper, (1) and (3) of `parallax.reference`, in Gluon.
 
 Who copies and who multiplies: `parallax.kernels.hopper_queries`; maxima, and where none are needed: as in
-`parallax.kernels.hopper_forward`. With half of its products, more of the time would go to the exponentials.
-So a warpgroup forms the weights of a tile while its tensor cores multiply those of the tile before with its
-values: the weights wait in registers for one turn of the loop.
+`parallax.kernels.hopper_forward`. Without probes registers are left for weights to wait one turn of the loop:
+a warpgroup forms those of a tile while the tensor cores multiply its weights of the tile before with values.
 """
 
 import torch
@@ -34,59 +33,101 @@ from parallax.kernels.hopper import (
 from parallax.kernels.hopper_forward import GROWTH, _bound_scores, _rescale
 from parallax.kernels.hopper_queries import copy_tiles, is_visible, place_queries, row_bounds, skip_tiles
 from parallax.kernels.key_norms import largest_key_norms
-from parallax.kernels.row_sums import ADDED, added_row_sums, round_tile
+from parallax.kernels.row_sums import ADDED, round_tile
 from parallax.kernels.tiles import Tile
 
 
 @gluon.jit
-def _sums(b_p, b_p_low, ROUNDED: tl.constexpr):
-    if ROUNDED:
-        b_d = added_row_sums(b_p_low)
-    else:
-        b_d = gl.reshape(b_p, [b_p.shape[0], b_p.shape[1] // 8, 4, 2])
-        b_d = gl.sum(gl.sum(b_d, 3), 1)
-    return b_d
+def _weigh(b_s, b_m, scale_log2, dtype: tl.constexpr):
+    """Return a tile's weights, rounded, and the sums of their rows in four columns.
+
+    The sums are of weights before they are rounded: what that leaves in o is small beside the rounding of o
+    itself. (With probes, which amplify weights, it would not be.)
+    """
+    b_p = gl.exp2(b_s * scale_log2 - gl.expand_dims(b_m, 1))
+    # a thread holds two neighbours of every eight columns of a product
+    b_sum = gl.reshape(b_p, [b_p.shape[0], b_p.shape[1] // 8, 4, 2])
+    return round_tile(b_p, dtype, ADDED), gl.sum(gl.sum(b_sum, 3), 1)
 
 
 @gluon.jit
-def _weigh(b_s, b_m, b_d, scale_log2, dtype: tl.constexpr, MOVES: tl.constexpr, ROUNDED: tl.constexpr):
-    SLACK: tl.constexpr = 8.0 if dtype == tl.bfloat16 else 0.0
+def _start(q, keys, i_y, i_s, o_t, b_first, b_zero, scale_log2, BOUNDED: tl.constexpr):
+    """Return maxima, weights and sums of a row's own tile, the first that it sees."""
+    k, _, k_full, _, k_empty, _ = keys
+    STAGES: tl.constexpr = k.shape[0]
+    mbarrier.wait(k_full.index(i_y % STAGES), (i_y // STAGES) & 1)
+    b_s = warpgroup_mma(q, k.index(i_y % STAGES).permute((1, 0)), b_zero, use_acc=False, is_async=True)
+    m_s = is_visible(b_zero, i_s, o_t, b_first, BOUNDED)
+    b_s = gl.where(m_s, warpgroup_mma_wait(0, deps=(b_s,)), float("-inf"))
+    mbarrier.arrive(k_empty.index(i_y % STAGES), count=1)
+    b_m = gl.max(b_s, 1) * scale_log2
+    b_p, b_d = _weigh(b_s, b_m, scale_log2, k.dtype)
+    return b_m, b_p, b_d
+
+
+@gluon.jit
+def _attend_tile(
+    q, keys, i_y, i_s, o_t, b_first, is_masked, state, b_zero, scale_log2, MOVES: tl.constexpr,
+    BOUNDED: tl.constexpr,
+):  # fmt: skip
+    """Form the weights of one tile of keys while those of the tile before are multiplied with its values.
+
+    MOVES says whether the rows' maxima may change.
+    """
+    b_m, a_p, b_o, b_d = state
+    k, v, k_full, v_full, k_empty, v_empty = keys
+    STAGES: tl.constexpr = k.shape[0]
     SUM: tl.constexpr = gl.SliceLayout(1, b_d.type.layout)
+    SLACK: tl.constexpr = 8.0 if k.dtype == tl.bfloat16 else 0.0
+    i_stage = i_y % STAGES
+    i_before = (i_y - 1) % STAGES
+    mbarrier.wait(k_full.index(i_stage), (i_y // STAGES) & 1)
+    # [ROWS, BS]
+    b_s = warpgroup_mma(q, k.index(i_stage).permute((1, 0)), b_zero, use_acc=False, is_async=True)
+    mbarrier.wait(v_full.index(i_before), ((i_y - 1) // STAGES) & 1)
+    # [ROWS, BK]
+    b_o = warpgroup_mma(a_p, v.index(i_before), b_o, is_async=True)
+    b_s = warpgroup_mma_wait(1, deps=(b_s,))
+    mbarrier.arrive(k_empty.index(i_stage), count=1)
+    if BOUNDED:  # noqa: SIM102 (compiled away)
+        if is_masked:
+            b_s = gl.where(is_visible(b_zero, i_s, o_t, b_first, True), b_s, float("-inf"))
     b_m_new = b_m
     if MOVES:
         b_m_new = gl.maximum(b_m, gl.max(b_s, 1) * scale_log2)
         b_m_new = gl.where(b_m_new - b_m > SLACK, b_m_new, b_m)
-    b_alpha = gl.exp2(b_m - b_m_new)
-    b_p = gl.exp2(b_s * scale_log2 - gl.expand_dims(b_m_new, 1))
-    b_p_low = round_tile(b_p, dtype, ADDED)
-    if MOVES:
+        b_alpha = gl.exp2(b_m - b_m_new)
         b_d *= gl.expand_dims(gl.convert_layout(b_alpha, SUM), 1)
-    return b_m_new, b_alpha, b_p, b_p_low, b_d
+    b_p, b_sum = _weigh(b_s, b_m_new, scale_log2, k.dtype)
+    b_d += b_sum
+    b_o = warpgroup_mma_wait(0, deps=(b_o,))
+    mbarrier.arrive(v_empty.index(i_before), count=1)
+    if MOVES:
+        b_o = _rescale(b_o, b_alpha)
+    return b_m_new, gl.convert_layout(b_p, gl.DotOperandLayout(0, b_o.type.layout, 2)), b_o, b_d
 
 
 @gluon.jit
 def _consume(
     WARPGROUP: tl.constexpr, queries, keys, rest, H: tl.constexpr, G: tl.constexpr, PACKED: tl.constexpr,
-    WINDOW: tl.constexpr, NORMS: tl.constexpr, IN_REGISTERS: tl.constexpr, PIPELINED: tl.constexpr,
-    ROUNDED: tl.constexpr,
+    WINDOW: tl.constexpr, NORMS: tl.constexpr,
 ):  # fmt: skip
     """Compute and store a warpgroup's rows."""
     BOUNDED: tl.constexpr = PACKED or WINDOW
     operands, q_full, q_empty = queries
-    k, v, k_full, v_full, k_empty, v_empty = keys
+    k, v, _, v_full, _, v_empty = keys
     items, order, outputs, mask, scale, key_norms = rest
     o_out, lse = outputs
     _, T, _ = mask
-    dtype: tl.constexpr = k.dtype
     STAGES: tl.constexpr = k.shape[0]
     BS: tl.constexpr = k.shape[1]
     BK: tl.constexpr = k.shape[2]
     # tiles come from the last row's key backwards: of 64 keys, the first warpgroup's own one is the second
     BEFORE: tl.constexpr = (1 - WARPGROUP) * ROWS // BS
     gl.static_assert(BS == ROWS or BS == 2 * ROWS)
+    gl.static_assert(STAGES >= 2, "the values of the tile before are still multiplied")
     SCORES: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BS, 16])
     ACC: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BK, 16])
-    LEFT: tl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     ROW: tl.constexpr = gl.SliceLayout(1, ACC)
     b_zero = gl.zeros([ROWS, BS], tl.float32, SCORES)
     scale_log2 = scale * LOG2E
@@ -104,29 +145,14 @@ def _consume(
 
         skip_tiles(keys, i_x, i_x + BEFORE)
         i_own = i_x + BEFORE
-        i_stage = i_own % STAGES
-        i_phase = (i_own // STAGES) & 1
         mbarrier.wait(q_full.index(i_buffer), (i_n // 2) & 1)
         b_bound = gl.zeros([ROWS], tl.float32, gl.SliceLayout(1, SCORES))
         if NORMS:
             b_bound = _bound_scores(q, gl.load(key_norms + i_b * G + i_h // (H // G)), scale_log2, b_bound)
-        a_q = q.load(gl.DotOperandLayout(0, SCORES, 2)) if IN_REGISTERS else q
-        mbarrier.wait(k_full.index(i_stage), i_phase)
-        b_s = warpgroup_mma(a_q, k.index(i_stage).permute((1, 0)), b_zero, use_acc=False, is_async=True)
-        m_s = is_visible(b_zero, i_t + 2 * ROWS - (BEFORE + 1) * BS, o_t, b_first, BOUNDED)
-        b_s = gl.where(m_s, warpgroup_mma_wait(0, deps=(b_s,)), float("-inf"))
-        mbarrier.arrive(k_empty.index(i_stage), count=1)
-        b_m = gl.max(b_s, 1) * scale_log2
-        b_p = gl.exp2(b_s * scale_log2 - gl.expand_dims(b_m, 1))
-        b_p_low = round_tile(b_p, dtype, ADDED)
-        b_d = _sums(b_p, b_p_low, ROUNDED)
-        a_p = gl.convert_layout(b_p_low, LEFT)
+        i_s = i_t + 2 * ROWS - (BEFORE + 1) * BS
+        b_m, b_p, b_d = _start(q, keys, i_own, i_s, o_t, b_first, b_zero, scale_log2, BOUNDED)
         b_o = gl.zeros([ROWS, BK], tl.float32, ACC)
-        if not PIPELINED:
-            mbarrier.wait(v_full.index(i_stage), i_phase)
-            b_o = warpgroup_mma(a_p, v.index(i_stage), b_o, use_acc=False, is_async=True)
-            b_o = warpgroup_mma_wait(0, deps=(b_o,))
-            mbarrier.arrive(v_empty.index(i_stage), count=1)
+        state = (b_m, gl.convert_layout(b_p, gl.DotOperandLayout(0, ACC, 2)), b_o, b_d)
         # the rows before these are stored by now
         tma.store_wait(0)
         mbarrier.arrive(q_empty.index(i_buffer ^ 2), count=1, pred=i_n > 0)
@@ -138,56 +164,28 @@ def _consume(
         zones = (i_own + 1, i_moves, i_end)
         for MOVES in gl.static_range(0 if NORMS else 1, 2):
             for i_y in range(zones[MOVES], zones[MOVES + 1]):
-                i_stage = i_y % STAGES
-                i_phase = (i_y // STAGES) & 1
                 i_s = i_t + 2 * ROWS - (i_y - i_x + 1) * BS
-                mbarrier.wait(k_full.index(i_stage), i_phase)
-                b_s = warpgroup_mma(a_q, k.index(i_stage).permute((1, 0)), b_zero, use_acc=False, is_async=True)
-                if PIPELINED:
-                    i_prev = (i_y - 1) % STAGES
-                    mbarrier.wait(v_full.index(i_prev), ((i_y - 1) // STAGES) & 1)
-                    b_o = warpgroup_mma(a_p, v.index(i_prev), b_o, is_async=True)
-                    b_s = warpgroup_mma_wait(1, deps=(b_s,))
-                else:
-                    b_s = warpgroup_mma_wait(0, deps=(b_s,))
-                mbarrier.arrive(k_empty.index(i_stage), count=1)
-                if BOUNDED:  # noqa: SIM102 (compiled away)
-                    if i_s < i_hidden:
-                        b_s = gl.where(is_visible(b_zero, i_s, o_t, b_first, True), b_s, float("-inf"))
-                b_m, b_alpha, b_p, b_p_low, b_d = _weigh(b_s, b_m, b_d, scale_log2, dtype, MOVES, ROUNDED)
-                if PIPELINED:
-                    b_d += _sums(b_p, b_p_low, ROUNDED)
-                    b_o = warpgroup_mma_wait(0, deps=(b_o,))
-                    mbarrier.arrive(v_empty.index(i_prev), count=1)
-                    if MOVES:
-                        b_o = _rescale(b_o, b_alpha)
-                    a_p = gl.convert_layout(b_p_low, LEFT)
-                else:
-                    if MOVES:
-                        b_o = _rescale(b_o, b_alpha)
-                    mbarrier.wait(v_full.index(i_stage), i_phase)
-                    b_o = warpgroup_mma(gl.convert_layout(b_p_low, LEFT), v.index(i_stage), b_o, is_async=True)
-                    b_d += _sums(b_p, b_p_low, ROUNDED)
-                    b_o = warpgroup_mma_wait(0, deps=(b_o,))
-                    mbarrier.arrive(v_empty.index(i_stage), count=1)
-        if PIPELINED:
-            i_prev = (i_end - 1) % STAGES
-            mbarrier.wait(v_full.index(i_prev), ((i_end - 1) // STAGES) & 1)
-            b_o = warpgroup_mma(a_p, v.index(i_prev), b_o, is_async=True)
-            b_o = warpgroup_mma_wait(0, deps=(b_o,))
-            mbarrier.arrive(v_empty.index(i_prev), count=1)
+                state = _attend_tile(
+                    q, keys, i_y, i_s, o_t, b_first, i_s < i_hidden, state, b_zero, scale_log2, MOVES, BOUNDED
+                )
+        b_m, a_p, b_o, b_d = state
+        i_before = (i_end - 1) % STAGES
+        mbarrier.wait(v_full.index(i_before), ((i_end - 1) // STAGES) & 1)
+        b_o = warpgroup_mma(a_p, v.index(i_before), b_o, is_async=True)
+        b_o = warpgroup_mma_wait(0, deps=(b_o,))
+        mbarrier.arrive(v_empty.index(i_before), count=1)
         # tiles that the other warpgroup alone sees
         skip_tiles(keys, i_end, i_x + num_steps)
         i_x += num_steps
 
-        b_d1 = gl.maximum(gl.convert_layout(gl.sum(b_d, 1), ROW), 0.5)
+        b_sum = gl.maximum(gl.convert_layout(gl.sum(b_d, 1), ROW), 0.5)
         # [ROWS, BK], through the memory of the warpgroup's own queries
-        q.store((b_o * gl.expand_dims(1.0 / b_d1, 1)).to(dtype))
+        q.store((b_o * gl.expand_dims(1.0 / b_sum, 1)).to(q.dtype))
         fence_async_shared()
         tma.async_copy_shared_to_global(o_out, [i_b, i_h, i_w, 0], q)
         o_t = i_w + gl.arange(0, ROWS, ROW)
         p_t = tl.cast(i_b * H + i_h, tl.int64) * T + o_t
-        gl.store(lse + p_t, (gl.convert_layout(b_m, ROW) + gl.log2(b_d1)) * LN2, mask=o_t < T)
+        gl.store(lse + p_t, (gl.convert_layout(b_m, ROW) + gl.log2(b_sum)) * LN2, mask=o_t < T)
         i_n += 1
         i_item = learn_item(items, i_n)
     tma.store_wait(0)
@@ -198,8 +196,7 @@ def _softmax_fwd_hopper_kernel(
     q_in, k_in, v_in, o_out, lse, first, key_norms, counter,
     T, window_size, num_items, num_heads, section, scale,
     H: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr, STAGES: tl.constexpr,
-    PACKED: tl.constexpr, WINDOW: tl.constexpr, NORMS: tl.constexpr, IN_REGISTERS: tl.constexpr,
-    PIPELINED: tl.constexpr, ROUNDED: tl.constexpr,
+    PACKED: tl.constexpr, WINDOW: tl.constexpr, NORMS: tl.constexpr,
 ):  # fmt: skip
     """Compute the output of items, tiles of 128 rows of one head, as long as the counter has some."""
     dtype: tl.constexpr = q_in.dtype
@@ -224,8 +221,8 @@ def _softmax_fwd_hopper_kernel(
     rest = (items, order, outputs, mask, scale, key_norms)
     gl.warp_specialize(
         [
-            (_consume, (0, queries, keys, rest, H, G, PACKED, WINDOW, NORMS, IN_REGISTERS, PIPELINED, ROUNDED)),
-            (_consume, (1, queries, keys, rest, H, G, PACKED, WINDOW, NORMS, IN_REGISTERS, PIPELINED, ROUNDED)),
+            (_consume, (0, queries, keys, rest, H, G, PACKED, WINDOW, NORMS)),
+            (_consume, (1, queries, keys, rest, H, G, PACKED, WINDOW, NORMS)),
             (copy_tiles, (queries, keys, items, order, mask, inputs, counter, H, H // G, PACKED, WINDOW)),
         ],
         [4, 1],  # warps of the second and the third
@@ -233,10 +230,7 @@ def _softmax_fwd_hopper_kernel(
     )
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, o: Tensor, *, tile: Tile, pipelined: bool = True,
-    rounded: bool = False,
-) -> Tensor:
+def forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, o: Tensor, *, tile: Tile) -> Tensor:
     """Launch the forward kernel.
 
     Args:
@@ -268,7 +262,6 @@ def forward(
         q_in, k_in, v_in, o_out, lse, mask.first, key_norms, counter,
         num_tokens, mask.window_size or 0, num_items, batch_size * num_heads, section, scale,
         H=num_heads, G=k.shape[2], BK=block_k, BS=tile.block_s, STAGES=tile.num_stages,
-        PACKED=mask.is_packed, WINDOW=mask.has_window, NORMS=key_norms is not None,
-        IN_REGISTERS=tile.in_registers, PIPELINED=pipelined, ROUNDED=rounded, num_warps=4,
+        PACKED=mask.is_packed, WINDOW=mask.has_window, NORMS=key_norms is not None, num_warps=4,
     )  # fmt: skip
     return lse
