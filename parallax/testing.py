@@ -38,7 +38,8 @@ class Inputs(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> "Inputs":
         """Return the same values in another dtype (`torch.float64` for the truth)."""
-        return Inputs(*(None if x is None else x.to(dtype) for x in self))  # type: ignore[arg-type]
+        r = None if self.r is None else self.r.to(dtype)
+        return Inputs(self.q.to(dtype), r, *(x.to(dtype) for x in (self.k, self.v, self.do)))
 
     def without_probes(self) -> "Inputs":
         """Return the same inputs for softmax attention."""

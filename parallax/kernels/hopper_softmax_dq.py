@@ -2,7 +2,7 @@
 
 Who copies and who multiplies: `parallax.kernels.hopper_queries`. Queries and dO stay in registers, so that
 one set of them in shared memory is enough. A warpgroup forms G of a tile while the tensor cores multiply that
-of the tile before with its keys. The reference key of (13) is the mean of the last tile that a row goes through.
+of the tile before with its keys. The reference key of (13) is the mean of a row's last tile, its first keys.
 """
 
 import torch
