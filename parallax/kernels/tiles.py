@@ -69,7 +69,7 @@ _HOPPER_SPECIALIZED: dict[tuple[KernelName, int], Tile] = {
     ("dqdr", 64): Tile(128, 64, 4, 4, 1, sums=4, is_specialized=True),
     ("dkdv", 64): Tile(64, 128, 4, 4, 1, is_specialized=True),
     ("dkdv", 128): Tile(32, 128, 4, 4, 1, is_specialized=True),
-    ("softmax_forward", 64): Tile(128, 128, 4, 3, sums=4, is_specialized=True, key_norms=True),
+    ("softmax_forward", 64): Tile(128, 64, 4, 7, sums=4, is_specialized=True, key_norms=True),
     ("softmax_forward", 128): Tile(128, 64, 4, 5, sums=4, is_specialized=True, key_norms=True),
     ("softmax_dq", 64): Tile(128, 64, 4, 4, 2, sums=4, is_specialized=True),
     ("softmax_dq", 128): Tile(128, 64, 4, 4, 2, sums=4, is_specialized=True),
@@ -81,7 +81,7 @@ _HOPPER_SPECIALIZED: dict[tuple[KernelName, int], Tile] = {
 _HOPPER_SHORT: dict[tuple[KernelName, int], Tile] = {
     ("forward", 64): Tile(128, 64, 4, 4, sums=4, is_specialized=True),
     ("forward", 128): Tile(128, 64, 4, 3, sums=4, is_specialized=True),
-    ("softmax_forward", 64): Tile(128, 64, 4, 4, sums=4, is_specialized=True),
+    ("softmax_forward", 64): Tile(128, 128, 4, 3, sums=4, is_specialized=True),
     ("softmax_forward", 128): Tile(128, 64, 4, 5, sums=4, is_specialized=True),
 }
 """Before `_HOPPER_SPECIALIZED`, for documents or windows of at most `SHORT` tokens on average."""
