@@ -152,16 +152,22 @@ def _consume(
         b_dv = gl.zeros([ROWS, BK], tl.float32, ACC)
         for i_h in range(GROUP):
             _skip_tiles(full, empty, i_x, i_x + i_first)
-            # the tiles of its own keys' queries, and the others; one loop where any may hold a document's end
-            i_own = i_x + i_last if BOUNDED else i_x + tl.minimum(i_first + ROWS // BT, i_last)
-            zones = (i_x + i_first, i_own, i_x + i_last)
-            for ZONE in gl.static_range(1 if BOUNDED else 2):
+            # the tiles of its own keys' queries, and the others; with probes one loop where any may hold a
+            # document's end, without them one more: behind a branch in the loop, ptxas 12.8 has overwritten the
+            # registers of the keys
+            ZONES: tl.constexpr = 2 if not BOUNDED else 1 if PROBES else 3
+            i_own = i_x + i_last if ZONES == 1 else i_x + tl.minimum(i_first + ROWS // BT, i_last)
+            i_free = i_x + i_last
+            if ZONES == 3:
+                i_free = tl.minimum(tl.maximum(i_x + (i_unmasked - i_s) // BT, i_own), i_free)
+            zones = (i_x + i_first, i_own, i_free, i_x + i_last)
+            for ZONE in gl.static_range(ZONES):
                 for i_y in range(zones[ZONE], zones[ZONE + 1]):
                     i_stage = i_y % STAGES
                     mbarrier.wait(full.index(i_stage), (i_y // STAGES) & 1)
                     i_t = i_s + (i_y - i_x) * BT
-                    is_masked = ZONE == 0
-                    if BOUNDED:
+                    is_masked = ZONE != 1
+                    if ZONES == 1:
                         is_masked = (i_t < i_w + ROWS - 1) | (i_t + BT > i_unmasked)
                     b_dk, b_dv = _add_tile(
                         a_k, a_v, q.index(i_stage), streamed[1].index(i_stage) if PROBES else None,

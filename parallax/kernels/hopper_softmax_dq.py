@@ -151,15 +151,19 @@ def _consume(
             a_q, a_do, keys, i_own, i_t + 2 * ROWS - (BEFORE + 1) * BS, o_t, b_first, b_rows, b_zero, state,
             True, scale_log2, True, BOUNDED,
         )  # fmt: skip
-        for i_y in range(i_own + 1, i_end):
-            i_s = i_t + 2 * ROWS - (i_y - i_x + 1) * BS
-            is_masked = False
-            if BOUNDED:
-                is_masked = i_s < i_hidden
-            state = _add_tile(
-                a_q, a_do, keys, i_y, i_s, o_t, b_first, b_rows, b_zero, state, is_masked, scale_log2, False,
-                BOUNDED,
-            )  # fmt: skip
+        # from the first tile on of which some rows do not see all, each tile is masked
+        i_hiding = i_end
+        if BOUNDED:
+            i_hiding = i_x + (i_t + 2 * ROWS - i_hidden) // BS
+            i_hiding = tl.minimum(tl.maximum(i_hiding, i_own + 1), i_end)
+        zones = (i_own + 1, i_hiding, i_end)
+        for ZONE in gl.static_range(2 if BOUNDED else 1):
+            for i_y in range(zones[ZONE], zones[ZONE + 1]):
+                i_s = i_t + 2 * ROWS - (i_y - i_x + 1) * BS
+                state = _add_tile(
+                    a_q, a_do, keys, i_y, i_s, o_t, b_first, b_rows, b_zero, state, ZONE == 1, scale_log2, False,
+                    BOUNDED,
+                )  # fmt: skip
         a_g, b_dq, b_sum = state
         i_stage = (i_end - 1) % STAGES
         num_keys = tl.minimum(BS, T - (i_t + 2 * ROWS - (i_end - i_x) * BS))
