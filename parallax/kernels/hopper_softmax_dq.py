@@ -141,6 +141,8 @@ def _consume(
         mbarrier.wait(q_full.index(WARPGROUP), i_n & 1)
         a_q = operands[0].index(WARPGROUP).load(gl.DotOperandLayout(0, SCORES, 2))
         a_do = operands[1].index(WARPGROUP).load(gl.DotOperandLayout(0, SCORES, 2))
+        # or the next operands, copied through the other proxy, may overtake the loads of slower warps
+        fence_async_shared()
         mbarrier.arrive(q_empty.index(WARPGROUP), count=1)
         # the tile of its own keys, and the others
         i_own = i_x + BEFORE

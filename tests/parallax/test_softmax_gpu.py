@@ -171,6 +171,19 @@ def test_two_runs_give_the_same_bits(head_dim: int) -> None:
         assert all(torch.equal(again[name], first[name]) for name in first)
 
 
+def test_operands_of_the_next_item_do_not_overtake_the_loads_of_this_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # short documents: the warp that copies is ahead of those that multiply
+    inputs = make_inputs(1, 847, 4, 2, 128, dtype=BF16, device="cuda").without_probes()
+    run = partial(output_and_gradients, attend, inputs, cu_seqlens=cu_seqlens_of((1, 5, 64, 777), "cuda"))
+    expected = run()
+    monkeypatch.setattr(hopper, "num_multiprocessors", lambda device: 1)
+    for _ in range(20):
+        actual = run()
+        assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
 @pytest.mark.parametrize("is_packed", [False, True], ids=["rows", "packed"])
 def test_operators_keep_the_rules_of_custom_operators(is_packed: bool) -> None:
     q, _, k, v, do = make_inputs(1, 130, 4, 2, 64, dtype=BF16, device="cuda", layout="fused")
