@@ -163,8 +163,8 @@ def _consume(
             for i_y in range(zones[ZONE], zones[ZONE + 1]):
                 i_s = i_t + 2 * ROWS - (i_y - i_x + 1) * BS
                 state = _add_tile(
-                    a_q, a_do, keys, i_y, i_s, o_t, b_first, b_rows, b_zero, state, ZONE == 1, scale_log2, False,
-                    BOUNDED,
+                    a_q, a_do, keys, i_y, i_s, o_t, b_first, b_rows, b_zero, state, ZONE == 1, scale_log2,
+                    False, BOUNDED,
                 )  # fmt: skip
         a_g, b_dq, b_sum = state
         i_stage = (i_end - 1) % STAGES
