@@ -88,7 +88,8 @@ def forward(
     """
     num_kv_heads = k_BSGK.shape[2]
     dtype = accumulation_dtype(q_BTHK.dtype)
-    q_ZTRK, r_ZTRK = (None if x is None else _fold(x, num_kv_heads) for x in (q_BTHK, r_BTHK))
+    q_ZTRK = _fold(q_BTHK, num_kv_heads)
+    r_ZTRK = None if r_BTHK is None else _fold(r_BTHK, num_kv_heads)
     k_ZSK, v_ZSK = (_fold(x, num_kv_heads).squeeze(2) for x in (k_BSGK, v_BSGK))
     o_BTHK = torch.empty(q_BTHK.shape, dtype=q_BTHK.dtype, device=q_BTHK.device)
     lse_BTH = torch.empty(q_BTHK.shape[:3], dtype=dtype, device=q_BTHK.device)
@@ -169,6 +170,7 @@ def backward(
         k_tile_ZSK, v_tile_ZSK = k_ZSK[:, tile.keys], v_ZSK[:, tile.keys]
         s_ZMS = _matmul(q_ZMK, k_tile_ZSK.mT, dtype)
         p_ZMS = _hide(torch.add(-lse_ZM1, s_ZMS, alpha=scale, out=s_ZMS), tile, float("-inf")).exp_()
+        of_probes = None
         if probes is None:
             g_ZMS, w_ZMS = _softmax_score_gradients(p_ZMS, do_ZMK, v_tile_ZSK, dtype)
         else:
@@ -176,11 +178,13 @@ def backward(
             t_ZMS = _hide(_matmul(r_ZMK, k_tile_ZSK.mT, dtype), tile, 0.0)
             w_ZMS = torch.sub(tbar_ZM1, t_ZMS, out=t_ZMS).add_(1).mul_(p_ZMS)
             g_ZMS, u_ZMS, w_ZMS = _score_gradients(p_ZMS, w_ZMS, do_ZMK, v_tile_ZSK, dtype)
+            of_probes = u_ZMS, r_ZMK
         k_ref_Z1K = k_tile_ZSK.mean(1, keepdim=True, dtype=dtype)
         dq_ZMK = _centred_product(g_ZMS, k_tile_ZSK, k_ref_Z1K)
         _write(dq_BTHK, dq_ZMK.mul_(scale), tile.queries, num_kv_heads)
         dk_ZSK[:, tile.keys].add_(_matmul(g_ZMS.mT, q_ZMK, dtype), alpha=scale)
-        if probes is not None:
+        if of_probes is not None:
+            u_ZMS, r_ZMK = of_probes
             dr_ZMK = _centred_product(u_ZMS, k_tile_ZSK, k_ref_Z1K)
             _write(dr_BTHK, dr_ZMK, tile.queries, num_kv_heads)
             dk_ZSK[:, tile.keys].add_(_matmul(u_ZMS.mT, r_ZMK, dtype))

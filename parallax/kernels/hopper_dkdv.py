@@ -152,9 +152,9 @@ def _consume(
         b_dv = gl.zeros([ROWS, BK], tl.float32, ACC)
         for i_h in range(GROUP):
             _skip_tiles(full, empty, i_x, i_x + i_first)
-            # the tiles of its own keys' queries, and the others. One loop where any may hold a document's end;
-            # without probes three, the last for those: behind a branch in the loop, ptxas 12.8 wrote into the
-            # registers that hold the keys
+            # the tiles of its own keys' queries, and the others. One loop where any may hold a document's
+            # end; without probes three, the last for those: behind a branch in the loop, ptxas 12.8 wrote
+            # into the registers that hold the keys
             ZONES: tl.constexpr = 2 if not BOUNDED else 1 if PROBES else 3
             i_own = i_x + i_last if ZONES == 1 else i_x + tl.minimum(i_first + ROWS // BT, i_last)
             i_free = i_x + i_last

@@ -32,8 +32,8 @@ def case_id(case: Case) -> str:
 
 
 def softmax_of_torch(q: Tensor, r: None, k: Tensor, v: Tensor) -> Tensor:
-    heads = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True).transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
 @pytest.mark.parametrize("impl", ["reference", "eager"])
