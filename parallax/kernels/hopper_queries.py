@@ -5,7 +5,9 @@ some, the operands of the next are copied. One warp copies tiles of keys and val
 backwards; both warpgroups read every tile, so that it is copied half as often as by programs of 64 rows.
 
 Shared memory holds one or two sets of the operands of queries for each warpgroup, with a barrier that is
-`q_full` when they have arrived, and one that is `q_empty` when their warpgroup has let them go.
+`q_full` when they have arrived, and one that is `q_empty` when their warpgroup has let them go. The ring,
+`keys`, is (k, v, k_full, v_full, empty), or, where keys and values are let go at different times, with
+`k_empty` and `v_empty` instead of `empty`.
 """
 
 import triton.language as tl
