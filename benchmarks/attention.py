@@ -1,11 +1,13 @@
-"""Speed of Parallax attention in training, beside its peers, in one process.
+"""Speed of Parallax and of our softmax attention in training, beside their peers, in one process.
 
 `python -m benchmarks.attention` checks the accuracy first and reports nothing if that fails. Then, for every
 length at 32k tokens, all providers take turns, so that they share the state of the machine: torch's softmax
 attention with the FlashAttention-2 and the cuDNN backend, compiled FlexAttention (softmax), and the Parallax
 of flash-linear-attention. Times are medians over CUDA events, forward with what a backward needs. FLOPs count
 the causal half of each product: softmax 2 forward and 5 backward, Parallax 4 and 8, however many a kernel
-executes. Memory is the peak of one forward and backward above the inputs.
+executes. At `--repeat-lengths` each provider also runs alone, again and again for `--repeat-seconds`: the
+card is at its power limit then, which turns with cooler kernels hide. Memory is the peak of one forward and
+backward above the inputs.
 
 The authors' own kernels cannot be imported beside ours (same package name). Their time is what they took on
 another H100, times what the yardstick (FlashAttention-2; cuDNN at head width 64) takes here over there.
@@ -16,18 +18,15 @@ import itertools
 import shlex
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from functools import cache, partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.attention_providers import PROVIDERS
 from benchmarks.machine import RESULTS, write_result
 from parallax import parallax_attention
 from parallax.kernels import tiles
@@ -76,27 +75,6 @@ class Shape(NamedTuple):
         return flops / time_ms / 1e9
 
 
-class Provider(NamedTuple):
-    """An attention to time.
-
-    Attributes:
-        label: For the table.
-        attend: Called as attend(q, r, k, v) in its layout.
-        is_parallax: Whether it has the probe; else r is left out.
-        heads_first: Whether it wants `[B, H, T, K]` in memory.
-    """
-
-    label: str
-    attend: Callable[..., Tensor]
-    is_parallax: bool
-    heads_first: bool = False
-
-    @property
-    def products(self) -> tuple[int, int]:
-        """Tile products that are counted, forward and backward."""
-        return (4, 8) if self.is_parallax else (2, 5)
-
-
 @dataclass
 class Cell:
     """What one provider took at one shape.
@@ -108,6 +86,7 @@ class Cell:
         backward_ms: Likewise.
         peak_mib: Peak memory above the inputs, MiB.
         rounds_ms: The single measurements, forward and backward.
+        repeated_ms: Medians of forward and backward when nothing else runs for a while, or None.
         error: Why it did not run.
     """
 
@@ -117,59 +96,13 @@ class Cell:
     backward_ms: float = 0.0
     peak_mib: float = 0.0
     rounds_ms: list[tuple[float, float]] = field(default_factory=list)
+    repeated_ms: tuple[float, float] | None = None
     error: str | None = None
 
     @property
     def sum_ms(self) -> float:
         """Forward and backward."""
         return self.forward_ms + self.backward_ms
-
-
-def _softmax(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    with sdpa_kernel(backend):
-        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-    return o.transpose(1, 2)
-
-
-@cache
-def _compiled_flex() -> Callable[..., Tensor]:
-    from torch._functorch import config as functorch_config
-    from torch.nn.attention.flex_attention import flex_attention
-
-    # a warm-up and the rounds differentiate separate graphs of the same compiled function
-    functorch_config.donated_buffer = False
-    return torch.compile(flex_attention, dynamic=False)
-
-
-@cache
-def _causal_blocks(num_tokens: int) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    def is_visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return i >= j
-
-    return create_block_mask(is_visible, None, None, num_tokens, num_tokens, device="cuda")
-
-
-def _flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    blocks = _causal_blocks(q.shape[2])
-    return _compiled_flex()(q, k, v, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])
-
-
-def _fla(q: Tensor, r: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return import_module("fla.ops.parallax").parallel_parallax(q, r, k, v)
-
-
-PROVIDERS = {
-    "ours": Provider("ours", parallax_attention, is_parallax=True),
-    "fla": Provider("fla, Parallax", _fla, is_parallax=True),
-    "cudnn": Provider("cuDNN, softmax", partial(_softmax, SDPBackend.CUDNN_ATTENTION), is_parallax=False),
-    "fa2": Provider(
-        "FlashAttention-2, softmax", partial(_softmax, SDPBackend.FLASH_ATTENTION), is_parallax=False
-    ),
-    "flex": Provider("FlexAttention, softmax", _flex, is_parallax=False, heads_first=True),
-}
 
 
 def check_accuracy(head_dims: list[int]) -> list[dict[str, Any]]:
@@ -179,23 +112,25 @@ def check_accuracy(head_dims: list[int]) -> list[dict[str, Any]]:
         SystemExit: An error is above its bar: there is no speed to report.
     """
     rows, failures = [], []
-    print("| T | head width | key offset | o | dQ | dR | dK | dV |\n|" + "---|" * 8)
+    print("| attention | T | head width | key offset | o | dQ | dR | dK | dV |\n|" + "---|" * 9)
     for num_tokens, head_dim, key_offset in itertools.product(ACCURACY_LENGTHS, head_dims, KEY_OFFSETS):
-        inputs = make_inputs(
+        drawn = make_inputs(
             1, num_tokens, 16, 8, head_dim, dtype=torch.bfloat16, device="cuda", key_offset=key_offset
         )
-        actual = output_and_gradients(parallax_attention, inputs)
-        truth = output_and_gradients(parallax_reference, inputs.to(torch.float64))
-        errors = {name: relative_error(actual[name], truth[name]) for name in truth}
-        rows.append({"num_tokens": num_tokens, "head_dim": head_dim, "key_offset": key_offset, **errors})
-        numbers = " | ".join(f"{x:.4f}" for x in errors.values())
-        print(f"| {num_tokens} | {head_dim} | {key_offset:g} | {numbers} |", flush=True)
-        failures += [
-            f"{name} {error:.4f} > {BARS[name]} at T = {num_tokens}, head width {head_dim}, key offset "
-            f"{key_offset:g}"
-            for name, error in errors.items()
-            if not error <= BARS[name]
-        ]
+        for attention, inputs in (("Parallax", drawn), ("softmax", drawn.without_probes())):
+            actual = output_and_gradients(parallax_attention, inputs)
+            truth = output_and_gradients(parallax_reference, inputs.to(torch.float64))
+            errors = {name: relative_error(actual[name], truth[name]) for name in truth}
+            place = {"attention": attention, "num_tokens": num_tokens, "head_dim": head_dim}
+            rows.append({**place, "key_offset": key_offset, **errors})
+            numbers = " | ".join(f"{errors[name]:.4f}" if name in errors else "" for name in BARS)
+            print(f"| {attention} | {num_tokens} | {head_dim} | {key_offset:g} | {numbers} |", flush=True)
+            failures += [
+                f"{name} {error:.4f} > {BARS[name]}, {attention} at T = {num_tokens}, head width {head_dim}, "
+                f"key offset {key_offset:g}"
+                for name, error in errors.items()
+                if not error <= BARS[name]
+            ]
     if failures:
         sys.exit("no speed is reported, the accuracy check failed: " + "; ".join(failures))
     return rows
@@ -239,6 +174,14 @@ class Runner:
             self.cell.error = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
             print(f"{self.cell.provider} {self.cell.shape}: {self.cell.error}", file=sys.stderr)
 
+    def repeat(self, seconds: float) -> None:
+        """Run for so long without a pause; medians of all but the first third."""
+        events = [self.run() for _ in range(max(30, int(seconds * 1e3 / self.cell.sum_ms)))]
+        torch.cuda.synchronize()
+        times = [(a.elapsed_time(b), b.elapsed_time(c)) for a, b, c in events[len(events) // 3 :]]
+        forwards, backwards = zip(*times, strict=True)
+        self.cell.repeated_ms = (statistics.median(forwards), statistics.median(backwards))
+
 
 def _seconds_of_one_rotation(runners: list[Runner]) -> float:
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
@@ -250,13 +193,14 @@ def _seconds_of_one_rotation(runners: list[Runner]) -> float:
     return events[0].elapsed_time(events[1]) / 1e3
 
 
-def measure(shape: Shape, names: list[str], seconds: float) -> list[Cell]:
-    """Time providers in turn at one shape.
+def measure(shape: Shape, names: list[str], seconds: float, repeat_seconds: float = 0.0) -> list[Cell]:
+    """Time providers in turn at one shape, and then each alone.
 
     Args:
         shape: The problem.
         names: Of the providers.
         seconds: How long the rounds may take; between 5 and 30 of them.
+        repeat_seconds: How long each then runs alone; 0 leaves that out.
     """
     inputs = draw(shape)
     every = [Runner(name, shape, inputs) for name in names]
@@ -279,6 +223,9 @@ def measure(shape: Shape, names: list[str], seconds: float) -> list[Cell]:
         forwards, backwards = zip(*runner.cell.rounds_ms, strict=True)
         runner.cell.forward_ms = statistics.median(forwards)
         runner.cell.backward_ms = statistics.median(backwards)
+    if repeat_seconds > 0:
+        for runner in runners:
+            runner.repeat(repeat_seconds)
     return [runner.cell for runner in every]
 
 
@@ -356,9 +303,24 @@ def table(found: list[Cell]) -> str:
     return "\n".join(lines)
 
 
+def repeated_table(found: list[Cell]) -> str:
+    """Return the Markdown table of what ran alone."""
+    lines = ["\n| alone, ms | T | head width | heads | forward + backward |\n|" + "---|" * 5]
+    for cell in found:
+        if cell.repeated_ms is not None:
+            forward, backward = cell.repeated_ms
+            shape = cell.shape
+            lines.append(
+                f"| {PROVIDERS[cell.provider].label} | {shape.num_tokens} | {shape.head_dim} | "
+                f"{shape.num_heads}/{shape.num_kv_heads} | "
+                f"{forward:.2f} + {backward:.2f} = {forward + backward:.2f} |"
+            )
+    return "\n".join(lines)
+
+
 def _providers_of(shape: Shape, asked: list[str], flex_lengths: list[int]) -> list[str]:
     if shape.head_dim not in (64, 128):
-        return ["ours"]
+        return ["ours", "ours_softmax"]
     is_flexed = shape.num_tokens in flex_lengths and shape.num_heads != shape.num_kv_heads
     return ["ours", *(n for n in asked if n != "ours" and (n != "flex" or is_flexed))]
 
@@ -372,6 +334,10 @@ def main() -> None:
     parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), choices=list(PROVIDERS))
     parser.add_argument("--flex-lengths", type=int, nargs="*", default=list(FLEX_LENGTHS))
     parser.add_argument("--tokens", type=int, default=32768, help="batch size times length")
+    parser.add_argument(
+        "--repeat-lengths", type=int, nargs="*", default=[4096], help="where each runs alone too"
+    )
+    parser.add_argument("--repeat-seconds", type=float, default=1.0)
     parser.add_argument("--seconds", type=float, default=0.8, help="of measuring at each shape")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--name", default="attention")
@@ -384,9 +350,12 @@ def main() -> None:
         shape = Shape(num_tokens, head_dim, num_heads, num_kv_heads, max(1, args.tokens // num_tokens))
         if head_dim not in (64, 128) and num_heads == num_kv_heads:
             continue
-        found += measure(shape, _providers_of(shape, args.providers, args.flex_lengths), args.seconds)
+        names = _providers_of(shape, args.providers, args.flex_lengths)
+        repeat_seconds = args.repeat_seconds if num_tokens in args.repeat_lengths else 0.0
+        found += measure(shape, names, args.seconds, repeat_seconds)
         print(", ".join(f"{c.provider} {c.sum_ms:.2f}" for c in found if c.shape == shape), shape, flush=True)
     print(table(found))
+    print(repeated_table(found))
     cells = [asdict(c) | {"shape": c.shape._asdict()} for c in found]
     result = {
         "command": shlex.join(["python", "-m", "benchmarks.attention", *sys.argv[1:]]),

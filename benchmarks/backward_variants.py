@@ -127,7 +127,7 @@ def _stacked_dqdr(p: Problem, tile: Tile, option: str, out: Gradients) -> Iterat
 
 
 def _stacked_dkdv(p: Problem, tile: Tile, option: str, out: Gradients) -> Iterator[str]:
-    qr = torch.stack(p.operands[:2])
+    qr = torch.stack([x for x in p.operands[:2] if x is not None])
     yield "copy"
     size, strides = ([x[i] for i in (1, 3, 0, 2, 4)] for x in (qr.shape, qr.stride()))
     queries = TensorDescriptor(qr, size, strides, [1, 1, 2, tile.block_t, p.head_dim])

@@ -7,7 +7,8 @@ recomputes them. Equation numbers are those of `parallax.reference`.
 A tile holds whole rows of the score matrices, so tbar is known in fp32 before any weight is rounded: the
 forward rounds w of (5) itself, which is (12) with c = tbar, and needs three products. The backward forms b
 and T of (7) in fp32 from the tile, so that the row sums of G and U are zero up to rounding, and takes back by
-(13) what rounding G and U costs. Saved for the backward: q, r, k, v, and per row lse and tbar (fp32).
+(13) what rounding G and U costs. Saved for the backward: q, r, k, v, and per row lse and tbar (fp32). Without
+probes (r = None) w is p, and the backward needs no U: (9').
 
 Letters beside those of the reference: Z = B G, the batch of all matrix products; M = T H / G, a tile's
 queries times the query heads that share its keys (queries outermost), so that GQA needs no repeated keys and
@@ -58,7 +59,7 @@ def default_block_size(batch_size: int, device: torch.device) -> int:
 @torch.no_grad()
 def forward(
     q_BTHK: Tensor,
-    r_BTHK: Tensor,
+    r_BTHK: Tensor | None,
     k_BSGK: Tensor,
     v_BSGK: Tensor,
     cu_seqlens: Tensor | None,
@@ -70,7 +71,7 @@ def forward(
 
     Args:
         q_BTHK: Queries `[B, T, H, K]`, bf16/fp16/fp32/fp64, any strides.
-        r_BTHK: Probes `[B, T, H, K]`.
+        r_BTHK: Probes `[B, T, H, K]`, or None for softmax attention.
         k_BSGK: Keys `[B, S, G, K]`, S == T.
         v_BSGK: Values `[B, S, G, K]`.
         cu_seqlens: Document bounds `[N + 1]` int32 from 0 to T with batch 1, or None.
@@ -79,35 +80,37 @@ def forward(
         block_size: Queries in a tile, for each batch row; None for `default_block_size`.
 
     Returns:
-        `o [B, T, H, K]` in the dtype of q, `lse [B, T, H]` and `tbar [B, T, H]` in fp32 (fp64 for fp64),
-        contiguous.
+        `o [B, T, H, K]` in the dtype of q, `lse [B, T, H]` and `tbar [B, T, H]` (without r `[0]`) in fp32
+        (fp64 for fp64), contiguous.
 
     Raises:
         ValueError: `cu_seqlens` does not rise from 0 to T.
     """
     num_kv_heads = k_BSGK.shape[2]
     dtype = accumulation_dtype(q_BTHK.dtype)
-    rows_ZTRK = [_fold(x, num_kv_heads) for x in (q_BTHK, r_BTHK)]
+    q_ZTRK = _fold(q_BTHK, num_kv_heads)
+    r_ZTRK = None if r_BTHK is None else _fold(r_BTHK, num_kv_heads)
     k_ZSK, v_ZSK = (_fold(x, num_kv_heads).squeeze(2) for x in (k_BSGK, v_BSGK))
     o_BTHK = torch.empty(q_BTHK.shape, dtype=q_BTHK.dtype, device=q_BTHK.device)
     lse_BTH = torch.empty(q_BTHK.shape[:3], dtype=dtype, device=q_BTHK.device)
-    tbar_BTH = torch.empty_like(lse_BTH)
+    tbar_BTH = lse_BTH.new_empty((0,) if r_BTHK is None else lse_BTH.shape)
 
     for tile in _tiles(q_BTHK, cu_seqlens, window_size, block_size):
-        q_ZMK, r_ZMK = (x[:, tile.queries].flatten(1, 2) for x in rows_ZTRK)
         k_tile_ZSK, v_tile_ZSK = k_ZSK[:, tile.keys], v_ZSK[:, tile.keys]
+        q_ZMK = _rows_of(q_ZTRK, tile)
         s_ZMS = _hide(_matmul(q_ZMK, k_tile_ZSK.mT, dtype).mul_(scale), tile, float("-inf"))
-        t_ZMS = _hide(_matmul(r_ZMK, k_tile_ZSK.mT, dtype), tile, 0.0)
         m_ZM1 = s_ZMS.amax(-1, keepdim=True)
-        p_ZMS = s_ZMS.sub_(m_ZM1).exp_()
-        d_ZM1 = p_ZMS.sum(-1, keepdim=True)
-        tbar_ZM1 = (p_ZMS * t_ZMS).sum(-1, keepdim=True) / d_ZM1
-        # tbar - t first: a row with one visible key then has the weight 1 exactly
-        w_ZMS = torch.sub(tbar_ZM1, t_ZMS, out=t_ZMS).add_(1).mul_(p_ZMS).to(q_BTHK.dtype)
-        o_ZMK = _matmul(w_ZMS, v_tile_ZSK, dtype).div_(d_ZM1)
+        w_ZMS = s_ZMS.sub_(m_ZM1).exp_()
+        d_ZM1 = w_ZMS.sum(-1, keepdim=True)
+        if r_ZTRK is not None:
+            t_ZMS = _hide(_matmul(_rows_of(r_ZTRK, tile), k_tile_ZSK.mT, dtype), tile, 0.0)
+            tbar_ZM1 = (w_ZMS * t_ZMS).sum(-1, keepdim=True) / d_ZM1
+            # tbar - t first: a row with one visible key then has the weight 1 exactly
+            w_ZMS = torch.sub(tbar_ZM1, t_ZMS, out=t_ZMS).add_(1).mul_(w_ZMS)
+            _write(tbar_BTH, tbar_ZM1, tile.queries, num_kv_heads)
+        o_ZMK = _matmul(w_ZMS.to(q_BTHK.dtype), v_tile_ZSK, dtype).div_(d_ZM1)
         _write(o_BTHK, o_ZMK, tile.queries, num_kv_heads)
         _write(lse_BTH, d_ZM1.log_().add_(m_ZM1), tile.queries, num_kv_heads)
-        _write(tbar_BTH, tbar_ZM1, tile.queries, num_kv_heads)
     return o_BTHK, lse_BTH, tbar_BTH
 
 
@@ -115,7 +118,7 @@ def forward(
 def backward(
     do_BTHK: Tensor,
     q_BTHK: Tensor,
-    r_BTHK: Tensor,
+    r_BTHK: Tensor | None,
     k_BSGK: Tensor,
     v_BSGK: Tensor,
     lse_BTH: Tensor,
@@ -130,45 +133,61 @@ def backward(
     Args:
         do_BTHK: Gradient of the output `[B, T, H, K]`, any strides.
         q_BTHK: Queries `[B, T, H, K]`, as given to `forward`, as all that follows.
-        r_BTHK: Probes `[B, T, H, K]`.
+        r_BTHK: Probes `[B, T, H, K]`, or None for softmax attention.
         k_BSGK: Keys `[B, S, G, K]`.
         v_BSGK: Values `[B, S, G, K]`.
         lse_BTH: Log-sum-exp `[B, T, H]` from `forward`.
-        tbar_BTH: Mean probe scores `[B, T, H]` from `forward`.
+        tbar_BTH: Mean probe scores `[B, T, H]` from `forward`; not read without r.
         cu_seqlens: Document bounds `[N + 1]` int32, or None.
         scale: Factor of q.k.
         window_size: Keys that a query sees, or None.
         block_size: Queries in a tile, for each batch row; need not be that of the forward.
 
     Returns:
-        `dq [B, T, H, K]`, `dr [B, T, H, K]`, `dk [B, S, G, K]`, `dv [B, S, G, K]` in the dtype of q,
-        contiguous.
+        `dq [B, T, H, K]`, `dr [B, T, H, K]` (without r `[0]`), `dk [B, S, G, K]`, `dv [B, S, G, K]` in the
+        dtype of q, contiguous.
 
     Raises:
         ValueError: `cu_seqlens` does not rise from 0 to T.
     """
     num_kv_heads = k_BSGK.shape[2]
     dtype = accumulation_dtype(q_BTHK.dtype)
-    rows = (q_BTHK, r_BTHK, do_BTHK.to(q_BTHK.dtype), lse_BTH[..., None], tbar_BTH[..., None])
-    rows_ZTRK = [_fold(x, num_kv_heads) for x in rows]
+    q_ZTRK, do_ZTRK, lse_ZTR1 = (
+        _fold(x, num_kv_heads) for x in (q_BTHK, do_BTHK.to(q_BTHK.dtype), lse_BTH[..., None])
+    )
+    probes = None
+    if r_BTHK is not None:
+        probes = _fold(r_BTHK, num_kv_heads), _fold(tbar_BTH[..., None], num_kv_heads)
     k_ZSK, v_ZSK = (_fold(x, num_kv_heads).squeeze(2) for x in (k_BSGK, v_BSGK))
-    dq_BTHK, dr_BTHK = (torch.empty(q_BTHK.shape, dtype=q_BTHK.dtype, device=q_BTHK.device) for _ in range(2))
+    dq_BTHK, dr_BTHK = (
+        torch.empty((0,) if x is None else x.shape, dtype=q_BTHK.dtype, device=q_BTHK.device)
+        for x in (q_BTHK, r_BTHK)
+    )
     dk_ZSK, dv_ZSK = (torch.zeros(k_ZSK.shape, dtype=dtype, device=k_ZSK.device) for _ in range(2))
 
     for tile in _tiles(q_BTHK, cu_seqlens, window_size, block_size):
-        q_ZMK, r_ZMK, do_ZMK, lse_ZM1, tbar_ZM1 = (x[:, tile.queries].flatten(1, 2) for x in rows_ZTRK)
+        q_ZMK, do_ZMK, lse_ZM1 = (_rows_of(x, tile) for x in (q_ZTRK, do_ZTRK, lse_ZTR1))
         k_tile_ZSK, v_tile_ZSK = k_ZSK[:, tile.keys], v_ZSK[:, tile.keys]
         s_ZMS = _matmul(q_ZMK, k_tile_ZSK.mT, dtype)
         p_ZMS = _hide(torch.add(-lse_ZM1, s_ZMS, alpha=scale, out=s_ZMS), tile, float("-inf")).exp_()
-        t_ZMS = _hide(_matmul(r_ZMK, k_tile_ZSK.mT, dtype), tile, 0.0)
-        w_ZMS = torch.sub(tbar_ZM1, t_ZMS, out=t_ZMS).add_(1).mul_(p_ZMS)
-        g_ZMS, u_ZMS, w_ZMS = _score_gradients(p_ZMS, w_ZMS, do_ZMK, v_tile_ZSK, dtype)
+        of_probes = None
+        if probes is None:
+            g_ZMS, w_ZMS = _softmax_score_gradients(p_ZMS, do_ZMK, v_tile_ZSK, dtype)
+        else:
+            r_ZMK, tbar_ZM1 = (_rows_of(x, tile) for x in probes)
+            t_ZMS = _hide(_matmul(r_ZMK, k_tile_ZSK.mT, dtype), tile, 0.0)
+            w_ZMS = torch.sub(tbar_ZM1, t_ZMS, out=t_ZMS).add_(1).mul_(p_ZMS)
+            g_ZMS, u_ZMS, w_ZMS = _score_gradients(p_ZMS, w_ZMS, do_ZMK, v_tile_ZSK, dtype)
+            of_probes = u_ZMS, r_ZMK
         k_ref_Z1K = k_tile_ZSK.mean(1, keepdim=True, dtype=dtype)
-        dq_ZMK, dr_ZMK = (_centred_product(x_ZMS, k_tile_ZSK, k_ref_Z1K) for x_ZMS in (g_ZMS, u_ZMS))
+        dq_ZMK = _centred_product(g_ZMS, k_tile_ZSK, k_ref_Z1K)
         _write(dq_BTHK, dq_ZMK.mul_(scale), tile.queries, num_kv_heads)
-        _write(dr_BTHK, dr_ZMK, tile.queries, num_kv_heads)
         dk_ZSK[:, tile.keys].add_(_matmul(g_ZMS.mT, q_ZMK, dtype), alpha=scale)
-        dk_ZSK[:, tile.keys].add_(_matmul(u_ZMS.mT, r_ZMK, dtype))
+        if of_probes is not None:
+            u_ZMS, r_ZMK = of_probes
+            dr_ZMK = _centred_product(u_ZMS, k_tile_ZSK, k_ref_Z1K)
+            _write(dr_BTHK, dr_ZMK, tile.queries, num_kv_heads)
+            dk_ZSK[:, tile.keys].add_(_matmul(u_ZMS.mT, r_ZMK, dtype))
         dv_ZSK[:, tile.keys].add_(_matmul(w_ZMS.mT, do_ZMK, dtype))
     return dq_BTHK, dr_BTHK, _unfold_keys(dk_ZSK, k_BSGK), _unfold_keys(dv_ZSK, v_BSGK)
 
@@ -185,6 +204,16 @@ def _score_gradients(
     g_ZMS = w_ZMS.mul_(a_ZMS).addcmul_(p_ZMS, b_ZM1 - total_ZM1)
     u_ZMS = p_ZMS.mul_(a_ZMS).neg_()
     return g_ZMS.to(do_ZMK.dtype), u_ZMS.to(do_ZMK.dtype), w_rounded_ZMS
+
+
+def _softmax_score_gradients(
+    p_ZMS: Tensor, do_ZMK: Tensor, v_ZSK: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return G (9') and p of a tile, rounded to the inputs' dtype; overwrites p."""
+    a_ZMS = _matmul(do_ZMK, v_ZSK.mT, dtype)
+    total_ZM1 = (p_ZMS * a_ZMS).sum(-1, keepdim=True)
+    p_rounded_ZMS = p_ZMS.to(do_ZMK.dtype, copy=True)
+    return a_ZMS.sub_(total_ZM1).mul_(p_ZMS).to(do_ZMK.dtype), p_rounded_ZMS
 
 
 def _centred_product(g_ZMS: Tensor, k_ZSK: Tensor, k_ref_Z1K: Tensor) -> Tensor:
@@ -240,6 +269,11 @@ def _tiles(
         if last_first > first:
             hidden_left = position_T[first:last_first] < first_T[start:stop, None, None]
         yield _Tile(slice(start, stop), slice(first, stop), position_T[start:stop] > rows_T11, hidden_left)
+
+
+def _rows_of(x_ZTRK: Tensor, tile: _Tile) -> Tensor:
+    """Return a tile's rows `[Z, M, K]` of what `_fold` returned."""
+    return x_ZTRK[:, tile.queries].flatten(1, 2)
 
 
 def _fold(x_BTHK: Tensor, num_kv_heads: int) -> Tensor:

@@ -3,7 +3,8 @@
 For every implementation with a closed-form backward there is a forward operator (output and row statistics),
 a backward operator (the four gradients), a fake for each and the autograd formula that joins them, then one
 function with the signature that `parallax.api` calls. Every fake promises contiguous results, and the
-operators must keep that: compiled code trusts the fake's strides.
+operators must keep that: compiled code trusts the fake's strides. Operators have no optional outputs: what
+softmax attention (r = None) does not have comes back empty, `[0]`.
 """
 
 from typing import Any
@@ -17,7 +18,7 @@ from parallax import eager
 @torch.library.custom_op("parallax::eager_forward", mutates_args=())
 def eager_forward(
     q: Tensor,
-    r: Tensor,
+    r: Tensor | None,
     k: Tensor,
     v: Tensor,
     cu_seqlens: Tensor | None,
@@ -29,7 +30,7 @@ def eager_forward(
 
     Args:
         q: Queries `[B, T, H, K]`, bf16/fp16/fp32/fp64.
-        r: Probes `[B, T, H, K]`.
+        r: Probes `[B, T, H, K]`, or None for softmax attention.
         k: Keys `[B, T, G, K]`.
         v: Values `[B, T, G, K]`.
         cu_seqlens: Document bounds `[N + 1]` int32, or None.
@@ -38,7 +39,7 @@ def eager_forward(
         block_size: Queries in a tile, for each batch row; None for `eager.default_block_size`.
 
     Returns:
-        `o [B, T, H, K]`, and `lse [B, T, H]` and `tbar [B, T, H]`, which carry no gradient.
+        `o [B, T, H, K]`, and `lse [B, T, H]` and `tbar [B, T, H]` (`[0]` without r), which carry no gradient.
     """
     with torch.autocast(q.device.type, enabled=False):
         return eager.forward(q, r, k, v, cu_seqlens, scale, window_size, block_size)
@@ -47,7 +48,7 @@ def eager_forward(
 @eager_forward.register_fake
 def _eager_forward_fake(
     q: Tensor,
-    r: Tensor,
+    r: Tensor | None,
     k: Tensor,
     v: Tensor,
     cu_seqlens: Tensor | None,
@@ -56,14 +57,14 @@ def _eager_forward_fake(
     block_size: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     lse = q.new_empty(q.shape[:3], dtype=eager.accumulation_dtype(q.dtype))
-    return q.new_empty(q.shape), lse, torch.empty_like(lse)
+    return q.new_empty(q.shape), lse, lse.new_empty((0,) if r is None else lse.shape)
 
 
 @torch.library.custom_op("parallax::eager_backward", mutates_args=())
 def eager_backward(
     do: Tensor,
     q: Tensor,
-    r: Tensor,
+    r: Tensor | None,
     k: Tensor,
     v: Tensor,
     lse: Tensor,
@@ -78,7 +79,7 @@ def eager_backward(
     Args:
         do: Gradient of o `[B, T, H, K]`.
         q: Queries `[B, T, H, K]`, as given to `eager_forward`; likewise the inputs not listed here.
-        r: Probes `[B, T, H, K]`.
+        r: Probes `[B, T, H, K]`, or None for softmax attention.
         k: Keys `[B, T, G, K]`.
         v: Values `[B, T, G, K]`.
         lse: From `eager_forward`.
@@ -89,7 +90,7 @@ def eager_backward(
         block_size: Queries in a tile, for each batch row; None for `eager.default_block_size`.
 
     Returns:
-        `dq`, `dr`, `dk`, `dv` in the shapes and dtype of the inputs.
+        `dq`, `dr` (`[0]` without r), `dk`, `dv` in the shapes and dtype of the inputs.
     """
     with torch.autocast(q.device.type, enabled=False):
         return eager.backward(do, q, r, k, v, lse, tbar, cu_seqlens, scale, window_size, block_size)
@@ -99,7 +100,7 @@ def eager_backward(
 def _eager_backward_fake(
     do: Tensor,
     q: Tensor,
-    r: Tensor,
+    r: Tensor | None,
     k: Tensor,
     v: Tensor,
     lse: Tensor,
@@ -109,7 +110,13 @@ def _eager_backward_fake(
     window_size: int | None,
     block_size: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape), k.new_empty(k.shape), k.new_empty(k.shape)
+    return _empty_gradients(q, r, k)
+
+
+def _empty_gradients(q: Tensor, r: Tensor | None, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return dq, dr, dk and dv for a fake."""
+    dr = q.new_empty((0,) if r is None else r.shape)
+    return q.new_empty(q.shape), dr, k.new_empty(k.shape), k.new_empty(k.shape)
 
 
 def _differentiate_first_alone(ctx: Any, *others: Tensor) -> None:
@@ -132,10 +139,10 @@ def _differentiate_eager(ctx: Any, do: Tensor | None, _dlse: None, _dtbar: None)
     if do is None:
         return (None,) * 8
     q, r, k, v, lse, tbar, cu_seqlens = ctx.saved_tensors
-    gradients = eager_backward(
+    dq, dr, dk, dv = eager_backward(
         do, q, r, k, v, lse, tbar, cu_seqlens, ctx.scale, ctx.window_size, ctx.block_size
     )
-    return *gradients, None, None, None, None
+    return dq, None if r is None else dr, dk, dv, None, None, None, None
 
 
 eager_forward.register_autograd(_differentiate_eager, setup_context=_save_for_eager_backward)
@@ -143,7 +150,7 @@ eager_forward.register_autograd(_differentiate_eager, setup_context=_save_for_ea
 
 def eager_attention(
     q: Tensor,
-    r: Tensor,
+    r: Tensor | None,
     k: Tensor,
     v: Tensor,
     *,
@@ -152,11 +159,11 @@ def eager_attention(
     window_size: int | None = None,
     block_size: int | None = None,
 ) -> Tensor:
-    """Compute differentiable Parallax attention by the eager operators, without validation.
+    """Compute differentiable Parallax or softmax attention by the eager operators, without validation.
 
     Args:
         q: Queries `[B, T, H, K]`, bf16/fp16/fp32/fp64.
-        r: Probes `[B, T, H, K]`.
+        r: Probes `[B, T, H, K]`, or None for softmax attention.
         k: Keys `[B, T, G, K]`.
         v: Values `[B, T, G, K]`.
         scale: Factor of q.k.
@@ -173,7 +180,7 @@ def eager_attention(
 @torch.library.custom_op("parallax::triton_forward", mutates_args=())
 def triton_forward(
     q: Tensor,
-    r: Tensor,
+    r: Tensor | None,
     k: Tensor,
     v: Tensor,
     cu_seqlens: Tensor | None,
@@ -185,7 +192,7 @@ def triton_forward(
 
     Args:
         q: Queries `[B, T, H, K]`, bf16/fp16/fp32.
-        r: Probes `[B, T, H, K]`.
+        r: Probes `[B, T, H, K]`, or None for softmax attention.
         k: Keys `[B, T, G, K]`.
         v: Values `[B, T, G, K]`.
         cu_seqlens: Document bounds `[N + 1]` int32, or None.
@@ -195,7 +202,7 @@ def triton_forward(
 
     Returns:
         `o [B, T, H, K]`, and, without gradients, vbar (the same shape, or `[0]` if not saved), lse and tbar
-        `[B, H, T]`.
+        `[B, H, T]`; without r vbar and tbar are `[0]`.
     """
     from parallax.kernels import forward
 
@@ -206,7 +213,7 @@ def triton_forward(
 @triton_forward.register_fake
 def _triton_forward_fake(
     q: Tensor,
-    r: Tensor,
+    r: Tensor | None,
     k: Tensor,
     v: Tensor,
     cu_seqlens: Tensor | None,
@@ -216,14 +223,15 @@ def _triton_forward_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch_size, num_tokens, num_heads, _ = q.shape
     lse = q.new_empty((batch_size, num_heads, num_tokens), dtype=torch.float32)
-    return q.new_empty(q.shape), q.new_empty(q.shape if save_vbar else (0,)), lse, torch.empty_like(lse)
+    vbar = q.new_empty(q.shape if save_vbar and r is not None else (0,))
+    return q.new_empty(q.shape), vbar, lse, lse.new_empty((0,) if r is None else lse.shape)
 
 
 @torch.library.custom_op("parallax::triton_backward", mutates_args=())
 def triton_backward(
     do: Tensor,
     q: Tensor,
-    r: Tensor,
+    r: Tensor | None,
     k: Tensor,
     v: Tensor,
     o: Tensor,
@@ -239,19 +247,19 @@ def triton_backward(
     Args:
         do: Gradient of o `[B, T, H, K]`.
         q: Queries `[B, T, H, K]`, as given to `triton_forward`; likewise the inputs not listed here.
-        r: Probes `[B, T, H, K]`.
+        r: Probes `[B, T, H, K]`, or None for softmax attention.
         k: Keys `[B, T, G, K]`.
         v: Values `[B, T, G, K]`.
         o: From `triton_forward`, as are the next three.
-        vbar: Softmax attention `[B, T, H, K]`.
+        vbar: Softmax attention `[B, T, H, K]`; `[0]` without r.
         lse: `[B, H, T]`.
-        tbar: `[B, H, T]`.
+        tbar: `[B, H, T]`; `[0]` without r.
         cu_seqlens: Document bounds `[N + 1]` int32, or None.
         scale: Factor of q.k.
         window_size: Keys that a query sees, or None.
 
     Returns:
-        `dq`, `dr`, `dk`, `dv` in the shapes and dtype of the inputs.
+        `dq`, `dr` (`[0]` without r), `dk`, `dv` in the shapes and dtype of the inputs.
     """
     from parallax.kernels import backward
 
@@ -263,7 +271,7 @@ def triton_backward(
 def _triton_backward_fake(
     do: Tensor,
     q: Tensor,
-    r: Tensor,
+    r: Tensor | None,
     k: Tensor,
     v: Tensor,
     o: Tensor,
@@ -274,7 +282,7 @@ def _triton_backward_fake(
     scale: float,
     window_size: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape), k.new_empty(k.shape), k.new_empty(k.shape)
+    return _empty_gradients(q, r, k)
 
 
 def _save_for_triton_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -292,8 +300,9 @@ def _differentiate_triton(
     if not ctx.save_vbar:
         raise RuntimeError("the forward ran with save_vbar=False, so it has no backward; pass save_vbar=True")
     *tensors, cu_seqlens = ctx.saved_tensors
-    gradients = triton_backward(do, *tensors, cu_seqlens, ctx.scale, ctx.window_size)
-    return *gradients, None, None, None, None
+    dq, dr, dk, dv = triton_backward(do, *tensors, cu_seqlens, ctx.scale, ctx.window_size)
+    has_probes = tensors[1] is not None
+    return dq, dr if has_probes else None, dk, dv, None, None, None, None
 
 
 triton_forward.register_autograd(_differentiate_triton, setup_context=_save_for_triton_backward)
@@ -301,7 +310,7 @@ triton_forward.register_autograd(_differentiate_triton, setup_context=_save_for_
 
 def triton_attention(
     q: Tensor,
-    r: Tensor,
+    r: Tensor | None,
     k: Tensor,
     v: Tensor,
     *,
@@ -309,11 +318,11 @@ def triton_attention(
     cu_seqlens: Tensor | None = None,
     window_size: int | None = None,
 ) -> Tensor:
-    """Compute differentiable Parallax attention by the Triton kernels.
+    """Compute differentiable Parallax or softmax attention by the Triton kernels.
 
     Args:
         q: Queries `[B, T, H, K]`, bf16/fp16/fp32, with K of `parallax.kernels.tiles.HEAD_DIMS`.
-        r: Probes `[B, T, H, K]`.
+        r: Probes `[B, T, H, K]`, or None for softmax attention.
         k: Keys `[B, T, G, K]`.
         v: Values `[B, T, G, K]`.
         scale: Factor of q.k, positive.
@@ -324,5 +333,5 @@ def triton_attention(
         Output `[B, T, H, K]` in the dtype of q.
     """
     assert scale > 0, "`tiles.refusal` says so"
-    save_vbar = torch.is_grad_enabled() and any(x.requires_grad for x in (q, r, k, v))
+    save_vbar = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, r, k, v))
     return triton_forward(q, r, k, v, cu_seqlens, scale, window_size, save_vbar)[0]

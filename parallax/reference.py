@@ -47,6 +47,12 @@ The rest is linear. As matrices over (i, j),
 summed over the H / G query heads that read one key/value head. A backward pass needs lse and tbar of the
 forward, and b and T, which are row sums of (7).
 
+Without probes (r = None) everything above is softmax attention: t = 0, so w = p, o = vbar, T = b, and
+
+    (9') G_ij = p_ij (a_ij - T_i)       dQ = scale G K       dK = scale G^T Q       dV = p^T dO.
+
+Its rows still sum to zero, so (13) holds for dQ, and (14) for all of it.
+
 Numerics. Three exact invariances, each worth digits in 16 bits:
 
     (12) t_ij -> t_ij - c_i changes neither w nor any gradient: centre t before it is rounded, c_i near tbar_i
@@ -98,7 +104,7 @@ class ReferenceResult(NamedTuple):
     Attributes:
         o: Output `[B, T, H, K]`, (5).
         lse: Natural logarithm of the softmax denominator `[B, T, H]`, (1).
-        tbar: Mean probe score `[B, T, H]`, (2).
+        tbar: Mean probe score `[B, T, H]`, (2); zeros without probes.
         vbar: Softmax attention `[B, T, H, K]`, (3).
     """
 
@@ -110,7 +116,7 @@ class ReferenceResult(NamedTuple):
 
 def parallax_reference_stats(
     q_BTHK: Tensor,
-    r_BTHK: Tensor,
+    r_BTHK: Tensor | None,
     k_BSGK: Tensor,
     v_BSGK: Tensor,
     *,
@@ -125,7 +131,7 @@ def parallax_reference_stats(
 
     Args:
         q_BTHK: Queries `[B, T, H, K]`, any floating dtype.
-        r_BTHK: Probes `[B, T, H, K]`.
+        r_BTHK: Probes `[B, T, H, K]`, or None for softmax attention.
         k_BSGK: Keys `[B, S, G, K]`, S == T; query head h reads key/value head h // (H / G).
         v_BSGK: Values `[B, S, G, K]`.
         scale: Factor of q.k alone; None for 1 / sqrt(K).
@@ -144,22 +150,26 @@ def parallax_reference_stats(
 
     s_BHTS = scale * torch.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK)
     s_BHTS = s_BHTS.masked_fill(hidden_TS, float("-inf"))
-    t_BHTS = torch.einsum("bthk,bshk->bhts", r_BTHK, k_BSHK).masked_fill(hidden_TS, 0.0)
     p_BHTS = s_BHTS.softmax(-1)
+    lse_BTH = s_BHTS.logsumexp(-1).transpose(1, 2)
+    vbar_BTHK = torch.einsum("bhts,bshk->bthk", p_BHTS, v_BSHK)
+    if r_BTHK is None:
+        return ReferenceResult(vbar_BTHK, lse_BTH, torch.zeros_like(lse_BTH), vbar_BTHK)
+    t_BHTS = torch.einsum("bthk,bshk->bhts", r_BTHK, k_BSHK).masked_fill(hidden_TS, 0.0)
     tbar_BHT = (p_BHTS * t_BHTS).sum(-1)
     # tbar - t first: a row with one visible key then has the weight 1 exactly
     w_BHTS = p_BHTS * (1 + (tbar_BHT[..., None] - t_BHTS))
     return ReferenceResult(
         o=torch.einsum("bhts,bshk->bthk", w_BHTS, v_BSHK),
-        lse=s_BHTS.logsumexp(-1).transpose(1, 2),
+        lse=lse_BTH,
         tbar=tbar_BHT.transpose(1, 2),
-        vbar=torch.einsum("bhts,bshk->bthk", p_BHTS, v_BSHK),
+        vbar=vbar_BTHK,
     )
 
 
 def parallax_reference(
     q_BTHK: Tensor,
-    r_BTHK: Tensor,
+    r_BTHK: Tensor | None,
     k_BSGK: Tensor,
     v_BSGK: Tensor,
     *,
@@ -171,7 +181,7 @@ def parallax_reference(
 
     Args:
         q_BTHK: Queries `[B, T, H, K]`, any floating dtype.
-        r_BTHK: Probes `[B, T, H, K]`.
+        r_BTHK: Probes `[B, T, H, K]`, or None for softmax attention.
         k_BSGK: Keys `[B, S, G, K]`, S == T; query head h reads key/value head h // (H / G).
         v_BSGK: Values `[B, S, G, K]`.
         scale: Factor of q.k alone; None for 1 / sqrt(K).

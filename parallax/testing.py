@@ -24,21 +24,26 @@ class Inputs(NamedTuple):
 
     Attributes:
         q: Queries `[B, T, H, K]`.
-        r: Probes `[B, T, H, K]`.
+        r: Probes `[B, T, H, K]`, or None for softmax attention.
         k: Keys `[B, T, G, K]`.
         v: Values `[B, T, G, K]`.
         do: Gradient of the output `[B, T, H, K]`.
     """
 
     q: Tensor
-    r: Tensor
+    r: Any  # Tensor | None: most tests have probes
     k: Tensor
     v: Tensor
     do: Tensor
 
     def to(self, dtype: torch.dtype) -> "Inputs":
         """Return the same values in another dtype (`torch.float64` for the truth)."""
-        return Inputs(*(x.to(dtype) for x in self))
+        r = None if self.r is None else self.r.to(dtype)
+        return Inputs(self.q.to(dtype), r, *(x.to(dtype) for x in (self.k, self.v, self.do)))
+
+    def without_probes(self) -> "Inputs":
+        """Return the same inputs for softmax attention."""
+        return self._replace(r=None)
 
 
 class Masking(TypedDict):
@@ -191,12 +196,16 @@ def output_and_gradients(
         arguments: Passed on, such as `window_size`.
 
     Returns:
-        `o`, `dq`, `dr`, `dk`, `dv`, detached.
+        `o`, `dq`, `dr` (not without probes), `dk`, `dv`, detached.
     """
-    leaves = [x.detach().requires_grad_() for x in inputs[:4]]
-    o = attend(*leaves, **arguments)
-    gradients = torch.autograd.grad(o, leaves, inputs.do)
-    return dict(zip(("o", "dq", "dr", "dk", "dv"), (o.detach(), *gradients), strict=True))
+    leaves = {
+        name: x.detach().requires_grad_()
+        for name, x in zip(("q", "r", "k", "v"), inputs[:4], strict=True)
+        if x is not None
+    }
+    o = attend(leaves["q"], leaves.get("r"), leaves["k"], leaves["v"], **arguments)
+    gradients = torch.autograd.grad(o, list(leaves.values()), inputs.do)
+    return {"o": o.detach()} | {f"d{name}": x for name, x in zip(leaves, gradients, strict=True)}
 
 
 def relative_error(actual: Tensor, truth: Tensor) -> float:

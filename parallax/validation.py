@@ -9,12 +9,12 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 """Dtypes that q, r, k and v may have."""
 
 
-def check_tensors(q: Tensor, r: Tensor, k: Tensor, v: Tensor) -> None:
+def check_tensors(q: Tensor, r: Tensor | None, k: Tensor, v: Tensor) -> None:
     """Check shapes, dtypes and devices of self-attention's inputs.
 
     Args:
         q: Queries `[B, T, H, K]`.
-        r: Probes `[B, T, H, K]`.
+        r: Probes `[B, T, H, K]`, or None.
         k: Keys `[B, T, G, K]`.
         v: Values `[B, T, G, K]`.
 
@@ -22,14 +22,14 @@ def check_tensors(q: Tensor, r: Tensor, k: Tensor, v: Tensor) -> None:
         ValueError: Shapes or devices do not fit together.
         TypeError: Dtypes differ or are not floating.
     """
-    named = {"q": q, "r": r, "k": k, "v": v}
+    named = {"q": q, "k": k, "v": v} if r is None else {"q": q, "r": r, "k": k, "v": v}
     for name, x in named.items():
         if x.ndim != 4:
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)}, wanted four dimensions "
                 "[batch, tokens, heads, head width]; split the projection into heads"
             )
-    if r.shape != q.shape:
+    if r is not None and r.shape != q.shape:
         raise ValueError(
             f"r has shape {tuple(r.shape)}, q {tuple(q.shape)}; wanted equal shapes: one probe per query head"
         )

@@ -9,8 +9,11 @@ Second pass, one program a tile of keys: dK and dV with six products a tile, sum
 the group in fp32 registers. It works on the transposed scores, so that P^T and the two gradient tiles stay in
 registers as left operands of the products that follow.
 
-Eleven products instead of the eight that one pass needs, but no reductions in memory: the result does not
-depend on the order in which programs run, and is the same bits every time.
+Without probes (PROBES false: softmax attention, (9')) U, dR and three of the products fall away, and the row
+constants are lse in base 2 and T.
+
+Eleven products (seven) instead of the eight (five) that one pass needs, but no reductions in memory: the
+result does not depend on the order in which programs run, and is the same bits every time.
 """
 
 from typing import NamedTuple
@@ -39,24 +42,29 @@ from parallax.kernels.addressing import (
     with_contiguous_rows,
 )
 from parallax.kernels.row_sums import add_row_sums, round_tile, total_row_sums
-from parallax.kernels.tiles import Tile, tile_of
+from parallax.kernels.tiles import KernelName, Tile, tile_of
 
 
 @triton.jit
 def _dqdr_tile(
     b_q, b_r, b_do, k, v, k_strides, v_strides, i_b, i_g, i_s, o_t, b_first, b_rows, state, T, scale_log2,
     BS: tl.constexpr, BK: tl.constexpr, K: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr,
-    BOUNDED: tl.constexpr, RANK_ONE: tl.constexpr,
+    BOUNDED: tl.constexpr, RANK_ONE: tl.constexpr, PROBES: tl.constexpr,
 ):  # fmt: skip
     """Add one tile of keys to dQ / scale and -dR, and to the row sums of the rounded G and -U."""
-    b_lse, b_t1, b_b, b_e = b_rows
-    b_dq, b_dr, b_g_sum, b_u_sum = state
+    if PROBES:
+        b_lse, b_t1, b_b, b_e = b_rows
+        b_dq, b_dr, b_g_sum, b_u_sum = state
+    else:
+        b_lse, b_b = b_rows
+        b_dq, b_g_sum = state
     # [BS, BK]
     b_k = load_tile(k, k_strides, i_b, i_g, i_s, T, BS, BK, K, TMA)
     b_v = load_tile(v, v_strides, i_b, i_g, i_s, T, BS, BK, K, TMA)
     # [BT, BS]
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision="tf32x3")
-    b_t = tl.dot(b_r, tl.trans(b_k), input_precision="tf32x3")
+    if PROBES:
+        b_t = tl.dot(b_r, tl.trans(b_k), input_precision="tf32x3")
     b_a = tl.dot(b_do, tl.trans(b_v), input_precision="tf32x3")
     b_p = tl.math.exp2(b_s * scale_log2 - b_lse[:, None])
     if MASKED:
@@ -65,19 +73,24 @@ def _dqdr_tile(
         if BOUNDED:
             m_s = m_s & (o_s[None, :] >= b_first[:, None])
         b_p = tl.where(m_s, b_p, 0.0)
-        b_t = tl.where(m_s, b_t, 0.0)
+        if PROBES:
+            b_t = tl.where(m_s, b_t, 0.0)
+    # without probes b is T, and G is -U
     b_a = b_a - b_b[:, None]
     b_u = b_p * b_a
-    b_g = (b_t1[:, None] - b_t) * b_u + b_p * b_e[:, None]
+    b_g = (b_t1[:, None] - b_t) * b_u + b_p * b_e[:, None] if PROBES else b_u
     b_g = round_tile(b_g, b_k.dtype, b_g_sum.shape[1])
-    b_u = round_tile(b_u, b_k.dtype, b_u_sum.shape[1])
+    if PROBES:
+        b_u = round_tile(b_u, b_k.dtype, b_u_sum.shape[1])
     # [BT, BK]
     b_dq = tl.dot(b_g, b_k, b_dq, input_precision="tf32x3")
-    b_dr = tl.dot(b_u, b_k, b_dr, input_precision="tf32x3")
+    if PROBES:
+        b_dr = tl.dot(b_u, b_k, b_dr, input_precision="tf32x3")
     if RANK_ONE:
         b_g_sum = add_row_sums(b_g, b_g_sum)
-        b_u_sum = add_row_sums(b_u, b_u_sum)
-    return b_dq, b_dr, b_g_sum, b_u_sum
+        if PROBES:
+            b_u_sum = add_row_sums(b_u, b_u_sum)
+    return (b_dq, b_dr, b_g_sum, b_u_sum) if PROBES else (b_dq, b_g_sum)
 
 
 @triton.jit(do_not_specialize=["T", "T_padded", "window_size", "num_heads", "section"])
@@ -91,6 +104,7 @@ def _parallax_bwd_dqdr_kernel(
 ):  # fmt: skip
     """Compute BT rows of one head's dQ and dR, and their row constants; one program each."""
     BOUNDED: tl.constexpr = PACKED or WINDOW
+    PROBES: tl.constexpr = r is not None
     scale_log2 = scale * LOG2E
     num_tiles = tl.cdiv(T, BT)
     i_rank, i_bh = program_of(tl.program_id(0), num_tiles, num_heads, section)
@@ -104,20 +118,30 @@ def _parallax_bwd_dqdr_kernel(
     p_t = tl.cast(i_bh, tl.int64) * T + o_t
     # first what pointers load: it is under way while the descriptors' tiles are waited for
     b_lse = tl.load(lse + p_t, mask=m_t, other=0.0) * LOG2E
-    b_t1 = tl.load(tbar + p_t, mask=m_t, other=0.0) + 1.0
+    if PROBES:
+        b_t1 = tl.load(tbar + p_t, mask=m_t, other=0.0) + 1.0
     b_o = load_tile(o, o_strides, i_b, i_h, i_t, T, BT, BK, K, False)
-    b_vbar = load_tile(vbar, o_strides, i_b, i_h, i_t, T, BT, BK, K, False)
+    if PROBES:
+        b_vbar = load_tile(vbar, o_strides, i_b, i_h, i_t, T, BT, BK, K, False)
     b_do = load_tile(do, do_strides, i_b, i_h, i_t, T, BT, BK, K, TMA)
     b_q = load_tile(q, q_strides, i_b, i_h, i_t, T, BT, BK, K, TMA)
-    b_r = load_tile(r, r_strides, i_b, i_h, i_t, T, BT, BK, K, TMA)
-    b_b = tl.sum(b_do.to(tl.float32) * b_vbar.to(tl.float32), 1)
-    b_e = b_b - tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
-    p_rows = tl.cast(i_bh, tl.int64) * 4 * T_padded + o_t
-    tl.store(rows + p_rows, b_lse)
-    tl.store(rows + p_rows + T_padded, b_t1 * scale)
-    tl.store(rows + p_rows + 2 * T_padded, b_b / scale)
-    tl.store(rows + p_rows + 3 * T_padded, b_e)
-    b_rows = (b_lse, b_t1, b_b, b_e)
+    b_r = None
+    if PROBES:
+        b_r = load_tile(r, r_strides, i_b, i_h, i_t, T, BT, BK, K, TMA)
+        b_b = tl.sum(b_do.to(tl.float32) * b_vbar.to(tl.float32), 1)
+        b_e = b_b - tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
+        p_rows = tl.cast(i_bh, tl.int64) * 4 * T_padded + o_t
+        tl.store(rows + p_rows, b_lse)
+        tl.store(rows + p_rows + T_padded, b_t1 * scale)
+        tl.store(rows + p_rows + 2 * T_padded, b_b / scale)
+        tl.store(rows + p_rows + 3 * T_padded, b_e)
+        b_rows = (b_lse, b_t1, b_b, b_e)
+    else:
+        b_total = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
+        p_rows = tl.cast(i_bh, tl.int64) * 2 * T_padded + o_t
+        tl.store(rows + p_rows, b_lse)
+        tl.store(rows + p_rows + T_padded, b_total)
+        b_rows = (b_lse, b_total)
 
     if IN_REGISTERS >= 1:
         b_q = in_registers(b_q, BK)
@@ -130,41 +154,48 @@ def _parallax_bwd_dqdr_kernel(
 
     b_zero = tl.zeros([BT, BK], tl.float32)
     b_sum = tl.zeros([BT, SUMS], tl.float32)
-    state = (b_zero, b_zero, b_sum, b_sum)
+    state = (b_zero, b_zero, b_sum, b_sum) if PROBES else (b_zero, b_sum)
     num_diagonal = tl.cdiv(tl.minimum(i_t + BT, T) - i_diagonal, BS)
     # disable_licm: the addresses of the operands that stay would otherwise be held in registers, which spill
     for i_x in tl.range(0, num_diagonal + (i_unmasked - i_first) // BS, disable_licm=True):
         i_s = tl.where(i_x < num_diagonal, i_diagonal + i_x * BS, i_first + (i_x - num_diagonal) * BS)
         state = _dqdr_tile(
             b_q, b_r, b_do, k, v, k_strides, v_strides, i_b, i_g, i_s, o_t, b_first, b_rows, state, T,
-            scale_log2, BS, BK, K, TMA, True, BOUNDED, RANK_ONE,
+            scale_log2, BS, BK, K, TMA, True, BOUNDED, RANK_ONE, PROBES,
         )  # fmt: skip
     for i_s in tl.range(i_unmasked, i_diagonal, BS, disable_licm=True):
         state = _dqdr_tile(
             b_q, b_r, b_do, k, v, k_strides, v_strides, i_b, i_g, i_s, o_t, b_first, b_rows, state, T,
-            scale_log2, BS, BK, K, TMA, False, BOUNDED, RANK_ONE,
+            scale_log2, BS, BK, K, TMA, False, BOUNDED, RANK_ONE, PROBES,
         )  # fmt: skip
 
-    b_dq, b_dr, b_g_sum, b_u_sum = state
+    if PROBES:
+        b_dq, b_dr, b_g_sum, b_u_sum = state
+    else:
+        b_dq, b_g_sum = state
     if RANK_ONE:
         # any vector is exact; the mean key of the diagonal tile is close to the common part of the keys
         b_k = load_tile(k, k_strides, i_b, i_g, i_diagonal, T, BS, BK, K, TMA)
         b_k_ref = tl.sum(b_k.to(tl.float32), 0) / tl.minimum(T - i_diagonal, BS)
         b_dq = b_dq - total_row_sums(b_g_sum)[:, None] * b_k_ref[None, :]
-        b_dr = b_dr - total_row_sums(b_u_sum)[:, None] * b_k_ref[None, :]
+        if PROBES:
+            b_dr = b_dr - total_row_sums(b_u_sum)[:, None] * b_k_ref[None, :]
     # [BT, BK]
     store_tile(dq, b_dq * scale, i_b, i_h, i_t, T, H, K, TMA)
-    store_tile(dr, -b_dr, i_b, i_h, i_t, T, H, K, TMA)
+    if PROBES:
+        store_tile(dr, -b_dr, i_b, i_h, i_t, T, H, K, TMA)
 
 
 @triton.jit
-def _load_row_constant(rows, i_bh, i_x: tl.constexpr, i_t, T_padded, BT: tl.constexpr, TMA: tl.constexpr):
-    """Load one of the four row constants, [BT]; zeros past the end."""
+def _load_row_constant(
+    rows, i_bh, i_x: tl.constexpr, i_t, T_padded, BT: tl.constexpr, TMA: tl.constexpr, COUNT: tl.constexpr = 4
+):
+    """Load one of the row constants, [BT]; zeros past the end."""
     if TMA:
         b_x = rows.load([i_bh, i_x, i_t]).reshape(BT)
     else:
         o_t = i_t + tl.arange(0, BT)
-        p_x = rows + (tl.cast(i_bh, tl.int64) * 4 + i_x) * T_padded + o_t
+        p_x = rows + (tl.cast(i_bh, tl.int64) * COUNT + i_x) * T_padded + o_t
         b_x = tl.load(p_x, mask=o_t < T_padded, other=0.0)
     return b_x
 
@@ -175,39 +206,53 @@ def _dkdv_tile(
     T, T_padded, scale, scale_log2, H: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, K: tl.constexpr,
     TMA: tl.constexpr, MASKED: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """Add one tile of one head's queries to dK / scale and scale * dV."""
+    """Add one tile of one head's queries to dK / scale and scale * dV; without probes to dV."""
+    PROBES: tl.constexpr = r is not None
     b_dk, b_dv = state
     # [BT, BK]
     b_q = load_tile(q, q_strides, i_b, i_h, i_t, T, BT, BK, K, TMA)
-    b_r = load_tile(r, r_strides, i_b, i_h, i_t, T, BT, BK, K, TMA)
+    if PROBES:
+        b_r = load_tile(r, r_strides, i_b, i_h, i_t, T, BT, BK, K, TMA)
     b_do = load_tile(do, do_strides, i_b, i_h, i_t, T, BT, BK, K, TMA)
     i_bh = i_b * H + i_h
-    b_lse = _load_row_constant(rows, i_bh, 0, i_t, T_padded, BT, TMA)
-    b_t1 = _load_row_constant(rows, i_bh, 1, i_t, T_padded, BT, TMA)
-    b_b = _load_row_constant(rows, i_bh, 2, i_t, T_padded, BT, TMA)
-    b_e = _load_row_constant(rows, i_bh, 3, i_t, T_padded, BT, TMA)
+    if PROBES:
+        b_lse = _load_row_constant(rows, i_bh, 0, i_t, T_padded, BT, TMA)
+        b_t1 = _load_row_constant(rows, i_bh, 1, i_t, T_padded, BT, TMA)
+        b_b = _load_row_constant(rows, i_bh, 2, i_t, T_padded, BT, TMA)
+        b_e = _load_row_constant(rows, i_bh, 3, i_t, T_padded, BT, TMA)
+    else:
+        b_lse = _load_row_constant(rows, i_bh, 0, i_t, T_padded, BT, TMA, 2)
+        b_total = _load_row_constant(rows, i_bh, 1, i_t, T_padded, BT, TMA, 2)
     # [BS, BT]
     b_s = tl.dot(b_k, tl.trans(b_q), input_precision="tf32x3")
-    b_t = tl.dot(b_k, tl.trans(b_r), input_precision="tf32x3")
+    if PROBES:
+        b_t = tl.dot(b_k, tl.trans(b_r), input_precision="tf32x3")
     b_a = tl.dot(b_v, tl.trans(b_do), input_precision="tf32x3")
     b_p = tl.math.exp2(b_s * scale_log2 - b_lse[None, :])
-    # scale * (1 + tbar - t) and (b - a) / scale
-    b_t = b_t1[None, :] - b_t * scale
-    b_a = b_b[None, :] - b_a * (1.0 / scale)
+    if PROBES:
+        # scale * (1 + tbar - t) and (b - a) / scale
+        b_t = b_t1[None, :] - b_t * scale
+        b_a = b_b[None, :] - b_a * (1.0 / scale)
     if MASKED:
         o_t = i_t + tl.arange(0, BT)
         m_s = o_s[:, None] <= o_t[None, :]
         if BOUNDED:
             m_s = m_s & (o_t[None, :] < b_end[:, None])
         b_p = tl.where(m_s, b_p, 0.0)
-        b_t = tl.where(m_s, b_t, 0.0)
-    b_w = b_p * b_t
-    b_u = b_p * b_a
-    b_g = b_p * b_e[None, :] - b_w * b_a
+        if PROBES:
+            b_t = tl.where(m_s, b_t, 0.0)
+    if PROBES:
+        b_w = b_p * b_t
+        b_u = b_p * b_a
+        b_g = b_p * b_e[None, :] - b_w * b_a
+    else:
+        b_w = b_p
+        b_g = b_p * (b_a - b_total[None, :])
     # [BS, BK]
     b_dv = tl.dot(b_w.to(b_do.dtype), b_do, b_dv, input_precision="tf32x3")
     b_dk = tl.dot(b_g.to(b_q.dtype), b_q, b_dk, input_precision="tf32x3")
-    b_dk = tl.dot(b_u.to(b_q.dtype), b_r, b_dk, input_precision="tf32x3")
+    if PROBES:
+        b_dk = tl.dot(b_u.to(b_q.dtype), b_r, b_dk, input_precision="tf32x3")
     return b_dk, b_dv
 
 
@@ -276,13 +321,15 @@ def _parallax_bwd_dkdv_kernel(
     b_dk, b_dv = state
     # [BS, BK]
     store_tile(dk, b_dk * scale, i_b, i_g, i_s, T, G, K, TMA)
-    store_tile(dv, b_dv / scale, i_b, i_g, i_s, T, G, K, TMA)
+    if r is not None:
+        b_dv = b_dv / scale
+    store_tile(dv, b_dv, i_b, i_g, i_s, T, G, K, TMA)
 
 
 def backward(
     do: Tensor,
     q: Tensor,
-    r: Tensor,
+    r: Tensor | None,
     k: Tensor,
     v: Tensor,
     o: Tensor,
@@ -298,11 +345,11 @@ def backward(
     Args:
         do: Gradient of o `[B, T, H, K]`.
         q: Queries `[B, T, H, K]`, as given to `forward`, as all inputs not listed here.
-        r: Probes `[B, T, H, K]`.
+        r: Probes `[B, T, H, K]`, or None for softmax attention.
         k: Keys `[B, T, G, K]`.
         v: Values `[B, T, G, K]`.
         o: From `forward`, as are the next three.
-        vbar: Softmax attention `[B, T, H, K]`.
+        vbar: Softmax attention `[B, T, H, K]`; not read without r, like tbar.
         lse: `[B, H, T]` fp32.
         tbar: `[B, H, T]` fp32.
         cu_seqlens: Document bounds `[N + 1]` int32, or None.
@@ -310,12 +357,18 @@ def backward(
         window_size: Keys that a query sees, or None.
 
     Returns:
-        `dq`, `dr` `[B, T, H, K]` and `dk`, `dv` `[B, T, G, K]` in the dtype of q, contiguous.
+        `dq`, `dr` `[B, T, H, K]` (without r `[0]`) and `dk`, `dv` `[B, T, G, K]` in the dtype of q,
+        contiguous.
     """
-    operands = Operands(*(with_contiguous_rows(x) for x in (q, r, k, v, do.to(q.dtype))))
+    operands = Operands(
+        with_contiguous_rows(q),
+        None if r is None else with_contiguous_rows(r),
+        *(with_contiguous_rows(x) for x in (k, v, do.to(q.dtype))),
+    )
     mask = Mask.of(cu_seqlens, q.shape[1], window_size)
     if q.numel() == 0:
-        return torch.empty_like(q), torch.empty_like(r), torch.zeros_like(k), torch.zeros_like(v)
+        dr = q.new_empty(0) if r is None else torch.empty_like(r)
+        return torch.empty_like(q), dr, torch.zeros_like(k), torch.zeros_like(v)
     dq, dr, rows = query_gradients(operands, o, vbar, lse, tbar, mask, scale)
     dk, dv = key_gradients(operands, rows, mask, scale)
     return dq, dr, dk, dv
@@ -326,23 +379,34 @@ class Operands(NamedTuple):
 
     Attributes:
         q: Queries `[B, T, H, K]`.
-        r: Probes `[B, T, H, K]`.
+        r: Probes `[B, T, H, K]`, or None for softmax attention.
         k: Keys `[B, T, G, K]`.
         v: Values `[B, T, G, K]`.
         do: Gradient of the output `[B, T, H, K]`.
     """
 
     q: Tensor
-    r: Tensor
+    r: Tensor | None
     k: Tensor
     v: Tensor
     do: Tensor
 
-    def described(self, tile: Tile) -> list[TensorDescriptor]:
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Those that there are."""
+        return [x for x in self if x is not None]
+
+    @property
+    def num_row_constants(self) -> int:
+        """Numbers that the first pass leaves behind for the second, for each row."""
+        return 2 if self.r is None else 4
+
+    def described(self, tile: Tile) -> list[TensorDescriptor | None]:
         """Return the descriptors that load this tile's rows."""
         rows = (tile.block_t, tile.block_t, tile.block_s, tile.block_s, tile.block_t)
         block_k = triton.next_power_of_2(self.q.shape[3])
-        return [describe(x, n, block_k) for x, n in zip(self, rows, strict=True)]
+        pairs = zip(self, rows, strict=True)
+        return [None if x is None else describe(x, n, block_k) for x, n in pairs]
 
 
 def query_gradients(
@@ -363,7 +427,7 @@ def query_gradients(
     Args:
         operands: Inputs and dO.
         o: From `forward`, as are the next three.
-        vbar: Softmax attention `[B, T, H, K]`.
+        vbar: Softmax attention `[B, T, H, K]`; not read without probes, like tbar.
         lse: `[B, H, T]` fp32.
         tbar: `[B, H, T]` fp32.
         mask: What queries see.
@@ -373,30 +437,47 @@ def query_gradients(
         is_corrected: For measuring what (13) costs and gives.
 
     Returns:
-        dq, dr `[B, T, H, K]` and the row constants `[B * H, 4, T rounded up]` fp32 for `key_gradients`.
+        dq, dr `[B, T, H, K]` (without probes `[0]`) and the row constants `[B * H, 4, T rounded up]` fp32
+        for `key_gradients`, without probes `[B * H, 2, T rounded up]`.
     """
     batch_size, num_tokens, num_heads, head_dim = operands.q.shape
     num_kv_heads = operands.k.shape[2]
     if use_descriptors is None:
-        use_descriptors = can_use_descriptors(*operands)
-    tile = tile or tile_of("dqdr", operands.q, use_descriptors and is_corrected, mask.reach(num_tokens))
+        use_descriptors = can_use_descriptors(*operands.tensors)
+    name: KernelName = "softmax_dq" if operands.r is None else "dqdr"
+    tile = tile or tile_of(name, operands.q, use_descriptors and is_corrected, mask.reach(num_tokens))
     if tile.is_specialized:
-        from parallax.kernels import hopper_dqdr
+        from parallax.kernels import hopper_dqdr, hopper_softmax_dq
 
         assert is_corrected, "the specialised kernel has no other form"
+        if operands.r is None:
+            return hopper_softmax_dq.query_gradients(
+                operands.q, operands.k, operands.v, operands.do, o, lse, mask, scale, tile
+            )
         return hopper_dqdr.query_gradients(*operands, o, vbar, lse, tbar, mask, scale, tile)
-    dq, dr = (torch.empty(o.shape, dtype=o.dtype, device=o.device) for _ in range(2))
+    dq, dr = (
+        torch.empty((0,) if x is None else o.shape, dtype=o.dtype, device=o.device)
+        for x in (operands.q, operands.r)
+    )
     num_tiles = triton.cdiv(num_tokens, tile.block_t)
     num_programs = batch_size * num_heads
-    rows = torch.empty(num_programs, 4, num_tiles * tile.block_t, dtype=torch.float32, device=o.device)
+    rows = torch.empty(
+        num_programs,
+        operands.num_row_constants,
+        num_tiles * tile.block_t,
+        dtype=torch.float32,
+        device=o.device,
+    )
     q, r, k, v, do = operands.described(tile) if use_descriptors else operands
+    r_strides = None if operands.r is None else strides_of(operands.r)
     block_k = triton.next_power_of_2(head_dim)
-    dq_out, dr_out = (describe(x, tile.block_t, block_k) if use_descriptors else x for x in (dq, dr))
+    dq_out = describe(dq, tile.block_t, block_k) if use_descriptors else dq
+    dr_out = describe(dr, tile.block_t, block_k) if use_descriptors and operands.r is not None else dr
     streamed = 2 * mask.reach(num_tokens) * head_dim * o.element_size()
     section = heads_per_section(num_programs, num_heads // num_kv_heads, streamed, DQDR_CACHE_BYTES)
     _parallax_bwd_dqdr_kernel[(num_tiles * num_programs,)](
         q, r, k, v, do, o, vbar, lse, tbar, rows, dq_out, dr_out, mask.first,
-        strides_of(operands.q), strides_of(operands.r), strides_of(operands.k), strides_of(operands.v),
+        strides_of(operands.q), r_strides, strides_of(operands.k), strides_of(operands.v),
         strides_of(operands.do), strides_of(o),
         num_tokens, rows.shape[2], mask.window_size or 0, num_programs, section, scale,
         H=num_heads, G=num_kv_heads, K=head_dim, BK=block_k,
@@ -432,8 +513,9 @@ def key_gradients(
     batch_size, num_tokens, num_heads, head_dim = operands.q.shape
     num_kv_heads = operands.k.shape[2]
     if use_descriptors is None:
-        use_descriptors = can_use_descriptors(*operands)
-    tile = tile or tile_of("dkdv", operands.q, use_descriptors, mask.reach(num_tokens))
+        use_descriptors = can_use_descriptors(*operands.tensors)
+    name: KernelName = "softmax_dkdv" if operands.r is None else "dkdv"
+    tile = tile or tile_of(name, operands.q, use_descriptors, mask.reach(num_tokens))
     if tile.is_specialized:
         from parallax.kernels import hopper_dkdv
 
@@ -441,14 +523,22 @@ def key_gradients(
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (operands.k, operands.v))
     num_programs = batch_size * num_kv_heads
     q, r, k, v, do = operands.described(tile) if use_descriptors else operands
+    r_strides = None if operands.r is None else strides_of(operands.r)
     constants = TensorDescriptor.from_tensor(rows, [1, 1, tile.block_t]) if use_descriptors else rows
     block_k = triton.next_power_of_2(head_dim)
     dk_out, dv_out = (describe(x, tile.block_s, block_k) if use_descriptors else x for x in (dk, dv))
-    streamed = 3 * num_heads // num_kv_heads * mask.reach(num_tokens) * head_dim * dk.element_size()
+    streamed = (
+        (len(operands.tensors) - 2)
+        * num_heads
+        // num_kv_heads
+        * mask.reach(num_tokens)
+        * head_dim
+        * dk.element_size()
+    )
     section = heads_per_section(num_programs, 1, streamed)
     _parallax_bwd_dkdv_kernel[(triton.cdiv(num_tokens, tile.block_s) * num_programs,)](
         q, r, k, v, do, constants, dk_out, dv_out, mask.end,
-        strides_of(operands.q), strides_of(operands.r), strides_of(operands.k), strides_of(operands.v),
+        strides_of(operands.q), r_strides, strides_of(operands.k), strides_of(operands.v),
         strides_of(operands.do),
         num_tokens, rows.shape[2], mask.window_size or 0, num_programs, section, scale,
         H=num_heads, G=num_kv_heads, K=head_dim, BK=block_k,

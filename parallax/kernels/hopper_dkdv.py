@@ -53,41 +53,50 @@ _CONSTANTS = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, ran
 
 @gluon.jit
 def _add_tile(
-    a_k, v, q, r, do, constants, i_c, i_t, o_s, b_end, is_masked, b_dk, b_dv, b_zero, scale,
+    a_k, a_v, q, r, do, constants, i_c, i_t, o_s, b_end, is_masked, b_dk, b_dv, b_zero, scale,
     minus_inverse_scale, BT: tl.constexpr, BOUNDED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Add a tile of one head's queries to dK / scale and scale * dV."""
+    """Add a tile of one head's queries to dK / scale and scale * dV; without probes to dV."""
+    PROBES: tl.constexpr = r is not None
     SCORES: tl.constexpr = b_zero.type.layout
     COLUMN: tl.constexpr = gl.SliceLayout(0, SCORES)
     LEFT: tl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     # [BS, BT]
     b_s = warpgroup_mma(a_k, q.permute((1, 0)), b_zero, use_acc=False, is_async=True)
-    b_t = warpgroup_mma(a_k, r.permute((1, 0)), b_zero, use_acc=False, is_async=True)
-    b_a = warpgroup_mma(v, do.permute((1, 0)), b_zero, use_acc=False, is_async=True)
+    if PROBES:
+        b_t = warpgroup_mma(a_k, r.permute((1, 0)), b_zero, use_acc=False, is_async=True)
+    b_a = warpgroup_mma(a_v, do.permute((1, 0)), b_zero, use_acc=False, is_async=True)
     b_lse = constants.index(i_c).load(COLUMN)
-    b_s = warpgroup_mma_wait(2, deps=(b_s,))
+    b_s = warpgroup_mma_wait(2 if PROBES else 1, deps=(b_s,))
     b_p = gl.exp2(b_s * (scale * LOG2E) - gl.expand_dims(b_lse, 0))
-    b_t1 = constants.index(i_c + 1).load(COLUMN)
-    b_t = warpgroup_mma_wait(1, deps=(b_t,))
-    # scale * (1 + tbar - t), and below (b - a) / scale
-    b_t = gl.expand_dims(b_t1, 0) - b_t * scale
+    if PROBES:
+        b_t1 = constants.index(i_c + 1).load(COLUMN)
+        b_t = warpgroup_mma_wait(1, deps=(b_t,))
+        # scale * (1 + tbar - t), and below (b - a) / scale
+        b_t = gl.expand_dims(b_t1, 0) - b_t * scale
     if is_masked:
         o_t = i_t + gl.arange(0, BT, COLUMN)
         m_s = gl.expand_dims(o_s, 1) <= gl.expand_dims(o_t, 0)
         if BOUNDED:
             m_s = m_s & (gl.expand_dims(o_t, 0) < gl.expand_dims(b_end, 1))
         b_p = gl.where(m_s, b_p, 0.0)
-        b_t = gl.where(m_s, b_t, 0.0)
-    b_w = b_p * b_t
+        if PROBES:
+            b_t = gl.where(m_s, b_t, 0.0)
+    b_w = b_p * b_t if PROBES else b_p
     # [BS, BK]
     b_dv = warpgroup_mma(gl.convert_layout(b_w.to(q.dtype), LEFT), do, b_dv, is_async=True)
-    b_b = constants.index(i_c + 2).load(COLUMN)
-    b_e = constants.index(i_c + 3).load(COLUMN)
-    b_a = warpgroup_mma_wait(1, deps=(b_a,))
-    b_a = b_a * minus_inverse_scale + gl.expand_dims(b_b, 0)
-    b_u = b_p * b_a
-    b_dk = warpgroup_mma(gl.convert_layout(b_u.to(q.dtype), LEFT), r, b_dk, is_async=True)
-    b_g = b_p * (gl.expand_dims(b_e, 0) - b_t * b_a)
+    if PROBES:
+        b_b = constants.index(i_c + 2).load(COLUMN)
+        b_e = constants.index(i_c + 3).load(COLUMN)
+        b_a = warpgroup_mma_wait(1, deps=(b_a,))
+        b_a = b_a * minus_inverse_scale + gl.expand_dims(b_b, 0)
+        b_u = b_p * b_a
+        b_dk = warpgroup_mma(gl.convert_layout(b_u.to(q.dtype), LEFT), r, b_dk, is_async=True)
+        b_g = b_p * (gl.expand_dims(b_e, 0) - b_t * b_a)
+    else:
+        b_total = constants.index(i_c + 1).load(COLUMN)
+        b_a = warpgroup_mma_wait(1, deps=(b_a,))
+        b_g = b_p * (b_a - gl.expand_dims(b_total, 0))
     b_dk = warpgroup_mma(gl.convert_layout(b_g.to(q.dtype), LEFT), q, b_dk, is_async=True)
     b_dv, b_dk = warpgroup_mma_wait(0, deps=(b_dv, b_dk))
     return b_dk, b_dv
@@ -96,14 +105,18 @@ def _add_tile(
 @gluon.jit
 def _consume(
     WARPGROUP: tl.constexpr, buffers, items, order, outputs, mask, scale, G: tl.constexpr,
-    GROUP: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr,
+    GROUP: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr, IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     """Sum and store dK and dV of a warpgroup's keys."""
-    k_both, v_both, q, r, do, constants, kv_full, kv_empty, full, empty = buffers
+    k_both, v_both, streamed, constants, kv_full, kv_empty, full, empty = buffers
+    q = streamed[0]
+    do = streamed[-1]
+    PROBES: tl.constexpr = len(streamed) == 3
     dk_out, dv_out = outputs
     end, T, window_size = mask
     BOUNDED: tl.constexpr = PACKED or WINDOW
     STAGES: tl.constexpr = q.shape[0]
+    COUNT: tl.constexpr = constants.shape[0] // STAGES
     BT: tl.constexpr = q.shape[1]
     BK: tl.constexpr = q.shape[2]
     ACC: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BK, 16])
@@ -133,26 +146,34 @@ def _consume(
         i_last = tl.maximum(tl.minimum(tl.cdiv(i_end - i_s, BT), num_steps), i_first)
 
         mbarrier.wait(kv_full.index(i_n % 2), i_n // 2 & 1)
-        a_k = k.load(gl.DotOperandLayout(0, SCORES, 2))
+        a_k = k.load(gl.DotOperandLayout(0, SCORES, 2)) if IN_REGISTERS >= 1 else k
+        a_v = v.load(gl.DotOperandLayout(0, SCORES, 2)) if IN_REGISTERS == 2 else v
         b_dk = gl.zeros([ROWS, BK], tl.float32, ACC)
         b_dv = gl.zeros([ROWS, BK], tl.float32, ACC)
         for i_h in range(GROUP):
             _skip_tiles(full, empty, i_x, i_x + i_first)
-            # the tiles of its own keys' queries, and the others; one loop where any may hold a document's end
-            i_own = i_x + i_last if BOUNDED else i_x + tl.minimum(i_first + ROWS // BT, i_last)
-            zones = (i_x + i_first, i_own, i_x + i_last)
-            for ZONE in gl.static_range(1 if BOUNDED else 2):
+            # the tiles of its own keys' queries, and the others. One loop where any may hold a document's
+            # end; without probes three, the last for those: behind a branch in the loop, ptxas 12.8 wrote
+            # into the registers that hold the keys
+            ZONES: tl.constexpr = 2 if not BOUNDED else 1 if PROBES else 3
+            i_own = i_x + i_last if ZONES == 1 else i_x + tl.minimum(i_first + ROWS // BT, i_last)
+            i_free = i_x + i_last
+            if ZONES == 3:
+                i_free = tl.minimum(tl.maximum(i_x + (i_unmasked - i_s) // BT, i_own), i_free)
+            zones = (i_x + i_first, i_own, i_free, i_x + i_last)
+            for ZONE in gl.static_range(ZONES):
                 for i_y in range(zones[ZONE], zones[ZONE + 1]):
                     i_stage = i_y % STAGES
                     mbarrier.wait(full.index(i_stage), (i_y // STAGES) & 1)
                     i_t = i_s + (i_y - i_x) * BT
-                    is_masked = ZONE == 0
-                    if BOUNDED:
+                    is_masked = ZONE != 1
+                    if ZONES == 1:
                         is_masked = (i_t < i_w + ROWS - 1) | (i_t + BT > i_unmasked)
                     b_dk, b_dv = _add_tile(
-                        a_k, v, q.index(i_stage), r.index(i_stage), do.index(i_stage), constants, i_stage * 4,
-                        i_t, o_s, b_end, is_masked, b_dk, b_dv, b_zero, scale, minus_inverse_scale, BT,
-                        BOUNDED, ACC,
+                        a_k, a_v, q.index(i_stage), streamed[1].index(i_stage) if PROBES else None,
+                        do.index(i_stage),
+                        constants, i_stage * COUNT, i_t, o_s, b_end, is_masked, b_dk, b_dv, b_zero, scale,
+                        minus_inverse_scale, BT, BOUNDED, ACC,
                     )  # fmt: skip
                     mbarrier.arrive(empty.index(i_stage), count=1)
             _skip_tiles(full, empty, i_x + i_last, i_x + num_steps)
@@ -162,7 +183,9 @@ def _consume(
             mbarrier.arrive(kv_empty.index((i_n + 1) % 2), count=1, pred=(i_h == 0) & (i_n > 0))
         # through the memory of the warpgroup's own keys and values
         k.store((b_dk * scale).to(k.dtype))
-        v.store((b_dv * (1.0 / scale)).to(v.dtype))
+        if PROBES:
+            b_dv = b_dv * (1.0 / scale)
+        v.store(b_dv.to(v.dtype))
         fence_async_shared()
         tma.async_copy_shared_to_global(dk_out, [i_b, i_g, i_w, 0], k)
         tma.async_copy_shared_to_global(dv_out, [i_b, i_g, i_w, 0], v)
@@ -186,11 +209,12 @@ def _produce(
     WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Draw items; copy their keys and values, and the tiles of all queries that see them."""
-    k, v, q, r, do, constants, kv_full, kv_empty, full, empty = buffers
-    counter, q_in, r_in, k_in, v_in, do_in, rows_in = inputs
-    STAGES: tl.constexpr = q.shape[0]
-    BT: tl.constexpr = q.shape[1]
-    BK: tl.constexpr = q.shape[2]
+    k, v, streamed, constants, kv_full, kv_empty, full, empty = buffers
+    counter, streamed_in, k_in, v_in, rows_in = inputs
+    STAGES: tl.constexpr = full.shape[0]
+    COUNT: tl.constexpr = constants.shape[0] // STAGES
+    BT: tl.constexpr = constants.shape[1]
+    BK: tl.constexpr = k.shape[2]
     num_items, _, _ = order
     i_n = 0
     i_x = 0
@@ -213,13 +237,12 @@ def _produce(
             bar = full.index(i_stage)
             place = [i_b, i_h, i_t, 0]
             mbarrier.wait(empty.index(i_stage), (i_y // STAGES & 1) ^ 1)
-            mbarrier.expect(bar, 3 * BT * BK * 2 + 4 * BT * 4)
-            tma.async_copy_global_to_shared(q_in, place, bar, q.index(i_stage))
-            tma.async_copy_global_to_shared(r_in, place, bar, r.index(i_stage))
-            tma.async_copy_global_to_shared(do_in, place, bar, do.index(i_stage))
-            for i_c in gl.static_range(4):
-                i_row = ((i_b * G * GROUP + i_h) * 4 + i_c) * T_padded + i_t
-                tma.async_copy_global_to_shared(rows_in, [i_row], bar, constants.index(i_stage * 4 + i_c))
+            mbarrier.expect(bar, len(streamed) * BT * BK * 2 + COUNT * BT * 4)
+            for i_o in gl.static_range(len(streamed)):
+                tma.async_copy_global_to_shared(streamed_in[i_o], place, bar, streamed[i_o].index(i_stage))
+            for i_c in gl.static_range(COUNT):
+                i_row = ((i_b * G * GROUP + i_h) * COUNT + i_c) * T_padded + i_t
+                tma.async_copy_global_to_shared(rows_in, [i_row], bar, constants.index(i_stage * COUNT + i_c))
         i_x += num_steps * GROUP
         i_n += 1
         i_item = gl.atomic_add(counter, 1)
@@ -246,7 +269,7 @@ def _parallax_bwd_dkdv_hopper_kernel(
     q_in, r_in, k_in, v_in, do_in, rows_in, dk_out, dv_out, end, counter,
     T, T_padded, window_size, num_items, num_heads, section, scale,
     H: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, STAGES: tl.constexpr,
-    PACKED: tl.constexpr, WINDOW: tl.constexpr,
+    PACKED: tl.constexpr, WINDOW: tl.constexpr, IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     """Compute dK and dV of items, 128 keys of one kv head, as long as the counter has some."""
     GROUP: tl.constexpr = H // G
@@ -255,24 +278,38 @@ def _parallax_bwd_dkdv_hopper_kernel(
     k = gl.allocate_shared_memory(dtype, [4, ROWS, BK], k_in.layout)
     v = gl.allocate_shared_memory(dtype, [4, ROWS, BK], v_in.layout)
     q = gl.allocate_shared_memory(dtype, [STAGES, BT, BK], q_in.layout)
-    r = gl.allocate_shared_memory(dtype, [STAGES, BT, BK], r_in.layout)
-    do = gl.allocate_shared_memory(dtype, [STAGES, BT, BK], do_in.layout)
-    constants = gl.allocate_shared_memory(tl.float32, [STAGES * 4, BT], rows_in.layout)
+    if r_in is None:
+        do = gl.allocate_shared_memory(dtype, [STAGES, BT, BK], do_in.layout)
+        streamed = (q, do)
+        streamed_in = (q_in, do_in)
+    else:
+        r = gl.allocate_shared_memory(dtype, [STAGES, BT, BK], r_in.layout)
+        do = gl.allocate_shared_memory(dtype, [STAGES, BT, BK], do_in.layout)
+        streamed = (q, r, do)
+        streamed_in = (q_in, r_in, do_in)
+    COUNT: tl.constexpr = 2 if r_in is None else 4
+    constants = gl.allocate_shared_memory(tl.float32, [STAGES * COUNT, BT], rows_in.layout)
     kv_full = new_barriers(2, 1)
     kv_empty = new_barriers(2, 2)
     full = new_barriers(STAGES, 1)
     empty = new_barriers(STAGES, 2)
     items = new_items()
     fence_async_shared()
-    buffers = (k, v, q, r, do, constants, kv_full, kv_empty, full, empty)
+    buffers = (k, v, streamed, constants, kv_full, kv_empty, full, empty)
     order = (num_items, num_heads, section)
-    inputs = (counter, q_in, r_in, k_in, v_in, do_in, rows_in)
+    inputs = (counter, streamed_in, k_in, v_in, rows_in)
     outputs = (dk_out, dv_out)
     mask = (end, T, window_size)
     gl.warp_specialize(
         [
-            (_consume, (0, buffers, items, order, outputs, mask, scale, G, GROUP, PACKED, WINDOW)),
-            (_consume, (1, buffers, items, order, outputs, mask, scale, G, GROUP, PACKED, WINDOW)),
+            (
+                _consume,
+                (0, buffers, items, order, outputs, mask, scale, G, GROUP, PACKED, WINDOW, IN_REGISTERS),
+            ),
+            (
+                _consume,
+                (1, buffers, items, order, outputs, mask, scale, G, GROUP, PACKED, WINDOW, IN_REGISTERS),
+            ),
             (_produce, (buffers, items, order, mask, inputs, T_padded, G, GROUP, PACKED, WINDOW)),
         ],
         [4, 1],  # warps of the second and the third
@@ -282,7 +319,7 @@ def _parallax_bwd_dkdv_hopper_kernel(
 
 def key_gradients(
     q: Tensor,
-    r: Tensor,
+    r: Tensor | None,
     k: Tensor,
     v: Tensor,
     do: Tensor,
@@ -294,16 +331,18 @@ def key_gradients(
     """Launch the second pass.
 
     Args:
-        q: Queries `[B, T, H, K]`, bf16/fp16, K at most 128; all five such that `can_use_descriptors` holds.
-        r: Probes `[B, T, H, K]`.
+        q: Queries `[B, T, H, K]`, bf16/fp16, K at most 128; with all others such that `can_use_descriptors`
+            holds.
+        r: Probes `[B, T, H, K]`, or None for softmax attention.
         k: Keys `[B, T, G, K]`.
         v: Values `[B, T, G, K]`.
         do: Gradient of the output `[B, T, H, K]`.
-        rows: Row constants `[B * H, 4, T rounded up to 64]` fp32 from `backward.query_gradients`.
+        rows: Row constants `[B * H, 4, T rounded up to 64]` fp32 (without r 2) from
+            `backward.query_gradients`.
         mask: What queries see.
         scale: Factor of q.k.
-        tile: Its block_t is the queries in a tile, its num_stages the tiles in the ring; it has 128 keys, in
-            registers.
+        tile: Its block_t is the queries in a tile, its num_stages the tiles in the ring, its in_registers the
+            operands that stay in registers: keys, keys and values, or none; it has 128 keys.
 
     Returns:
         dk, dv `[B, T, G, K]`.
@@ -314,17 +353,25 @@ def key_gradients(
     assert rows.shape[2] % tile.block_t == 0, "a tile of row constants would reach into the next head's"
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     block_k = triton.next_power_of_2(head_dim)
-    q_in, r_in, do_in = (describe(x, tile.block_t, block_k) for x in (q, r, do))
+    q_in, do_in = (describe(x, tile.block_t, block_k) for x in (q, do))
+    r_in = None if r is None else describe(r, tile.block_t, block_k)
     k_in, v_in, dk_out, dv_out = (describe(x, ROWS.value, block_k) for x in (k, v, dk, dv))
     rows_in = TensorDescriptor(rows, [rows.numel()], [1], [tile.block_t], _CONSTANTS)
     num_items = triton.cdiv(num_tokens, 2 * ROWS.value) * batch_size * num_kv_heads
-    streamed = 3 * num_heads // num_kv_heads * mask.reach(num_tokens) * head_dim * q.element_size()
+    streamed = (
+        (2 if r is None else 3)
+        * num_heads
+        // num_kv_heads
+        * mask.reach(num_tokens)
+        * head_dim
+        * q.element_size()
+    )
     num_programs, counter = draw_items(num_items, q.device)
     _parallax_bwd_dkdv_hopper_kernel[(num_programs,)](
         q_in, r_in, k_in, v_in, do_in, rows_in, dk_out, dv_out, mask.end, counter,
         num_tokens, rows.shape[2], mask.window_size or 0, num_items, batch_size * num_kv_heads,
         heads_per_section(batch_size * num_kv_heads, 1, streamed), scale,
         H=num_heads, G=num_kv_heads, BK=block_k, BT=tile.block_t, STAGES=tile.num_stages,
-        PACKED=mask.is_packed, WINDOW=mask.has_window, num_warps=4,
+        PACKED=mask.is_packed, WINDOW=mask.has_window, IN_REGISTERS=tile.in_registers, num_warps=4,
     )  # fmt: skip
     return dk, dv

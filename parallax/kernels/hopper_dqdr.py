@@ -169,7 +169,7 @@ def _consume(
         b_g_sum = b_no_sum
         b_u_sum = b_no_sum
 
-        skip_tiles(k_full, v_full, empty, i_x, i_x + BEFORE)
+        skip_tiles(keys, i_x, i_x + BEFORE)
         mbarrier.wait(q_full.index(i_buffer), (i_n // 2) & 1)
         a_q = q_all.index(i_buffer).load(gl.DotOperandLayout(0, SCORES, 2))
         # the tiles of its own keys, and the others; one loop where any may hold the start of a document
@@ -199,7 +199,7 @@ def _consume(
         b_dq, b_dr = warpgroup_mma_wait(0, deps=(b_dq, b_dr))
         mbarrier.arrive(empty.index(i_stage), count=1)
         # tiles that the other warpgroup alone sees
-        skip_tiles(k_full, v_full, empty, i_end, i_x + num_steps)
+        skip_tiles(keys, i_end, i_x + num_steps)
         i_x += num_steps
 
         tma.store_wait(0)

@@ -197,7 +197,7 @@ def _consume(
         o_t = i_w + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
         b_first, i_last, i_hidden = row_bounds(mask, o_t, i_t, i_w, num_steps, BS, PACKED, WINDOW)
 
-        skip_tiles(k_full, v_full, empty, i_x, i_x + BEFORE)
+        skip_tiles(keys, i_x, i_x + BEFORE)
         i_own = i_x + BEFORE
         i_stage = i_own % STAGES
         i_phase = (i_own // STAGES) & 1
@@ -233,7 +233,7 @@ def _consume(
                 )  # fmt: skip
                 mbarrier.arrive(empty.index(i_stage), count=1)
         # tiles that the other warpgroup alone sees
-        skip_tiles(k_full, v_full, empty, i_end, i_x + num_steps)
+        skip_tiles(keys, i_end, i_x + num_steps)
         i_x += num_steps
 
         ROW: tl.constexpr = gl.SliceLayout(1, b_o1.type.layout)

@@ -4,8 +4,10 @@ A program owns 128 query rows of one head at a time, 64 a warpgroup, and goes on
 some, the operands of the next are copied. One warp copies tiles of keys and values, from the last row's key
 backwards; both warpgroups read every tile, so that it is copied half as often as by programs of 64 rows.
 
-Shared memory holds two sets of the operands of queries for each warpgroup, with a barrier that is `q_full`
-when they have arrived, and one that is `q_empty` when their warpgroup has let them go.
+Shared memory holds one or two sets of the operands of queries for each warpgroup, with a barrier that is
+`q_full` when they have arrived, and one that is `q_empty` when their warpgroup has let them go. The ring,
+`keys`, is (k, v, k_full, v_full, empty), or, where keys and values are let go at different times, with
+`k_empty` and `v_empty` instead of `empty`.
 """
 
 import triton.language as tl
@@ -64,13 +66,16 @@ def is_visible(b_s, i_s, o_t, b_first, BOUNDED: tl.constexpr):
 
 
 @gluon.jit
-def skip_tiles(k_full, v_full, empty, i_first, i_end):
+def skip_tiles(keys, i_first, i_end):
     """Wait for tiles and let them go, so that arrivals of two uses of a stage never meet."""
+    k_full = keys[2]
+    v_full = keys[3]
     STAGES: tl.constexpr = k_full.shape[0]
     for i_y in range(i_first, i_end):
         mbarrier.wait(k_full.index(i_y % STAGES), (i_y // STAGES) & 1)
         mbarrier.wait(v_full.index(i_y % STAGES), (i_y // STAGES) & 1)
-        mbarrier.arrive(empty.index(i_y % STAGES), count=1)
+        for i_e in gl.static_range(4, len(keys)):
+            mbarrier.arrive(keys[i_e].index(i_y % STAGES), count=1)
 
 
 @gluon.jit
@@ -80,9 +85,11 @@ def copy_tiles(
 ):  # fmt: skip
     """Draw items; copy the operands of their queries, and the tiles of all keys that they see."""
     operands, q_full, q_empty = queries
-    k, v, k_full, v_full, empty = keys
+    k, v, k_full, v_full = keys[:4]
+    empty = keys[4]
     operands_in, k_in, v_in = inputs
     STAGES: tl.constexpr = k.shape[0]
+    SETS: tl.constexpr = operands[0].shape[0] // 2
     BS: tl.constexpr = k.shape[1]
     BK: tl.constexpr = k.shape[2]
     num_items, _, _ = order
@@ -102,15 +109,17 @@ def copy_tiles(
             if i_y == i_x:
                 # the second warpgroup's first: it starts at once
                 for i_w in gl.static_range(1, -1, -1):
-                    i_buffer = i_n % 2 * 2 + i_w
+                    i_buffer = i_n % SETS * 2 + i_w
                     bar = q_full.index(i_buffer)
                     place = [i_b, i_h, i_t + i_w * ROWS, 0]
-                    mbarrier.wait(q_empty.index(i_buffer), (i_n // 2 & 1) ^ 1)
+                    mbarrier.wait(q_empty.index(i_buffer), (i_n // SETS & 1) ^ 1)
                     mbarrier.expect(bar, len(operands) * ROWS * BK * 2)
                     for i_o in gl.static_range(len(operands)):
                         tma.async_copy_global_to_shared(
                             operands_in[i_o], place, bar, operands[i_o].index(i_buffer)
                         )
+            if len(keys) == 6:
+                mbarrier.wait(keys[5].index(i_stage), (i_y // STAGES & 1) ^ 1)
             mbarrier.expect(v_full.index(i_stage), BS * BK * 2)
             tma.async_copy_global_to_shared(v_in, [i_b, i_g, i_s, 0], v_full.index(i_stage), v.index(i_stage))
         i_x += num_steps

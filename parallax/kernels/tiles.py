@@ -9,7 +9,14 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-KernelName = Literal["forward", "dqdr", "dkdv"]
+KernelName = Literal["forward", "dqdr", "dkdv", "softmax_forward", "softmax_dq", "softmax_dkdv"]
+
+_WITH_PROBES: dict[KernelName, KernelName] = {
+    "softmax_forward": "forward",
+    "softmax_dq": "dqdr",
+    "softmax_dkdv": "dkdv",
+}
+"""A kernel without probes holds less than the one with them, whose tile serves where none was measured."""
 
 HEAD_DIMS = (64, 96, 128, 256)
 """Head widths that the kernels serve."""
@@ -27,7 +34,7 @@ class Tile(NamedTuple):
         num_warps: Warps of a program.
         num_stages: Depth of the load pipeline.
         in_registers: How many of the operands that stay through the loop are kept in registers: of queries
-            and probes forward, queries and dO for dQ and dR, keys and values for dK and dV.
+            and probes forward, queries and dO for dQ (and dR), keys and values for dK and dV.
         sums: Columns of the row sums of `row_sums.add_row_sums`, 1, 4 or 8: the way they are formed.
         is_specialized: Whether it is a tile of the kernel whose warps take different parts (`hopper_*.py`).
         key_norms: Whether a pass over the keys first bounds the scores of bf16, so that most tiles need no
@@ -62,12 +69,20 @@ _HOPPER_SPECIALIZED: dict[tuple[KernelName, int], Tile] = {
     ("dqdr", 64): Tile(128, 64, 4, 4, 1, sums=4, is_specialized=True),
     ("dkdv", 64): Tile(64, 128, 4, 4, 1, is_specialized=True),
     ("dkdv", 128): Tile(32, 128, 4, 4, 1, is_specialized=True),
+    ("softmax_forward", 64): Tile(128, 64, 4, 7, sums=4, is_specialized=True, key_norms=True),
+    ("softmax_forward", 128): Tile(128, 64, 4, 5, sums=4, is_specialized=True, key_norms=True),
+    ("softmax_dq", 64): Tile(128, 64, 4, 4, 2, sums=4, is_specialized=True),
+    ("softmax_dq", 128): Tile(128, 64, 4, 4, 2, sums=4, is_specialized=True),
+    ("softmax_dkdv", 64): Tile(64, 128, 4, 4, 1, is_specialized=True),
+    ("softmax_dkdv", 128): Tile(64, 128, 4, 3, is_specialized=True),
 }
 """On Hopper alone, before `_HOPPER`, for inputs that tensor descriptors can describe."""
 
 _HOPPER_SHORT: dict[tuple[KernelName, int], Tile] = {
     ("forward", 64): Tile(128, 64, 4, 4, sums=4, is_specialized=True),
     ("forward", 128): Tile(128, 64, 4, 3, sums=4, is_specialized=True),
+    ("softmax_forward", 64): Tile(128, 128, 4, 3, sums=4, is_specialized=True),
+    ("softmax_forward", 128): Tile(128, 64, 4, 5, sums=4, is_specialized=True),
 }
 """Before `_HOPPER_SPECIALIZED`, for documents or windows of at most `SHORT` tokens on average."""
 
@@ -110,19 +125,20 @@ def tile_of(kernel: KernelName, x: Tensor, use_descriptors: bool, reach: int) ->
     """Return the tile of a kernel for inputs like x.
 
     Args:
-        kernel: Which of the three.
+        kernel: Which one.
         x: Queries or keys `[B, T, H, K]`, on the device that runs the kernel.
         use_descriptors: Whether tensor descriptors load the operands; the specialised kernels need them.
         reach: Tokens of a mean document, or of a window, from `addressing.Mask.reach`.
     """
     width = 64 if x.shape[3] <= 64 else 128 if x.shape[3] <= 128 else 256
     capability = torch.cuda.get_device_capability(x.device) if x.device.type == "cuda" else (0, 0)
+    plain = _WITH_PROBES.get(kernel, kernel)
     if x.dtype == torch.float32:
-        return (_FP32_HOPPER if capability[0] == 9 else _FP32)[kernel, width]
+        return (_FP32_HOPPER if capability[0] == 9 else _FP32)[plain, width]
     specialized = _HOPPER_SPECIALIZED | (_HOPPER_SHORT if reach <= SHORT else {})
     if capability[0] == 9 and use_descriptors and (kernel, width) in specialized:
         return specialized[kernel, width]
-    return (_HOPPER if capability >= (9, 0) else _AMPERE)[kernel, width]
+    return (_HOPPER if capability >= (9, 0) else _AMPERE)[plain, width]
 
 
 def refusal(q: Tensor, k: Tensor, scale: float) -> str | None:

@@ -13,6 +13,7 @@ FILES = {
     "interpreted_kernels.py": {"TRITON_INTERPRET": "1"},
     "interpreted_decode.py": {"TRITON_INTERPRET": "1"},
     "interpreted_local_linear.py": {"TRITON_INTERPRET": "1"},
+    "interpreted_softmax.py": {"TRITON_INTERPRET": "1"},
     "compiled_hopper.py": {},
     "compiled_decode.py": {},
 }
