@@ -229,7 +229,7 @@ def test_changed_keys_other_than_rates_are_warned_of(
     for warning in (resumed, branched):
         assert f"{key}: " in warning
         assert expected in warning
-        assert ";" not in warning.partition("restore it")[0].rstrip("; ")  # nothing else
+        assert ";" not in warning.partition("restore these")[0].rstrip("; ")  # nothing else
     # a config saved before the key was introduced
     table = (tmp_path / "run" / "config.toml").read_text()
     (tmp_path / "run" / "config.toml").write_text(table.replace("\nmomentum =", "\n# momentum ="))

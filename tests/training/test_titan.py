@@ -51,7 +51,7 @@ NAMES: list[tuple[Callable[..., Any], str, str]] = [
     (
         Trainer.__init__,
         "training/trainer.py",
-        "model_parts metrics_processor lr_schedulers optimizers dataloader checkpointer device step job_config",
+        "model_parts metrics_processor lr_schedulers optimizers dataloader checkpointer device step",
     ),
     (CheckpointManager.__init__, "training/titan.py", "purge_queue purge_thread"),
     (CheckpointManager.__init__, "training/checkpoints.py", "save_future folder keep_latest_k pg"),
@@ -93,9 +93,8 @@ def test_attributes(function: Callable[..., Any], used_in: str, names: str) -> N
 
 def test_train_spec_has_the_builders_that_are_registered() -> None:
     fields = {field.name for field in dataclasses.fields(TrainSpec)}
-    builders = {
-        f"build_{part}_fn" for part in ("optimizers", "lr_schedulers", "dataloader", "loss", "tokenizer")
-    }
+    parts = ("optimizers", "lr_schedulers", "dataloader", "tokenizer", "loss", "metrics_processor")
+    builders = {f"build_{part}_fn" for part in parts}
     assert {"model_cls", "model_args", "parallelize_fn", "pipelining_fn", *builders} <= fields
     assert "build_metrics_processor_fn" in fields
 
