@@ -1,1 +1,1 @@
-"""Benchmarks: each prints a table and writes its raw result to benchmarks/results/."""
+"""Benchmarks: each prints a table and writes its raw results to benchmarks/results/."""

@@ -1,11 +1,12 @@
-"""Speed of preparing token shards, beside the tokenizer library alone on the same text and cores.
+"""Throughput of preparing token shards, against the `tokenizers` library alone on the same text and cores.
 
-`python -m benchmarks.data_prepare --files GLOB ... --tokenizer DIR` goes through --rounds rounds. In each it
-tokenizes the first --bare-tokens of the text with the bare library (its own threads, and one process a core)
-before and after the command `python -m data.shards prepare`, which writes all of the text into a temporary
-folder. Ratios are to the mean of the bare runs of a round, and what counts is the median round. Then it
-checks the shards against what was written, a sample of documents against the library, and reads them back as
-a training run's loader does.
+    python -m benchmarks.data_prepare --files GLOB ... --tokenizer DIR
+
+Each round tokenizes the first --bare-tokens of the text with the library alone (with its own threads, and
+with one process per core) before and after `python -m data.shards prepare`, which writes all of the text to a
+temporary folder. Ratios are to the mean of the two library runs of a round; the result is the median over
+rounds. The shards are then verified, a sample of documents is compared with the library, and a training run's
+loader reads them back.
 """
 
 import argparse
@@ -36,6 +37,8 @@ from data.sources.shard_format import read_manifest
 from data.sources.shards import ShardDocuments
 from data.sources.split import is_held_out
 from data.tokenizer import Tokenizer
+from errors import run_command
+from tokens import TOKENIZER_FILE
 
 _BATCH_DOCUMENTS = 256
 _backend: list[tokenizers.Tokenizer] = []
@@ -49,44 +52,46 @@ def _texts(source: FileDocuments) -> list[list[str]]:
     return batches
 
 
-def _start(backend: str) -> None:
+def _start_worker(backend: str) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _backend[:] = [tokenizers.Tokenizer.from_str(backend)]
 
 
-def _count(batch: list[str]) -> int:
+def _count_tokens(batch: list[str]) -> int:
     return sum(len(encoding.ids) for encoding in _backend[0].encode_batch(batch, add_special_tokens=False))
 
 
-def _bare(path: Path, batches: Sequence[list[str]], num_tokens: int, processes: int) -> dict[str, float]:
-    """Tokens/s of the library alone: with its own threads, and with one process a core."""
+def _library_throughput(
+    path: Path, batches: Sequence[list[str]], num_tokens: int, processes: int
+) -> dict[str, float]:
+    """Measure the library alone in tokens/s: with its own threads, and with one process per core."""
     backend = tokenizers.Tokenizer.from_file(str(path))
     _backend[:] = [backend]
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     done, used, since = 0, 0, time.perf_counter()
     while done < num_tokens and used < len(batches):
-        done += _count(batches[used])
+        done += _count_tokens(batches[used])
         used += 1
     threads = done / (time.perf_counter() - since)
-    with multiprocessing.get_context("spawn").Pool(processes, _start, (backend.to_str(),)) as pool:
-        pool.map(_count, batches[: 2 * processes], chunksize=1)
+    with multiprocessing.get_context("spawn").Pool(processes, _start_worker, (backend.to_str(),)) as pool:
+        pool.map(_count_tokens, batches[: 2 * processes], chunksize=1)
         since = time.perf_counter()
-        done = sum(pool.imap(_count, batches[:used], chunksize=1))
-        alone = done / (time.perf_counter() - since)
-    return {"encode_batch_threads": threads, "encode_batch_processes": alone}
+        done = sum(pool.imap(_count_tokens, batches[:used], chunksize=1))
+        pooled = done / (time.perf_counter() - since)
+    return {"encode_batch_threads": threads, "encode_batch_processes": pooled}
 
 
 def _round(
     num_tokens: int, prepared: dict[str, float], before: dict[str, float], after: dict[str, float]
 ) -> dict[str, float]:
     speed = num_tokens / prepared["seconds"]
-    bare = {name: (before[name] + after[name]) / 2 for name in before}
-    ratios = {f"ratio_to_{name}": speed / value for name, value in bare.items()}
-    return {"tokens_per_second": speed, **bare, **ratios, **prepared}
+    library = {name: (before[name] + after[name]) / 2 for name in before}
+    ratios = {f"ratio_to_{name}": speed / value for name, value in library.items()}
+    return {"tokens_per_second": speed, **library, **ratios, **prepared}
 
 
 def _prepare(folder: Path, words: Sequence[str], processes: int) -> dict[str, float]:
-    """Run the command; gives its seconds, what the reading and writing one used, and memory in MiB."""
+    """Run the command; return its wall time, the main process's CPU time, and peak memory in MiB."""
     command = [sys.executable, "-m", "data.shards", "prepare", "--out", str(folder), *words]
     since = time.perf_counter()
     process = subprocess.Popen([*command, "--processes", str(processes)])
@@ -101,16 +106,16 @@ def _prepare(folder: Path, words: Sequence[str], processes: int) -> dict[str, fl
     assert process.returncode == 0
     return {
         "seconds": seconds,
-        "cpu_seconds_of_the_one_that_reads_and_writes": cpu_seconds,
-        "peak_rss_mib_of_the_one_that_reads_and_writes": peaks.pop(process.pid),
-        "peak_rss_mib_of_one_that_tokenizes": max(peaks.values(), default=0.0),
+        "main_process_cpu_seconds": cpu_seconds,
+        "main_process_peak_rss_mib": peaks.pop(process.pid),
+        "worker_peak_rss_mib": max(peaks.values(), default=0.0),
     }
 
 
 def _proc(process: int, name: str) -> str:
     try:
         return Path(f"/proc/{process}/{name}").read_text(encoding="utf-8")
-    except OSError:  # it has ended
+    except OSError:  # the process has ended
         return ""
 
 
@@ -129,7 +134,7 @@ def _peak_rss_mib(process: int) -> float:
 
 
 def _check(folder: Path, tokenizer: Tokenizer, batches: Sequence[list[str]]) -> int:
-    """Compare what was written with what the library says; gives the number of documents compared."""
+    """Verify the shards and compare documents with the library; return the number of documents compared."""
     problems = [problem for _, each in verify(folder) for problem in each]
     assert not problems, problems
     source = ShardDocuments(
@@ -144,7 +149,7 @@ def _check(folder: Path, tokenizer: Tokenizer, batches: Sequence[list[str]]) -> 
 
 
 def _read_back(folder: Path, tokenizer: Tokenizer, packing: Any) -> dict[str, float]:
-    """Tokens/s that a loader gives, for its own rows on 1 rank and over all rows on 64."""
+    """Measure a loader's tokens/s over all ranks, on 1 rank and on one of 64."""
     speeds = {}
     for world in (1, 64):
         source = ShardDocuments(
@@ -173,32 +178,39 @@ def _read_back(folder: Path, tokenizer: Tokenizer, packing: Any) -> dict[str, fl
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line."""
+    """Run the command line.
+
+    Args:
+        arguments: Command-line arguments; None for sys.argv[1:].
+    """
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.data_prepare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--files", nargs="+", required=True, metavar="GLOB", help="parquet files")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder that holds a tokenizer.json")
-    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--bare-tokens", type=int, default=8_000_000)
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--processes", type=int, default=cores, help="processes that tokenize")
+    parser.add_argument("--bare-tokens", type=int, default=8_000_000, help="tokens for the library alone")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--name", default="data_prepare_cpu_202611", help="of the result")
+    parser.add_argument("--name", default="data_prepare_cpu_202611", help="name of the result file")
     options = parser.parse_args(arguments)
     tokenizer = Tokenizer.load(options.tokenizer)
-    file = options.tokenizer / "tokenizer.json"
+    file = options.tokenizer / TOKENIZER_FILE
     source = open_text(ParquetSource(files=options.files))
     batches = _texts(source)
     words = ["--files", *options.files, "--tokenizer", str(options.tokenizer)]
     rounds = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "shards"
-        bare = _bare(file, batches, options.bare_tokens, options.processes)
+        after = _library_throughput(file, batches, options.bare_tokens, options.processes)
         for _ in range(options.rounds):
             shutil.rmtree(folder, ignore_errors=True)
             prepared = _prepare(folder, words, options.processes)
-            before, bare = bare, _bare(file, batches, options.bare_tokens, options.processes)
+            before, after = after, _library_throughput(file, batches, options.bare_tokens, options.processes)
             splits = read_manifest(folder).splits.values()
-            rounds.append(_round(sum(split.tokens for split in splits), prepared, before, bare))
+            rounds.append(_round(sum(split.tokens for split in splits), prepared, before, after))
         manifest = read_manifest(folder)
         num_checked = _check(folder, tokenizer, batches)
         read_back = {each: _read_back(folder, tokenizer, each) for each in ("concatenate", "best_fit")}
@@ -206,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result = {
         "command": "python -m benchmarks.data_prepare " + shlex.join(arguments or sys.argv[1:]),
         "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores,
         "load_average": os.getloadavg(),
         "tokenizers": tokenizers.__version__,
         "platform": platform.platform(),
@@ -230,4 +242,4 @@ def _cpu() -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -1,8 +1,8 @@
-"""Tokens per second of generation at batch 1, softmax beside Parallax, in one process.
+"""Generation throughput at batch size 1, Parallax beside softmax attention, in one process.
 
-`python -m benchmarks.generation` builds both models of a size with random weights, continues a prompt of
---context random tokens greedily by --new-tokens, with compiled layers, in turns, and reports medians over
-rounds: tokens/s of whole generation after the prefill, sampling and the host's loop included.
+`python -m benchmarks.generation` builds both models of a size with random weights, and alternates between
+them: each continues a prompt of --context random tokens greedily by --new-tokens, with compiled layers. It
+reports medians over rounds of the tokens/s after the prefill, including sampling and host overhead.
 """
 
 import argparse
@@ -16,37 +16,38 @@ from typing import Any
 import torch
 
 from benchmarks.machine import RESULTS, write_result
+from errors import run_command
 from models.config import ModelConfig, ParallaxConfig, SoftmaxConfig
 from models.generation.generate import stream
 from models.init import init_weights
 from models.qwen3 import Qwen3
 
-_ATTENTIONS = {"softmax": SoftmaxConfig(), "parallax": ParallaxConfig()}
+_ATTENTION_CONFIGS = {"softmax": SoftmaxConfig(), "parallax": ParallaxConfig()}
 
 
 def build(size: str, attention: str, device: str) -> Qwen3:
-    """A model with random weights, bf16, in eval mode.
+    """Build a bf16 model with random weights, in eval mode.
 
     Args:
-        size: A row of models/sizes.py.
+        size: Key of models.sizes.SIZES.
         attention: "softmax" or "parallax".
-        device: Where it goes.
+        device: Device of the model.
     """
-    model = Qwen3(ModelConfig(size=size, vocab_size=151936, attention=_ATTENTIONS[attention]))
+    model = Qwen3(ModelConfig(size=size, vocab_size=151936, attention=_ATTENTION_CONFIGS[attention]))
     init_weights(model, 0)
     return model.to(device, torch.bfloat16).eval().requires_grad_(False)
 
 
 def measure(model: Qwen3, prompt: list[int], num_new: int) -> dict[str, float]:
-    """Continue a prompt once.
+    """Time one generation.
 
     Args:
         model: From build.
-        prompt: Its ids.
-        num_new: Tokens to add.
+        prompt: Token ids.
+        num_new: Number of tokens to generate.
 
     Returns:
-        Seconds to the first token, capture of the graph included, and tokens/s after it.
+        Seconds to the first token, including CUDA graph capture, and tokens/s after it.
     """
     started = time.perf_counter()
     first = started
@@ -58,24 +59,24 @@ def measure(model: Qwen3, prompt: list[int], num_new: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run `python -m benchmarks.generation`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--size", default="0.6b")
-    parser.add_argument("--context", type=int, default=1024)
-    parser.add_argument("--new-tokens", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--size", default="0.6b", help="size of the models (0.6b)")
+    parser.add_argument("--context", type=int, default=1024, help="tokens of the prompt (1024)")
+    parser.add_argument("--new-tokens", type=int, default=512, help="tokens to generate (512)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds (5)")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--name", default="generation")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--name", default="generation", help="name of the JSON file in --out")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     options = parser.parse_args()
-    models = {name: build(options.size, name, options.device) for name in _ATTENTIONS}
+    models = {name: build(options.size, name, options.device) for name in _ATTENTION_CONFIGS}
     prompt = torch.randint(0, 151936, (options.context,), generator=torch.Generator().manual_seed(0)).tolist()
     rounds: list[dict[str, Any]] = [
         {name: measure(model, prompt, options.new_tokens) for name, model in models.items()}
         for _ in range(options.rounds + 1)
-    ][1:]  # the first compiles
+    ][1:]  # the first round compiles
     medians = {name: statistics.median(r[name]["tokens_per_second"] for r in rounds) for name in models}
     ratio = medians["parallax"] / medians["softmax"]
     command = f"python -m benchmarks.generation {shlex.join(sys.argv[1:])}".strip()
@@ -90,4 +91,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -1,4 +1,4 @@
-"""What a benchmark ran on, and where its result goes."""
+"""Hardware and software versions of a benchmark, and the file of its result."""
 
 import json
 import platform
@@ -21,7 +21,7 @@ def _version(package: str) -> str | None:
 
 
 def describe() -> dict[str, Any]:
-    """Hardware, versions, commit ("-dirty" where the code was not that of the commit) and time."""
+    """Return device, versions, time and commit, with "-dirty" if the working tree differed from it."""
     command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
     git = subprocess.run(command, capture_output=True, text=True, check=False)
     on_gpu = torch.cuda.is_available()
@@ -39,15 +39,15 @@ def describe() -> dict[str, Any]:
 
 
 def write_result(name: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:
-    """Write a result with the machine it ran on.
+    """Write a result to JSON, with the description of the machine.
 
     Args:
-        name: File name without ending.
-        result: What was measured, with the command that measured it.
-        folder: Where to.
+        name: File name without extension.
+        result: The measurements and the command that made them.
+        folder: Folder of the file.
 
     Returns:
-        The file.
+        Path of the file.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"

@@ -1,14 +1,14 @@
-"""Time and memory of an optimizer step, for the parameters of our configs.
+"""Time and memory of optimizer steps, for the parameters of our configs.
 
-`python -m benchmarks.muon` takes the matrices and vectors of 0.6B and 1.7B Parallax models, checks our update
-against Newton-Schulz 5 in fp64, and times one step of every provider on one GPU: fused AdamW for everything,
-and Muon for the hidden matrices with fused AdamW for the rest, by us, by torch.optim.Muon and by published
-packages where they are installed. Times are medians over CUDA events: the device's, with the host ahead of it
-as in training, and from an idle device, which waits for the host.
+`python -m benchmarks.muon` takes the parameter shapes of the 0.6B and 1.7B Parallax models, checks our update
+against Newton-Schulz 5 in fp64, and times one step of every provider on one GPU: fused AdamW for all
+parameters, and Muon for the hidden matrices with fused AdamW for the others, with our Muon, torch.optim.Muon,
+and published packages if they are installed. Times are medians over CUDA events, both with the host ahead of
+the device, as in training, and from an idle device, which waits for kernel launches.
 
-`torchrun --standalone --nproc-per-node 2 -m benchmarks.muon` times ours alone: every rank with all the
-parameters, then the ranks together with FSDP2's shards. It says how far the results are apart, and whether
-two sharded runs give the same bits.
+`torchrun --standalone --nproc-per-node 2 -m benchmarks.muon` times our Muon only: unsharded on every rank,
+then sharded over the ranks as by FSDP2. It reports the difference of the results, and whether two sharded
+runs are bit-identical.
 """
 
 import argparse
@@ -27,8 +27,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-import config
 from benchmarks.machine import RESULTS, write_result
+from config import load
+from errors import run_command
 from optimizers.muon import Muon
 from optimizers.orthogonalize import newton_schulz5
 from optimizers.param_groups import assign_parameters
@@ -37,24 +38,24 @@ from training.run_config import RunConfig
 
 LR, MUON_LR = 1e-3, 0.01
 MAX_ERROR = 0.02
-"""Of our update relative to fp64, Frobenius norms."""
+"""Maximum error of our update relative to fp64, in Frobenius norm."""
 
 Params = dict[str, list[torch.nn.Parameter]]
 Optimizers = list[torch.optim.Optimizer]
 
 
 def make_params(path: str, mesh: DeviceMesh | None) -> Params:
-    """Draw the parameters of a config and their gradients.
+    """Make random parameters with the shapes of a config, and random gradients.
 
     Args:
-        path: The config; its groups say which parameters are Muon's.
-        mesh: Over which to shard them by rows, as FSDP2 does, or None.
+        path: The config file; its groups decide which parameters Muon updates.
+        mesh: Mesh to shard the parameters over by rows, as FSDP2 does, or None.
 
     Returns:
-        "muon" and "adamw": fp32 parameters of normal entries on the GPU, with gradients.
+        "muon" and "adamw": normally distributed fp32 parameters on the GPU, with gradients.
     """
-    run = config.load(RunConfig, path, [])
-    assigned = assign_parameters(build_meta_model(run).named_parameters(), run.optimizer.groups)
+    config = load(RunConfig, path)
+    assigned = assign_parameters(build_meta_model(config).named_parameters(), config.optimizer.groups)
     generator = torch.Generator("cuda").manual_seed(0)
     params: Params = {"muon": [], "adamw": []}
     for name, members in assigned.items():
@@ -63,7 +64,7 @@ def make_params(path: str, mesh: DeviceMesh | None) -> Params:
             value, gradient = (x if mesh is None else distribute_tensor(x, mesh, [Shard(0)]) for x in pair)
             p = torch.nn.Parameter(value * 0.02)
             p.grad = gradient
-            params[run.optimizer.groups[name].kind].append(p)
+            params[config.optimizer.groups[name].kind].append(p)
     return params
 
 
@@ -98,7 +99,7 @@ def _keller_jordan(params: Params) -> Optimizers:
 
 
 PROVIDERS: dict[str, tuple[str, Callable[[Params], Optimizers]]] = {
-    "adamw": ("AdamW, fused, for all", _only_adamw),
+    "adamw": ("AdamW, fused, for all parameters", _only_adamw),
     "ours": ("ours", _ours),
     "ours_polar_express": ("ours, Polar Express with 8 steps", _ours_polar_express),
     "ours_bfloat16": ("ours, bf16", _ours_bfloat16),
@@ -110,16 +111,16 @@ PROVIDERS: dict[str, tuple[str, Callable[[Params], Optimizers]]] = {
 def time_step(
     optimizers: Optimizers, num_steps: int, *, host_is_ahead: bool
 ) -> tuple[float, list[list[float]]]:
-    """Time steps from their first kernel to their end.
+    """Time optimizer steps on the device.
 
     Args:
-        optimizers: One after another.
-        num_steps: How many.
-        host_is_ahead: Whether the device is busy while the host queues the step, as in training; else it is
-            idle, and waits for the host.
+        optimizers: The optimizers of a step, in order.
+        num_steps: Number of steps.
+        host_is_ahead: Whether the device is busy while the host launches the step, as in training; otherwise
+            it is idle and waits for launches.
 
     Returns:
-        Median of the whole step in milliseconds, and for each step the whole and each optimizer's part.
+        Median time of a step in milliseconds, and for each step its time and those of its optimizers.
     """
     rounds: list[list[float]] = []
     for _ in range(num_steps):
@@ -141,7 +142,7 @@ def time_step(
 
 
 def measure(name: str, params: Params, num_steps: int) -> dict[str, Any]:
-    """Take and time steps of one provider; return times and memory, or why it does not run."""
+    """Time steps of one provider; return times and memory, or the error that stops it."""
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     try:
@@ -163,40 +164,40 @@ def measure(name: str, params: Params, num_steps: int) -> dict[str, Any]:
             "state_gib": state / 2**30,
             "peak_gib": peak / 2**30,
         }
-    except Exception as error:  # a package may not be installed, or not serve this
+    except Exception as error:  # a package may be missing, or not support these parameters
         return {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"}
 
 
 def check_update(params: Params) -> float:
-    """Return the largest error of our first update relative to fp64, over one matrix of each shape.
+    """Return the maximum error of our first update relative to fp64, over one matrix of each shape.
 
     Raises:
-        SystemExit: It is above its bar: there is no time to report.
+        SystemExit: It exceeds MAX_ERROR, so that no time may be reported.
     """
-    alike = {tuple(p.shape): p for p in params["muon"]}
-    worst = 0.0
-    for start in alike.values():
+    by_shape = {tuple(p.shape): p for p in params["muon"]}
+    max_error = 0.0
+    for start in by_shape.values():
         assert start.grad is not None
         p = torch.nn.Parameter(torch.zeros_like(start))
         p.grad = start.grad
         Muon([p], lr=1.0, scale="unit").step()
         truth = -newton_schulz5(p.grad.double())
-        worst = max(worst, ((p.detach() - truth).norm() / truth.norm()).item())
-    if not worst <= MAX_ERROR:
-        sys.exit(f"no time is reported: our update is off by {worst:.4f}, at most {MAX_ERROR} is admitted")
-    return worst
+        max_error = max(max_error, ((p.detach() - truth).norm() / truth.norm()).item())
+    if not max_error <= MAX_ERROR:
+        sys.exit(f"error of our update is {max_error:.4f}, more than {MAX_ERROR}; no times are reported")
+    return max_error
 
 
 def benchmark(paths: list[str], names: list[str], num_steps: int) -> Iterator[dict[str, Any]]:
-    """Yield the results of each config on one GPU."""
+    """Yield the result of each config and provider on one GPU."""
     for path in paths:
         params = make_params(path, None)
         error = check_update(params)
         print(f"\n{path}: error of our update {error:.4f}\n", flush=True)
-        header = (
-            "| provider | step, ms | Muon + AdamW | from idle, ms | state, GiB | peak above parameters, GiB |"
+        columns = (
+            "provider | step, ms | Muon + AdamW | from idle, ms | state, GiB | peak above parameters, GiB"
         )
-        print(f"{header}\n|" + "---|" * 6)
+        print(f"| {columns} |\n|" + "---|" * 6)
         for name in names:
             result = measure(name, params, num_steps)
             torch.cuda.empty_cache()
@@ -213,15 +214,15 @@ def _cells(result: dict[str, Any]) -> str:
 
 
 def benchmark_sharded(paths: list[str], num_steps: int) -> Iterator[dict[str, Any]]:
-    """Yield the results of each config, on every rank by itself and on all together."""
+    """Yield the result of each config, unsharded on every rank and sharded over all ranks."""
     mesh = init_device_mesh("cuda", (dist.get_world_size(),))
-    header = (
-        "| config | one rank, ms | together, ms | ratio | from idle | difference | repeatable | state, GiB |"
+    columns = (
+        "config | one rank, ms | sharded, ms | ratio | from idle | difference | bit-identical | state, GiB"
     )
-    print(f"{header}\n|" + "---|" * 8)
+    print(f"| {columns} |\n|" + "---|" * 8)
     for path in paths:
         (alone, first), (sharded, second), (_, third) = (
-            _move(path, m, num_steps) for m in (None, mesh, mesh)
+            _measure_ours(path, m, num_steps) for m in (None, mesh, mesh)
         )
         result = {
             "config": path,
@@ -242,41 +243,47 @@ def benchmark_sharded(paths: list[str], num_steps: int) -> Iterator[dict[str, An
         yield result
 
 
-def _move(path: str, mesh: DeviceMesh | None, num_steps: int) -> tuple[dict[str, Any], list[torch.Tensor]]:
-    """Measure ours; return also by how much some of the matrices have moved."""
+def _measure_ours(
+    path: str, mesh: DeviceMesh | None, num_steps: int
+) -> tuple[dict[str, Any], list[torch.Tensor]]:
+    """Measure our Muon; return also the total change of some of the matrices."""
     params = make_params(path, mesh)
     sample = params["muon"][:: len(params["muon"]) // 8]
     start = [p.detach().clone() for p in sample]
     result = measure("ours", params, num_steps)
-    moved = [p.detach() - x for p, x in zip(sample, start, strict=True)]
-    whole = [x.full_tensor() if isinstance(x, DTensor) else x for x in moved]
-    del params, sample, start, moved
+    changes = [p.detach() - x for p, x in zip(sample, start, strict=True)]
+    full_changes = [x.full_tensor() if isinstance(x, DTensor) else x for x in changes]
+    del params, sample, start, changes
     torch.cuda.empty_cache()
-    return result, whole
+    return result, full_changes
 
 
 def main() -> None:
-    """Check, time, print, write the result."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Run `python -m benchmarks.muon`."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     configs = ["configs/0.6b_parallax_muon.toml", "configs/1.7b_parallax_muon.toml"]
-    parser.add_argument("--configs", nargs="+", default=configs)
-    parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), choices=list(PROVIDERS))
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--name", default="muon")
+    parser.add_argument("--configs", nargs="+", default=configs, help="config files (0.6B and 1.7B Parallax)")
+    parser.add_argument(
+        "--providers", nargs="+", default=list(PROVIDERS), choices=list(PROVIDERS), help="(all)"
+    )
+    parser.add_argument("--steps", type=int, default=10, help="timed steps (10)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
+    parser.add_argument("--name", default="muon", help="name of the JSON file in --out")
     args = parser.parse_args()
 
-    is_leader = True
+    is_main_rank = True
     if "LOCAL_RANK" in os.environ:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl", device_id=torch.device("cuda", int(os.environ["LOCAL_RANK"])))
-        is_leader = dist.get_rank() == 0
-        if not is_leader:
+        is_main_rank = dist.get_rank() == 0
+        if not is_main_rank:
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 for the rest of the process
         results = list(benchmark_sharded(args.configs, args.steps))
     else:
         results = list(benchmark(args.configs, args.providers, args.steps))
-    if is_leader:
+    if is_main_rank:
         command = shlex.join(["python", "-m", "benchmarks.muon", *sys.argv[1:]])
         print(write_result(args.name, {"command": command, "results": results}, args.out))
     if dist.is_initialized():
@@ -284,4 +291,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

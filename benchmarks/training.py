@@ -1,11 +1,11 @@
-"""Speed and memory of whole training steps.
+"""Throughput and memory of complete training steps.
 
-`python -m benchmarks.training configs/0.6b_softmax_adamw.toml ... [-- --data.tokenizer DIR ...]` runs each
-config from its TOML with torchrun for --steps steps of one micro-batch a rank, reads what the run recorded,
-and prints medians over the steps after the warm-up beside what --dry-run said of the memory. Words after `--`
-are overrides for every run, for example the data's place. Runs go side by side while there are GPUs, each
-on its own. A config that fails is named at the end; the rows of the others are written as they come, and the
-same command with --resume goes on with those that are missing.
+`python -m benchmarks.training configs/0.6b_softmax_adamw.toml ... [-- --data.tokenizer DIR ...]` trains each
+config with torchrun for --steps steps of one micro-batch per rank, reads the metrics of the run, and prints
+medians over the steps after the warm-up, beside the peak memory that --dry-run predicts. Arguments after `--`
+are overrides of every run, for example the folder of the data. Runs are parallel, each with GPUs of its own.
+Rows are written as they are measured; configs that fail are listed at the end, and the same command with
+--resume measures only the missing rows.
 """
 
 import argparse
@@ -24,8 +24,9 @@ from typing import Any
 
 import torch
 
-import config
 from benchmarks.machine import RESULTS, describe, write_result
+from config import load
+from errors import UserError, run_command
 from training.run_config import RunConfig
 
 WARMUP_STEPS = 5
@@ -47,24 +48,23 @@ def _launch(path: str, gpus: Sequence[str], num_ranks: int, arguments: Sequence[
     )
 
 
-def _num_rows(path: str, overrides: Sequence[str]) -> int:
-    """Rows of one micro-batch of a rank."""
-    return config.load(RunConfig, path, overrides).training.local_batch_size
+def _local_batch_size(path: str, overrides: Sequence[str]) -> int:
+    return load(RunConfig, path, overrides).training.local_batch_size
 
 
 def _arguments(path: str, steps: int, num_ranks: int, overrides: Sequence[str]) -> list[str]:
-    rows = str(_num_rows(path, overrides) * num_ranks)
-    fixed = ["--training.global_batch_size", rows, "--training.stop_at_step", str(steps)]
+    global_batch_size = str(_local_batch_size(path, overrides) * num_ranks)
+    fixed = ["--training.global_batch_size", global_batch_size, "--training.stop_at_step", str(steps)]
     return [*overrides, *fixed, "--data.validation", "none"]
 
 
 def predicted_peak_gib(path: str, *, steps: int, num_ranks: int, overrides: Sequence[str]) -> float:
-    """What --dry-run says of a config's peak memory, as `measure` runs it."""
+    """Return the peak memory in GiB that --dry-run predicts for a config, run as in `measure`."""
     arguments = [*_arguments(path, steps, num_ranks, overrides), "--dry-run", "--world-size", str(num_ranks)]
-    said = subprocess.run(
+    report = subprocess.run(
         [sys.executable, "train.py", "--config", path, *arguments], check=True, capture_output=True, text=True
     ).stdout
-    return float(said.rstrip().splitlines()[-1].split()[-2])
+    return float(report.rstrip().splitlines()[-1].split()[-2])
 
 
 def measure(
@@ -74,14 +74,14 @@ def measure(
 
     Args:
         path: The TOML file.
-        steps: Optimizer steps; the first WARMUP_STEPS are not counted.
-        num_ranks: Processes, one per GPU.
-        gpus: The GPUs that they see, as CUDA_VISIBLE_DEVICES names them; none for all.
-        overrides: Words for train.py.
+        steps: Optimizer steps; the first WARMUP_STEPS are not timed.
+        num_ranks: Number of processes, one per GPU.
+        gpus: Their GPUs, as in CUDA_VISIBLE_DEVICES; empty for all.
+        overrides: Overrides of the config, as train.py takes them.
 
     Returns:
-        Medians of tokens/s, MFU and seconds a step, peak memory, the first loss, the last, and the mean of
-        the last FINAL_STEPS.
+        Medians of tokens/s, MFU, seconds per step and percentage of time waiting for data; peak memory in
+        GiB; the first loss, the last, and the mean of the last FINAL_STEPS, in nats/token.
     """
     arguments = _arguments(path, steps, num_ranks, overrides)
     with tempfile.TemporaryDirectory() as folder:
@@ -100,77 +100,82 @@ def measure(
         "first_loss": records[0]["loss"],
         "last_loss": timed[-1]["loss"],
         "final_loss": statistics.fmean(r["loss"] for r in timed[-FINAL_STEPS:]),
-        "rows": _num_rows(path, overrides),
+        "rows": _local_batch_size(path, overrides),
     }
 
 
-def earlier_rows(path: Path, command: str) -> list[dict[str, Any]]:
-    """Rows that a run of the same command has left, each with its machine.
+def load_rows(path: Path, command: str) -> list[dict[str, Any]]:
+    """Load the rows that an interrupted run of the same command has written.
 
     Args:
-        path: The JSON of that run; none there is no rows.
-        command: What is to be the same.
+        path: The JSON file of that run; it may be missing.
+        command: The command.
+
+    Returns:
+        The rows, each with the description of its machine.
 
     Raises:
-        ValueError: Another command wrote the file, or another kind of machine: one table compares its rows.
+        UserError: Another command wrote the file, or another kind of machine, whose rows are not comparable.
     """
     if not path.exists():
         return []
-    earlier = json.loads(path.read_text(encoding="utf-8"))
-    if earlier["command"] != command:
-        raise ValueError(f"--resume: {path} is from another command: {earlier['command']}")
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    if saved["command"] != command:
+        raise UserError(f"--resume: {path} is from another command: {saved['command']}")
     here = describe()
     for name in ("device", "torch", "cuda", "triton"):
-        if earlier["machine"][name] != here[name]:
-            raise ValueError(
-                f"--resume: {path} has {name} {earlier['machine'][name]}, this machine {here[name]}; "
-                "measure all configs anew, without --resume"
+        if saved["machine"][name] != here[name]:
+            raise UserError(
+                f"--resume: {path} has {name} {saved['machine'][name]}, this machine {here[name]}; "
+                "measure all configs again, without --resume"
             )
-    return [{"machine": earlier["machine"], **row} for row in earlier["rows"]]
+    return [{"machine": saved["machine"], **row} for row in saved["rows"]]
 
 
 def _measure_all(
     options: argparse.Namespace, overrides: Sequence[str], command: str, rows: list[dict[str, Any]]
 ) -> str:
-    """Add the missing rows, in the order of the configs; return the names of the configs that failed."""
+    """Measure the missing rows, in the order of the configs; return the configs that failed."""
     num_gpus, num_ranks = torch.cuda.device_count(), options.ranks
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(num_gpus)))).split(",")
-    places: queue.SimpleQueue[Sequence[str]] = queue.SimpleQueue()
+    free_gpus: queue.SimpleQueue[Sequence[str]] = queue.SimpleQueue()
     for first in range(0, num_gpus - num_ranks + 1, num_ranks):
-        places.put(visible[first : first + num_ranks])
-    if places.empty():
-        places.put(())
+        free_gpus.put(visible[first : first + num_ranks])
+    if free_gpus.empty():
+        free_gpus.put(())
 
     common = {"steps": options.steps, "num_ranks": num_ranks, "overrides": overrides}
 
     def run(path: str) -> dict[str, Any]:
-        gpus = places.get()
+        gpus = free_gpus.get()
         try:
             return measure(path, gpus=gpus, **common)
         finally:
-            places.put(gpus)
+            free_gpus.put(gpus)
 
     measured = {row["config"] for row in rows}
     failed: list[str] = []
-    # all of these first, and side by side: they take processors, which the runs are to have for themselves
+    # all dry runs first, in parallel: they would take CPU time from the runs
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
-        said = {
+        predicted = {
             path: pool.submit(predicted_peak_gib, path, **common)
             for path in options.configs
             if path not in measured
         }
-    with ThreadPoolExecutor(places.qsize()) as pool:
-        waiting = {pool.submit(run, path): path for path, future in said.items() if not future.exception()}
-        for path, future in said.items():
+    with ThreadPoolExecutor(free_gpus.qsize()) as pool:
+        running = {
+            pool.submit(run, path): path for path, future in predicted.items() if not future.exception()
+        }
+        for path, future in predicted.items():
             if error := future.exception():
                 print(f"{path}: {getattr(error, 'stderr', None) or error}", file=sys.stderr)
                 failed.append(path)
-        for done in as_completed(waiting):
-            path = waiting[done]
+        for done in as_completed(running):
+            path = running[done]
             if isinstance(done.exception(), subprocess.CalledProcessError):
                 failed.append(path)
                 continue
-            row = {"config": path, "dry_run_peak_gib": said[path].result(), **done.result()}
+            row = {"config": path, "dry_run_peak_gib": predicted[path].result(), **done.result()}
             rows.append({"machine": describe(), **row})
             rows.sort(key=lambda row: options.configs.index(row["config"]))
             write_result(options.name, {"command": command, "rows": rows}, options.out)
@@ -178,34 +183,33 @@ def _measure_all(
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run `python -m benchmarks.training`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("configs", nargs="+")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--name", default="training", help="name of the JSON in the results folder")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("configs", nargs="+", help="config files")
+    parser.add_argument("--steps", type=int, default=20, help="steps of each run (20)")
+    parser.add_argument("--ranks", type=int, default=1, help="processes of each run, one per GPU (1)")
+    parser.add_argument("--name", default="training", help="name of the JSON file in --out")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     parser.add_argument(
-        "--resume", action="store_true", help="keep the rows that the same command has measured before"
+        "--resume", action="store_true", help="keep the rows that the same command has written before"
     )
-    words = sys.argv[1:]
-    split = words.index("--") if "--" in words else len(words)
-    options, overrides = parser.parse_args(words[:split]), words[split + 1 :]
+    arguments = sys.argv[1:]
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    options, overrides = parser.parse_args(arguments[:split]), arguments[split + 1 :]
     if options.steps <= WARMUP_STEPS:
-        parser.error(
-            f"--steps is {options.steps}, wanted over {WARMUP_STEPS}: those of the warm-up are not counted"
+        raise UserError(
+            f"--steps is {options.steps}, must be more than {WARMUP_STEPS}: warm-up steps are not timed"
         )
-    command = "python -m benchmarks.training " + shlex.join(word for word in words if word != "--resume")
-    try:
-        rows = earlier_rows(options.out / f"{options.name}.json", command) if options.resume else []
-    except ValueError as error:
-        parser.error(str(error))
+    command = "python -m benchmarks.training " + shlex.join(each for each in arguments if each != "--resume")
+    rows = load_rows(options.out / f"{options.name}.json", command) if options.resume else []
     failed = _measure_all(options, overrides, command, rows)
     print(describe())
-    print("| config | tokens/s | MFU % | step s | data wait % | peak GiB (said) | first loss | final loss |")
-    print("|---|---|---|---|---|---|---|---|")
+    columns = (
+        "config | tokens/s | MFU % | step s | data wait % | peak GiB (dry run) | first loss | final loss"
+    )
+    print(f"| {columns} |\n|" + "---|" * 8)
     for r in rows:
         cells = [
             Path(r["config"]).stem,
@@ -223,4 +227,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

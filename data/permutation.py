@@ -1,10 +1,10 @@
-"""A random order of any number of items in constant memory: a Feistel network with cycle walking.
+"""A random permutation of any number of items in constant memory: a Feistel network with cycle walking.
 
-A Feistel network of k-bit halves is a bijection of [0, 4^k) whatever its round function is. With 4^k the
-first such power that is not below n, an index that leaves [0, n) is put through the network again until it
-is back (cycle walking), which keeps the map a bijection of [0, n); fewer than four passes are needed on
-average. The round function is the finalizer of SplitMix64 (Steele, Lea and Flood, 2014) over the half and a
-round key; eight rounds mix small domains too.
+A Feistel network of two k-bit halves is a bijection of [0, 4^k) for any round function. 4^k is the smallest
+such power that is at least n. An index outside [0, n) is put through the network again until it is inside
+(cycle walking), which makes the map a bijection of [0, n), in fewer than four passes on average. The round
+function is the finalizer of SplitMix64 (Steele, Lea and Flood, 2014), applied to the half plus a round key;
+eight rounds mix small domains too.
 """
 
 import hashlib
@@ -18,15 +18,14 @@ _SHIFTS = (np.uint64(30), np.uint64(27), np.uint64(31))
 
 
 class Permutation:
-    """A bijection of [0, size) drawn from a key; another key gives another one."""
+    """A pseudorandom bijection of [0, size), determined by a key.
+
+    Args:
+        size: Number of items, at least 0.
+        key: Seeds the permutation, such as a seed and an epoch.
+    """
 
     def __init__(self, size: int, *key: int | str) -> None:
-        """Draw the permutation.
-
-        Args:
-            size: Number of items, at least 0.
-            key: What to draw it from, such as a seed and an epoch.
-        """
         assert size >= 0
         self.size = size
         bits = max((max(size, 2) - 1).bit_length() + 1, 2) // 2
@@ -35,22 +34,22 @@ class Permutation:
         self._keys = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
 
     def __call__(self, indices: np.ndarray) -> np.ndarray:
-        """Map places in the new order to items.
+        """Map positions in the permuted order to items.
 
         Args:
             indices: Integers in [0, size), `[n]`.
 
         Returns:
-            The items that stand there, uint64 `[n]`.
+            The items at these positions, uint64 `[n]`.
         """
-        items = self._pass(indices.astype(np.uint64))
+        items = self._network(indices.astype(np.uint64))
         outside = np.flatnonzero(items >= self.size)
         while len(outside):
-            items[outside] = self._pass(items[outside])
+            items[outside] = self._network(items[outside])
             outside = outside[items[outside] >= self.size]
         return items
 
-    def _pass(self, values: np.ndarray) -> np.ndarray:
+    def _network(self, values: np.ndarray) -> np.ndarray:
         left, right = values >> self._bits, values & self._mask
         for key in self._keys:
             mixed = right + key

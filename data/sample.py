@@ -1,9 +1,9 @@
-"""A small corpus of real text that is on every machine: the running Python's own standard library.
+"""Make a small corpus of real text without a download: the running Python's own standard library.
 
 `python -m data.sample --out .cache/sample` writes train.parquet and validation.parquet in Ultra-FineWeb's
-schema (content: string, score: float32, source: string), tokenizer.json trained on the training part, and
-sample.json with counts and the unigram entropy of the held-out text. A complete folder is left as it is;
-anything missing, damaged or made with other settings is made again.
+schema (content: string, score: float32, source: string), a tokenizer.json trained on the training split, and
+sample.json with counts and the unigram entropy of the held-out text. A complete folder is left unchanged; one
+with a missing or damaged file, or with other settings, is made again.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import sys
 import sysconfig
 import tempfile
 from collections import Counter
@@ -24,7 +25,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.sources.split import content_hash, is_held_out
-from data.tokenizer import TOKENIZER_FILE, Tokenizer, train_byte_level_bpe
+from data.tokenizer import Tokenizer
+from data.train_tokenizer import train_byte_level_bpe
+from errors import UserError, run_command
+from tokens import TOKENIZER_FILE
 
 TRAIN_FILE = "train.parquet"
 VALIDATION_FILE = "validation.parquet"
@@ -32,31 +36,31 @@ SUMMARY_FILE = "sample.json"
 
 _FORMAT = 1
 _SCHEMA = pa.schema([("content", pa.string()), ("score", pa.float32()), ("source", pa.string())])
-_ROWS_A_GROUP = 128
-_ENCODE_DOCUMENTS = 64
+_ROW_GROUP_ROWS = 128
+_BATCH_DOCUMENTS = 64
 _MAX_FILE_BYTES = 1 << 18
 _MIN_DOCUMENT_BYTES = 200
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages", "lib2to3"}
 
 
 class Text(NamedTuple):
-    """A document and the part of the library it is from."""
+    """A document and its origin in the library."""
 
     content: str
     source: str
 
 
 def collect(library: Path) -> list[Text]:
-    """Gather the documents of a standard library, each content once, in an order that their contents decide.
+    """Collect the documents of a standard library, deduplicated, in order of a hash of their content.
 
-    A module's source with its docstrings is one document, and so is each help topic of pydoc. Left out are
-    tests, generated and very long files, and files that are not UTF-8.
+    A module's source is one document, and so is each help topic of pydoc. Tests, generated files, files of
+    more than 256 KiB and files that are not UTF-8 are left out.
 
     Args:
-        library: The folder that holds the library's modules.
+        library: The folder of the library's modules.
 
     Raises:
-        ValueError: If the folder holds no usable source.
+        UserError: The folder holds no Python source.
     """
     found: dict[str, str] = {}
     for file in sorted(library.rglob("*.py")):
@@ -70,20 +74,20 @@ def collect(library: Path) -> list[Text]:
         if "generated" not in content[:1000].lower():
             found.setdefault(content, "python-source/" + "/".join(parts))
     if not found:
-        raise ValueError(
-            f"{library} holds no Python source: use a Python whose standard library is not compiled away"
+        raise UserError(
+            f"{library} holds no Python source: use a Python whose standard library has its source files"
         )
     for topic, content in _help_topics().items():
         found.setdefault(content, f"python-help/{topic}")
     texts = [
         Text(content, source) for content, source in found.items() if len(content) >= _MIN_DOCUMENT_BYTES
     ]
-    # Not by the hash's first bytes, which decide what is held out: a cut would take those documents first.
+    # not by the first bytes of the hash, which decide the split: truncation would favor held-out documents
     return sorted(texts, key=lambda text: content_hash(text.content)[8:])
 
 
-def limit(texts: Iterable[Text], max_bytes: int) -> list[Text]:
-    """Keep the first documents that together have at most `max_bytes` of UTF-8."""
+def truncate(texts: Iterable[Text], max_bytes: int) -> list[Text]:
+    """Return the first documents of at most `max_bytes` of UTF-8 in all."""
     kept: list[Text] = []
     for text in texts:
         max_bytes -= len(text.content.encode())
@@ -96,10 +100,10 @@ def limit(texts: Iterable[Text], max_bytes: int) -> list[Text]:
 def unigram_entropy(counts: Counter[int]) -> float:
     """Return the entropy of an empirical token distribution in nats/token.
 
-    It is the lowest loss that a model can reach without looking at a token's context.
+    It is the lowest loss of a model that ignores a token's context.
 
     Args:
-        counts: How often each token id occurs.
+        counts: Number of occurrences of each token id.
     """
     total = counts.total()
     return sum(count / total * math.log(total / count) for count in counts.values())
@@ -108,19 +112,19 @@ def unigram_entropy(counts: Counter[int]) -> float:
 def make(
     out: Path, *, vocab_size: int = 4096, max_bytes: int = 10_000_000, force: bool = False
 ) -> dict[str, Any]:
-    """Make the sample, unless the folder holds a complete one of the same settings.
+    """Make the sample, unless the folder holds a complete one with the same settings.
 
     Args:
-        out: Folder to write to; made if missing.
+        out: Folder to write to; created if missing.
         vocab_size: Size of the tokenizer's vocabulary.
-        max_bytes: Most bytes of text, the held-out part included.
-        force: Whether to make it again in any case.
+        max_bytes: Maximum bytes of text, the held-out split included.
+        force: Whether to replace a complete sample too.
 
     Returns:
-        What sample.json holds.
+        The content of sample.json.
 
     Raises:
-        ValueError: If there is too little text for a training and a held-out part.
+        UserError: There is too little text for a training and a held-out split.
     """
     settings = {
         "format": _FORMAT,
@@ -130,29 +134,29 @@ def make(
     }
     if not force and (summary := _complete(out, settings)) is not None:
         return summary
-    texts = limit(collect(Path(sysconfig.get_paths()["stdlib"])), max_bytes)
+    texts = truncate(collect(Path(sysconfig.get_paths()["stdlib"])), max_bytes)
     train = [text for text in texts if not is_held_out(text.content)]
     validation = [text for text in texts if is_held_out(text.content)]
     if not train or not validation:
-        raise ValueError(
-            f"max_bytes is {max_bytes}, which leaves {len(train)} documents to train on and "
-            f"{len(validation)} held out: allow more"
+        raise UserError(
+            f"max_bytes is {max_bytes}, which leaves {len(train)} training documents and "
+            f"{len(validation)} held-out ones: increase it"
         )
     out.mkdir(parents=True, exist_ok=True)
-    # The summary vouches for the rest, so it goes first and comes last.
+    # the summary marks the folder complete: it is deleted first and written last
     (out / SUMMARY_FILE).unlink(missing_ok=True)
     _write(out / TRAIN_FILE, lambda path: _write_parquet(train, path))
     _write(out / VALIDATION_FILE, lambda path: _write_parquet(validation, path))
     backend = train_byte_level_bpe((text.content for text in train), vocab_size)
     _write(out / TOKENIZER_FILE, lambda path: backend.save(str(path)))
     tokenizer = Tokenizer.load(out)
-    parts = {"train": _count(train, tokenizer), "validation": _count(validation, tokenizer)}
+    counts = {"train": _count(train, tokenizer), "validation": _count(validation, tokenizer)}
     summary = {
         "settings": settings,
         "tokenizer_vocab_size": tokenizer.vocab_size,
-        **{key: sum(part[0][key] for part in parts.values()) for key in ("documents", "bytes", "tokens")},
-        **{name: part[0] for name, part in parts.items()},
-        "unigram_entropy_nats": unigram_entropy(parts["validation"][1]),
+        **{key: sum(sizes[key] for sizes, _ in counts.values()) for key in ("documents", "bytes", "tokens")},
+        **{name: sizes for name, (sizes, _) in counts.items()},
+        "unigram_entropy_nats": unigram_entropy(counts["validation"][1]),
         "sha256": {name: _sha256(out / name) for name in (TRAIN_FILE, VALIDATION_FILE, TOKENIZER_FILE)},
     }
     _write(out / SUMMARY_FILE, lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
@@ -160,25 +164,33 @@ def make(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m data.sample", description=(__doc__ or "").split("\n")[0])
+    """Run the command line.
+
+    Args:
+        arguments: Command-line arguments; None for sys.argv[1:].
+
+    Raises:
+        UserError: The sample cannot be made.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m data.sample",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--vocab-size", type=int, default=4096, help="size of the tokenizer's vocabulary")
-    parser.add_argument("--max-bytes", type=int, default=10_000_000, help="most bytes of text")
-    parser.add_argument("--force", action="store_true", help="make it again even if it is complete")
+    parser.add_argument("--max-bytes", type=int, default=10_000_000, help="maximum bytes of text")
+    parser.add_argument("--force", action="store_true", help="replace a complete sample too")
     options = parser.parse_args(arguments)
-    try:
-        summary = make(
-            options.out, vocab_size=options.vocab_size, max_bytes=options.max_bytes, force=options.force
-        )
-    except ValueError as error:
-        parser.exit(1, f"{error}\n")
+    summary = make(
+        options.out, vocab_size=options.vocab_size, max_bytes=options.max_bytes, force=options.force
+    )
     print(f"{options.out}: standard library of Python {summary['settings']['python']}")
     for name in ("train", "validation"):
-        part = summary[name]
+        sizes = summary[name]
         print(
-            f"  {name + ':':<12}{part['documents']:>7,} documents {part['bytes']:>12,} bytes "
-            f"{part['tokens']:>11,} tokens"
+            f"  {name + ':':<12}{sizes['documents']:>7,} documents {sizes['bytes']:>12,} bytes "
+            f"{sizes['tokens']:>11,} tokens"
         )
     print(
         f"  unigram entropy of the held-out text: {summary['unigram_entropy_nats']:.4f} nats/token "
@@ -194,19 +206,21 @@ def _help_topics() -> dict[str, str]:
 
 
 def _complete(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the summary of a complete sample with the same settings, else None."""
     try:
         summary = json.loads((out / SUMMARY_FILE).read_text())
-        is_same = summary["settings"] == settings
-        is_whole = all(_sha256(out / name) == digest for name, digest in summary["sha256"].items())
+        has_settings = summary["settings"] == settings
+        is_intact = all(_sha256(out / name) == digest for name, digest in summary["sha256"].items())
     except (OSError, ValueError, KeyError):
         return None
-    return summary if is_same and is_whole else None
+    return summary if has_settings and is_intact else None
 
 
 def _count(texts: list[Text], tokenizer: Tokenizer) -> tuple[dict[str, int], Counter[int]]:
+    """Return the sizes of texts, and the number of occurrences of each token id."""
     counts: Counter[int] = Counter({tokenizer.end_of_document_id: len(texts)})
-    for first in range(0, len(texts), _ENCODE_DOCUMENTS):
-        batch = [text.content for text in texts[first : first + _ENCODE_DOCUMENTS]]
+    for first in range(0, len(texts), _BATCH_DOCUMENTS):
+        batch = [text.content for text in texts[first : first + _BATCH_DOCUMENTS]]
         for ids in tokenizer.encode_batch(batch):
             counts.update(ids)
     num_bytes = sum(len(text.content.encode()) for text in texts)
@@ -222,11 +236,11 @@ def _write_parquet(texts: list[Text], path: Path) -> None:
         },
         schema=_SCHEMA,
     )
-    pq.write_table(table, path, row_group_size=_ROWS_A_GROUP)
+    pq.write_table(table, path, row_group_size=_ROW_GROUP_ROWS)
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside its place and move it there whole."""
+    """Write a file atomically: to a temporary file, which is then renamed."""
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     os.close(descriptor)
     temporary = Path(name)
@@ -243,4 +257,4 @@ def _sha256(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

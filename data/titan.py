@@ -1,4 +1,4 @@
-"""What `data` gives to torchtitan's trainer: loaders that its checkpoints can save."""
+"""The data loaders of torchtitan's trainer, which its checkpoints can save."""
 
 import json
 import math
@@ -8,23 +8,24 @@ from typing import Any
 from torchtitan.components.dataloader import BaseDataLoader
 
 from data.config import DataConfig
+from data.loading.global_batch import gradient_accumulation_steps, rows_per_micro_step
 from data.loading.loader import PackedLoader
 from data.loading.packing import MicroBatch
 from data.sources.open import open_source
 from data.tokenizer import Tokenizer
+from errors import UserError
 
 _STATE_KEY = "packed_loader"
 
 
 class TitanLoader(BaseDataLoader):
-    """A PackedLoader as torchtitan's checkpoints want it."""
+    """Adapt a PackedLoader to torchtitan's checkpoints.
+
+    Args:
+        loader: The loader.
+    """
 
     def __init__(self, loader: PackedLoader) -> None:
-        """Wrap a loader.
-
-        Args:
-            loader: Makes the batches and owns the position.
-        """
         self.loader = loader
 
     def __iter__(self) -> Iterator[MicroBatch]:
@@ -32,26 +33,26 @@ class TitanLoader(BaseDataLoader):
         return iter(self.loader)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position as one string under one key, the same on every rank.
+        """Return the iterator's position as one string under one key, the same on all ranks.
 
-        A distributed checkpoint takes nested values apart and loads them into what is there, one entry at a
+        A distributed checkpoint flattens nested values and loads them into the existing state, one entry at a
         time; a single string is replaced whole.
         """
         return {_STATE_KEY: json.dumps(self.loader.state_dict(), sort_keys=True)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go to a saved position.
+        """Restore a saved position.
 
         Args:
-            state_dict: What `state_dict` returned on any rank; an empty one leaves the position as it is.
+            state_dict: The result of `state_dict` on any rank; an empty one leaves the position unchanged.
 
         Raises:
-            ValueError: If there is no position in it, or it belongs to another source or tokenizer.
+            UserError: It holds no position, or that of another source, tokenizer or packing.
         """
         if not state_dict:
             return
         if _STATE_KEY not in state_dict:
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint's data state has no {_STATE_KEY!r} (it has {sorted(state_dict)}): "
                 "it was written by another data loader"
             )
@@ -72,28 +73,30 @@ def build_dataloader(
     dp_rank: int,
     dp_world_size: int,
 ) -> TitanLoader:
-    """Build the training loader, which reads `config.train` again and again.
+    """Build the training loader, which repeats `config.train`.
 
     Args:
-        config: What to read.
-        tokenizer: Turns documents into tokens.
-        seq_len: Tokens a sequence, T.
-        local_batch_size: Sequences a micro-batch.
-        global_batch_size: Sequences a step, over all ranks and micro-steps.
-        dp_rank: This rank's index among the data-parallel ranks.
+        config: The `[data]` table.
+        tokenizer: Tokenizes text.
+        seq_len: Tokens per sequence, T.
+        local_batch_size: Sequences per micro-batch.
+        global_batch_size: Sequences per step, over all ranks and micro-steps.
+        dp_rank: Index of this data-parallel rank.
         dp_world_size: Number of data-parallel ranks.
 
     Raises:
-        ValueError: If a file is missing or damaged, or the batch sizes do not fit the ranks.
+        UserError: A file is missing or damaged, or the batch sizes do not fit the number of ranks.
     """
-    num_microbatches = global_batch_size // (local_batch_size * dp_world_size)
+    num_micro_batches = gradient_accumulation_steps(
+        global_batch_size=global_batch_size, local_batch_size=local_batch_size, num_ranks=dp_world_size
+    )
     loader = PackedLoader(
         open_source(
             config.train,
             tokenizer_fingerprint=tokenizer.fingerprint,
             split="train",
             shuffle_seed=config.shuffle_seed,
-            is_reporter=dp_rank == 0,
+            log_skipped=dp_rank == 0,
         ),
         tokenizer,
         seq_len=seq_len,
@@ -104,7 +107,7 @@ def build_dataloader(
         packing=config.packing,
         mask_documents=config.mask_documents,
         # a step takes all its micro-batches at once
-        prefetch_batches=config.prefetch_batches and max(config.prefetch_batches, num_microbatches),
+        prefetch_batches=config.prefetch_batches and max(config.prefetch_batches, num_micro_batches),
     )
     return TitanLoader(loader)
 
@@ -119,35 +122,36 @@ def build_validation_loader(
     dp_rank: int,
     dp_world_size: int,
 ) -> TitanLoader:
-    """Build the validation loader: each iterator is one pass over `config.validation`, as long on every rank.
+    """Build the validation loader: one epoch of `config.validation` per iterator, equally long on all ranks.
 
     Args:
-        config: What to read.
-        tokenizer: Turns documents into tokens.
-        seq_len: Tokens a sequence, T.
-        local_batch_size: Sequences a micro-batch.
-        max_tokens: Read the first sequences that hold this many tokens, whatever the ranks; None for all.
-        dp_rank: This rank's index among the data-parallel ranks.
+        config: The `[data]` table.
+        tokenizer: Tokenizes text.
+        seq_len: Tokens per sequence, T.
+        local_batch_size: Sequences per micro-batch.
+        max_tokens: Truncate the epoch to this many tokens over all ranks, rounded up to whole sequences; None
+            for all.
+        dp_rank: Index of this data-parallel rank.
         dp_world_size: Number of data-parallel ranks.
 
     Raises:
-        ValueError: If the run names no validation set, or a file is missing or damaged.
+        UserError: The config has no validation source, or a file is missing or damaged.
     """
     if config.validation is None:
-        raise ValueError(
-            "data.validation is none, but the run validates: name held-out files, or switch validation off"
+        raise UserError(
+            "data.validation is none, but the run validates: name held-out files, or turn validation off"
         )
     loader = PackedLoader(
         open_source(
             config.validation,
             tokenizer_fingerprint=tokenizer.fingerprint,
             split=config.validation_documents,
-            is_reporter=dp_rank == 0,
+            log_skipped=dp_rank == 0,
         ),
         tokenizer,
         seq_len=seq_len,
         local_batch_size=local_batch_size,
-        global_batch_size=local_batch_size * dp_world_size,
+        global_batch_size=rows_per_micro_step(local_batch_size, dp_world_size),
         dp_rank=dp_rank,
         dp_world_size=dp_world_size,
         mask_documents=config.mask_documents,

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer
 from config import Table
 from errors import UserError
 from models.run_folder import RunFolder
+from tokens import TOKENIZER_FILE
 
-TOKENIZER_FILE = "tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"
 OTHER_FILES = (
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),

@@ -1,17 +1,14 @@
-"""The family's members with uniform weights, through states: (17) of `parallax.reference`.
+"""The family's members with uniform weights (17 of `parallax.reference`), by sums over the past.
 
-With p_ij = 1 / n_i every sum over the past is a causal product sum_{j <= i} (x_i.y_j) z_j, which chunks of
-`CHUNK_TOKENS` compute as linear attention does: inside a chunk as a masked matrix of scores, across chunks
-through the sums of y_j z_j^T. Documents mask both. A matrix of zeros and ones adds the sums of the chunks, in
-T^2 K^2 / CHUNK_TOKENS^2 operations: a small part of attention's T^2 K, and no loop over chunks to wait for.
-(5) becomes one such product with a column of ones:
+With p_ij = 1 / n_i every sum over the past is a causal product sum_{j <= i} (x_i.y_j) z_j, as
+`parallax.causal_product` computes it. (5) becomes one such product with a column of ones:
 
     o_i = (1 / n_i) sum_j ([-r_i, 1 + tbar_i].[k_j, 1]) v_j,    tbar_i = r_i.kbar_i,
 
-and likewise (8) to (11). Memory is O(T (K + CHUNK_TOKENS)) a head. No window: it would undo what makes the
-state small; `parallax_attention` and `local_linear_attention` with scale=0 have one.
+and likewise (8) to (11). There is no window, which would need a growing state: `parallax_attention` and
+`local_linear_attention` with scale=0 have one.
 
-Letters: B batch, T tokens, G key/value heads, R = H / G, K head width; N chunks of C tokens; W, X any width.
+Letters: B batch, T tokens, G key/value heads, R = H / G, K head width; X = K + 1.
 """
 
 from typing import Any, NamedTuple
@@ -20,29 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from parallax.causal_product import attend_past, causal_product, sum_past
 from parallax.conjugate_gradients import LinearMap, conjugate_gradients, residual_tolerance
 from parallax.local_linear import check_num_iterations, check_ridge, promote
 from parallax.validation import DTYPES, check_cu_seqlens, check_tensors
 
-CHUNK_TOKENS = 64
-"""Tokens of a chunk: about the head width, where the work within chunks is that between them."""
-
 
 class _Documents(NamedTuple):
-    """What the rows of a batch share."""
+    """The documents of packed rows."""
 
     ids_T: Tensor  # int64, equal within a document
     counts_T1: Tensor  # n_i: keys of the document so far, its own included
-
-
-class _Past(NamedTuple):
-    """What queries x meet in sum_j (x_i.y_j) z_j: all that does not depend on them."""
-
-    y_BGRNCX: Tensor
-    z_BGRNCW: Tensor
-    state_BGRNXW: Tensor  # sums of y_j z_j^T over the chunks before, as far as their document reaches
-    hidden_NCC: Tensor  # pairs of a chunk that do not see each other
-    is_restarted_NC1: Tensor  # queries of a document that started in the chunk: they see nothing before it
 
 
 def value_average(v: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -79,7 +64,7 @@ def value_average(v: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
     """Compute causal linear attention o_i = sum_j (q_i.k_j) v_j / n_i (17): no intercept.
 
-    Computes in fp32 under autocast too. Nothing scales q.k but the mean over the n_i keys so far.
+    Computes in fp32 under autocast too. q.k is not scaled, apart from the mean over the n_i visible keys.
 
     Args:
         q: Queries `[B, T, H, K]`, bf16/fp16/fp32/fp64, any strides.
@@ -108,7 +93,7 @@ def affine_linear_attention(q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tens
     in fp32 under autocast too.
 
     Args:
-        q: Probes `[B, T, H, K]`, bf16/fp16/fp32/fp64, any strides: without a softmax all that a query is.
+        q: Probes `[B, T, H, K]`, bf16/fp16/fp32/fp64, any strides.
         k: Keys `[B, T, G, K]`; query head h reads key/value head h // (H / G).
         v: Values `[B, T, G, K]`.
         cu_seqlens: Bounds of packed documents `[N + 1]`, int32, rising from 0 to T, on q's device, with
@@ -143,10 +128,10 @@ def affine_mesanet(
         q: Queries `[B, T, H, K]`, bf16/fp16/fp32/fp64, any strides.
         k: Keys `[B, T, G, K]`; query head h reads key/value head h // (H / G).
         v: Values `[B, T, G, K]`.
-        ridge: Ridge per key, positive and finite; 10 as LLA has it.
+        ridge: Ridge per key, positive and finite; 10 is the default of LLA.
         cu_seqlens: Bounds of packed documents `[N + 1]`, int32, rising from 0 to T, on q's device, with
             B == 1; empty documents are allowed. None: each batch row is one document.
-        num_iterations: The most iterations of conjugate gradients; rows that have converged stop before.
+        num_iterations: Maximum number of conjugate-gradient iterations; converged rows stop earlier.
 
     Returns:
         Output `[B, T, H, K]` in the dtype of v.
@@ -168,7 +153,7 @@ def affine_mesanet(
 def affine_probe(
     q: Tensor, k: Tensor, ids: Tensor, counts: Tensor, ridge: float, num_iterations: int, tolerance: float
 ) -> Tensor:
-    """Solve (16) for the probe under uniform weights, as one operator.
+    """Solve (16) for the probe under uniform weights, as a custom operator.
 
     Args:
         q: Queries `[B, G, R, T, K]`, fp32/fp64.
@@ -176,8 +161,8 @@ def affine_probe(
         ids: Document of each token `[T]`, int64.
         counts: Keys that each query sees `[T, 1]`, dtype of q.
         ridge: Ridge per key.
-        num_iterations: The most iterations of conjugate gradients.
-        tolerance: Relative residual at which they stop.
+        num_iterations: Maximum number of conjugate-gradient iterations.
+        tolerance: Relative residual at which a row stops.
 
     Returns:
         Probes `[B, G, R, T, K]`.
@@ -204,17 +189,17 @@ def affine_probe_backward(
     num_iterations: int,
     tolerance: float,
 ) -> tuple[Tensor, Tensor]:
-    """Compute (18) under uniform weights as one operator.
+    """Compute (18) under uniform weights, as a custom operator.
 
     Args:
         dr: Gradient of the probe `[B, G, R, T, K]`.
         r: From `affine_probe`.
-        k: Keys `[B, G, 1, T, K]`, as given to `affine_probe`, as all that follows.
+        k: Keys `[B, G, 1, T, K]`; this and all further arguments as in `affine_probe`.
         ids: Document of each token `[T]`.
         counts: Keys that each query sees `[T, 1]`.
         ridge: Ridge per key.
-        num_iterations: The most iterations of conjugate gradients.
-        tolerance: Relative residual at which they stop.
+        num_iterations: Maximum number of conjugate-gradient iterations.
+        tolerance: Relative residual at which a row stops.
 
     Returns:
         `dq [B, G, R, T, K]` and `dk [B, G, 1, T, K]`.
@@ -245,15 +230,15 @@ affine_probe.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 
 def _covariances(k_BGRTK: Tensor, documents: _Documents, ridge: float, num_repeats: int) -> LinearMap:
-    """Return x_i -> (Cov(k, k)_i + ridge I) x_i for `num_repeats` query heads a key head."""
+    """Return x_i -> (Cov(k, k)_i + ridge I) x_i for `num_repeats` query heads per key head."""
     kbar_BGRTK = _mean(k_BGRTK, documents)
-    past = _summarise(F.pad(k_BGRTK, (0, 1), value=1.0), k_BGRTK, documents.ids_T)
-    # a copy for each query head: the products would make one every time
+    past = sum_past(F.pad(k_BGRTK, (0, 1), value=1.0), k_BGRTK, documents.ids_T)
+    # one copy per query head now instead of one in every product
     y, z, state = (x.expand(-1, -1, num_repeats, -1, -1, -1).contiguous() for x in past[:3])
     past = past._replace(y_BGRNCX=y, z_BGRNCW=z, state_BGRNXW=state)
 
     def apply(x_BGRTK: Tensor) -> Tensor:
-        o_BGRTK = _meet(_affine_weights(x_BGRTK, kbar_BGRTK), past) / documents.counts_T1
+        o_BGRTK = attend_past(_affine_weights(x_BGRTK, kbar_BGRTK), past) / documents.counts_T1
         return torch.sub(kbar_BGRTK, o_BGRTK).add_(x_BGRTK, alpha=ridge)
 
     return apply
@@ -284,89 +269,9 @@ def _keys_gradient(do_BGRTK: Tensor, r_BGRTK: Tensor, k_BGRTK: Tensor, documents
 
 
 def _mean(x_BGRTK: Tensor, documents: _Documents) -> Tensor:
-    """Return the mean of what a query sees."""
+    """Return the mean over the tokens that each query sees."""
     ones_BGRT1 = torch.ones_like(x_BGRTK[..., :1])
     return causal_product(ones_BGRT1, ones_BGRT1, x_BGRTK, documents.ids_T, False) / documents.counts_T1
-
-
-@torch.library.custom_op("parallax::causal_product", mutates_args=())
-def causal_product(x: Tensor, y: Tensor, z: Tensor, ids: Tensor, is_reversed: bool) -> Tensor:
-    """Compute sum_j (x_i.y_j) z_j over the j <= i of i's document, as one operator.
-
-    One operator keeps autocast out of its backward too, wherever that is traced. Saved for it: the inputs.
-
-    Args:
-        x: `[B, G, R, T, X]`, fp32/fp64; R may be 1 in any of the three.
-        y: `[B, G, R, T, X]`.
-        z: `[B, G, R, T, W]`.
-        ids: Document of each token `[T]`, int64.
-        is_reversed: Over j >= i instead.
-
-    Returns:
-        `[B, G, R, T, W]`.
-    """
-    if is_reversed:
-        x, y, z, ids = x.flip(3), y.flip(3), z.flip(3), ids.flip(0)
-    with torch.autocast(x.device.type, enabled=False):
-        out = _meet(x, _summarise(y, z, ids))
-    return out.flip(3) if is_reversed else out.contiguous()
-
-
-@causal_product.register_fake
-def _causal_product_fake(x: Tensor, y: Tensor, z: Tensor, ids: Tensor, is_reversed: bool) -> Tensor:
-    num_repeats = max(x.shape[2], y.shape[2], z.shape[2])
-    return z.new_empty((*x.shape[:2], num_repeats, *x.shape[3:4], z.shape[4]))
-
-
-def _save_factors(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    *tensors, ctx.is_reversed = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _differentiate_product(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-    x, y, z, ids = ctx.saved_tensors
-    dx = causal_product(do, z, y, ids, ctx.is_reversed)
-    dy = causal_product(z, do, x, ids, not ctx.is_reversed)
-    dz = causal_product(y, x, do, ids, not ctx.is_reversed)
-    gradients = (d.sum_to_size(a.shape) for d, a in ((dx, x), (dy, y), (dz, z)))
-    return *gradients, None, None
-
-
-causal_product.register_autograd(_differentiate_product, setup_context=_save_factors)
-
-
-def _summarise(y_BGRTX: Tensor, z_BGRTW: Tensor, ids_T: Tensor) -> _Past:
-    """Cut y and z into chunks and sum what lies before each."""
-    chunk = max(1, min(CHUNK_TOKENS, ids_T.shape[0]))
-    ids_NC = F.pad(ids_T, (0, -ids_T.shape[0] % chunk), value=-1).unflatten(0, (-1, chunk))
-    first_N1, last_N1 = ids_NC[:, :1], ids_NC[:, -1:]
-    y_BGRNCX, z_BGRNCW = _in_chunks(y_BGRTX, chunk), _in_chunks(z_BGRTW, chunk)
-    # chunk n starts from the sums of the chunks before that end in the document in which n starts
-    reaches_NN = (first_N1 == last_N1.mT) & _lower(ids_NC.shape[0], ids_T).tril(-1)
-    sums_BGRNXW = y_BGRNCX.masked_fill((ids_NC != last_N1)[..., None], 0.0).mT @ z_BGRNCW
-    state_BGRNF = reaches_NN.to(z_BGRTW.dtype) @ sums_BGRNXW.flatten(-2)
-    state_BGRNXW = state_BGRNF.unflatten(-1, sums_BGRNXW.shape[-2:])
-    hidden_NCC = (ids_NC[:, :, None] != ids_NC[:, None]) | ~_lower(chunk, ids_T)
-    return _Past(y_BGRNCX, z_BGRNCW, state_BGRNXW, hidden_NCC, (ids_NC != first_N1)[..., None])
-
-
-def _meet(x_BGRTX: Tensor, past: _Past) -> Tensor:
-    """Return sum_j (x_i.y_j) z_j, `[B, G, R, T, W]`."""
-    x_BGRNCX = _in_chunks(x_BGRTX, past.hidden_NCC.shape[1])
-    out = (x_BGRNCX @ past.y_BGRNCX.mT).masked_fill_(past.hidden_NCC, 0.0) @ past.z_BGRNCW
-    out += x_BGRNCX.masked_fill(past.is_restarted_NC1, 0.0) @ past.state_BGRNXW
-    return out.flatten(3, 4)[:, :, :, : x_BGRTX.shape[3]]
-
-
-def _in_chunks(x_BGRTX: Tensor, chunk: int) -> Tensor:
-    """Return `[B, G, R, N, C, X]`, the last chunk filled with zeros."""
-    tail = -x_BGRTX.shape[3] % chunk
-    return (F.pad(x_BGRTX, (0, 0, 0, tail)) if tail else x_BGRTX).unflatten(3, (-1, chunk))
-
-
-def _lower(size: int, like: Tensor) -> Tensor:
-    """Return a lower triangle of true `[size, size]`, its diagonal included."""
-    return torch.ones(size, size, dtype=torch.bool, device=like.device).tril()
 
 
 def _prepare(

@@ -1,4 +1,4 @@
-"""Decoding of the family's members with uniform weights: (17) of `parallax.reference`, by running sums.
+"""Decode steps of the family's members with uniform weights (17 of `parallax.reference`), by running sums.
 
 With n keys so far every mean is a sum over n: vbar = sum v / n, Cov(v, k) = sum v k^T / n - vbar kbar^T. The
 sums are fp32 (fp64 for fp64) and updated in place. Letters as in `parallax.affine`.
@@ -11,17 +11,17 @@ from parallax.conjugate_gradients import conjugate_gradients, residual_tolerance
 from parallax.local_linear import promote
 
 Sums = dict[str, Tensor]
-"""Of B sequences: v, k `[B, G, K]`, vk `[B, G, K, K]` = sum v k^T and kk, those of them that are needed."""
+"""Running sums of B sequences: v, k `[B, G, K]`; vk, kk `[B, G, K, K]` = sum v k^T, sum k k^T; as needed."""
 
 
 def add_keys(sums: Sums, k_BTGK: Tensor | None, v_BTGK: Tensor, row: int | slice = slice(None)) -> None:
-    """Add keys and values of tokens to the sums, in place.
+    """Add the keys and values of new tokens to the sums, in place.
 
     Args:
-        sums: Of B sequences.
-        k_BTGK: Keys `[B, T, G, K]`; None where no sum needs them.
+        sums: The sums to update.
+        k_BTGK: Keys `[B, T, G, K]`; None if no sum needs them.
         v_BTGK: Values `[B, T, G, K]`.
-        row: The sequences that they belong to.
+        row: The sequences that the tokens belong to.
     """
     (v,) = promote(v_BTGK)
     if "v" in sums:
@@ -38,11 +38,11 @@ def add_keys(sums: Sums, k_BTGK: Tensor | None, v_BTGK: Tensor, row: int | slice
 
 
 def linear_output(sums: Sums, counts_B: Tensor, q_BHK: Tensor) -> Tensor:
-    """Linear attention of one query of each sequence: sum_j (q.k_j) v_j / n.
+    """Compute linear attention of one query per sequence: sum_j (q.k_j) v_j / n.
 
     Args:
-        sums: vk.
-        counts_B: Keys so far n.
+        sums: With vk.
+        counts_B: Number of keys n of each sequence.
         q_BHK: Queries `[B, H, K]`.
 
     Returns:
@@ -53,11 +53,11 @@ def linear_output(sums: Sums, counts_B: Tensor, q_BHK: Tensor) -> Tensor:
 
 
 def affine_output(sums: Sums, counts_B: Tensor, r_BHK: Tensor) -> Tensor:
-    """Affine linear attention of one probe of each sequence: vbar - Cov(v, k) r.
+    """Compute affine linear attention of one probe per sequence: vbar - Cov(v, k) r.
 
     Args:
-        sums: v, k, vk.
-        counts_B: Keys so far n.
+        sums: With v, k, vk.
+        counts_B: Number of keys n of each sequence.
         r_BHK: Probes `[B, H, K]`.
 
     Returns:
@@ -72,14 +72,14 @@ def affine_output(sums: Sums, counts_B: Tensor, r_BHK: Tensor) -> Tensor:
 
 
 def mesanet_output(sums: Sums, counts_B: Tensor, q_BHK: Tensor, ridge: float, num_iterations: int) -> Tensor:
-    """Affine MesaNet of one query of each sequence, whose probe solves (16).
+    """Compute affine MesaNet of one query per sequence, whose probe solves (16).
 
     Args:
-        sums: v, k, vk, kk.
-        counts_B: Keys so far n.
+        sums: With v, k, vk, kk.
+        counts_B: Number of keys n of each sequence.
         q_BHK: Queries `[B, H, K]`.
         ridge: Ridge per key.
-        num_iterations: The most iterations of conjugate gradients.
+        num_iterations: Maximum number of conjugate-gradient iterations.
 
     Returns:
         `[B, H, K]`, fp32 (fp64 for fp64).

@@ -10,13 +10,13 @@ LinearMap = Callable[[Tensor], Tensor]
 
 
 def residual_tolerance(*dtypes: torch.dtype) -> float:
-    """Return the relative residual that is small enough for inputs of these dtypes, the least exact's.
+    """Return the relative residual at which to stop for inputs of these dtypes: that of the least precise.
 
-    For fp32 and fp64 a few roundings: further steps would divide noise by noise. For bf16 and fp16 eps / 64:
-    a residual is an error of b, and rounding the inputs has put one up to 32 times as large there already.
+    For fp32 and fp64 it is 4 eps: further iterations would divide noise by noise. For bf16 and fp16 it is
+    eps / 64: a residual is an error of b, and rounding the inputs already causes one up to 32 times as large.
 
     Args:
-        dtypes: Of what makes the matrices and right-hand sides, as the caller gave it, before any promotion.
+        dtypes: Dtypes of the inputs of the matrices and right-hand sides, before any promotion.
 
     Returns:
         Norm of the residual over that of the right-hand side.
@@ -27,19 +27,19 @@ def residual_tolerance(*dtypes: torch.dtype) -> float:
 def conjugate_gradients(apply: LinearMap, b: Tensor, num_iterations: int, tolerance: float) -> Tensor:
     """Solve A x = b for every row of b, each with its own symmetric positive definite A.
 
-    A row whose residual is small enough stays as it is, so that no row depends on the others, however many
-    iterations those take; the loop ends with the last row.
+    A row stops changing once its residual is small enough, so the result of a row does not depend on the
+    others; the loop ends when all rows have stopped.
 
     Args:
         apply: Maps x to A x, both of b's shape; must treat the rows independently.
         b: Right-hand sides `[..., K]`, fp32/fp64.
-        num_iterations: The most iterations, at least 1; K of them are exact but for rounding.
+        num_iterations: Maximum number of iterations, at least 1; K are exact up to rounding.
         tolerance: Norm of the residual over that of b at which a row stops, from `residual_tolerance`.
 
     Returns:
         x, shape and dtype of b.
     """
-    # in place and fused where torch can: on a GPU each pass over memory counts beside a product
+    # in place and fused where possible: on a GPU a pass over memory costs about as much as a product
     x = torch.zeros_like(b)
     residual, direction = b.clone(), b
     square = torch.linalg.vector_norm(b, dim=-1, keepdim=True).square_()

@@ -1,15 +1,15 @@
 """Exact local linear attention: Parallax attention whose probe is solved, not learned.
 
 By (16) of `parallax.reference` the probe solves A_i r_i = kbar_i - q_i with A_i = Cov_p(k, k)_i + ridge I;
-what follows is (4). So everything that touches all keys is Parallax attention in fp32 (fp64 for fp64): by the
-Triton kernels where they serve (CUDA, their head widths, a positive scale), else by `parallax.eager`.
+the rest is (4). So all work over the keys is Parallax attention in fp32 (fp64 for fp64): by Triton kernels
+where they serve (CUDA, their head widths, a positive scale), else by `parallax.eager`.
 
-* conjugate gradients need A x alone, and by (4) Cov_p(k, k) x = kbar - o(q, x, k, k);
+* conjugate gradients need only A x, and by (4) Cov_p(k, k) x = kbar - o(q, x, k, k);
 * the gradient through the solve is (18): one more solve with the same matrices, for y, then the backward of
-  o(q, r, k, k). Nothing of the iterations is kept.
+  o(q, r, k, k). No iterate is kept.
 
-The direct solver forms A a few queries at a time and factors it. Memory beside inputs and outputs is a tile's
-`[B, H, tile, T]` for `parallax.eager`, and `_DIRECT_ELEMENTS` numbers a buffer for the direct solver. Saved
+The direct solver forms A a few queries at a time and factors it. Beside inputs and outputs `parallax.eager`
+needs a tile's `[B, H, tile, T]`, and the direct solver buffers of `_DIRECT_ELEMENTS` numbers. Saved
 for the backward: q, k, v, r, and two statistics per row; by the kernels o and vbar too.
 """
 
@@ -58,10 +58,10 @@ def local_linear_attention(
         cu_seqlens: Bounds of packed documents `[N + 1]`, int32, rising from 0 to T, on q's device, with
             B == 1; empty documents are allowed. None: each batch row is one document.
         window_size: Number of newest keys that a query sees, its own included; None for all.
-        solver: "cg" for conjugate gradients, T^2 K operations an iteration; "direct" to form and factor the
+        solver: "cg" for conjugate gradients, T^2 K operations per iteration; "direct" to form and factor the
             matrix of every query, T^2 K^2 operations.
-        num_iterations: The most iterations of conjugate gradients, 32 in the authors' code; rows that have
-            converged stop before. The gradient is that of the exact solution.
+        num_iterations: Maximum number of conjugate-gradient iterations, 32 in the authors' code; converged
+            rows stop earlier. The gradient is that of the exact solution.
 
     Returns:
         Output `[B, T, H, K]` in the dtype of v.
@@ -110,10 +110,10 @@ def local_linear_decode(
         k_cache: Keys `[B, S, G, K]`.
         v_cache: Values `[B, S, G, K]`.
         cache_seqlens: Keys of each sequence `[B]` int32, those of the new tokens included.
-        ridge: As `local_linear_attention`, and all below.
+        ridge: As in `local_linear_attention`; likewise the options below.
         scale: Factor of q.k; None for 1 / sqrt(K).
         window_size: Number of newest keys that a query sees; None for all.
-        num_iterations: The most iterations of conjugate gradients.
+        num_iterations: Maximum number of conjugate-gradient iterations.
 
     Returns:
         Output `[B, T, H, K]` in the dtype of v_cache.
@@ -169,7 +169,7 @@ def local_linear_probe(
     num_iterations: int | None,
     tolerance: float,
 ) -> Tensor:
-    """Solve (16) for the probe, as one operator.
+    """Solve (16) for the probe, as a custom operator.
 
     Args:
         q: Queries `[B, T, H, K]`, fp32/fp64.
@@ -178,8 +178,8 @@ def local_linear_probe(
         scale: Factor of q.k.
         ridge: Ridge per unit of kernel mass.
         window_size: Keys that a query sees, or None.
-        num_iterations: The most iterations of conjugate gradients; None to solve directly.
-        tolerance: Relative residual at which conjugate gradients stop.
+        num_iterations: Maximum number of conjugate-gradient iterations; None to solve directly.
+        tolerance: Relative residual at which a row stops.
 
     Returns:
         Probes `[B, T, H, K]`.
@@ -207,19 +207,19 @@ def local_linear_probe_backward(
     num_iterations: int | None,
     tolerance: float,
 ) -> tuple[Tensor, Tensor]:
-    """Compute (18) as one operator.
+    """Compute (18), as a custom operator.
 
     Args:
         dr: Gradient of the probe `[B, T, H, K]`.
         r: From `local_linear_probe`.
-        q: Queries `[B, T, H, K]`, as given to `local_linear_probe`; likewise the inputs not listed here.
+        q: Queries `[B, T, H, K]`, the input of `local_linear_probe`; likewise all that follow.
         k: Keys `[B, T, G, K]`.
         cu_seqlens: Document bounds `[N + 1]` int32, or None.
         scale: Factor of q.k.
         ridge: Ridge per unit of kernel mass.
         window_size: Keys that a query sees, or None.
-        num_iterations: The most iterations of conjugate gradients; None to solve directly.
-        tolerance: Relative residual at which conjugate gradients stop.
+        num_iterations: Maximum number of conjugate-gradient iterations; None to solve directly.
+        tolerance: Relative residual at which a row stops.
 
     Returns:
         `dq [B, T, H, K]` and `dk [B, T, G, K]`.

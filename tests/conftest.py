@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from data.tokenizer import train_byte_level_bpe
+from data.train_tokenizer import train_byte_level_bpe
 
 WORDS = "the a model of attention and its probe reads keys values from past tokens while gradients flow"
 

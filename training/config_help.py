@@ -17,8 +17,7 @@ _INTRODUCTION = """\
 # Configuration
 
 Every key of a run's TOML file, as `python train.py --help-config` prints it. A key is overridden on the
-command line as `--table.key VALUE`; None in a description is "none" in TOML. NAME is a name of your choice.\
-"""
+command line as `--table.key VALUE`; None in a description is "none" in TOML. NAME is any name you choose."""
 _WIDTH = 110
 _ENTRY = re.compile(r"^(?: {4})(\w+): (.*)$")
 

@@ -1,1 +1,1 @@
-"""From documents to the rows of a batch: packing, order, resume."""
+"""Documents to micro-batches: packing, batch arithmetic, prefetching and resume."""

@@ -1,14 +1,14 @@
-"""Whole documents laid into rows of T + 1 tokens, so that few are cut and at most 1% is padding.
+"""Best-fit packing: whole documents packed into rows of T + 1 tokens with at most 1% padding.
 
-Documents are taken in blocks of at least 512 rows' worth of tokens. A document longer than a row is cut into
-pieces of T + 1 tokens, neighbours sharing one, so that each of its tokens but the first is a label exactly
-once, as without cuts. The pieces of a block go, longest first, into the row with the least space that holds
-them (best fit decreasing). Where that leaves more than 1% of the block empty, because too few documents are
-short enough to fill what long ones leave, the emptiest rows are dissolved and their pieces cut to fit into
-the largest spaces of the others. What stays empty is padding.
+Documents are taken in blocks of at least 512 rows' worth of tokens. A document longer than a row is split
+into spans of T + 1 tokens; consecutive spans share one token, so that each token but the first is a label
+exactly once, as without splits. The spans of a block are placed in decreasing order of length, each into the
+row with the least free space that fits it (best-fit decreasing). If that leaves more than 1% of the block
+free, because too few documents are short enough to fill the gaps, the emptiest rows are dissolved: their
+spans are split to fit the largest gaps of the other rows. What stays free is padding.
 
-Rows then follow in a fixed random order, since they were filled in the order of length, and the pieces of a
-row in the order of their documents.
+Rows are then shuffled by a fixed permutation, since they were filled in order of length, and the spans of a
+row are in the order of their documents.
 """
 
 import heapq
@@ -18,39 +18,40 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.loading.packing import Document, Mark, PackedRow, Piece
+from data.loading.packing import Document, PackedRow, PackerState, Segment, check_seq_len
 from data.permutation import Permutation
+from errors import UserError
 
 BLOCK_ROWS = 512
 MAX_PADDING = 0.01
 
 
 class Span(NamedTuple):
-    """Consecutive tokens of a document of a block: those from `first` until before `last`."""
+    """Tokens `start` to `stop` (exclusive) of the document at an index of the block."""
 
     document: int
-    first: int
-    last: int
+    start: int
+    stop: int
 
     @property
     def length(self) -> int:
         """Number of tokens."""
-        return self.last - self.first
+        return self.stop - self.start
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Lay items into as few bins as best fit decreasing finds.
+    """Pack items into bins by best-fit decreasing.
 
     Args:
         lengths: Length of each item, from 1 to `capacity`.
         capacity: Length of a bin.
 
     Returns:
-        The indices of each bin's items. Equal lengths stay in order, so that the result depends on the
-        lengths alone.
+        The indices of each bin's items. Items of equal length stay in order, so that the result depends on
+        the lengths alone.
     """
     bins: list[list[int]] = []
-    # Bins by the space that is left in them, and a bit for each space that some bin has.
+    # bins by free space, and a bit mask of the free spaces that occur
     with_space: list[list[int]] = [[] for _ in range(capacity + 1)]
     spaces = 0
     for item in sorted(range(len(lengths)), key=lambda item: -lengths[item]):
@@ -70,24 +71,25 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
     return bins
 
 
-def fill_spaces(bins: Sequence[Sequence[Span]], capacity: int, max_padding: float) -> list[list[Span]]:
-    """Dissolve the emptiest bins until at most a share of all space is empty, or nothing more can be done.
+def dissolve_emptiest(bins: Sequence[Sequence[Span]], capacity: int, max_padding: float) -> list[list[Span]]:
+    """Dissolve the emptiest bins into the gaps of the others until little padding remains.
 
     Args:
-        bins: Spans that fit into a bin each.
+        bins: Spans of each bin, of at most `capacity` tokens in all.
         capacity: Length of a bin.
-        max_padding: The share.
+        max_padding: Fraction of free space at which to stop; it stays above where no bin fits into the gaps.
 
     Returns:
-        The bins that are left. A span that was cut shares a token with the next one of its document.
+        The remaining bins. A span that was split shares a token with the next one of its document.
     """
     filled = [list(each) for each in bins]
+    # negative, since heapq is a min-heap
     spaces = [(sum(span.length for span in each) - capacity, which) for which, each in enumerate(bins)]
     heapq.heapify(spaces)
     padding = -sum(space for space, _ in spaces)
     while padding > max_padding * capacity * len(spaces):
         space, emptiest = heapq.heappop(spaces)
-        # A cut costs the token that both parts have.
+        # a split costs the token that both parts share
         needed, targets = capacity + space, list[tuple[int, int]]()
         while needed > 0 and spaces and spaces[0][0] < -1:
             targets.append(heapq.heappop(spaces))
@@ -96,69 +98,68 @@ def fill_spaces(bins: Sequence[Sequence[Span]], capacity: int, max_padding: floa
             break
         padding += space
         for span in filled[emptiest]:
-            padding -= _pour(span, targets, filled)
+            padding -= _split_into(span, targets, filled)
         filled[emptiest] = []
         for target in targets:
             heapq.heappush(spaces, target)
     return [each for each in filled if each]
 
 
-def _pour(span: Span, targets: list[tuple[int, int]], bins: list[list[Span]]) -> int:
-    """Lay a span into the first bins of a list of (negative space, bin) that have some; count its tokens."""
-    first = poured = 0
+def _split_into(span: Span, targets: list[tuple[int, int]], bins: list[list[Span]]) -> int:
+    """Split a span over the gaps of (negative free space, bin) pairs; return the number of tokens placed."""
+    start = num_placed = 0
     for index, (negative, which) in enumerate(targets):
-        length = min(span.length - first, -negative)
-        # One token of space is none for a part that shares one with the part before.
+        length = min(span.length - start, -negative)
+        # a part that shares its first token with the previous part needs two tokens of space
         if length < min(2, span.length):
             continue
-        bins[which].append(Span(span.document, span.first + first, span.first + first + length))
+        bins[which].append(Span(span.document, span.start + start, span.start + start + length))
         targets[index] = negative + length, which
-        poured += length
-        if first + length == span.length:
-            return poured
-        first += length - 1
-    raise AssertionError("the bins have no room for the span")
+        num_placed += length
+        if start + length == span.length:
+            return num_placed
+        start += length - 1
+    raise AssertionError("the gaps are too small for the span")
 
 
 class BestFitPacker:
-    """Lays documents into rows, block by block; a mark's offset counts rows of its block."""
+    """Pack documents into rows, block by block; a state's offset counts rows of its block.
 
-    def __init__(self, seq_len: int, padding: int) -> None:
-        """Describe the rows.
+    Args:
+        seq_len: Tokens per row, T.
+        padding_id: Token id that fills the free space of rows.
 
-        Args:
-            seq_len: Tokens a row, T.
-            padding: Token id that fills up rows.
+    Raises:
+        UserError: `seq_len` is below 1.
+    """
 
-        Raises:
-            ValueError: If `seq_len` is below 1.
-        """
-        if seq_len < 1:
-            raise ValueError(f"seq_len is {seq_len}, must be at least 1: set training.seq_len")
+    def __init__(self, seq_len: int, padding_id: int) -> None:
+        check_seq_len(seq_len)
         self._seq_len = seq_len
-        self._padding = padding
+        self._padding_id = padding_id
 
     @property
-    def name(self) -> str:
-        """What a saved position is good for: blocks depend on the length of rows."""
+    def fingerprint(self) -> str:
+        """Name of the packing with T, on which the blocks depend."""
         return f"best_fit into rows of {self._seq_len}"
 
-    def pack(self, documents: Iterable[Document], start: Mark) -> Iterator[tuple[PackedRow, Mark | None]]:
-        """Make rows, as `data.loading.packing.Packer` says."""
-        leave_out = start.offset
-        position, skipped = start.position, start.skipped
+    def pack(
+        self, documents: Iterable[Document], state: PackerState
+    ) -> Iterator[tuple[PackedRow, PackerState | None]]:
+        """Yield each row with the state of the next one, as `data.loading.packing.Packer.pack` does."""
+        position, first, skipped = state
         for block in self._blocks(documents):
             rows = self._rows(block)
-            if leave_out >= len(rows):
-                raise ValueError(
-                    f"the saved data position is row {leave_out} of the block at {position}, but the block "
+            if first >= len(rows):
+                raise UserError(
+                    f"the saved data position is row {first} of the block at {position}, but the block "
                     f"has {len(rows)} rows: the files or the tokenizer changed since the checkpoint"
                 )
-            after = Mark(block[-1].after, 0, block[-1].skipped)
-            for index in range(leave_out, len(rows)):
+            next_block = PackerState(block[-1].next_position, 0, block[-1].skipped)
+            for index in range(first, len(rows)):
                 is_last = index + 1 == len(rows)
-                yield rows[index], after if is_last else Mark(position, index + 1, skipped)
-            position, leave_out, skipped = after.position, 0, after.skipped
+                yield rows[index], next_block if is_last else PackerState(position, index + 1, skipped)
+            position, first, skipped = next_block
 
     def _blocks(self, documents: Iterable[Document]) -> Iterator[list[Document]]:
         block: list[Document] = []
@@ -177,23 +178,23 @@ class BestFitPacker:
         lengths = [len(document.tokens) for document in block]
         spans = list(chain.from_iterable(map(self._spans, range(len(block)), lengths)))
         bins = best_fit_decreasing([span.length for span in spans], capacity)
-        rows = fill_spaces([[spans[item] for item in each] for each in bins], capacity, MAX_PADDING)
+        rows = dissolve_emptiest([[spans[item] for item in each] for each in bins], capacity, MAX_PADDING)
         order = Permutation(len(rows), "rows of a block")(np.arange(len(rows)))
         return [
             PackedRow(
-                pieces=tuple(
-                    Piece(block[document].tokens, first, last)
-                    for document, first, last in sorted(rows[which])
+                segments=tuple(
+                    Segment(block[document].tokens, start, stop)
+                    for document, start, stop in sorted(rows[which])
                 ),
                 seq_len=self._seq_len,
-                padding=self._padding,
+                padding_id=self._padding_id,
             )
             for which in order.tolist()
         ]
 
     def _spans(self, document: int, length: int) -> Iterator[Span]:
-        first = 0
-        while length - first > self._seq_len + 1:
-            yield Span(document, first, first + self._seq_len + 1)
-            first += self._seq_len
-        yield Span(document, first, length)
+        start = 0
+        while length - start > self._seq_len + 1:
+            yield Span(document, start, start + self._seq_len + 1)
+            start += self._seq_len
+        yield Span(document, start, length)

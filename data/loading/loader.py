@@ -1,10 +1,9 @@
-"""Micro-batches for one rank, out of one global order of sequences, the same for any number of ranks.
+"""One rank's micro-batches, from a global order of sequences that does not depend on the number of ranks.
 
-Sequences have a global index. A step takes the next `global_batch_size` of them. With W ranks, b =
-local_batch_size and micro-step m, rank w takes rows [m*W*b + w*b, m*W*b + (w + 1)*b) of the step's. Every
-rank goes through the whole stream, and builds tensors for its own rows only: of prepared shards it reads the
-lengths of all documents and the tokens of its own, of text it reads and tokenizes all, so that text serves
-as many GPUs as one node's cores can feed.
+data/loading/global_batch.py divides the sequences among steps, micro-steps and ranks. Every rank iterates
+over all rows but builds tensors of its own only. From prepared shards it reads the lengths of all documents
+and the tokens of its own rows; from text it reads and tokenizes everything, so that text feeds only as many
+GPUs as the cores of a node can tokenize for.
 """
 
 import itertools
@@ -14,22 +13,40 @@ from typing import Any, Literal
 import torch
 
 from data.loading.best_fit import BestFitPacker
-from data.loading.packing import ConcatenatePacker, MicroBatch, PackedRow, Packer, collate, filler_row
+from data.loading.global_batch import gradient_accumulation_steps, rank_rows, rows_per_micro_step
+from data.loading.packing import ConcatenatePacker, MicroBatch, PackedRow, Packer, collate, padding_row
 from data.loading.prefetch import Prefetcher
 from data.loading.stream import RowStream, StreamState
 from data.sources.base import DocumentSource
 from data.tokenizer import Tokenizer
+from errors import UserError
 
 _STATE_VERSION = 2
 
 
 class PackedLoader:
-    """One rank's micro-batches of packed documents, with a global state that resumes exactly.
+    """One rank's micro-batches of packed documents; its state is the same on all ranks.
 
-    A training loader (`repeat=True`) never ends, and each iterator goes on where the last one stopped. A
-    validation loader (`repeat=False`) starts over with each iterator and keeps every token: the last row is
-    padded, and rows of padding even out the ranks, so that all of them get the same number of micro-batches.
-    Padding is never a label.
+    A training loader (`repeat=True`) is infinite, and each iterator resumes where the previous one stopped. A
+    validation loader (`repeat=False`) restarts with each iterator and drops no token: the last row is padded,
+    and rows of padding give every rank the same number of micro-batches. Padding is never a label.
+
+    Args:
+        source: The documents.
+        tokenizer: Tokenizes text.
+        seq_len: Tokens per sequence, T.
+        local_batch_size: Sequences per micro-batch, b.
+        global_batch_size: Sequences per step, over all ranks and micro-steps.
+        dp_rank: Index of this data-parallel rank.
+        dp_world_size: Number of data-parallel ranks, W.
+        packing: Packer of documents into sequences (data/loading/packing.py, data/loading/best_fit.py).
+        mask_documents: Whether a token attends only to its own document.
+        repeat: Whether to repeat the source, epoch after epoch.
+        max_sequences: End each iterator after this many sequences over all ranks; None for no limit.
+        prefetch_batches: Micro-batches that a background thread prepares ahead; 0 for no thread.
+
+    Raises:
+        UserError: A size is below 1, or the global batch is not divisible by the micro-steps' rows.
     """
 
     def __init__(
@@ -48,33 +65,17 @@ class PackedLoader:
         max_sequences: int | None = None,
         prefetch_batches: int = 4,
     ) -> None:
-        """Check the sizes and set the position to the start; nothing is read yet.
-
-        Args:
-            source: The documents.
-            tokenizer: Turns them into tokens.
-            seq_len: Tokens a sequence, T.
-            local_batch_size: Sequences a micro-batch, b.
-            global_batch_size: Sequences a step, over all ranks and micro-steps.
-            dp_rank: This rank's index among the data-parallel ranks.
-            dp_world_size: Number of data-parallel ranks, W.
-            packing: How documents become sequences (data/loading/packing.py, data/loading/best_fit.py).
-            mask_documents: Whether tokens see only their own document.
-            repeat: Whether to read the source again and again.
-            max_sequences: End each iterator after this many sequences over all ranks; None for no limit.
-            prefetch_batches: Micro-batches prepared ahead by a thread; 0 for none and no thread.
-
-        Raises:
-            ValueError: If a size is below 1, or the global batch does not divide evenly.
-        """
-        _check_sizes(seq_len, local_batch_size, global_batch_size, dp_rank, dp_world_size)
-        padding = tokenizer.end_of_document_id
+        gradient_accumulation_steps(
+            global_batch_size=global_batch_size, local_batch_size=local_batch_size, num_ranks=dp_world_size
+        )
+        padding_id = tokenizer.end_of_document_id
         packers: dict[str, Callable[[int, int], Packer]]
         packers = {"concatenate": ConcatenatePacker, "best_fit": BestFitPacker}
-        packer = packers[packing](seq_len, padding)
+        packer = packers[packing](seq_len, padding_id)
         self._stream = RowStream(source, tokenizer, packer, repeat=repeat)
-        self._filler = filler_row(seq_len, padding)
-        self._rank_rows = (dp_rank * local_batch_size, dp_world_size * local_batch_size, local_batch_size)
+        self._padding_row = padding_row(seq_len, padding_id)
+        self._rank_rows = rank_rows(local_batch_size, dp_rank, dp_world_size)
+        self._micro_step_rows = rows_per_micro_step(local_batch_size, dp_world_size)
         self._mask_documents = mask_documents
         self._repeat = repeat
         self._max_sequences = max_sequences
@@ -82,7 +83,7 @@ class PackedLoader:
         self._fingerprint = {
             "source": source.fingerprint,
             "tokenizer": tokenizer.fingerprint,
-            "packing": packer.name,
+            "packing": packer.fingerprint,
         }
         self._state = StreamState()
         self._generation = 0
@@ -90,18 +91,18 @@ class PackedLoader:
 
     @property
     def skipped(self) -> Mapping[str, int]:
-        """Source rows skipped before the next sequence since the run began, by reason."""
+        """Source rows skipped before the next sequence since the start of the run, by reason."""
         return self._state.skipped
 
     def __iter__(self) -> Iterator[MicroBatch]:
         """Yield this rank's micro-batches; ends an earlier iterator of this loader.
 
         Returns:
-            Inputs and labels as `data.loading.packing.collate` describes them, in pinned memory where CUDA is
+            Inputs and labels as described at `data.loading.packing.collate`, in pinned memory if CUDA is
             available.
 
         Raises:
-            ValueError: If the source is damaged, or a whole epoch of it has no document.
+            UserError: The source is damaged, or a whole epoch holds no document.
         """
         self.close()
         generation = self._generation
@@ -109,7 +110,14 @@ class PackedLoader:
             self._state = StreamState()
         pin_device = torch.cuda.current_device() if torch.cuda.is_available() else None
         rows = itertools.islice(self._stream.rows(self._state), self._max_sequences)
-        produce = _Producer(rows, self._filler, self._rank_rows, self._mask_documents, pin_device)
+        produce = _Producer(
+            rows,
+            padding_row=self._padding_row,
+            rank_rows=self._rank_rows,
+            micro_step_rows=self._micro_step_rows,
+            mask_documents=self._mask_documents,
+            pin_device=pin_device,
+        )
         if not self._prefetch_batches:
             yield from self._consume(produce(), generation)
             return
@@ -120,9 +128,9 @@ class PackedLoader:
             prefetcher.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position after the last micro-batch taken from the iterator, the same on every rank.
+        """Return the position after the last micro-batch that the iterator yielded, the same on all ranks.
 
-        Rows that were prefetched but not taken are not part of it. The values are plain JSON and do not grow.
+        Prefetched micro-batches do not count. The values are plain JSON of constant size.
         """
         return {
             "version": _STATE_VERSION,
@@ -131,30 +139,28 @@ class PackedLoader:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go to a saved position; the next iterator starts there, with any number of ranks.
+        """Restore a saved position, from which the next iterator resumes, on any number of ranks.
 
         Args:
-            state_dict: What `state_dict` returned, on any rank.
+            state_dict: The result of `state_dict` on any rank.
 
         Raises:
-            ValueError: If the position is of another source, tokenizer or packing, or this loader always
-                starts over.
+            UserError: The position belongs to another source, tokenizer or packing, or to another version.
         """
-        if not self._repeat:
-            raise ValueError(
-                "a loader with repeat=False starts over with each iterator: it has no position to load"
-            )
+        assert self._repeat, (
+            "a loader with repeat=False restarts with each iterator: it has no position to load"
+        )
         if state_dict.get("version") != _STATE_VERSION:
-            raise ValueError(
+            raise UserError(
                 f"the saved data position has version {state_dict.get('version')!r}, expected "
                 f"{_STATE_VERSION}: load the checkpoint with the code that wrote it"
             )
-        for part, mine in self._fingerprint.items():
+        for part, fingerprint in self._fingerprint.items():
             saved = state_dict["fingerprint"][part]
-            if saved != mine:
-                raise ValueError(
+            if saved != fingerprint:
+                raise UserError(
                     f"the saved data position belongs to another {part} (fingerprint {saved}, this run has "
-                    f"{mine}): restore the {part}, or start another run.folder"
+                    f"{fingerprint}): restore the {part}, or set another run.folder to start a new run"
                 )
         self.close()
         self._state = StreamState.from_dict(state_dict["position"])
@@ -177,67 +183,46 @@ class PackedLoader:
 
 
 class _Producer:
-    """Makes one rank's micro-batches from a state on; knows no loader, so its thread keeps none alive."""
+    """Build one rank's micro-batches; has no reference to the loader, which its thread would keep alive."""
 
     def __init__(
         self,
         rows: Iterator[tuple[PackedRow, StreamState]],
-        filler: PackedRow,
-        rank_rows: tuple[int, int, int],
+        *,
+        padding_row: PackedRow,
+        rank_rows: range,
+        micro_step_rows: int,
         mask_documents: bool,
         pin_device: int | None,
     ) -> None:
         self._rows = rows
-        self._filler = filler
-        self._first, self._group, self._count = rank_rows
+        self._padding_row = padding_row
+        self._rank_rows = rank_rows
+        self._micro_step_rows = micro_step_rows
         self._mask_documents = mask_documents
         self._pin_device = pin_device
 
     def __call__(self) -> Iterator[tuple[MicroBatch, StreamState]]:
-        """Yield each micro-batch with the state after its group, one group being all ranks' rows."""
+        """Yield each micro-batch with the state after its micro-step, which spans the rows of all ranks."""
         if self._pin_device is not None:
-            # A new thread would pin on device 0 and open a context there for every rank of the node.
+            # a new thread would pin memory on device 0 and create a context there for every rank of the node
             torch.cuda.set_device(self._pin_device)
         own: list[PackedRow] = []
-        position = 0
+        num_rows = 0
         state = StreamState()
         for row, state in self._rows:
-            if self._first <= position < self._first + self._count:
+            if num_rows in self._rank_rows:
                 own.append(row)
-            position += 1
-            if position == self._group:
-                yield self._batch(own), state
-                own, position = [], 0
-        if position:
-            yield self._batch(own + [self._filler] * (self._count - len(own))), state
+            num_rows += 1
+            if num_rows == self._micro_step_rows:
+                yield self._collate(own), state
+                own, num_rows = [], 0
+        if num_rows:
+            padding = [self._padding_row] * (len(self._rank_rows) - len(own))
+            yield self._collate(own + padding), state
 
-    def _batch(self, rows: list[PackedRow]) -> MicroBatch:
+    def _collate(self, rows: list[PackedRow]) -> MicroBatch:
         inputs, labels = collate(rows, mask_documents=self._mask_documents)
         if self._pin_device is None:
             return inputs, labels
         return {name: tensor.pin_memory() for name, tensor in inputs.items()}, labels.pin_memory()
-
-
-def _check_sizes(
-    seq_len: int, local_batch_size: int, global_batch_size: int, dp_rank: int, dp_world_size: int
-) -> None:
-    sizes = {
-        "seq_len": seq_len,
-        "local_batch_size": local_batch_size,
-        "global_batch_size": global_batch_size,
-        "dp_world_size": dp_world_size,
-    }
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} is {size}, must be at least 1")
-    if not 0 <= dp_rank < dp_world_size:
-        raise ValueError(
-            f"dp_rank is {dp_rank}, must be from 0 to {dp_world_size - 1} with {dp_world_size} ranks"
-        )
-    rows = local_batch_size * dp_world_size
-    if global_batch_size % rows:
-        raise ValueError(
-            f"global_batch_size ({global_batch_size}) must be a multiple of local_batch_size "
-            f"({local_batch_size}) times {dp_world_size} data-parallel ranks: the next is "
-            f"{(global_batch_size // rows + 1) * rows}"
-        )

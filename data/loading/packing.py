@@ -1,17 +1,16 @@
-"""Documents to sequences: token streams cut into rows, and rows joined into a micro-batch.
+"""Pack documents into rows, and collate rows into micro-batches.
 
-Documents follow one another, each closed by the end-of-document token. With T = seq_len, row n covers the
-stream's tokens [n*T, n*T + T] inclusive; its inputs are the first T of them and its labels the last T.
-Neighbouring rows so share one token, and every token of the stream but the very first is a label exactly
-once.
+Documents are concatenated, each ending with the end-of-document token. With T = seq_len, row n holds the
+stream's tokens n*T to (n+1)*T inclusive; its inputs are the first T of them and its labels the last T.
+Consecutive rows thus share one token, and every token of the stream but the first is a label exactly once.
 
-With document masking, a document's tokens see only tokens of their own document in their own row. The label
-at the last token of a document would be the first token of the next one, which nothing in sight predicts: it
-is ignored (-100). The end-of-document token itself is a label, predicted from its own document. Without
-masking the label across the boundary counts like any other.
+With document masking, a token attends only to its own document within its row. The label at the last token of
+a document would be the first token of the next document, which cannot be predicted from what is attended to:
+it is IGNORE_INDEX. The end-of-document token itself is a label, predicted from its own document. Without
+masking, labels across document boundaries count too.
 
-data/loading/best_fit.py is the other way to make rows. Both need only the lengths of documents: tokens are
-looked at where a row is collated, so that stored ones are read by the rank that needs them.
+data/loading/best_fit.py is the other packer. Both need only the lengths of documents: tokens are read when a
+row is collated, so that each rank reads stored tokens of its own rows only.
 """
 
 from collections import deque
@@ -24,36 +23,36 @@ import numpy as np
 import torch
 
 from data.sources.base import Position, TokenSequence
-
-IGNORE_INDEX = -100
+from errors import UserError
+from tokens import IGNORE_INDEX
 
 MicroBatch: TypeAlias = tuple[dict[str, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Document:
-    """A tokenized document and where it came from.
+    """A tokenized document and its place in the source.
 
     Attributes:
         tokens: Token ids `[n]`, the end-of-document token included.
-        before: Position in the source at which the document is the next row; None for the start.
-        after: Position in the source after it.
-        skipped: Rows skipped before it since the run began, by reason.
+        position: Position in the source from which reading yields the document first; None for the start.
+        next_position: Position after the document.
+        skipped: Rows skipped before the document since the start of the run, by reason.
     """
 
     tokens: TokenSequence
-    before: Position | None
-    after: Position
+    position: Position | None
+    next_position: Position
     skipped: Mapping[str, int]
 
 
-class Mark(NamedTuple):
-    """From where the row after some row can be made again.
+class PackerState(NamedTuple):
+    """State from which a packer resumes: the next row's place in the source.
 
     Attributes:
-        position: Position in the source; None for the start.
-        offset: What to leave out of what is made from there; each packer says of what.
-        skipped: Rows skipped before that position since the run began, by reason.
+        position: Position in the source to read from; None for the start.
+        offset: What to drop from there, in the packer's own unit.
+        skipped: Rows skipped before that position since the start of the run, by reason.
     """
 
     position: Position | None
@@ -61,175 +60,184 @@ class Mark(NamedTuple):
     skipped: Mapping[str, int]
 
 
-class Piece(NamedTuple):
-    """Consecutive tokens of a document, not looked at yet: those from `first` until before `last`."""
+class Segment(NamedTuple):
+    """Tokens `start` to `stop` (exclusive) of a document, not read yet."""
 
     tokens: TokenSequence
-    first: int
-    last: int
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedRow:
-    """One sequence, with the token after it.
+    """A row of T + 1 tokens: T inputs and, shifted by one, T labels.
 
     Attributes:
-        pieces: The text, in order, each piece of another document.
+        segments: Segments of different documents, in order.
         seq_len: Length T of the sequence.
-        padding: Token id that fills up T + 1 tokens where the text does not.
+        padding_id: Token id that fills the rest of the T + 1 tokens.
     """
 
-    pieces: tuple[Piece, ...]
+    segments: tuple[Segment, ...]
     seq_len: int
-    padding: int
+    padding_id: int
 
     @property
     def num_tokens(self) -> int:
-        """How many of the tokens are text; the rest is padding and never a label."""
-        return sum(piece.last - piece.first for piece in self.pieces)
+        """Number of tokens that are not padding; padding is never a label."""
+        return sum(segment.stop - segment.start for segment in self.segments)
 
     @property
-    def starts(self) -> tuple[int, ...]:
-        """Indices in 1..T at which a document begins, ascending. Padding counts as a document."""
-        ends = accumulate(piece.last - piece.first for piece in self.pieces)
+    def document_starts(self) -> tuple[int, ...]:
+        """Indices from 1 to T at which a document starts, ascending; padding counts as a document."""
+        ends = accumulate(segment.stop - segment.start for segment in self.segments)
         return tuple(end for end in ends if end <= self.seq_len)
 
     @property
     def tokens(self) -> np.ndarray:
-        """The tokens and padding, int32 `[T + 1]`; stored tokens are read now.
+        """Tokens and padding, int32 `[T + 1]`; reads stored tokens.
 
         Raises:
-            ValueError: If they are damaged.
+            UserError: Stored tokens are damaged.
         """
-        row = np.full(self.seq_len + 1, self.padding, dtype=np.int32)
+        row = np.full(self.seq_len + 1, self.padding_id, dtype=np.int32)
         filled = 0
-        for tokens, first, last in self.pieces:
-            row[filled : filled + last - first] = tokens[first:last]
-            filled += last - first
+        for tokens, start, stop in self.segments:
+            row[filled : filled + stop - start] = tokens[start:stop]
+            filled += stop - start
         return row
 
 
 class Packer(Protocol):
-    """A way to make rows of documents."""
+    """Packs documents into rows."""
 
     @property
-    def name(self) -> str:
-        """What a saved position is good for: packers of one name go on from each other's marks."""
+    def fingerprint(self) -> str:
+        """Name of the packing; a saved state is valid for a packer of the same one."""
         ...
 
-    def pack(self, documents: Iterable[Document], start: Mark) -> Iterator[tuple[PackedRow, Mark | None]]:
-        """Make rows.
+    def pack(
+        self, documents: Iterable[Document], state: PackerState
+    ) -> Iterator[tuple[PackedRow, PackerState | None]]:
+        """Yield each row with the state of the next one, None after the last.
 
         Args:
-            documents: Read from the mark's position on, in order.
-            start: Where to begin.
-
-        Yields:
-            Each row, and the mark of the next one, None if no other follows.
+            documents: Documents from the state's position on, in order.
+            state: State of the first row.
 
         Raises:
-            ValueError: If the documents are not those of the mark.
+            UserError: The documents have changed since the state was saved.
         """
         ...
 
 
 class ConcatenatePacker:
-    """Cuts a stream of documents every T tokens; a mark's offset counts tokens of its document.
+    """Split the concatenated documents every T tokens; a state's offset counts tokens of its document.
 
-    It holds no more than the documents that a row needs.
+    It holds no more documents than a row needs.
+
+    Args:
+        seq_len: Tokens per row, T.
+        padding_id: Token id that fills the last row.
+
+    Raises:
+        UserError: `seq_len` is below 1.
     """
 
-    name = "concatenate"
+    fingerprint = "concatenate"
 
-    def __init__(self, seq_len: int, padding: int) -> None:
-        """Describe the rows.
-
-        Args:
-            seq_len: Tokens a row, T.
-            padding: Token id that fills up the last row.
-
-        Raises:
-            ValueError: If `seq_len` is below 1.
-        """
-        if seq_len < 1:
-            raise ValueError(f"seq_len is {seq_len}, must be at least 1: set training.seq_len")
+    def __init__(self, seq_len: int, padding_id: int) -> None:
+        check_seq_len(seq_len)
         self._seq_len = seq_len
-        self._padding = padding
+        self._padding_id = padding_id
 
-    def pack(self, documents: Iterable[Document], start: Mark) -> Iterator[tuple[PackedRow, Mark | None]]:
-        """Make rows, as `Packer` says."""
-        waiting: deque[Document] = deque()
-        offset, num_tokens = start.offset, -start.offset
+    def pack(
+        self, documents: Iterable[Document], state: PackerState
+    ) -> Iterator[tuple[PackedRow, PackerState | None]]:
+        """Yield each row with the state of the next one, as `Packer.pack` does."""
+        pending: deque[Document] = deque()
+        offset, num_tokens = state.offset, -state.offset
         for document in documents:
-            if offset and not waiting:
-                _check_start(document, start)
-            waiting.append(document)
+            if offset and not pending:
+                _check_resumed(document, state)
+            pending.append(document)
             num_tokens += len(document.tokens)
             while num_tokens > self._seq_len:
-                row = self._row(waiting, offset, self._seq_len + 1)
+                row = self._row(pending, offset, self._seq_len + 1)
                 num_tokens -= self._seq_len
                 offset += self._seq_len
-                while offset >= len(waiting[0].tokens):
-                    offset -= len(waiting.popleft().tokens)
-                yield row, Mark(waiting[0].before, offset, waiting[0].skipped)
-        # The row before had the first token as its last label.
+                while offset >= len(pending[0].tokens):
+                    offset -= len(pending.popleft().tokens)
+                yield row, PackerState(pending[0].position, offset, pending[0].skipped)
+        # a single remaining token is the last label of the previous row
         if num_tokens >= 2:
-            yield self._row(waiting, offset, num_tokens), None
+            yield self._row(pending, offset, num_tokens), None
 
     def _row(self, documents: Iterable[Document], offset: int, length: int) -> PackedRow:
-        pieces: list[Piece] = []
+        segments: list[Segment] = []
         for document in documents:
             if not length:
                 break
-            last = min(len(document.tokens), offset + length)
-            pieces.append(Piece(document.tokens, offset, last))
-            length -= last - offset
+            stop = min(len(document.tokens), offset + length)
+            segments.append(Segment(document.tokens, offset, stop))
+            length -= stop - offset
             offset = 0
-        return PackedRow(pieces=tuple(pieces), seq_len=self._seq_len, padding=self._padding)
+        return PackedRow(segments=tuple(segments), seq_len=self._seq_len, padding_id=self._padding_id)
 
 
-def filler_row(seq_len: int, padding: int) -> PackedRow:
-    """Return a row of padding without a single label, which evens out the ranks' share of the last rows."""
-    return PackedRow(pieces=(), seq_len=seq_len, padding=padding)
+def check_seq_len(seq_len: int) -> None:
+    """Check that rows are not empty.
+
+    Raises:
+        UserError: `seq_len` is below 1.
+    """
+    if seq_len < 1:
+        raise UserError(f"seq_len is {seq_len}, must be at least 1: set training.seq_len")
+
+
+def padding_row(seq_len: int, padding_id: int) -> PackedRow:
+    """Return a row of padding without labels, which fills up the last micro-batch."""
+    return PackedRow(segments=(), seq_len=seq_len, padding_id=padding_id)
 
 
 def collate(rows: Sequence[PackedRow], *, mask_documents: bool) -> MicroBatch:
-    """Join rows into the tensors of one micro-batch.
+    """Collate rows into the tensors of a micro-batch.
 
     Args:
         rows: b rows of the same length T.
-        mask_documents: Whether tokens see only their own document.
+        mask_documents: Whether a token attends only to its own document.
 
     Returns:
-        The inputs and the labels, -100 where nothing is to be predicted. With masking:
+        Inputs and labels; labels are IGNORE_INDEX where nothing is predicted. With masking:
         `{"input": int64 [1, b*T], "cu_seqlens": int32 [N + 1]}` and int64 `[1, b*T]`, where cu_seqlens holds
-        every document and row bound from 0 to b*T. Without: `{"input": int64 [b, T]}` and int64 `[b, T]`.
+        every document and row boundary from 0 to b*T. Without: `{"input": int64 [b, T]}` and int64 `[b, T]`.
 
     Raises:
-        ValueError: If stored tokens are damaged.
+        UserError: Stored tokens are damaged.
     """
     tokens = torch.from_numpy(np.stack([row.tokens for row in rows]).astype(np.int64))
     seq_len = tokens.shape[1] - 1
-    # Copies: of a single row both slices would be contiguous views of the same memory.
+    # copies: both slices of a single row would be contiguous views of the same memory
     inputs, labels = tokens[:, :-1].clone(), tokens[:, 1:].clone()
-    bounds: list[int] = []
+    boundaries: list[int] = []
     for index, row in enumerate(rows):
         labels[index, max(row.num_tokens - 1, 0) :] = IGNORE_INDEX
-        bounds.append(index * seq_len)
-        if mask_documents and row.starts:
-            labels[index, torch.tensor(row.starts) - 1] = IGNORE_INDEX
-            bounds.extend(index * seq_len + start for start in row.starts if start < seq_len)
+        boundaries.append(index * seq_len)
+        starts = row.document_starts
+        if mask_documents and starts:
+            labels[index, torch.tensor(starts) - 1] = IGNORE_INDEX
+            boundaries.extend(index * seq_len + start for start in starts if start < seq_len)
     if not mask_documents:
         return {"input": inputs}, labels
-    bounds.append(len(rows) * seq_len)
-    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    boundaries.append(len(rows) * seq_len)
+    cu_seqlens = torch.tensor(boundaries, dtype=torch.int32)
     return {"input": inputs.reshape(1, -1), "cu_seqlens": cu_seqlens}, labels.reshape(1, -1)
 
 
-def _check_start(document: Document, start: Mark) -> None:
-    if document.before != start.position or start.offset >= len(document.tokens):
-        raise ValueError(
-            f"the saved data position is token {start.offset} of the document at {start.position}, but found "
-            f"was one of {len(document.tokens)} tokens at {document.before}: the files or the tokenizer "
-            "changed since the checkpoint"
+def _check_resumed(document: Document, state: PackerState) -> None:
+    if document.position != state.position or state.offset >= len(document.tokens):
+        raise UserError(
+            f"the saved data position is token {state.offset} of the document at {state.position}, but the "
+            f"document there, at {document.position}, has {len(document.tokens)} tokens: the files or the "
+            "tokenizer changed since the checkpoint"
         )

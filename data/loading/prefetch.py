@@ -1,4 +1,4 @@
-"""Items prepared ahead by one background thread, in order, at most so many at a time."""
+"""A bounded prefetch queue, filled in order by one background thread."""
 
 import threading
 import weakref
@@ -10,7 +10,7 @@ Item = TypeVar("Item")
 
 
 class _Channel(Generic[Item]):
-    """What the thread and the consumer share: a bounded queue that both ends can shut."""
+    """A bounded queue between thread and consumer that either side can close."""
 
     def __init__(self, depth: int) -> None:
         self.changed = threading.Condition()
@@ -21,7 +21,7 @@ class _Channel(Generic[Item]):
         self.error: BaseException | None = None
 
     def put(self, item: Item) -> bool:
-        """Add an item when there is room; False once the consumer has closed."""
+        """Add an item, waiting for space; return False once the consumer has closed the queue."""
         with self.changed:
             self.changed.wait_for(lambda: self.is_closed or len(self.items) < self.depth)
             if not self.is_closed:
@@ -30,13 +30,13 @@ class _Channel(Generic[Item]):
             return not self.is_closed
 
     def finish(self, error: BaseException | None) -> None:
-        """State that no item follows, and why."""
+        """Mark the end of the items, with the exception that caused it, if any."""
         with self.changed:
             self.is_done, self.error = True, error
             self.changed.notify_all()
 
     def get(self) -> Item:
-        """Take the next item; StopIteration at the end, or the thread's own exception in its place."""
+        """Return the next item; at the end raise the thread's exception once, then StopIteration."""
         with self.changed:
             self.changed.wait_for(lambda: self.is_closed or self.is_done or bool(self.items))
             if self.is_closed:
@@ -51,7 +51,7 @@ class _Channel(Generic[Item]):
         raise StopIteration
 
     def close(self) -> None:
-        """Make both ends give up."""
+        """Drop all items and wake both sides, which then stop."""
         with self.changed:
             self.is_closed = True
             self.items.clear()
@@ -59,23 +59,21 @@ class _Channel(Generic[Item]):
 
 
 class Prefetcher(Iterator[Item]):
-    """An iterator whose items a background thread prepares.
+    """An iterator whose items are prepared by a background thread, which the constructor starts.
 
-    An exception in the thread is raised to the consumer in the place where the item would have come. The
-    thread ends when the items do, at `close()`, when the prefetcher is garbage, and before the interpreter
-    exits.
+    An exception in the thread is raised to the consumer in place of the item. The thread ends when the items
+    do, at `close()`, when the prefetcher is garbage-collected, and before the interpreter exits.
+
+    Args:
+        make_items: Called in the thread; must not refer to the prefetcher, which would then never be
+            garbage-collected.
+        depth: Maximum number of items prepared ahead, at least 1.
     """
 
     def __init__(self, make_items: Callable[[], Iterator[Item]], depth: int) -> None:
-        """Start the thread.
-
-        Args:
-            make_items: Called in the thread; must not refer to the prefetcher, or that never becomes garbage.
-            depth: Items held ready at most, at least 1.
-        """
         assert depth >= 1
         self._channel: _Channel[Item] = _Channel(depth)
-        # A daemon, since the interpreter joins other threads before any exit handler could stop this one.
+        # a daemon, since the interpreter joins other threads before any exit handler could stop this one
         thread = threading.Thread(
             target=_fill, args=(self._channel, make_items), name="prefetch", daemon=True
         )
@@ -83,11 +81,11 @@ class Prefetcher(Iterator[Item]):
         thread.start()
 
     def __next__(self) -> Item:
-        """Return the next item, waiting for it if need be."""
+        """Return the next item; blocks until it is ready."""
         return self._channel.get()
 
     def close(self) -> None:
-        """End the thread and drop what it prepared; safe to call again."""
+        """End the thread and drop the prefetched items; idempotent."""
         self._close()
 
 
@@ -104,6 +102,6 @@ def _fill(channel: _Channel[Item], make_items: Callable[[], Iterator[Item]]) -> 
 
 def _stop(channel: _Channel[Item], thread: threading.Thread) -> None:
     channel.close()
-    # Garbage collection may run in the thread itself.
+    # garbage collection may run in the thread itself
     if thread is not threading.current_thread() and thread.ident is not None:
         thread.join()

@@ -1,1 +1,1 @@
-"""Prepared shards: text tokenized once and written to disk; `python -m data.shards` is the command."""
+"""Prepare shards: tokenize text once and write it to disk. `python -m data.shards` is the command line."""

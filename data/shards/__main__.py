@@ -1,14 +1,15 @@
-"""Prepare text as token shards once, so that training never tokenizes.
+"""Tokenize text once into shards, so that training never tokenizes.
 
     python -m data.shards prepare --parts 1-4 --tokenizer Qwen/Qwen3-0.6B-Base --out .cache/ultra_fineweb
     python -m data.shards verify .cache/ultra_fineweb
     python -m data.shards info .cache/ultra_fineweb
 
-`prepare` may be stopped at any time, killed even; the same command goes on.
-data/sources/shard_format.py says what it writes.
+`prepare` may be stopped or killed at any time; the same command resumes it.
+data/sources/shard_format.py describes the files.
 """
 
 import argparse
+import contextlib
 import sys
 import time
 from collections.abc import Sequence
@@ -27,16 +28,18 @@ from data.sources.cli import add_source_arguments, source_from
 from data.sources.files import FileDocuments
 from data.sources.open import open_text
 from data.sources.shard_format import SPLITS, Manifest, read_manifest
-from data.tokenizer import END_OF_DOCUMENT, Tokenizer
+from data.tokenizer import Tokenizer
+from errors import run_command
+from tokens import END_OF_DOCUMENT
 
 _BAR = "{percentage:5.1f}%|{bar:20}| {elapsed}, {remaining} left{postfix}"
 
 
-class _Bar:
-    """A progress bar of a preparation, with the time that is left."""
+class _ProgressBar:
+    """Progress bar of a preparation, with an estimate of the remaining time."""
 
     def __init__(self) -> None:
-        # A log gets a line now and then, a terminal a bar that moves.
+        # a log gets a line per minute, a terminal a moving bar
         self._bar = tqdm(
             total=1.0, bar_format=_BAR, mininterval=0.5 if sys.stderr.isatty() else 60.0, smoothing=0.1
         )
@@ -45,9 +48,9 @@ class _Bar:
 
     def __call__(self, progress: Progress) -> None:
         if self._first is None:
-            # What an earlier call did says nothing about speed.
+            # shards of an earlier run do not count for the speed
             self._first = progress
-            self._bar.initial = self._bar.n = progress.share
+            self._bar.initial = self._bar.n = progress.fraction
         seconds = max(time.monotonic() - self._since, 1e-9)
         rate = (progress.tokens - self._first.tokens) / seconds
         self._bar.set_postfix_str(
@@ -55,7 +58,7 @@ class _Bar:
             f"{rate:,.0f} tokens/s",
             refresh=False,
         )
-        self._bar.update(progress.share - self._bar.n)
+        self._bar.update(progress.fraction - self._bar.n)
 
     def close(self) -> None:
         self._bar.close()
@@ -65,20 +68,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        arguments: Words after the program's name; None for those of this process.
+        arguments: Command-line arguments; None for sys.argv[1:].
 
     Returns:
-        The exit code: 0; 1 if `verify` finds something wrong; 2 for what cannot be done; 130 if interrupted.
+        The exit code: 0, or 1 if `verify` finds damage.
+
+    Raises:
+        UserError: An option is wrong, or the source or the folder cannot be read.
     """
     options = _parser().parse_args(arguments)
-    try:
-        return options.run(options)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; finished shards stay, and the same command goes on", file=sys.stderr)
-        return 130
+    return options.run(options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -88,30 +87,30 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("prepare", help="tokenize a source into shards, or go on with it")
+    command = commands.add_parser("prepare", help="tokenize a source into shards, or resume")
     command.set_defaults(run=_prepare)
     command.add_argument("--out", type=Path, required=True, help="folder to write to")
     command.add_argument(
         "--tokenizer", required=True, help="folder, tokenizer.json, or a model's name on the hub"
     )
-    command.add_argument("--end-of-document", default=END_OF_DOCUMENT, help="token that closes each document")
+    command.add_argument("--end-of-document", default=END_OF_DOCUMENT, help="token that ends each document")
     add_source_arguments(command)
-    how = command.add_argument_group("how")
-    how.add_argument("--shard-tokens", type=int, default=1 << 26, help="tokens of a shard (default 67M)")
-    how.add_argument("--max-tokens", type=int, help="end at this many tokens (default: the whole source)")
-    how.add_argument("--processes", type=int, help="processes that tokenize (default: one a core)")
-    how.add_argument(
+    group = command.add_argument_group("shards")
+    group.add_argument("--shard-tokens", type=int, default=1 << 26, help="tokens per shard (default 67M)")
+    group.add_argument("--max-tokens", type=int, help="stop at this many tokens (default: the whole source)")
+    group.add_argument("--processes", type=int, help="processes that tokenize (default: one per core)")
+    group.add_argument(
         "--delete-downloads",
         action="store_true",
-        help="remove a file of the hub from the cache when it is done",
+        help="delete each file of the hub from the cache once it is tokenized",
     )
     for name, run, text in (
-        ("verify", _verify, "read everything and compare it with what was written"),
-        ("info", _info, "say what the shards hold"),
+        ("verify", _verify, "check every file against its hashes and counts"),
+        ("info", _info, "print the counts of the shards, and documents by length"),
     ):
         command = commands.add_parser(name, help=text)
         command.set_defaults(run=run)
-        command.add_argument("folder", type=Path, help="a folder that was prepared")
+        command.add_argument("folder", type=Path, help="a prepared folder")
     return parser
 
 
@@ -120,25 +119,25 @@ def _prepare(options: argparse.Namespace) -> int:
     config = source_from(options)
     tokenizer = Tokenizer.load(options.tokenizer, end_of_document=options.end_of_document)
     source = open_text(config)
-    processes = num_cores() if options.processes is None else options.processes
-    how = PrepareOptions(
+    prepare_options = PrepareOptions(
         shard_tokens=options.shard_tokens,
         max_tokens=options.max_tokens,
-        num_processes=processes,
+        num_processes=num_cores() if options.processes is None else options.processes,
         delete_downloads=options.delete_downloads,
     )
-    bar = _Bar()
     try:
-        manifest = prepare(
-            options.out,
-            source,
-            tokenizer,
-            how,
-            description=_description(config, source),
-            report=bar,
-        )
-    finally:
-        bar.close()
+        with contextlib.closing(_ProgressBar()) as bar:
+            manifest = prepare(
+                options.out,
+                source,
+                tokenizer,
+                prepare_options,
+                description=_description(config, source),
+                report=bar,
+            )
+    except KeyboardInterrupt:
+        print("interrupted; finished shards are kept, and the same command resumes", file=sys.stderr)
+        raise
     _print(options.out, manifest)
     return 0
 
@@ -155,7 +154,7 @@ def _verify(options: argparse.Namespace) -> int:
             print(f"  {path}")
         return 1
     _print(options.folder, read_manifest(options.folder))
-    print("  everything is what was written")
+    print("  all hashes and counts match")
     return 0
 
 
@@ -164,15 +163,15 @@ def _info(options: argparse.Namespace) -> int:
     for split in SPLITS:
         print(f"  {split} documents by length in tokens:")
         rows = length_histogram(options.folder, split)
-        most = max((documents for _, documents, _ in rows), default=0)
-        for least, documents, tokens in rows:
-            bar = "#" * round(30 * documents / most)
-            print(f"  {least:>11,} to {2 * least - 1:>11,} {documents:>13,} {tokens:>17,} tokens  {bar}")
+        largest = max((documents for _, documents, _ in rows), default=0)
+        for power, documents, tokens in rows:
+            bar = "#" * round(30 * documents / largest)
+            print(f"  {power:>11,} to {2 * power - 1:>11,} {documents:>13,} {tokens:>17,} tokens  {bar}")
     return 0
 
 
 def _description(config: Any, source: FileDocuments) -> dict[str, Any]:
-    """Say in the manifest what was read."""
+    """Return the manifest's entries about the source."""
     files = {} if isinstance(config, HubSource) else {"files": [str(file) for file in source.files]}
     return {**asdict(config), **files}
 
@@ -191,4 +190,4 @@ def _print(folder: Path, manifest: Manifest) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

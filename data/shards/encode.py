@@ -1,4 +1,4 @@
-"""Documents to token bytes, in this process or in several others."""
+"""Tokenize documents to bytes, in this process or in a pool of processes."""
 
 import contextlib
 import multiprocessing
@@ -18,12 +18,12 @@ from data.tokenizer import Tokenizer
 
 
 class EncodedDocument(NamedTuple):
-    """A document as shards hold it.
+    """A document as stored in shards.
 
     Attributes:
-        tokens: Its ids and the one that ends it, uint32 little-endian.
-        crc32: Their checksum.
-        split: Where it belongs.
+        tokens: Token ids, the end-of-document token included, as bytes of uint32 little-endian.
+        crc32: Checksum of the bytes.
+        split: Split of the document.
     """
 
     tokens: bytes
@@ -36,7 +36,7 @@ Encode: TypeAlias = Callable[[list[str]], "Future[list[EncodedDocument]]"]
 
 def num_cores() -> int:
     """Return the number of cores that this process may use."""
-    # Not every system has a way to give a process only some.
+    # sched_getaffinity does not exist on every system
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -44,7 +44,7 @@ def encode_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Encoded
     """Tokenize documents.
 
     Args:
-        tokenizer: Turns them into tokens, and knows which one ends a document.
+        tokenizer: The tokenizer, whose end-of-document token is appended.
         texts: The documents.
     """
     documents = []
@@ -57,45 +57,45 @@ def encode_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Encoded
 
 @contextlib.contextmanager
 def encoder(tokenizer: Tokenizer, num_processes: int) -> Iterator[Encode]:
-    """Give a function that tokenizes a batch of documents, in other processes if there are to be any.
+    """Yield a function that tokenizes a batch of documents and returns a future.
 
     Args:
-        tokenizer: Turns them into tokens.
-        num_processes: Number of other processes; 0 to tokenize in this one.
+        tokenizer: The tokenizer.
+        num_processes: Size of the process pool; 0 to tokenize in this process.
     """
     if not num_processes:
-        yield lambda texts: _done(encode_documents(tokenizer, texts))
+        yield lambda texts: _completed(encode_documents(tokenizer, texts))
         return
-    # Not forked: the library's threads would not come along, and what they hold would stay held.
+    # not fork: the library's threads would be missing in the child, and the locks that they hold stay locked
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_processes, context, _start_process, (tokenizer,)) as pool:
+    with ProcessPoolExecutor(num_processes, context, _start_worker, (tokenizer,)) as pool:
         try:
             yield lambda texts: pool.submit(_encode, texts)
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _done(documents: list[EncodedDocument]) -> Future[list[EncodedDocument]]:
+def _completed(documents: list[EncodedDocument]) -> Future[list[EncodedDocument]]:
     future: Future[list[EncodedDocument]] = Future()
     future.set_result(documents)
     return future
 
 
-# Of a process that tokenizes: the tokenizer it was started with.
+# the tokenizer of a worker process, set when it starts
 _tokenizer: list[Tokenizer] = []
 
 
-def _start_process(tokenizer: Tokenizer) -> None:
-    # An interrupt from the keyboard goes to every process; the first one ends the others in order.
+def _start_worker(tokenizer: Tokenizer) -> None:
+    # Ctrl-C interrupts every process of the group; the main process shuts the workers down
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # One process a core: the library's own threads would only be in each other's way.
+    # one process per core: the library's own threads would oversubscribe the cores
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _tokenizer[:] = [tokenizer]
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    """End this process when its parent is killed, which cannot tell its children."""
+def _exit_with_parent() -> None:
+    """Exit when the parent dies: a killed parent cannot shut its workers down."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

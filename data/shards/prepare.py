@@ -1,9 +1,9 @@
-"""From a source of text to a folder of token shards: one process reads and writes, the others tokenize.
+"""Tokenize a source of text into a folder of shards: one process reads and writes, a pool tokenizes.
 
-Rows are read in order and sent in batches to as many processes as there are cores; what comes back is written
-in the same order. A shard ends with the document that brings it to its size. Where it ends therefore depends
-on the text alone, and a preparation that was killed and goes on writes the same bytes as one that was not.
-At most a few batches a process are in memory.
+Rows are read in order and sent in batches to the pool; results are written in the same order. A shard ends
+with the document that reaches its size. Shard boundaries thus depend on the text alone, and a preparation
+that is killed and resumed writes the same bytes as an uninterrupted one. Memory is bounded by a few batches
+per process.
 """
 
 import contextlib
@@ -42,21 +42,23 @@ from data.sources.shard_format import (
     write_json,
 )
 from data.tokenizer import Tokenizer
+from errors import UserError
 
 _BATCH_CHARACTERS = 1 << 18
 _BATCH_ROWS = 256
-_BATCHES_A_PROCESS = 4
+_BATCHES_PER_PROCESS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareOptions:
-    """How to prepare; another number of processes writes the same bytes.
+    """Options of `prepare`; the number of processes does not change the bytes written.
 
     Attributes:
         shard_tokens: A shard ends with the document that brings it to this many tokens.
-        max_tokens: End with the document that brings all shards to this many tokens; None for all.
-        num_processes: Processes that tokenize; 0 tokenizes in this one.
-        delete_downloads: Whether to remove a file of the hub from the cache once its shards are finished.
+        max_tokens: The last shard ends with the document that brings all shards to this many tokens; None for
+            the whole source.
+        num_processes: Size of the pool that tokenizes; 0 to tokenize in this process.
+        delete_downloads: Whether to delete a file of the hub from the cache once its shards are finished.
     """
 
     shard_tokens: int = 1 << 26
@@ -65,25 +67,24 @@ class PrepareOptions:
     delete_downloads: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse numbers that make no shard."""
         for name in ("shard_tokens", "max_tokens"):
             if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} is {value}, must be at least 1")
+                raise UserError(f"{name} is {value}, must be at least 1")
         if self.num_processes < 0:
-            raise ValueError(f"num_processes is {self.num_processes}, must be 0 (this one alone) or more")
+            raise UserError(f"num_processes is {self.num_processes}, must be 0 (no other process) or more")
 
 
 class Progress(NamedTuple):
-    """How far a preparation is.
+    """Progress of a preparation, earlier runs of the same preparation included.
 
     Attributes:
-        share: Of the source (or of `max_tokens`) that is done, from 0 to 1.
-        tokens: Written so far, by earlier preparations of the folder too.
-        documents: Likewise.
-        shards: Finished so far.
+        fraction: Fraction of the source, or of `max_tokens`, from 0 to 1.
+        tokens: Tokens written.
+        documents: Documents written.
+        shards: Finished shards.
     """
 
-    share: float
+    fraction: float
     tokens: int
     documents: int
     shards: int
@@ -98,44 +99,44 @@ def prepare(
     description: dict[str, Any] | None = None,
     report: Callable[[Progress], None] = lambda progress: None,
 ) -> Manifest:
-    """Write a source's documents as token shards, or go on where an earlier call stopped.
+    """Write a source's documents as token shards, or resume a preparation that was stopped.
 
-    A shard that was deleted, or lacks files or parts of them, is written anew; whole ones are not touched.
+    A shard that is missing, or lacks files or parts of them, is written again; complete ones are not touched.
 
     Args:
-        folder: Where to write.
-        source: The documents, of every split, in the order in which they lie.
-        tokenizer: Turns them into tokens.
-        options: How to do it.
-        description: What the manifest says of the source besides.
-        report: Called now and then.
+        folder: Folder to write to.
+        source: Documents of both splits, not shuffled.
+        tokenizer: Tokenizes text.
+        options: Sizes and processes.
+        description: Further entries about the source in the manifest.
+        report: Called with the progress every few hundred documents.
 
     Returns:
-        The manifest of the whole.
+        The manifest of the complete folder.
 
     Raises:
-        ValueError: If the folder holds something else, another process is preparing it, the source cannot be
-            read or holds no document.
+        UserError: The folder was prepared with other settings, another process is preparing it, or the source
+            cannot be read or holds no document.
     """
     settings = _settings(source, tokenizer, options, description)
     folder.mkdir(parents=True, exist_ok=True)
     with _lock(folder):
-        _begin(folder, settings)
-        if (manifest := _finished(folder)) is not None:
+        _start(folder, settings)
+        if (manifest := _complete_manifest(folder)) is not None:
             return manifest
-        for name in (folder / MANIFEST_FILE, *(index_file(folder, split) for split in SPLITS)):
-            name.unlink(missing_ok=True)
+        for file in (folder / MANIFEST_FILE, *(index_file(folder, split) for split in SPLITS)):
+            file.unlink(missing_ok=True)
         try:
             with encoder(tokenizer, options.num_processes) as encode:
                 preparation = _Preparation(folder, source, options, encode, report)
                 preparation.run()
         finally:
-            _remove_partial(folder)  # an interrupt may come before a writer can tidy up after itself
+            _remove_partial(folder)  # an interrupt may come before a writer can clean up
         return write_manifest(folder, preparation.num_shards, settings)
 
 
 class _Preparation:
-    """One call of `prepare`: walks the shards in order and writes those that are missing."""
+    """One call of `prepare`: iterates over the shards in order and writes the missing ones."""
 
     def __init__(
         self,
@@ -156,43 +157,43 @@ class _Preparation:
         self.num_shards = 0
 
     def run(self) -> None:
-        """Write every shard that is missing."""
+        """Write every missing shard."""
         while not self._is_done:
             if shard_folder(self._folder, self.num_shards).exists():
-                self._pass_over(read_shard(self._folder, self.num_shards))
+                self._skip_shard(read_shard(self._folder, self.num_shards))
             else:
-                self._write_on()
-        self._tell()
+                self._write_shards()
+        self._report_progress()
         if not self._num_documents:
-            raise ValueError(f"{self._source} holds no document: name other files, or filter less")
+            raise UserError(f"{self._source} holds no document: name other files, or relax the filters")
 
-    def _pass_over(self, shard: ShardSummary) -> None:
+    def _skip_shard(self, shard: ShardSummary) -> None:
         if shard.first != self._position:
-            place = shard_folder(self._folder, self.num_shards)
-            raise ValueError(
-                f"{place} begins at {shard.first}, but the shard before it ends at {self._position}: "
-                f"delete {place} and those after it, and run the same command again"
+            path = shard_folder(self._folder, self.num_shards)
+            raise UserError(
+                f"{path} starts at {shard.first}, but the previous shard ends at {self._position}: "
+                f"delete {path} and the following shards, and run the same command again"
             )
         self._num_tokens += shard.num_tokens
         self._num_documents += shard.num_documents
-        self._after_shard(shard)
+        self._finish_shard(shard)
 
-    def _write_on(self) -> None:
-        """Write shards from the position on, until one is there already or nothing is left."""
-        with contextlib.closing(self._tokenized()) as rows:
+    def _write_shards(self) -> None:
+        """Write shards from the position until the next one exists or the source is exhausted."""
+        with contextlib.closing(self._tokenized_rows()) as rows:
             is_exhausted = False
             while not self._is_done and not shard_folder(self._folder, self.num_shards).exists():
                 assert not is_exhausted
                 with ShardWriter(self._folder, self.num_shards, self._position) as writer:
                     is_exhausted = self._fill(writer, rows)
-                    is_last = is_exhausted or self._has_enough()
-                    self._after_shard(writer.finish(self._position, is_last=is_last))
-                    self._tell()
+                    is_last = is_exhausted or self._has_max_tokens()
+                    self._finish_shard(writer.finish(self._position, is_last=is_last))
+                    self._report_progress()
 
     def _fill(self, writer: ShardWriter, rows: Iterator[tuple[Row, EncodedDocument | None]]) -> bool:
-        """Write one shard's rows; True if the source has no more."""
+        """Write one shard's rows; return whether the source is exhausted."""
         for row, document in rows:
-            self._position = row.after
+            self._position = row.next_position
             if document is None:
                 writer.skip(row.skipped or "")
                 continue
@@ -200,15 +201,15 @@ class _Preparation:
             self._num_tokens += len(document.tokens) // TOKEN.itemsize
             self._num_documents += 1
             if self._num_documents % _BATCH_ROWS == 0:
-                self._tell()
-            if writer.num_tokens >= self._options.shard_tokens or self._has_enough():
+                self._report_progress()
+            if writer.num_tokens >= self._options.shard_tokens or self._has_max_tokens():
                 return False
         return True
 
-    def _has_enough(self) -> bool:
+    def _has_max_tokens(self) -> bool:
         return self._options.max_tokens is not None and self._num_tokens >= self._options.max_tokens
 
-    def _after_shard(self, shard: ShardSummary) -> None:
+    def _finish_shard(self, shard: ShardSummary) -> None:
         self._position, self._is_done = shard.next, shard.is_last
         self.num_shards += 1
         if self._options.delete_downloads:
@@ -217,32 +218,32 @@ class _Preparation:
                 if isinstance(file, HubDocumentFile):
                     file.discard()
 
-    def _tell(self) -> None:
-        share = 1.0 if self._is_done else self._source.share_before(self._position)
+    def _report_progress(self) -> None:
+        fraction = 1.0 if self._is_done else self._source.progress(self._position)
         if self._options.max_tokens is not None:
-            share = min(max(share, self._num_tokens / self._options.max_tokens), 1.0)
-        self._report(Progress(share, self._num_tokens, self._num_documents, self.num_shards))
+            fraction = min(max(fraction, self._num_tokens / self._options.max_tokens), 1.0)
+        self._report(Progress(fraction, self._num_tokens, self._num_documents, self.num_shards))
 
-    def _tokenized(self) -> Generator[tuple[Row, EncodedDocument | None]]:
-        """Yield the source's rows in order, each with what the document has become."""
-        waiting: deque[tuple[list[Row], Future[list[EncodedDocument]]]] = deque()
-        most = _BATCHES_A_PROCESS * max(self._options.num_processes, 1)
+    def _tokenized_rows(self) -> Generator[tuple[Row, EncodedDocument | None]]:
+        """Yield the source's rows in order, each with its encoded document."""
+        pending: deque[tuple[list[Row], Future[list[EncodedDocument]]]] = deque()
+        max_pending = _BATCHES_PER_PROCESS * max(self._options.num_processes, 1)
         try:
             for batch in batches(
                 self._source.read(self._position, repeat=False), _BATCH_ROWS, _BATCH_CHARACTERS
             ):
-                waiting.append((batch, self._encode([row.text for row in batch if row.text is not None])))
-                if len(waiting) >= most:
-                    yield from _join(*waiting.popleft())
-            while waiting:
-                yield from _join(*waiting.popleft())
+                pending.append((batch, self._encode([row.text for row in batch if row.text is not None])))
+                if len(pending) >= max_pending:
+                    yield from _join(*pending.popleft())
+            while pending:
+                yield from _join(*pending.popleft())
         except BrokenProcessPool as error:
-            raise ValueError(
-                "a process that tokenizes has died, most likely for want of memory: run the same command "
-                "again with fewer --processes; finished shards stay"
+            raise UserError(
+                "a process that tokenizes has died, most likely out of memory: run the same command "
+                "again with fewer --processes; finished shards are kept"
             ) from error
         finally:
-            for _, future in waiting:
+            for _, future in pending:
                 future.cancel()
 
 
@@ -260,7 +261,7 @@ def _settings(
     options: PrepareOptions,
     description: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Say what decides about every byte of the shards."""
+    """Return the content of prepare.json, which determines every byte of the shards."""
     return {
         "format": FORMAT,
         "source": {**(description or {}), "fingerprint": source.fingerprint},
@@ -276,38 +277,38 @@ def _settings(
     }
 
 
-def _begin(folder: Path, settings: dict[str, Any]) -> None:
-    """Refuse to go on with other settings, and clear away shards that are not whole."""
+def _start(folder: Path, settings: dict[str, Any]) -> None:
+    """Write the settings, or check those of an earlier run, and delete incomplete shards."""
     path = folder / SETTINGS_FILE
     if not path.exists():
         write_json(path, settings)
-    begun = read_json(path)
-    saved, now = _decisive(begun), _decisive(settings)
-    names = [each.get("tokenizer", {}).get("name") for each in (begun, settings)]
+    saved_settings = read_json(path)
+    saved, now = _compared(saved_settings), _compared(settings)
+    names = [each.get("tokenizer", {}).get("name") for each in (saved_settings, settings)]
     differences = [
         f"{key} was {saved.get(key)!r} and is {now[key]!r}"
-        + (f", that of {names[0]} and {names[1]}" if key == "tokenizer" else "")
+        + (f", the fingerprints of {names[0]} and {names[1]}" if key == "tokenizer" else "")
         for key in now
         if saved.get(key) != now[key]
     ]
     if differences:
-        raise ValueError(
-            f"{folder} was begun with other settings ({'; '.join(differences)}): restore them, or prepare "
+        raise UserError(
+            f"{folder} was prepared with other settings ({'; '.join(differences)}): restore them, or prepare "
             "into another folder"
         )
     _remove_partial(folder)
-    for place in (folder / SHARDS_FOLDER).glob("*"):
-        if place.name.isdigit() and not _is_whole(folder, int(place.name)):
-            shutil.rmtree(place)
+    for path in (folder / SHARDS_FOLDER).glob("*"):
+        if path.name.isdigit() and not _is_complete(folder, int(path.name)):
+            shutil.rmtree(path)
 
 
-def _is_whole(folder: Path, number: int) -> bool:
-    """Whether a shard's files are there, as long as its shard.json says."""
-    place = shard_folder(folder, number)
-    if not (place / SHARD_FILE).exists():
+def _is_complete(folder: Path, number: int) -> bool:
+    """Return whether a shard's files exist and have the sizes in its shard.json."""
+    path = shard_folder(folder, number)
+    if not (path / SHARD_FILE).exists():
         return False
     sizes = {
-        place / f"{split}.{suffix}": size
+        path / f"{split}.{suffix}": size
         for split, summary in read_shard(folder, number).splits.items()
         for suffix, size in (
             ("tokens", summary.tokens * TOKEN.itemsize),
@@ -322,8 +323,8 @@ def _remove_partial(folder: Path) -> None:
         shutil.rmtree(partial)
 
 
-def _decisive(settings: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what only describes: the same tokenizer may be found at another place."""
+def _compared(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that must not change; a tokenizer's name may, since it may be found elsewhere."""
     return {
         "format": settings.get("format"),
         "source": settings.get("source", {}).get("fingerprint"),
@@ -333,22 +334,22 @@ def _decisive(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _finished(folder: Path) -> Manifest | None:
-    """Return the manifest of a folder to which nothing is missing."""
+def _complete_manifest(folder: Path) -> Manifest | None:
+    """Return the manifest of a complete folder; None if anything is missing."""
     if not (folder / MANIFEST_FILE).exists():
         return None
     manifest = read_manifest(folder)
-    is_whole = all(shard_folder(folder, number).exists() for number in range(len(manifest.shards)))
-    is_whole = is_whole and all(index_file(folder, split).exists() for split in SPLITS)
-    return manifest if is_whole else None
+    has_shards = all(shard_folder(folder, number).exists() for number in range(len(manifest.shards)))
+    has_indices = all(index_file(folder, split).exists() for split in SPLITS)
+    return manifest if has_shards and has_indices else None
 
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """Keep other preparations out; the system ends the lock of a process that was killed."""
+    """Exclude other preparations of the folder; the system releases the lock of a killed process."""
     with (folder / "prepare.lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ValueError(f"another process is preparing {folder}: wait for it, or stop it") from error
+            raise UserError(f"another process is preparing {folder}: wait for it, or stop it") from error
         yield

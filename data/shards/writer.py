@@ -1,4 +1,4 @@
-"""Writing one shard, and then the index and the manifest of all."""
+"""Write shards, then the indices and the manifest of the folder."""
 
 import contextlib
 import hashlib
@@ -34,18 +34,17 @@ from data.sources.shard_format import (
 
 
 class ShardWriter:
-    """Writes a shard beside its place; only `finish` puts it there, and whole."""
+    """Write a shard to a partial folder, which `finish` renames to the shard's folder.
+
+    Args:
+        folder: The prepared folder.
+        number: The shard's number, from 0.
+        first: Position in the source of the shard's first row.
+    """
 
     def __init__(self, folder: Path, number: int, first: Position | None) -> None:
-        """Begin a shard.
-
-        Args:
-            folder: The folder of all.
-            number: Of the shard.
-            first: Position in the source at which it begins.
-        """
-        self._place = shard_folder(folder, number)
-        self._partial = self._place.with_name(self._place.name + PARTIAL)
+        self._folder = shard_folder(folder, number)
+        self._partial = self._folder.with_name(self._folder.name + PARTIAL)
         shutil.rmtree(self._partial, ignore_errors=True)
         self._partial.mkdir(parents=True)
         self._files = contextlib.ExitStack()
@@ -54,13 +53,12 @@ class ShardWriter:
         self.first = first
 
     def __enter__(self) -> "ShardWriter":
-        """Return the writer."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close the files and remove what was not finished."""
+        """Close the files and delete an unfinished shard."""
         self._files.close()
         shutil.rmtree(self._partial, ignore_errors=True)
 
@@ -70,36 +68,36 @@ class ShardWriter:
         return sum(split.num_tokens for split in self._splits.values())
 
     def add(self, document: EncodedDocument) -> None:
-        """Write a document where it belongs."""
+        """Append a document to its split."""
         self._splits[document.split].add(document)
 
     def skip(self, reason: str) -> None:
-        """Count a row that is no document."""
+        """Count a skipped row."""
         self._skipped[reason] += 1
 
-    def finish(self, following: Position | None, *, is_last: bool) -> ShardSummary:
-        """Put the shard in its place.
+    def finish(self, next_position: Position | None, *, is_last: bool) -> ShardSummary:
+        """Write shard.json and rename the partial folder.
 
         Args:
-            following: Position in the source after its last row.
-            is_last: Whether nothing follows.
+            next_position: Position in the source after the shard's last row.
+            is_last: Whether this is the last shard.
         """
         splits = {split: writer.finish() for split, writer in self._splits.items()}
         self._files.close()
         summary = ShardSummary(
             first=self.first,
-            next=following,
+            next=next_position,
             is_last=is_last,
             skipped=dict(sorted(self._skipped.items())),
             splits=splits,
         )
         write_json(self._partial / SHARD_FILE, summary)
-        replace(self._partial, self._place)
+        replace(self._partial, self._folder)
         return summary
 
 
 class _SplitWriter:
-    """Writes one split of a shard."""
+    """Write one split of a shard."""
 
     def __init__(self, folder: Path, split: ShardSplit, files: contextlib.ExitStack) -> None:
         self._tokens = _HashedFile(folder / f"{split}.tokens", files)
@@ -119,7 +117,7 @@ class _SplitWriter:
 
 
 class _HashedFile:
-    """A file that is hashed while it is written."""
+    """Write a file and compute its SHA-256."""
 
     def __init__(self, path: Path, files: contextlib.ExitStack) -> None:
         self._file: IO[bytes] = files.enter_context(path.open("wb"))
@@ -134,15 +132,15 @@ class _HashedFile:
 
 
 def write_manifest(folder: Path, num_shards: int, settings: dict[str, Any]) -> Manifest:
-    """Write the indices of all shards and then the manifest, which makes the folder whole.
+    """Write the indices, then the manifest, which marks the folder complete.
 
     Args:
-        folder: The folder of all.
+        folder: The prepared folder.
         num_shards: Number of its shards.
-        settings: What was prepared.
+        settings: The settings in prepare.json.
 
     Raises:
-        ValueError: If a shard cannot be read.
+        UserError: A shard.json cannot be read.
     """
     shards = [read_shard(folder, number) for number in range(num_shards)]
     splits: dict[ShardSplit, SplitSummary] = {}
@@ -174,14 +172,14 @@ def write_manifest(folder: Path, num_shards: int, settings: dict[str, Any]) -> M
 
 
 def index_records(documents: np.ndarray, start: int) -> np.ndarray:
-    """Turn a shard's lengths into records of the index.
+    """Return the index records of a shard's documents.
 
     Args:
-        documents: Of dtype `DOCUMENT`, `[n]`.
-        start: Tokens of the shards before.
+        documents: Lengths and checksums, `[n]` of dtype `DOCUMENT`.
+        start: Number of tokens in the preceding shards.
 
     Returns:
-        Of dtype `INDEX`, `[n]`.
+        Starts and checksums, `[n]` of dtype `INDEX`.
     """
     records = np.empty(len(documents), dtype=INDEX)
     ends = np.cumsum(documents["length"], dtype=np.uint64)

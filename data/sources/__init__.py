@@ -1,1 +1,1 @@
-"""Documents from wherever they lie: files, the hub, prepared shards, mixtures of these."""
+"""Sources of documents: local files, the Hugging Face hub, prepared shards, and mixtures of these."""

@@ -1,16 +1,16 @@
-"""What every source of documents gives: rows, each with the position at which reading goes on after it."""
+"""The interface of a source of documents: rows in a fixed order, each with the position after it."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
-# Plain JSON, small, and only the source that gave it knows what it means.
+# small and plain JSON; its keys are private to the source that returned it
 Position: TypeAlias = dict[str, Any]
 
 
 class TokenSequence(Protocol):
-    """Token ids that may not have been read yet: a numpy array is one."""
+    """Token ids that may be read lazily; a numpy array is one."""
 
     def __len__(self) -> int:
         """Return the number of tokens."""
@@ -22,49 +22,49 @@ class TokenSequence(Protocol):
 
 
 class Row(NamedTuple):
-    """One row of a source: a document as text or as tokens, or the reason why it is none.
+    """One row of a source: a document as text or as tokens, or the reason why the row is skipped.
 
     Attributes:
-        after: Where reading goes on after this row.
+        next_position: Position of the next row, from which reading resumes.
         text: The document, if the source holds text.
-        tokens: The document with the token that ends it, if the source holds tokens.
-        skipped: None for a document, else why there is none (data/sources/filters.py lists the reasons).
+        tokens: The document with its end-of-document token, if the source holds tokens.
+        skipped: None for a document, else one of `data.sources.filters.SKIP_REASONS`.
     """
 
-    after: Position
+    next_position: Position
     text: str | None = None
     tokens: TokenSequence | None = None
     skipped: str | None = None
 
 
 class DocumentSource(Protocol):
-    """Rows in a fixed order, pass after pass. Its `str` says in an error message what is read."""
+    """Rows in a fixed order, epoch after epoch. Its `str` names it in error messages."""
 
     @property
     def fingerprint(self) -> str:
-        """A short hash of what a position refers to; a saved position is good for an equal one only."""
+        """Hash of the documents and their order; a saved position is valid for a source of the same one."""
         ...
 
     def read(self, position: Position | None = None, *, repeat: bool) -> Iterator[Row]:
-        """Yield every row from a position on, in order; each call starts anew.
+        """Yield rows in order from a position; each call returns an independent iterator.
 
         Args:
-            position: `after` of the row before the first, from an equal source; None for the start.
-            repeat: Whether to begin another pass at the end of each, without end.
+            position: A row's `next_position`, from a source of the same fingerprint; None for the start.
+            repeat: Whether to start another epoch at the end of each, without end.
 
         Raises:
-            ValueError: If something cannot be read (it is named), or a whole pass holds no document.
+            UserError: A file cannot be read (the message names it), or a whole epoch holds no document.
         """
         ...
 
 
 def batches(rows: Iterator[Row], max_rows: int, max_characters: int) -> Iterator[list[Row]]:
-    """Group rows: a group ends with the row that brings it to so many rows or characters.
+    """Group rows into batches; a batch ends with the row that reaches either limit.
 
     Args:
         rows: The rows.
-        max_rows: Most rows of a group.
-        max_characters: Characters at which a group ends.
+        max_rows: Rows of a full batch.
+        max_characters: Characters of a full batch; the last row may exceed it.
     """
     batch: list[Row] = []
     characters = 0

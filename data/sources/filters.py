@@ -1,11 +1,11 @@
-"""Which rows of a source are documents, and why the others are not."""
+"""Row filters: which rows of a source are documents, and the reason why each of the others is skipped."""
 
 from dataclasses import dataclass
 
 from data.config import Split
 from data.sources.split import is_held_out
 
-# What is wrong with a row or with what holds it; other reasons are a config's choice.
+# defects of a row or of its file; the other reasons follow from the config
 DEFECTS = (
     "null",
     "empty",
@@ -20,13 +20,13 @@ SKIP_REASONS = (*DEFECTS, "low_score", "too_short", "too_long", "held_out", "not
 
 @dataclass(frozen=True, kw_only=True)
 class Filter:
-    """Decides what a raw row is.
+    """Turn raw rows into documents or reasons to skip them.
 
     Attributes:
-        split: Which documents are wanted.
-        min_score: Least score, or None not to look at it.
-        min_characters: Least length, or None for no limit.
-        max_characters: Greatest length, or None for no limit.
+        split: Documents to keep.
+        min_score: Minimum score; None to ignore scores.
+        min_characters: Minimum length; None for no limit.
+        max_characters: Maximum length; None for no limit.
     """
 
     split: Split = "all"
@@ -34,12 +34,12 @@ class Filter:
     min_characters: int | None = None
     max_characters: int | None = None
 
-    def decide(self, value: object, score: object) -> tuple[str | None, str | None]:
-        """Turn a raw row into a document or a reason to skip it.
+    def apply(self, value: object, score: object) -> tuple[str | None, str | None]:
+        """Return the document of a raw row, or the reason to skip it.
 
         Args:
-            value: Text, or bytes of UTF-8, or whatever else the row holds.
-            score: A number, or anything that can be cast to one.
+            value: Text, bytes of UTF-8, or a value of any other type, which is skipped.
+            score: A number, or a value that float() converts to one.
 
         Returns:
             The text and None, or None and one of `SKIP_REASONS`.
@@ -75,7 +75,7 @@ def _to_text(value: object) -> tuple[str | None, str | None]:
         if isinstance(value, bytes):
             value = value.decode()
         elif isinstance(value, str):
-            # JSON may spell out half of a surrogate pair, which is no character and has no UTF-8.
+            # JSON may escape half of a surrogate pair, which has no UTF-8
             value.encode()
     except UnicodeError:
         return None, "not_text"
@@ -87,6 +87,7 @@ def _to_text(value: object) -> tuple[str | None, str | None]:
 
 
 def _to_number(score: object) -> float | None:
+    """Return a score as a float; None if it is NaN or not a number."""
     try:
         number = float(score)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):

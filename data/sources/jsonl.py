@@ -1,4 +1,4 @@
-"""Documents from files of JSON objects, one a line, compressed or not."""
+"""The "jsonl" source: files of JSON objects, one document per line, compressed or not."""
 
 import io
 import json
@@ -9,27 +9,25 @@ from typing import Any
 import pyarrow as pa
 
 from data.config import ColumnOptions
-from data.sources.files import RawRow, reading
+from data.sources.files import RawRow, convert_read_errors
 
 _MAX_LINE_BYTES = 1 << 28
 
 
 class JsonlDocumentFile:
-    """The lines of a file; a row is known by the offset of its line in the uncompressed text, in bytes."""
+    """A JSONL file; a row's number is its line's byte offset in the uncompressed text.
+
+    Args:
+        path: The file; .gz, .bz2, .zst and .lz4 are decompressed while reading.
+        options: The keys of the text and its score.
+    """
 
     def __init__(self, path: Path, options: ColumnOptions) -> None:
-        """Name the file; nothing is opened yet.
-
-        Args:
-            path: The file; .gz, .bz2, .zst and .lz4 are uncompressed while reading.
-            options: Which keys hold the text and its score.
-        """
         self.path = path
         self._options = options
         self._num_bytes = 0
 
     def __str__(self) -> str:
-        """Name the file."""
         return str(self.path)
 
     @property
@@ -38,25 +36,28 @@ class JsonlDocumentFile:
         return [self.path.name, self._num_bytes]
 
     def check(self) -> None:
-        """Take the file's size.
+        """Read the file's size.
 
         Raises:
-            ValueError: If the file is missing.
+            UserError: The file is missing.
         """
-        with reading(self.path):
+        with convert_read_errors(self.path):
             self._num_bytes = self.path.stat().st_size
 
     def read(self, row: int) -> Iterator[RawRow]:
-        """Yield every line from one on.
+        """Yield lines in order from a given one.
 
         Args:
-            row: Offset of the line to begin with.
+            row: Byte offset of the first line to read.
 
         Raises:
-            DamagedFileError: If the compressed text is damaged or cut off.
-            ValueError: If the file is gone.
+            DamagedFileError: The compressed data is damaged or truncated.
+            UserError: The file is gone.
         """
-        with reading(self.path), pa.input_stream(str(self.path), compression="detect") as stream:
+        with (
+            convert_read_errors(self.path),
+            pa.input_stream(str(self.path), compression="detect") as stream,
+        ):
             lines = io.BufferedReader(stream, 1 << 20)
             offset = _skip(lines, row)
             while line := lines.readline(_MAX_LINE_BYTES):
@@ -66,12 +67,12 @@ class JsonlDocumentFile:
                     offset, line = offset + len(rest), rest
                 yield self._row(offset, line) if is_whole else RawRow(offset, skipped="too_long")
 
-    def share_before(self, row: int) -> float:
-        """Return how much of the file lies before a row; of a compressed one at most that much."""
+    def progress(self, row: int) -> float:
+        """Return the fraction of the file that precedes a row; an overestimate if it is compressed."""
         return min(row / self._num_bytes, 1.0) if self._num_bytes else 0.0
 
     def prefetch(self) -> None:
-        """Do nothing: the file is here."""
+        """Do nothing: the file is local."""
 
     def _row(self, next_row: int, line: bytes) -> RawRow:
         if not line.strip():
@@ -88,8 +89,8 @@ class JsonlDocumentFile:
 
 
 def _skip(lines: io.BufferedReader, num_bytes: int) -> int:
-    """Read past a number of bytes; a compressed stream cannot seek."""
-    left = num_bytes
-    while left and (passed := len(lines.read(min(left, 1 << 20)))):
-        left -= passed
-    return num_bytes - left
+    """Skip bytes by reading them, since a compressed stream cannot seek; return how many were skipped."""
+    remaining = num_bytes
+    while remaining and (num_read := len(lines.read(min(remaining, 1 << 20)))):
+        remaining -= num_read
+    return num_bytes - remaining

@@ -1,4 +1,4 @@
-"""From the `[data]` table to sources of documents, and what is wrong with them before anything is built."""
+"""Open the sources of a config's `[data]` table, and check them before a run is built."""
 
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from data.sources.mixture import MixtureDocuments
 from data.sources.parquet import ParquetDocumentFile, local_files
 from data.sources.shards import ShardDocuments
 from data.sources.text import text_files
+from errors import UserError
 
 
 def open_text(
@@ -29,18 +30,18 @@ def open_text(
     *,
     split: Split = "all",
     shuffle_seed: int | None = None,
-    is_reporter: bool = True,
+    log_skipped: bool = True,
 ) -> FileDocuments:
     """Open a source of text.
 
     Args:
-        source: Where the text lies.
-        split: Which documents to give, by data/sources/split.py.
-        shuffle_seed: Seed of the order; None for the order in which rows lie.
-        is_reporter: Whether this process logs what was skipped.
+        source: The source's config.
+        split: Documents to keep, by data/sources/split.py.
+        shuffle_seed: Seed of the shuffle; None for the order of the files.
+        log_skipped: Whether this process logs skipped rows.
 
     Raises:
-        ValueError: If a file is missing, lacks a column, or is damaged where that is to stop the run.
+        UserError: A file is missing, lacks a column, or is damaged while on_damaged_file is "stop".
     """
     files: list[DocumentFile]
     match source:
@@ -58,7 +59,7 @@ def open_text(
         description=_describe(files),
         split=split,
         shuffle_seed=shuffle_seed,
-        is_reporter=is_reporter,
+        log_skipped=log_skipped,
     )
 
 
@@ -68,20 +69,20 @@ def open_source(
     tokenizer_fingerprint: str,
     split: Split,
     shuffle_seed: int | None = None,
-    is_reporter: bool = True,
+    log_skipped: bool = True,
 ) -> DocumentSource:
-    """Open any source.
+    """Open a source of any kind.
 
     Args:
-        source: Where the documents lie.
-        tokenizer_fingerprint: The run's tokenizer; shards must be of the same one.
-        split: Which documents to give, by data/sources/split.py.
-        shuffle_seed: Seed of the order; None for the order in which documents lie.
-        is_reporter: Whether this process logs what was skipped.
+        source: The source's config.
+        tokenizer_fingerprint: Fingerprint of the run's tokenizer; shards must have been made with it.
+        split: Documents to keep, by data/sources/split.py.
+        shuffle_seed: Seed of the shuffle; None for the stored order.
+        log_skipped: Whether this process logs skipped rows.
 
     Raises:
-        ValueError: If a file is missing, lacks a column, or is damaged where that is to stop the run, or
-            shards are of another tokenizer.
+        UserError: A file is missing, lacks a column, or is damaged while on_damaged_file is "stop", or shards
+            were made with another tokenizer.
     """
 
     def open_leaf(leaf: LeafSource) -> DocumentSource:
@@ -91,9 +92,9 @@ def open_source(
                 tokenizer_fingerprint=tokenizer_fingerprint,
                 split=split,
                 shuffle_seed=shuffle_seed,
-                is_reporter=is_reporter,
+                log_skipped=log_skipped,
             )
-        return open_text(leaf, split=split, shuffle_seed=shuffle_seed, is_reporter=is_reporter)
+        return open_text(leaf, split=split, shuffle_seed=shuffle_seed, log_skipped=log_skipped)
 
     if isinstance(source, MixtureSource):
         sources = {name: open_leaf(leaf) for name, leaf in source.sources.items()}
@@ -102,15 +103,15 @@ def open_source(
 
 
 def check_data(config: DataConfig, tokenizer_fingerprint: str) -> None:
-    """Find what is wrong with a run's documents before anything is built.
+    """Check a run's sources before anything is built.
 
     Args:
-        config: What the run reads.
-        tokenizer_fingerprint: The run's tokenizer.
+        config: The `[data]` table.
+        tokenizer_fingerprint: Fingerprint of the run's tokenizer.
 
     Raises:
-        ValueError: If a source cannot be opened, lies here and holds no document, or `validation` reads all
-            of what `train` reads; names the table.
+        UserError: A source cannot be opened, a local one holds no document, or `validation` reads documents
+            that `train` reads too; names the table.
     """
     tables: list[tuple[str, Source | None, Split]] = [
         ("train", config.train, "train"),
@@ -121,33 +122,33 @@ def check_data(config: DataConfig, tokenizer_fingerprint: str) -> None:
             continue
         try:
             opened = open_source(
-                source, tokenizer_fingerprint=tokenizer_fingerprint, split=split, is_reporter=False
+                source, tokenizer_fingerprint=tokenizer_fingerprint, split=split, log_skipped=False
             )
-            # a pass without a document raises; of the hub it would fetch whole files
-            if not _comes_from_hub(source):
+            # an epoch without a document raises; a source on the hub would download whole files to find out
+            if not _reads_hub(source):
                 next((row for row in opened.read(repeat=False) if row.skipped is None), None)
-        except ValueError as error:
-            raise ValueError(f"data.{name}: {error}") from error
+        except UserError as error:
+            raise UserError(f"data.{name}: {error}") from error
     if config.validation is None:
         return
-    shared = _places(config.train) & _places(config.validation)
+    shared = _locations(config.train) & _locations(config.validation)
     if shared and config.validation_documents == "all":
-        raise ValueError(
+        raise UserError(
             f'data.validation_documents is "all", but data.train reads {min(shared)} too: set it to '
-            '"held_out" to validate on the documents that training leaves out'
+            '"held_out" to validate on the documents that are held out from training'
         )
 
 
-def _comes_from_hub(source: Source) -> bool:
+def _reads_hub(source: Source) -> bool:
     leaves = source.sources.values() if isinstance(source, MixtureSource) else (source,)
     return any(isinstance(leaf, HubSource) for leaf in leaves)
 
 
-def _places(source: Source) -> set[str]:
-    """Name all that a source reads."""
+def _locations(source: Source) -> set[str]:
+    """Return the files and folders that a source reads."""
     match source:
         case MixtureSource():
-            return set[str]().union(*map(_places, source.sources.values()))
+            return set[str]().union(*map(_locations, source.sources.values()))
         case ParquetSource() | JsonlSource():
             return {str(path.resolve()) for path in local_files(source.files, source.kind)}
         case TextSource():

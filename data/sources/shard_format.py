@@ -1,14 +1,15 @@
-"""What a folder of prepared shards holds.
+"""The files of a folder of prepared shards.
 
-    prepare.json                      what is being prepared: written first, another preparation is refused
-    shards/00000/train.tokens         token ids, uint32 little-endian, documents one after another
-    shards/00000/train.documents      length and CRC-32 of each document, in tokens
-    shards/00000/held_out.*           the documents that data/sources/split.py keeps from training
-    shards/00000/shard.json           counts, hashes, and the positions in the source where it begins and ends
+    prepare.json                      settings; written first, later runs must have the same
+    shards/00000/train.tokens         token ids, uint32 little-endian, documents concatenated
+    shards/00000/train.documents      length in tokens and CRC-32 of each document
+    shards/00000/held_out.*           the documents that data/sources/split.py holds out from training
+    shards/00000/shard.json           counts, hashes, and the shard's first and next position in the source
     train.index, held_out.index       each document's first token, counted over all shards, and its CRC-32
-    manifest.json                     all of it in short: written last, so that with it the folder is whole
+    manifest.json                     settings, counts and hashes; written last: a folder with it is complete
 
-A shard's folder appears whole or not at all, so nothing written before a kill is lost or written twice.
+A shard's folder appears complete or not at all, so that a killed preparation loses no finished shard and
+writes nothing twice.
 """
 
 import hashlib
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
+
+from errors import UserError
 
 FORMAT = 1
 SETTINGS_FILE = "prepare.json"
@@ -32,18 +35,18 @@ SPLITS: tuple[ShardSplit, ...] = ("train", "held_out")
 
 TOKEN = np.dtype("<u4")
 DOCUMENT = np.dtype([("length", "<u4"), ("crc32", "<u4")])
-# One record a document and a last one whose start is the number of all tokens.
+# one record per document, and a sentinel whose start is the total number of tokens
 INDEX = np.dtype([("start", "<u8"), ("crc32", "<u4")])
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitSummary:
-    """What a shard or a folder holds of one split.
+    """Counts and hashes of one split of a shard or of the whole folder.
 
     Attributes:
         documents: Number of documents.
-        tokens: Number of tokens, the end-of-document tokens included.
-        sha256: Of each file by its suffix.
+        tokens: Number of tokens, end-of-document tokens included.
+        sha256: SHA-256 of each file, by its suffix.
     """
 
     documents: int
@@ -53,13 +56,13 @@ class SplitSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardSummary:
-    """What shard.json holds.
+    """Content of shard.json.
 
     Attributes:
-        first: Position in the source at which the shard begins; None for the start.
+        first: Position in the source of the shard's first row; None for the start.
         next: Position after its last row.
-        is_last: Whether nothing follows.
-        skipped: Rows of the source that are no documents, by reason.
+        is_last: Whether this is the last shard.
+        skipped: Number of skipped rows, by reason.
         splits: Counts and hashes.
     """
 
@@ -82,12 +85,12 @@ class ShardSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What manifest.json holds.
+    """Content of manifest.json.
 
     Attributes:
-        settings: What was prepared and with which tokenizer, as in prepare.json.
-        skipped: Rows of the source that are no documents, by reason.
-        splits: Counts and hashes of the whole.
+        settings: The settings in prepare.json.
+        skipped: Number of skipped rows, by reason.
+        splits: Counts and hashes of the whole folder.
         shards: Counts and hashes of each shard's splits, in order.
     """
 
@@ -98,40 +101,38 @@ class Manifest:
 
 
 def shard_folder(folder: Path, number: int) -> Path:
-    """Return where a shard lies.
+    """Return the folder of a shard.
 
     Args:
-        folder: The folder of all.
-        number: Of the shard, from 0.
+        folder: The prepared folder.
+        number: The shard's number, from 0.
     """
     return folder / SHARDS_FOLDER / f"{number:05}"
 
 
 def index_file(folder: Path, split: ShardSplit) -> Path:
-    """Return where the index of a split lies."""
+    """Return the index file of a split."""
     return folder / f"{split}.index"
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read a whole folder's manifest.
+    """Read the manifest of a complete folder.
 
     Args:
-        folder: The folder.
+        folder: The prepared folder.
 
     Raises:
-        ValueError: If there is none, or it is damaged or of another format.
+        UserError: The manifest is missing, damaged or of another format.
     """
     path = folder / MANIFEST_FILE
     if not path.exists():
-        is_begun = (folder / SETTINGS_FILE).exists()
-        raise ValueError(
-            f"{folder} holds no prepared shards that are whole ({MANIFEST_FILE} is missing): "
-            + (
-                "run the same `python -m data.shards prepare` again to go on"
-                if is_begun
-                else "correct the folder"
-            )
+        is_partial = (folder / SETTINGS_FILE).exists()
+        remedy = (
+            "run the same `python -m data.shards prepare` again to resume it"
+            if is_partial
+            else "correct the folder"
         )
+        raise UserError(f"{folder} holds no complete set of shards ({MANIFEST_FILE} is missing): {remedy}")
     table = read_json(path)
     try:
         return Manifest(
@@ -141,18 +142,18 @@ def read_manifest(folder: Path) -> Manifest:
             shards=[_splits(shard) for shard in table["shards"]],
         )
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}): delete it and prepare again") from error
+        raise UserError(f"{path} is damaged ({error!r}): delete it and prepare again") from error
 
 
 def read_shard(folder: Path, number: int) -> ShardSummary:
-    """Read what a shard says of itself.
+    """Read the shard.json of a shard.
 
     Args:
-        folder: The folder of all.
-        number: Of the shard.
+        folder: The prepared folder.
+        number: The shard's number, from 0.
 
     Raises:
-        ValueError: If shard.json is missing or damaged; names it.
+        UserError: shard.json is missing or damaged; names it.
     """
     path = shard_folder(folder, number) / SHARD_FILE
     table = read_json(path)
@@ -165,15 +166,15 @@ def read_shard(folder: Path, number: int) -> ShardSummary:
             splits=_splits(table["splits"]),
         )
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}): delete {path.parent} and prepare again") from error
+        raise UserError(f"{path} is damaged ({error!r}): delete {path.parent} and prepare again") from error
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a dataclass or a table as JSON, whole or not at all.
+    """Write a dataclass or a dictionary as JSON, atomically.
 
     Args:
         path: The file.
-        value: What it is to hold.
+        value: Its content.
     """
     table = value if isinstance(value, dict) else asdict(value)
     partial = path.with_name(path.name + PARTIAL)
@@ -182,25 +183,25 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a table that `write_json` wrote.
+    """Read a dictionary that `write_json` wrote.
 
     Args:
         path: The file.
 
     Raises:
-        ValueError: If it cannot be read, or is no table; names it.
+        UserError: The file cannot be read or does not hold a JSON object; names it.
     """
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path} ({error}): delete {path.parent} and prepare again") from error
+        raise UserError(f"cannot read {path} ({error}): delete {path.parent} and prepare again") from error
     if not isinstance(table, dict):
-        raise ValueError(f"{path} is damaged: delete {path.parent} and prepare again")
+        raise UserError(f"{path} is damaged: delete {path.parent} and prepare again")
     return table
 
 
 def replace(partial: Path, path: Path) -> None:
-    """Put a file or a folder in its place, once what it holds is on the disk."""
+    """Rename a file or a folder to its final path, after its content is synced to disk."""
     for each in [*sorted(partial.iterdir()), partial] if partial.is_dir() else [partial]:
         _sync(each)
     os.replace(partial, path)

@@ -1,8 +1,8 @@
-"""Prepared shards as a source of documents: an order drawn by a permutation, and tokens read when looked at.
+"""The "shards" source: prepared token shards, in stored or shuffled order, with tokens read lazily.
 
-With a seed each pass goes through all documents of all shards in another random order, which takes no memory
-(data/permutation.py). A position is a pass and a place in its order. Lengths come from one memory-mapped
-index; the tokens of a document are read, and checked against its CRC-32, by whoever looks at them.
+With a seed, each epoch is another random permutation of all documents of all shards, in constant memory
+(data/permutation.py). A position is an epoch and a place in its order. Lengths come from a memory-mapped
+index; a document's tokens are read, and checked against their CRC-32, on first access.
 """
 
 import bisect
@@ -31,27 +31,27 @@ from data.sources.shard_format import (
     read_manifest,
     shard_folder,
 )
+from errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_PLACES_AT_ONCE = 1024
+_CHUNK_DOCUMENTS = 1024
 _OPEN_FILES = 64
 
 
-class StoredTokens:
-    """The tokens of a stored document, read the first time that they are looked at."""
+class LazyTokens:
+    """Tokens of a stored document, read on first access.
+
+    Args:
+        shards: Reads the tokens.
+        start: Index of the first token among the tokens of all shards.
+        length: Number of tokens.
+        crc32: Checksum of the tokens' bytes.
+    """
 
     __slots__ = ("_crc32", "_length", "_shards", "_start", "_tokens")
 
     def __init__(self, shards: "SplitReader", start: int, length: int, crc32: int) -> None:
-        """Say where the document lies.
-
-        Args:
-            shards: Reads it.
-            start: Its first token, counted over all shards.
-            length: Its number of tokens.
-            crc32: The checksum of its bytes.
-        """
         self._shards, self._start, self._length, self._crc32 = shards, start, length, crc32
         self._tokens: np.ndarray | None = None
 
@@ -63,7 +63,7 @@ class StoredTokens:
         """Return consecutive tokens, uint32 `[n]`.
 
         Raises:
-            ValueError: If the document is not what was written; names the file.
+            UserError: The stored document is damaged; names the file.
         """
         if self._tokens is None:
             self._tokens = self._shards.read(self._start, self._length, self._crc32)
@@ -71,84 +71,85 @@ class StoredTokens:
 
 
 class SplitReader:
-    """Reads the documents of one split of a folder of shards."""
+    """Random access to the documents of one split of a folder of shards.
+
+    Args:
+        folder: The prepared folder.
+        split: The split to read.
+
+    Attributes:
+        num_documents: Number of documents in the split.
+
+    Raises:
+        UserError: The folder is incomplete.
+    """
 
     def __init__(self, folder: Path, split: ShardSplit) -> None:
-        """Map the index.
-
-        Args:
-            folder: The folder that was prepared.
-            split: Which of its documents.
-
-        Raises:
-            ValueError: If the folder is not whole.
-        """
         manifest = read_manifest(folder)
         self.num_documents = manifest.splits[split].documents
         self._files = [
             shard_folder(folder, number) / f"{split}.tokens" for number in range(len(manifest.shards))
         ]
-        # First token of each shard, and the number of all tokens.
+        # index of each shard's first token, then the total number of tokens
         self._firsts = [0, *accumulate(shard[split].tokens for shard in manifest.shards)]
         self._index = _map_index(index_file(folder, split), self.num_documents)
         self._descriptors: OrderedDict[int, int] = OrderedDict()
 
     def __del__(self) -> None:
-        """Close the files."""
         for descriptor in getattr(self, "_descriptors", {}).values():
             os.close(descriptor)
 
     def check_sizes(self) -> None:
-        """Look whether every shard is there and as long as it should be.
+        """Check that every shard exists and has the expected size.
 
         Raises:
-            ValueError: If one is not; names it.
+            UserError: A shard does not; names its file.
         """
-        for path, first, last in zip(self._files, self._firsts, self._firsts[1:], strict=False):
+        for path, first, stop in zip(self._files, self._firsts, self._firsts[1:], strict=False):
             size = path.stat().st_size if path.exists() else None
-            if size != (last - first) * TOKEN.itemsize:
-                raise ValueError(
-                    f"{path} has {size} bytes, should have {(last - first) * TOKEN.itemsize}: {_remedy(path)}"
+            if size != (stop - first) * TOKEN.itemsize:
+                raise UserError(
+                    f"{path} has {size} bytes, should have {(stop - first) * TOKEN.itemsize}: {_remedy(path)}"
                 )
 
-    def document(self, number: int) -> StoredTokens:
-        """Find a document; nothing but the index is read.
+    def document(self, number: int) -> LazyTokens:
+        """Look a document up in the index, without reading its tokens.
 
         Args:
-            number: Of the document, from 0, in the order in which it was written.
+            number: The document's number in stored order, from 0.
         """
-        (start, crc32), (last, _) = self._index[number : number + 2].tolist()
-        return StoredTokens(self, start, last - start, crc32)
+        (start, crc32), (stop, _) = self._index[number : number + 2].tolist()
+        return LazyTokens(self, start, stop - start, crc32)
 
     def read(self, start: int, length: int, crc32: int) -> np.ndarray:
-        """Read a document.
+        """Read a document's tokens and verify their checksum.
 
         Args:
-            start: Its first token, counted over all shards.
-            length: Its number of tokens.
-            crc32: The checksum that its bytes should have.
+            start: Index of the first token among the tokens of all shards.
+            length: Number of tokens.
+            crc32: Expected checksum of the bytes.
 
         Returns:
-            Its tokens, uint32 `[length]`.
+            The tokens, uint32 `[length]`.
 
         Raises:
-            ValueError: If the bytes there are others; names the file.
+            UserError: The bytes are damaged; names the file.
         """
         shard = bisect.bisect_right(self._firsts, start) - 1
         path, first = self._files[shard], start - self._firsts[shard]
         try:
             data = os.pread(self._open(shard), length * TOKEN.itemsize, first * TOKEN.itemsize)
         except OSError as error:
-            raise ValueError(f"cannot read {path} ({error}): {_remedy(path)}") from error
+            raise UserError(f"cannot read {path} ({error}): {_remedy(path)}") from error
         if len(data) != length * TOKEN.itemsize or zlib.crc32(data) != crc32:
-            raise ValueError(
-                f"{path} is damaged in the {length} tokens from {first} on: {_remedy(path)}, or set "
+            raise UserError(
+                f"{path} is damaged in tokens {first} to {first + length - 1}: {_remedy(path)}, or set "
                 'on_damaged_file to "skip"'
             )
         return np.frombuffer(data, dtype=TOKEN)
 
     def _open(self, shard: int) -> int:
-        """Return a descriptor of a shard's tokens, keeping the last ones used open."""
+        """Return a descriptor of a shard's tokens; the most recently used ones stay open."""
         if shard not in self._descriptors:
             self._descriptors[shard] = os.open(self._files[shard], os.O_RDONLY)
             if len(self._descriptors) > _OPEN_FILES:
@@ -158,7 +159,19 @@ class SplitReader:
 
 
 class ShardDocuments:
-    """The documents of a folder of shards, each once in a pass, in the order written or in a random one."""
+    """Documents of a folder of shards, each once per epoch, in stored or shuffled order.
+
+    Args:
+        source: The folder, and what to do about damage.
+        tokenizer_fingerprint: Fingerprint of the run's tokenizer.
+        split: Documents to keep.
+        shuffle_seed: Seed of the shuffle; None for the stored order.
+        log_skipped: Whether this process logs skipped documents.
+
+    Raises:
+        UserError: The folder is incomplete, was tokenized by another tokenizer, has no document of the split,
+            or lacks a file while on_damaged_file is "stop".
+    """
 
     def __init__(
         self,
@@ -167,26 +180,13 @@ class ShardDocuments:
         tokenizer_fingerprint: str,
         split: Split,
         shuffle_seed: int | None = None,
-        is_reporter: bool = True,
+        log_skipped: bool = True,
     ) -> None:
-        """Open the folder.
-
-        Args:
-            source: Which one, and what to do about damage.
-            tokenizer_fingerprint: The run's tokenizer.
-            split: Which documents.
-            shuffle_seed: Seed of the order; None for the order in which they were written.
-            is_reporter: Whether this process logs what was skipped.
-
-        Raises:
-            ValueError: If the folder is not whole, was tokenized by another tokenizer, has no such document,
-                or lacks a file where damage is to stop the run.
-        """
         self._folder = Path(source.folder)
         settings = read_manifest(self._folder).settings
         fingerprint = settings["tokenizer"]["fingerprint"]
         if fingerprint != tokenizer_fingerprint:
-            raise ValueError(
+            raise UserError(
                 f"{self._folder} was prepared with tokenizer {settings['tokenizer']['name']} (fingerprint "
                 f"{fingerprint}), but this run's has fingerprint {tokenizer_fingerprint}: set data.tokenizer "
                 "to that one, or prepare the shards again"
@@ -195,77 +195,81 @@ class ShardDocuments:
         self._readers = [SplitReader(self._folder, each) for each in self._splits]
         self._num_documents = sum(reader.num_documents for reader in self._readers)
         if not self._num_documents:
-            raise ValueError(f"{self._folder} holds no document of {' or '.join(self._splits)}: prepare more")
-        self._is_tolerant = source.on_damaged_file == "skip"
-        if not self._is_tolerant:
+            raise UserError(f"{self._folder} holds no document of {' or '.join(self._splits)}: prepare more")
+        self._skip_damaged = source.on_damaged_file == "skip"
+        if not self._skip_damaged:
             for reader in self._readers:
                 reader.check_sizes()
         self._shuffle_seed = shuffle_seed
-        self._is_reporter = is_reporter
+        self._log_skipped = log_skipped
 
     def __str__(self) -> str:
-        """Name the folder."""
         return f"{' and '.join(self._splits)} of {self._folder}"
 
     @property
     def fingerprint(self) -> str:
-        """A short hash of what the shards hold, the splits and the order."""
+        """Hash of the shards' content, the splits and the order."""
         manifest = read_manifest(self._folder)
         hashes = [manifest.splits[split].sha256 for split in self._splits]
         parts = [self._splits, hashes, self._shuffle_seed]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def read(self, position: Position | None = None, *, repeat: bool) -> Iterator[Row]:
-        """Yield every document from a position on.
+        """Yield documents in order from a position.
 
         Args:
-            position: `after` of the row before the first; None for the start.
-            repeat: Whether to begin another pass at the end of each.
+            position: A row's `next_position`; None for the start.
+            repeat: Whether to start another epoch at the end of each.
 
         Raises:
-            ValueError: If every document of a pass is damaged.
+            UserError: Every document of an epoch is damaged.
         """
         start = position or {"epoch": 0, "place": 0}
         epoch, place = start["epoch"], start["place"]
         while True:
-            num_good = num_bad = 0
-            is_whole = place == 0
-            for first in range(place, self._num_documents, _PLACES_AT_ONCE):
-                places = np.arange(first, min(first + _PLACES_AT_ONCE, self._num_documents))
-                for after, number in enumerate(self._in_order(epoch, places).tolist(), first + 1):
+            num_good = num_damaged = 0
+            is_whole_epoch = place == 0
+            for first in range(place, self._num_documents, _CHUNK_DOCUMENTS):
+                places = np.arange(first, min(first + _CHUNK_DOCUMENTS, self._num_documents))
+                for next_place, number in enumerate(self._shuffled(epoch, places).tolist(), first + 1):
                     tokens, error = self._tokens(number)
                     num_good += error is None
-                    num_bad += error is not None
-                    if error is not None and num_bad == 1 and self._is_reporter:
+                    num_damaged += error is not None
+                    if error is not None and num_damaged == 1 and self._log_skipped:
                         logger.warning("skipped the first damaged document of epoch %d: %s", epoch, error)
                     skipped = None if error is None else "damaged_document"
-                    yield Row({"epoch": epoch, "place": after}, tokens=tokens, skipped=skipped)
-            if num_bad and self._is_reporter:
+                    yield Row({"epoch": epoch, "place": next_place}, tokens=tokens, skipped=skipped)
+            if num_damaged and self._log_skipped:
                 logger.warning(
-                    "epoch %d of %s: %d documents, %d damaged ones skipped", epoch, self, num_good, num_bad
+                    "epoch %d of %s: %d documents, %d damaged ones skipped",
+                    epoch,
+                    self,
+                    num_good,
+                    num_damaged,
                 )
-            if is_whole and not num_good:
-                raise ValueError(f"{self} holds no document that is whole: prepare the shards again")
+            if is_whole_epoch and not num_good:
+                raise UserError(f"{self} holds only damaged documents: prepare the shards again")
             if not repeat:
                 return
             epoch, place = epoch + 1, 0
 
-    def _in_order(self, epoch: int, places: np.ndarray) -> np.ndarray:
+    def _shuffled(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        """Map places in the epoch's order to document numbers."""
         if self._shuffle_seed is None:
             return places
         return Permutation(self._num_documents, self._shuffle_seed, "documents", epoch)(places)
 
-    def _tokens(self, number: int) -> tuple[StoredTokens | None, ValueError | None]:
+    def _tokens(self, number: int) -> tuple[LazyTokens | None, UserError | None]:
         for reader in self._readers:
             if number < reader.num_documents:
                 break
             number -= reader.num_documents
         tokens = reader.document(number)
-        if self._is_tolerant:
-            # Every rank must know of it, since a document that is left out moves all that follow.
+        if self._skip_damaged:
+            # every rank must read every document, since a skipped one shifts all that follow
             try:
                 _ = tokens[:]
-            except ValueError as error:
+            except UserError as error:
                 return None, error
         return tokens, None
 
@@ -276,12 +280,12 @@ def _map_index(path: Path, num_documents: int) -> np.ndarray:
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path} ({error}): {_remedy(path)}") from error
+        raise UserError(f"cannot read {path} ({error}): {_remedy(path)}") from error
     if len(mapped) != size:
-        raise ValueError(f"{path} has {len(mapped)} bytes, should have {size}: {_remedy(path)}")
+        raise UserError(f"{path} has {len(mapped)} bytes, should have {size}: {_remedy(path)}")
     return np.frombuffer(mapped, dtype=INDEX)
 
 
 def _remedy(path: Path) -> str:
     what = path if path.suffix == ".index" else path.parent
-    return f"delete {what} and run the same `python -m data.shards prepare` again, which writes it anew"
+    return f"delete {what} and run the same `python -m data.shards prepare` again, which rewrites it"

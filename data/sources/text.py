@@ -1,64 +1,63 @@
-"""Documents from a folder of text files, one a file."""
+"""The "text" source: a folder of text files, one document per file."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from data.config import TextSource
-from data.sources.files import RawRow, reading
+from data.sources.files import RawRow, convert_read_errors
+from errors import UserError
 
 
 class TextDocumentFile:
-    """A text file: row 0, and no other."""
+    """A text file, whose only row is row 0; it is opened when it is read.
+
+    Args:
+        path: The file.
+        folder: The dataset's folder, which is not part of the file's identity.
+    """
 
     def __init__(self, path: Path, folder: Path) -> None:
-        """Name the file; nothing is opened yet.
-
-        Args:
-            path: The file.
-            folder: The folder of the data set, which may move.
-        """
         self.path = path
         self._name = path.relative_to(folder).as_posix()
         self._num_bytes = 0
 
     def __str__(self) -> str:
-        """Name the file."""
         return str(self.path)
 
     @property
     def identity(self) -> list[Any]:
-        """The file's path below the folder and its size in bytes."""
+        """The file's path relative to the folder and its size in bytes."""
         return [self._name, self._num_bytes]
 
     def check(self) -> None:
-        """Take the file's size.
+        """Read the file's size.
 
         Raises:
-            ValueError: If the file is missing.
+            UserError: The file is missing.
         """
-        with reading(self.path):
+        with convert_read_errors(self.path):
             self._num_bytes = self.path.stat().st_size
 
     def read(self, row: int) -> Iterator[RawRow]:
-        """Yield the document, unless it lies before the row.
+        """Yield the document if the row is 0.
 
         Args:
             row: 0 or 1.
 
         Raises:
-            ValueError: If the file is gone.
+            UserError: The file is gone.
         """
         if row == 0:
-            with reading(self.path):
+            with convert_read_errors(self.path):
                 yield RawRow(1, self.path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
 
-    def share_before(self, row: int) -> float:
-        """Return how much of the file lies before a row."""
+    def progress(self, row: int) -> float:
+        """Return the fraction of the file that precedes a row."""
         return float(row)
 
     def prefetch(self) -> None:
-        """Do nothing: the file is here."""
+        """Do nothing: the file is local."""
 
 
 def text_files(source: TextSource) -> list[TextDocumentFile]:
@@ -68,14 +67,14 @@ def text_files(source: TextSource) -> list[TextDocumentFile]:
         source: The folder and the pattern.
 
     Raises:
-        ValueError: If there is no such folder, or no file of that pattern in it.
+        UserError: The folder does not exist, or no file in it matches the pattern.
     """
     folder = Path(source.folder)
     if not folder.is_dir():
-        raise ValueError(f"folder of a text source is {source.folder!r}, which is no folder: correct it")
+        raise UserError(f"folder of a text source is {source.folder!r}, which is not a folder: correct it")
     paths = sorted(path for path in folder.glob(source.pattern) if path.is_file())
     if not paths:
-        raise ValueError(
-            f"no file below {source.folder!r} matches pattern {source.pattern!r} of a text source: correct it"
+        raise UserError(
+            f"no file in {source.folder!r} matches pattern {source.pattern!r} of a text source: correct it"
         )
     return [TextDocumentFile(path, folder) for path in paths]

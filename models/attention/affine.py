@@ -10,8 +10,8 @@ from models.attention.base import Attention, HeadProjections, Rope, State
 from models.config import AffineLinearConfig, AffineMesaNetConfig, LinearConfig
 from models.sizes import ModelSize
 from parallax import affine_linear_attention, affine_mesanet, linear_attention, value_average
-from parallax.affine import CHUNK_TOKENS
 from parallax.affine_state import add_keys, affine_output, linear_output, mesanet_output
+from parallax.causal_product import CHUNK_TOKENS
 
 
 def _new_sums(

@@ -7,7 +7,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from errors import UserError
-from models.run_tokenizer import OTHER_FILES, SETTINGS_FILE, TOKENIZER_FILE, check_ids, copy_tokenizer
+from models.run_tokenizer import OTHER_FILES, SETTINGS_FILE, check_ids, copy_tokenizer
+from tokens import TOKENIZER_FILE
 
 Table = dict[str, Any]
 

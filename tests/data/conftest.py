@@ -1,4 +1,4 @@
-"""Fixtures of the data tests: a tokenizer of one token a byte, and sources in memory and on disk."""
+"""Fixtures of the data tests: a byte-level tokenizer, and sources in memory and on disk."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -11,11 +11,12 @@ import pytest
 
 from data.config import Split, TextOptions
 from data.sources.files import DamagedFileError, FileDocuments, RawRow
-from data.tokenizer import Tokenizer, train_byte_level_bpe
+from data.tokenizer import Tokenizer
+from data.train_tokenizer import train_byte_level_bpe
 
 
 class ListFile:
-    """Rows held in memory; may be damaged from some row on."""
+    """A file of rows in memory, optionally damaged from a row on."""
 
     def __init__(self, name: str, values: Sequence[object], damaged_at: int | None = None) -> None:
         self.name = name
@@ -38,7 +39,7 @@ class ListFile:
                 raise DamagedFileError(f"{self.name} is damaged at row {index}")
             yield RawRow(index + 1, self.values[index])
 
-    def share_before(self, row: int) -> float:
+    def progress(self, row: int) -> float:
         return row / len(self.values)
 
     def prefetch(self) -> None:
@@ -52,7 +53,7 @@ def make_list_source(
     split: Split = "all",
     shuffle_seed: int | None = None,
 ) -> FileDocuments:
-    """A source of lists, each in the place of a file."""
+    """A source of lists, each in place of a file."""
     damage = {} if damaged_at is None else {damaged_at[0]: damaged_at[1]}
     return FileDocuments(
         [ListFile(f"part-{index}", values, damage.get(index)) for index, values in enumerate(files)],
@@ -65,7 +66,7 @@ def make_list_source(
 
 @pytest.fixture(scope="session")
 def byte_tokenizer() -> Tokenizer:
-    """One token a byte, so that a text of n ASCII letters has n tokens; the end of a document is id 0."""
+    """One token per byte: a text of n ASCII letters has n tokens. The end-of-document token is id 0."""
     return Tokenizer(train_byte_level_bpe([], 257))
 
 
@@ -76,7 +77,7 @@ def list_source() -> Callable[..., FileDocuments]:
 
 @pytest.fixture
 def write_parquet(tmp_path: Path) -> Callable[..., Path]:
-    """Write values as the column of a parquet file below the test's folder."""
+    """Write values as a column of a parquet file in the test's folder."""
 
     def write(
         name: str,

@@ -1,4 +1,4 @@
-"""The [data] table as a user writes it."""
+"""The [data] table in TOML."""
 
 import re
 from pathlib import Path
@@ -71,7 +71,7 @@ def test_a_run_names_every_kind_of_source_in_toml(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--data.train.kind", "csv"], "data.train.kind: got 'csv', want one of"),
         (["--data.train.sources.web.kind", "mixture"], "data.train.sources.web.kind"),
@@ -82,13 +82,13 @@ def test_a_run_names_every_kind_of_source_in_toml(tmp_path: Path) -> None:
         (["--data.packing", "tight"], "data.packing"),
     ],
 )
-def test_a_wrong_source_is_refused_with_its_key(tmp_path: Path, words: list[str], said: str) -> None:
+def test_a_wrong_source_is_rejected_with_its_key(tmp_path: Path, words: list[str], message: str) -> None:
     (tmp_path / "run.toml").write_text(RUN)
-    with pytest.raises(config.ConfigError, match=re.escape(said)):
+    with pytest.raises(config.ConfigError, match=re.escape(message)):
         config.load(RunConfig, tmp_path / "run.toml", words)
 
 
-def test_every_config_of_the_project_names_a_source_that_exists_in_the_code() -> None:
+def test_every_config_of_the_project_reads_shards_or_the_sample() -> None:
     for path in sorted(Path("configs").glob("*.toml")):
         data = config.load(RunConfig, path).data
         assert data.train is not None

@@ -1,4 +1,4 @@
-"""From text to a trained step, as a user does it: prepare shards, then train.py on them."""
+"""From text to training steps by the command lines: prepare shards, then run train.py on them."""
 
 import subprocess
 import sys

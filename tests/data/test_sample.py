@@ -40,25 +40,25 @@ def test_the_files_have_ultra_finewebs_schema(made: Path) -> None:
         ]
 
 
-def test_held_out_text_is_never_in_training(made: Path) -> None:
+def test_train_and_validation_are_disjoint(made: Path) -> None:
     train, validation = _texts(made / sample.TRAIN_FILE), _texts(made / sample.VALIDATION_FILE)
     assert not set(train) & set(validation)
     assert not any(is_held_out(text) for text in train)
     assert all(is_held_out(text) for text in validation)
     assert len(set(train)) == len(train) > 30
-    # The limit cuts by an order that has nothing to do with what is held out.
+    # the order in which text is truncated does not depend on the split
     assert 0 < len(validation) < len(train) / 8
     assert sum(len(text.encode()) for text in train + validation) <= MAX_BYTES
 
 
-def test_held_out_depends_on_the_content_alone_and_is_a_few_per_cent() -> None:
-    # Fixed by this list: a change would put held-out text of earlier runs into training.
+def test_the_split_depends_on_the_content_alone_and_holds_out_3_percent() -> None:
+    # fixed: a change would put held-out text of earlier runs into training
     assert [index for index in range(200) if is_held_out(f"document {index}")] == HELD_OUT_OF_200
-    share = sum(is_held_out(f"text {index}") for index in range(20_000)) / 20_000
-    assert abs(share - 8 / 256) < 0.005
+    fraction = sum(is_held_out(f"text {index}") for index in range(20_000)) / 20_000
+    assert abs(fraction - 8 / 256) < 0.005
 
 
-def test_the_summary_counts_what_the_files_hold(made: Path) -> None:
+def test_the_summary_counts_the_content_of_the_files(made: Path) -> None:
     summary = json.loads((made / sample.SUMMARY_FILE).read_text())
     tokenizer = Tokenizer.load(made)
     assert summary["tokenizer_vocab_size"] == tokenizer.vocab_size == 400
@@ -66,13 +66,13 @@ def test_the_summary_counts_what_the_files_hold(made: Path) -> None:
     for name, file in (("train", sample.TRAIN_FILE), ("validation", sample.VALIDATION_FILE)):
         texts = _texts(made / file)
         ids = [token for text in texts for token in [*tokenizer.encode(text), tokenizer.end_of_document_id]]
-        part = {
+        sizes = {
             "documents": len(texts),
             "bytes": sum(len(text.encode()) for text in texts),
             "tokens": len(ids),
         }
-        assert summary[name] == part
-        totals.update(part)
+        assert summary[name] == sizes
+        totals.update(sizes)
     assert {key: summary[key] for key in totals} == totals
     counts = Counter(ids)
     entropy = -sum(n / len(ids) * math.log(n / len(ids)) for n in counts.values())
@@ -88,12 +88,12 @@ def test_unigram_entropy_of_known_distributions() -> None:
     )
 
 
-def test_a_second_making_gives_the_same_bytes(made: Path, tmp_path: Path) -> None:
+def test_the_sample_is_bit_identical_when_made_again(made: Path, tmp_path: Path) -> None:
     sample.make(tmp_path / "again", vocab_size=400, max_bytes=MAX_BYTES)
     assert _bytes(tmp_path / "again") == _bytes(made)
 
 
-def test_a_complete_sample_is_left_alone_and_a_broken_one_is_repaired(
+def test_a_complete_sample_is_not_touched_and_a_damaged_one_is_made_again(
     made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = _bytes(made)
@@ -119,7 +119,7 @@ def test_a_complete_sample_is_left_alone_and_a_broken_one_is_repaired(
     assert len(calls) == 3
 
 
-def test_an_interrupted_making_leaves_no_half_file_and_is_not_taken_for_complete(
+def test_an_interrupt_leaves_no_partial_file_and_an_incomplete_sample(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(texts: object, path: Path) -> None:
@@ -151,13 +151,13 @@ def test_collect_leaves_out_tests_generated_huge_and_undecodable_files(tmp_path:
     assert sorted(sources) == ["python-source/copy.py", "python-source/package/also.py"]
 
 
-def test_a_library_without_sources_is_refused(tmp_path: Path) -> None:
+def test_a_library_without_sources_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no Python source"):
         sample.collect(tmp_path)
 
 
-def test_too_small_a_limit_is_refused_with_the_counts(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"max_bytes is 1000, which leaves .* documents to train on"):
+def test_too_small_a_limit_is_rejected_with_the_counts(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"max_bytes is 1000, which leaves .* training documents"):
         sample.make(tmp_path, max_bytes=1000)
 
 

@@ -48,7 +48,7 @@ def _inputs(loader: TitanLoader, count: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("taken", [0, 1, 4, 13, 40])
-def test_a_distributed_checkpoint_brings_the_position_back(
+def test_a_distributed_checkpoint_restores_the_position(
     config: DataConfig, tmp_path: Path, taken: int
 ) -> None:
     whole = _inputs(_build(config), taken + 6)
@@ -56,7 +56,7 @@ def test_a_distributed_checkpoint_brings_the_position_back(
     assert _inputs(saved, taken) == whole[:taken]
     dcp.save({"dataloader": saved}, checkpoint_id=tmp_path / "checkpoint", no_dist=True)
     resumed = _build(config)
-    # A position of another length must give way to the saved one.
+    # a position of another length must be replaced by the saved one
     _inputs(resumed, 25)
     dcp.load({"dataloader": resumed}, checkpoint_id=tmp_path / "checkpoint", no_dist=True)
     assert resumed.state_dict() == saved.state_dict()
@@ -85,7 +85,7 @@ def _save_from_two_ranks(rank: int, config: DataConfig, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_a_checkpoint_of_two_ranks_continues_on_one_and_on_four(config: DataConfig, tmp_path: Path) -> None:
+def test_a_checkpoint_of_two_ranks_resumes_on_one_and_on_four(config: DataConfig, tmp_path: Path) -> None:
     mp.spawn(_save_from_two_ranks, (config, str(tmp_path)), nprocs=2)
     whole = _inputs(_build(config), 20)
     for world in (1, 4):
@@ -96,7 +96,7 @@ def test_a_checkpoint_of_two_ranks_continues_on_one_and_on_four(config: DataConf
         assert [row for micro_step in zip(*ranks, strict=True) for row in micro_step] == whole[12:20]
 
 
-def test_a_state_of_another_loader_is_refused(config: DataConfig) -> None:
+def test_a_state_of_another_loader_is_rejected(config: DataConfig) -> None:
     loader = _build(config)
     loader.load_state_dict({})
     assert _inputs(loader, 1) == _inputs(_build(config), 1)
@@ -119,7 +119,7 @@ def test_validation_reads_its_own_files_once(
         assert byte_tokenizer.decode(labels[labels != -100].tolist()) == "eld out<|endoftext|>"
 
 
-def test_the_limit_on_held_out_tokens_gives_the_same_text_on_any_number_of_ranks(
+def test_max_tokens_reads_the_same_text_on_any_number_of_ranks(
     config: DataConfig, byte_tokenizer: Tokenizer
 ) -> None:
     held_out = DataConfig(tokenizer=config.tokenizer, train=config.train, validation=config.train)
@@ -143,7 +143,7 @@ def test_the_limit_on_held_out_tokens_gives_the_same_text_on_any_number_of_ranks
     assert all(total == totals[0] for total in totals)
 
 
-def test_validation_without_a_set_is_refused(config: DataConfig, byte_tokenizer: Tokenizer) -> None:
+def test_validation_without_a_source_is_rejected(config: DataConfig, byte_tokenizer: Tokenizer) -> None:
     none = DataConfig(tokenizer=config.tokenizer, train=config.train)
     with pytest.raises(ValueError, match=r"data\.validation is none"):
         build_validation_loader(
@@ -157,6 +157,6 @@ def test_validation_without_a_set_is_refused(config: DataConfig, byte_tokenizer:
         )
 
 
-def test_a_negative_prefetch_is_refused(config: DataConfig) -> None:
+def test_a_negative_prefetch_is_rejected(config: DataConfig) -> None:
     with pytest.raises(ValueError, match=r"prefetch_batches is -1"):
         DataConfig(tokenizer=config.tokenizer, train=config.train, prefetch_batches=-1)

@@ -11,15 +11,15 @@ pytest.importorskip("accelerate", reason="the harness's own model wants accelera
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
-from benchmarks.eval_parity import (
+from benchmarks.harness_comparison import (
     Answers,
     answer,
     compare,
-    errors_of_the_worst,
-    fast_tokenizer,
+    errors_at_largest_differences,
     harness_model,
     open_gguf,
-    twin,
+    to_fast_tokenizer,
+    to_transformers,
 )
 from data.tokenizer import Tokenizer
 from eval.downstream import HarnessModel
@@ -44,8 +44,8 @@ def both(
     network = build(vocab_size=tokenizer.vocab_size + 4)
     model = Qwen3Model(network, max_length=max_length)
     ours = HarnessModel(model, tokenizer, Scorer(model, token_budget=2000))
-    fast = fast_tokenizer(tokenizer, folder)
-    theirs = harness_model(twin(network), fast, max_length=max_length, batch_size=8)
+    fast = to_fast_tokenizer(tokenizer, folder)
+    theirs = harness_model(to_transformers(network), fast, max_length=max_length, batch_size=8)
     return answer(ours, tasks, data=data, limit=limit), answer(theirs, tasks, data=data, limit=limit)
 
 
@@ -83,8 +83,8 @@ def test_generated_texts_equal_the_harness_own_model(tokenizer: Tokenizer, tmp_p
     network = build(vocab_size=tokenizer.vocab_size)
     model = Qwen3Model(network, max_length=96)
     ours = HarnessModel(model, tokenizer, Scorer(model, token_budget=150))
-    fast = fast_tokenizer(tokenizer, tmp_path)
-    theirs = harness_model(twin(network), fast, max_length=96, batch_size=1)
+    fast = to_fast_tokenizer(tokenizer, tmp_path)
+    theirs = harness_model(to_transformers(network), fast, max_length=96, batch_size=1)
     options = {"until": [], "do_sample": False, "max_gen_toks": 24}
     # 600 words are longer than the model: both cut the beginning
     prompts = [make_text(seed, length) for seed, length in enumerate((3, 8, 20, 3, 600))]
@@ -112,7 +112,7 @@ def smollm2(file: Path, data: Path, limit: int) -> tuple[Answers, Answers, dict[
     theirs = harness_model(network, fast, max_length=2048, batch_size=8)
     first, second = (answer(lm, tasks, data=data, limit=limit) for lm in (ours, theirs))
     exact = TransformersModel(network.double(), max_length=2048)
-    return first, second, errors_of_the_worst(first, second, exact, tokenizer, count=4)
+    return first, second, errors_at_largest_differences(first, second, exact, tokenizer, count=4)
 
 
 def assert_same(first: Answers, second: Answers, errors: dict[str, float]) -> None:

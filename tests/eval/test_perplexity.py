@@ -20,7 +20,8 @@ from data.config import JsonlSource, MixtureSource, ParquetSource, ShardsSource
 from data.loading.loader import PackedLoader
 from data.sources.base import DocumentSource
 from data.sources.open import open_source
-from data.tokenizer import Tokenizer, train_byte_level_bpe
+from data.tokenizer import Tokenizer
+from data.train_tokenizer import train_byte_level_bpe
 from eval import perplexity as text_loss_module
 from eval.held_out import held_out_loss
 from eval.perplexity import main, saved_source, text_loss

@@ -16,7 +16,8 @@ from parallax import (
     reference,
     value_average,
 )
-from parallax.affine import affine_probe, causal_product
+from parallax.affine import affine_probe
+from parallax.causal_product import causal_product
 from parallax.testing import CASES, Case, Inputs, cu_seqlens_of, make_inputs, relative_error
 
 

@@ -1,4 +1,4 @@
-"""What `benchmarks.training` keeps of a table that was cut off."""
+"""`benchmarks.training --resume` after an interrupted run."""
 
 import json
 import subprocess
@@ -7,6 +7,7 @@ import sys
 import pytest
 
 import benchmarks.training as benchmark
+from errors import UserError
 
 CONFIGS = ["configs/debug_softmax_adamw.toml", "configs/debug_parallax_muon.toml"]
 ROW = {
@@ -21,7 +22,7 @@ ROW = {
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Call the command with a stand-in for the training; return the configs that it trained."""
+    """Run the command with a stub for the training; return the configs that it trained."""
 
     def call(*words, fails=()):
         trained = []
@@ -58,23 +59,21 @@ def test_resume_measures_only_the_missing_rows(run, tmp_path):
     assert run() == CONFIGS
 
 
-def test_resume_with_nothing_before_it_measures_all(run):
+def test_resume_without_a_result_measures_all_configs(run):
     assert run("--resume") == CONFIGS
 
 
-def test_resume_refuses_the_rows_of_another_command(run, capsys):
+def test_resume_from_another_command_is_an_error(run):
     run()
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match="is from another command"):
         run("--resume", "--steps", "30")
-    assert "is from another command" in capsys.readouterr().err
 
 
-def test_resume_refuses_the_rows_of_another_machine(run, tmp_path, capsys):
+def test_resume_on_another_machine_is_an_error(run, tmp_path):
     run()
     path = tmp_path / "training.json"
     result = json.loads(path.read_text())
     result["machine"]["device"] = "an abacus"
     path.write_text(json.dumps(result))
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match="has device an abacus, this machine"):
         run("--resume")
-    assert "has device an abacus, this machine" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Loaders over small sources, and what they give, as the tests of loaders compare it."""
+"""Loaders of small sources, and comparisons of their micro-batches, for the tests of loading."""
 
 import itertools
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from data.loading.loader import PackedLoader
 from data.loading.packing import MicroBatch
 from data.tokenizer import Tokenizer
 
-# Two files with rows to skip at every kind of place, and documents shorter and longer than a row.
+# files with skipped rows at the start, middle and end, and documents shorter and longer than a row
 FILES: list[list[object]] = [
     [None, "ab", "", "cdefghijklmnopqrstuvwxyz" * 3, "g", 7],
     [],
@@ -20,13 +20,13 @@ TEXTS = [text for file in FILES for text in file if isinstance(text, str) and te
 
 
 def token_stream(tokenizer: Tokenizer, texts: Sequence[str], num_epochs: int = 1) -> list[int]:
-    """The tokens of documents, one after another."""
+    """Concatenated tokens of documents."""
     documents = [[*tokenizer.encode(text), tokenizer.end_of_document_id] for text in texts]
     return list(itertools.chain.from_iterable(documents)) * num_epochs
 
 
 def make_loader(source: Any, tokenizer: Tokenizer, **changes: Any) -> PackedLoader:
-    """A loader of small batches, unless changed."""
+    """A loader of small batches; `changes` override its arguments."""
     sizes: dict[str, Any] = {
         "seq_len": 8,
         "local_batch_size": 1,
@@ -39,12 +39,12 @@ def make_loader(source: Any, tokenizer: Tokenizer, **changes: Any) -> PackedLoad
 
 
 def take(loader: PackedLoader, count: int) -> list[MicroBatch]:
-    """The next micro-batches."""
+    """The next `count` micro-batches."""
     return list(itertools.islice(loader, count))
 
 
 def are_equal(first: Sequence[MicroBatch], second: Sequence[MicroBatch]) -> bool:
-    """Whether micro-batches are the same."""
+    """Whether two lists of micro-batches are bit-identical."""
     return len(first) == len(second) and all(
         torch.equal(a_labels, b_labels)
         and a_input.keys() == b_input.keys()
@@ -54,19 +54,19 @@ def are_equal(first: Sequence[MicroBatch], second: Sequence[MicroBatch]) -> bool
 
 
 def epoch_of(loader: PackedLoader) -> int:
-    """The pass in which a loader is."""
+    """The epoch of a loader's position."""
     return (loader.state_dict()["position"]["position"] or {"epoch": 0})["epoch"]
 
 
 def make_ranks(source: Any, tokenizer: Tokenizer, world: int, **changes: Any) -> list[PackedLoader]:
-    """One loader a rank."""
+    """One loader per rank."""
     return [
         make_loader(source, tokenizer, dp_rank=rank, dp_world_size=world, **changes) for rank in range(world)
     ]
 
 
 def take_steps(loaders: Sequence[PackedLoader], num_micro_steps: int, num_steps: int) -> list[torch.Tensor]:
-    """The rows of each global batch in their global order, put together from all ranks' micro-batches."""
+    """Rows of each global batch in their global order, from the micro-batches of all ranks."""
     iterators = [iter(loader) for loader in loaders]
     steps = []
     for _ in range(num_steps):

@@ -6,15 +6,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.loading.packing import ConcatenatePacker, Document, Mark, PackedRow, collate, filler_row
+from data.loading.packing import ConcatenatePacker, Document, PackedRow, PackerState, collate, padding_row
 
 END = 0
-START = Mark(None, 0, {})
+START = PackerState(None, 0, {})
 LENGTHS = st.lists(st.integers(1, 23), min_size=1, max_size=12)
 
 
 def _documents(lengths: Sequence[int]) -> list[Document]:
-    """Documents whose tokens are all different, each closed by END."""
+    """Documents of distinct tokens, each ending with END."""
     documents = []
     first = 1
     for row, length in enumerate(lengths):
@@ -25,7 +25,9 @@ def _documents(lengths: Sequence[int]) -> list[Document]:
 
 
 def _document(tokens: np.ndarray, row: int) -> Document:
-    return Document(tokens=tokens, before={"row": row} if row else None, after={"row": row + 1}, skipped={})
+    return Document(
+        tokens=tokens, position={"row": row} if row else None, next_position={"row": row + 1}, skipped={}
+    )
 
 
 def _pack(documents: Sequence[Document], seq_len: int) -> list[PackedRow]:
@@ -56,7 +58,7 @@ def test_masking_ignores_only_the_first_token_of_each_document(
 ) -> None:
     documents = _documents(lengths)
     rows = _pack(documents, seq_len)
-    rows += [filler_row(seq_len, END)] * (-len(rows) % num_rows)
+    rows += [padding_row(seq_len, END)] * (-len(rows) % num_rows)
     labels: list[int] = []
     for first in range(0, len(rows), num_rows):
         batch, targets = collate(rows[first : first + num_rows], mask_documents=True)
@@ -67,16 +69,16 @@ def test_masking_ignores_only_the_first_token_of_each_document(
 
 @settings(deadline=None)
 @given(lengths=LENGTHS, seq_len=st.integers(1, 17), num_rows=st.integers(1, 4))
-def test_cu_seqlens_are_exactly_the_document_and_row_bounds(
+def test_cu_seqlens_are_the_document_and_row_boundaries(
     lengths: list[int], seq_len: int, num_rows: int
 ) -> None:
     rows = [row for row in _pack(_documents(lengths), seq_len) if row.num_tokens == seq_len + 1]
     for first in range(0, len(rows) - num_rows + 1, num_rows):
         batch, _ = collate(rows[first : first + num_rows], mask_documents=True)
-        flat, bounds = batch["input"][0].tolist(), batch["cu_seqlens"].tolist()
-        after_end = {index + 1 for index, token in enumerate(flat) if token == END}
-        row_bounds = set(range(0, num_rows * seq_len + 1, seq_len))
-        assert bounds == sorted(after_end | row_bounds)
+        flat, boundaries = batch["input"][0].tolist(), batch["cu_seqlens"].tolist()
+        documents = {index + 1 for index, token in enumerate(flat) if token == END}
+        row_boundaries = set(range(0, num_rows * seq_len + 1, seq_len))
+        assert boundaries == sorted(documents | row_boundaries)
         assert batch["cu_seqlens"].dtype == torch.int32
 
 
@@ -87,7 +89,7 @@ def test_a_worked_example() -> None:
         4,
     )
     batch, labels = collate(packed, mask_documents=True)
-    # Stream: 11 12 END 21 | END 31 32 33 | 34 END; row 1 begins with the END that ends document 1.
+    # stream: 11 12 END 21 | END 31 32 33 | 34 END; row 1 starts with the END of document 1
     assert batch["input"].tolist() == [[11, 12, END, 21, END, 31, 32, 33, 34, END, END, END]]
     assert labels.tolist() == [[12, END, -100, END, -100, 32, 33, 34, END, -100, -100, -100]]
     assert batch["cu_seqlens"].tolist() == [0, 3, 4, 5, 8, 10, 12]
@@ -99,28 +101,28 @@ def test_a_worked_example() -> None:
 
 @settings(deadline=None)
 @given(lengths=LENGTHS, seq_len=st.integers(1, 17))
-def test_packing_from_the_mark_of_a_row_gives_the_rows_after_it(lengths: list[int], seq_len: int) -> None:
+def test_packing_resumes_from_the_state_after_any_row(lengths: list[int], seq_len: int) -> None:
     documents = _documents(lengths)
     packer = ConcatenatePacker(seq_len, END)
     packed = list(packer.pack(documents, START))
-    for index, (row, mark) in enumerate(packed):
-        if mark is None:
+    for index, (row, state) in enumerate(packed):
+        if state is None:
             assert index == len(packed) - 1
             continue
-        first = 0 if mark.position is None else mark.position["row"]
-        assert documents[first].tokens[mark.offset :][:1].tolist() == [row.tokens[-1]]
-        again = [each.tokens.tolist() for each, _ in packer.pack(documents[first:], mark)]
+        first = 0 if state.position is None else state.position["row"]
+        assert documents[first].tokens[state.offset :][:1].tolist() == [row.tokens[-1]]
+        again = [each.tokens.tolist() for each, _ in packer.pack(documents[first:], state)]
         assert again == [each.tokens.tolist() for each, _ in packed[index + 1 :]]
 
 
-def test_a_mark_of_other_documents_is_refused() -> None:
+def test_a_state_of_other_documents_is_rejected() -> None:
     documents = _documents([5, 5])
-    for mark in (Mark(None, 5, {}), Mark({"row": 1}, 2, {})):
+    for state in (PackerState(None, 5, {}), PackerState({"row": 1}, 2, {})):
         with pytest.raises(ValueError, match="the files or the tokenizer changed since the checkpoint"):
-            next(ConcatenatePacker(4, END).pack(documents, mark))
+            next(ConcatenatePacker(4, END).pack(documents, state))
 
 
-def test_padding_after_a_full_row_is_one_document_of_its_own() -> None:
+def test_padding_is_a_document_of_its_own() -> None:
     rows = _pack(_documents([3, 2]), 8)
     batch, labels = collate(rows, mask_documents=True)
     assert batch["cu_seqlens"].tolist() == [0, 3, 5, 8]
@@ -128,6 +130,6 @@ def test_padding_after_a_full_row_is_one_document_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("seq_len", [0, -1])
-def test_a_sequence_length_below_one_is_refused(seq_len: int) -> None:
+def test_a_sequence_length_below_one_is_rejected(seq_len: int) -> None:
     with pytest.raises(ValueError, match=f"seq_len is {seq_len}, must be at least 1"):
         ConcatenatePacker(seq_len, END)

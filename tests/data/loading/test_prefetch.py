@@ -23,7 +23,7 @@ def _wait_until(is_true: object, seconds: float = 5.0) -> bool:
     return bool(is_true())
 
 
-def test_items_come_in_order_and_end() -> None:
+def test_items_are_in_order_and_end() -> None:
     prefetcher = Prefetcher(lambda: iter(range(100)), 3)
     assert list(prefetcher) == list(range(100))
     assert list(prefetcher) == []
@@ -31,7 +31,7 @@ def test_items_come_in_order_and_end() -> None:
     assert not _prefetch_threads()
 
 
-def test_no_more_than_depth_items_are_made_ahead() -> None:
+def test_at_most_depth_items_are_prepared_ahead() -> None:
     made: list[int] = []
 
     def items() -> Iterator[int]:
@@ -41,7 +41,7 @@ def test_no_more_than_depth_items_are_made_ahead() -> None:
 
     prefetcher = Prefetcher(items, 3)
     try:
-        # Three in the queue and one that waits for room.
+        # three in the queue, and one waiting for space
         assert _wait_until(lambda: len(made) == 4)
         time.sleep(0.05)
         assert len(made) == 4
@@ -52,7 +52,7 @@ def test_no_more_than_depth_items_are_made_ahead() -> None:
     assert not _prefetch_threads()
 
 
-def test_an_error_comes_where_the_item_would_have_come_with_its_message_and_trace() -> None:
+def test_an_exception_is_raised_in_place_of_the_item_with_its_traceback() -> None:
     def items() -> Iterator[int]:
         yield 1
         yield 2
@@ -68,7 +68,7 @@ def test_an_error_comes_where_the_item_would_have_come_with_its_message_and_trac
     prefetcher.close()
 
 
-def test_close_ends_a_thread_that_waits_for_room() -> None:
+def test_close_ends_a_thread_that_waits_for_space() -> None:
     prefetcher = Prefetcher(itertools.count, 2)
     assert next(prefetcher) == 0
     prefetcher.close()
@@ -78,7 +78,7 @@ def test_close_ends_a_thread_that_waits_for_room() -> None:
     prefetcher.close()
 
 
-def test_a_forgotten_prefetcher_leaves_no_thread() -> None:
+def test_a_garbage_collected_prefetcher_ends_its_thread() -> None:
     prefetcher = Prefetcher(itertools.count, 2)
     assert next(prefetcher) == 0
     del prefetcher

@@ -1,4 +1,4 @@
-"""Going on from a saved position, at any step and on any number of ranks."""
+"""Resuming from a saved position, at any step and on any number of ranks."""
 
 import itertools
 import json
@@ -27,7 +27,7 @@ from tests.data.loading.loaders import (
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of a few rows, so that short tests cross many."""
+    """Blocks of a few rows, so that a short test crosses many."""
     monkeypatch.setattr("data.loading.best_fit.BLOCK_ROWS", 3)
     monkeypatch.setattr("data.sources.files.BLOCK_ROWS", 4)
 
@@ -35,8 +35,8 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("mask", [True, False], ids=["masked", "plain"])
 @pytest.mark.parametrize("prefetch", [0, 3])
 @pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
-@pytest.mark.parametrize("seed", [None, 3], ids=["in order", "shuffled"])
-def test_resuming_at_every_step_equals_no_interruption(
+@pytest.mark.parametrize("seed", [None, 3], ids=["in_order", "shuffled"])
+def test_resuming_at_every_step_is_bit_identical_to_no_interruption(
     byte_tokenizer: Tokenizer,
     list_source: Any,
     small_blocks: None,
@@ -68,7 +68,7 @@ def test_resuming_at_every_step_equals_no_interruption(
         resumed.close()
 
 
-def test_a_training_loader_goes_on_where_its_last_iterator_stopped(
+def test_a_training_loader_resumes_where_its_last_iterator_stopped(
     byte_tokenizer: Tokenizer, list_source: Any
 ) -> None:
     source = list_source(FILES)
@@ -79,7 +79,7 @@ def test_a_training_loader_goes_on_where_its_last_iterator_stopped(
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("local", [1, 2])
-def test_any_number_of_ranks_sees_the_same_global_batches(
+def test_global_batches_do_not_depend_on_the_number_of_ranks(
     byte_tokenizer: Tokenizer, list_source: Any, world: int, local: int
 ) -> None:
     source = list_source(FILES)
@@ -105,7 +105,7 @@ def test_any_number_of_ranks_sees_the_same_global_batches(
 )
 @example(worlds=[4, 2, 8, 1], local=1, num_steps=[2, 2, 2, 2], packing="best_fit", seed=5)
 @example(worlds=[4, 2, 8, 1], local=1, num_steps=[2, 2, 2, 2], packing="concatenate", seed=None)
-def test_a_state_continues_on_another_number_of_ranks(
+def test_a_state_resumes_on_another_number_of_ranks(
     byte_tokenizer: Tokenizer,
     list_source: Any,
     worlds: list[int],

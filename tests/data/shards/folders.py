@@ -1,4 +1,4 @@
-"""What a folder of shards holds, as the tests of shards compare it."""
+"""Hashes and problems of a folder of shards, for the tests of shards."""
 
 import hashlib
 from pathlib import Path
@@ -7,7 +7,7 @@ from data.shards.verify import verify
 
 
 def bytes_of(folder: Path) -> dict[str, str]:
-    """Every file of a folder, hashed."""
+    """SHA-256 of every file of a folder."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
@@ -16,5 +16,5 @@ def bytes_of(folder: Path) -> dict[str, str]:
 
 
 def problems_of(folder: Path) -> list[str]:
-    """What is wrong with a folder of shards."""
+    """All problems that `verify` finds."""
     return [problem for _, problems in verify(folder) for problem in problems]

@@ -1,4 +1,4 @@
-"""Preparing shards: what is written, going on after any stop, and finding damage."""
+"""Preparing shards: what is written, resuming after any interrupt, and finding damage."""
 
 import itertools
 import shutil
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +21,8 @@ from data.sources.shard_format import read_manifest, read_shard, shard_folder
 from data.sources.shards import ShardDocuments
 from data.sources.split import is_held_out
 from data.tokenizer import Tokenizer
+from data.train_tokenizer import train_byte_level_bpe
+from errors import run_command
 from tests.data.shards.folders import bytes_of, problems_of
 
 FILES: list[list[object]] = [
@@ -50,7 +53,7 @@ def _texts(folder: Path, tokenizer: Tokenizer, split: str) -> list[str]:
     return texts
 
 
-def test_shards_hold_every_document_once_in_order_and_apart_what_is_held_out(
+def test_shards_hold_every_document_once_in_order_and_split(
     list_source: Any, byte_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     _prepare(tmp_path, list_source(FILES), byte_tokenizer)
@@ -72,12 +75,9 @@ def test_shards_hold_every_document_once_in_order_and_apart_what_is_held_out(
 
 
 def test_ids_beyond_16_bits_are_kept(tmp_path: Path, list_source: Any) -> None:
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import models, pre_tokenizers
-
     words = {"<|endoftext|>": 151_643, "small": 0, "large": 151_668}
-    backend = Backend(models.WordLevel(words, unk_token="small"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="small"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer = Tokenizer(backend)
     _prepare(tmp_path, list_source([["large small large"]]), tokenizer)
     tokens = [
@@ -90,39 +90,39 @@ def test_ids_beyond_16_bits_are_kept(tmp_path: Path, list_source: Any) -> None:
 @given(
     lengths=st.lists(st.integers(0, 60), min_size=1, max_size=40),
     shard_tokens=st.integers(1, 200),
-    stops=st.lists(st.integers(1, 45), max_size=4),
+    interrupts=st.lists(st.integers(1, 45), max_size=4),
 )
-def test_a_preparation_that_stops_anywhere_goes_on_to_the_same_bytes(
+def test_a_preparation_that_is_interrupted_anywhere_writes_the_same_bytes(
     list_source: Any,
     byte_tokenizer: Tokenizer,
     tmp_path_factory: pytest.TempPathFactory,
     lengths: list[int],
     shard_tokens: int,
-    stops: list[int],
+    interrupts: list[int],
 ) -> None:
     texts = [chr(97 + index % 26) * length for index, length in enumerate(lengths)]
     if not any(texts):
         return
-    whole, stopped = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("stopped")
+    whole, resumed = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("resumed")
     source = list_source([texts[:7], texts[7:]])
     _prepare(whole, source, byte_tokenizer, shard_tokens=shard_tokens)
-    for stop in stops:
-        broken = list_source([texts[:7], texts[7:]])
-        read = broken.read
+    for num_rows in interrupts:
+        interrupted = list_source([texts[:7], texts[7:]])
+        read = interrupted.read
 
-        def cut(*args: Any, read: Any = read, stop: int = stop, **kwargs: Any) -> Iterator[Any]:
-            yield from itertools.islice(read(*args, **kwargs), stop)
+        def interrupt(*args: Any, read: Any = read, num: int = num_rows, **kwargs: Any) -> Iterator[Any]:
+            yield from itertools.islice(read(*args, **kwargs), num)
             raise KeyboardInterrupt
 
-        broken.read = cut  # type: ignore[method-assign]
+        interrupted.read = interrupt  # type: ignore[method-assign]
         with pytest.raises(KeyboardInterrupt):
-            _prepare(stopped, broken, byte_tokenizer, shard_tokens=shard_tokens)
-    _prepare(stopped, source, byte_tokenizer, shard_tokens=shard_tokens)
-    assert bytes_of(stopped) == bytes_of(whole)
-    assert problems_of(stopped) == []
+            _prepare(resumed, interrupted, byte_tokenizer, shard_tokens=shard_tokens)
+    _prepare(resumed, source, byte_tokenizer, shard_tokens=shard_tokens)
+    assert bytes_of(resumed) == bytes_of(whole)
+    assert problems_of(resumed) == []
 
 
-def test_a_deleted_shard_is_written_anew_and_the_others_are_not_touched(
+def test_a_deleted_shard_is_rewritten_and_the_others_are_not_touched(
     list_source: Any, byte_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     _prepare(tmp_path, list_source(FILES), byte_tokenizer)
@@ -142,7 +142,7 @@ def test_a_deleted_shard_is_written_anew_and_the_others_are_not_touched(
 
 
 @pytest.mark.parametrize("name", ["train.tokens", "held_out.documents", "shard.json"])
-def test_a_shard_that_lacks_a_file_or_a_part_of_one_is_written_anew(
+def test_a_shard_with_a_missing_or_truncated_file_is_rewritten(
     list_source: Any, byte_tokenizer: Tokenizer, tmp_path: Path, name: str
 ) -> None:
     _prepare(tmp_path, list_source(FILES), byte_tokenizer)
@@ -157,7 +157,7 @@ def test_a_shard_that_lacks_a_file_or_a_part_of_one_is_written_anew(
         assert bytes_of(tmp_path) == before
 
 
-def test_a_finished_folder_is_left_alone_and_other_settings_are_refused(
+def test_a_complete_folder_is_not_touched_and_other_settings_are_rejected(
     list_source: Any, byte_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     _prepare(tmp_path, list_source(FILES), byte_tokenizer)
@@ -170,40 +170,36 @@ def test_a_finished_folder_is_left_alone_and_other_settings_are_refused(
         (list_source(FILES), byte_tokenizer, {"shard_tokens": 800}, "shard_tokens was 700 and is 800"),
         (list_source(FILES), byte_tokenizer, {"max_tokens": 800}, "max_tokens was None and is 800"),
     ):
-        with pytest.raises(ValueError, match=f"begun with other settings .*{named}"):
+        with pytest.raises(ValueError, match=f"prepared with other settings .*{named}"):
             _prepare(tmp_path, source, tokenizer, **options)
 
 
 def _backend(end_of_document: str) -> Any:
-    from data.tokenizer import train_byte_level_bpe
-
     return train_byte_level_bpe([], 258, ["<|endoftext|>", end_of_document])
 
 
-def test_an_end_after_some_tokens_and_an_empty_source(
-    list_source: Any, byte_tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_max_tokens_and_an_empty_source(list_source: Any, byte_tokenizer: Tokenizer, tmp_path: Path) -> None:
     _prepare(tmp_path / "some", list_source(FILES), byte_tokenizer, max_tokens=1000)
     texts = _texts(tmp_path / "some", byte_tokenizer, "all")
     assert sorted(texts) == sorted(TEXTS[: len(texts)])
     assert 1000 <= sum(len(text) + 1 for text in texts) < 1040
     assert problems_of(tmp_path / "some") == []
-    # The source ends exactly where a shard does.
+    # the source ends exactly where a shard does
     _prepare(tmp_path / "even", list_source([["abc", "def"]]), byte_tokenizer, shard_tokens=4)
     assert len(_texts(tmp_path / "even", byte_tokenizer, "all")) == 2
     assert problems_of(tmp_path / "even") == []
     with pytest.raises(ValueError, match="a list holds no document"):
         _prepare(tmp_path / "none", list_source([[None, ""]]), byte_tokenizer)
-    for options, said in (
+    for options, message in (
         ({"shard_tokens": 0}, "shard_tokens is 0, must be at least 1"),
         ({"max_tokens": 0}, "max_tokens is 0, must be at least 1"),
         ({"num_processes": -1}, "num_processes is -1, must be 0"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             _prepare(tmp_path / "bad", list_source(FILES), byte_tokenizer, **options)
 
 
-def test_two_preparations_of_one_folder_exclude_each_other(
+def test_two_preparations_of_a_folder_exclude_each_other(
     list_source: Any, byte_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     def again(progress: Progress) -> None:
@@ -213,27 +209,27 @@ def test_two_preparations_of_one_folder_exclude_each_other(
     prepare(tmp_path, list_source(FILES), byte_tokenizer, PrepareOptions(shard_tokens=2000), report=again)
 
 
-def test_progress_reaches_the_whole_and_counts_what_was_there(
+def test_progress_grows_to_1_and_counts_documents(
     list_source: Any, byte_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     seen: list[Progress] = []
     prepare(
         tmp_path, list_source(FILES), byte_tokenizer, PrepareOptions(shard_tokens=500), report=seen.append
     )
-    shares = [progress.share for progress in seen]
-    assert shares == sorted(shares)
-    assert seen[-1].share == 1.0
+    fractions = [progress.fraction for progress in seen]
+    assert fractions == sorted(fractions)
+    assert seen[-1].fraction == 1.0
     assert seen[-1].documents == len(TEXTS)
-    assert 0 < seen[0].share < 1
+    assert 0 < seen[0].fraction < 1
 
 
-def test_a_damaged_file_of_the_source_stops_with_its_name_or_is_counted(
+def test_a_damaged_file_of_the_source_raises_with_its_name_or_is_counted(
     list_source: Any, byte_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match="part-0 is damaged at row 100"):
         _prepare(tmp_path, list_source(FILES, damaged_at=(0, 100)), byte_tokenizer)
     tolerant = list_source(FILES, damaged_at=(0, 100), options=TextOptions(on_damaged_file="skip"))
-    # What to do about damage may change on the way.
+    # on_damaged_file may change between runs
     _prepare(tmp_path, tolerant, byte_tokenizer)
     assert read_manifest(tmp_path).skipped["damaged_file"] == 1
     assert len(_texts(tmp_path, byte_tokenizer, "all")) == len(TEXTS) - 50
@@ -247,13 +243,13 @@ DAMAGE: list[tuple[str, Callable[[bytes], bytes], str]] = [
     (
         "shards/00003/shard.json",
         lambda data: data.replace(b'"documents": ', b'"documents": 1', 1),
-        "shard.json is not",
+        "shard.json does not match",
     ),
     ("train.index", lambda data: data[:30] + b"\7" + data[31:], "SHA-256"),
 ]
 
 
-@pytest.mark.parametrize(("name", "change", "said"), DAMAGE)
+@pytest.mark.parametrize(("name", "change", "message"), DAMAGE)
 def test_verify_names_the_file_that_is_damaged_and_what_to_delete(
     list_source: Any,
     byte_tokenizer: Tokenizer,
@@ -261,7 +257,7 @@ def test_verify_names_the_file_that_is_damaged_and_what_to_delete(
     capsys: pytest.CaptureFixture[str],
     name: str,
     change: Callable[[bytes], bytes],
-    said: str,
+    message: str,
 ) -> None:
     _prepare(tmp_path, list_source(FILES), byte_tokenizer)
     path = tmp_path / name
@@ -270,8 +266,8 @@ def test_verify_names_the_file_that_is_damaged_and_what_to_delete(
     path.write_bytes(change(data))
     assert shards.main(["verify", str(tmp_path)]) == 1
     printed = "".join(capsys.readouterr())
-    assert said in printed
-    assert str(path if said == "SHA-256" else path.parent) in printed
+    assert message in printed
+    assert str(path if message == "SHA-256" else path.parent) in printed
     named = printed.split("delete these, and run the same `prepare` again\n", 1)[1].split()
     assert set(named) >= {str(path.parent if name.startswith("shards/") else path)}
     for each in map(Path, named):
@@ -280,7 +276,7 @@ def test_verify_names_the_file_that_is_damaged_and_what_to_delete(
     assert problems_of(tmp_path) == []
 
 
-def test_info_describes_the_shards(
+def test_info_prints_counts_and_lengths(
     list_source: Any, byte_tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prepare(
@@ -292,36 +288,40 @@ def test_info_describes_the_shards(
     )
     assert shards.main(["info", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    for said in ("some/set at revision 0123abc", "257 ids", "1 null", "train documents by length"):
-        assert said in printed
+    for text in ("some/set at revision 0123abc", "257 ids", "1 null", "train documents by length"):
+        assert text in printed
     rows = length_histogram(tmp_path, "train")
     lengths = [len(text) + 1 for text in TEXTS if not is_held_out(text)]
     expected = {}
     for length in lengths:
-        least = 1 << (length.bit_length() - 1)
-        documents, tokens = expected.get(least, (0, 0))
-        expected[least] = documents + 1, tokens + length
-    assert {least: (documents, tokens) for least, documents, tokens in rows} == expected
+        power = 1 << (length.bit_length() - 1)
+        documents, tokens = expected.get(power, (0, 0))
+        expected[power] = documents + 1, tokens + length
+    assert {power: (documents, tokens) for power, documents, tokens in rows} == expected
 
 
-def test_the_command_line_says_what_cannot_be_done(
+def _exit_code(words: list[str]) -> int:
+    return run_command(lambda: shards.main(words))
+
+
+def test_the_command_line_ends_a_user_error_in_one_line(
     tmp_path: Path, byte_tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     byte_tokenizer.save(tmp_path / "tokenizer.json")
     (tmp_path / "a.jsonl").write_text('{"body": "text"}\n')
     start = ["prepare", "--tokenizer", str(tmp_path), "--out", str(tmp_path / "out"), "--processes", "0"]
-    for words, said in (
+    for words, message in (
         (["--files", str(tmp_path / "none.parquet")], "no file matches"),
         (["--files", "a.parquet", "b.jsonl"], "want all of them"),
-        (["--folder", str(tmp_path / "none")], "no folder"),
+        (["--folder", str(tmp_path / "none")], "not a folder"),
         (["--folder", str(tmp_path), "--min-score", "1"], "min_score given with --folder"),
         (["--files", "a.jsonl", "--pattern", "*"], "--pattern given without"),
         (["--parts", "0-3"], "want numbers from 1 to 2048"),
         (["--files", str(tmp_path / "a.jsonl")], "holds no document"),
     ):
-        assert shards.main([*start, *words]) == 2
-        assert said in capsys.readouterr().err
-    assert shards.main(["info", str(tmp_path)]) == 2
+        assert _exit_code([*start, *words]) == 2
+        assert message in capsys.readouterr().err
+    assert _exit_code(["info", str(tmp_path)]) == 2
     assert "correct the folder" in capsys.readouterr().err
     words = ["--files", str(tmp_path / "a.jsonl"), "--text-column", "body", "--out", str(tmp_path / "good")]
     assert shards.main([*start, *words]) == 0

@@ -13,6 +13,7 @@ import pytest
 from data.shards import __main__ as shards
 from data.sources.shard_format import shard_folder
 from data.tokenizer import Tokenizer
+from errors import run_command
 from tests.data.shards.folders import bytes_of, problems_of
 
 ROOT = Path(__file__).parents[3]
@@ -43,9 +44,7 @@ def _is_running(process: int) -> bool:
         return False
 
 
-def test_kill_9_loses_nothing_writes_nothing_twice_and_leaves_no_process(
-    corpus: Path, tmp_path: Path
-) -> None:
+def test_kill_9_loses_no_shard_and_leaves_no_process(corpus: Path, tmp_path: Path) -> None:
     tokenizer, killed, whole = tmp_path / "tokenizer.json", tmp_path / "killed", tmp_path / "whole"
     for num_finished in (1, 20, 45):
         process = subprocess.Popen(
@@ -65,7 +64,7 @@ def test_kill_9_loses_nothing_writes_nothing_twice_and_leaves_no_process(
             process.wait()
         deadline = time.monotonic() + 10
         while any(map(_is_running, children)):
-            assert time.monotonic() < deadline, "the processes that tokenize outlived the one that was killed"
+            assert time.monotonic() < deadline, "the worker processes outlived the killed one"
             time.sleep(0.05)
         assert not (killed / "manifest.json").exists()
     done = subprocess.run(
@@ -79,7 +78,7 @@ def test_kill_9_loses_nothing_writes_nothing_twice_and_leaves_no_process(
     assert problems_of(killed) == []
 
 
-def test_an_interrupt_from_the_keyboard_ends_in_order(corpus: Path, tmp_path: Path) -> None:
+def test_ctrl_c_shuts_the_workers_down(corpus: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     process = subprocess.Popen(
         _command(tmp_path / "tokenizer.json", corpus, folder, "--processes", "1"),
@@ -87,7 +86,7 @@ def test_an_interrupt_from_the_keyboard_ends_in_order(corpus: Path, tmp_path: Pa
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        # a shell has its background jobs ignore interrupts, and what they start with them
+        # a shell makes its background jobs ignore interrupts, which their children inherit
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     while not shard_folder(folder, 2).exists():
@@ -96,12 +95,12 @@ def test_an_interrupt_from_the_keyboard_ends_in_order(corpus: Path, tmp_path: Pa
     os.killpg(process.pid, signal.SIGINT)
     _, printed = process.communicate(timeout=20)
     assert process.returncode == 130
-    assert "stopped; finished shards stay" in printed
+    assert "interrupted; finished shards are kept" in printed
     assert "Traceback" not in printed
     assert not list((folder / "shards").glob("*.partial"))
 
 
-def test_an_interrupt_before_a_writer_can_tidy_up_leaves_no_partial_shard(
+def test_an_interrupt_before_a_writer_can_clean_up_leaves_no_partial_shard(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*arguments: object) -> None:
@@ -110,5 +109,5 @@ def test_an_interrupt_before_a_writer_can_tidy_up_leaves_no_partial_shard(
     monkeypatch.setattr("data.shards.writer._SplitWriter", interrupted)
     folder = tmp_path / "out"
     words = _command(tmp_path / "tokenizer.json", corpus, folder, "--processes", "0")[3:]
-    assert shards.main(words) == 130
+    assert run_command(lambda: shards.main(words)) == 130
     assert list((folder / "shards").iterdir()) == []

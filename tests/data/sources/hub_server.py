@@ -1,7 +1,7 @@
-"""A server on loopback that serves the hub's layout: files by name, a CDN with ranges, and trouble.
+"""A loopback server with the hub's API: files by name, a CDN with range requests, and injected failures.
 
-The endpoint answers for a file with a redirect to the CDN, as the hub does for large files; small ones come
-directly. Listing a repository is refused and remembered: the real one never ends.
+The endpoint redirects requests for a parquet file to the CDN, as the hub does for large files; other files
+are served directly. Listing a repository fails and is recorded, since it takes too long on the real hub.
 """
 
 import hashlib
@@ -18,22 +18,22 @@ MODEL = "Qwen/Qwen3-0.6B-Base"
 
 
 class HubServer:
-    """Serves files and makes trouble when asked to.
+    """Serve files and inject failures.
 
     Attributes:
-        files: What there is, by repository path such as "datasets/org/name" and by the file's path in it.
-        trouble: What the next requests for a file's content meet, in order: a status such as 503, or ("cut",
-            n) to close after n bytes, or ("stall", n, seconds) to pause there, or None for nothing.
-        head_trouble: Statuses that the next requests for where a file lies get.
+        files: Contents by repository path, such as "datasets/org/name", and by the file's path in it.
+        failures: Failures of the next requests for a file's content, in order: a status such as 503,
+            ("close", n) to close the connection after n bytes, ("stall", n, seconds) to pause there, or None.
+        head_failures: Statuses of the next requests for a file's location.
         log: Method, path and range of each request.
-        listed: Requests that would have listed a repository.
+        listed: Requests that list a repository.
     """
 
     def __init__(self) -> None:
         self.files: dict[str, dict[str, bytes]] = {f"datasets/{DATASET}": {}, MODEL: {}}
         self.decoys = [f"data/ultrafineweb_en_v1_4/CC-MAIN-{index}/part.parquet" for index in range(60_000)]
-        self.trouble: deque[Any] = deque()
-        self.head_trouble: deque[int] = deque()
+        self.failures: deque[Any] = deque()
+        self.head_failures: deque[int] = deque()
         self.log: list[tuple[str, str, str | None]] = []
         self.listed: list[str] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
@@ -50,15 +50,15 @@ class HubServer:
         return f"http://127.0.0.1:{self.port}"
 
     def add_parts(self, parts: dict[str, bytes]) -> None:
-        """Add files to the data set."""
+        """Add files to the dataset."""
         self.files[f"datasets/{DATASET}"].update(parts)
 
     def requests(self, method: str, pattern: str = "") -> list[tuple[str, str | None]]:
-        """Path and range of each request of a method whose path holds a pattern."""
+        """Path and range of each request of a method whose path matches a pattern."""
         return [(path, span) for each, path, span in self.log if each == method and re.search(pattern, path)]
 
     def downloads(self) -> Counter[str]:
-        """How often each file's content was asked for from its beginning."""
+        """Number of downloads of each file that started at its first byte."""
         names = {_digest(data): name for files in self.files.values() for name, data in files.items()}
         whole = [path for path, span in self.requests("GET", "^/cdn/") if span is None]
         return Counter(names[path.removeprefix("/cdn/")] for path in whole)
@@ -85,12 +85,12 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             pass
 
         def do_HEAD(self) -> None:
-            self._answer()
+            self._respond()
 
         def do_GET(self) -> None:
-            self._answer()
+            self._respond()
 
-        def _answer(self) -> None:
+        def _respond(self) -> None:
             hub.log.append((self.command, self.path, self.headers.get("Range")))
             if self.path.startswith("/cdn/"):
                 self._content(hub.by_digest(self.path.removeprefix("/cdn/")))
@@ -101,8 +101,8 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                 self._status(500)
             elif found is None:
                 self._status(404)
-            elif self.command == "HEAD" and hub.head_trouble:
-                self._status(hub.head_trouble.popleft())
+            elif self.command == "HEAD" and hub.head_failures:
+                self._status(hub.head_failures.popleft())
             else:
                 self._file(*found.groups())
 
@@ -116,10 +116,10 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                 self._status(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
             elif name.endswith(".parquet"):
                 data = files[name]
-                # Another host than the endpoint, as the hub's CDN is.
-                where = f"http://localhost:{hub.port}/cdn/{_digest(data)}"
+                # another host than the endpoint, like the hub's CDN
+                location = f"http://localhost:{hub.port}/cdn/{_digest(data)}"
                 linked = {"X-Linked-Etag": f'"{_digest(data)}"', "X-Linked-Size": str(len(data))}
-                self._status(302, {"X-Repo-Commit": COMMIT, "Location": where, **linked})
+                self._status(302, {"X-Repo-Commit": COMMIT, "Location": location, **linked})
             else:
                 self._content(
                     files[name], {"X-Repo-Commit": COMMIT, "ETag": f'"{_digest(files[name])[:40]}"'}
@@ -129,12 +129,12 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             if data is None:
                 self._status(404)
                 return
-            trouble = hub.trouble.popleft() if self.command == "GET" and hub.trouble else None
-            if isinstance(trouble, int):
-                self._status(trouble, {"Retry-After": "1"} if trouble == 429 else {})
+            failure = hub.failures.popleft() if self.command == "GET" and hub.failures else None
+            if isinstance(failure, int):
+                self._status(failure, {"Retry-After": "1"} if failure == 429 else {})
                 return
             first, size = 0, len(data)
-            self.close_connection = trouble is not None
+            self.close_connection = failure is not None
             if span := self.headers.get("Range"):
                 first = int(span.removeprefix("bytes=").rstrip("-"))
                 self.send_response(206)
@@ -148,15 +148,15 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             if self.command == "HEAD":
                 return
             body = data[first:]
-            if trouble is None:
+            if failure is None:
                 self.wfile.write(body)
                 return
-            self.wfile.write(body[: trouble[1]])
+            self.wfile.write(body[: failure[1]])
             self.wfile.flush()
-            if trouble[0] == "stall":
-                # Not time.sleep, which tests cut short for the client.
-                threading.Event().wait(trouble[2])
-                self.wfile.write(body[trouble[1] :])
+            if failure[0] == "stall":
+                # not time.sleep, which tests shorten for the client
+                threading.Event().wait(failure[2])
+                self.wfile.write(body[failure[1] :])
 
         def _status(self, status: int, headers: dict[str, str] | None = None) -> None:
             self.send_response(status)

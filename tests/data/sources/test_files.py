@@ -1,4 +1,4 @@
-"""Passes over a list of files: order, filters, damage, and going on from any position."""
+"""Epochs over a list of files: order, filters, damage, and resuming from any position."""
 
 import itertools
 import json
@@ -18,7 +18,7 @@ ROWS = st.lists(st.lists(st.sampled_from(["text", None, ""]), max_size=9), min_s
 
 
 def _name_rows(files: list[list[str | None]]) -> list[list[str | None]]:
-    """Give each text a name of its own, so that it can be counted."""
+    """Make each text distinct, so that it can be counted."""
     return [
         [f"{index}-{row}" if value else value for row, value in enumerate(rows)]
         for index, rows in enumerate(files)
@@ -27,7 +27,7 @@ def _name_rows(files: list[list[str | None]]) -> list[list[str | None]]:
 
 @settings(max_examples=60, deadline=None)
 @given(files=ROWS, seed=st.one_of(st.none(), st.integers(0, 99)), block=st.integers(1, 6))
-def test_every_document_comes_exactly_once_an_epoch(
+def test_every_document_is_read_once_per_epoch(
     list_source: Any, files: list[list[str | None]], seed: int | None, block: int
 ) -> None:
     files = _name_rows(files)
@@ -39,14 +39,14 @@ def test_every_document_comes_exactly_once_an_epoch(
         rows = list_source(files, shuffle_seed=seed).read(repeat=True)
         num_rows = sum(map(len, files))
         for epoch in range(3):
-            one_pass = list(itertools.islice(rows, num_rows))
-            assert sorted(row.text for row in one_pass if row.text) == sorted(texts)
-            assert {row.after["epoch"] for row in one_pass} == {epoch}
+            in_epoch = list(itertools.islice(rows, num_rows))
+            assert sorted(row.text for row in in_epoch if row.text) == sorted(texts)
+            assert {row.next_position["epoch"] for row in in_epoch} == {epoch}
 
 
 @settings(max_examples=40, deadline=None)
 @given(files=ROWS, seed=st.one_of(st.none(), st.integers(0, 99)), block=st.integers(1, 6))
-def test_reading_goes_on_from_every_position_as_if_it_had_not_stopped(
+def test_reading_resumes_from_every_position(
     list_source: Any, files: list[list[str | None]], seed: int | None, block: int
 ) -> None:
     files = _name_rows(files)
@@ -58,12 +58,12 @@ def test_reading_goes_on_from_every_position_as_if_it_had_not_stopped(
         num_rows = 2 * sum(map(len, files)) + 3
         whole = list(itertools.islice(source.read(repeat=True), num_rows))
         for index, row in enumerate(whole):
-            position = json.loads(json.dumps(row.after))
+            position = json.loads(json.dumps(row.next_position))
             rest = list(itertools.islice(source.read(position, repeat=True), num_rows - index - 1))
             assert rest == whole[index + 1 :]
 
 
-def test_epochs_and_seeds_see_different_orders(list_source: Any) -> None:
+def test_epochs_and_seeds_have_different_orders(list_source: Any) -> None:
     files = [[f"{file}-{row}" for row in range(50)] for file in range(20)]
     texts = list(itertools.chain.from_iterable(files))
 
@@ -75,23 +75,23 @@ def test_epochs_and_seeds_see_different_orders(list_source: Any) -> None:
     assert epochs(1) == orders[:2], "the same seed gives the same order"
     assert epochs(None) == [texts, texts]
     assert len({tuple(order) for order in orders}) == 4
-    # Files are permuted, and rows within them.
+    # files are permuted, and rows within them
     firsts = [[text.partition("-")[0] for text in order[::50] if text] for order in orders]
     assert len({tuple(first) for first in firsts}) == 4
     assert orders[0][:50] not in files
 
 
-def test_a_block_ends_with_the_row_that_makes_it_large(
+def test_a_block_ends_with_the_row_that_reaches_its_size(
     list_source: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("data.sources.files.BLOCK_CHARACTERS", 10)
     source = list_source([["aaaa", "bbbb", "cccc", "dddd", "eeee"]], shuffle_seed=0)
-    rows = [row.after["row"] for row in source.read(repeat=False)]
+    rows = [row.next_position["row"] for row in source.read(repeat=False)]
     assert rows == [0, 0, 3, 3, 5]
 
 
 @pytest.mark.parametrize("seed", [None, 4])
-def test_damage_stops_with_the_files_name_or_costs_the_rest_of_that_file(
+def test_a_damaged_file_raises_with_its_name_or_its_rest_is_skipped(
     list_source: Any, seed: int | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     files = [["a", "b"], ["c", "d", "e"], ["f"]]
@@ -104,12 +104,15 @@ def test_damage_stops_with_the_files_name_or_costs_the_rest_of_that_file(
     assert Counter(row.text for row in rows) == dict.fromkeys(("a", "b", "c", "f", None), 2)
     assert [row.skipped for row in rows if row.text is None] == ["damaged_file"] * 2
     for index, row in enumerate(rows):
-        assert list(itertools.islice(source.read(row.after, repeat=True), 9 - index)) == rows[index + 1 :]
+        assert (
+            list(itertools.islice(source.read(row.next_position, repeat=True), 9 - index))
+            == rows[index + 1 :]
+        )
     assert "part-1 is damaged at row 1" in caplog.text
     assert "epoch 0 of a list: 4 documents, rows skipped: 1 damaged_file" in caplog.text
 
 
-DECISIONS: list[tuple[dict[str, Any], object, object, str | None]] = [
+CASES: list[tuple[dict[str, Any], object, object, str | None]] = [
     ({}, None, None, "null"),
     ({}, " \n", None, "empty"),
     ({}, b"", None, "empty"),
@@ -129,17 +132,17 @@ DECISIONS: list[tuple[dict[str, Any], object, object, str | None]] = [
 ]
 
 
-@pytest.mark.parametrize(("limits", "value", "score", "reason"), DECISIONS)
+@pytest.mark.parametrize(("limits", "value", "score", "reason"), CASES)
 def test_a_row_is_a_document_or_skipped_for_a_reason(
     limits: dict[str, Any], value: object, score: object, reason: str | None
 ) -> None:
-    text, found = Filter(**limits).decide(value, score)
+    text, found = Filter(**limits).apply(value, score)
     assert found == reason
     assert (text is None) == (reason is not None)
     assert reason is None or reason in SKIP_REASONS
 
 
-def test_training_and_held_out_documents_are_told_apart_by_their_content(list_source: Any) -> None:
+def test_documents_are_split_into_train_and_held_out_by_content(list_source: Any) -> None:
     texts = [f"document {index}" for index in range(2000)]
 
     def read(split: str) -> list[Row]:
@@ -150,19 +153,19 @@ def test_training_and_held_out_documents_are_told_apart_by_their_content(list_so
     assert all(map(is_held_out, held_out))
     assert 0.02 < len(held_out) / 2000 < 0.045
     assert Counter(row.skipped for row in read("train"))["held_out"] == len(held_out)
-    # Neither the order nor the neighbours of a document matter.
+    # the split does not depend on the order of the documents
     assert [row.text for row in list_source([texts[::-1]], split="train").read(repeat=False) if row.text] == (
         train[::-1]
     )
 
 
 @pytest.mark.parametrize("limits", [{"min_characters": 5, "max_characters": 4}, {"min_characters": -1}])
-def test_limits_that_leave_nothing_are_refused(limits: dict[str, int]) -> None:
+def test_contradicting_limits_are_rejected(limits: dict[str, int]) -> None:
     options: dict[str, Any] = {**limits}
     with pytest.raises(ValueError, match=r"min_characters is (5|-1) and max_characters"):
         TextOptions(**options)
 
 
-def test_columns_without_a_name_are_refused() -> None:
+def test_an_empty_column_name_is_rejected() -> None:
     with pytest.raises(ValueError, match="score_column"):
         ColumnOptions(score_column="")

@@ -1,4 +1,4 @@
-"""The hub's own client against a server on loopback: only named files, through every kind of trouble."""
+"""The hub's own client against a loopback server: named files only, and retries after failures."""
 
 import io
 import itertools
@@ -46,18 +46,18 @@ def _parquet(texts: list[str], score_type: pa.DataType, padding: int = 0) -> byt
 @pytest.fixture
 def server() -> Iterator[HubServer]:
     server = HubServer()
-    # The dtype of the score differs between parts, as in the real set.
+    # the dtype of the score differs between parts, as in the real dataset
     types = (pa.float64(), pa.float32(), pa.string())
     parts = zip(PARTS.items(), itertools.cycle(types), strict=False)
     server.add_parts({name: _parquet(texts, kind, 500) for (name, texts), kind in parts})
     yield server
     server.close()
-    assert server.listed == [], "a repository of tens of thousands of files must never be listed"
+    assert server.listed == [], "a repository of tens of thousands of files is never listed"
 
 
 @pytest.fixture
 def hub(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """The server as this process' hub, with an empty cache and short waits."""
+    """The server as this process's hub, with an empty cache and short backoffs."""
     monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
     template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -66,11 +66,11 @@ def hub(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     sleep = time.sleep
     monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.01)))
-    # The client writes, and so resumes, by chunks of 10 MB.
+    # the client writes, and so resumes, in chunks of 10 MB
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 500)
     close_session()
     yield server
-    # What was fetched ahead must not go on with the next test's settings, or with none.
+    # a background download must not run into the next test's settings
     for thread in threading.enumerate():
         if thread.name == "fetch":
             thread.join(10)
@@ -84,13 +84,13 @@ def _texts(source: FileDocuments, position: Any = None) -> list[str | None]:
     return [row.text for row in source.read(position, repeat=False)]
 
 
-def test_named_parts_are_read_in_order_each_fetched_once(hub: HubServer) -> None:
+def test_named_parts_are_read_in_order_and_downloaded_once(hub: HubServer) -> None:
     assert REVISION == COMMIT
     assert _texts(_open()) == TEXTS
     assert hub.downloads() == dict.fromkeys(NAMES, 1)
     num_requests = len(hub.log)
     assert _texts(_open("2-3")) == TEXTS[40:120]
-    assert len(hub.log) == num_requests, "a commit's files in the cache need no request"
+    assert len(hub.log) == num_requests, "cached files of a commit need no request"
 
 
 def test_scores_of_every_dtype_are_filtered(hub: HubServer) -> None:
@@ -99,7 +99,7 @@ def test_scores_of_every_dtype_are_filtered(hub: HubServer) -> None:
     assert {row.skipped for row in rows} == {None, "low_score"}
 
 
-def test_the_next_file_is_fetched_while_one_is_read(hub: HubServer) -> None:
+def test_the_next_file_is_downloaded_while_one_is_read(hub: HubServer) -> None:
     rows = _open().read(repeat=True)
     next(rows)
     deadline = time.monotonic() + 5
@@ -109,68 +109,68 @@ def test_the_next_file_is_fetched_while_one_is_read(hub: HubServer) -> None:
 
 
 @pytest.mark.parametrize("seed", [None, 3])
-def test_reading_goes_on_from_any_position_and_fetches_no_file_before_it(
+def test_reading_resumes_from_any_position_and_downloads_no_file_before_it(
     hub: HubServer, seed: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = open_text(HubSource(parts="1-6"), shuffle_seed=seed)
     rows = list(itertools.islice(source.read(repeat=True), 300))
     assert sorted(str(row.text) for row in rows[:240]) == sorted(TEXTS)
     for index in range(0, 260, 13):
-        again = source.read(rows[index].after, repeat=True)
+        again = source.read(rows[index].next_position, repeat=True)
         assert list(itertools.islice(again, 30)) == rows[index + 1 : index + 31]
-    # On another machine, the part's position alone decides what is fetched.
+    # on another machine, only the remaining files are downloaded
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "another"))
     hub.log.clear()
-    again = open_text(HubSource(parts="1-6"), shuffle_seed=seed).read(rows[170].after, repeat=False)
+    again = open_text(HubSource(parts="1-6"), shuffle_seed=seed).read(rows[170].next_position, repeat=False)
     assert list(again) == rows[171:240]
     assert len(hub.downloads()) == 2
 
 
-TROUBLE = {
+FAILURES = {
     "too many requests": [429, 429],
     "out of service": [503, 500, 502],
-    "cut off": [("cut", 1000), ("cut", 3000)],
-    "cut off before the first byte": [("cut", 0), ("cut", 0)],
-    "cut off and then out of service": [("cut", 2000), 503],
+    "interrupted": [("close", 1000), ("close", 3000)],
+    "interrupted before the first byte": [("close", 0), ("close", 0)],
+    "interrupted and then out of service": [("close", 2000), 503],
 }
 
 
-@pytest.mark.parametrize("name", TROUBLE)
-def test_trouble_on_the_way_is_waited_out(hub: HubServer, name: str) -> None:
-    hub.trouble.extend(TROUBLE[name])
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failed_transfer_is_retried(hub: HubServer, name: str) -> None:
+    hub.failures.extend(FAILURES[name])
     assert _texts(_open("1-2")) == TEXTS[:80]
-    assert not hub.trouble
-    assert len(hub.requests("GET", "^/cdn/")) >= 2 + len(TROUBLE[name])
+    assert not hub.failures
+    assert len(hub.requests("GET", "^/cdn/")) >= 2 + len(FAILURES[name])
 
 
-def test_a_cut_off_transfer_goes_on_where_it_stopped(hub: HubServer) -> None:
-    hub.trouble.extend([("cut", 1000), ("cut", 3000)])
+def test_an_interrupted_transfer_resumes_where_it_stopped(hub: HubServer) -> None:
+    hub.failures.extend([("close", 1000), ("close", 3000)])
     assert _texts(_open("1")) == TEXTS[:40]
     spans = [span for _, span in hub.requests("GET", "^/cdn/")]
     assert spans == [None, "bytes=1000-", "bytes=4000-"]
 
 
-def test_a_transfer_that_stalls_is_taken_up_again(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stalled_transfer_resumes(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
-    hub.trouble.append(("stall", 5000, 0.6))
+    hub.failures.append(("stall", 5000, 0.6))
     assert _texts(_open("1")) == TEXTS[:40]
     assert [span for _, span in hub.requests("GET", "^/cdn/")] == [None, "bytes=5000-"]
 
 
-def test_a_slow_transfer_is_only_slow(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_transfer_is_not_interrupted(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
-    hub.trouble.extend([("stall", 7000, 0.4), ("stall", 0, 0.4)])
+    hub.failures.extend([("stall", 7000, 0.4), ("stall", 0, 0.4)])
     assert _texts(_open("1-2")) == TEXTS[:80]
     assert len(hub.requests("GET", "^/cdn/")) == 2
 
 
-def test_trouble_with_finding_a_file_is_waited_out_too(hub: HubServer) -> None:
-    hub.head_trouble.extend([503, 429, 500, 504])
+def test_a_failed_request_for_the_location_of_a_file_is_retried(hub: HubServer) -> None:
+    hub.head_failures.extend([503, 429, 500, 504])
     assert _texts(_open("1")) == TEXTS[:40]
-    assert not hub.head_trouble
+    assert not hub.head_failures
 
 
-def test_waits_grow_and_an_outage_ends_with_what_failed(
+def test_backoff_is_exponential_and_an_outage_ends_with_the_cause(
     hub: HubServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     waits: list[float] = []
@@ -182,14 +182,14 @@ def test_waits_grow_and_an_outage_ends_with_what_failed(
     assert all(0.5 * 2**index <= wait <= 2**index for index, wait in enumerate(waits[:6]))
     assert all(30 <= wait <= 60 for wait in waits[6:])
     assert sum(waits) > 300
-    assert "again in" in caplog.text
+    assert "retrying in" in caplog.text
 
 
-def test_a_mistyped_tokenizer_is_not_waited_for_as_long_as_data(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mistyped_tokenizer_is_retried_less_often_than_data(monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
     monkeypatch.setattr(time, "sleep", waits.append)
     monkeypatch.setattr(hub_client, "hf_hub_download", _fail)
-    with pytest.raises(ValueError, match=r"'runs/tok' is no path here, .* in 2 attempts"):
+    with pytest.raises(ValueError, match=r"'runs/tok' is not a path, .* in 2 attempts"):
         Tokenizer.load("runs/tok")
     assert len(waits) == 1
 
@@ -198,7 +198,7 @@ def _fail(*arguments: object, **options: object) -> str:
     raise ConnectionResetError("connection reset by peer")
 
 
-def test_a_missing_file_stops_with_its_name_also_where_damage_is_skipped(hub: HubServer) -> None:
+def test_a_missing_file_is_named_even_if_damaged_files_are_skipped(hub: HubServer) -> None:
     del hub.files[f"datasets/{DATASET}"][NAMES[1]]
     source = _open("1-3", on_damaged_file="skip")
     read: list[str | None] = []
@@ -210,23 +210,23 @@ def test_a_missing_file_stops_with_its_name_also_where_damage_is_skipped(hub: Hu
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"revision": "0" * 40}, "no such revision"),
         ({"repository": "some/set", "revision": "main", "files": ["a.parquet"]}, "no such repository"),
         ({"repository": "not a name", "revision": "main", "files": ["a.parquet"]}, "not a name"),
     ],
 )
-def test_a_wrong_repository_or_revision_is_named_at_once(
-    hub: HubServer, changes: dict[str, Any], said: str
+def test_a_wrong_repository_or_revision_is_named_without_a_retry(
+    hub: HubServer, changes: dict[str, Any], message: str
 ) -> None:
     source = open_text(HubSource(**changes) if "files" in changes else HubSource(parts="1", **changes))
-    with pytest.raises(ValueError, match=f"cannot fetch .*{said}"):
+    with pytest.raises(ValueError, match=f"cannot fetch .*{message}"):
         _texts(source)
 
 
 @pytest.mark.parametrize("on_damaged_file", ["stop", "skip"])
-def test_a_damaged_part_stops_with_its_name_or_is_counted(hub: HubServer, on_damaged_file: str) -> None:
+def test_a_damaged_part_raises_with_its_name_or_is_counted(hub: HubServer, on_damaged_file: str) -> None:
     parts = hub.files[f"datasets/{DATASET}"]
     parts[NAMES[1]] = parts[NAMES[1]][:-700]
     source = _open("1-3", on_damaged_file=on_damaged_file)
@@ -239,7 +239,7 @@ def test_a_damaged_part_stops_with_its_name_or_is_counted(hub: HubServer, on_dam
     assert [row.skipped for row in rows if row.skipped] == ["damaged_file"]
 
 
-def test_offline_mode_asks_nobody(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_mode_makes_no_request(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     assert _texts(_open("1")) == TEXTS[:40]
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     close_session()
@@ -250,7 +250,7 @@ def test_offline_mode_asks_nobody(hub: HubServer, monkeypatch: pytest.MonkeyPatc
     assert len(hub.log) == num_requests
 
 
-def test_a_tokenizer_by_name_comes_from_the_hub(
+def test_a_tokenizer_by_name_is_loaded_from_the_hub(
     hub: HubServer, byte_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     byte_tokenizer.save(tmp_path / "tokenizer.json")
@@ -261,12 +261,12 @@ def test_a_tokenizer_by_name_comes_from_the_hub(
     close_session()
     assert Tokenizer.load(MODEL).fingerprint == byte_tokenizer.fingerprint
     with pytest.raises(
-        ValueError, match=r"is no path here, .*cannot fetch tokenizer\.json of model Qwen/Other"
+        ValueError, match=r"is not a path, .*cannot fetch tokenizer\.json of model Qwen/Other"
     ):
         Tokenizer.load("Qwen/Other")
 
 
-def test_preparing_from_the_hub_keeps_only_the_downloads_it_needs(
+def test_preparing_from_the_hub_deletes_downloads_that_are_tokenized(
     hub: HubServer, byte_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("data.shards.prepare._BATCH_ROWS", 10)
@@ -284,12 +284,12 @@ def test_preparing_from_the_hub_keeps_only_the_downloads_it_needs(
     assert not [problem for _, problems in verify(tmp_path / "out") for problem in problems]
 
 
-def test_the_command_line_prepares_through_trouble_from_the_endpoint_in_the_environment(
+def test_the_command_line_retries_failures_of_the_endpoint_in_the_environment(
     server: HubServer, byte_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     byte_tokenizer.save(tmp_path / "tokenizer.json")
     server.files[MODEL]["tokenizer.json"] = (tmp_path / "tokenizer.json").read_bytes()
-    server.trouble.extend([None, ("cut", 1500), 503, 429])
+    server.failures.extend([None, ("close", 1500), 503, 429])
     environment = {
         **os.environ,
         "HF_ENDPOINT": server.endpoint,
@@ -312,7 +312,7 @@ def test_the_command_line_prepares_through_trouble_from_the_endpoint_in_the_envi
     done = run()
     assert done.returncode == 0, done.stderr
     assert f"{DATASET} at revision {COMMIT}" in done.stdout
-    assert not server.trouble
+    assert not server.failures
     num_requests = len(server.log)
     environment["HF_HUB_OFFLINE"] = "1"
     words[1] = "1-4"

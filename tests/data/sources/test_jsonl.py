@@ -56,8 +56,8 @@ def _open(*paths: Path, **options: Any) -> FileDocuments:
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
-@pytest.mark.parametrize("end", [b"\n", b""], ids=["closed", "last line open"])
-def test_each_line_is_a_document_or_skipped_and_reading_goes_on_after_any(
+@pytest.mark.parametrize("end", [b"\n", b""], ids=["newline_at_end", "no_newline_at_end"])
+def test_each_line_is_a_document_or_skipped_and_reading_resumes_after_any(
     tmp_path: Path, name: str, end: bytes
 ) -> None:
     source = _open(_write(tmp_path / name, b"\n".join(LINES) + end))
@@ -65,9 +65,9 @@ def test_each_line_is_a_document_or_skipped_and_reading_goes_on_after_any(
     assert [row.skipped for row in rows] == REASONS
     assert [row.text for row in rows if row.text] == ["first", "gr\u00f6\u00dfe \U0001f600", "last"]
     for index, row in enumerate(rows, 1):
-        assert list(source.read(row.after, repeat=False)) == rows[index:]
-    # A compressed file's own size says little of how far reading is in its text.
-    assert name != "a.jsonl" or source.share_before(rows[-1].after) == 1.0
+        assert list(source.read(row.next_position, repeat=False)) == rows[index:]
+    # the progress in a compressed file is only approximate
+    assert name != "a.jsonl" or source.progress(rows[-1].next_position) == 1.0
 
 
 def test_scores_and_other_keys(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_scores_and_other_keys(tmp_path: Path) -> None:
     assert [row.text for row in rows] == ["0.9", None, None]
 
 
-def test_a_document_of_more_than_10_mb_and_a_line_longer_than_any_limit(
+def test_a_document_of_more_than_10_mb_is_read_and_a_line_above_the_limit_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     huge = "0123456789 " * 1_000_000
@@ -90,11 +90,13 @@ def test_a_document_of_more_than_10_mb_and_a_line_longer_than_any_limit(
     source = _open(path)
     rows = list(source.read(repeat=False))
     assert [(row.text, row.skipped) for row in rows] == [(None, "too_long"), ("x", None)]
-    assert list(source.read(rows[0].after, repeat=False)) == rows[1:]
+    assert list(source.read(rows[0].next_position, repeat=False)) == rows[1:]
 
 
-@pytest.mark.parametrize("name", ["cut.jsonl.gz", "cut.jsonl.zst"])
-def test_a_cut_off_file_stops_with_its_name_or_is_skipped_and_counted(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["truncated.jsonl.gz", "truncated.jsonl.zst"])
+def test_a_truncated_file_raises_with_its_name_or_its_rest_is_skipped_and_counted(
+    tmp_path: Path, name: str
+) -> None:
     lines = b"".join(b'{"text": "%d"}\n' % index for index in range(50_000))
     path = _write(tmp_path / name, lines)
     path.write_bytes(path.read_bytes()[:-20])

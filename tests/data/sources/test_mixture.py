@@ -21,7 +21,7 @@ def _mix(list_source: Any, weights: dict[str, float], seed: int | None = None) -
 
 @settings(max_examples=20, deadline=None)
 @given(web=st.floats(0.05, 20.0), books=st.floats(0.05, 20.0))
-def test_each_source_has_its_share_of_the_text_to_within_a_document(
+def test_each_source_has_its_proportion_of_the_text_to_within_a_document(
     list_source: Any, web: float, books: float
 ) -> None:
     drawn = {"web": 0, "books": 0}
@@ -30,7 +30,7 @@ def test_each_source_has_its_share_of_the_text_to_within_a_document(
             continue
         drawn[row.text.partition(" ")[0]] += len(row.text)
         total = sum(drawn.values())
-        # At most one document of each source ahead or behind.
+        # at most one document of each source ahead or behind
         assert abs(drawn["web"] - total * web / (web + books)) <= 40 * 2
 
 
@@ -40,33 +40,33 @@ def test_each_source_repeats_at_its_own_rate(list_source: Any) -> None:
     counts = Counter(row.text for row in rows if row.text)
     web = [counts[text] for text in itertools.chain(*WEB) if text]
     books = [counts[text] for text in BOOKS[0] if text]
-    assert max(web) - min(web) <= 1, "every document of a source as often as the others"
+    assert max(web) - min(web) <= 1, "documents of a source are read equally often"
     assert max(books) - min(books) <= 1
     assert min(books) > 2 * max(web)
-    epochs = rows[-1].after
+    epochs = rows[-1].next_position
     assert epochs["books"]["position"]["epoch"] > epochs["web"]["position"]["epoch"]
 
 
 @pytest.mark.parametrize("seed", [None, 2])
 @pytest.mark.parametrize("repeat", [True, False])
-def test_reading_goes_on_from_every_position(list_source: Any, seed: int | None, repeat: bool) -> None:
+def test_reading_resumes_from_every_position(list_source: Any, seed: int | None, repeat: bool) -> None:
     mixture = _mix(list_source, {"web": 0.3, "books": 0.7}, seed)
     whole = list(itertools.islice(mixture.read(repeat=repeat), 60))
     assert len(whole) == (60 if repeat else 14)
-    positions = [json.dumps(row.after) for row in whole]
+    positions = [json.dumps(row.next_position) for row in whole]
     for index, position in enumerate(positions, 1):
         rest = mixture.read(json.loads(position), repeat=repeat)
         assert list(itertools.islice(rest, len(whole) - index)) == whole[index:]
-    assert [json.dumps(row.after) for row in whole] == positions, "positions given out do not change"
+    assert [json.dumps(row.next_position) for row in whole] == positions, "yielded positions do not change"
 
 
-def test_one_pass_gives_every_document_once(list_source: Any) -> None:
+def test_one_epoch_reads_every_document_once(list_source: Any) -> None:
     rows = _mix(list_source, {"web": 1.0, "books": 9.0}).read(repeat=False)
     texts = sorted(text for text in itertools.chain(*WEB, *BOOKS) if text)
     assert sorted(row.text for row in rows if row.text) == texts
 
 
-def test_the_order_in_which_sources_are_named_does_not_matter(list_source: Any) -> None:
+def test_the_order_of_the_sources_does_not_matter(list_source: Any) -> None:
     sources = {"web": list_source(WEB), "books": list_source(BOOKS)}
     first = MixtureDocuments(sources, {"web": 1.0, "books": 2.0})
     second = MixtureDocuments(dict(reversed(sources.items())), {"books": 2.0, "web": 1.0})
@@ -75,7 +75,7 @@ def test_the_order_in_which_sources_are_named_does_not_matter(list_source: Any) 
     assert list(first.read(repeat=False)) == list(second.read(repeat=False))
 
 
-def test_weights_must_be_of_the_sources_and_positive() -> None:
+def test_weights_must_match_the_sources_and_be_positive() -> None:
     sources: Any = {"web": TextSource(folder="a"), "books": TextSource(folder="b")}
     with pytest.raises(ValueError, match=r"weights of a mixture names \['book', 'web'\]"):
         MixtureSource(weights={"web": 1.0, "book": 1.0}, sources=sources)

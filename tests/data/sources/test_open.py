@@ -1,4 +1,4 @@
-"""From the [data] table to sources, and what is refused before anything is built."""
+"""Opening the sources of the [data] table, and checking them before anything is built."""
 
 import json
 from collections.abc import Callable
@@ -30,7 +30,7 @@ HELD_OUT = [text for text in TEXTS if is_held_out(text)]
 
 @pytest.fixture
 def kinds(tmp_path: Path, write_parquet: Callable[..., Path], byte_tokenizer: Tokenizer) -> dict[str, Source]:
-    """The same documents in every kind of local source."""
+    """The same documents as every kind of local source."""
     write_parquet("a.parquet", TEXTS)
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     (tmp_path / "text").mkdir()
@@ -50,7 +50,7 @@ def kinds(tmp_path: Path, write_parquet: Callable[..., Path], byte_tokenizer: To
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "text", "shards", "mixture"])
-def test_every_kind_gives_the_same_documents_apart_by_their_content(
+def test_every_kind_yields_the_same_documents_and_the_same_split(
     kinds: dict[str, Source], kind: str, byte_tokenizer: Tokenizer
 ) -> None:
     for split, expected in (
@@ -89,7 +89,7 @@ def test_a_run_trains_on_every_kind_and_never_on_what_it_validates_on(
     training = build_dataloader(config, tokenizer=byte_tokenizer, global_batch_size=2, **sizes)
     validation = build_validation_loader(config, tokenizer=byte_tokenizer, max_tokens=None, **sizes)
     seen = ""
-    # A best-fit row ends with a document, whose last token is a label alone.
+    # a best-fit row ends with a document, whose last token is a label only
     end = "<|endoftext|>" if packing == "best_fit" else ""
     for (batch, _), _ in zip(training, range(90 if packing == "concatenate" else 530), strict=False):
         seen += byte_tokenizer.decode(batch["input"][0].tolist()) + end
@@ -101,7 +101,7 @@ def test_a_run_trains_on_every_kind_and_never_on_what_it_validates_on(
     assert set(held_out.split("<|endoftext|>")) - {""} == set(HELD_OUT)
 
 
-def test_validating_on_all_of_what_is_trained_on_is_refused(
+def test_validating_on_the_training_documents_is_rejected(
     kinds: dict[str, Source], byte_tokenizer: Tokenizer, tmp_path: Path, write_parquet: Callable[..., Path]
 ) -> None:
     for kind, source in kinds.items():
@@ -118,33 +118,33 @@ def test_validating_on_all_of_what_is_trained_on_is_refused(
     check_data(DataConfig(tokenizer="given", train=hub, validation=HubSource(parts="4")), "")
 
 
-def test_what_cannot_be_opened_is_found_by_the_check(tmp_path: Path) -> None:
+def test_check_data_finds_a_source_that_cannot_be_opened(tmp_path: Path) -> None:
     good = TextSource(folder=str(tmp_path))
     (tmp_path / "a.txt").write_text("text")
-    for bad, said in (
+    for bad, message in (
         (ParquetSource(files=["nowhere.parquet"]), "no file matches 'nowhere.parquet'"),
-        (ShardsSource(folder=str(tmp_path)), "holds no prepared shards"),
+        (ShardsSource(folder=str(tmp_path)), "holds no complete set of shards"),
         (MixtureSource(weights={"a": 1}, sources={"a": JsonlSource(files=["b.jsonl"])}), r"b\.jsonl"),
     ):
         for name, config in (
             ("train", DataConfig(tokenizer="given", train=bad)),
             ("validation", DataConfig(tokenizer="given", train=good, validation=bad)),
         ):
-            with pytest.raises(ValueError, match=rf"^data\.{name}: .*{said}"):
+            with pytest.raises(ValueError, match=rf"^data\.{name}: .*{message}"):
                 check_data(config, "")
 
 
-def test_files_without_a_document_are_found_by_the_check(tmp_path: Path) -> None:
+def test_check_data_finds_a_source_without_a_document(tmp_path: Path) -> None:
     (tmp_path / "lines.jsonl").write_text('{"body": "text"}\n' * 3)
     (tmp_path / "empty.jsonl").write_text("")
     for name, skipped in (("empty", "none"), ("lines", "3 null")):
         source = JsonlSource(files=[str(tmp_path / f"{name}.jsonl")])
-        said = rf"^data\.train: .*holds no document \(rows skipped: {skipped}; text_column is 'text'\)"
-        with pytest.raises(ValueError, match=said):
+        message = rf"^data\.train: .*holds no document \(rows skipped: {skipped}; text_column is 'text'\)"
+        with pytest.raises(ValueError, match=message):
             check_data(DataConfig(tokenizer="given", train=source), "")
 
 
-def test_parts_of_ultra_fineweb_are_named_and_never_listed() -> None:
+def test_parts_of_ultra_fineweb_are_named_without_a_listing() -> None:
     names = part_files("en", "1-3, 2048")
     assert names[0] == "data/ultrafineweb_en/ultrafineweb-en-part-0001-of-2048.parquet"
     assert [name[-20:] for name in names[1:]] == [f"{number:04}-of-2048.parquet" for number in (2, 3, 2048)]
@@ -154,17 +154,17 @@ def test_parts_of_ultra_fineweb_are_named_and_never_listed() -> None:
             part_files("en", parts)
 
 
-def test_a_hub_source_names_files_in_one_way() -> None:
+def test_a_hub_source_takes_either_files_or_parts() -> None:
     assert HubSource(files=["a/b.parquet"]).file_names == ["a/b.parquet"]
     assert len(HubSource(parts="1-20").file_names) == 20
-    for arguments, said in (
+    for arguments, message in (
         ({}, "either files or parts"),
         ({"files": ["a.parquet"], "parts": "1"}, "either files or parts"),
         ({"files": []}, "files of a hub source is an empty list"),
         ({"files": ["a.csv"]}, r"'a\.csv': want parquet"),
         ({"parts": "1", "repository": "own/set"}, "parts names files of openbmb/Ultra-FineWeb"),
-        ({"files": ["a.parquet"], "repository": "own/set"}, "give a commit of it"),
+        ({"files": ["a.parquet"], "repository": "own/set"}, "give a commit of that repository"),
         ({"parts": "2049"}, "numbers from 1 to 2048"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             HubSource(**arguments)  # pyrefly: ignore [bad-argument-type]

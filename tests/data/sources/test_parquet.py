@@ -23,7 +23,7 @@ def _texts(source: FileDocuments, position: Position | None = None) -> list[str 
     return [row.text for row in source.read(position, repeat=False)]
 
 
-def test_reading_from_any_position_gives_the_rest_in_order(write_parquet: WriteParquet) -> None:
+def test_reading_resumes_from_any_position_in_order(write_parquet: WriteParquet) -> None:
     write_parquet("b.parquet", ["b0", "b1", "b2", "b3", "b4", "b5", "b6"])
     write_parquet("a.parquet", ["a0", "a1"], row_group_size=1)
     last = write_parquet("0.parquet", ["z0"])
@@ -32,10 +32,10 @@ def test_reading_from_any_position_gives_the_rest_in_order(write_parquet: WriteP
     texts = ["a0", "a1", "b0", "b1", "b2", "b3", "b4", "b5", "b6", "z0"]
     assert [row.text for row in rows] == texts
     for index, row in enumerate(rows, 1):
-        assert _texts(source, row.after) == texts[index:]
-    shares = [source.share_before(row.after) for row in rows]
-    assert shares == sorted(shares)
-    assert (source.share_before(None), shares[-1]) == (0.0, 1.0)
+        assert _texts(source, row.next_position) == texts[index:]
+    fractions = [source.progress(row.next_position) for row in rows]
+    assert fractions == sorted(fractions)
+    assert (source.progress(None), fractions[-1]) == (0.0, 1.0)
 
 
 def test_reading_resumes_inside_a_row_group_of_many_batches(write_parquet: WriteParquet) -> None:
@@ -46,7 +46,7 @@ def test_reading_resumes_inside_a_row_group_of_many_batches(write_parquet: Write
         assert _texts(source, {"epoch": 0, "file": 0, "row": first, "taken": 0}) == texts[first:]
 
 
-def test_rows_without_text_keep_their_place_and_name_the_reason(write_parquet: WriteParquet) -> None:
+def test_rows_without_text_are_skipped_with_a_reason(write_parquet: WriteParquet) -> None:
     path = write_parquet("a.parquet", ["x", None, "", " \n\t", "y"])
     rows = list(_open(path).read(repeat=False))
     assert [(row.text, row.skipped) for row in rows] == [
@@ -56,10 +56,10 @@ def test_rows_without_text_keep_their_place_and_name_the_reason(write_parquet: W
         (None, "empty"),
         ("y", None),
     ]
-    assert [row.after["row"] for row in rows] == [1, 2, 3, 4, 5]
+    assert [row.next_position["row"] for row in rows] == [1, 2, 3, 4, 5]
 
 
-def test_a_row_that_is_not_utf8_costs_only_itself(write_parquet: WriteParquet) -> None:
+def test_only_the_row_that_is_not_utf8_is_skipped(write_parquet: WriteParquet) -> None:
     raw = pa.array([b"good", b"bad \xff\xfe", None, "gr\u00f6\u00dfe".encode()], pa.binary())
     forged = pa.Array.from_buffers(pa.string(), len(raw), raw.buffers())
     for name, column in (("binary.parquet", raw), ("string.parquet", forged)):
@@ -88,7 +88,7 @@ SCORES = [
 
 
 @pytest.mark.parametrize("scores", SCORES, ids=["float64", "float32", "string", "int8", "bool"])
-def test_a_score_of_any_dtype_is_cast_and_one_that_is_no_number_is_counted(
+def test_scores_of_any_dtype_are_converted_and_nan_is_counted(
     write_parquet: WriteParquet, scores: pa.Array
 ) -> None:
     path = write_parquet("a.parquet", ["a", "b", "c", "d", "e"], scores=scores)
@@ -97,7 +97,7 @@ def test_a_score_of_any_dtype_is_cast_and_one_that_is_no_number_is_counted(
     assert [row.text for row in _open(path).read(repeat=False)] == ["a", "b", "c", "d", "e"]
 
 
-def test_parts_of_different_score_dtypes_read_as_one(write_parquet: WriteParquet) -> None:
+def test_files_with_different_score_dtypes_are_read_together(write_parquet: WriteParquet) -> None:
     first = write_parquet("1.parquet", ["a", "b"], scores=pa.array([0.1, 0.9], pa.float32()))
     second = write_parquet("2.parquet", ["c", "d"], scores=["0.95", "0.2"])
     assert [text for text in _texts(_open(first, second, min_score=0.8)) if text] == ["b", "c"]
@@ -149,7 +149,7 @@ def test_memory_stays_below_the_size_of_a_row_group(write_parquet: WriteParquet)
 
 def test_rows_of_megabytes_are_read_a_few_at_a_time(tmp_path: Path) -> None:
     table = pa.table({"content": [os.urandom(2_500_000).hex() for _ in range(16)]})
-    # A page is read whole: one a row, as in a file that was written row by row.
+    # a page is read whole: one per row here, as in a file written row by row
     pq.write_table(table, tmp_path / "a.parquet", use_dictionary=False, write_batch_size=1)
     source = _open(tmp_path / "a.parquet")
     del table
@@ -158,7 +158,7 @@ def test_rows_of_megabytes_are_read_a_few_at_a_time(tmp_path: Path) -> None:
     pa.set_memory_pool(pool)
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("data.sources.parquet._BYTES_A_BATCH", 1 << 23)
+            patch.setattr("data.sources.parquet._BATCH_BYTES", 1 << 23)
             assert sum(len(row.text or "") for row in source.read(repeat=False)) == 80_000_000
     finally:
         pa.set_memory_pool(original)
@@ -166,13 +166,13 @@ def test_rows_of_megabytes_are_read_a_few_at_a_time(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path, write_parquet: WriteParquet) -> None:
-    there = write_parquet("a.parquet", ["x"])
+    existing = write_parquet("a.parquet", ["x"])
     for missing in (tmp_path / "nowhere.parquet", tmp_path / "part-*.parquet"):
         with pytest.raises(ValueError, match=missing.name.replace("*", r"\*")):
-            _open(there, missing)
+            _open(existing, missing)
 
 
-def test_a_file_that_two_patterns_name_is_refused_instead_of_read_twice(write_parquet: WriteParquet) -> None:
+def test_a_file_named_by_two_patterns_is_rejected(write_parquet: WriteParquet) -> None:
     path = write_parquet("a.parquet", ["x"])
     link, glob = path.parent / "link.parquet", path.parent / "a.*"
     link.symlink_to(path)
@@ -182,7 +182,7 @@ def test_a_file_that_two_patterns_name_is_refused_instead_of_read_twice(write_pa
         assert f"by {str(path)!r} and by {str(other)!r}" in str(raised.value)
 
 
-def test_a_missing_column_names_the_file_and_the_columns_there(write_parquet: WriteParquet) -> None:
+def test_a_missing_column_names_the_file_and_its_columns(write_parquet: WriteParquet) -> None:
     good = write_parquet("good.parquet", ["x"])
     bad = write_parquet("bad.parquet", ["x"], column="text")
     with pytest.raises(
@@ -191,7 +191,7 @@ def test_a_missing_column_names_the_file_and_the_columns_there(write_parquet: Wr
         _open(good, bad)
 
 
-@pytest.mark.parametrize("keep", [0, 3, 100], ids=["empty", "three bytes", "footer gone"])
+@pytest.mark.parametrize("keep", [0, 3, 100], ids=["empty", "three_bytes", "no_footer"])
 def test_a_truncated_file_is_named_before_anything_is_read(write_parquet: WriteParquet, keep: int) -> None:
     path = write_parquet("cut.parquet", ["some text"] * 50)
     path.write_bytes(path.read_bytes()[:keep])
@@ -213,26 +213,27 @@ def test_a_corrupt_page_names_the_file(write_parquet: WriteParquet) -> None:
     rows = list(_open(path, good, on_damaged_file="skip").read(repeat=False))
     assert [(row.text, row.skipped) for row in rows] == [(None, "damaged_file"), ("x", None)]
     assert [
-        row.text for row in _open(path, good, on_damaged_file="skip").read(rows[0].after, repeat=False)
+        row.text
+        for row in _open(path, good, on_damaged_file="skip").read(rows[0].next_position, repeat=False)
     ] == ["x"]
 
 
-def test_a_file_that_vanishes_after_the_start_is_named(write_parquet: WriteParquet) -> None:
+def test_a_file_deleted_after_the_start_is_named(write_parquet: WriteParquet) -> None:
     for on_damaged_file in ("stop", "skip"):
         path = write_parquet("gone.parquet", ["x"])
         source = _open(path, on_damaged_file=on_damaged_file)
         path.unlink()
-        # A file that is not there is no damaged file: the disk may be back in a moment.
-        with pytest.raises(ValueError, match=r"gone\.parquet.*gone or out of reach"):
+        # a missing file does not count as damaged: the disk may be unreachable for a moment
+        with pytest.raises(ValueError, match=r"gone\.parquet.*gone or unreachable"):
             _texts(source)
 
 
-def test_an_empty_list_of_files_is_refused() -> None:
+def test_an_empty_list_of_files_is_rejected() -> None:
     with pytest.raises(ValueError, match="files"):
         ParquetSource(files=[])
 
 
-def test_the_fingerprint_follows_the_files_and_not_their_folder(
+def test_the_fingerprint_depends_on_the_files_and_not_on_their_folder(
     write_parquet: WriteParquet, tmp_path: Path
 ) -> None:
     first = write_parquet("a.parquet", ["x", "y"])

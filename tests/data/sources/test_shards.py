@@ -1,4 +1,4 @@
-"""Training from prepared shards: order, resuming, and damage."""
+"""Training from prepared shards: order, resume and damage."""
 
 import itertools
 import json
@@ -18,7 +18,8 @@ from data.shards.prepare import PrepareOptions, prepare
 from data.sources.mixture import MixtureDocuments
 from data.sources.shard_format import shard_folder
 from data.sources.shards import ShardDocuments
-from data.tokenizer import Tokenizer, train_byte_level_bpe
+from data.tokenizer import Tokenizer
+from data.train_tokenizer import train_byte_level_bpe
 
 TEXTS = [f"{index} " + "abcdefghijk" * (index % 4) for index in range(300)]
 
@@ -37,9 +38,9 @@ def _open(
     *,
     seed: int | None = None,
     split: Split = "all",
-    tolerant: bool = False,
+    skip_damaged: bool = False,
 ) -> ShardDocuments:
-    source = ShardsSource(folder=str(folder), on_damaged_file="skip" if tolerant else "stop")
+    source = ShardsSource(folder=str(folder), on_damaged_file="skip" if skip_damaged else "stop")
     return ShardDocuments(source, tokenizer_fingerprint=tokenizer.fingerprint, split=split, shuffle_seed=seed)
 
 
@@ -48,7 +49,7 @@ def _texts(rows: Any, tokenizer: Tokenizer) -> list[str | None]:
 
 
 @pytest.mark.parametrize("seed", [None, 0, 7])
-def test_every_document_comes_exactly_once_an_epoch_and_each_epoch_has_its_own_order(
+def test_every_document_is_read_once_per_epoch_and_each_epoch_is_reshuffled(
     shards: Path, byte_tokenizer: Tokenizer, seed: int | None
 ) -> None:
     rows = _open(shards, byte_tokenizer, seed=seed).read(repeat=True)
@@ -56,7 +57,7 @@ def test_every_document_comes_exactly_once_an_epoch_and_each_epoch_has_its_own_o
     assert all(sorted(map(str, epoch)) == sorted(TEXTS) for epoch in epochs)
     assert (epochs[0] == epochs[1]) == (seed is None)
     if seed is not None:
-        # Across shards, not within them: neighbours come from everywhere.
+        # shuffled across shards, not within them
         numbers = [int(str(text).split()[0]) for text in epochs[0]]
         jumps = [abs(first - second) for first, second in itertools.pairwise(numbers)]
         assert sum(jumps) / len(jumps) > 80
@@ -64,17 +65,17 @@ def test_every_document_comes_exactly_once_an_epoch_and_each_epoch_has_its_own_o
 
 @settings(max_examples=40, deadline=None)
 @given(seed=st.one_of(st.none(), st.integers(0, 9)), first=st.integers(0, 700))
-def test_reading_goes_on_from_any_position(
+def test_reading_resumes_from_any_position(
     shards: Path, byte_tokenizer: Tokenizer, seed: int | None, first: int
 ) -> None:
     source = _open(shards, byte_tokenizer, seed=seed)
     whole = list(itertools.islice(source.read(repeat=True), first, first + 50))
-    again = source.read(json.loads(json.dumps(whole[0].after)), repeat=True)
-    for before, row in zip(whole[1:], again, strict=False):
-        assert row.after == before.after
+    again = source.read(json.loads(json.dumps(whole[0].next_position)), repeat=True)
+    for expected, row in zip(whole[1:], again, strict=False):
+        assert row.next_position == expected.next_position
         assert row.tokens is not None
-        assert before.tokens is not None
-        assert row.tokens[:].tolist() == before.tokens[:].tolist()
+        assert expected.tokens is not None
+        assert row.tokens[:].tolist() == expected.tokens[:].tolist()
 
 
 def _loader(source: Any, tokenizer: Tokenizer, **changes: Any) -> PackedLoader:
@@ -91,7 +92,7 @@ def _loader(source: Any, tokenizer: Tokenizer, **changes: Any) -> PackedLoader:
 
 
 @pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
-def test_a_run_on_4_ranks_goes_on_on_2_and_then_on_8_without_loss_or_repetition(
+def test_a_run_on_4_ranks_resumes_on_2_and_then_on_8(
     shards: Path, byte_tokenizer: Tokenizer, packing: str
 ) -> None:
     def steps(world: int, count: int, state: str | None) -> tuple[list[torch.Tensor], str]:
@@ -128,7 +129,7 @@ def test_a_run_on_4_ranks_goes_on_on_2_and_then_on_8_without_loss_or_repetition(
 
 
 @pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
-def test_resuming_at_every_step_equals_no_interruption(
+def test_resuming_at_every_step_is_bit_identical_to_no_interruption(
     shards: Path, byte_tokenizer: Tokenizer, packing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("data.loading.best_fit.BLOCK_ROWS", 20)
@@ -138,7 +139,7 @@ def test_resuming_at_every_step_equals_no_interruption(
     for batch, _ in itertools.islice(loader, 700):
         rows.append(batch["input"])
         states.append(json.dumps(loader.state_dict()))
-    assert max(map(len, states)) < 400, "the state stays small"
+    assert max(map(len, states)) < 400, "the state does not grow"
     for step in range(0, 640, 7):
         resumed = _loader(source, byte_tokenizer, packing=packing)
         resumed.load_state_dict(json.loads(states[step]))
@@ -146,7 +147,7 @@ def test_resuming_at_every_step_equals_no_interruption(
         assert torch.equal(torch.cat(taken), torch.cat(rows[step : step + 40]))
 
 
-def test_a_rank_reads_the_tokens_of_its_own_rows_alone(
+def test_a_rank_reads_the_tokens_of_its_own_rows_only(
     shards: Path, byte_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     num_bytes: Counter[int] = Counter()
@@ -165,13 +166,11 @@ def test_a_rank_reads_the_tokens_of_its_own_rows_alone(
         for _ in itertools.islice(loader, 20):
             pass
     used = 4 * 20 * 17
-    # Whole documents are read, the longest of 37 tokens.
+    # whole documents are read, of at most 37 tokens
     assert all(used <= num_bytes[rank] < used + 20 * 4 * 2 * 37 for rank in range(world))
 
 
-def test_the_two_splits_share_no_document_and_training_never_sees_the_held_out(
-    shards: Path, byte_tokenizer: Tokenizer
-) -> None:
+def test_train_and_held_out_documents_are_disjoint(shards: Path, byte_tokenizer: Tokenizer) -> None:
     train, held_out = (
         set(_texts(_open(shards, byte_tokenizer, split=split).read(repeat=False), byte_tokenizer))
         for split in ("train", "held_out")
@@ -181,7 +180,9 @@ def test_the_two_splits_share_no_document_and_training_never_sees_the_held_out(
     assert held_out
 
 
-def test_shards_and_text_mix(shards: Path, byte_tokenizer: Tokenizer, list_source: Any) -> None:
+def test_a_mixture_of_shards_and_text_resumes(
+    shards: Path, byte_tokenizer: Tokenizer, list_source: Any
+) -> None:
     sources = {
         "shards": _open(shards, byte_tokenizer, seed=1),
         "text": list_source([["own text " * 3, "more of it"]], shuffle_seed=1),
@@ -201,7 +202,7 @@ def test_shards_and_text_mix(shards: Path, byte_tokenizer: Tokenizer, list_sourc
     assert "abcdefghijk" in text
 
 
-def test_shards_of_another_tokenizer_are_refused(shards: Path) -> None:
+def test_shards_of_another_tokenizer_are_rejected(shards: Path) -> None:
     other = Tokenizer(train_byte_level_bpe(["abab"], 258))
     with pytest.raises(ValueError, match=r"was prepared with tokenizer .*set data\.tokenizer"):
         _open(shards, other)
@@ -209,18 +210,18 @@ def test_shards_of_another_tokenizer_are_refused(shards: Path) -> None:
 
 @pytest.fixture
 def damaged(list_source: Any, byte_tokenizer: Tokenizer, tmp_path: Path) -> Path:
-    """A folder with one flipped bit, one shard cut off and one missing."""
+    """A folder with a flipped bit, a truncated shard and a missing one."""
     prepare(tmp_path, list_source([TEXTS]), byte_tokenizer, PrepareOptions(shard_tokens=400))
-    flipped, cut, gone = (shard_folder(tmp_path, number) / "train.tokens" for number in (1, 3, 5))
+    flipped, truncated, missing = (shard_folder(tmp_path, number) / "train.tokens" for number in (1, 3, 5))
     data = bytearray(flipped.read_bytes())
     data[0] ^= 4
     flipped.write_bytes(bytes(data))
-    cut.write_bytes(cut.read_bytes()[:-400])
-    gone.unlink()
+    truncated.write_bytes(truncated.read_bytes()[:-400])
+    missing.unlink()
     return tmp_path
 
 
-def test_a_damaged_shard_stops_with_its_name(damaged: Path, byte_tokenizer: Tokenizer) -> None:
+def test_a_damaged_shard_is_named(damaged: Path, byte_tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match=r"00003/train\.tokens has \d+ bytes, should have \d+: delete"):
         _open(damaged, byte_tokenizer)
     good = shard_folder(damaged, 0) / "train.tokens"
@@ -228,9 +229,9 @@ def test_a_damaged_shard_stops_with_its_name(damaged: Path, byte_tokenizer: Toke
         path = shard_folder(damaged, number) / "train.tokens"
         size = (400 * 4) if not path.exists() else path.stat().st_size
         path.write_bytes(good.read_bytes()[:size].ljust(size, b"\0"))
-    # Of the right size, or as if cut off only after the start: a document's checksum tells.
-    reader = _open(damaged, byte_tokenizer, tolerant=True)._readers[0]
-    with pytest.raises(ValueError, match=r"00001/train\.tokens is damaged in the \d+ tokens from 0 on"):
+    # of the right size, or truncated only after the start: a document's checksum does not match
+    reader = _open(damaged, byte_tokenizer, skip_damaged=True)._readers[0]
+    with pytest.raises(ValueError, match=r"00001/train\.tokens is damaged in tokens 0 to \d+: delete"):
         reader.document(_number_of_first(reader, 1))[:]
 
 
@@ -239,10 +240,10 @@ def _number_of_first(reader: Any, shard: int) -> int:
     return starts.index(reader._firsts[shard])
 
 
-def test_damaged_documents_are_skipped_and_counted_on_every_rank_alike(
+def test_damaged_documents_are_skipped_and_counted_identically_on_all_ranks(
     damaged: Path, byte_tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    source = _open(damaged, byte_tokenizer, seed=2, tolerant=True)
+    source = _open(damaged, byte_tokenizer, seed=2, skip_damaged=True)
     rows = list(source.read(repeat=False))
     texts = _texts(rows, byte_tokenizer)
     good = [text for text in texts if text is not None]
@@ -253,7 +254,7 @@ def test_damaged_documents_are_skipped_and_counted_on_every_rank_alike(
     assert "skipped the first damaged document of epoch 0" in caplog.text
     assert f"{len(good)} documents, {300 - len(good)} damaged ones skipped" in caplog.text
     ranks = [
-        _loader(_open(damaged, byte_tokenizer, seed=2, tolerant=True), byte_tokenizer, **ranks)
+        _loader(_open(damaged, byte_tokenizer, seed=2, skip_damaged=True), byte_tokenizer, **ranks)
         for ranks in ({}, {"dp_rank": 1, "dp_world_size": 4})
     ]
     for _ in itertools.islice(ranks[0], 400):
@@ -274,18 +275,18 @@ def test_a_damaged_or_missing_index_is_named(
         _open(tmp_path, byte_tokenizer)
     index.unlink()
     with pytest.raises(ValueError, match=r"cannot read .*train\.index"):
-        _open(tmp_path, byte_tokenizer, tolerant=True)
+        _open(tmp_path, byte_tokenizer, skip_damaged=True)
 
 
-def test_a_folder_that_is_not_whole_says_how_to_go_on(tmp_path: Path, byte_tokenizer: Tokenizer) -> None:
-    with pytest.raises(ValueError, match=r"holds no prepared shards that are whole .*correct the folder"):
+def test_an_incomplete_folder_is_rejected_with_the_remedy(tmp_path: Path, byte_tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match=r"holds no complete set of shards .*correct the folder"):
         _open(tmp_path, byte_tokenizer)
     (tmp_path / "prepare.json").write_text("{}")
-    with pytest.raises(ValueError, match="prepare` again to go on"):
+    with pytest.raises(ValueError, match="prepare` again to resume"):
         _open(tmp_path, byte_tokenizer)
 
 
-def test_a_split_without_a_document_is_refused(
+def test_a_split_without_a_document_is_rejected(
     list_source: Any, byte_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     prepare(tmp_path, list_source([["only one, to train on"]]), byte_tokenizer, PrepareOptions())

@@ -14,7 +14,7 @@ def _open(folder: Path, **options: Any) -> FileDocuments:
 
 def test_each_file_of_a_folder_is_a_document(tmp_path: Path) -> None:
     (tmp_path / "below" / "deeper").mkdir(parents=True)
-    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfafter a mark\n")
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfafter a BOM\n")
     (tmp_path / "below" / "b.txt").write_bytes(b"not \xff text")
     (tmp_path / "below" / "deeper" / "c.txt").write_text("gr\u00f6\u00dfe\r\n", newline="")
     (tmp_path / "below" / "empty.txt").touch()
@@ -24,13 +24,13 @@ def test_each_file_of_a_folder_is_a_document(tmp_path: Path) -> None:
     rows = list(source.read(repeat=False))
     assert [row.skipped for row in rows] == [None, "not_text", None, "empty", None]
     texts = [row.text for row in rows if row.text]
-    assert texts == ["after a mark\n", "gr\u00f6\u00dfe\r\n", "0123456789 " * 1_000_000]
+    assert texts == ["after a BOM\n", "gr\u00f6\u00dfe\r\n", "0123456789 " * 1_000_000]
     for index, row in enumerate(rows, 1):
-        assert list(source.read(row.after, repeat=False)) == rows[index:]
+        assert list(source.read(row.next_position, repeat=False)) == rows[index:]
     assert [row.text for row in _open(tmp_path, pattern="*.md").read(repeat=False)] == ["another pattern"]
 
 
-def test_the_fingerprint_follows_the_files_and_not_the_folder(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_the_files_and_not_on_the_folder(tmp_path: Path) -> None:
     for folder, text in (("one", "text"), ("same", "text"), ("longer", "a text")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "a.txt").write_text(text)
@@ -38,14 +38,14 @@ def test_the_fingerprint_follows_the_files_and_not_the_folder(tmp_path: Path) ->
     assert one == same != longer
 
 
-def test_a_missing_folder_and_one_without_such_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"nowhere', which is no folder"):
+def test_a_missing_folder_or_no_matching_file_is_rejected(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nowhere', which is not a folder"):
         _open(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"no file below .* matches pattern '\*\.text'"):
+    with pytest.raises(ValueError, match=r"no file in .* matches pattern '\*\.text'"):
         _open(tmp_path, pattern="*.text")
 
 
-def test_a_file_that_vanishes_is_named(tmp_path: Path) -> None:
+def test_a_deleted_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "gone.txt").write_text("text")
     source = _open(tmp_path, on_damaged_file="skip")
     (tmp_path / "gone.txt").unlink()

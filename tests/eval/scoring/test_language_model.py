@@ -65,10 +65,10 @@ def test_packed_scores_equal_single_ones(attention: SoftmaxConfig | ParallaxConf
 
 
 def test_padded_scores_of_transformers_equal_single_ones() -> None:
-    parity = pytest.importorskip("benchmarks.eval_parity", reason="wants lm_eval and transformers")
+    parity = pytest.importorskip("benchmarks.harness_comparison", reason="wants lm_eval and transformers")
     model = build()
     groups = with_greedy_answers(model, GROUPS)
-    wrapped: LanguageModel = TransformersModel(parity.twin(model), max_length=64)
+    wrapped: LanguageModel = TransformersModel(parity.to_transformers(model), max_length=64)
     assert_same(wrapped.score(groups), one_by_one(model, groups))
 
 

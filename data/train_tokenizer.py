@@ -1,0 +1,105 @@
+"""Train a byte-level BPE tokenizer on text and write its tokenizer.json.
+
+    python -m data.train_tokenizer --files 'corpus/*.parquet' --vocab-size 16384 --out .cache/tokenizer
+
+Held-out documents (data/sources/split.py) are left out.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from data.sources.base import DocumentSource
+from data.sources.cli import add_source_arguments, source_from
+from data.sources.open import open_text
+from data.tokenizer import Tokenizer
+from errors import UserError, run_command
+from tokens import END_OF_DOCUMENT, TOKENIZER_FILE
+
+
+def train_byte_level_bpe(
+    texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = (END_OF_DOCUMENT,)
+) -> tokenizers.Tokenizer:
+    """Train a byte-level BPE tokenizer; deterministic for the same texts in the same order.
+
+    All 256 bytes are in the vocabulary, so that any text can be encoded and decodes to itself.
+
+    Args:
+        texts: The training documents.
+        vocab_size: Target size, special tokens included; little text may give fewer tokens.
+        special_tokens: Tokens that are not split from text; they get the lowest ids.
+
+    Raises:
+        UserError: `vocab_size` is less than 256 plus the number of special tokens.
+    """
+    smallest = 256 + len(special_tokens)
+    if vocab_size < smallest:
+        raise UserError(
+            f"vocab_size is {vocab_size}, must be at least {smallest}: 256 bytes and {len(special_tokens)} "
+            "special tokens"
+        )
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(special_tokens),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return backend
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line.
+
+    Args:
+        arguments: Command-line arguments; None for sys.argv[1:].
+
+    Raises:
+        UserError: An option is wrong, or the text cannot be read.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m data.train_tokenizer",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_source_arguments(parser)
+    parser.add_argument(
+        "--vocab-size", type=int, required=True, help="tokens, the end-of-document token included"
+    )
+    parser.add_argument(
+        "--max-bytes", type=int, default=100_000_000, help="bytes of text to train on (default %(default)s)"
+    )
+    parser.add_argument("--out", type=Path, required=True, help=f"folder to write {TOKENIZER_FILE} to")
+    options = parser.parse_args(arguments)
+    if options.max_bytes < 1:
+        raise UserError(f"--max-bytes is {options.max_bytes}, must be at least 1")
+    documents = open_text(source_from(options), split="train")
+    texts = _truncated(documents, options.max_bytes)
+    tokenizer = Tokenizer(train_byte_level_bpe(texts, options.vocab_size))
+    options.out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(options.out / TOKENIZER_FILE)
+    print(f"{tokenizer.vocab_size} ids in {options.out / TOKENIZER_FILE}")
+
+
+def _truncated(documents: DocumentSource, max_bytes: int) -> Iterator[str]:
+    """Yield texts of at most `max_bytes` in all, the last one truncated between characters."""
+    remaining = max_bytes
+    for row in documents.read(repeat=False):
+        if row.text is None:
+            continue
+        text = row.text.encode()
+        yield text[:remaining].decode(errors="ignore")
+        remaining -= len(text)
+        if remaining <= 0:
+            return
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,34 @@
+import pytest
+
+from data.loading.global_batch import gradient_accumulation_steps, rank_rows, rows_per_micro_step
+from errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("global_batch", "local", "ranks", "steps"), [(8, 8, 1, 1), (8, 1, 2, 4), (24, 2, 3, 4)]
+)
+def test_every_row_of_a_step_belongs_to_one_rank_and_micro_step(
+    global_batch: int, local: int, ranks: int, steps: int
+) -> None:
+    found = gradient_accumulation_steps(
+        global_batch_size=global_batch, local_batch_size=local, num_ranks=ranks
+    )
+    assert found == steps
+    size = rows_per_micro_step(local, ranks)
+    rows = [
+        step * size + row
+        for step in range(steps)
+        for rank in range(ranks)
+        for row in rank_rows(local, rank, ranks)
+    ]
+    assert rows == list(range(global_batch))
+
+
+def test_a_global_batch_that_is_not_divisible_is_rejected_with_the_next_multiple() -> None:
+    with pytest.raises(UserError, match=r"global_batch_size \(6\) .* ranks \(4\) = 4: the next one is 8"):
+        gradient_accumulation_steps(global_batch_size=6, local_batch_size=1, num_ranks=4)
+
+
+def test_a_rank_beyond_the_number_of_ranks_is_a_fault() -> None:
+    with pytest.raises(AssertionError, match="rank 2 of 2"):
+        rank_rows(1, 2, 2)
