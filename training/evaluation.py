@@ -51,7 +51,6 @@ class Evaluator:
     def __init__(
         self,
         config: RunConfig,
-        *,
         tokenizer: Tokenizer,
         model: nn.Module,
         metrics: RunMetrics,

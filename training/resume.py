@@ -20,6 +20,7 @@ from training.run_config import RunConfig
 from training.saved_config import (
     check_compatible,
     check_model,
+    describe_difference,
     sequence_differences,
     training_differences,
 )
@@ -205,9 +206,10 @@ def _check_same_origin(config: RunConfig, saved: Table) -> None:
         before = saved.get("checkpoint", {}).get(key, "none")
         now = getattr(config.checkpoint, key) or "none"
         if os.path.abspath(before) != os.path.abspath(now):
+            difference = describe_difference(f"checkpoint.{key}", before, now)
             raise UserError(
-                f"{config.run.folder} holds checkpoints of a run with checkpoint.{key} {before!r}, and this "
-                f"one has {now!r}; give the same value to resume that run, or this run another run.folder"
+                f"{config.run.folder} holds checkpoints of a run with another start ({difference}); restore "
+                "the key to resume that run, or give this run another run.folder"
             )
 
 

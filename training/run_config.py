@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data.config import DataConfig
+from data.loading.global_batch import gradient_accumulation_steps
 from errors import UserError
 from eval.config import EvalConfig
 from models.config import ModelConfig
@@ -232,11 +233,8 @@ class RunConfig:
         Raises:
             UserError: The global batch size is not a multiple of local batch size and ranks.
         """
-        sequences = self.training.local_batch_size * world_size
-        if self.training.global_batch_size % sequences:
-            raise UserError(
-                f"training.global_batch_size ({self.training.global_batch_size}) must be a multiple of "
-                f"training.local_batch_size ({self.training.local_batch_size}) * ranks ({world_size}) = "
-                f"{sequences}; change one of the three"
-            )
-        return self.training.global_batch_size // sequences
+        return gradient_accumulation_steps(
+            global_batch_size=self.training.global_batch_size,
+            local_batch_size=self.training.local_batch_size,
+            num_ranks=world_size,
+        )

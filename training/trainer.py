@@ -89,13 +89,7 @@ class Trainer(TitanTrainer):
         self.num_micro_batches = config.gradient_accumulation_steps(world_size)
         self.stop = StopRequest()
         self.tokens = 0
-        self.evaluator = Evaluator(
-            config,
-            tokenizer=tokenizer,
-            model=self.model,
-            metrics=self.metrics_processor,
-            device=self.device,
-        )
+        self.evaluator = Evaluator(config, tokenizer, self.model, self.metrics_processor, self.device)
 
     def state_dict(self) -> dict[str, Any]:
         """Return step, tokens and random generators, which are equal on all ranks."""
@@ -141,8 +135,7 @@ class Trainer(TitanTrainer):
                     profiler.step()
         held_out = {"before training": before, "after training": after}
         skipped = self.dataloader.loader.skipped
-        summary = format_summary(self.config, self.step, loss, held_out, stopped=stopped, skipped=skipped)
-        logger.info(summary)
+        logger.info(format_summary(self.config, self.step, loss, held_out, stopped=stopped, skipped=skipped))
 
     def start(self) -> HeldOutLoss | None:
         """Load what the launch starts from, and write config, tokenizer and a record of the launch.
@@ -276,9 +269,8 @@ class Trainer(TitanTrainer):
     def _update(self, grad_norm: torch.Tensor) -> dict[str, torch.Tensor]:
         """Update the weights unless grad_norm is NaN or Inf; return this rank's part of the mean squares."""
         has_mean_squares = self._is_due(self.config.metrics.update_every)
-        self.optimizers.record_update_stats(
-            has_mean_squares or self._is_due(self.config.metrics.spectrum_every)
-        )
+        has_spectrum = self._is_due(self.config.metrics.spectrum_every)
+        self.optimizers.record_update_stats(has_mean_squares or has_spectrum)
         self.optimizers.step(found_inf=(~grad_norm.isfinite()).float())
         return self.optimizers.local_update_mean_squares() if has_mean_squares else {}
 

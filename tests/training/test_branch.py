@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-import config
+from config import load as load_config
 from errors import UserError
 from models.run_folder import RunFolder
 from tests.conftest import write_parquet
@@ -75,7 +75,7 @@ def test_an_interrupted_branch_resumes_from_its_own_checkpoint(
     assert held_out(folder)[16] == held_out(tmp_path / "straight")[16]
     # without start_from it is another run
     printed = train("debug_parallax_muon", corpus, folder, *words, code=2)
-    assert "holds checkpoints of a run with checkpoint.start_from" in printed
+    assert "holds checkpoints of a run with another start (checkpoint.start_from: saved" in printed
 
 
 def test_a_branch_that_differs_from_its_source_is_refused_or_warned_of(
@@ -97,7 +97,7 @@ def test_a_branch_that_differs_from_its_source_is_refused_or_warned_of(
 
 
 def load(folder: Path, *words: str, name: str = "debug_parallax_muon") -> RunConfig:
-    return config.load(RunConfig, ROOT / "configs" / f"{name}.toml", ["--run.folder", str(folder), *words])
+    return load_config(RunConfig, ROOT / "configs" / f"{name}.toml", ["--run.folder", str(folder), *words])
 
 
 def write_run(folder: Path, *words: str, steps: tuple[int, ...] = (20,)) -> Path:
@@ -109,9 +109,9 @@ def write_run(folder: Path, *words: str, steps: tuple[int, ...] = (20,)) -> Path
     return folder / "checkpoint" / f"step-{steps[0]}"
 
 
-def refusal(run: RunConfig) -> str:
+def refusal(config: RunConfig) -> str:
     with pytest.raises(UserError, match=r".") as error:
-        check_start(run)
+        check_start(config)
     return str(error.value)
 
 
@@ -136,19 +136,19 @@ def test_a_checkpoint_after_the_start_of_the_decay_or_the_last_step_is_refused(t
     source = write_run(tmp_path / "stable", "--schedule.kind", "constant")
     start = ["--checkpoint.start_from", str(source), "--schedule.decay_ratio", "none"]
 
-    def run(*words: str) -> RunConfig:
+    def branch(*words: str) -> RunConfig:
         return load(tmp_path / "run", *start, *words)
 
-    check_start(run("--schedule.decay_steps", "40"))
-    message = refusal(run("--schedule.decay_steps", "41"))
+    check_start(branch("--schedule.decay_steps", "40"))
+    message = refusal(branch("--schedule.decay_steps", "41"))
     assert "a checkpoint of step 20, but the decay of this run begins after step 19" in message
     assert "the last 41 of 60 steps" in message
-    message = refusal(run("--training.steps", "20"))
+    message = refusal(branch("--training.steps", "20"))
     assert "a checkpoint of step 20, but this run ends at step 20; raise training.steps" in message
-    assert "raise training.stop_at_step" in refusal(run("--training.stop_at_step", "15"))
-    cosine = run("--schedule.kind", "cosine", "--schedule.warmup_steps", "5")
+    assert "raise training.stop_at_step" in refusal(branch("--training.stop_at_step", "15"))
+    cosine = branch("--schedule.kind", "cosine", "--schedule.warmup_steps", "5")
     assert "the decay of this run begins after step 5" in refusal(cosine)
-    check_start(run("--schedule.kind", "constant"))
+    check_start(branch("--schedule.kind", "constant"))
 
 
 def test_a_checkpoint_of_another_model_or_sequence_length_is_refused(tmp_path: Path) -> None:
@@ -167,9 +167,9 @@ def test_differing_rates_and_batch_sizes_are_warned_of(tmp_path: Path) -> None:
     source = write_run(tmp_path / "stable", "--schedule.decay_ratio", "0.0", "--training.steps", "1000")
 
     def warnings(*words: str) -> list[str]:
-        run = load(tmp_path / "run", "--checkpoint.start_from", str(source), *words)
-        check_start(run)
-        return branch_warnings(run, source)
+        config = load(tmp_path / "run", "--checkpoint.start_from", str(source), *words)
+        check_start(config)
+        return branch_warnings(config, source)
 
     assert warnings() == []
     assert warnings("--optimizer.groups.hidden.weight_decay_gamma", "2") == []
@@ -241,5 +241,5 @@ def test_another_start_for_a_run_folder_with_checkpoints_is_refused(tmp_path: Pa
     start = ["--checkpoint.start_from", str(source)]
     write_run(tmp_path / "branch", *start, steps=(25,))
     check_start(load(tmp_path / "branch", *start))
-    assert "'none'" in refusal(load(tmp_path / "branch"))
-    assert "give the same" in refusal(load(tmp_path / "stable", *start))
+    assert 'now "none"' in refusal(load(tmp_path / "branch"))
+    assert 'checkpoint.start_from: saved "none", now' in refusal(load(tmp_path / "stable", *start))

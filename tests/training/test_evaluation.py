@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import config
+from config import load as load_config
 from data.tokenizer import Tokenizer
 from eval.config import EvalConfig
 from eval.downstream import evaluate_tasks
@@ -159,7 +159,7 @@ def test_a_failed_generation_waits_for_the_next_agreement() -> None:
 
 def check(tmp_path: Path, *words: str) -> None:
     path = ROOT / "configs" / "debug_softmax_muon.toml"
-    check_tasks(config.load(RunConfig, path, ["--run.folder", str(tmp_path / "run"), *words]))
+    check_tasks(load_config(RunConfig, path, ["--run.folder", str(tmp_path / "run"), *words]))
 
 
 def test_tasks_that_cannot_be_evaluated_are_refused_before_training(

@@ -12,8 +12,10 @@ import tokenizers
 import torch
 from safetensors.torch import save_file
 
-import config
+from config import ConfigError
+from config import load as load_config
 from data.tokenizer import Tokenizer
+from errors import UserError
 from models.checkpoint import load_model
 from models.config import ModelConfig
 from models.convert.format import to_config_json, to_hugging_face
@@ -99,7 +101,7 @@ def test_untied_weights_are_the_same_on_one_and_two_ranks(corpus: Path, tmp_path
 
 
 def load(folder: Path, *words: str, name: str = "debug_softmax_muon") -> RunConfig:
-    return config.load(
+    return load_config(
         RunConfig, ROOT / "configs" / f"{name}.toml", ["--run.folder", str(folder), *SMALL, *words]
     )
 
@@ -108,38 +110,38 @@ def test_weights_of_another_architecture_and_other_mistakes_are_refused(tmp_path
     source = converted(tmp_path / "hf")
     start = ["--checkpoint.initial_weights", str(source)]
     check_start(load(tmp_path / "run", *start))
-    with pytest.raises(ValueError, match=r"of another architecture: .*from-hf --attention parallax") as error:
+    with pytest.raises(UserError, match=r"of another architecture: .*from-hf --attention parallax") as error:
         check_start(load(tmp_path / "run", *start, name="debug_parallax_muon"))
     assert 'model.attention.kind: saved "softmax", now "parallax"' in str(error.value)
-    with pytest.raises(ValueError, match=r"model.tie_embeddings: saved true, now false"):
+    with pytest.raises(UserError, match=r"model.tie_embeddings: saved true, now false"):
         check_start(load(tmp_path / "run", *start, "--model.tie_embeddings", "false"))
-    with pytest.raises(ValueError, match="is no checkpoint: wanted a run folder"):
+    with pytest.raises(UserError, match="is no checkpoint: wanted a run folder"):
         check_start(load(tmp_path / "run", "--checkpoint.initial_weights", str(tmp_path)))
-    with pytest.raises(config.ConfigError, match=r"checkpoint\.start_from loads the whole state of a run"):
+    with pytest.raises(ConfigError, match=r"checkpoint\.start_from loads the whole state of a run"):
         load(tmp_path / "run", *start, "--checkpoint.start_from", str(source / "checkpoint" / "step-0"))
     # a converted model cannot be resumed
     message = (
         "holds weights without optimizer state, as models.convert writes them.*checkpoint.initial_weights"
     )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         check_start(load(source))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         check_start(load(tmp_path / "run", "--checkpoint.start_from", str(source / "checkpoint" / "step-0")))
 
 
 def test_other_initial_weights_for_a_run_folder_with_checkpoints_are_refused(tmp_path: Path) -> None:
-    run = load(tmp_path / "run", "--checkpoint.initial_weights", "runs/there")
-    RunFolder(Path(run.run.folder)).write_config(run)
+    config = load(tmp_path / "run", "--checkpoint.initial_weights", "runs/there")
+    RunFolder(Path(config.run.folder)).write_config(config)
     (tmp_path / "run" / "checkpoint" / "step-3").mkdir(parents=True)
     (tmp_path / "run" / "checkpoint" / "step-3" / ".metadata").write_text("")
-    check_start(run)
-    with pytest.raises(ValueError, match="initial_weights 'runs/there', and this one has 'none'"):
+    check_start(config)
+    with pytest.raises(UserError, match='initial_weights: saved "runs/there", now "none"'):
         check_start(load(tmp_path / "run"))
 
 
 def test_configs_saved_before_some_keys_and_patterns_were_introduced_are_compatible(tmp_path: Path) -> None:
-    run = load(tmp_path / "run", name="debug_parallax_muon")
-    RunFolder(Path(run.run.folder)).write_config(run)
+    config = load(tmp_path / "run", name="debug_parallax_muon")
+    RunFolder(Path(config.run.folder)).write_config(config)
     (tmp_path / "run" / "checkpoint" / "step-3").mkdir(parents=True)
     (tmp_path / "run" / "checkpoint" / "step-3" / ".metadata").write_text("")
     path = tmp_path / "run" / "config.toml"
@@ -148,16 +150,16 @@ def test_configs_saved_before_some_keys_and_patterns_were_introduced_are_compati
     old = "\n".join(kept).replace("(tok_embeddings|output)", "tok_embeddings")
     assert len(old) < len(path.read_text()) - 60
     path.write_text(old)
-    check_start(run)
+    check_start(config)
     # missing keys have their defaults
-    with pytest.raises(ValueError, match=r"model.tie_embeddings: saved true, now false"):
-        check_start(replace(run, model=replace(run.model, tie_embeddings=False)))
+    with pytest.raises(UserError, match=r"model.tie_embeddings: saved true, now false"):
+        check_start(replace(config, model=replace(config.model, tie_embeddings=False)))
     # patterns that match other parameters are incompatible
     without_probe = re.sub(r"w\[qkvor(\w*)\]", r"w[qkvo\1]", old)
     assert without_probe != old
     path.write_text(without_probe)
-    with pytest.raises(ValueError, match=r"other optimizers: optimizer\.groups\.hidden\.parameters: saved"):
-        check_start(run)
+    with pytest.raises(UserError, match=r"other optimizers: optimizer\.groups\.hidden\.parameters: saved"):
+        check_start(config)
 
 
 def test_weights_trained_with_another_tokenizer_are_warned_of(tmp_path: Path) -> None:
@@ -168,10 +170,10 @@ def test_weights_trained_with_another_tokenizer_are_warned_of(tmp_path: Path) ->
         backend.save(str(paths[-1]))
     checkpoint = tmp_path / "run" / "checkpoint" / "step-0"
     checkpoint.mkdir(parents=True)
-    config = RunFolder.of_checkpoint(checkpoint).config_file
-    config.write_text(f'[data]\ntokenizer = "{paths[0]}"\n')
+    config_file = RunFolder.of_checkpoint(checkpoint).config_file
+    config_file.write_text(f'[data]\ntokenizer = "{paths[0]}"\n')
     ours, other = (Tokenizer.load(path).fingerprint for path in paths)
     assert tokenizer_warnings(checkpoint, ours) == []
     assert "every row of the embedding stands for another token" in tokenizer_warnings(checkpoint, other)[0]
-    config.write_text('[data]\ntokenizer = "gone.json"\n')
+    config_file.write_text('[data]\ntokenizer = "gone.json"\n')
     assert "cannot be compared" in tokenizer_warnings(checkpoint, ours)[0]

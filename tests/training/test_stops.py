@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-import config
 import train as main_program
+from config import load as load_config
+from errors import UserError
 from tests.conftest import write_parquet
 from tests.training.launch import ROOT, arguments, command, environment, losses, records, train
 from training.run_config import RunConfig
@@ -120,11 +121,11 @@ def test_non_finite_weights_are_not_saved(corpus: Path, tmp_path: Path) -> None:
 def test_a_finished_run_is_reported_and_keeps_its_metrics(corpus: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     train("debug_softmax_adamw", corpus, folder, "--training.stop_at_step", "2")
-    before, config = records(folder), (folder / "config.toml").read_text()
+    before, saved = records(folder), (folder / "config.toml").read_text()
     printed = train("debug_softmax_adamw", corpus, folder, "--training.stop_at_step", "2", "--run.seed", "7")
     assert "has finished at step 2; raise training.steps" in printed
     assert records(folder) == before
-    assert (folder / "config.toml").read_text() == config
+    assert (folder / "config.toml").read_text() == saved
 
 
 def test_a_refused_resume_leaves_the_saved_config_unchanged(corpus: Path, tmp_path: Path) -> None:
@@ -177,9 +178,9 @@ def test_a_value_error_that_is_no_user_error_keeps_its_traceback(
 
 def test_profiler_traces_without_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    run = config.load(RunConfig, "configs/debug_softmax_adamw.toml", ["--metrics.profile_every", "10"])
-    with pytest.raises(ValueError, match=r"metrics\.profile_every is 10, but .* needs a GPU; set it to none"):
-        to_job_config(run, 1)
+    config = load_config(RunConfig, "configs/debug_softmax_adamw.toml", ["--metrics.profile_every", "10"])
+    with pytest.raises(UserError, match=r"metrics\.profile_every is 10, but .* needs a GPU; set it to none"):
+        to_job_config(config, 1)
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(corpus: Path, tmp_path: Path) -> None:
