@@ -18,9 +18,9 @@ from torchtitan.distributed import ParallelDims
 
 from models.run_folder import RunFolder
 from training.log import logger
+from training.memory import GIB
 from training.run_config import MetricsConfig
 
-GIB = 2**30
 BAR_WIDTH = 20
 
 

@@ -102,7 +102,7 @@ def check_start(config: RunConfig) -> None:
 
 
 def start_warnings(config: RunConfig, start: StartPoint, fingerprint: str) -> list[str]:
-    """Return what a user should know of the checkpoint that a launch starts from.
+    """Return the warnings about the checkpoint that a launch starts from.
 
     Args:
         config: The run; it passes check_start.
@@ -110,8 +110,8 @@ def start_warnings(config: RunConfig, start: StartPoint, fingerprint: str) -> li
         fingerprint: Fingerprint of the run's tokenizer.
 
     Returns:
-        Sentences: keys of the config that differ from those that the checkpoint was trained with, or a
-        tokenizer that differs from that of the initial weights.
+        Sentences: the keys of the config that changed since the checkpoint was trained, or another tokenizer
+        than the one of the initial weights.
     """
     if start.checkpoint is None:
         return []

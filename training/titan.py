@@ -1,4 +1,4 @@
-"""All that this project needs to know of torchtitan's own structure: JobConfig, TrainSpec, private names.
+"""The interface to torchtitan: JobConfig, TrainSpec, and the private names of torchtitan that are used.
 
 tests/training/test_titan.py checks each name that the last section and the other packages' titan.py rely on.
 """
