@@ -1,11 +1,13 @@
-"""Times of the decode kernels over splits and tiles: what parallax/kernels/decode.py chooses by.
+"""Times of the decode kernels over splits and tiles: what parallax/kernels/decode_tiles.py chooses by.
 
 `python -m benchmarks.tune_decode` times every candidate on shapes from one long sequence to many short ones,
 as benchmarks/decode.py times its providers, writes all times and prints the fastest of each shape beside what
-is chosen there.
+is chosen there. Kernels are compiled first, by as many processes as --workers.
 """
 
 import argparse
+import multiprocessing
+import os
 import shlex
 import sys
 from functools import partial
@@ -15,23 +17,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.decode import Operands, Shape, check_accuracy, graph_of, time_graphs
+from benchmarks.decode import Operands, Shape, check_accuracy, graph_of, make_operands, time_graphs
 from benchmarks.machine import RESULTS, write_result
-from parallax.kernels.decode import SPLITS, DecodeTile, decode, tile_of
+from parallax.kernels.decode import decode
+from parallax.kernels.decode_tiles import SPLITS, DecodeDevice, DecodeTile, tile_of
 
 SHAPES = [
+    Shape(16, 8, 1, 128),
+    Shape(8, 8, 1, 512),
     Shape(16, 8, 1, 1024),
     Shape(16, 8, 1, 4096),
+    Shape(8, 8, 1, 16384),
     Shape(16, 8, 1, 32768),
     Shape(16, 16, 1, 4096),
     Shape(16, 8, 16, 1024),
+    Shape(16, 8, 16, 4096),
+    Shape(16, 16, 16, 4096),
+    Shape(8, 8, 32, 1024),
     Shape(16, 8, 128, 1024),
+    Shape(16, 8, 128, 4096),
     Shape(16, 8, 1024, 128),
     Shape(16, 8, 16, 4096, 64),
+    Shape(16, 8, 128, 4096, 64),
 ]
 
-TILES = [(64, 4, 3), (64, 4, 4), (64, 8, 3), (32, 4, 4), (128, 4, 2), (128, 8, 2), (128, 8, 3)]
-"""Keys in a tile, warps, stages."""
+TILES = [(64, 4, 3), (64, 4, 4), (64, 4, 5), (32, 1, 4), (32, 2, 4), (128, 4, 2), (128, 4, 3), (128, 8, 3)]
+"""Keys in a tile, warps, stages; at width 64 with twice the keys."""
 
 _GRAPHS_AT_ONCE = 8
 
@@ -43,15 +54,44 @@ def _attend(tile: DecodeTile, x: Operands) -> Tensor:
 
 
 def candidates(shape: Shape, num_multiprocessors: int) -> list[DecodeTile]:
-    """Tiles worth timing: splits from half a program a multiprocessor to three."""
+    """Tiles worth timing: splits from a third of a program a multiprocessor to three."""
     pairs = shape.batch_size * shape.num_kv_heads
+    width = 128 // shape.head_dim
     splits = [
         n
         for n in SPLITS
         if n * 64 <= shape.num_keys and (n == 1 or pairs * n <= 3 * num_multiprocessors)
-        if pairs * n >= num_multiprocessors // 2 or n == 1 < pairs
+        if pairs * n >= num_multiprocessors // 3 or (n == 1 and shape.num_keys <= 512)
     ]
-    return [DecodeTile(n, *tile) for n in splits for tile in TILES]
+    return [DecodeTile(n, keys * width, *rest) for n in splits for keys, *rest in TILES]
+
+
+def _tiles(shape: Shape) -> list[DecodeTile]:
+    """What the table takes, then the candidates."""
+    device = DecodeDevice.of(torch.cuda.get_device_properties(0))
+    pairs, rows = shape.batch_size * shape.num_kv_heads, shape.num_heads // shape.num_kv_heads
+    table = tile_of(pairs, shape.num_keys, rows, shape.head_dim, device)
+    return list(dict.fromkeys([table, *candidates(shape, device.num_multiprocessors)]))
+
+
+def _compile(job: tuple[Shape, DecodeTile]) -> None:
+    shape, tile = job
+    _attend(tile, make_operands(shape._replace(batch_size=1, num_keys=256)))
+
+
+def compile_all(num_workers: int) -> None:
+    """Compile the kernels of all candidates into Triton's cache.
+
+    Args:
+        num_workers: Processes.
+    """
+    jobs = {}
+    for shape in SHAPES:
+        for tile in _tiles(shape):
+            # what a kernel is compiled for
+            jobs.setdefault((shape[:2], shape.head_dim, tile[1:], tile.num_splits > 1), (shape, tile))
+    with multiprocessing.get_context("spawn").Pool(num_workers) as pool:
+        pool.map(_compile, jobs.values(), chunksize=1)
 
 
 def measure(shape: Shape, rounds: int) -> dict[str, Any]:
@@ -64,10 +104,7 @@ def measure(shape: Shape, rounds: int) -> dict[str, Any]:
     Returns:
         The shape, what the table takes, and [splits, keys, warps, stages, microseconds] of each.
     """
-    count = torch.cuda.get_device_properties(0).multi_processor_count
-    pairs = shape.batch_size * shape.num_kv_heads
-    table = tile_of(pairs, shape.num_keys, shape.num_heads // shape.num_kv_heads, shape.head_dim, count)
-    tiles = list(dict.fromkeys([table, *candidates(shape, count)]))
+    tiles = _tiles(shape)
     times: list[list[float]] = []
     for first in range(0, len(tiles), _GRAPHS_AT_ONCE):
         batch = tiles[first : first + _GRAPHS_AT_ONCE]
@@ -76,7 +113,7 @@ def measure(shape: Shape, rounds: int) -> dict[str, Any]:
         times += [[*tile, found[str(tile)]] for tile in batch]
         del graphs
         torch.cuda.empty_cache()
-    return {**shape._asdict(), "table": list(table), "times": sorted(times, key=lambda row: row[-1])}
+    return {**shape._asdict(), "table": list(tiles[0]), "times": sorted(times, key=lambda row: row[-1])}
 
 
 def main() -> None:
@@ -85,9 +122,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--name", default="tune_decode")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
+    compile_all(options.workers)
     errors = check_accuracy()
     rows = []
     for shape in SHAPES:

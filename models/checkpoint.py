@@ -1,4 +1,4 @@
-"""A model from a run folder: its saved [model] table, and the weights of one of its checkpoints."""
+"""Loads models from run folders: the saved [model] table, and the weights of a checkpoint."""
 
 import pickle
 import warnings
@@ -16,7 +16,6 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from config import Table, from_table
 from errors import UserError
 from models.config import ModelConfig
-from models.init import clean_name
 from models.qwen3 import Qwen3
 from models.run_folder import RunFolder, find_checkpoint, read_run_table
 
@@ -29,38 +28,41 @@ def model_config(table: Table, checkpoint: Path) -> ModelConfig:
         checkpoint: The checkpoint that it describes, for error messages.
 
     Raises:
-        ConfigError: A kind of attention, a key or a value that this version does not have.
+        ConfigError: An attention.kind, key or value that this version of the code does not have.
     """
     return from_table(ModelConfig, table["model"], RunFolder.of_checkpoint(checkpoint).config_file, "model")
 
 
 def load_weights(model: nn.Module, checkpoint: Path) -> None:
-    """Load a checkpoint's weights into a model, in place; nothing else of the checkpoint is read.
+    """Load a checkpoint's weights into a model, in place; optimizer and other state are not read.
 
     Args:
-        model: With the architecture of the run that wrote the checkpoint, sharded or not, any dtype.
+        model: A Qwen3 of the architecture in the checkpoint, sharded or not, any dtype.
         checkpoint: From find_checkpoint.
 
     Raises:
-        ValueError: Weights are missing there, or have other shapes; names them all.
+        UserError: Weights are missing in the checkpoint or have other shapes (all are listed), or one of its
+            files cannot be read.
     """
-    load_tensors({clean_name(name): weight.detach() for name, weight in model.named_parameters()}, checkpoint)
+    assert isinstance(model, Qwen3)
+    weights = {name: parameter.detach() for name, parameter in model.unwrapped_parameters().items()}
+    load_tensors(weights, checkpoint)
 
 
 def load_tensors(weights: dict[str, torch.Tensor], checkpoint: Path) -> None:
-    """Fill tensors with a checkpoint's weights, in place; nothing else of the checkpoint is read.
+    """Load a checkpoint's weights into tensors, in place.
 
     Args:
         weights: Tensors by the weights' names, sharded or not, any dtype.
         checkpoint: From find_checkpoint.
 
     Raises:
-        ValueError: As in load_weights, or a file of it cannot be read.
+        UserError: As load_weights.
     """
     check_tensors({name: weight.shape for name, weight in weights.items()}, checkpoint)
     reader = FileSystemReader(checkpoint)
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is what is meant
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
         try:
             dcp.load(weights, storage_reader=reader, no_dist=not dist.is_initialized())
         except (EOFError, pickle.UnpicklingError, CheckpointException) as error:
@@ -69,14 +71,14 @@ def load_tensors(weights: dict[str, torch.Tensor], checkpoint: Path) -> None:
 
 
 def check_tensors(shapes: Mapping[str, torch.Size], checkpoint: Path) -> None:
-    """Refuse a checkpoint that lacks weights.
+    """Check that a checkpoint has weights of these names and shapes.
 
     Args:
-        shapes: Whole shapes by the weights' names.
+        shapes: Global shapes by the weights' names.
         checkpoint: From find_checkpoint.
 
     Raises:
-        ValueError: As in load_weights.
+        UserError: Weights are missing in the checkpoint or have other shapes; lists them all.
     """
     saved = {
         name: list(entry.size)
@@ -89,21 +91,21 @@ def check_tensors(shapes: Mapping[str, torch.Size], checkpoint: Path) -> None:
         if saved.get(name) != list(shape)
     ]
     if wrong:
-        raise UserError(f"{checkpoint} holds another model: {'; '.join(wrong)}")
+        raise UserError(f"{checkpoint} contains another model: {'; '.join(wrong)}")
 
 
 def load_model(
     path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Qwen3:
-    """The model of a run, ready to evaluate.
+    """Load the model of a run for evaluation.
 
     Args:
-        path: As for find_checkpoint.
-        device: Where it goes.
-        dtype: Dtype of its weights; checkpoints hold fp32.
+        path: A run folder for its newest checkpoint, or one of its checkpoints.
+        device: Device of the model.
+        dtype: Dtype of its weights; checkpoints of training hold fp32.
 
     Returns:
-        The model in eval mode; gradients are off.
+        The model in eval mode; its parameters do not require gradients.
 
     Raises:
         UserError: As find_checkpoint, read_run_table, model_config and load_weights.
@@ -111,11 +113,7 @@ def load_model(
     checkpoint = find_checkpoint(path)
     config = model_config(read_run_table(checkpoint), checkpoint)
     with torch.device("meta"):
-        model = Qwen3(config)
-    model = model.to_empty(device=device).to(dtype)
-    if config.tie_embeddings:  # to_empty has taken them apart
-        weight = model.tok_embeddings.weight
-        assert isinstance(weight, nn.Parameter)
-        model.output.weight = weight
+        model = Qwen3(config).to(dtype)
+    model.materialize(device)
     load_weights(model, checkpoint)
     return model.eval().requires_grad_(False)

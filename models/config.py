@@ -1,34 +1,35 @@
-"""The [model] table of a run."""
+"""The [model] table of a config."""
 
 import math
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from errors import UserError
 from models.sizes import SIZES, ModelSize
 
 
 def _check_window(window_size: int | None) -> None:
     if window_size is not None and window_size < 1:
-        raise ValueError(f"window_size must be at least 1, or none for no window; got {window_size}")
+        raise UserError(f'window_size must be at least 1, or "none" for no window; got {window_size}')
 
 
 def _check_solver(ridge: float, num_iterations: int) -> None:
     if not 0.0 < ridge < float("inf"):
-        raise ValueError(
-            f"ridge must be positive and finite, got {ridge}; an infinite one is no correction: "
+        raise UserError(
+            f"ridge must be positive and finite, got {ridge}; an infinite ridge means no correction: "
             'set kind to "softmax" or "value-average"'
         )
     if num_iterations < 1:
-        raise ValueError(f"num_iterations must be at least 1, got {num_iterations}; 32 is usual")
+        raise UserError(f"num_iterations must be at least 1, got {num_iterations} (default 32)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SoftmaxConfig:
-    """Softmax attention.
+    """Softmax attention, that of Qwen3.
 
     Attributes:
         kind: "softmax".
-        window_size: Keys that a query sees, its own included; None for all of its past.
+        window_size: Sliding window: number of keys that a query sees, its own included; None for no window.
     """
 
     kind: Literal["softmax"] = "softmax"
@@ -44,18 +45,18 @@ class ParallaxConfig:
 
     Attributes:
         kind: "parallax".
-        window_size: Keys that a query sees, its own included; None for all of its past.
-        r_heads: "query" for a probe per query head, "kv" for one per key/value head, which its query heads
-            share.
-        r_rank: Rank of W_R as a product of two matrices, wr_in and wr_out, which an optimizer group must
-            name; None for one matrix of full rank.
-        r_norm: RMSNorm on each head of the probe r.
+        window_size: Sliding window: number of keys that a query sees, its own included; None for no window.
+        r_heads: "query" for a probe r per query head, "kv" for one per key/value head, shared by its query
+            heads.
+        r_rank: Rank of W_R as the product of two matrices, wr_in and wr_out, which an optimizer group
+            must match; None for one matrix of full rank.
+        r_norm: Whether an RMSNorm normalizes each head of r.
         r_gain_init: Initial gain of that norm; 0 starts as softmax attention.
-        r_scale: Fixed factor of the normalised r, which the gain's learning rate does not see.
-        rope_on_r: RoPE on the probe, with the query's positions.
-        gate: A sigmoid gate on the probe: one per token, one per token and query head, or None.
-        num_plain_layers: First layers that have no correction: softmax attention without W_R.
-        impl: Implementation of `parallax.parallax_attention`; None picks by device.
+        r_scale: Constant factor of r after the norm; it scales the effect of the gain's learning rate.
+        rope_on_r: Whether RoPE rotates r, by the query's position.
+        gate: Sigmoid gate of r: "token" for one per token, "head" for one per token and query head, or None.
+        num_plain_layers: Number of first layers without correction and W_R, that is, with softmax attention.
+        impl: Implementation of `parallax.parallax_attention`; None chooses by device.
     """
 
     kind: Literal["parallax"] = "parallax"
@@ -73,38 +74,38 @@ class ParallaxConfig:
     def __post_init__(self) -> None:
         _check_window(self.window_size)
         if self.r_rank is not None and self.r_rank < 1:
-            raise ValueError(f"r_rank must be at least 1, or none for full rank; got {self.r_rank}")
+            raise UserError(f'r_rank must be at least 1, or "none" for full rank; got {self.r_rank}')
         for name in ("r_gain_init", "r_scale"):
             if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
+                raise UserError(f"{name} must be finite, got {getattr(self, name)}")
         if self.num_plain_layers < 0:
-            raise ValueError(f"num_plain_layers must be at least 0, got {self.num_plain_layers}")
+            raise UserError(f"num_plain_layers must be at least 0, got {self.num_plain_layers}")
 
 
 def _check_probe(config: ParallaxConfig, size: ModelSize) -> None:
     if config.num_plain_layers >= size.num_layers:
-        raise ValueError(
+        raise UserError(
             f"attention.num_plain_layers must be below the {size.num_layers} layers of the size, got "
-            f'{config.num_plain_layers}; for no correction at all set attention.kind to "softmax"'
+            f'{config.num_plain_layers}; for no correction in any layer set attention.kind to "softmax"'
         )
     num_rows = size.head_dim * (size.num_kv_heads if config.r_heads == "kv" else size.num_heads)
     if config.r_rank is not None and config.r_rank >= min(size.width, num_rows):
-        raise ValueError(
-            f"attention.r_rank must be below {min(size.width, num_rows)}, the full rank of W_R here, got "
+        raise UserError(
+            f"attention.r_rank must be below {min(size.width, num_rows)}, the full rank of W_R, got "
             f'{config.r_rank}; set "none" for full rank'
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocalLinearConfig:
-    """Exact local linear attention: Parallax's correction with a probe that is solved.
+    """Exact local linear attention: Parallax's correction with the probe as the solution of a linear system.
 
     Attributes:
         kind: "lla".
-        window_size: Keys that a query sees, its own included; None for all of its past.
+        window_size: Sliding window: number of keys that a query sees, its own included; None for no window.
         ridge: Ridge per unit of kernel mass.
-        solver: "cg" for conjugate gradients, "direct" to factor the matrix of every query.
-        num_iterations: The most iterations of conjugate gradients.
+        solver: "cg" for conjugate gradients, "direct" to factorize the matrix of every query.
+        num_iterations: Maximum number of iterations of conjugate gradients.
     """
 
     kind: Literal["lla"] = "lla"
@@ -120,7 +121,7 @@ class LocalLinearConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ValueAverageConfig:
-    """The mean of the past's values.
+    """The mean of the past values.
 
     Attributes:
         kind: "value-average".
@@ -158,7 +159,7 @@ class AffineMesaNetConfig:
     Attributes:
         kind: "affine-mesanet".
         ridge: Ridge per key.
-        num_iterations: The most iterations of conjugate gradients.
+        num_iterations: Maximum number of iterations of conjugate gradients.
     """
 
     kind: Literal["affine-mesanet"] = "affine-mesanet"
@@ -171,11 +172,11 @@ class AffineMesaNetConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GatedDeltaNetConfig:
-    """Gated DeltaNet; the size's head_dim is the width of its keys.
+    """Gated DeltaNet; head_dim of the size is the width of a head's keys.
 
     Attributes:
         kind: "gated-deltanet".
-        expand_v: Width of a head's values, in widths of its keys.
+        expand_v: Width of a head's values as a multiple of that of its keys.
     """
 
     kind: Literal["gated-deltanet"] = "gated-deltanet"
@@ -183,12 +184,12 @@ class GatedDeltaNetConfig:
 
     def __post_init__(self) -> None:
         if self.expand_v < 1:
-            raise ValueError(f"expand_v must be at least 1, got {self.expand_v}; 2 is usual")
+            raise UserError(f"expand_v must be at least 1, got {self.expand_v} (default 2)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class KimiDeltaConfig:
-    """Kimi Delta Attention.
+    """Kimi Delta Attention: the gated delta rule with a decay per key channel.
 
     Attributes:
         kind: "kda".
@@ -199,11 +200,11 @@ class KimiDeltaConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MesaNetConfig:
-    """MesaNet.
+    """MesaNet: ridge regression of the past values on their keys.
 
     Attributes:
         kind: "mesanet".
-        num_iterations: Iterations of conjugate gradients.
+        num_iterations: Number of iterations of conjugate gradients.
     """
 
     kind: Literal["mesanet"] = "mesanet"
@@ -211,16 +212,16 @@ class MesaNetConfig:
 
     def __post_init__(self) -> None:
         if self.num_iterations < 1:
-            raise ValueError(f"num_iterations must be at least 1, got {self.num_iterations}; 30 is usual")
+            raise UserError(f"num_iterations must be at least 1, got {self.num_iterations} (default 30)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mamba2Config:
-    """Mamba-2; the size's head_dim is the width of a head's values, num_heads * head_dim its inner width.
+    """Mamba-2; head_dim of the size is the width of a head's values, num_heads * head_dim the inner width.
 
     Attributes:
         kind: "mamba2".
-        state_size: Rows of a head's state.
+        state_size: Width of a head's keys: its state is state_size x head_dim.
     """
 
     kind: Literal["mamba2"] = "mamba2"
@@ -228,7 +229,7 @@ class Mamba2Config:
 
     def __post_init__(self) -> None:
         if self.state_size < 1:
-            raise ValueError(f"state_size must be at least 1, got {self.state_size}; 128 is usual")
+            raise UserError(f"state_size must be at least 1, got {self.state_size} (default 128)")
 
 
 AttentionConfig = (
@@ -248,34 +249,31 @@ AttentionConfig = (
 
 def _check_size(size: str, custom_size: ModelSize | None) -> None:
     if size != "custom" and size not in SIZES:
-        raise ValueError(f'size must be "custom" or one of {sorted(SIZES)}, got {size!r}')
+        raise UserError(f'size must be "custom" or one of {sorted(SIZES)}, got {size!r}')
     if size == "custom" and custom_size is None:
-        raise ValueError('size is "custom", so custom_size must be a table of width, num_layers and the like')
+        raise UserError('size is "custom", so custom_size must be a table of width, num_layers and so on')
     if size != "custom" and custom_size is not None:
-        raise ValueError(
-            f'custom_size goes with size = "custom" alone, got size {size!r}; set custom_size to "none"'
-        )
-    for field_ in () if custom_size is None else fields(custom_size):
-        if getattr(custom_size, field_.name) < 1:
-            raise ValueError(
-                f"custom_size.{field_.name} must be at least 1, got {getattr(custom_size, field_.name)}"
-            )
+        raise UserError(f'custom_size requires size = "custom", got size {size!r}; set custom_size to "none"')
+    for dimension in () if custom_size is None else fields(custom_size):
+        value = getattr(custom_size, dimension.name)
+        if value < 1:
+            raise UserError(f"custom_size.{dimension.name} must be at least 1, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A Qwen3 decoder with a choice of attention.
+    """A Qwen3 decoder with any of the attention modules.
 
     Attributes:
         size: A row of models/sizes.py, or "custom".
-        custom_size: The dimensions of size "custom"; None for a row.
-        vocab_size: Rows of the embedding, V; at least the tokenizer's.
-        tie_embeddings: The head shares the embedding's weight; Qwen3-8B and larger give it one of its own.
-        attention: What mixes tokens, with its options.
-        rope_theta: Base of the rotary embedding.
+        custom_size: The dimensions of size "custom"; None otherwise.
+        vocab_size: Rows V of the embedding; at least the tokenizer's number of ids.
+        tie_embeddings: Whether the head shares the embedding's weight; Qwen3-8B and larger are untied.
+        attention: The attention module, chosen by its kind, and its options.
+        rope_theta: Base of RoPE.
         norm_eps: Epsilon of every RMSNorm.
-        init_std: Standard deviation of the initial matrices; those that write to the residual stream take
-            init_std / sqrt(2 num_layers).
+        init_std: Standard deviation of the initial matrices; that of matrices whose outputs are added to the
+            residual stream is init_std / sqrt(2 num_layers).
     """
 
     size: str
@@ -290,14 +288,14 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _check_size(self.size, self.custom_size)
         if self.vocab_size < 1:
-            raise ValueError(f"vocab_size must be at least 1, got {self.vocab_size}")
+            raise UserError(f"vocab_size must be at least 1, got {self.vocab_size}")
         for name in ("rope_theta", "norm_eps", "init_std"):
             if not 0.0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+                raise UserError(f"{name} must be positive and finite, got {getattr(self, name)}")
         if isinstance(self.attention, ParallaxConfig):
             _check_probe(self.attention, self.dimensions)
 
     @property
     def dimensions(self) -> ModelSize:
-        """The size's row, or the custom size."""
+        """The dimensions of the model, of either a row or a custom size."""
         return SIZES[self.size] if self.custom_size is None else self.custom_size

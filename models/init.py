@@ -1,10 +1,14 @@
-"""Initial weights, drawn tensor by tensor from a seed and the tensor's name.
+"""Initial weights, each drawn from a generator that is seeded by the run's seed and the parameter's name.
 
-Every rank draws the whole tensor on the CPU and keeps its shard, so the weights are the same to the bit on
-any number of ranks and on any hardware. Matrices are normal (std of the config; those that write to the
-residual stream are scaled by 1/sqrt(2 num_layers), as in GPT-2), gains are one, and the probe's gain is
-r_gain_init. A W_R of low rank has a second factor of std 1/sqrt(rank), so that the product has the config's.
-An attention can state other values for its own parameters (Attention.initial_value).
+Every rank draws the whole tensor on the CPU and keeps its shard: the weights are bit-identical on any number
+of ranks and on any hardware.
+
+    matrices                 normal with std init_std
+    attention.wo, mlp.down   normal with std init_std / sqrt(2 num_layers), as in GPT-2: their outputs are
+                             added to the residual stream
+    wr_out (low-rank W_R)    normal with std 1 / sqrt(rank), so that wr_out wr_in has std init_std
+    gains of norms           1; the probe's r_gain_init
+    others                   Attention.initial_value of their module
 """
 
 import hashlib
@@ -13,14 +17,9 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from models.attention.base import Attention
+from errors import UserError
 from models.config import ModelConfig, ParallaxConfig
 from models.qwen3 import Qwen3
-
-
-def clean_name(name: str) -> str:
-    """A parameter's name without what torch.compile and activation checkpointing put into it."""
-    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
 def _generator(name: str, seed: int) -> torch.Generator:
@@ -42,19 +41,19 @@ def _assign(parameter: nn.Parameter, full: torch.Tensor) -> None:
 
 
 def initial_weight(config: ModelConfig, name: str, shape: torch.Size, seed: int) -> torch.Tensor:
-    """One parameter as a run starts with it.
+    """Draw the initial value of a matrix or a norm's gain.
 
     Args:
         config: The [model] table.
-        name: The parameter's name, without wrappers.
-        shape: Its shape.
+        name: The parameter's name in the unwrapped model.
+        shape: Its global shape.
         seed: Seed of the run.
 
     Returns:
         The whole tensor, fp32, on the CPU.
 
     Raises:
-        ValueError: It is neither a matrix nor the gain of a norm.
+        UserError: The parameter is neither a matrix nor the gain of a norm.
     """
     if name.endswith("r_norm.weight"):
         assert isinstance(config.attention, ParallaxConfig)
@@ -62,9 +61,9 @@ def initial_weight(config: ModelConfig, name: str, shape: torch.Size, seed: int)
     if name.endswith("norm.weight"):
         return torch.ones(shape)
     if len(shape) < 2:
-        raise ValueError(
+        raise UserError(
             f"{name} {tuple(shape)} has no initial value: it is neither a matrix nor the gain of a norm; "
-            "return one from initial_value of its attention"
+            "return one from initial_value of its attention module"
         )
     if name.endswith("wr_out.weight"):
         return _draw(name, shape, shape[1] ** -0.5, seed)
@@ -75,20 +74,19 @@ def initial_weight(config: ModelConfig, name: str, shape: torch.Size, seed: int)
 
 @torch.no_grad()
 def init_weights(model: Qwen3, seed: int) -> None:
-    """Set every parameter of a model, sharded or not.
+    """Initialize every parameter of a model, sharded or not.
 
     Args:
-        model: A model off the meta device.
+        model: A model that is not on the meta device.
         seed: Seed of the run.
     """
     owners = {
         parameter: (module, name)
-        for module in model.modules()
-        if isinstance(module, Attention)
+        for module in model.attention_modules()
         for name, parameter in module.named_parameters()
     }
-    for wrapped_name, parameter in model.named_parameters():
-        name, full = clean_name(wrapped_name), None
+    for name, parameter in model.unwrapped_parameters().items():
+        full = None
         if parameter in owners:
             owner, own_name = owners[parameter]
             full = owner.initial_value(own_name, parameter.shape, _generator(name, seed))

@@ -1,10 +1,10 @@
-"""Cross-entropy of a linear head without its logits: chunks of tokens, gradients made on the way.
+"""Chunked cross-entropy of a linear head: the logits of all tokens are never materialized.
 
-The fp32 logits of 32k tokens over 151,936 ids take 20 GB; a chunk of 4096 tokens takes an eighth of that, and
-only for a moment. The backward multiplies the gradients that the forward left by the incoming scalar.
+The fp32 logits of 32k tokens over 151,936 ids take 20 GB; a chunk of 4096 tokens takes an eighth of that. The
+forward also computes the gradients, chunk by chunk; the backward multiplies them by the incoming scalar.
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,15 +16,20 @@ from tokens import IGNORE_INDEX
 CHUNK_TOKENS = 4096
 
 
+def autocast_disabled(x: torch.Tensor) -> AbstractContextManager[Any]:
+    """Return a context without autocast on a tensor's device; autocast does not support the meta device."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
 def _chunk_loss(
     x_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed loss of a chunk and the gradient of its logits, `[T, V]` in x's dtype."""
+    """Compute the summed loss of a chunk and the gradient of its logits, `[T, V]` in x's dtype."""
     logits = x_TD @ weight_VD.T
     wide = logits.double() if logits.dtype == torch.float64 else logits.float()
     lse = torch.logsumexp(wide, dim=-1, keepdim=True)
     valid = (labels_T != IGNORE_INDEX).unsqueeze(1)
-    # any other label that is no id fails in the gather, as it does in torch's own
+    # an invalid label other than IGNORE_INDEX fails in the gather, as in F.cross_entropy
     target = torch.where(valid, labels_T.unsqueeze(1), 0)
     loss = torch.where(valid, lse - wide.gather(1, target), 0.0).sum()
     columns = torch.arange(wide.shape[1], device=wide.device)
@@ -67,11 +72,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise NotImplementedError(
                 "linear_cross_entropy has no second derivative; for create_graph=True use "
-                "models.loss.cross_entropy of the logits"
+                "models.loss.cross_entropy on the logits"
             )
         (dloss,) = grad_outputs
         dx, dweight = ctx.saved_tensors
-        # in dloss's precision: a factor rounded to 16 bits would scale all gradients alike
+        # in dloss's precision: rounding the factor to 16 bits would bias all gradients by the same ratio
         dx = (dx.to(dloss.dtype) * dloss).to(dx.dtype)
         return dx, (dweight * dloss).to(ctx.weight_dtype), None, None, None
 
@@ -79,29 +84,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def linear_cross_entropy(
     x_BTD: torch.Tensor, weight_VD: torch.Tensor, labels_BT: torch.Tensor, chunk_tokens: int = CHUNK_TOKENS
 ) -> torch.Tensor:
-    """Summed cross-entropy of `x @ weight.T` against labels; differentiable once.
+    """Compute the summed cross-entropy of `x @ weight.T`; differentiable once.
 
-    Under autocast x and the weight are cast to its dtype.
+    Under autocast x and the weight are cast to its dtype. Logits are rounded to x's dtype; their softmax is
+    computed in fp32.
 
     Args:
         x_BTD: Hidden states `[B, T, D]`.
-        weight_VD: Head `[V, D]`, x's dtype.
-        labels_BT: Ids `[B, T]`, int64; IGNORE_INDEX counts nothing.
-        chunk_tokens: Tokens whose logits exist at one time.
+        weight_VD: Weight of the head `[V, D]`, x's dtype.
+        labels_BT: Token ids `[B, T]`, int64; IGNORE_INDEX is skipped.
+        chunk_tokens: Tokens per chunk.
 
     Returns:
         The sum over valid labels in nats, a scalar in fp32 (fp64 for fp64 input).
     """
     x_BTD, weight_VD = cast_under_autocast(x_BTD, weight_VD)
-    # autocast knows no meta device
-    with nullcontext() if x_BTD.is_meta else torch.autocast(x_BTD.device.type, enabled=False):
+    with autocast_disabled(x_BTD):
         return _LinearCrossEntropy.apply(
             x_BTD.flatten(0, 1), weight_VD, labels_BT.flatten(), chunk_tokens, torch.is_grad_enabled()
         )
 
 
 def cross_entropy(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
-    """The same sum from logits that exist; the oracle of linear_cross_entropy."""
+    """Compute the summed cross-entropy of materialized logits; the reference of linear_cross_entropy."""
     wide = logits_BTV.flatten(0, 1)
     wide = wide if wide.dtype == torch.float64 else wide.float()
     return F.cross_entropy(wide, labels_BT.flatten(), reduction="sum", ignore_index=IGNORE_INDEX)

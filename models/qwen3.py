@@ -3,12 +3,16 @@
 Letters: B batch, T tokens, D width, F MLP width, V vocabulary.
 """
 
+from collections.abc import Callable, Iterator
+from typing import Any, Self
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from errors import UserError
 from models.attention.affine import AffineMesaNet, LinearAttention, ValueAverage
-from models.attention.base import Attention, Rope
+from models.attention.base import Attention, Rope, State
 from models.attention.delta_net import GatedDeltaNet, KimiDeltaAttention
 from models.attention.local_linear import LocalLinearAttention
 from models.attention.mamba2 import Mamba2
@@ -29,12 +33,20 @@ from models.config import (
     SoftmaxConfig,
     ValueAverageConfig,
 )
-from models.loss import linear_cross_entropy
+from models.loss import autocast_disabled, linear_cross_entropy
 from parallax.validation import check_cu_seqlens
 
 
 def build_attention(config: ModelConfig, layer: int) -> Attention:
-    """The attention that the config names, for the block with that index."""
+    """Build the attention module that the config names.
+
+    Args:
+        config: The [model] table.
+        layer: Index of the block, from 0.
+
+    Raises:
+        UserError: Dimensions that do not fit each other.
+    """
     size, eps = config.dimensions, config.norm_eps
     match config.attention:
         case SoftmaxConfig():
@@ -62,35 +74,33 @@ def build_attention(config: ModelConfig, layer: int) -> Attention:
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate x) * up x)."""
+    """The MLP, down(silu(gate x) * up x).
+
+    Args:
+        width: Model width D.
+        mlp_width: Inner width F.
+    """
 
     def __init__(self, width: int, mlp_width: int) -> None:
-        """Build the three matrices.
-
-        Args:
-            width: Model width D.
-            mlp_width: Inner width F.
-        """
         super().__init__()
         self.gate = nn.Linear(width, mlp_width, bias=False)
         self.up = nn.Linear(width, mlp_width, bias=False)
         self.down = nn.Linear(mlp_width, width, bias=False)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        """`[B, T, D]` to `[B, T, D]`."""
+        """Apply the MLP, `[B, T, D]` to `[B, T, D]`."""
         return self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD))
 
 
 class Block(nn.Module):
-    """A pre-norm block: attention, then the MLP, each added to the residual stream."""
+    """A pre-norm transformer block.
+
+    Args:
+        config: The [model] table.
+        layer: Index of the block, from 0.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
-        """Build the block.
-
-        Args:
-            config: The [model] table.
-            layer: Its index, from 0.
-        """
         super().__init__()
         size = config.dimensions
         self.attention_norm = nn.RMSNorm(size.width, eps=config.norm_eps)
@@ -101,42 +111,70 @@ class Block(nn.Module):
     def forward(
         self, x_BTD: torch.Tensor, rope: Rope, cu_seqlens: torch.Tensor | None, max_seqlen: int
     ) -> torch.Tensor:
-        """One layer, `[B, T, D]` to `[B, T, D]`; arguments as Attention.forward."""
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope, cu_seqlens, max_seqlen)
+        """Apply the block, `[B, T, D]` to `[B, T, D]`; arguments as Attention.forward."""
+        return self._add_residuals(self.attention, x_BTD, rope, cu_seqlens, max_seqlen)
+
+    def prefill(
+        self, x_BTD: torch.Tensor, rope: Rope, cu_seqlens: torch.Tensor, max_seqlen: int, state: State
+    ) -> torch.Tensor:
+        """Apply the block to packed prompts and fill the state; arguments as Attention.prefill."""
+        return self._add_residuals(self.attention.prefill, x_BTD, rope, cu_seqlens, max_seqlen, state)
+
+    def extend(self, x_BTD: torch.Tensor, rope: Rope, state: State, lengths_B: torch.Tensor) -> torch.Tensor:
+        """Apply the block to new tokens after those in the state; arguments as Attention.extend."""
+        return self._add_residuals(self.attention.extend, x_BTD, rope, state, lengths_B)
+
+    def _add_residuals(
+        self, attend: Callable[..., torch.Tensor], x_BTD: torch.Tensor, *inputs: Any
+    ) -> torch.Tensor:
+        x_BTD = x_BTD + attend(self.attention_norm(x_BTD), *inputs)
         return x_BTD + self.mlp(self.mlp_norm(x_BTD))
 
 
 class Head(nn.Module):
-    """The output projection."""
+    """The output projection, which owns how logits are computed.
+
+    Args:
+        weight_VD: The embedding's weight `[V, D]`, or one of its own.
+    """
 
     def __init__(self, weight_VD: nn.Parameter) -> None:
-        """Take a weight.
-
-        Args:
-            weight_VD: The embedding's weight `[V, D]`, or one of its own.
-        """
         super().__init__()
         self.weight = weight_VD
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits `[N, V]` in fp32 of `[N, D]`: what chooses between tokens should not round their scores."""
-        with torch.autocast(x.device.type, enabled=False):
+        """Compute logits in at least fp32 by a product in the weight's dtype, autocast or not.
+
+        On CUDA the fp32 accumulators of 16-bit products are returned as they are: rounded to bf16, logits are
+        off by up to 0.03, which changes the order of almost equally likely tokens. Where a gradient is needed
+        (that product has none), and on CPU, they are rounded to 16 bits first, as in the training loss.
+
+        Args:
+            x: Hidden states after the final norm, `[..., D]`.
+
+        Returns:
+            `[..., V]`, fp32, or fp64 where the weight is.
+        """
+        with autocast_disabled(x):
             x = x.to(self.weight.dtype)
-            if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
-                return torch.mm(x, self.weight.T, out_dtype=torch.float32)
-            return F.linear(x, self.weight).float()
+            needs_grad = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+            if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and not needs_grad:
+                logits = torch.mm(x.flatten(0, -2), self.weight.T, out_dtype=torch.float32)
+                return logits.unflatten(0, x.shape[:-1])
+            logits = F.linear(x, self.weight)
+            return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def forward(self, x_BTD: torch.Tensor, labels_BT: torch.Tensor | None) -> torch.Tensor:
-        """Logits `[B, T, V]` without labels, the summed loss in nats with them."""
+        """Compute the logits `[B, T, V]` without labels, the summed loss in nats with them."""
         if labels_BT is None:
-            return F.linear(x_BTD, self.weight)
+            return self.logits(x_BTD)
         return linear_cross_entropy(x_BTD, self.weight, labels_BT)
 
 
 def document_positions(
     num_tokens: int, cu_seqlens: torch.Tensor | None, device: torch.device
 ) -> torch.Tensor:
-    """Position of every token in its document, `[1, T]`, int64."""
+    """Return the position of every token in its document, `[1, T]`, int64."""
     positions = torch.arange(num_tokens, device=device)
     if cu_seqlens is not None:
         document = torch.searchsorted(cu_seqlens, positions, right=True) - 1
@@ -145,26 +183,51 @@ def document_positions(
 
 
 class Qwen3(nn.Module):
-    """A Qwen3 language model."""
+    """A Qwen3 language model; `models.init.init_weights` draws its weights.
+
+    Args:
+        config: The [model] table.
+
+    Raises:
+        UserError: Dimensions that do not fit each other.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
-        """Build the model; its weights are set by `models.init.init_weights`.
-
-        Args:
-            config: The [model] table.
-
-        Raises:
-            ValueError: Dimensions that do not fit each other.
-        """
         super().__init__()
         self.config = config
         size = config.dimensions
         self.tok_embeddings = nn.Embedding(config.vocab_size, size.width)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(size.num_layers))
         self.norm = nn.RMSNorm(size.width, eps=config.norm_eps)
-        weight = self.tok_embeddings.weight
-        assert isinstance(weight, nn.Parameter)
-        self.output = Head(weight if config.tie_embeddings else nn.Parameter(torch.empty_like(weight)))
+        self.output = Head(nn.Parameter(torch.empty_like(self.tok_embeddings.weight)))
+        self._tie_weights()
+
+    def _tie_weights(self) -> None:
+        if self.config.tie_embeddings:
+            weight = self.tok_embeddings.weight
+            assert isinstance(weight, nn.Parameter)
+            self.output.weight = weight
+
+    def materialize(self, device: torch.device | str) -> Self:
+        """Allocate a model that was built on the meta device; its weights are uninitialized.
+
+        Unlike to_empty alone, it keeps the weights of embedding and head tied.
+        """
+        self.to_empty(device=device)
+        self._tie_weights()
+        return self
+
+    def unwrapped_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters by their names in the unwrapped model, a tied one once.
+
+        Those are the names in a state dict, unlike those of named_parameters(): these contain the prefixes of
+        activation checkpointing's wrappers.
+        """
+        names: dict[nn.Parameter, str] = {}
+        for name, value in self.state_dict(keep_vars=True).items():
+            if isinstance(value, nn.Parameter):
+                names.setdefault(value, name)
+        return {name: parameter for parameter, name in names.items()}
 
     def forward(
         self,
@@ -174,24 +237,25 @@ class Qwen3(nn.Module):
         max_seqlen: int | None = None,
         labels_BT: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits, or the loss where labels are given.
+        """Compute the logits, or the loss if labels are given.
 
         Args:
-            tokens_BT: Ids `[B, T]`, int64.
-            cu_seqlens: Document bounds `[N + 1]`, int32, with B = 1: tokens see their own document only and
-                positions start anew in each; None for B rows of one document each.
+            tokens_BT: Token ids `[B, T]`, int64.
+            cu_seqlens: Document boundaries `[N + 1]`, int32, with B = 1: attention and positions restart at
+                each; None for B rows of one document each.
             max_seqlen: An upper bound on the length of a document; None for T.
-            labels_BT: Ids to predict `[B, T]`, int64, models.loss.IGNORE_INDEX where nothing is.
+            labels_BT: Token ids to predict `[B, T]`, int64; tokens.IGNORE_INDEX is skipped.
 
         Returns:
-            Logits `[B, T, V]` in the weights' dtype, or the summed loss in nats, a scalar.
+            Logits `[B, T, V]` as in Head.logits, or the summed loss in nats, a scalar.
 
         Raises:
-            ValueError: T is 0, cu_seqlens comes with B > 1, or it is wrong in itself (values on CPU alone).
+            ValueError: T is 0, B > 1 with cu_seqlens, or cu_seqlens is invalid (its values are checked on CPU
+                only).
         """
         num_tokens = tokens_BT.shape[1]
         if num_tokens == 0:
-            raise ValueError("tokens hold no position (T = 0); give at least one token")
+            raise UserError("tokens_BT is empty (T = 0); pass at least one token")
         if cu_seqlens is not None:
             check_cu_seqlens(cu_seqlens, tokens_BT)
         positions = document_positions(num_tokens, cu_seqlens, tokens_BT.device)
@@ -201,40 +265,39 @@ class Qwen3(nn.Module):
             x_BTD = layer(x_BTD, rope, cu_seqlens, max_seqlen or num_tokens)
         return self.output(self.norm(x_BTD), labels_BT)
 
+    def attention_modules(self) -> Iterator[Attention]:
+        """Iterate over the attention modules, from the first block to the last."""
+        return (module for module in self.modules() if isinstance(module, Attention))
+
     def num_flops_per_token(self, seq_len: int) -> float:
-        """Training FLOPs per token, forward and backward, of every matrix product; recomputation not counted.
+        """Count the training FLOPs per token, forward and backward; recomputation is not counted.
+
+        The head counts 6 V D, tied or not; the embedding's look-up counts nothing.
 
         Args:
             seq_len: Length of a row; attention is counted as causal over whole rows.
-
-        Returns:
-            The head counts as the product it is (6 V D), tied or not, the embedding's look-up as nothing.
         """
-        attention = sum(m.num_flops_per_token(seq_len) for m in self.modules() if isinstance(m, Attention))
+        attention = sum(module.num_flops_per_token(seq_len) for module in self.attention_modules())
         mlp = sum(p.numel() for m in self.modules() if isinstance(m, SwiGLU) for p in m.parameters())
         return attention + 6.0 * (mlp + self.output.weight.numel())
 
     def num_saved_elements_per_token(self) -> list[int]:
-        """Elements that each compiled block keeps for the backward, per token.
+        """Count the elements per token that each compiled block saves for the backward.
 
-        Both residuals, plain and normalised, what the attention keeps, and gate, up and their product.
+        Two residuals, both also normalized, what the attention saves, and gate, up and their product.
         """
         size = self.config.dimensions
         shared = 4 * size.width + 3 * size.mlp_width
-        return [
-            shared + module.num_saved_elements_per_token()
-            for module in self.modules()
-            if isinstance(module, Attention)
-        ]
+        return [shared + module.num_saved_elements_per_token() for module in self.attention_modules()]
 
     def num_cache_elements(self, seq_len: int) -> int:
-        """Elements that decoding holds for one sequence of seq_len tokens: keys and values, or states."""
-        return sum(m.num_cache_elements(seq_len) for m in self.modules() if isinstance(m, Attention))
+        """Count the elements of one sequence's decoding cache at seq_len tokens: KV cache or states."""
+        return sum(module.num_cache_elements(seq_len) for module in self.attention_modules())
 
     def num_parameters(self) -> dict[str, int]:
-        """Parameters by part: embedding (and the head), attention (w_r in it), mlp, norms, total."""
+        """Count the parameters by part: embedding (and head), attention (and its w_r), mlp, norms, total."""
         counts = dict.fromkeys(("embedding", "attention", "w_r", "mlp", "norms", "total"), 0)
-        for name, parameter in self.named_parameters():
+        for name, parameter in self.unwrapped_parameters().items():
             if name in ("tok_embeddings.weight", "output.weight"):
                 part = "embedding"
             elif name.endswith("norm.weight"):

@@ -4,7 +4,7 @@ runs/NAME/
 config.toml         the resolved config
 tokenizer/          the run's own tokenizer (models/run_tokenizer.py)
 metrics.jsonl       every step
-checkpoint/step-N/  the state after optimizer step N; whole once it holds .metadata
+checkpoint/step-N/  the state after optimizer step N; complete once it has .metadata
 tensorboard/, profile/, wandb_id
 """
 
@@ -26,7 +26,7 @@ class RunFolder:
     """The folder of one run.
 
     Attributes:
-        path: runs/NAME; it need not exist.
+        path: runs/NAME; may not exist yet.
     """
 
     path: Path
@@ -43,7 +43,7 @@ class RunFolder:
 
     @property
     def metrics_file(self) -> Path:
-        """The record of every step."""
+        """The metrics of every step."""
         return self.path / "metrics.jsonl"
 
     @property
@@ -71,21 +71,21 @@ class RunFolder:
         return self.checkpoints / f"step-{step}"
 
     def step_folders(self) -> dict[int, Path]:
-        """Return the folders step-N by step; other names, such as step-5.before, are the user's own."""
+        """Return the folders step-N by step; other names, such as step-5.before, are ignored."""
         found = ((step_of(path), path) for path in self.checkpoints.glob("step-*"))
         return {step: path for step, path in found if step is not None}
 
     def whole_checkpoints(self) -> dict[int, Path]:
-        """Return the checkpoints that were written to the end, by step."""
+        """Return the complete checkpoints by step."""
         return {step: path for step, path in self.step_folders().items() if is_whole(path)}
 
     def newest_checkpoint(self) -> Path | None:
-        """Return the newest whole checkpoint; None without one."""
+        """Return the newest complete checkpoint; None without one."""
         whole = self.whole_checkpoints()
         return whole[max(whole)] if whole else None
 
     def read_config(self) -> Table | None:
-        """Read the resolved config as tables, in which "none" stands for None; None where there is none.
+        """Read the resolved config as tables, in which "none" stands for None; None if the file is missing.
 
         Raises:
             ConfigError: The file is damaged.
@@ -112,13 +112,13 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Find the checkpoint that a path names.
+    """Find the checkpoint that a path stands for.
 
     Args:
-        path: A checkpoint (`<run folder>/checkpoint/step-N`), or a run folder for its newest whole one.
+        path: A checkpoint (`<run folder>/checkpoint/step-N`), or a run folder for its newest complete one.
 
     Raises:
-        UserError: There is none.
+        UserError: The path has no complete checkpoint.
     """
     if is_whole(path):
         return path
@@ -132,7 +132,7 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def nearby_checkpoints(path: Path) -> list[Path]:
-    """Return the whole checkpoints that a mistyped path may have meant: in it, below it, or beside it."""
+    """Return the complete checkpoints in, below and beside a path, to suggest for a mistyped one."""
     folders = (path, RunFolder(path).checkpoints, path.parent)
     return [each for folder in folders for each in sorted(folder.glob("step-*")) if is_whole(each)]
 
@@ -150,7 +150,6 @@ def read_run_table(checkpoint: Path) -> Table:
     table = run.read_config()
     if table is None:
         raise UserError(
-            f"{run.config_file} is missing: it describes the model that {checkpoint} holds; copy the whole "
-            "run folder"
+            f"{run.config_file} is missing: it describes the model in {checkpoint}; copy the whole run folder"
         )
     return table

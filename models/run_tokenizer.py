@@ -1,6 +1,6 @@
-"""The run's own tokenizer: copied into the run folder when a run starts, and read from there ever after.
+"""The run's own tokenizer: copied to the run folder when a run starts, and read from there afterwards.
 
-The config beside it (`data.tokenizer`) has the name that it came from, which may be on the hub, or gone.
+`data.tokenizer` of the config names its source, which may be on the hub, or may no longer exist.
 """
 
 import os
@@ -19,15 +19,15 @@ OTHER_FILES = (
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
     "chat_template.jinja",
 )
-"""What Hugging Face folders may have beside these two."""
+"""Other files that the tokenizer of a Hugging Face folder may have."""
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy a tokenizer's files, each of them atomically.
+    """Copy a tokenizer's files, each atomically.
 
     Args:
-        source: A tokenizer.json, or a folder that holds one and, maybe, Hugging Face's other files.
-        folder: Where they go; made where it is missing.
+        source: A tokenizer.json, or a folder with one and possibly Hugging Face's other files.
+        folder: The destination; created if missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = [source / name for name in (TOKENIZER_FILE, SETTINGS_FILE, *OTHER_FILES)]
@@ -45,41 +45,41 @@ def find_tokenizer(run: RunFolder, data: Table, given: Path | None = None) -> Pa
 
     Args:
         run: The run folder.
-        data: The run's saved [data] table, empty where it has none.
-        given: The user's choice instead of the run's own.
+        data: The run's saved [data] table, possibly empty.
+        given: The --tokenizer option, which replaces the run's own tokenizer.
 
     Returns:
-        A tokenizer.json, or a folder that holds one; None for a run that names no tokenizer.
+        A tokenizer.json, or a folder with one; None for a run without a data.tokenizer.
 
     Raises:
-        UserError: It isn't there.
+        UserError: The tokenizer does not exist.
     """
     named = given if given is not None else data.get("tokenizer")
     if named is None:
         return None
-    # runs of earlier versions have no tokenizer of their own
+    # runs of earlier versions have no copy of their tokenizer
     places = [given] if given is not None else [run.tokenizer, Path(named)]
     for place in places:
         if place.is_file() or (place / TOKENIZER_FILE).is_file():
             return place
     if given is not None:
-        raise UserError(f"--tokenizer {given} is neither a {TOKENIZER_FILE} nor a folder that holds one")
+        raise UserError(f"--tokenizer {given} is neither a {TOKENIZER_FILE} nor a folder with one")
     raise UserError(
         f"{run.path} has no {run.tokenizer.name}/{TOKENIZER_FILE}, and its data.tokenizer {str(named)!r} is "
-        f"neither a {TOKENIZER_FILE} nor a folder that holds one; give --tokenizer, the file or its folder"
+        f"neither a {TOKENIZER_FILE} nor a folder with one; give --tokenizer, the file or its folder"
     )
 
 
 def check_ids(tokenizer: Tokenizer, name: str, vocab_size: int) -> None:
-    """Refuse a tokenizer whose ids a model has no rows for.
+    """Check that all ids of a tokenizer are below the model's vocab_size.
 
     Args:
         tokenizer: The tokenizer.
-        name: Its name in the message.
+        name: Its name in the error message.
         vocab_size: Rows of the model's embedding.
 
     Raises:
-        UserError: It has larger ids.
+        UserError: The tokenizer has larger ids.
     """
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
     if largest >= vocab_size:

@@ -1,9 +1,12 @@
-"""The table of `python -m models.size_table`: what every model of the comparison has and costs."""
+"""Prints parameters, FLOPs and cache of every model of the comparison: `python -m models.size_table`."""
 
+import argparse
+import sys
 from typing import get_args
 
 import torch
 
+from errors import run_command
 from models.config import AttentionConfig, ModelConfig, ParallaxConfig
 from models.qwen3 import Qwen3
 from models.sizes import CONTROLS, SIZES, split_size
@@ -14,7 +17,7 @@ _QWEN3_VOCABULARY = 151936
 _SMALL_VOCABULARIES = {"debug": 4096, "60m": 16384}  # as in configs/base
 _COLUMNS = (
     *("size", "attention", "total (M)", "attention (M)", "W_R (M)", "MLP (M)"),
-    *(f"GFLOPs/token at {SEQ_LEN}", "cache (bytes/token)", "parameters against what it matches"),
+    *(f"GFLOPs/token at {SEQ_LEN}", "cache (bytes/token)", "parameter mismatch"),
 )
 _VARIANTS = {
     "parallax, gate per head": ParallaxConfig(gate="head"),
@@ -23,29 +26,26 @@ _VARIANTS = {
 
 
 def build_row(size: str, attention: AttentionConfig) -> Qwen3:
-    """A model of the comparison on the meta device, with its size's vocabulary.
+    """Build a model of the comparison on the meta device, with its size's vocabulary.
 
     Args:
         size: A row of models/sizes.py.
-        attention: What attends.
-
-    Returns:
-        The model; its parameters hold no memory.
+        attention: The attention and its options.
     """
     vocab_size = _SMALL_VOCABULARIES.get(split_size(size)[0], _QWEN3_VOCABULARY)
     with torch.device("meta"):
         return Qwen3(ModelConfig(size=size, vocab_size=vocab_size, attention=attention))
 
 
-def deviation(size: str, attention: AttentionConfig) -> float | None:
-    """By what part of them a control's parameters exceed those it matches.
+def parameter_mismatch(size: str, attention: AttentionConfig) -> float | None:
+    """Compute the relative difference of a control's parameters to those that it matches.
 
     Args:
         size: A row of models/sizes.py.
-        attention: What attends.
+        attention: The attention and its options.
 
     Returns:
-        0.001 for one in a thousand more; None where the size is no control, or not for that attention.
+        0.001 for 0.1% more parameters; None if the size is not a control of that attention.
     """
     plain, name = split_size(size)
     if name is None or CONTROLS[name].attention != attention.kind:
@@ -55,11 +55,11 @@ def deviation(size: str, attention: AttentionConfig) -> float | None:
 
 
 def size_table() -> str:
-    """Every size with every attention, and the controls, as a Markdown table.
+    """Format every size with every attention, and the controls, as a Markdown table.
 
     Returns:
-        Parameters in millions (W_R's are part of the attention's), FLOPs of a training step per token, bytes
-        of keys and values (or of a state, spread over the tokens) in bf16 per token of context.
+        Parameters in millions (those of W_R are part of the attention's), training FLOPs per token, and bytes
+        of the decoding cache in bf16 per token of context.
     """
     lines = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
     for size in SIZES:
@@ -74,22 +74,28 @@ def size_table() -> str:
 
 
 def _kinds() -> dict[str, AttentionConfig]:
-    """Every kind of attention as its defaults have it."""
+    """Return the default config of every attention by its kind."""
     return {config().kind: config() for config in get_args(AttentionConfig)}
 
 
 def _cells(size: str, label: str, attention: AttentionConfig) -> list[str]:
     model = build_row(size, attention)
     counts = model.num_parameters()
-    missed = deviation(size, attention)
+    mismatch = parameter_mismatch(size, attention)
     cache = _BF16_BYTES * model.num_cache_elements(SEQ_LEN) / SEQ_LEN
     return [
         *(size, label),
         *(f"{counts[part] / 1e6:.2f}" for part in ("total", "attention", "w_r", "mlp")),
         *(f"{model.num_flops_per_token(SEQ_LEN) / 1e9:.3f}", f"{cache:,.0f}"),
-        "" if missed is None else f"{missed:+.4%}",
+        "" if mismatch is None else f"{mismatch:+.4%}",
     ]
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Run the command line."""
+    argparse.ArgumentParser(prog="python -m models.size_table", description=__doc__).parse_args()
     print(size_table())
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,22 +1,22 @@
-"""The sizes of the comparison: one row each.
+"""The model sizes of the comparison.
 
-0.6b and 1.7b are Qwen3's own dimensions (paper, section 3). debug and 60m are our choice: 60m has about 60M
-parameters outside the embedding, a size for one GPU.
+0.6b and 1.7b have Qwen3's dimensions (paper, section 3). debug and 60m are our choice: 60m has about 60M
+parameters without the embedding, a size for one GPU.
 
-The controls of the comparison (paper, section 3) stand at three sizes. `python -m models.size_table` prints
-all rows and by how much a control misses the parameters that it matches, MLP widths being multiples of 8:
-  _parameter_matched          for softmax: query heads are added until it has Parallax's parameters
-  _compute_matched            for Parallax: the head width is halved (at 60m the number of heads: the kernels
-                              start at width 64), so that the forward has the softmax model's products; the
-                              MLP takes up what that frees, to Parallax's parameters
-  _compute_parameter_matched  the same with an MLP for the parameters of the softmax model
-Which of the latter two the paper trained is unknown.
+At three sizes there are the controls of the comparison (paper, section 3). MLP widths are multiples of 8, so
+that parameters match approximately; `python -m models.size_table` prints all rows with the mismatch.
+  _parameter_matched          softmax with more query heads, to match Parallax's parameters
+  _compute_matched            Parallax with half the head width (at 60m half the heads, since the kernels need
+                              a width of 64), to match softmax's FLOPs forward, and a wider MLP, to match
+                              Parallax's parameters
+  _compute_parameter_matched  the same with an MLP that matches softmax's parameters
+The paper does not state which of the latter two it trained.
 
-The recurrent baselines have sizes of their own, named by their kind: heads as their authors have them for the
-width (the paper states none, the choice is ours), an MLP for the parameters of the softmax model:
+The recurrent baselines have sizes named by their kind: heads as in their authors' models of that width (our
+choice, since the paper does not state them), and an MLP that matches softmax's parameters.
   _gated-deltanet  keys of 3/4 of the width in heads of 256 (at 60m of 128), values twice as wide
   _kda, _mesanet   keys and values of the width, in heads of 128
-  _mamba2          an inner width of twice the width, in heads of 64, a state of 128
+  _mamba2          an inner width of twice the width, in heads of 64, a state size of 128
 """
 
 from dataclasses import dataclass
@@ -30,8 +30,8 @@ class ModelSize:
         width: Model width D.
         num_layers: Number of blocks.
         num_heads: Query heads H.
-        num_kv_heads: Key/value heads G; divides num_heads.
-        head_dim: Head width K, independent of width.
+        num_kv_heads: Key/value heads G; num_heads must be a multiple.
+        head_dim: Head width K; independent of width.
         mlp_width: Width F of the SwiGLU.
     """
 
@@ -114,11 +114,11 @@ SIZES: dict[str, ModelSize] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Control:
-    """What a matched size is for.
+    """The purpose of a matched size.
 
     Attributes:
-        attention: Kind of the attention that takes this size.
-        reference: Kind of the attention whose parameters it matches, at the plain size.
+        attention: The attention.kind that has this size.
+        reference: The attention.kind whose parameters at the plain size are matched.
     """
 
     attention: str
@@ -137,6 +137,6 @@ CONTROLS: dict[str, Control] = {
 
 
 def split_size(size: str) -> tuple[str, str | None]:
-    """A row's plain size and its control, as ("0.6b", "compute_matched"); None for a plain size."""
+    """Split a row's name into plain size and control (None without), as ("0.6b", "compute_matched")."""
     plain, _, control = size.partition("_")
     return plain, control or None

@@ -1,4 +1,4 @@
-"""What the models give to torchtitan: the trainable model and its parallelization."""
+"""The models for torchtitan: model arguments, the trainable model and its parallelization."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -19,7 +19,7 @@ from models.qwen3 import Qwen3
 
 @dataclass(kw_only=True)
 class TitanModelArgs(BaseModelArgs):
-    """torchtitan's model arguments.
+    """Model arguments in torchtitan's protocol.
 
     Attributes:
         config: The [model] table.
@@ -30,32 +30,32 @@ class TitanModelArgs(BaseModelArgs):
     seed: int
 
     def update_from_config(self, job_config: JobConfig, **kwargs: object) -> None:
-        """Nothing is taken from torchtitan's own config."""
+        """Do nothing: the model is defined by `config` alone."""
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
-        """Parameters, and training FLOPs per token at seq_len, both exact."""
+        """Return the exact number of parameters, and of training FLOPs per token at seq_len."""
         assert isinstance(model, Qwen3)
         return model.num_parameters()["total"], round(model.num_flops_per_token(seq_len))
 
 
 class TitanQwen3(Qwen3):
-    """Qwen3 as torchtitan's trainer builds it."""
+    """Qwen3 with the constructor and the init_weights that torchtitan's trainer calls.
+
+    Args:
+        model_args: Config and seed.
+    """
 
     def __init__(self, model_args: TitanModelArgs) -> None:
-        """Build the model.
-
-        Args:
-            model_args: Config and seed.
-        """
         super().__init__(model_args.config)
         self.seed = model_args.seed
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
-        """Set the weights from the run's seed; the model has no buffers."""
+        """Draw the initial weights from the run's seed; the model has no buffers."""
         init_weights(self, self.seed)
 
 
-# what selective checkpointing keeps: matrix products (torchtitan drops every second) and attention
+# ops whose outputs selective activation checkpointing saves: matrix products (of which torchtitan recomputes
+# every second one) and attention
 _SAVED_OPS = (
     "aten.mm.default",
     "aten._scaled_dot_product_flash_attention.default",
@@ -77,7 +77,7 @@ def _saved_ops() -> set[torch._ops.OpOverload]:
 
 
 def device_mesh(device_type: str, replicate: int, shard: int) -> DeviceMesh:
-    """The mesh of FSDP (one axis) or HSDP (two), one rank included."""
+    """Build the device mesh of FSDP (one axis) or HSDP (two), for one rank too."""
     if replicate == 1:
         return init_device_mesh(device_type, (shard,), mesh_dim_names=("shard",))
     return init_device_mesh(device_type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
@@ -92,14 +92,15 @@ def parallelize(
     compile_blocks: bool,
     reshard_after_forward: bool,
 ) -> Qwen3:
-    """Apply activation checkpointing, per-block compile and FSDP2, on one rank too: one path for any number.
+    """Apply activation checkpointing, per-block compile and FSDP2, in that order, on one rank too.
 
     Args:
         model: The model, on the meta device or not.
         mesh: From device_mesh.
         precision: Dtype of gathered weights and activations; gradients are reduced in fp32.
-        activation_checkpointing: What the backward recomputes; None for nothing.
-        compile_blocks: torch.compile each block.
+        activation_checkpointing: "selective" recomputes all but the outputs of matrix products and attention,
+            "full" recomputes whole blocks; None saves all.
+        compile_blocks: Compile each block by torch.compile.
         reshard_after_forward: Free a block's gathered weights between forward and backward.
 
     Returns:
@@ -112,11 +113,11 @@ def parallelize(
         for block in model.layers:
             attention = block.get_submodule("attention")
             block.compile(fullgraph=not attention.has_graph_breaks)
-    # the rotary tables are fp32 and must stay so: inputs are not cast
+    # inputs are not cast: the tables of the rotary embedding must stay fp32
     policy = MixedPrecisionPolicy(
         param_dtype=precision, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    # embedding and head may share their weight, so they are one group
+    # one group, since embedding and head may be tied
     fully_shard(
         [model.tok_embeddings, model.norm, model.output],
         mesh=mesh,
@@ -128,7 +129,7 @@ def parallelize(
     fully_shard(model, mesh=mesh, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # the trainer divides by the global number of tokens
+            # gradients are summed: the trainer divides the loss by the global number of tokens
             module.set_gradient_divide_factor(1.0)
             if mesh.device_type == "cpu":
                 module.set_force_sum_reduction_for_comms(True)  # gloo has no PREMUL_SUM

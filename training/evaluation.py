@@ -24,7 +24,6 @@ from eval.report.run_records import Record, task_record
 from eval.scoring.language_model import Qwen3Model
 from eval.task_results import TaskResults, format_table
 from models.generation.generate import generate
-from models.init import clean_name
 from models.qwen3 import Qwen3
 from training.agreement import AgreeingModel, EvaluationError, together
 from training.log import logger
@@ -156,7 +155,7 @@ class Evaluator:
     def _gather_model(self) -> Qwen3:
         """Return an unsharded copy of the model, in the run's precision, on every rank."""
         model = together(self._allocate_model, self.device)
-        weights = {clean_name(name): weight for name, weight in self.model.state_dict().items()}
+        weights = self.model.state_dict()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 weight = weights[name].to(parameter.dtype)
@@ -166,13 +165,9 @@ class Evaluator:
     def _allocate_model(self) -> Qwen3:
         with torch.device("meta"):
             model = Qwen3(self.config.model).to(getattr(torch, self.config.training.precision))
-        model = model.to_empty(device=self.device)
+        model.materialize(self.device)
         # the buffers for gathering the largest weight: run out of memory here, before the collective calls
         torch.empty(2 * max(p.numel() for p in model.parameters()), dtype=torch.float32, device=self.device)
-        if self.config.model.tie_embeddings:  # to_empty unties them
-            weight = model.tok_embeddings.weight
-            assert isinstance(weight, nn.Parameter)
-            model.output.weight = weight
         return model.eval().requires_grad_(False)
 
     def _sample(self, model: Qwen3, step: int, progress: Record) -> None:

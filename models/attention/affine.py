@@ -1,4 +1,4 @@
-"""The family's attentions with uniform weights in a block (paper, section 2)."""
+"""Attention with uniform weights, from running sums (paper, section 2)."""
 
 from abc import abstractmethod
 from itertools import pairwise
@@ -17,7 +17,7 @@ from parallax.causal_product import CHUNK_TOKENS
 def _new_sums(
     size: ModelSize, names: tuple[str, ...], batch: int, device: torch.device, dtype: torch.dtype
 ) -> State:
-    """Empty sums of the names of parallax.affine_state, at least fp32."""
+    """Allocate zero sums, named as in parallax.affine_state, at least fp32."""
     dtype = torch.promote_types(dtype, torch.float32)
     heads, width = size.num_kv_heads, size.head_dim
     shapes = {"v": (width,), "k": (width,), "vk": (width, width), "kk": (width, width)}
@@ -25,14 +25,13 @@ def _new_sums(
 
 
 class ValueAverage(Attention):
-    """The mean of the past's values: no queries, no keys, so that each key/value head is written once."""
+    """The mean of the past values (attention.kind "value-average"), without queries and keys.
+
+    Args:
+        size: Dimensions of the model; its query heads are not used.
+    """
 
     def __init__(self, size: ModelSize) -> None:
-        """Build the two projections.
-
-        Args:
-            size: Dimensions of the model; its query heads are not used.
-        """
         super().__init__()
         self.size = size
         self.wv = nn.Linear(size.width, size.num_kv_heads * size.head_dim, bias=False)
@@ -68,11 +67,11 @@ class ValueAverage(Attention):
         return self.wo(torch.stack(outputs, 1).to(x_BTD.dtype).flatten(2))
 
     def num_flops_per_token(self, seq_len: int) -> float:
-        """See Attention.num_flops_per_token: the projections alone, a running sum is no product."""
+        """See Attention.num_flops_per_token: the projections only, since a running sum is not a product."""
         return 6.0 * sum(p.numel() for p in self.parameters())
 
     def num_saved_elements_per_token(self) -> int:
-        """See Attention: the averages."""
+        """See Attention: the means."""
         return self.size.num_kv_heads * self.size.head_dim
 
     def num_cache_elements(self, seq_len: int) -> int:
@@ -80,8 +79,8 @@ class ValueAverage(Attention):
         return self.size.num_kv_heads * self.size.head_dim
 
 
-class _StateAttention(HeadProjections):
-    """What linear attention, affine linear attention and affine MesaNet share: causal products by states."""
+class _RunningSumAttention(HeadProjections):
+    """Attention whose decoding state are running sums over keys and values."""
 
     sums: tuple[str, ...]
 
@@ -93,11 +92,11 @@ class _StateAttention(HeadProjections):
         v_BTGK: torch.Tensor,
         cu_seqlens: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Attention over whole documents, `[B, T, H, K]`."""
+        """Compute attention over whole documents, `[B, T, H, K]`."""
 
     @abstractmethod
     def attend_sums(self, sums: State, counts_B: torch.Tensor, q_BHK: torch.Tensor) -> torch.Tensor:
-        """Attention of one query of each sequence from the sums over its keys, `[B, H, K]`."""
+        """Compute attention of one query per sequence from the sums over its counts_B keys, `[B, H, K]`."""
 
     def forward(
         self, x_BTD: torch.Tensor, rope: Rope, cu_seqlens: torch.Tensor | None, max_seqlen: int
@@ -106,7 +105,7 @@ class _StateAttention(HeadProjections):
         return self.wo(self.attend(*self.project(x_BTD, rope), cu_seqlens).flatten(2))
 
     def new_state(self, batch: int, max_seqlen: int, *, device: torch.device, dtype: torch.dtype) -> State:
-        """See Attention.new_state: sums over the past."""
+        """See Attention.new_state: the sums over the past."""
         return _new_sums(self.size, self.sums, batch, device, dtype)
 
     def prefill(
@@ -128,37 +127,35 @@ class _StateAttention(HeadProjections):
         return self.wo(torch.stack(outputs, 1).to(x_BTD.dtype).flatten(2))
 
     def causal_product_flops_per_token(self, num_products: int, seq_len: int) -> float:
-        """FLOPs per token of causal products by chunks: states written and read, scores within a chunk."""
+        """Count the FLOPs per token of chunked causal products: state updates and reads, scores in chunks."""
         size = self.size
         states = 2.0 * num_products * (size.num_heads + size.num_kv_heads) * size.head_dim**2
         return states + self.product_flops_per_token(2 * num_products, min(seq_len, CHUNK_TOKENS), None)
 
     def num_saved_elements_per_token(self) -> int:
-        """See Attention: q, k, v are kept in fp32, two elements of 16 bits each, q and k with a column."""
+        """See Attention: also q, k, v in fp32 (two 16-bit elements each), q and k with one more column."""
         size = self.size
         extra = (3 * size.num_heads + 4 * size.num_kv_heads) * size.head_dim
         return super().num_saved_elements_per_token() + extra
 
 
-class LinearAttention(_StateAttention):
-    """Linear attention, with the intercept (affine) or without.
+class LinearAttention(_RunningSumAttention):
+    """Linear attention (attention.kind "linear"), or with an intercept ("affine-linear").
 
-    Without a softmax all that a query does is to probe: W_Q makes the probe, with its norm and RoPE, and the
-    parameters are softmax attention's. The probe takes softmax attention's 1 / sqrt(K), our choice: the norms
-    alone would let the first token of a document answer K times its value.
+    Without a softmax the query only serves as the probe: W_Q projects it, with its norm and RoPE, and the
+    parameters are those of softmax attention. Its scale is softmax attention's 1 / sqrt(K), our choice:
+    without it the output at the first token of a document would be K times its value.
+
+    Args:
+        config: Chooses between the two.
+        size: Dimensions of the model.
+        norm_eps: Epsilon of the RMSNorm of each head.
+
+    Raises:
+        UserError: As HeadProjections.
     """
 
     def __init__(self, config: LinearConfig | AffineLinearConfig, size: ModelSize, norm_eps: float) -> None:
-        """Build the projections.
-
-        Args:
-            config: Which of the two.
-            size: Dimensions of the model.
-            norm_eps: Epsilon of the RMSNorm of each head.
-
-        Raises:
-            ValueError: As in HeadProjections.
-        """
         super().__init__(size, norm_eps)
         self.is_affine = isinstance(config, AffineLinearConfig)
         self.sums = ("v", "k", "vk") if self.is_affine else ("vk",)
@@ -170,42 +167,41 @@ class LinearAttention(_StateAttention):
         v_BTGK: torch.Tensor,
         cu_seqlens: torch.Tensor | None,
     ) -> torch.Tensor:
-        """See _StateAttention.attend."""
+        """See _RunningSumAttention.attend."""
         attend = affine_linear_attention if self.is_affine else linear_attention
         return attend(q_BTHK * self.size.head_dim**-0.5, k_BTGK, v_BTGK, cu_seqlens=cu_seqlens)
 
     def attend_sums(self, sums: State, counts_B: torch.Tensor, q_BHK: torch.Tensor) -> torch.Tensor:
-        """See _StateAttention.attend_sums."""
+        """See _RunningSumAttention.attend_sums."""
         attend = affine_output if self.is_affine else linear_output
         return attend(sums, counts_B, q_BHK * self.size.head_dim**-0.5)
 
     def num_flops_per_token(self, seq_len: int) -> float:
-        """See Attention.num_flops_per_token: a causal product forward, as much as two backward."""
+        """See Attention.num_flops_per_token: one causal product forward, two backward."""
         return self.projection_flops_per_token() + self.causal_product_flops_per_token(3, seq_len)
 
     def num_cache_elements(self, seq_len: int) -> int:
-        """See Attention.num_cache_elements: the sum of v k^T; affine, those of v and k as well."""
+        """See Attention.num_cache_elements: the sum of v k^T; with an intercept also those of v and k."""
         width = self.size.head_dim
         return self.size.num_kv_heads * (width**2 + (2 * width if self.is_affine else 0))
 
 
-class AffineMesaNet(_StateAttention):
-    """Affine linear attention whose probe is solved for every query: LLA with uniform weights."""
+class AffineMesaNet(_RunningSumAttention):
+    """Affine MesaNet (attention.kind "affine-mesanet"): local linear attention with uniform weights.
 
-    extends_in_graph = False  # conjugate gradients ask the device whether they have converged
+    Args:
+        config: Options of the attention.
+        size: Dimensions of the model.
+        norm_eps: Epsilon of the RMSNorm of each head.
+
+    Raises:
+        UserError: As HeadProjections.
+    """
+
+    supports_cuda_graph = False  # conjugate gradients check for convergence on the host
     sums = ("v", "k", "vk", "kk")
 
     def __init__(self, config: AffineMesaNetConfig, size: ModelSize, norm_eps: float) -> None:
-        """Build the projections.
-
-        Args:
-            config: Options of the mechanism.
-            size: Dimensions of the model.
-            norm_eps: Epsilon of the RMSNorm of each head.
-
-        Raises:
-            ValueError: As in HeadProjections.
-        """
         super().__init__(size, norm_eps)
         self.config = config
 
@@ -216,27 +212,27 @@ class AffineMesaNet(_StateAttention):
         v_BTGK: torch.Tensor,
         cu_seqlens: torch.Tensor | None,
     ) -> torch.Tensor:
-        """See _StateAttention.attend."""
+        """See _RunningSumAttention.attend."""
         ridge, num_iterations = self.config.ridge, self.config.num_iterations
         return affine_mesanet(
             q_BTHK, k_BTGK, v_BTGK, ridge=ridge, cu_seqlens=cu_seqlens, num_iterations=num_iterations
         )
 
     def attend_sums(self, sums: State, counts_B: torch.Tensor, q_BHK: torch.Tensor) -> torch.Tensor:
-        """See _StateAttention.attend_sums."""
+        """See _RunningSumAttention.attend_sums."""
         return mesanet_output(sums, counts_B, q_BHK, self.config.ridge, self.config.num_iterations)
 
     def num_flops_per_token(self, seq_len: int) -> float:
         """See Attention.num_flops_per_token.
 
-        A causal product for the output and one in each of the iterations of either direction, as if none
-        stopped early; as much as two for the output's gradient, two for the probe's.
+        One causal product for the output and one per iteration in either direction, as if no query converged
+        early; two for the gradient of the output, two for that of the probe.
         """
         num_products = 2 * self.config.num_iterations + 5
         return self.projection_flops_per_token() + self.causal_product_flops_per_token(num_products, seq_len)
 
     def num_saved_elements_per_token(self) -> int:
-        """See Attention: the probe besides, in fp32."""
+        """See Attention: also the probe, in fp32."""
         return super().num_saved_elements_per_token() + 2 * self.size.num_heads * self.size.head_dim
 
     def num_cache_elements(self, seq_len: int) -> int:

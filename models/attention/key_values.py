@@ -1,8 +1,8 @@
-"""Attentions that decode from the keys and values of the past.
+"""The KV cache of softmax, Parallax and local linear attention.
 
-Letters as in base.py; S keys that a cache has room for. With a window S is the window's length and the token
-at position p takes the place of the one at p - S, which nobody sees any more. The order of keys in a cache
-does not matter: each carries its own rotation.
+Letters as in base.py; S capacity of the cache in keys. With a sliding window S is the window's length and the
+cache a ring buffer: position p overwrites position p - S, which no query sees any more. The order of keys in
+the cache does not matter, since RoPE has been applied to them.
 """
 
 from abc import abstractmethod
@@ -12,19 +12,19 @@ import torch
 from models.attention.base import HeadProjections, Rope, State
 
 _PIECE_TOKENS = 8
-"""New tokens of a sequence that the decode kernels take at once."""
+"""Maximum number of new tokens per sequence of a call to the decode kernels."""
 
-_LONGEST_IN_PIECES = 64
-"""Above it, a forward over past and new tokens together is faster than reading the cache for every piece."""
+_MAX_TOKENS_IN_PIECES = 64
+"""Above it, one forward over past and new tokens is faster than reading the cache once per piece."""
 
 
 class KeyValueAttention(HeadProjections):
-    """The projections, attention over whole documents, and a cache of keys and values."""
+    """An attention module with a KV cache, for attention over whole documents and over the cache."""
 
     window_size: int | None = None
 
     def probe(self, x_BTD: torch.Tensor, rope: Rope) -> torch.Tensor | None:
-        """What the correction is evaluated at, `[B, T, H, K]`; None for attentions that have none."""
+        """Compute the probe stream r, `[B, T, H, K]`; None for an attention without one."""
         return None
 
     @abstractmethod
@@ -37,13 +37,16 @@ class KeyValueAttention(HeadProjections):
         cu_seqlens: torch.Tensor | None,
         max_seqlen: int,
     ) -> torch.Tensor:
-        """Attention over whole documents, `[B, T, H, K]`; arguments as projected, and as of forward."""
+        """Compute attention over whole documents, `[B, T, H, K]`, from projected heads.
+
+        The other arguments as in forward.
+        """
 
     @abstractmethod
     def attend_cached(
         self, q_BTHK: torch.Tensor, r_BTHK: torch.Tensor | None, state: State, num_keys_B: torch.Tensor
     ) -> torch.Tensor:
-        """The same of new tokens, whose keys are the last of num_keys_B in the state, `[B, T, H, K]`."""
+        """Compute attention of new tokens, whose keys are the last of num_keys_B in the KV cache."""
 
     def forward(
         self, x_BTD: torch.Tensor, rope: Rope, cu_seqlens: torch.Tensor | None, max_seqlen: int
@@ -54,7 +57,7 @@ class KeyValueAttention(HeadProjections):
         return self.wo(o_BTHK.flatten(2))
 
     def new_state(self, batch: int, max_seqlen: int, *, device: torch.device, dtype: torch.dtype) -> State:
-        """See Attention.new_state: k and v, `[B, S, G, K]`."""
+        """See Attention.new_state: keys and values `[B, S, G, K]`."""
         num_keys = max_seqlen if self.window_size is None else min(self.window_size, max_seqlen)
         shape = (batch, num_keys, self.size.num_kv_heads, self.size.head_dim)
         return {name: torch.zeros(shape, device=device, dtype=dtype) for name in ("k", "v")}
@@ -74,23 +77,23 @@ class KeyValueAttention(HeadProjections):
         return self.wo(o_BTHK.flatten(2))
 
     def extend(self, x_BTD: torch.Tensor, rope: Rope, state: State, lengths_B: torch.Tensor) -> torch.Tensor:
-        """See Attention.extend; more than 64 tokens at once wait for the device."""
+        """See Attention.extend; more than 64 tokens at once synchronize with the device."""
         q, k, v = self.project(x_BTD, rope)
         r = self.probe(x_BTD, rope)
         num_tokens, capacity = x_BTD.shape[1], state["k"].shape[1]
-        if num_tokens > _LONGEST_IN_PIECES:
-            o_BTHK = self._attend_to_all(q, r, k, v, state, lengths_B)
+        if num_tokens > _MAX_TOKENS_IN_PIECES:
+            o_BTHK = self._attend_to_past_and_new(q, r, k, v, state, lengths_B)
             self._write(k[:, -capacity:], v[:, -capacity:], state, lengths_B)
             return self.wo(o_BTHK.flatten(2))
-        # with a window every token takes a place that the token before it still needed
+        # with a window each token overwrites a key that the token before it still sees
         size = _PIECE_TOKENS if self.window_size is None else 1
         pieces = []
         for start in range(0, num_tokens, size):
             piece = slice(start, min(start + size, num_tokens))
-            # the last piece, mostly the only one, has the lengths that all layers share: no kernel for them
-            so_far_B = lengths_B if piece.stop == num_tokens else lengths_B - (num_tokens - piece.stop)
-            self._write(k[:, piece], v[:, piece], state, so_far_B)
-            num_keys_B = so_far_B if self.window_size is None else so_far_B.clamp(max=capacity)
+            # the last piece, usually the only one, uses lengths_B itself, which saves a kernel
+            piece_lengths_B = lengths_B if piece.stop == num_tokens else lengths_B - (num_tokens - piece.stop)
+            self._write(k[:, piece], v[:, piece], state, piece_lengths_B)
+            num_keys_B = piece_lengths_B if self.window_size is None else piece_lengths_B.clamp(max=capacity)
             r_piece = None if r is None else r[:, piece]
             pieces.append(self.attend_cached(q[:, piece], r_piece, state, num_keys_B))
         o_BTHK = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
@@ -99,13 +102,13 @@ class KeyValueAttention(HeadProjections):
     def _write(
         self, k_BTGK: torch.Tensor, v_BTGK: torch.Tensor, state: State, lengths_B: torch.Tensor
     ) -> None:
-        """Put keys and values where the last tokens of lengths_B belong."""
+        """Write keys and values to the cache, as the last tokens of sequences of lengths_B."""
         o_row = torch.arange(k_BTGK.shape[0], device=k_BTGK.device)[:, None]
         o_token = lengths_B[:, None] + torch.arange(-k_BTGK.shape[1], 0, device=k_BTGK.device)
         for name, x in (("k", k_BTGK), ("v", v_BTGK)):
             state[name].index_put_((o_row, o_token % state[name].shape[1]), x)
 
-    def _attend_to_all(
+    def _attend_to_past_and_new(
         self,
         q_BTHK: torch.Tensor,
         r_BTHK: torch.Tensor | None,
@@ -114,7 +117,7 @@ class KeyValueAttention(HeadProjections):
         state: State,
         lengths_B: torch.Tensor,
     ) -> torch.Tensor:
-        """The training forward over past and new tokens, packed; the past's queries are zeros."""
+        """Compute attention of new tokens by `attend` over past and new ones, packed; past queries are 0."""
         num_new, capacity = q_BTHK.shape[1], state["k"].shape[1]
         pasts = [
             torch.arange(max(0, length - capacity), length, device=q_BTHK.device) % capacity
@@ -122,23 +125,23 @@ class KeyValueAttention(HeadProjections):
         ]
         stops = torch.tensor([len(past) + num_new for past in pasts]).cumsum(0).tolist()
 
-        def joined(x_BTGK: torch.Tensor, name: str) -> torch.Tensor:
+        def with_past(x_BTGK: torch.Tensor, name: str) -> torch.Tensor:
             rows = [part for row, past in enumerate(pasts) for part in (state[name][row, past], x_BTGK[row])]
             return torch.cat(rows).unsqueeze(0)
 
-        def placed(x_BTHK: torch.Tensor) -> torch.Tensor:
+        def with_zeros_for_past(x_BTHK: torch.Tensor) -> torch.Tensor:
             out = x_BTHK.new_zeros(1, stops[-1], *x_BTHK.shape[2:])
             for row, stop in zip(x_BTHK, stops, strict=True):
                 out[0, stop - num_new : stop] = row
             return out
 
-        r = None if r_BTHK is None else placed(r_BTHK)
+        r = None if r_BTHK is None else with_zeros_for_past(r_BTHK)
         cu_seqlens = torch.tensor([0, *stops], device=q_BTHK.device, dtype=torch.int32)
-        k, v = joined(k_BTGK, "k"), joined(v_BTGK, "v")
-        o_BTHK = self.attend(placed(q_BTHK), r, k, v, cu_seqlens, max(map(len, pasts)) + num_new)
+        k, v = with_past(k_BTGK, "k"), with_past(v_BTGK, "v")
+        o_BTHK = self.attend(with_zeros_for_past(q_BTHK), r, k, v, cu_seqlens, max(map(len, pasts)) + num_new)
         return torch.stack([o_BTHK[0, stop - num_new : stop] for stop in stops])
 
     def num_cache_elements(self, seq_len: int) -> int:
-        """See Attention.num_cache_elements: keys and values, no more than the window has."""
+        """See Attention.num_cache_elements: keys and values, at most those of the window."""
         num_keys = seq_len if self.window_size is None else min(seq_len, self.window_size)
         return 2 * self.size.num_kv_heads * self.size.head_dim * num_keys

@@ -1,4 +1,4 @@
-"""Exact local linear attention in a block."""
+"""Exact local linear attention."""
 
 import torch
 
@@ -10,21 +10,20 @@ from parallax import local_linear_attention, local_linear_decode
 
 
 class LocalLinearAttention(KeyValueAttention):
-    """Softmax attention's projections; the probe is solved for every query (paper, section 2)."""
+    """Local linear attention (attention.kind "lla"): Parallax with a solved probe (paper, section 2).
 
-    extends_in_graph = False  # conjugate gradients ask the device whether they have converged
+    Args:
+        config: Options of the attention.
+        size: Dimensions of the model.
+        norm_eps: Epsilon of the RMSNorm of each head.
+
+    Raises:
+        UserError: As HeadProjections.
+    """
+
+    supports_cuda_graph = False  # conjugate gradients check for convergence on the host
 
     def __init__(self, config: LocalLinearConfig, size: ModelSize, norm_eps: float) -> None:
-        """Build the projections.
-
-        Args:
-            config: Options of the mechanism.
-            size: Dimensions of the model.
-            norm_eps: Epsilon of the RMSNorm of each head.
-
-        Raises:
-            ValueError: As in HeadProjections.
-        """
         super().__init__(size, norm_eps)
         self.config = config
         self.window_size = config.window_size
@@ -53,7 +52,7 @@ class LocalLinearAttention(KeyValueAttention):
     def attend_cached(
         self, q_BTHK: torch.Tensor, r_BTHK: torch.Tensor | None, state: State, num_keys_B: torch.Tensor
     ) -> torch.Tensor:
-        """See KeyValueAttention.attend_cached; by conjugate gradients, which are exact after K iterations."""
+        """See KeyValueAttention.attend_cached; always by conjugate gradients, exact after K iterations."""
         config = self.config
         return local_linear_decode(
             q_BTHK,
@@ -67,9 +66,9 @@ class LocalLinearAttention(KeyValueAttention):
     def num_flops_per_token(self, seq_len: int) -> float:
         """See Attention.num_flops_per_token.
 
-        4 products forward (two scores, mean key, values) and 11 backward, 6 of the output and 5 of the probe;
-        2 in each of the iterations of either direction, as if none stopped early, or K for the matrices that
-        the direct solver forms. Their factorisation is not counted.
+        4 products forward (two scores, mean key, values) and 11 backward, 6 for the output and 5 for the
+        probe; 2 per iteration in either direction, as if no query converged early, or K for the matrices of
+        the direct solver, whose factorization is not counted.
         """
         config = self.config
         num_products = 15 + (4 * config.num_iterations if config.solver == "cg" else self.size.head_dim)
@@ -78,7 +77,7 @@ class LocalLinearAttention(KeyValueAttention):
         )
 
     def num_saved_elements_per_token(self) -> int:
-        """See Attention: q, k, v, the probe, and the kernels' o and vbar, each in two elements of 16 bits."""
+        """See Attention: q, k, v, the probe, o and vbar in fp32, counted as two 16-bit elements each."""
         size = self.size
         extra = (7 * size.num_heads + 2 * size.num_kv_heads) * size.head_dim
         return super().num_saved_elements_per_token() + extra

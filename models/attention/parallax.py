@@ -1,4 +1,4 @@
-"""Parallax attention in a block: the probe is projected, normalised, rotated and gated."""
+"""Parallax attention: the probe r is projected, normalized, rotated and gated."""
 
 import torch
 from torch import nn
@@ -11,19 +11,18 @@ from parallax import parallax_attention, parallax_decode
 
 
 class ParallaxAttention(KeyValueAttention):
-    """Softmax attention plus the covariance correction, o = vbar - Sigma_KV rho (paper, section 1)."""
+    """Parallax attention (attention.kind "parallax"), o = vbar - Sigma_KV rho (paper, section 1).
+
+    Args:
+        config: Options of the attention.
+        size: Dimensions of the model.
+        norm_eps: Epsilon of the RMSNorm of each head.
+
+    Raises:
+        UserError: As HeadProjections.
+    """
 
     def __init__(self, config: ParallaxConfig, size: ModelSize, norm_eps: float) -> None:
-        """Build the projections.
-
-        Args:
-            config: Options of the mechanism.
-            size: Dimensions of the model.
-            norm_eps: Epsilon of the RMSNorm of each head.
-
-        Raises:
-            ValueError: As in HeadProjections.
-        """
         super().__init__(size, norm_eps)
         self.config = config
         self.window_size = config.window_size
@@ -39,7 +38,7 @@ class ParallaxAttention(KeyValueAttention):
             self.wg = nn.Linear(size.width, size.num_heads if config.gate == "head" else 1, bias=False)
 
     def probe(self, x_BTD: torch.Tensor, rope: Rope) -> torch.Tensor:
-        """The probe rho = g * r_scale * rope(norm(W_R x)), `[B, T, H, K]`."""
+        """Compute the probe rho = g * r_scale * rope(norm(W_R x)), `[B, T, H, K]`."""
         config = self.config
         r_BTHK = self.split_heads(self.wr(x_BTD) if config.r_rank is None else self.wr_out(self.wr_in(x_BTD)))
         if config.r_norm:
@@ -79,23 +78,23 @@ class ParallaxAttention(KeyValueAttention):
     def num_flops_per_token(self, seq_len: int) -> float:
         """See Attention.num_flops_per_token.
 
-        4 products forward (two scores, two sums of values) and 6 backward: dO V^T, dV, dQ, dR and two for dK.
-        The kernels form them in every query head, also where query heads share a probe.
+        4 products forward (scores of q and r, two sums of values) and 6 backward: dO V^T, dV, dQ, dR and two
+        for dK. The kernels compute them in every query head, even if query heads share a probe.
         """
         return self.projection_flops_per_token() + self.product_flops_per_token(
             10, seq_len, self.config.window_size
         )
 
     def num_saved_elements_per_token(self) -> int:
-        """See Attention: besides, vbar, and of the probe what it goes through.
+        """See Attention: those of HeadProjections, vbar, and those of the probe.
 
-        That is r as attention takes it; the norm's input; the gate and its input, unless that follows from
-        the norm's without RoPE; and what the first factor of W_R hands to the second.
+        Those are r as input of the attention; the input of its norm; the gate, and its input unless the
+        compiler recomputes it from the norm (without RoPE); and the output of wr_in.
         """
         config, size = self.config, self.size
         num_probes = size.num_kv_heads if config.r_heads == "kv" else size.num_heads
-        num_kept = int(config.r_norm) + (config.gate is not None and (config.rope_on_r or not config.r_norm))
-        elements = (2 * size.num_heads + num_kept * num_probes) * size.head_dim + (config.r_rank or 0)
+        num_saved = int(config.r_norm) + (config.gate is not None and (config.rope_on_r or not config.r_norm))
+        elements = (2 * size.num_heads + num_saved * num_probes) * size.head_dim + (config.r_rank or 0)
         if config.gate is not None:
             elements += size.num_heads if config.gate == "head" else 1
         return super().num_saved_elements_per_token() + elements

@@ -1,4 +1,4 @@
-"""Softmax attention through torch's kernels."""
+"""Softmax attention by torch's kernels."""
 
 import torch
 from torch.nn import functional as F
@@ -11,7 +11,7 @@ from models.config import SoftmaxConfig
 from models.sizes import ModelSize
 from parallax import parallax_decode
 
-# the fastest first: on Hopper cuDNN takes 0.58 of FlashAttention-2's time
+# fastest first: on Hopper cuDNN takes 0.58 of the time of FlashAttention-2
 _BACKENDS = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -33,10 +33,10 @@ def _masked_attention(
     max_seqlen: int,
     window_size: int | None,
 ) -> torch.Tensor:
-    """Attention over documents with an explicit mask, in blocks of max_seqlen queries.
+    """Compute attention over packed documents with an explicit mask, in blocks of max_seqlen queries.
 
-    No document is longer than a block, so a block's queries see no key before the block before it: the mask
-    has T * 2 * max_seqlen entries and never T * T.
+    No document is longer than a block, so that a block's queries see only its own keys and those of the
+    previous block: the mask has T * 2 * max_seqlen entries instead of T * T.
     """
     num_tokens = q_THK.shape[0]
     block = min(max_seqlen, num_tokens)
@@ -46,17 +46,17 @@ def _masked_attention(
     o_query = starts + torch.arange(block, device=q_THK.device)
     o_key = starts + torch.arange(-block, block, device=q_THK.device)
     ids = F.pad(_document_ids(cu_seqlens, num_tokens), (block, tail), value=-1)
-    same_document = ids[o_query + block].unsqueeze(2) == ids[o_key + block].unsqueeze(1)
+    is_same_document = ids[o_query + block].unsqueeze(2) == ids[o_key + block].unsqueeze(1)
     distance = o_query.unsqueeze(2) - o_key.unsqueeze(1)
-    visible = same_document & (distance >= 0)
+    is_visible = is_same_document & (distance >= 0)
     if window_size is not None:
-        visible &= distance < window_size
+        is_visible &= distance < window_size
     q = F.pad(q_THK, (0, 0, 0, 0, 0, tail)).unflatten(0, (num_blocks, block)).transpose(1, 2)
     k, v = (
         F.pad(x, (0, 0, 0, 0, block, tail)).unfold(0, 2 * block, block).permute(0, 1, 3, 2)
         for x in (k_TGK, v_TGK)
     )
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible.unsqueeze(1), enable_gqa=True)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=is_visible.unsqueeze(1), enable_gqa=True)
     return out.transpose(1, 2).flatten(0, 1)[:num_tokens]
 
 
@@ -68,18 +68,18 @@ def softmax_attention(
     max_seqlen: int,
     window_size: int | None,
 ) -> torch.Tensor:
-    """Causal softmax attention, sum_j softmax_j(q_i.k_j / sqrt(K)) v_j.
+    """Compute causal softmax attention, sum_j softmax_j(q_i.k_j / sqrt(K)) v_j.
 
     Args:
         q_BTHK: Queries `[B, T, H, K]`.
         k_BTGK: Keys `[B, T, G, K]`.
         v_BTGK: Values `[B, T, G, K]`.
-        cu_seqlens: Document bounds `[N + 1]`, int32, with B = 1; None for B rows of one document each.
+        cu_seqlens: Document boundaries `[N + 1]`, int32, with B = 1; None for B rows of one document each.
         max_seqlen: An upper bound on the length of a document.
-        window_size: Keys that a query sees, its own included; None for all.
+        window_size: Number of keys that a query sees, its own included; None for no window.
 
     Returns:
-        `[B, T, H, K]`, the dtype of q.
+        Output `[B, T, H, K]`, q's dtype.
     """
     if cu_seqlens is None and window_size is None:
         q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
@@ -101,10 +101,18 @@ def softmax_attention(
 
 
 class SoftmaxAttention(KeyValueAttention):
-    """Qwen3's own attention."""
+    """Softmax attention, that of Qwen3 (attention.kind "softmax").
+
+    Args:
+        config: Options of the attention.
+        size: Dimensions of the model.
+        norm_eps: Epsilon of the RMSNorm of each head.
+
+    Raises:
+        UserError: As HeadProjections.
+    """
 
     def __init__(self, config: SoftmaxConfig, size: ModelSize, norm_eps: float) -> None:
-        """Build the projections. Args and errors as in HeadProjections."""
         super().__init__(size, norm_eps)
         self.config = config
         self.window_size = config.window_size

@@ -1,1 +1,1 @@
-"""Hugging Face checkpoints in and out; `python -m models.convert` is the command."""
+"""Conversion from and to Hugging Face checkpoints; `python -m models.convert` is the command."""

@@ -1,11 +1,14 @@
-"""Hugging Face's names and config.json of what converts: stock Qwen3, and modeling_parallax.py."""
+"""Hugging Face's weight names and config.json, of stock Qwen3 and of modeling_parallax.py."""
 
 import dataclasses
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
+from errors import UnsupportedError, UserError
 from models.config import ModelConfig, ParallaxConfig, SoftmaxConfig
 from models.sizes import SIZES, ModelSize
 
@@ -36,7 +39,7 @@ _DIMENSIONS = {
     "intermediate_size": "mlp_width",
 }
 _PROBE_KEYS = [f.name for f in dataclasses.fields(ParallaxConfig) if f.name not in ("kind", "impl")]
-# what has one value here
+# keys with a single supported value
 _FIXED: Table = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -45,7 +48,7 @@ _FIXED: Table = {
     "chunk_size_feed_forward": 0,
     "quantization_config": None,
 }
-# what changes neither weights nor logits, besides what is read below
+# keys that change neither weights nor logits
 _WITHOUT_EFFECT = {
     *("_name_or_path", "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "model_type"),
     *("pad_token_id", "torch_dtype", "transformers_version", "use_cache"),
@@ -60,12 +63,12 @@ _READ = {
 
 @dataclass(frozen=True, kw_only=True)
 class HuggingFaceConfig:
-    """What a config.json says of a model.
+    """The contents of a config.json.
 
     Attributes:
         model: The architecture.
-        num_positions: max_position_embeddings; None where it is not named.
-        eos_token_id: The id, or the first of them, that ends a text; None where none is named.
+        num_positions: max_position_embeddings; None if missing.
+        eos_token_id: The end-of-sequence token's id, the first of several; None if missing.
     """
 
     model: ModelConfig
@@ -73,17 +76,29 @@ class HuggingFaceConfig:
     eos_token_id: int | None
 
 
+def read_json(path: Path) -> Table:
+    """Read a JSON file.
+
+    Raises:
+        UserError: It is not valid JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+
+
 def to_hugging_face(weights: Mapping[str, T]) -> dict[str, T]:
-    """Rename the weights of a softmax or Parallax model to those of its Hugging Face model.
+    """Rename the weights of a softmax or Parallax model to Hugging Face's names.
 
     Args:
-        weights: Values (tensors of any kind) by our names.
+        weights: Tensors, or any other values, by this project's names.
 
     Returns:
         The same values by Hugging Face's names.
 
     Raises:
-        ValueError: A weight has no place there; names it.
+        UserError: A weight has no counterpart in Hugging Face's model.
     """
     renamed: dict[str, T] = {}
     for name, value in weights.items():
@@ -93,26 +108,28 @@ def to_hugging_face(weights: Mapping[str, T]) -> dict[str, T]:
                 renamed[match.expand(template)] = value
                 break
         else:
-            raise ValueError(f"{name} has no place in Hugging Face's Qwen3; softmax and Parallax models have")
+            raise UserError(
+                f"{name} has no counterpart in Hugging Face's Qwen3; only softmax and Parallax models convert"
+            )
     return renamed
 
 
 def to_config_json(
     config: ModelConfig, *, dtype: str, num_positions: int | None, eos_token_id: int | None
 ) -> Table:
-    """The config.json of a model.
+    """Encode a model's config as config.json.
 
     Args:
         config: The [model] table.
-        dtype: Dtype of the saved weights, as torch calls it.
-        num_positions: Tokens of the rows that it was trained on; None to leave it to the reader.
-        eos_token_id: The id that ends a document; None where no tokenizer is known.
+        dtype: Dtype of the saved weights, by its name in torch.
+        num_positions: Length of the rows in training, in tokens; None for transformers' default.
+        eos_token_id: Id of the end-of-document token; None without a tokenizer.
 
     Returns:
-        JSON's values by key.
+        JSON values by key.
 
     Raises:
-        NotImplementedError: The attention has no counterpart there; names those that have.
+        UnsupportedError: The attention has no counterpart in transformers.
     """
     size = config.dimensions
     table: Table = {name: getattr(size, field) for name, field in _DIMENSIONS.items()}
@@ -126,7 +143,7 @@ def to_config_json(
         "use_cache": True,
     }
     table |= {} if num_positions is None else {"max_position_embeddings": num_positions}
-    # no pad_token_id here: it would cut that embedding off from its gradient
+    # no pad_token_id: transformers would give that row of the embedding no gradient
     table |= {} if eos_token_id is None else {"eos_token_id": eos_token_id}
     match config.attention:
         case SoftmaxConfig(window_size=window_size):
@@ -143,24 +160,24 @@ def to_config_json(
             }
             table |= {name: getattr(config.attention, name) for name in _PROBE_KEYS}
         case _:
-            raise NotImplementedError(
-                f'models with attention.kind "{config.attention.kind}" have no Hugging Face counterpart '
-                'here; "softmax" and "parallax" have'
+            raise UnsupportedError(
+                f'models with attention.kind "{config.attention.kind}" cannot be converted to Hugging Face; '
+                '"softmax" and "parallax" can'
             )
     return dict(sorted(table.items()))
 
 
 def from_config_json(table: Table) -> HuggingFaceConfig:
-    """Our config of a model by its config.json.
+    """Decode a config.json.
 
     Args:
-        table: JSON's values by key.
+        table: JSON values by key.
 
     Returns:
-        The architecture; its size is a row of models/sizes.py where one has these dimensions, else "custom".
+        The architecture; its size is the row of models/sizes.py with these dimensions, or else "custom".
 
     Raises:
-        ValueError: The architecture is another, or fields say what we cannot represent; names them all.
+        UserError: The architecture or some of its keys are not supported; lists all of these keys.
     """
     kind = _architecture(table)
     problems = [
@@ -172,21 +189,21 @@ def from_config_json(table: Table) -> HuggingFaceConfig:
     needed = [name for name in (*_DIMENSIONS, "vocab_size", "rms_norm_eps") if name not in table]
     problems += [f"{name} is missing" for name in needed]
     known = {*_FIXED, *_WITHOUT_EFFECT, *_READ, *(_PROBE_KEYS if kind == PARALLAX_TYPE else ())}
-    problems += [f"{name} is not known here; remove it if it changes nothing" for name in {*table} - known]
+    problems += [f"{name} is not supported; remove it if it has no effect" for name in {*table} - known]
     if kind == PARALLAX_TYPE and window_size is not None:
         problems.append("use_sliding_window is Qwen3's; a Parallax folder's window is window_size")
     if problems:
-        raise ValueError(f"config.json says what this code cannot represent: {'; '.join(sorted(problems))}")
+        raise UserError(f"config.json is not supported: {'; '.join(sorted(problems))}")
     size = ModelSize(**{field: table[name] for name, field in _DIMENSIONS.items()})
-    named = next((name for name, row in SIZES.items() if row == size), None)
+    row_name = next((name for name, row in SIZES.items() if row == size), None)
     attention = SoftmaxConfig(window_size=window_size)
     if kind == PARALLAX_TYPE:
         attention = ParallaxConfig(**{name: table[name] for name in _PROBE_KEYS if name in table})
     eos = table.get("eos_token_id")
     return HuggingFaceConfig(
         model=ModelConfig(
-            size=named or "custom",
-            custom_size=size if named is None else None,
+            size=row_name or "custom",
+            custom_size=size if row_name is None else None,
             vocab_size=table["vocab_size"],
             tie_embeddings=table.get("tie_word_embeddings", False),
             attention=attention,
@@ -200,21 +217,21 @@ def from_config_json(table: Table) -> HuggingFaceConfig:
 
 
 def _architecture(table: Table) -> str:
-    """The model_type, once it and the architecture are known."""
+    """Return the model_type of a supported architecture."""
     kind = table.get("model_type")
     wanted = {SOFTMAX_TYPE: SOFTMAX_ARCHITECTURE, PARALLAX_TYPE: PARALLAX_ARCHITECTURE}
     architectures = table.get("architectures") or [wanted.get(kind or "", kind)]
     if kind not in wanted or architectures != [wanted[kind]]:
-        raise ValueError(
-            f"config.json: unknown architecture {', '.join(map(str, architectures))} (model_type {kind!r}); "
-            f"wanted {SOFTMAX_ARCHITECTURE} (model_type {SOFTMAX_TYPE!r}), dense, or our own "
+        raise UserError(
+            f"config.json: unsupported architecture {', '.join(map(str, architectures))} "
+            f"(model_type {kind!r}); wanted {SOFTMAX_ARCHITECTURE} (model_type {SOFTMAX_TYPE!r}), dense, or "
             f"{PARALLAX_ARCHITECTURE}"
         )
     return kind
 
 
 def _rope_theta(table: Table, problems: list[str]) -> float:
-    """The base of the rotary embedding; adds to problems where it is another embedding."""
+    """Return the base of RoPE; appends to problems if its type or factors are not supported."""
     found = table.get("rope_theta")
     for name in ("rope_scaling", "rope_parameters"):
         values = dict(table.get(name) or {})
@@ -232,7 +249,7 @@ def _rope_theta(table: Table, problems: list[str]) -> float:
 
 
 def _window(table: Table, problems: list[str]) -> int | None:
-    """Keys that a query sees in every layer; adds to problems where layers differ."""
+    """Return the window size, None without one; appends to problems if layers differ."""
     num_layers = table.get("num_hidden_layers", 0)
     window_size = table.get("sliding_window") if table.get("use_sliding_window") else None
     num_full = table.get("max_window_layers", num_layers)

@@ -1,6 +1,6 @@
-"""A Hugging Face folder of a dense Qwen3 model to a run folder: one tensor in memory at a time."""
+"""Conversion of a Hugging Face folder of a dense Qwen3 model to a run folder, tensor by tensor."""
 
-import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +15,8 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from errors import UserError
 from models.config import ModelConfig, ParallaxConfig
-from models.convert.format import from_config_json, to_hugging_face
-from models.convert.tokenizer import take_tokenizer
+from models.convert.format import from_config_json, read_json, to_hugging_face
+from models.convert.tokenizer import import_tokenizer
 from models.init import initial_weight
 from models.qwen3 import Qwen3
 from models.run_folder import RunFolder
@@ -36,7 +36,7 @@ class _Saved:
 
 
 class _LazyPlanner(DefaultSavePlanner):
-    """Saves a state dict of tensors without memory: each is read when its turn to be written comes."""
+    """Saves a state dict of meta tensors, each of which is read just before it is written."""
 
     def __init__(self, read: Callable[[str], torch.Tensor]) -> None:
         super().__init__()
@@ -54,38 +54,38 @@ def convert_from_hf(
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     seed: int = 0,
 ) -> str:
-    """Write a run folder: config.toml, checkpoint/step-0 with weights alone, and the tokenizer's files.
+    """Convert a Hugging Face folder to a run folder with config.toml, weights in step-0, and the tokenizer.
 
-    A softmax model becomes a Parallax model of the same function by an r-norm gain of 0; its W_R is drawn as
-    in a new run, since at W_R = 0 the norm has no usable gradient (notes of the paper, section 1).
+    With attention "parallax", a softmax model gets a probe whose r_norm gain is 0 and computes the same
+    function. Its W_R is drawn as in a new run: at W_R = 0 the norm has no usable gradient (notes of the
+    paper, section 1).
 
     Args:
-        source: Folder with config.json (Qwen3ForCausalLM, or what convert_to_hf writes) and safetensors.
-        out: The run folder; it may exist, but hold neither a config.toml nor checkpoints.
-        attention: "parallax" to give a softmax model a probe; None for what the folder has.
-        dtype: Of the written weights; training loads any into fp32.
+        source: Folder with config.json (Qwen3ForCausalLM, or written by convert_to_hf) and safetensors.
+        out: The run folder to write; it must have neither a config.toml nor checkpoints.
+        attention: "parallax" to add a probe to a softmax model; None for the folder's own attention.
+        dtype: Dtype of the written weights; training converts any to fp32.
         seed: Seed of W_R.
 
     Returns:
-        What was written, in a few lines.
+        A summary of a few lines.
 
     Raises:
-        UserError: config.json is another architecture's or has fields that we cannot represent, tensors are
-            missing, unexpected, or of other shapes or dtypes, or out is taken; names all that is wrong.
+        UserError: config.json is not supported; tensors are missing, unexpected, or of other shapes or dtypes
+            (lists them all); or out already has a run.
     """
     run = RunFolder(out)
     if run.config_file.exists() or run.step_folders():
-        raise UserError(f"{out} already holds a run; give --out another folder")
+        raise UserError(f"{out} already has a run; give --out another folder")
     config_path = source / "config.json"
     if not config_path.is_file():
         raise UserError(
-            f"{source} has no config.json; wanted a folder as transformers' save_pretrained writes"
+            f"{source} has no config.json; wanted a folder written by transformers' save_pretrained"
         )
-    table = json.loads(config_path.read_text(encoding="utf-8"))
-    there = from_config_json(table)
-    config = _with_attention(there.model, attention)
+    theirs = from_config_json(read_json(config_path))
+    config = _with_attention(theirs.model, attention)
     saved = _read_headers(source)
-    names = _check_tensors(saved, there.model, source)
+    names = _check_tensors(saved, theirs.model, source)
     wanted = getattr(torch, dtype)
 
     def read(name: str) -> torch.Tensor:
@@ -95,62 +95,62 @@ def convert_from_hf(
 
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in Qwen3(config).named_parameters()}
-    data = take_tokenizer(source, run.tokenizer, there.eos_token_id)
+    data = import_tokenizer(source, run.tokenizer, theirs.eos_token_id)
     weights = {name: torch.empty(shape, dtype=wanted, device="meta") for name, shape in shapes.items()}
-    # one file a tensor: within a file the writer would hold on to all that it has written
+    # one file per tensor: the writer keeps all tensors of a file in memory
     writer = FileSystemWriter(run.checkpoint(0), single_file_per_rank=False)
     dcp.save(weights, storage_writer=writer, planner=_LazyPlanner(read), no_dist=True)
     tables: dict[str, Any] = {"run": {"name": out.name, "folder": str(out), "seed": seed}}
     tables["model"] = config
     tables |= {} if data is None else {"data": data}
-    tables |= {} if there.num_positions is None else {"training": {"seq_len": there.num_positions}}
-    # last: a folder with a config is a whole one
+    tables |= {} if theirs.num_positions is None else {"training": {"seq_len": theirs.num_positions}}
+    # written last: a folder with a config is complete
     run.write_config(tables)
     return _report(run, config, shapes, dtype, new=shapes.keys() - names.keys(), saved=saved, data=data)
 
 
 def _with_attention(config: ModelConfig, attention: str | None) -> ModelConfig:
-    before = config.attention
-    if attention is None or attention == before.kind:
+    softmax = config.attention
+    if attention is None or attention == softmax.kind:
         return config
     if attention == "softmax":
-        raise UserError("--attention softmax would drop the folder's W_R: it holds a Parallax model already")
-    assert before.kind == "softmax"
-    return replace(config, attention=ParallaxConfig(r_gain_init=0.0, window_size=before.window_size))
+        raise UserError("--attention softmax would drop W_R: the folder has a Parallax model")
+    assert softmax.kind == "softmax"
+    return replace(config, attention=ParallaxConfig(r_gain_init=0.0, window_size=softmax.window_size))
 
 
 def _read_headers(source: Path) -> dict[str, _Saved]:
-    """Shape, dtype and file of every tensor of a folder."""
+    """Read the shape, dtype and file of every tensor in a folder."""
     index = source / _INDEX
     if index.is_file():
-        listed: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        listed: dict[str, str] = read_json(index)["weight_map"]
         files = sorted({*listed.values()})
     elif (source / _SINGLE_FILE).is_file():
         listed, files = {}, [_SINGLE_FILE]
     else:
-        raise UserError(f"{source} has neither {_SINGLE_FILE} nor {_INDEX}; other formats are not read")
-    absent = [name for name in files if not (source / name).is_file()]
-    if absent:
-        raise UserError(f"{source} lacks files that {_INDEX} names: {', '.join(absent)}")
+        raise UserError(f"{source} has neither {_SINGLE_FILE} nor {_INDEX}; no other format is supported")
+    missing = [name for name in files if not (source / name).is_file()]
+    if missing:
+        raise UserError(f"{source} lacks files listed in {_INDEX}: {', '.join(missing)}")
     saved: dict[str, _Saved] = {}
     for name in files:
         try:
             with safe_open(source / name, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118  (a safe_open is no dict)
+                for key in file.keys():  # noqa: SIM118  (safe_open has no __iter__)
                     header = file.get_slice(key)
                     saved[key] = _Saved(source / name, header.get_shape(), header.get_dtype())
         except SafetensorError as error:
             raise UserError(
-                f"{source / name} is no whole safetensors file ({error}); fetch it again"
+                f"{source / name} is not a complete safetensors file ({error}); download it again"
             ) from None
     return saved
 
 
 def _check_tensors(saved: Mapping[str, _Saved], config: ModelConfig, source: Path) -> dict[str, str]:
-    """Hugging Face's name of every weight of the folder's model, by ours.
+    """Check a folder's tensors, and return Hugging Face's name of every weight by this project's.
 
     Raises:
-        UserError: The folder's tensors are not those of its config.json; names all that differ.
+        UserError: The tensors do not match the folder's config.json; lists all that differ.
     """
     with torch.device("meta"):
         shapes = {name: list(p.shape) for name, p in Qwen3(config).named_parameters()}
@@ -172,19 +172,19 @@ def _check_tensors(saved: Mapping[str, _Saved], config: ModelConfig, source: Pat
         ),
     ]
     if wrong:
-        raise UserError(f"{source} does not hold the model of its config.json: {'; '.join(wrong)}")
+        raise UserError(f"{source} does not contain the model of its config.json: {'; '.join(wrong)}")
     if tied & saved.keys() and not torch.equal(
         *(_read(saved[name].file, name) for name in (_HEAD, _EMBEDDING))
     ):
         raise UserError(
-            f"{source}: tie_word_embeddings is true, but {_HEAD} is not {_EMBEDDING}; set it to false to "
-            "keep both, or remove the one that is wrong"
+            f"{source}: tie_word_embeddings is true, but {_HEAD} differs from {_EMBEDDING}; set it to false "
+            "to keep both, or remove the wrong one"
         )
     return names
 
 
 def _read(path: Path, name: str) -> torch.Tensor:
-    """A view of the file, which is mapped for as long as the tensor lives."""
+    """Read a tensor as a view of the memory-mapped file."""
     with safe_open(path, framework="pt") as file:
         return file.get_tensor(name)
 
@@ -199,17 +199,15 @@ def _report(
     saved: Mapping[str, _Saved],
     data: dict[str, str] | None,
 ) -> str:
-    there: dict[str, int] = {}
-    for entry in saved.values():
-        there[_DTYPES[entry.dtype]] = there.get(_DTYPES[entry.dtype], 0) + 1
+    dtypes = Counter(_DTYPES[entry.dtype] for entry in saved.values())
     count = sum(shape.numel() for shape in shapes.values())
     drawn = sum(shapes[name].numel() for name in new)
     lines = [
         f"{run.checkpoint(0)}: {config.attention.kind}, size {config.size}, {count / 1e6:.2f}M "
-        f"parameters in {dtype} (there {', '.join(f'{n} tensors {kind}' for kind, n in there.items())})"
+        f"parameters in {dtype} (from {', '.join(f'{n} {kind} tensors' for kind, n in dtypes.items())})"
     ]
     if drawn:
-        lines.append(f"{drawn / 1e6:.2f}M of them are the new probe's, whose gain is 0")
+        lines.append(f"{drawn / 1e6:.2f}M of them are those of the new probe, whose gain is 0")
     if data is None:
-        lines.append("no tokenizer.json there: name a tokenizer where text goes in or out")
+        lines.append("no tokenizer.json in the folder: give --tokenizer to commands that read or write text")
     return "\n".join(lines)

@@ -1,15 +1,15 @@
-"""Parallax in transformers: Qwen3 whose softmax attention has a learned covariance correction.
+"""Parallax in transformers: Qwen3 with a learned covariance correction of its softmax attention.
 
-`python -m models.convert to-hf` puts this file into the folder that it writes; there it stands alone, on
-torch and transformers (from release 5). Load with AutoModelForCausalLM.from_pretrained(DIR,
-trust_remote_code=True); generate works, with left-padded batches too.
+`python -m models.convert to-hf` copies this file to the folder that it writes. It imports only torch and
+transformers (5 or later). Load it by AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True);
+generate supports left-padded batches.
 
     o_i = vbar_i - Sigma_KV,i rho_i = sum_j p_ij (1 + tbar_i - t_ij) v_j
     p = softmax(q.k / sqrt(K)),  t_ij = k_j.rho_i,  tbar_i = sum_j p_ij t_ij,  rho = the probe, W_R x
 
-Source: Parallax, arXiv 2605.29157. Letters: B batch, T new tokens, S tokens seen, D width, H query heads, G
-key/value heads, K head width, V vocabulary. Attention is eager, in blocks of queries and at least in fp32;
-keys and values outside a window stay in the cache.
+Source: Parallax, arXiv 2605.29157. Letters: B batch, T new tokens, S tokens in the cache and new, D width, H
+query heads, G key/value heads, K head width, V vocabulary. Attention is eager, in blocks of queries and in at
+least fp32; the KV cache keeps keys and values outside a window.
 """
 
 from typing import Any, NamedTuple
@@ -33,33 +33,25 @@ _CHOICES = {"r_heads": ("query", "kv"), "gate": (None, "token", "head")}
 
 
 class ParallaxQwen3Config(PretrainedConfig):
-    """Dimensions as in Qwen3's config, and Parallax's variants.
+    """Qwen3's dimensions and Parallax's options; an option without such a value raises a ValueError.
 
     Attributes:
-        max_position_embeddings: Tokens of the rows that the model was trained on; no limit.
-        window_size: Keys that a query sees, its own included; None for all of its past.
+        max_position_embeddings: Length of the rows in training, in tokens; not a limit.
+        window_size: Number of keys that a query sees, its own included; None for no window.
         r_heads: "query" for a probe per query head, "kv" for one per key/value head.
         r_rank: Rank of W_R as a product of two matrices; None for one matrix.
         r_norm: RMSNorm on each head of the probe.
-        r_gain_init: Gain of that norm where it is not loaded.
-        r_scale: Fixed factor of the normalised probe.
+        r_gain_init: Initial gain of that norm.
+        r_scale: Fixed factor of the normalized probe.
         rope_on_r: RoPE on the probe, with the query's positions.
         gate: A sigmoid gate on the probe: "token" for one per token, "head" for one per query head, or None.
-        num_plain_layers: First layers without correction.
+        num_plain_layers: Number of first layers without correction.
     """
 
     model_type = "parallax_qwen3"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  (transformers' own protocol)
 
     def __init__(self, **kwargs: Any) -> None:
-        """Describe a model.
-
-        Args:
-            **kwargs: The attributes above, those of Qwen3's config, and what PretrainedConfig takes.
-
-        Raises:
-            ValueError: An option has no such value.
-        """
         own = {name: kwargs.pop(name, default) for name, default in _DEFAULTS.items()}
         for name, allowed in _CHOICES.items():
             if own[name] not in allowed:
@@ -70,14 +62,14 @@ class ParallaxQwen3Config(PretrainedConfig):
 
 
 class Step(NamedTuple):
-    """What every layer needs to know of the T new tokens.
+    """The inputs of a forward that all layers share.
 
     Attributes:
-        cos: Cosines of their rotary angles `[B, 1, T, K / 2]`, fp32.
-        sin: Sines of them.
-        mask_BS: True for tokens, False for padding, those in the cache first; None where all are tokens.
+        cos: Cosines of the rotary angles of the T new tokens, `[B, 1, T, K / 2]`, fp32.
+        sin: Their sines.
+        mask_BS: True for tokens, False for padding; None without padding.
         num_past: Tokens in the cache.
-        cache: Keys and values of those, which take in the new ones; None for none.
+        cache: KV cache, to which layers append the new tokens; None without one.
     """
 
     cos: torch.Tensor
@@ -87,7 +79,7 @@ class Step(NamedTuple):
     cache: Cache | None
 
     def rotate(self, x_BNTK: torch.Tensor) -> torch.Tensor:
-        """Rotary embedding of heads, halves against each other; at least in fp32."""
+        """Apply RoPE to heads in at least fp32."""
         left, right = x_BNTK.chunk(2, dim=-1)
         rotated = (left * self.cos - right * self.sin, right * self.cos + left * self.sin)
         return torch.cat(rotated, dim=-1).to(x_BNTK.dtype)
@@ -100,7 +92,7 @@ def _attend(
     v_BGSK: torch.Tensor,
     visible_BTS: torch.Tensor,
 ) -> torch.Tensor:
-    """The formula above for a block of queries, R heads a key/value head; without r softmax attention."""
+    """Compute the formula above for a block of queries, R per key/value head; without r softmax attention."""
     shape = q_BGRTK.shape
     k, v = k_BGSK.to(q_BGRTK.dtype), v_BGSK.to(q_BGRTK.dtype)
 
@@ -108,7 +100,7 @@ def _attend(
         return (x_BGRTK.flatten(2, 3) @ k.transpose(-1, -2)).unflatten(2, shape[2:4])
 
     logits = scores(q_BGRTK) * shape[-1] ** -0.5
-    # a finite floor: padding sees no key, and its row must not be NaN
+    # not -inf: a padding query sees no key, and its softmax must not be NaN
     logits = logits.masked_fill(~visible_BTS[:, None, None], torch.finfo(logits.dtype).min)
     weights = logits.softmax(dim=-1)
     if r_BGRTK is not None:
@@ -125,7 +117,7 @@ def _attention(
     step: Step,
     window_size: int | None,
 ) -> torch.Tensor:
-    """Causal attention of the last T of S tokens, `[B, H, T, K]`; query head h reads head h // (H / G)."""
+    """Compute causal attention of the last T of S tokens, `[B, H, T, K]`, in blocks of queries."""
     wide = torch.promote_types(q_BHTK.dtype, torch.float32)
     groups = (k_BGSK.shape[1], -1)
     blocks = []
@@ -133,7 +125,7 @@ def _attention(
         rows = slice(start, start + _QUERY_BLOCK)
         q = q_BHTK[:, :, rows].to(wide).unflatten(1, groups)
         r = None if r_BHTK is None else r_BHTK[:, :, rows].to(wide).unflatten(1, groups)
-        own = step.num_past + start  # slot of the block's first query
+        own = step.num_past + start  # cache slot of the block's first query
         first, end = 0 if window_size is None else max(0, own + 1 - window_size), own + q.shape[3]
         slots = torch.arange(first, end, device=q.device)
         distance = slots[own - first :, None] - slots
@@ -153,10 +145,9 @@ class _ProbeNorm(nn.RMSNorm):
 
 
 class ParallaxAttention(nn.Module):
-    """Qwen3's projections and norms, and the probe's in layers that have one."""
+    """Qwen3's attention, with a probe in layers from num_plain_layers on."""
 
     def __init__(self, config: ParallaxQwen3Config, layer: int) -> None:
-        """Build the projections of the block with that index, from 0."""
         super().__init__()
         self.config, self.layer = config, layer
         self.has_probe = layer >= config.num_plain_layers
@@ -186,7 +177,7 @@ class ParallaxAttention(nn.Module):
         return x_BTF.unflatten(-1, (-1, self.config.head_dim))
 
     def _probe(self, x_BTD: torch.Tensor, step: Step) -> torch.Tensor:
-        """The probe g * r_scale * rope(norm(W_R x)), `[B, H, T, K]`."""
+        """Compute the probe g * r_scale * rope(norm(W_R x)), `[B, H, T, K]`."""
         config = self.config
         r_BTF = self.r_proj(x_BTD) if config.r_rank is None else self.r_out_proj(self.r_in_proj(x_BTD))
         r_BTHK = self._heads(r_BTF)
@@ -204,7 +195,7 @@ class ParallaxAttention(nn.Module):
         return r_BHTK
 
     def forward(self, x_BTD: torch.Tensor, step: Step) -> torch.Tensor:
-        """Mix T new tokens with those before, `[B, T, D]` to `[B, T, D]`."""
+        """Mix T new tokens with their past, `[B, T, D]` to `[B, T, D]`."""
         q_BHTK = step.rotate(self.q_norm(self._heads(self.q_proj(x_BTD))).transpose(1, 2))
         k_BGSK = step.rotate(self.k_norm(self._heads(self.k_proj(x_BTD))).transpose(1, 2))
         v_BGSK = self._heads(self.v_proj(x_BTD)).transpose(1, 2)
@@ -216,25 +207,23 @@ class ParallaxAttention(nn.Module):
 
 
 class ParallaxMLP(nn.Module):
-    """down(silu(gate x) * up x)."""
+    """The MLP, down(silu(gate x) * up x)."""
 
     def __init__(self, config: ParallaxQwen3Config) -> None:
-        """Build the three matrices of the config's widths."""
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        """`[B, T, D]` to `[B, T, D]`."""
+        """Apply the MLP, `[B, T, D]` to `[B, T, D]`."""
         return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
 
 
 class ParallaxDecoderLayer(nn.Module):
-    """A pre-norm block: attention, then the MLP, each added to the residual stream."""
+    """A pre-norm transformer block."""
 
     def __init__(self, config: ParallaxQwen3Config, layer: int) -> None:
-        """Build the block with that index."""
         super().__init__()
         self.self_attn = ParallaxAttention(config, layer)
         self.mlp = ParallaxMLP(config)
@@ -242,13 +231,13 @@ class ParallaxDecoderLayer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, x_BTD: torch.Tensor, step: Step) -> torch.Tensor:
-        """One layer, `[B, T, D]` to `[B, T, D]`."""
+        """Apply the block, `[B, T, D]` to `[B, T, D]`."""
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), step)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
 
 class ParallaxQwen3PreTrainedModel(PreTrainedModel):
-    """What both models tell transformers of themselves."""
+    """The base class of both models, with transformers' class attributes."""
 
     config_class = ParallaxQwen3Config
     base_model_prefix = "model"
@@ -260,7 +249,6 @@ class ParallaxQwen3Model(ParallaxQwen3PreTrainedModel):
     """Embedding, blocks, final norm."""
 
     def __init__(self, config: ParallaxQwen3Config) -> None:
-        """Build the model that a config describes."""
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(ParallaxDecoderLayer(config, i) for i in range(config.num_hidden_layers))
@@ -282,22 +270,21 @@ class ParallaxQwen3Model(ParallaxQwen3PreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
     ) -> BaseModelOutputWithPast:
-        """Hidden states of T new tokens.
+        """Compute the hidden states of T new tokens.
 
         Args:
-            input_ids: Ids `[B, T]`.
-            attention_mask: 1 for tokens, 0 for padding `[B, S]`, those in the cache first; None without
-                padding.
-            position_ids: Positions `[B, T]`; None to count the mask's tokens.
-            past_key_values: Keys and values of the tokens before; extended in place.
+            input_ids: Token ids `[B, T]`.
+            attention_mask: 1 for tokens, 0 for padding, `[B, S]`; None without padding.
+            position_ids: Positions `[B, T]`; None to derive them from the mask.
+            past_key_values: KV cache of the past tokens; extended in place.
             inputs_embeds: Embeddings `[B, T, D]` instead of input_ids.
-            use_cache: Return keys and values; None for the config's choice.
+            use_cache: Return the KV cache; None for the config's value.
 
         Returns:
             Hidden states `[B, T, D]` after the final norm, and the cache.
 
         Raises:
-            ValueError: Not exactly one of input_ids and inputs_embeds, or a mask that is not `[B, S]`.
+            ValueError: Both or none of input_ids and inputs_embeds are given, or the mask is not `[B, S]`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -311,7 +298,7 @@ class ParallaxQwen3Model(ParallaxQwen3PreTrainedModel):
         if attention_mask is not None and attention_mask.shape != wanted:
             raise ValueError(
                 f"attention_mask is {list(attention_mask.shape)}, wanted {list(wanted)}, tokens in the cache "
-                "included; for static caches transformers gives others: leave cache_implementation as it is"
+                "included; static caches are not supported: do not set cache_implementation"
             )
         mask_BS = None if attention_mask is None else attention_mask.to(device=x_BTD.device, dtype=torch.bool)
         if position_ids is None:
@@ -323,16 +310,28 @@ class ParallaxQwen3Model(ParallaxQwen3PreTrainedModel):
         return BaseModelOutputWithPast(self.norm(x_BTD), past_key_values if use_cache else None)
 
 
+class ParallaxHead(nn.Linear):
+    """The output projection, with logits in at least fp32."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Compute logits; 16-bit products on CUDA are rounded only if they need gradients."""
+        x, weight = input, self.weight
+        needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        if x.is_cuda and x.dtype == weight.dtype in (torch.bfloat16, torch.float16) and not needs_grad:
+            return torch.mm(x.flatten(0, -2), weight.T, out_dtype=torch.float32).unflatten(0, x.shape[:-1])
+        logits = super().forward(x)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 class ParallaxQwen3ForCausalLM(ParallaxQwen3PreTrainedModel, GenerationMixin):
     """The language model."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: ParallaxQwen3Config) -> None:
-        """Build the model that a config describes."""
         super().__init__(config)
         self.model = ParallaxQwen3Model(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = ParallaxHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def forward(
@@ -350,31 +349,31 @@ class ParallaxQwen3ForCausalLM(ParallaxQwen3PreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """Logits, and the loss where labels are given.
+        """Compute the logits, and the loss if labels are given.
 
         Args:
-            input_ids: As ParallaxQwen3Model.forward, and so the next four.
-            attention_mask: See there.
-            position_ids: See there.
-            past_key_values: See there.
-            inputs_embeds: See there.
-            labels: Ids `[B, T]`, shifted here; -100 counts nothing.
-            use_cache: See there.
-            logits_to_keep: Last positions, or indices of those, that get logits; 0 for all.
-            num_items_in_batch: What the summed loss is divided by; None for the labels that count.
-            output_attentions: Not given out.
-            output_hidden_states: Not given out.
-            return_dict: False for a tuple.
+            input_ids: As ParallaxQwen3Model.forward.
+            attention_mask: As ParallaxQwen3Model.forward.
+            position_ids: As ParallaxQwen3Model.forward.
+            past_key_values: As ParallaxQwen3Model.forward.
+            inputs_embeds: As ParallaxQwen3Model.forward.
+            labels: Token ids `[B, T]`, not shifted yet; -100 is skipped.
+            use_cache: As ParallaxQwen3Model.forward.
+            logits_to_keep: Number of last positions to compute logits at, or their indices; 0 for all.
+            num_items_in_batch: Divisor of the summed loss; None for the number of labels.
+            output_attentions: Not supported.
+            output_hidden_states: Not supported.
+            return_dict: False to return a tuple.
 
         Returns:
-            Loss in nats/token, logits `[B, T, V]`, and the cache.
+            Loss in nats/token, logits `[B, T, V]` in at least fp32, and the cache.
 
         Raises:
-            NotImplementedError: Attention weights or hidden states of layers are asked for.
+            NotImplementedError: output_attentions or output_hidden_states is set.
         """
         if output_attentions or output_hidden_states:
             raise NotImplementedError(
-                "output_attentions and output_hidden_states are not given out; put hooks on model.layers"
+                "output_attentions and output_hidden_states are not supported; use hooks on model.layers"
             )
         outputs = self.model(
             input_ids=input_ids,

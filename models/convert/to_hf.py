@@ -1,4 +1,4 @@
-"""A run folder to a Hugging Face folder: one safetensors file in memory at a time."""
+"""Conversion of a run folder to a Hugging Face folder, one safetensors file in memory at a time."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from errors import UserError
 from models.checkpoint import check_tensors, load_tensors, model_config
 from models.config import ParallaxConfig
 from models.convert.format import PARALLAX_FILE, to_config_json, to_hugging_face
-from models.convert.tokenizer import give_tokenizer
+from models.convert.tokenizer import export_tokenizer
 from models.qwen3 import Qwen3
 from models.run_folder import RunFolder, find_checkpoint, read_run_table
 from models.run_tokenizer import find_tokenizer
@@ -29,24 +29,24 @@ def convert_to_hf(
     tokenizer: Path | None = None,
     shard_bytes: int = 5_000_000_000,
 ) -> str:
-    """Write a folder that transformers loads: stock Qwen3 for softmax, else with modeling_parallax.py in it.
+    """Convert a run folder to a folder that transformers loads: stock Qwen3, or modeling_parallax.py.
 
     Args:
         source: A run folder for its newest checkpoint, or one of its checkpoints.
-        out: The folder to write; must not hold a config.json or safetensors.
-        dtype: Of the written weights; checkpoints of training hold fp32.
-        tokenizer: A tokenizer.json or its folder, in place of the run's.
-        shard_bytes: The most bytes of tensors in a file, one tensor at least.
+        out: The folder to write; it must have neither a config.json nor safetensors.
+        dtype: Dtype of the written weights; checkpoints of training hold fp32.
+        tokenizer: A tokenizer.json or its folder, instead of the run's own.
+        shard_bytes: Maximum size of a file; a larger tensor gets a file of its own.
 
     Returns:
-        What was written, in a few lines.
+        A summary of a few lines.
 
     Raises:
-        UserError: There is no whole run, its tokenizer is not there, or out is taken.
-        NotImplementedError: The attention has no counterpart there.
+        UserError: The run has no complete checkpoint or no tokenizer, or out already has a model.
+        UnsupportedError: The attention has no counterpart in transformers.
     """
     if (out / "config.json").exists() or any(out.glob("*.safetensors")):
-        raise UserError(f"{out} already holds a model, or a part of one; give --out another folder")
+        raise UserError(f"{out} already has a model, or a part of one; give --out another folder")
     if shard_bytes < 1:
         raise UserError(f"--shard-gb must be positive, got {shard_bytes / 1e9}")
     checkpoint = find_checkpoint(source)
@@ -54,23 +54,26 @@ def convert_to_hf(
     config = model_config(table, checkpoint)
     num_positions = table.get("training", {}).get("seq_len")
     data: Table = table.get("data", {})
-    to_config_json(config, dtype=dtype, num_positions=None, eos_token_id=None)  # refuses first
+    to_config_json(config, dtype=dtype, num_positions=None, eos_token_id=None)  # raises early
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in Qwen3(config).named_parameters()}
     check_tensors(shapes, checkpoint)
-    text = find_tokenizer(run, data, tokenizer)
+    tokenizer_path = find_tokenizer(run, data, tokenizer)
     out.mkdir(parents=True, exist_ok=True)
     eos: int | None = None
-    if text is not None:
-        end = data.get("end_of_document", END_OF_DOCUMENT)
-        eos, pad = give_tokenizer(
-            text, out, end_of_document=end, num_positions=num_positions, vocab_size=config.vocab_size
+    if tokenizer_path is not None:
+        eos, pad = export_tokenizer(
+            tokenizer_path,
+            out,
+            end_of_document=data.get("end_of_document", END_OF_DOCUMENT),
+            num_positions=num_positions,
+            vocab_size=config.vocab_size,
         )
         _write_json(out / "generation_config.json", {"eos_token_id": eos, "pad_token_id": pad})
     files = _write_weights(checkpoint, shapes, getattr(torch, dtype), out, shard_bytes)
     if isinstance(config.attention, ParallaxConfig):
         shutil.copyfile(Path(__file__).with_name(PARALLAX_FILE), out / PARALLAX_FILE)
-    # last: a folder with a config is a whole one
+    # written last: a folder with a config is complete
     saved = to_config_json(config, dtype=dtype, num_positions=num_positions, eos_token_id=eos)
     _write_json(out / "config.json", saved)
     count = sum(shape.numel() for shape in shapes.values())
@@ -78,7 +81,8 @@ def convert_to_hf(
         f"{out}: {saved['architectures'][0]}, {count / 1e6:.2f}M parameters of {checkpoint.name} in {dtype}, "
         f"{files} safetensors file{'s' if files > 1 else ''}"
     ]
-    lines += [] if text is not None else ["no tokenizer: the run names none; give --tokenizer for one"]
+    if tokenizer_path is None:
+        lines.append("no tokenizer: the run names none; give --tokenizer to add one")
     lines += ["load it with trust_remote_code=True"] if "auto_map" in saved else []
     return "\n".join(lines)
 
@@ -90,7 +94,7 @@ def _write_json(path: Path, table: dict[str, Any]) -> None:
 def _write_weights(
     checkpoint: Path, shapes: dict[str, torch.Size], dtype: torch.dtype, out: Path, shard_bytes: int
 ) -> int:
-    """Write all weights and, where they take several files, the index; gives the number of files."""
+    """Write all weights, and the index of several files; return the number of files."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, shape in shapes.items():
@@ -113,12 +117,12 @@ def _write_weights(
 
 
 def _write_file(checkpoint: Path, shapes: dict[str, torch.Size], dtype: torch.dtype, path: Path) -> list[str]:
-    """Write some weights; gives Hugging Face's names of them."""
+    """Write a file of weights; return their names in Hugging Face's model."""
     tensors = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
     load_tensors(tensors, checkpoint)
     renamed = to_hugging_face(tensors)
     save_file(renamed, path, metadata={"format": "pt"})
-    # it writes for the owner's eyes alone
+    # save_file makes files that only their owner can read
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)

@@ -1,36 +1,34 @@
-"""The tokenizer's files on their way between a run folder and a Hugging Face folder."""
+"""Conversion of tokenizers between run folders and Hugging Face folders."""
 
 import json
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer
 
 from errors import UserError
+from models.convert.format import Table, read_json
 from models.run_tokenizer import OTHER_FILES, SETTINGS_FILE, check_ids, copy_tokenizer
 from tokens import TOKENIZER_FILE
 
-Table = dict[str, Any]
 
-
-def take_tokenizer(source: Path, out: Path, eos_token_id: int | None) -> Table | None:
-    """Copy a Hugging Face folder's tokenizer for a run.
+def import_tokenizer(source: Path, out: Path, eos_token_id: int | None) -> Table | None:
+    """Copy the tokenizer of a Hugging Face folder to a run folder.
 
     Args:
         source: The Hugging Face folder.
-        out: The folder to fill, the run's own.
-        eos_token_id: What its config.json says.
+        out: The run's tokenizer folder.
+        eos_token_id: The eos_token_id of its config.json.
 
     Returns:
-        The run's [data] keys that go with it; None where the folder has no tokenizer.
+        The run's [data] table with tokenizer and end_of_document; None if the folder has no tokenizer.
 
     Raises:
-        UserError: The tokenizer is in another format, or nothing says which of its tokens ends a text.
+        UserError: The tokenizer is in another format, or its end-of-sequence token is not specified.
     """
     if not (source / TOKENIZER_FILE).is_file():
         if any((source / name).is_file() for name in (*OTHER_FILES, SETTINGS_FILE)):
             raise UserError(
-                f"{source} has a tokenizer but no {TOKENIZER_FILE}; write one with transformers: "
+                f"{source} has a tokenizer but no {TOKENIZER_FILE}; write one by transformers: "
                 "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
             )
         return None
@@ -40,31 +38,31 @@ def take_tokenizer(source: Path, out: Path, eos_token_id: int | None) -> Table |
         token = Tokenizer.from_file(str(source / TOKENIZER_FILE)).id_to_token(eos_token_id)
     if token is None:
         raise UserError(
-            f"eos_token_id in {source / 'config.json'} is {eos_token_id}, which is no token of "
-            f"{TOKENIZER_FILE}, or missing without an eos_token in {SETTINGS_FILE}; one of them must name "
-            "the token that ends a text"
+            f"eos_token_id in {source / 'config.json'} is {eos_token_id}, which is not a token of "
+            f"{TOKENIZER_FILE}, or it is missing and {SETTINGS_FILE} has no eos_token; set one of them to "
+            "the end-of-sequence token"
         )
     copy_tokenizer(source, out)
     return {"tokenizer": str(out.resolve()), "end_of_document": token}
 
 
-def give_tokenizer(
+def export_tokenizer(
     source: Path, out: Path, *, end_of_document: str, num_positions: int | None, vocab_size: int
 ) -> tuple[int, int]:
-    """Write a Hugging Face folder's tokenizer.
+    """Write a run's tokenizer to a Hugging Face folder.
 
     Args:
         source: From models.run_tokenizer.find_tokenizer.
         out: The Hugging Face folder.
-        end_of_document: The token that ends a document, which becomes its eos_token.
-        num_positions: Tokens of the rows that the model was trained on.
+        end_of_document: The run's end-of-document token, which becomes the eos_token.
+        num_positions: Length of the rows in training, in tokens; None if unknown.
         vocab_size: Rows of the model's embedding.
 
     Returns:
-        The ids of its end and padding tokens.
+        The ids of the eos_token and the pad_token.
 
     Raises:
-        UserError: The tokenizer has no such token, or ids that the model has no rows for.
+        UserError: The tokenizer lacks the end-of-document token, or has ids beyond vocab_size.
     """
     file = source / TOKENIZER_FILE if source.is_dir() else source
     tokenizer = Tokenizer.from_file(str(file))
@@ -87,9 +85,9 @@ def give_tokenizer(
 
 def _settings(folder: Path) -> Table:
     path = folder / SETTINGS_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def _plain_token(token: str | Table | None) -> str | None:
-    """A token by its text; settings hold either that or a table of its properties."""
+    """Return a token's text; settings contain either the text or a table of properties."""
     return token["content"] if isinstance(token, dict) else token

@@ -1,1 +1,1 @@
-"""Text from a trained model; `python -m models.generation` is the command."""
+"""Text generation with a trained model; `python -m models.generation` is the command."""

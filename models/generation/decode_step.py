@@ -1,99 +1,95 @@
-"""One decoding step of a batch: new tokens in, the tokens after them out; on a GPU a CUDA graph."""
+"""One decoding step of a batch, captured as a CUDA graph on a GPU."""
 
 import functools
 
 import torch
 
-from models.attention.base import Attention
-from models.generation.cache import Cache, extend, extend_block
-from models.generation.sampling import Sampling, choose
-from models.qwen3 import Qwen3
+from models.generation.cache import Cache, ExtendBlock, extend
+from models.generation.sampling import Sampling, sample_tokens
+from models.qwen3 import Block, Qwen3
 
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for the process: libraries keep a workspace for every stream that they have seen."""
+    """Return the stream of all captures: libraries allocate a workspace per stream and never free it."""
     return torch.cuda.Stream(device)
 
 
 class DecodeStep:
-    """Feeds each sequence the token that it chose last, and chooses the next.
+    """Appends the last sampled token to each sequence, and samples the next.
 
-    A graph is captured at construction, on an empty cache, where every attention can be in one.
+    On CUDA, if all attention modules support it, the step is captured as a CUDA graph at construction.
+
+    Args:
+        model: In eval mode.
+        cache: Empty, of B sequences; every step adds a token to each.
+        sampling: Sampling options.
+        compile_blocks: Compile the blocks by torch.compile.
     """
 
     def __init__(self, model: Qwen3, cache: Cache, sampling: Sampling, compile_blocks: bool) -> None:
-        """Set up, compile and capture.
-
-        Args:
-            model: In eval mode.
-            cache: Empty, of B sequences; every step adds a token to each.
-            sampling: How tokens are chosen.
-            compile_blocks: Compile the layers.
-        """
         self._model, self._cache, self._sampling = model, cache, sampling
-        self._layer = torch.compile(extend_block) if compile_blocks else extend_block
+        self._extend_block: ExtendBlock = torch.compile(Block.extend) if compile_blocks else Block.extend
         batch, device = len(cache.lengths_B), cache.lengths_B.device
         self._tokens_B1 = torch.zeros(batch, 1, dtype=torch.int64, device=device)
         self._logprobs_B = torch.zeros(batch, device=device)
         self._generator = torch.Generator(device).manual_seed(sampling.seed)
         self._host = torch.zeros(2, batch, dtype=torch.float64, pin_memory=device.type == "cuda")
         self._graph: torch.cuda.CUDAGraph | None = None
-        attentions = [m for m in model.modules() if isinstance(m, Attention)]
-        if device.type == "cuda" and all(attention.extends_in_graph for attention in attentions):
+        if device.type == "cuda" and all(each.supports_cuda_graph for each in model.attention_modules()):
             self._capture()
 
     def start(self, logits_BV: torch.Tensor) -> None:
-        """Choose the first tokens.
+        """Sample the first tokens.
 
         Args:
-            logits_BV: After the prompts `[B, V]`.
+            logits_BV: Logits at the last tokens of the prompts, `[B, V]`.
         """
-        tokens_B, logprobs_B = choose(logits_BV, self._sampling, self._generator)
+        tokens_B, logprobs_B = sample_tokens(logits_BV, self._sampling, self._generator)
         self._tokens_B1.copy_(tokens_B[:, None])
         self._logprobs_B.copy_(logprobs_B)
 
     @torch.no_grad()
     def advance(self) -> None:
-        """Add the chosen tokens to the sequences, and choose the next ones."""
+        """Append the sampled tokens to the sequences, and sample the next ones."""
         if self._graph is None:
             self._compute()
         else:
             self._graph.replay()
 
     def read(self, then_advance: bool) -> tuple[list[int], list[float]]:
-        """The chosen tokens and their log-probabilities in nats.
+        """Copy the sampled tokens and their log-probabilities in nats to the host.
 
         Args:
-            then_advance: Let the device go on with the next step while the host has these.
+            then_advance: Launch the next step before waiting for the copy, so that device and host overlap.
         """
-        # ids are exact in fp64; one copy, which the next step does not overtake
-        chosen = torch.stack((self._tokens_B1.squeeze(1).double(), self._logprobs_B.double()))
-        self._host.copy_(chosen, non_blocking=True)
-        done = torch.cuda.Event() if self._host.is_pinned() else None
-        if done is not None:
-            done.record()
+        # one copy for both: ids are exact in fp64; the next step runs after it on the same stream
+        sampled = torch.stack((self._tokens_B1.squeeze(1).double(), self._logprobs_B.double()))
+        self._host.copy_(sampled, non_blocking=True)
+        copied = torch.cuda.Event() if self._host.is_pinned() else None
+        if copied is not None:
+            copied.record()
         if then_advance:
             self.advance()
-        if done is not None:
-            done.synchronize()
+        if copied is not None:
+            copied.synchronize()
         tokens, logprobs = self._host.tolist()
         return [int(token) for token in tokens], logprobs
 
     def _compute(self) -> None:
-        x_BTD = extend(self._model, self._tokens_B1, self._cache, self._layer)
+        x_BTD = extend(self._model, self._tokens_B1, self._cache, self._extend_block)
         self.start(self._model.output.logits(x_BTD[:, -1]))
 
     @torch.no_grad()
     def _capture(self) -> None:
         stream = _side_stream(self._tokens_B1.device)
         stream.wait_stream(torch.cuda.current_stream(stream.device))
-        with torch.cuda.stream(stream):  # compiles kernels, and lets libraries allocate
+        with torch.cuda.stream(stream):  # warm-up: compiles kernels, allocates workspaces
             self._compute()
         torch.cuda.current_stream(stream.device).wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         self._graph.register_generator_state(self._generator)
-        # thread_local: a loader may pin memory in its own thread meanwhile
+        # thread_local: a data loader's thread may pin memory during the capture
         with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
             self._compute()
         self._generator.manual_seed(self._sampling.seed)

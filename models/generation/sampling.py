@@ -1,20 +1,25 @@
-"""The choice of the next token from logits."""
+"""Sampling of the next token: greedy, temperature, top-k, top-p."""
 
 from dataclasses import dataclass
 
 import torch
 
+from errors import UserError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen.
+    """Sampling options.
 
     Attributes:
-        temperature: What logits are divided by; 0 for the likeliest token.
-        top_k: Tokens to choose from, the likeliest ones; None for all.
-        top_p: Probability that those to choose from have together at least, the likeliest ones (Holtzman et
-            al. 2020); None for all.
-        seed: Of the generator, which all sequences of a batch share.
+        temperature: Divisor of the logits; 0 for greedy decoding.
+        top_k: Sample from the k most likely tokens; None for all.
+        top_p: Sample from the smallest set of most likely tokens whose probability is at least top_p (nucleus
+            sampling, Holtzman et al. 2020); None for all.
+        seed: Seed of the generator, which all sequences of a batch share.
+
+    Raises:
+        UserError: An option is out of range.
     """
 
     temperature: float = 0.0
@@ -24,25 +29,26 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be 0 (greedy) or above, and finite; got {self.temperature}")
+            raise UserError(f"temperature must be 0 (greedy) or above, and finite; got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, or None for all tokens; got {self.top_k}")
+            raise UserError(f"top_k must be at least 1, or None for all tokens; got {self.top_k}")
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p must be above 0 and at most 1, or None for all tokens; got {self.top_p}")
+            raise UserError(f"top_p must be above 0 and at most 1, or None for all tokens; got {self.top_p}")
 
 
-def choose(
+def sample_tokens(
     logits_BV: torch.Tensor, sampling: Sampling, generator: torch.Generator | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose the next token of each sequence.
+    """Sample the next token of each sequence.
 
     Args:
         logits_BV: Logits `[B, V]`, any floating dtype.
-        sampling: How.
-        generator: On the logits' device; None where temperature is 0.
+        sampling: Sampling options.
+        generator: On the logits' device; None if temperature is 0.
 
     Returns:
-        Ids `[B]`, int64, and their log-probabilities in nats `[B]`, fp32.
+        Token ids `[B]`, int64, and their log-probabilities in nats `[B]`, fp32, before temperature, top-k and
+        top-p.
     """
     logits_BV = logits_BV.float()
     if sampling.temperature == 0.0:
@@ -55,11 +61,13 @@ def choose(
         probabilities_BV = scaled_BV.softmax(-1)
         if sampling.top_p is not None:
             sorted_BV, order_BV = probabilities_BV.sort(descending=True)
-            # a token stays if those before it do not have enough yet: the first always does
-            is_cut_BV = sorted_BV.cumsum(-1) - sorted_BV >= sampling.top_p
-            probabilities_BV = probabilities_BV.scatter(1, order_BV, sorted_BV.masked_fill(is_cut_BV, 0.0))
-        # the first of exponential clocks with these rates (Gumbel-max), which a CUDA graph holds
-        clocks_BV = torch.empty_like(probabilities_BV).exponential_(generator=generator)
-        tokens_B = (probabilities_BV / clocks_BV).argmax(-1)
+            # a token is removed if the more likely ones reach top_p without it; the first never is
+            is_removed_BV = sorted_BV.cumsum(-1) - sorted_BV >= sampling.top_p
+            probabilities_BV = probabilities_BV.scatter(
+                1, order_BV, sorted_BV.masked_fill(is_removed_BV, 0.0)
+            )
+        # argmax of p / Exponential(1) is a sample from p, as by Gumbel-max, and works in a CUDA graph
+        noise_BV = torch.empty_like(probabilities_BV).exponential_(generator=generator)
+        tokens_B = (probabilities_BV / noise_BV).argmax(-1)
     logprobs_B = logits_BV.gather(1, tokens_B[:, None]).squeeze(1) - logits_BV.logsumexp(-1)
     return tokens_B, logprobs_B

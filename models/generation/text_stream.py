@@ -1,26 +1,28 @@
-"""Text of tokens that come one by one, and strings that end it."""
+"""Incremental detokenization and stop strings."""
 
 from collections.abc import Callable, Sequence
 
 from tokenizers import Tokenizer
 
+from errors import UserError
+
 
 def stop_at(tokenizer: Tokenizer, strings: Sequence[str]) -> Callable[[int, list[int]], bool]:
-    """A rule for `models.generation` that ends a continuation when one of the strings is in it.
+    """Return a function that ends a continuation once it contains one of the strings.
 
     Args:
-        tokenizer: Of the model.
-        strings: Any of them ends a text.
+        tokenizer: The model's tokenizer.
+        strings: Stop strings.
 
     Returns:
-        Takes the index of a prompt and its new tokens, each time a token has come.
+        The `stop` argument of generate and stream.
 
     Raises:
-        ValueError: A string is empty.
+        UserError: A string is empty.
     """
     if "" in strings:
-        raise ValueError("a stop string is empty; it would end every text at once")
-    # a token has a byte at least; the one in which the string begins may have begun before
+        raise UserError("a stop string is empty: every text contains it; give --stop some text")
+    # a token has at least one byte, and the string may begin within a token
     longest = max((len(each.encode()) for each in strings), default=0) + 1
 
     def has_stop_string(row: int, tokens: list[int]) -> bool:
@@ -31,38 +33,38 @@ def stop_at(tokenizer: Tokenizer, strings: Sequence[str]) -> Callable[[int, list
 
 
 class TextStream:
-    """The text of a continuation as it grows, up to a stop string."""
+    """Detokenizes a continuation token by token, up to a stop string.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        stop_strings: The text ends before the first of them.
+    """
 
     def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str]) -> None:
-        """Begin with nothing.
-
-        Args:
-            tokenizer: Of the model.
-            stop_strings: The text ends before the first of them.
-        """
         self._tokenizer, self._stop_strings = tokenizer, stop_strings
         self._tokens: list[int] = []
         self._num_shown = 0
 
     def add(self, token: int) -> str:
-        """Add a token.
+        """Add a token, and return the new text.
 
         Args:
             token: Its id.
 
         Returns:
-            What can be shown since the last call: no half characters, no beginning of a stop string.
+            The text since the last call, without an incomplete character or a prefix of a stop string at its
+            end.
         """
         self._tokens.append(token)
-        text = self._read().rstrip("\ufffd")
+        text = self._decode().rstrip("\ufffd")
         held = [n for each in self._stop_strings for n in range(1, len(each)) if text.endswith(each[:n])]
         return self._show(text[: len(text) - max(held, default=0)])
 
     def end(self) -> str:
-        """What is left to show."""
-        return self._show(self._read())
+        """Return the rest of the text."""
+        return self._show(self._decode())
 
-    def _read(self) -> str:
+    def _decode(self) -> str:
         text = self._tokenizer.decode(self._tokens, skip_special_tokens=False)
         return text[
             : min((text.index(each) for each in self._stop_strings if each in text), default=len(text))

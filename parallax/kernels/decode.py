@@ -2,21 +2,22 @@
 
 (1) to (6) and (12) of `parallax.reference`. The cache is cut into splits along its tokens, so that a few
 long sequences fill the device too. A program takes one split of one kv head: all query heads of the group and
-all new tokens are the rows of one tile, so keys and values are read once. Rows are padded to sixteen for the
-tensor cores, which costs nothing where memory is what limits.
+all new tokens are the rows of one tile, so keys and values are read once. Tiles have sixteen rows or more for
+the tensor cores; up to eight queries have their probes in rows 8 to 15 of the same tile, so that Parallax
+takes as many products as softmax. A thread then holds the two scores of a query and its probe in registers.
 
-A split s leaves its own vbar_s, C_s = Sigma_KV rho over its keys (the correction before its sign), the
-log-sum-exp of its logits and tbar_s. With w_s = exp(lse_s - lse) the merge is the law of total covariance,
+With p the weights of a split's keys relative to the largest, exp(m), and c a value that t lies around, a
+split sums d1 = Sigma p, d2 = Sigma p (t - c), o1 = Sigma p v and o2 = Sigma p (t - c) v. It leaves m, d1,
+d2 + c d1, o1 and o2 + c o1 to a second kernel, which adds these up in fp32, each times exp(m - max m):
 
-    tbar = sum_s w_s tbar_s,    o = sum_s w_s (vbar_s (1 + tbar - tbar_s) - C_s),
+    o = (o1 (1 + d2 / d1) - o2) / d1.
 
-in fp32 by a second kernel. Launches hide under what ran before (programmatic dependent launch, Hopper on).
+Launches hide under what ran before (programmatic dependent launch, Hopper on): programs are on the device
+before their inputs are, and what is small is brought to L2 meanwhile.
 
 The splits divide the keys that a sequence has, not the cache's capacity: one CUDA graph serves all lengths.
 Letters as in `parallax.kernels.addressing`; M rows: new tokens times heads of a group.
 """
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -24,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from parallax.kernels.addressing import LOG2E
+from parallax.kernels.decode_tiles import DecodeDevice, DecodeTile, tile_of
 from parallax.kernels.row_sums import add_row_sums
 
 HEAD_DIMS = (64, 128)
@@ -35,17 +37,57 @@ MAX_NEW_TOKENS = 8
 MAX_GROUP = 16
 """Query heads of a kv head."""
 
-SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-"""Numbers of splits to choose from: with those that divide usual lengths no tile is nearly empty."""
+MERGE_COLUMNS = 32
+"""Columns of a row of o that a program merges: on an H200, 64 and 128 cost a call 3% and 7%; 16 nothing."""
 
 
 @triton.jit
-def _load_rows(x, strides, i_b, i_g, o_m, GROUP: tl.constexpr, K: tl.constexpr, M: tl.constexpr):
-    """Load the queries or probes of a group, [BM, K]: row m is token m // GROUP, head m % GROUP."""
+def _load_rows(
+    x, strides, i_b, i_g, o_m, GROUP: tl.constexpr, K: tl.constexpr, M: tl.constexpr, FIRST: tl.constexpr
+):
+    """Load the queries or probes of a group into rows from FIRST on, [BM, K]; zeros elsewhere.
+
+    Row FIRST + m is token m // GROUP, head m % GROUP.
+    """
     o_k = tl.arange(0, K)
+    o_x = o_m - FIRST
     i_x = tl.cast(i_b, tl.int64) * strides[0] + tl.cast(i_g, tl.int64) * GROUP * strides[2]
-    p_x = x + i_x + (o_m // GROUP * strides[1] + o_m % GROUP * strides[2])[:, None] + o_k[None, :]
-    return tl.load(p_x, mask=(o_m < M)[:, None], other=0.0)
+    p_x = x + i_x + (o_x // GROUP * strides[1] + o_x % GROUP * strides[2])[:, None] + o_k[None, :]
+    return tl.load(p_x, mask=((o_x >= 0) & (o_x < M))[:, None], other=0.0)
+
+
+@triton.jit
+def _halves(b_x, N: tl.constexpr):
+    """Return rows 0 to 7 and rows 8 to 15 of [16, N]; a thread holds both of a pair in its registers."""
+    return tl.split(tl.permute(tl.reshape(b_x, [2, 8, N]), (1, 2, 0)))
+
+
+@triton.jit
+def _stack(b_x, b_y, N: tl.constexpr):
+    """Undo _halves."""
+    return tl.reshape(tl.permute(tl.join(b_x, b_y), (2, 0, 1)), [16, N])
+
+
+@triton.jit
+def _add_pairs(b_x, b_y, b_u, b_w):
+    return b_x + b_u, b_y + b_w
+
+
+@triton.jit
+def _warm(p_x):
+    """Have what lies at these addresses brought to L2; nothing is read, so it may still be written."""
+    tl.inline_asm_elementwise(
+        "{prefetch.global.L2 [$1]; mov.b32 $0, 0;}", "=r,l", [p_x], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _warm_rows(x, strides, i_b, i_g, GROUP: tl.constexpr, K: tl.constexpr, M: tl.constexpr, BM: tl.constexpr):
+    """Have the queries or probes of a group brought to L2."""
+    o_m = tl.minimum(tl.arange(0, BM), M - 1)
+    i_x = tl.cast(i_b, tl.int64) * strides[0] + tl.cast(i_g, tl.int64) * GROUP * strides[2]
+    p_x = x + i_x + (o_m // GROUP * strides[1] + o_m % GROUP * strides[2])[:, None]
+    _warm(p_x + (tl.arange(0, K // 64) * 64)[None, :])
 
 
 @triton.jit(do_not_specialize=["num_splits", "window_size", "max_pages"])
@@ -53,19 +95,30 @@ def _parallax_decode_kernel(
     q, r, k, v, page_table, cache_seqlens, o, parts, stats,
     q_strides, r_strides, k_strides, v_strides, num_splits, max_pages, window_size, scale,
     T: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BM: tl.constexpr,
-    BS: tl.constexpr, SPLIT: tl.constexpr, PAGE: tl.constexpr, PAGED: tl.constexpr, WINDOW: tl.constexpr,
-    PROBE: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr, SUMS: tl.constexpr,
+    BS: tl.constexpr, SPLIT: tl.constexpr, PAGE: tl.constexpr, PAGED: tl.constexpr,
+    WINDOW: tl.constexpr, PROBE: tl.constexpr, STACK: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr,
+    SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Attend to one split of one kv head's cache; one program each."""
+    """Attend to one split of one kv head's cache; one program each.
+
+    With STACK rows 0 to 7 of the tiles are of queries, rows 8 to 15 of probes.
+    """
     M: tl.constexpr = T * GROUP
+    # rows of the softmax
+    R: tl.constexpr = BM // 2 if STACK else BM
     scale_log2 = scale * LOG2E
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     i_p = tl.program_id(0)
     # the heads of a sequence side by side: they share the cache's rows
     i_g = i_p % G
     i_n = i_p // G % num_splits
     i_b = i_p // G // num_splits
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        _warm(cache_seqlens + i_b + tl.arange(0, 1))
+        _warm_rows(q, q_strides, i_b, i_g, GROUP, K, M, BM)
+        if PROBE:
+            _warm_rows(r, r_strides, i_b, i_g, GROUP, K, M, BM)
+        tl.extra.cuda.gdc_wait()
 
     num_keys = tl.load(cache_seqlens + i_b)
     i_first = 0
@@ -77,18 +130,21 @@ def _parallax_decode_kernel(
 
     o_m = tl.arange(0, BM)
     o_k = tl.arange(0, K)
+    b_q = _load_rows(q, q_strides, i_b, i_g, o_m, GROUP, K, M, 0)
+    b_r = b_q
+    if PROBE:
+        b_r = _load_rows(r, r_strides, i_b, i_g, o_m, GROUP, K, M, 8 if STACK else 0)
+    if STACK:
+        b_q = tl.where((o_m < 8)[:, None], b_q, b_r)
+    o_r = tl.arange(0, R)
     # the last key that a row sees
-    o_last = num_keys - T + o_m // GROUP
-    b_q = _load_rows(q, q_strides, i_b, i_g, o_m, GROUP, K, M)
-    b_m = tl.full([BM], -1.0e30, tl.float32)
-    b_c = tl.zeros([BM], tl.float32)
+    o_last = num_keys - T + o_r // GROUP
+    b_m = tl.full([R], -1.0e30, tl.float32)
+    b_c = tl.zeros([R], tl.float32)
     b_d1 = tl.zeros([BM, SUMS], tl.float32)
     b_d2 = tl.zeros([BM, SUMS], tl.float32)
     b_o1 = tl.zeros([BM, K], tl.float32)
     b_o2 = tl.zeros([BM, K], tl.float32)
-    b_r = b_q
-    if PROBE:
-        b_r = _load_rows(r, r_strides, i_b, i_g, o_m, GROUP, K, M)
     k_head = k + tl.cast(i_g, tl.int64) * k_strides[2]
     v_head = v + tl.cast(i_g, tl.int64) * v_strides[2]
     for i_s in tl.range(i_start, i_end, BS, num_stages=STAGES):
@@ -104,128 +160,95 @@ def _parallax_decode_kernel(
         # [BS, K]; zeros past the end, whatever the cache holds there
         b_k = tl.load(k_head + i_k[:, None] + o_k[None, :], mask=m_s[:, None], other=0.0)
         b_v = tl.load(v_head + i_v[:, None] + o_k[None, :], mask=m_s[:, None], other=0.0)
-        # [BM, BS]
+        # [R, BS]
         m_x = m_s[None, :] & (o_s[None, :] <= o_last[:, None])
         if WINDOW:
             m_x = m_x & (o_s[None, :] > (o_last - window_size)[:, None])
-        b_s = tl.where(m_x, tl.dot(b_q, tl.trans(b_k)) * scale_log2, float("-inf"))
+        b_s = tl.dot(b_q, tl.trans(b_k))
+        b_t = b_s
+        if STACK:
+            b_s, b_t = _halves(b_s, BS)
+        elif PROBE:
+            b_t = tl.dot(b_r, tl.trans(b_k))
+        b_s = tl.where(m_x, b_s * scale_log2, float("-inf"))
         b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
-        b_alpha = tl.math.exp2(b_m - b_m_new)
+        b_alpha = tl.math.exp2(b_m - b_m_new)[:, None]
         b_p1 = tl.math.exp2(b_s - b_m_new[:, None])
         if PROBE:
-            b_t = tl.dot(b_r, tl.trans(b_k))
             if i_s == i_start:
                 # the largest weight that a row sees is one; a row that sees nothing here weighs nothing
-                b_c = tl.sum(b_p1 * b_t, 1) / tl.maximum(tl.sum(b_p1, 1), 0.5)
-            b_p2 = (b_p1 * (b_t - b_c[:, None])).to(b_v.dtype)
-            b_d2 = add_row_sums(b_p2, b_d2 * b_alpha[:, None])
-            b_o2 = tl.dot(b_p2, b_v, b_o2 * b_alpha[:, None])
+                b_sum_t, b_sum = tl.reduce((b_p1 * b_t, b_p1), 1, _add_pairs)
+                b_c = b_sum_t / tl.maximum(b_sum, 0.5)
+            b_p2 = b_p1 * (b_t - b_c[:, None])
+            if STACK:
+                b_p1 = _stack(b_p1, b_p2, BS)
+                b_alpha = _stack(b_alpha, b_alpha, 1)
+            else:
+                b_p2 = b_p2.to(b_v.dtype)
+                b_d2 = add_row_sums(b_p2, b_d2 * b_alpha)
+                b_o2 = tl.dot(b_p2, b_v, b_o2 * b_alpha)
         b_p1 = b_p1.to(b_v.dtype)
-        b_d1 = add_row_sums(b_p1, b_d1 * b_alpha[:, None])
-        b_o1 = tl.dot(b_p1, b_v, b_o1 * b_alpha[:, None])
+        b_d1 = add_row_sums(b_p1, b_d1 * b_alpha)
+        b_o1 = tl.dot(b_p1, b_v, b_o1 * b_alpha)
         b_m = b_m_new
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-
+    if STACK:
+        b_d1, b_d2 = _halves(b_d1, SUMS)
+        b_o1, b_o2 = _halves(b_o1, K)
     b_d1 = tl.max(b_d1, 1)
-    b_inverse = 1.0 / tl.maximum(b_d1, 0.5)
-    b_vbar = b_o1 * b_inverse[:, None]
-    b_shift = tl.max(b_d2, 1) * b_inverse
-    b_correction = b_o2 * b_inverse[:, None] - b_vbar * b_shift[:, None]
+    b_d2 = tl.max(b_d2, 1)
     # [B, T, H]
-    i_row = (tl.cast(i_b, tl.int64) * T + o_m // GROUP) * (G * GROUP) + i_g * GROUP + o_m % GROUP
-    m_m = (o_m < M)[:, None]
-    if not SPLIT:
-        p_o = o + i_row[:, None] * K + o_k[None, :]
-        tl.store(p_o, (b_vbar - b_correction).to(o.dtype.element_ty), mask=m_m)
-    else:
+    i_row = (tl.cast(i_b, tl.int64) * T + o_r // GROUP) * (G * GROUP) + i_g * GROUP + o_r % GROUP
+    m_r = o_r < M
+    if SPLIT:
         i_row = i_row * num_splits + i_n
-        tl.store(stats + i_row * 2, tl.where(b_d1 > 0.0, b_m + tl.math.log2(b_d1), -1.0e30), mask=o_m < M)
+        tl.store(stats + i_row * 3, b_m, mask=m_r)
+        tl.store(stats + i_row * 3 + 1, b_d1, mask=m_r)
         p_o = parts + i_row[:, None] * (2 * K) + o_k[None, :]
-        tl.store(p_o, b_vbar, mask=m_m)
+        tl.store(p_o, b_o1, mask=m_r[:, None])
         if PROBE:
-            tl.store(stats + i_row * 2 + 1, b_c + b_shift, mask=o_m < M)
-            tl.store(p_o + K, b_correction, mask=m_m)
+            tl.store(stats + i_row * 3 + 2, b_d2 + b_c * b_d1, mask=m_r)
+            tl.store(p_o + K, b_o2 + b_c[:, None] * b_o1, mask=m_r[:, None])
+    else:
+        b_inverse = 1.0 / tl.maximum(b_d1, 0.5)
+        if PROBE:
+            b_o1 = b_o1 * (1.0 + b_d2 * b_inverse)[:, None] - b_o2
+        p_o = o + i_row[:, None] * K + o_k[None, :]
+        tl.store(p_o, (b_o1 * b_inverse[:, None]).to(o.dtype.element_ty), mask=m_r[:, None])
 
 
 @triton.jit(do_not_specialize=["num_splits"])
 def _merge_splits_kernel(
     parts, stats, o, num_splits,
-    K: tl.constexpr, BN: tl.constexpr, PROBE: tl.constexpr, PDL: tl.constexpr,
+    K: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, PROBE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Merge the splits of one row of o; one program each."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    i_row = tl.cast(tl.program_id(0), tl.int64)
+    """Merge the splits of BK columns of a row of o; one program, of one warp, each."""
+    i_row = tl.cast(tl.program_id(0), tl.int64) // (K // BK)
+    o_k = tl.program_id(0) % (K // BK) * BK + tl.arange(0, BK)
     o_n = tl.arange(0, BN)
-    o_k = tl.arange(0, K)
-    b_lse = tl.load(stats + (i_row * num_splits + o_n) * 2, mask=o_n < num_splits, other=-1.0e30)
-    b_w = tl.math.exp2(b_lse - tl.max(b_lse, 0))
-    # a split without keys weighs nothing, also where all are so
-    b_w = tl.where(b_lse > -1.0e29, b_w, 0.0)
-    b_w = b_w / tl.maximum(tl.sum(b_w, 0), 0.5)
-    m_n = (b_w > 0.0)[:, None]
+    m_n = o_n < num_splits
     p_x = parts + (i_row * num_splits + o_n)[:, None] * (2 * K) + o_k[None, :]
-    # [BN, K]
-    b_o = tl.load(p_x, mask=m_n, other=0.0)
+    p_stats = stats + (i_row * num_splits + o_n) * 3
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    # all loads before the first use; a split without keys has left zeros
+    b_m = tl.load(p_stats, mask=m_n, other=-1.0e30)
+    b_d1 = tl.load(p_stats + 1, mask=m_n, other=0.0)
+    # [BN, BK]
+    b_o1 = tl.load(p_x, mask=m_n[:, None], other=0.0)
+    b_d2, b_o2 = b_d1, b_o1
     if PROBE:
-        b_tbar = tl.load(stats + (i_row * num_splits + o_n) * 2 + 1, mask=b_w > 0.0, other=0.0)
-        b_o = b_o * (1.0 + tl.sum(b_w * b_tbar, 0) - b_tbar)[:, None] - tl.load(p_x + K, mask=m_n, other=0.0)
-    tl.store(o + i_row * K + o_k, tl.sum(b_o * b_w[:, None], 0).to(o.dtype.element_ty))
-
-
-class DecodeTile(NamedTuple):
-    """How a call is cut.
-
-    Attributes:
-        num_splits: Splits along the cache.
-        block_s: Keys in a tile.
-        num_warps: Warps of a program.
-        num_stages: Depth of the load pipeline.
-    """
-
-    num_splits: int
-    block_s: int
-    num_warps: int
-    num_stages: int
-
-
-def tile_of(
-    num_pairs: int, capacity: int, num_rows: int, head_dim: int, num_multiprocessors: int
-) -> DecodeTile:
-    """Return how a call is cut: by its size and the device's, never by the sequences' lengths.
-
-    Of all numbers of splits the one whose programs are done first, by a model of what
-    `benchmarks/tune_decode.py` measured on an H100: two programs run on a multiprocessor; 0.7 of the
-    multiprocessors with one program each read as fast as memory allows, fewer in proportion; splits cost 5%,
-    and the time of reading 64 keys by every multiprocessor. A program that has its multiprocessor to itself
-    keeps one tile more in flight.
-
-    Args:
-        num_pairs: Batch times kv heads.
-        capacity: Keys that a query can see at most.
-        num_rows: New tokens times query heads of a kv head.
-        head_dim: Head width K.
-        num_multiprocessors: Of the device.
-    """
-    enough = 0.7 * num_multiprocessors
-
-    def cost(num_splits: int) -> float:
-        num_full, num_last = divmod(num_pairs * num_splits, 2 * num_multiprocessors)
-        keys = (
-            (2 * num_full * num_multiprocessors + max(num_last, enough * (num_last > 0)))
-            * capacity
-            / num_splits
-        )
-        return keys if num_splits == 1 else 1.05 * keys + 64 * num_multiprocessors
-
-    candidates = [n for n in SPLITS if n == 1 or n * 64 <= capacity]
-    # as many bytes in flight for narrow heads as for wide ones; many rows need the registers themselves
-    block_s = 64 * 128 // head_dim if num_rows <= 16 else 32
-    num_splits = min(candidates, key=cost)
-    num_stages = 4 if num_pairs * num_splits <= num_multiprocessors and num_rows <= 16 else 3
-    return DecodeTile(num_splits, block_s, 8 if num_rows > 64 else 4, num_stages)
+        b_d2 = tl.load(p_stats + 2, mask=m_n, other=0.0)
+        b_o2 = tl.load(p_x + K, mask=m_n[:, None], other=0.0)
+    b_w = tl.math.exp2(b_m - tl.max(b_m, 0))
+    b_o = tl.sum(b_o1 * b_w[:, None], 0)
+    if PROBE:
+        b_d1, b_d2 = tl.reduce((b_d1 * b_w, b_d2 * b_w), 0, _add_pairs)
+        b_inverse = 1.0 / tl.maximum(b_d1, 0.5)
+        b_o = b_o * (1.0 + b_d2 * b_inverse) - tl.sum(b_o2 * b_w[:, None], 0)
+    else:
+        b_inverse = 1.0 / tl.maximum(tl.sum(b_d1 * b_w, 0), 0.5)
+    tl.store(o + i_row * K + o_k, (b_o * b_inverse).to(o.dtype.element_ty))
 
 
 def refusal(q: Tensor, k_cache: Tensor) -> str | None:
@@ -286,15 +309,15 @@ def decode(
     if window_size is not None:
         capacity = min(capacity, window_size + num_tokens - 1)
     if tile is None:
-        properties = torch.cuda.get_device_properties(q.device)
+        device = DecodeDevice.of(torch.cuda.get_device_properties(q.device))
         rows = num_tokens * num_heads // num_kv_heads
-        tile = tile_of(batch_size * num_kv_heads, capacity, rows, head_dim, properties.multi_processor_count)
+        tile = tile_of(batch_size * num_kv_heads, capacity, rows, head_dim, device)
     num_splits = tile.num_splits
     parts = stats = out
     if num_splits > 1:
-        shape = (batch_size, num_tokens, num_heads, num_splits, 2)
-        parts = torch.empty(*shape, head_dim, dtype=torch.float32, device=q.device)
-        stats = torch.empty(shape, dtype=torch.float32, device=q.device)
+        shape = (batch_size, num_tokens, num_heads, num_splits)
+        parts = torch.empty(*shape, 2, head_dim, dtype=torch.float32, device=q.device)
+        stats = torch.empty(*shape, 3, dtype=torch.float32, device=q.device)
     group = num_heads // num_kv_heads
     has_probe = r is not None
     use_pdl = q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0)
@@ -305,15 +328,17 @@ def decode(
         _strides(q), _strides(probe), _strides(k_cache), _strides(v_cache),
         num_splits, 0 if page_table is None else page_table.stride(0), window_size or 0, scale,
         T=num_tokens, G=num_kv_heads, GROUP=group, K=head_dim,
-        BM=max(16, triton.next_power_of_2(num_tokens * group)), BS=tile.block_s, SPLIT=num_splits > 1,
+        BM=max(16, triton.next_power_of_2(num_tokens * group)), BS=tile.block_s,
+        SPLIT=num_splits > 1, STACK=has_probe and num_tokens * group <= 8,
         PAGE=page_size if page_table is not None else 1, PAGED=page_table is not None,
         WINDOW=window_size is not None, PROBE=has_probe, PDL=use_pdl, STAGES=tile.num_stages, SUMS=8,
         num_warps=tile.num_warps, **launch,
     )  # fmt: skip
     if num_splits > 1:
-        _merge_splits_kernel[(batch_size * num_tokens * num_heads,)](
-            parts, stats, out, num_splits, K=head_dim, BN=64 if num_splits > 16 else 16,
-            PROBE=has_probe, PDL=use_pdl, num_warps=4, **launch,
+        _merge_splits_kernel[(q.numel() // MERGE_COLUMNS,)](
+            parts, stats, out, num_splits,
+            K=head_dim, BK=MERGE_COLUMNS, BN=triton.next_power_of_2(num_splits), PROBE=has_probe, PDL=use_pdl,
+            num_warps=1, **launch,
         )  # fmt: skip
 
 

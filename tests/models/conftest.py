@@ -1,4 +1,4 @@
-"""Fixtures of the tests of models."""
+"""Fixtures of the models' tests."""
 
 import importlib.util
 import sys
@@ -6,18 +6,18 @@ import sys
 import pytest
 import torch
 
-from models.attention.recurrent.base import _fla
+from models.attention.recurrent.fla import import_fla
 
 
 @pytest.fixture(scope="session")
-def little_tuning() -> None:
-    """Let fla's kernels, where they are, try three settings each: results are tested, not speed.
+def fast_autotuning() -> None:
+    """Reduce the autotuning of fla's kernels, if installed, to three configs each.
 
-    They tune over up to a hundred settings a shape, which takes minutes.
+    Up to a hundred configs per shape take minutes, and speed is not tested.
     """
     if importlib.util.find_spec("fla") is None:
         return
-    _fla(torch.empty(0))  # imports the kernels
+    import_fla(torch.empty(0))
     for name, module in list(sys.modules.items()):
         for kernel in list(vars(module).values()) if name.startswith("fla.") else []:
             while kernel is not None and not hasattr(kernel, "configs"):

@@ -1,4 +1,4 @@
-"""Models from run folders: what a run saved is what is loaded, and what cannot be loaded is named."""
+"""Loading models from run folders, and the errors of checkpoints that do not fit."""
 
 from pathlib import Path
 from typing import get_args
@@ -8,6 +8,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from config import to_table, to_toml
+from errors import UserError
 from models.checkpoint import find_checkpoint, load_model, load_weights
 from models.config import AttentionConfig, ModelConfig, ParallaxConfig
 from models.init import init_weights
@@ -25,7 +26,7 @@ def save_run(folder: Path, config: ModelConfig, step: int = 3, seed: int = 0) ->
 
 
 @pytest.mark.parametrize("attention", [each() for each in get_args(AttentionConfig)], ids=lambda a: a.kind)
-def test_a_saved_model_computes_the_same(tmp_path: Path, attention: AttentionConfig) -> None:
+def test_a_loaded_model_is_bit_identical(tmp_path: Path, attention: AttentionConfig) -> None:
     config = ModelConfig(size="debug", vocab_size=50, attention=attention)
     model = save_run(tmp_path, config)
     loaded = load_model(tmp_path)
@@ -37,7 +38,7 @@ def test_a_saved_model_computes_the_same(tmp_path: Path, attention: AttentionCon
     assert low.output.weight is low.tok_embeddings.weight
 
 
-def test_a_run_folder_means_its_newest_whole_checkpoint(tmp_path: Path) -> None:
+def test_a_run_folder_stands_for_its_newest_complete_checkpoint(tmp_path: Path) -> None:
     config = ModelConfig(size="debug", vocab_size=50)
     for step in (9, 10):
         save_run(tmp_path, config, step=step, seed=step)
@@ -49,35 +50,33 @@ def test_a_run_folder_means_its_newest_whole_checkpoint(tmp_path: Path) -> None:
     assert not torch.equal(first, last)
 
 
-def test_a_checkpoint_that_was_set_aside_is_not_the_newest(tmp_path: Path) -> None:
+def test_a_renamed_checkpoint_is_not_the_newest(tmp_path: Path) -> None:
     for name in ("step-9", "step-10.before-lr-change"):
         (tmp_path / "checkpoint" / name).mkdir(parents=True)
         (tmp_path / "checkpoint" / name / ".metadata").touch()
     assert find_checkpoint(tmp_path) == tmp_path / "checkpoint" / "step-9"
 
 
-def test_what_cannot_be_loaded_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"is no checkpoint: wanted a run folder"):
+def test_missing_and_other_models_raise(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is no checkpoint: wanted a run folder"):
         load_model(tmp_path)
     save_run(tmp_path, ModelConfig(size="debug", vocab_size=50))
     parallax = Qwen3(ModelConfig(size="debug", vocab_size=60, attention=ParallaxConfig()))
-    with pytest.raises(
-        ValueError, match=r"tok_embeddings.weight is \[50, 128\], wanted \[60, 128\]"
-    ) as error:
+    with pytest.raises(UserError, match=r"tok_embeddings.weight is \[50, 128\], wanted \[60, 128\]") as error:
         load_weights(parallax, find_checkpoint(tmp_path))
     assert str(error.value).count("wr.weight is missing") == 4
     config = tmp_path / "config.toml"
     config.write_text(config.read_text().replace('"softmax"', '"hyena"'))
-    with pytest.raises(ValueError, match=r"model\.attention\.kind is 'hyena', wanted one of 'softmax'"):
+    with pytest.raises(UserError, match=r"model\.attention\.kind: got 'hyena', want one of .softmax"):
         load_model(tmp_path)
     config.unlink()
-    with pytest.raises(ValueError, match=r"config.toml is missing"):
+    with pytest.raises(UserError, match=r"config.toml is missing"):
         load_model(tmp_path)
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_raises(tmp_path: Path) -> None:
     save_run(tmp_path, ModelConfig(size="debug", vocab_size=50))
     for file in (tmp_path / "checkpoint" / "step-3").glob("*.distcp"):
         file.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"step-3 cannot be read, it may be damaged"):
+    with pytest.raises(UserError, match=r"step-3 cannot be read, it may be damaged"):
         load_model(tmp_path)

@@ -1,4 +1,4 @@
-"""The chunked loss against the loss of logits that exist."""
+"""The chunked loss equals the loss of materialized logits."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from tokens import IGNORE_INDEX
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 64])
-def test_chunks_give_the_plain_loss_and_gradients(chunk_tokens: int) -> None:
+def test_chunked_loss_and_gradients_equal_the_plain_ones(chunk_tokens: int) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 15, 8, dtype=torch.float64, generator=generator, requires_grad=True)
     weight = torch.randn(33, 8, dtype=torch.float64, generator=generator, requires_grad=True)
@@ -32,21 +32,21 @@ def test_only_ignored_labels_give_zero() -> None:
         assert not gradient.any()
 
 
-def test_a_label_that_is_no_id_is_refused_as_torch_refuses_it() -> None:
+def test_an_invalid_label_raises_as_in_torch() -> None:
     x, weight = torch.randn(1, 4, 8), torch.randn(5, 8)
     for wrong in (-1, 5):
         with pytest.raises(RuntimeError, match="out of bounds"):
             linear_cross_entropy(x, weight, torch.tensor([[0, wrong, 2, IGNORE_INDEX]]))
 
 
-def test_a_second_derivative_is_refused() -> None:
+def test_a_second_derivative_raises() -> None:
     x, weight = torch.randn(1, 4, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
     loss = linear_cross_entropy(x, weight, torch.tensor([[0, 1, 2, 3]]))
     with pytest.raises(NotImplementedError, match="has no second derivative"):
         torch.autograd.grad(loss, x, create_graph=True)
 
 
-def test_autocast_gives_the_loss_of_its_dtype() -> None:
+def test_autocast_casts_hidden_states_and_weight() -> None:
     x, weight = torch.randn(1, 9, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
     labels = torch.arange(9)[None] % 5
     with torch.autocast("cpu", torch.bfloat16):
@@ -57,14 +57,14 @@ def test_autocast_gives_the_loss_of_its_dtype() -> None:
     assert all(torch.equal(actual, wanted) and actual.dtype == x.dtype for actual, wanted in gradients)
 
 
-def test_the_meta_device_has_a_loss() -> None:
+def test_loss_on_the_meta_device() -> None:
     x, weight = torch.empty(1, 4, 8, device="meta", requires_grad=True), torch.empty(5, 8, device="meta")
     loss = linear_cross_entropy(x, weight, torch.zeros(1, 4, dtype=torch.int64, device="meta"))
     loss.backward()
     assert loss.is_meta
 
 
-def test_bfloat16_is_as_near_to_the_truth_as_plain_bfloat16() -> None:
+def test_bfloat16_gradients_are_within_the_error_budget() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 64, 32, generator=generator).bfloat16().requires_grad_()
     weight = (torch.randn(100, 32, generator=generator) / 5).bfloat16().requires_grad_()

@@ -1,5 +1,4 @@
-"""The decoder: equal to Hugging Face's, packed equal to separate, and Parallax without a probe equal to
-softmax."""
+"""The decoder: equal to Hugging Face's, packed documents to separate rows, Parallax to softmax."""
 
 import math
 from dataclasses import replace
@@ -8,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
+from errors import UserError
 from models import sizes
 from models.attention.base import Attention, mean_visible_keys
 from models.attention.parallax import ParallaxAttention
@@ -28,7 +29,7 @@ from models.config import (
     SoftmaxConfig,
     ValueAverageConfig,
 )
-from models.convert.__main__ import to_hugging_face
+from models.convert.format import to_hugging_face
 from models.init import init_weights
 from models.qwen3 import Qwen3
 
@@ -98,7 +99,7 @@ def test_parallax_with_zero_probe_gain_equals_softmax(
     softmax = build(SoftmaxConfig(window_size=window_size), dtype)
     ids = tokens(2, 40)
     torch.testing.assert_close(parallax(ids), softmax(ids), atol=tolerance, rtol=0)
-    # and the correction is not zero as soon as the gain is not
+    # with a gain the correction is not zero
     other = build(ParallaxConfig(r_gain_init=0.25, window_size=window_size), dtype)
     assert (other(ids) - softmax(ids)).abs().max() > 100 * tolerance
 
@@ -123,10 +124,10 @@ ATTENTIONS = [
     MesaNetConfig(num_iterations=20),
     Mamba2Config(state_size=8),
 ]
-attentions = pytest.mark.parametrize("attention", ATTENTIONS, ids=lambda a: str(a).split("(", 1)[1][:60])
+each_attention = pytest.mark.parametrize("attention", ATTENTIONS, ids=lambda a: str(a).split("(", 1)[1][:60])
 
 
-@attentions
+@each_attention
 def test_packed_documents_equal_separate_rows(attention: AttentionConfig) -> None:
     model = build(attention, torch.float64)
     lengths = [1, 7, 20, 12]
@@ -137,8 +138,8 @@ def test_packed_documents_equal_separate_rows(attention: AttentionConfig) -> Non
     torch.testing.assert_close(packed, separate, atol=1e-10, rtol=0)
 
 
-@attentions
-def test_a_token_never_changes_its_past(attention: AttentionConfig) -> None:
+@each_attention
+def test_attention_is_causal(attention: AttentionConfig) -> None:
     model = build(attention)
     ids = tokens(1, 30)
     changed = ids.clone()
@@ -148,8 +149,8 @@ def test_a_token_never_changes_its_past(attention: AttentionConfig) -> None:
     assert (before[:, 17] - after[:, 17]).abs().max() > 0
 
 
-@attentions
-def test_gradient_checks_in_every_direction_that_a_parameter_has(attention: AttentionConfig) -> None:
+@each_attention
+def test_gradients_equal_finite_differences(attention: AttentionConfig) -> None:
     model = build(attention, torch.float64)
     ids, labels = tokens(1, 12), tokens(1, 12, seed=1)
     model(ids, labels_BT=labels).backward()
@@ -170,7 +171,7 @@ def test_gradient_checks_in_every_direction_that_a_parameter_has(attention: Atte
         )
 
 
-def test_windows_and_documents_in_blocks_equal_one_dense_mask() -> None:
+def test_blockwise_masks_equal_one_dense_mask() -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 50, h, 16, dtype=torch.float64, generator=generator) for h in (4, 2, 2))
     bounds = torch.tensor([0, 3, 3, 20, 41, 50], dtype=torch.int32)
@@ -185,7 +186,7 @@ def test_windows_and_documents_in_blocks_equal_one_dense_mask() -> None:
         torch.testing.assert_close(out, dense, atol=1e-12, rtol=0)
 
 
-def test_published_sizes_have_the_published_parameters() -> None:
+def test_published_sizes_have_the_published_number_of_parameters() -> None:
     for size, total, with_probe in (("0.6b", 596.05, 654.77), ("1.7b", 1720.57, 1838.02)):
         for attention, expected in ((SoftmaxConfig(), total), (ParallaxConfig(), with_probe)):
             with torch.device("meta"):
@@ -197,7 +198,7 @@ def test_published_sizes_have_the_published_parameters() -> None:
     assert counts["total"] == sum(counts[part] for part in ("embedding", "attention", "mlp", "norms"))
 
 
-def test_flops_count_every_product_of_a_small_model_by_hand() -> None:
+def test_flops_of_softmax_and_parallax_by_hand() -> None:
     length, width, heads, kv = 10, 48, 4 * 16, 2 * 16
     projections = width * heads * 2 + width * kv * 2
     shared = 6 * (3 * (projections + 3 * width * 80) + VOCAB * width)
@@ -210,7 +211,7 @@ def test_flops_count_every_product_of_a_small_model_by_hand() -> None:
     assert mean_visible_keys(10, 3) == pytest.approx((1 + 2 + 3 * 8) / 10)
 
 
-def test_the_family_counts_its_products_and_states_by_hand() -> None:
+def test_flops_and_cache_of_linear_variants_by_hand() -> None:
     length, width, heads, kv, head = 10, 48, 4 * 16, 2 * 16, 16
     pairs = sum(range(1, length + 1)) / length
 
@@ -239,30 +240,30 @@ def test_the_family_counts_its_products_and_states_by_hand() -> None:
     assert cached(AffineMesaNetConfig()) == 2 * kv * head + 2 * kv
 
 
-def test_attentions_without_a_probe_of_their_own_have_the_parameters_of_softmax() -> None:
+def test_linear_variants_have_the_parameters_of_softmax() -> None:
     softmax = build(SoftmaxConfig()).num_parameters()
     for attention in (LocalLinearConfig(), LinearConfig(), AffineLinearConfig(), AffineMesaNetConfig()):
         assert build(attention).num_parameters() == softmax
 
 
-def test_bad_options_of_the_solvers_are_refused() -> None:
+def test_invalid_solver_options_raise() -> None:
     for kind in (LocalLinearConfig, AffineMesaNetConfig):
-        with pytest.raises(ValueError, match="ridge must be positive and finite"):
+        with pytest.raises(UserError, match="ridge must be positive and finite"):
             kind(ridge=0.0)
-        with pytest.raises(ValueError, match="num_iterations must be at least 1, got 0"):
+        with pytest.raises(UserError, match="num_iterations must be at least 1, got 0"):
             kind(num_iterations=0)
-    with pytest.raises(ValueError, match="window_size must be at least 1"):
+    with pytest.raises(UserError, match="window_size must be at least 1"):
         LocalLinearConfig(window_size=0)
 
 
-def test_initial_loss_is_that_of_guessing() -> None:
+def test_initial_loss_is_the_log_of_the_vocabulary_size() -> None:
     model = Qwen3(ModelConfig(size="tiny", vocab_size=VOCAB, attention=ParallaxConfig()))
     init_weights(model, 0)
     loss = model(tokens(4, 64), labels_BT=tokens(4, 64, seed=1)) / 256
     assert float(loss.detach()) == pytest.approx(math.log(VOCAB), abs=0.1)
 
 
-def test_initial_weights_depend_on_seed_and_name_alone() -> None:
+def test_initial_weights_depend_on_seed_and_name_only() -> None:
     first, again, other = (build(ParallaxConfig(), seed=s) for s in (1, 1, 2))
     for (name, a), b, c in zip(first.named_parameters(), again.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b), name
@@ -274,12 +275,41 @@ def test_initial_weights_depend_on_seed_and_name_alone() -> None:
     assert torch.all(attention.r_norm.weight == 0.25)
 
 
-def test_bad_dimensions_and_inputs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrappers_of_activation_checkpointing_are_not_in_parameter_names() -> None:
+    plain, wrapped = build(ParallaxConfig()), build(ParallaxConfig())
+    for index, block in enumerate(wrapped.layers):
+        wrapped.layers[index] = checkpoint_wrapper(block)
+    assert [*wrapped.unwrapped_parameters()] == [name for name, _ in plain.named_parameters()]
+    init_weights(wrapped, 1)
+    for a, b in zip(plain.parameters(), wrapped.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_materialize_keeps_embedding_and_head_tied() -> None:
+    for tie in (True, False):
+        with torch.device("meta"):
+            model = Qwen3(ModelConfig(size="tiny", vocab_size=VOCAB, tie_embeddings=tie))
+        model.materialize("cpu")
+        assert not model.norm.weight.is_meta
+        assert (model.output.weight is model.tok_embeddings.weight) == tie
+
+
+def test_logits_are_at_least_fp32_whatever_the_dtype_and_autocast() -> None:
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        model = build(SoftmaxConfig(), dtype)
+        assert model(tokens(2, 5)).dtype == torch.promote_types(dtype, torch.float32)
+    x = torch.randn(3, TINY.width)
+    expected = build(SoftmaxConfig()).output.logits(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(build(SoftmaxConfig()).output(x, None), expected)
+
+
+def test_invalid_dimensions_and_inputs_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sizes.SIZES, "odd", replace(TINY, num_kv_heads=3))
-    with pytest.raises(ValueError, match=r"num_heads \(4\) must be a multiple of num_kv_heads \(3\)"):
+    with pytest.raises(UserError, match=r"num_heads \(4\) must be a multiple of num_kv_heads \(3\)"):
         Qwen3(ModelConfig(size="odd", vocab_size=VOCAB))
     model = build(SoftmaxConfig())
-    with pytest.raises(ValueError, match="at least one token"):
+    with pytest.raises(UserError, match="at least one token"):
         model(tokens(1, 0))
     with pytest.raises(ValueError, match="cu_seqlens needs batch 1"):
         model(tokens(2, 4), cu_seqlens=torch.tensor([0, 4], dtype=torch.int32))

@@ -1,4 +1,4 @@
-"""What only a GPU takes: torch's varlen kernel, and compiled blocks over batches of different documents."""
+"""On a GPU: torch's varlen kernel, compiled blocks over batches of different documents, fp32 logits."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def bounds(lengths: list[int]) -> torch.Tensor:
 
 @pytest.mark.parametrize("window_size", [None, 1, 100])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_varlen_kernel_equals_the_masked_path(window_size: int | None, dtype: torch.dtype) -> None:
+def test_varlen_kernel_equals_masked_attention(window_size: int | None, dtype: torch.dtype) -> None:
     generator = torch.Generator("cuda").manual_seed(0)
     q, k, v = (torch.randn(1, 847, h, 64, device="cuda", generator=generator).to(dtype) for h in (8, 4, 4))
     documents = bounds([1, 5, 64, 777])
@@ -33,7 +33,7 @@ def test_varlen_kernel_equals_the_masked_path(window_size: int | None, dtype: to
 
 
 @pytest.mark.parametrize("attention", [SoftmaxConfig(), ParallaxConfig()], ids=["softmax", "parallax"])
-def test_compiled_blocks_take_any_number_of_documents_with_one_graph(attention: AttentionConfig) -> None:
+def test_compiled_blocks_do_not_recompile_for_another_number_of_documents(attention: AttentionConfig) -> None:
     config = ModelConfig(size="debug", vocab_size=128, attention=attention)
     assert sizes.SIZES["debug"].num_layers == 4
     models = [Qwen3(config), Qwen3(config)]
@@ -58,3 +58,21 @@ def test_compiled_blocks_take_any_number_of_documents_with_one_graph(attention: 
             assert compiled.isfinite().all(), name
             assert (compiled - plain).norm() <= 0.05 * plain.norm() + 1e-3, name
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_are_not_rounded_to_16_bits_unless_they_need_a_gradient(dtype: torch.dtype) -> None:
+    model = Qwen3(ModelConfig(size="debug", vocab_size=128))
+    init_weights(model, 0)
+    head = model.to("cuda", dtype).output
+    x = torch.randn(2, 5, 128, device="cuda").to(dtype)
+    truth = x.double() @ head.weight.detach().double().T
+    with torch.no_grad():
+        exact = head.logits(x)
+    rounded = head.logits(x)
+    assert exact.dtype == rounded.dtype == torch.float32
+    assert exact.shape == rounded.shape == (2, 5, 128)
+    assert (exact - truth).norm() < 1e-5 * truth.norm()
+    assert torch.equal(rounded.detach(), exact.to(dtype).float())
+    rounded.sum().backward()
+    assert head.weight.grad is not None

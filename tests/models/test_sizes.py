@@ -1,6 +1,7 @@
-"""The controls match what they are for, and the table says so."""
+"""The controls match parameters and FLOPs, and the size table."""
 
 import runpy
+import sys
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ from models.config import (
     ParallaxConfig,
     SoftmaxConfig,
 )
-from models.size_table import build_row, deviation, size_table
+from models.size_table import build_row, parameter_mismatch, size_table
 from models.sizes import CONTROLS, SIZES, split_size
 
 MATCHED = [size for size in SIZES if split_size(size)[1] is not None]
@@ -29,7 +30,7 @@ def num_parameters(size: str, kind: str) -> int:
 
 
 @pytest.mark.parametrize("size", ["60m", "0.6b", "1.7b"])
-def test_added_query_heads_have_the_parameters_of_w_r_but_its_norm(size: str) -> None:
+def test_added_query_heads_match_the_parameters_of_w_r_without_its_norm(size: str) -> None:
     plain, matched = SIZES[size], SIZES[f"{size}_parameter_matched"]
     assert matched == replace(plain, num_heads=plain.num_heads + (4 if size == "60m" else 8))
     difference = num_parameters(size, "parallax") - num_parameters(f"{size}_parameter_matched", "softmax")
@@ -37,7 +38,7 @@ def test_added_query_heads_have_the_parameters_of_w_r_but_its_norm(size: str) ->
 
 
 @pytest.mark.parametrize("size", ["60m", "0.6b", "1.7b"])
-def test_compute_matched_has_the_forward_products_of_softmax(size: str) -> None:
+def test_compute_matched_has_the_forward_flops_of_softmax(size: str) -> None:
     plain = SIZES[size]
     for control in ("compute_matched", "compute_parameter_matched"):
         matched = SIZES[f"{size}_{control}"]
@@ -47,22 +48,22 @@ def test_compute_matched_has_the_forward_products_of_softmax(size: str) -> None:
 
 
 @pytest.mark.parametrize("size", [size for size in MATCHED if split_size(size)[1] != "parameter_matched"])
-def test_no_other_multiple_of_eight_matches_better(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlp_widths_are_the_best_multiples_of_eight(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, control = split_size(size)
     assert control is not None
     target = num_parameters(plain, CONTROLS[control].reference)
-    missed = {}
+    mismatch = {}
     for change in (-8, 0, 8):
         row = replace(SIZES[size], mlp_width=SIZES[size].mlp_width + change)
         monkeypatch.setitem(SIZES, f"{plain}_changed", row)
-        missed[change] = abs(num_parameters(f"{plain}_changed", CONTROLS[control].attention) - target)
+        mismatch[change] = abs(num_parameters(f"{plain}_changed", CONTROLS[control].attention) - target)
     assert SIZES[size].mlp_width % 8 == 0
-    assert min(missed, key=missed.__getitem__) == 0
+    assert min(mismatch, key=mismatch.__getitem__) == 0
 
 
 @pytest.mark.parametrize("size", MATCHED)
-def test_controls_are_within_two_thousandths_of_what_they_match(size: str) -> None:
-    values = {kind: deviation(size, config) for kind, config in CONFIGS.items()}
+def test_controls_match_parameters_within_two_thousandths(size: str) -> None:
+    values = {kind: parameter_mismatch(size, config) for kind, config in CONFIGS.items()}
     ours = CONTROLS[size.partition("_")[2]].attention
     assert [kind for kind, value in values.items() if value is not None] == [ours]
     value = values[ours]
@@ -71,8 +72,13 @@ def test_controls_are_within_two_thousandths_of_what_they_match(size: str) -> No
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
-def test_the_command_prints_parameters_flops_and_cache(capsys: pytest.CaptureFixture[str]) -> None:
-    runpy.run_module("models.sizes", run_name="__main__")
+def test_the_command_prints_parameters_flops_and_cache(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["size_table"])
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_module("models.size_table", run_name="__main__")
+    assert exit_.value.code == 0
     table = capsys.readouterr().out
     assert table == size_table() + "\n"
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
@@ -80,8 +86,8 @@ def test_the_command_prints_parameters_flops_and_cache(capsys: pytest.CaptureFix
     # W_R: 28 x 1024 x 2048; cache: 28 layers x 2 x 8 heads x 128 x 2 bytes
     assert ["0.6b", "softmax", "596.05", "176.16", "0.00", "264.24", "4.986", "114,688", ""] in rows
     assert ["0.6b", "parallax", "654.77", "234.88", "58.72", "264.24", "6.278", "114,688", ""] in rows
-    missed = {row[0].removeprefix("0.6b_"): row[-1] for row in rows if row[0].startswith("0.6b_")}
-    assert missed == {
+    mismatch = {row[0].removeprefix("0.6b_"): row[-1] for row in rows if row[0].startswith("0.6b_")}
+    assert mismatch == {
         "parameter_matched": "-0.0005%",
         "compute_matched": "+0.0342%",
         "compute_parameter_matched": "-0.0388%",

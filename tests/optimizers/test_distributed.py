@@ -86,12 +86,12 @@ def full_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def check_equals_one_rank(shape: tuple[int, ...], orthogonalization: str) -> None:
-    alone = Model()
-    train(alone, build_optimizers([alone], make_config(orthogonalization)), 0, 1, range(STEPS))
+    unsharded = Model()
+    train(unsharded, build_optimizers([unsharded], make_config(orthogonalization)), 0, 1, range(STEPS))
     model = sharded_model(shape)
     optimizers = build_optimizers([model], make_config(orthogonalization))
     train(model, optimizers, dist.get_rank(), dist.get_world_size(), range(STEPS))
-    torch.testing.assert_close(full_tensors(model), full_tensors(alone), rtol=0, atol=1e-6)
+    torch.testing.assert_close(full_tensors(model), full_tensors(unsharded), rtol=0, atol=1e-6)
     start = Model()
     moved = {name: (p - full_tensors(start)[name]).abs().max() for name, p in full_tensors(model).items()}
     assert min(moved.values()) > 1e-2, moved
@@ -119,12 +119,12 @@ def check_resume_is_bit_identical(shape: tuple[int, ...], folder: str) -> None:
 
 def check_loads_on_one_rank(folder: str) -> None:
     """Resume from the checkpoint of check_resume_is_bit_identical without sharding."""
-    alone, resumed = Model(), Model()
-    train(alone, build_optimizers([alone], make_config("newton_schulz5")), 0, 1, range(STEPS))
+    unsharded, resumed = Model(), Model()
+    train(unsharded, build_optimizers([unsharded], make_config("newton_schulz5")), 0, 1, range(STEPS))
     optimizers = build_optimizers([resumed], make_config("newton_schulz5"))
     dcp.load({"model": resumed.state_dict(), "optimizer": optimizers}, checkpoint_id=folder, no_dist=True)
     train(resumed, optimizers, 0, 1, range(3, STEPS))
-    torch.testing.assert_close(full_tensors(resumed), full_tensors(alone), rtol=0, atol=1e-6)
+    torch.testing.assert_close(full_tensors(resumed), full_tensors(unsharded), rtol=0, atol=1e-6)
 
 
 def worker(rank: int, num_ranks: int, folder: str) -> None:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from parallax import eager_decode
-from parallax.kernels.decode import DecodeTile, decode, tile_of
+from parallax.kernels.decode import decode
+from parallax.kernels.decode_tiles import DecodeTile
 from parallax.testing import relative_error
 from tests.parallax.decode_cases import CASES, DecodeCase, DecodeInputs, make_inputs
 
@@ -60,14 +61,20 @@ def test_heads_that_lie_over_two_to_the_31_elements_apart() -> None:
     assert torch.equal(run(far, 1, 32), expected)
 
 
-def test_the_table_fills_the_device_and_splits_no_more_than_that_takes() -> None:
-    def num_splits(pairs: int, capacity: int) -> int:
-        tile = tile_of(pairs, capacity, 2, 128, 132)
-        assert 1 <= tile.num_splits <= max(1, capacity // 64)
-        return tile.num_splits
+@pytest.mark.parametrize("num_splits", [1, 2])
+def test_probes_beside_queries_or_in_a_tile_of_their_own(num_splits: int) -> None:
+    # eight rows share a tile with their probes, nine do not
+    for num_heads in (8, 9):
+        case = DecodeCase("", (75, 40), num_heads=num_heads, num_kv_heads=1, key_offset=3.0)
+        x = make_inputs(case, torch.float16)
+        assert relative_error(run(x, num_splits, 32), x.expected) < 2e-3
+        # what one row sees does not depend on the others
+        first = replace(x, q=x.q[:, :, :1], r=x.r[:, :, :1])
+        torch.testing.assert_close(run(first, num_splits, 32), run(x, num_splits, 32)[:, :, :1])
 
-    assert 92 <= 8 * num_splits(8, 32768) <= 132
-    assert 92 <= 8 * num_splits(8, 1024) <= 132
-    assert num_splits(8, 64) == 1
-    assert [num_splits(pairs, 4096) for pairs in (128, 256, 1024, 8192)] == [1, 1, 1, 1]
-    assert num_splits(300, 4096) > 1  # 36 programs would run alone
+
+def test_splits_without_keys_add_nothing() -> None:
+    x = make_inputs(DecodeCase("", (3, 70)), torch.float16)
+    expected = run(x, 1, 16)
+    for num_splits in (5, 16):
+        torch.testing.assert_close(run(x, num_splits, 16), expected, atol=2e-3, rtol=2e-3)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallax import parallax_decode
-from parallax.kernels.decode import DecodeTile
+from parallax import eager_decode, parallax_decode
 from parallax.kernels.decode import decode as decode_by_kernels
+from parallax.kernels.decode_tiles import DecodeDevice, DecodeTile, tile_of
 from parallax.testing import relative_error
 from tests.parallax.decode_cases import CASES, DecodeCase, DecodeInputs, make_inputs
 
@@ -53,6 +53,50 @@ def test_any_number_of_splits_gives_the_same(num_splits: int) -> None:
     scale = x.q.shape[-1] ** -0.5
     decode_by_kernels(x.q, x.r, x.k_cache, x.v_cache, x.cache_seqlens, None, None, scale, out, tile=tile)
     assert relative_error(out, x.expected) < 0.0026
+
+
+@pytest.mark.parametrize("has_fast_memory", [False, True])
+@pytest.mark.parametrize("shape", [(1, 512), (1, 1024), (2, 4096), (16, 1024), (150, 600), (300, 130)])
+def test_every_tile_of_the_tables(shape: tuple[int, int], has_fast_memory: bool) -> None:
+    batch, num_keys = shape
+    torch.manual_seed(0)
+    query, keys = (batch, 1, 16, 128), (batch, num_keys, 8, 128)
+    q, r, k, v = (torch.randn(s, dtype=torch.bfloat16, device="cuda") for s in (query, query, keys, keys))
+    k += 3 * torch.randn_like(k[:1, :1])
+    lengths = torch.randint(1, num_keys + 1, (batch,), device="cuda", dtype=torch.int32)
+    lengths[0] = num_keys
+    tile = tile_of(8 * batch, num_keys, 2, 128, DecodeDevice(132, has_fast_memory))
+    for probe in (r, None):
+        out, truth = torch.full_like(q, torch.nan), torch.empty_like(q, dtype=torch.float64)
+        decode_by_kernels(q, probe, k, v, lengths, None, None, 128**-0.5, out, tile=tile)
+        doubles = (q.double(), probe if probe is None else probe.double(), k.double(), v.double())
+        eager_decode.decode(*doubles, lengths, None, None, 128**-0.5, truth)
+        assert relative_error(out, truth) < 0.0027
+
+
+def test_calls_that_follow_one_another_see_what_the_last_has_written() -> None:
+    # programs start before their inputs are there: each call's queries are the output of the call before
+    x = make_inputs(
+        DecodeCase("", (512,), num_heads=16, num_kv_heads=8, head_dim=128), torch.bfloat16, "cuda"
+    )
+
+    def chain(q: Tensor) -> Tensor:
+        for _ in range(20):
+            q = parallax_decode(q, q, x.k_cache, x.v_cache, cache_seqlens=x.cache_seqlens, impl="triton")
+        return q
+
+    expected = x.q
+    for _ in range(20):
+        expected = parallax_decode(
+            expected, expected, x.k_cache, x.v_cache, cache_seqlens=x.cache_seqlens, impl="triton"
+        )
+        torch.cuda.synchronize()
+    graph, out = torch.cuda.CUDAGraph(), torch.empty_like(x.q)
+    with torch.cuda.graph(graph):
+        out.copy_(chain(x.q))
+    for _ in range(50):
+        graph.replay()
+        assert torch.equal(out, expected)
 
 
 def test_one_graph_serves_all_lengths() -> None:

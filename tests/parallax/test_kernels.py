@@ -14,6 +14,7 @@ FILES = {
     "interpreted_decode.py": {"TRITON_INTERPRET": "1"},
     "interpreted_local_linear.py": {"TRITON_INTERPRET": "1"},
     "compiled_hopper.py": {},
+    "compiled_decode.py": {},
 }
 
 

@@ -1,1 +1,1 @@
-"""The recurrent mechanisms as plain functions of (q, k, v, gates): chunked over a row, and token by token."""
+"""The recurrent baselines: their base class, and their recurrences as functions of (q, k, v, gates)."""

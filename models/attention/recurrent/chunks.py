@@ -1,7 +1,10 @@
-"""What the chunked mechanisms share: rows cut into chunks, documents within them, decays, unit vectors.
+"""Chunking of rows for the recurrences: document boundaries in chunks, decays, L2 normalization.
 
-Letters: B batch, T tokens, H heads, K key width, V value width; N chunks of C tokens; J is 1 where a head's
-decay is one number and K where every key channel has its own.
+A chunked recurrence passes one state from chunk to chunk: that of the document to which the last token of a
+chunk belongs.
+
+Letters: B batch, T tokens, H heads, K key width, V value width; N chunks of C tokens; J is 1 where a head has
+one decay and K where every key channel has its own.
 """
 
 from typing import NamedTuple
@@ -12,33 +15,37 @@ from torch import Tensor
 
 
 class Chunks(NamedTuple):
-    """How the documents of a row lie in its chunks; the same for every head and every row of a batch.
+    """The chunks of a row and its document boundaries; the same for all heads and all rows of a batch.
 
-    A state is handed from chunk to chunk: that of the document to which the last token of a chunk belongs.
+    Attributes:
+        size: Tokens C of a chunk.
+        is_visible_NCC: Token j is in token i's document and not after i.
+        is_in_first_NC: The token belongs to the document of the chunk's initial state.
+        is_in_last_NC: The token belongs to the document of the chunk's final state.
     """
 
     size: int
-    visible_NCC: Tensor  # token j is in i's document and not after i
-    reads_NC: Tensor  # the token is in the document whose state the chunk is handed
-    writes_NC: Tensor  # the token is in the document whose state the chunk hands on
+    is_visible_NCC: Tensor
+    is_in_first_NC: Tensor
+    is_in_last_NC: Tensor
 
     def split(self, x_BTH: Tensor) -> Tensor:
-        """Cut `[B, T, H, ...]` into `[B, H, N, C, ...]`, at least fp32, the last padded with zeros."""
+        """Reshape `[B, T, H, ...]` to `[B, H, N, C, ...]`, at least fp32, zero-padded at the end."""
         x_BHT = x_BTH.to(torch.promote_types(x_BTH.dtype, torch.float32)).transpose(1, 2)
         tail = -x_BHT.shape[2] % self.size
         return F.pad(x_BHT, (0, 0) * (x_BHT.ndim - 3) + (0, tail)).unflatten(2, (-1, self.size))
 
 
-def cut(like_BTH: Tensor, cu_seqlens: Tensor | None, size: int) -> Chunks:
-    """Cut a row into chunks.
+def make_chunks(like_BTH: Tensor, cu_seqlens: Tensor | None, size: int) -> Chunks:
+    """Compute the chunks of a row.
 
     Args:
-        like_BTH: Any tensor `[B, T, H, ...]` of it.
-        cu_seqlens: Document bounds `[N + 1]`, int32, with B = 1; None for B rows of one document each.
-        size: The most tokens of a chunk.
+        like_BTH: Any tensor `[B, T, H, ...]` of the row.
+        cu_seqlens: Document boundaries `[N + 1]`, int32, with B = 1; None for B rows of one document each.
+        size: Largest number of tokens of a chunk.
 
     Returns:
-        The chunks; what the last one lacks counts to the last document, and must change no state.
+        The chunks; the last one's padding counts as part of the last document, and must not change a state.
     """
     num_tokens = like_BTH.shape[1]
     size = min(size, num_tokens)
@@ -49,58 +56,67 @@ def cut(like_BTH: Tensor, cu_seqlens: Tensor | None, size: int) -> Chunks:
     if cu_seqlens is not None:
         ids_T = torch.searchsorted(cu_seqlens.to(position_T.dtype), position_T, right=True)
     ids_NC = ids_T.unflatten(0, (-1, size))
-    handed_N = torch.cat((ids_NC[:1, 0], ids_NC[:-1, -1]))
+    first_N = torch.cat((ids_NC[:1, 0], ids_NC[:-1, -1]))
     causal_CC = torch.ones(size, size, dtype=torch.bool, device=ids_T.device).tril()
     return Chunks(
         size,
         (ids_NC[:, :, None] == ids_NC[:, None]) & causal_CC,
-        ids_NC == handed_N[:, None],
+        ids_NC == first_N[:, None],
         ids_NC == ids_NC[:, -1:],
     )
 
 
-def join(x_BHNCV: Tensor, num_tokens: int) -> Tensor:
-    """Undo Chunks.split: `[B, T, H, V]`."""
+def merge_chunks(x_BHNCV: Tensor, num_tokens: int) -> Tensor:
+    """Undo Chunks.split: return `[B, T, H, V]`."""
     return x_BHNCV.flatten(2, 3)[:, :, :num_tokens].transpose(1, 2)
 
 
 class Decays(NamedTuple):
-    """Factors, all of them at most 1, by which what is remembered fades within a chunk."""
+    """Cumulative decays within chunks, all at most 1.
 
-    between_BHNCCJ: Tensor  # from token j to token i; 0 where i does not see j
-    reading_BHNCJ: Tensor  # from the chunk's start to token i; 0 where i reads another document
-    writing_BHNCJ: Tensor  # from token j to the chunk's end; 0 where j's document has ended
-    passing_BHNJ: Tensor  # from the chunk's start to its end; 0 where the document has ended
+    Attributes:
+        between_BHNCCJ: From token j to token i; 0 where i does not see j.
+        from_start_BHNCJ: From the chunk's initial state to token i; 0 where i is in another document.
+        to_end_BHNCJ: From token j to the chunk's final state; 0 where j is in another document.
+        across_BHNJ: From the chunk's initial to its final state; 0 where their documents differ.
+    """
+
+    between_BHNCCJ: Tensor
+    from_start_BHNCJ: Tensor
+    to_end_BHNCJ: Tensor
+    across_BHNJ: Tensor
 
 
-def fade(g_BHNCJ: Tensor, chunks: Chunks) -> Decays:
-    """Decays from the logarithms of every token's.
+def cumulative_decays(g_BHNCJ: Tensor, chunks: Chunks) -> Decays:
+    """Compute the cumulative decays within chunks.
 
     Args:
-        g_BHNCJ: Logarithm of the decay at each token `[B, H, N, C, J]`, at most 0.
-        chunks: Of the row.
+        g_BHNCJ: Logarithm of the decay of every token `[B, H, N, C, J]`, at most 0.
+        chunks: Chunks of the row.
     """
     sums = g_BHNCJ.cumsum(3)
-    reads, writes = chunks.reads_NC[..., None], chunks.writes_NC[..., None]
-    # hidden pairs are masked before exp, where they could overflow
-    between = (sums.unsqueeze(4) - sums.unsqueeze(3)).masked_fill(~chunks.visible_NCC[..., None], -torch.inf)
+    is_in_first, is_in_last = chunks.is_in_first_NC[..., None], chunks.is_in_last_NC[..., None]
+    # invisible pairs are masked before exp, where they could overflow
+    between = (sums.unsqueeze(4) - sums.unsqueeze(3)).masked_fill(
+        ~chunks.is_visible_NCC[..., None], -torch.inf
+    )
     return Decays(
         between.exp(),
-        sums.exp() * reads,
-        (sums[:, :, :, -1:] - sums).exp() * writes,
-        sums[:, :, :, -1].exp() * reads[:, -1],
+        sums.exp() * is_in_first,
+        (sums[:, :, :, -1:] - sums).exp() * is_in_last,
+        sums[:, :, :, -1].exp() * is_in_first[:, -1],
     )
 
 
-def fading_scores(a_BHNCK: Tensor, b_BHNCK: Tensor, decays: Decays) -> Tensor:
-    """Scores a_i.(decay from j to i * b_j) in a chunk, `[B, H, N, C, C]`; 0 where i does not see j."""
+def decayed_scores(a_BHNCK: Tensor, b_BHNCK: Tensor, decays: Decays) -> Tensor:
+    """Compute a_i.(decay_ij * b_j) within chunks, `[B, H, N, C, C]`; 0 where i does not see j."""
     between = decays.between_BHNCCJ
     if between.shape[-1] == 1:
         return (a_BHNCK @ b_BHNCK.mT) * between.squeeze(-1)
     return torch.einsum("...ik,...ijk->...ij", a_BHNCK, between * b_BHNCK.unsqueeze(3))
 
 
-def unit(x: Tensor) -> Tensor:
-    """Normalise the last dimension as fla does, x / sqrt(sum x^2 + 1e-6), in at least fp32."""
+def l2_normalize(x: Tensor) -> Tensor:
+    """Normalize the last dimension as fla does, x / sqrt(sum x^2 + 1e-6), in at least fp32."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6)

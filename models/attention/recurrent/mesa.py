@@ -1,12 +1,12 @@
-"""MesaNet's layer (von Oswald et al. 2025, arXiv 2506.05233): ridge regression of values on keys.
+"""MesaNet's recurrence (von Oswald et al. 2025, arXiv 2506.05233): ridge regression of values on keys.
 
-With unit vectors q and k, decays exp(g), rates beta and a ridge for every key channel:
+With L2-normalized q and k, decays exp(g), weights beta and a ridge per key channel:
 
     A_t = exp(g_t) A_{t-1} + beta_t k_t k_t^T,    S_t = exp(g_t) S_{t-1} + beta_t k_t v_t^T,
     o_t = S_t^T x_t,    (A_t + diag(ridge)) x_t = q_t,
 
-x by conjugate gradients (Hestenes and Stiefel 1952) of a fixed number of iterations: nothing looks at a
-value, so that a CUDA graph can hold them. Letters: as in chunks.py, J = 1.
+with x computed by conjugate gradients (Hestenes and Stiefel 1952) in a fixed number of iterations: without
+data-dependent control flow, so that it can be captured in a CUDA graph. Letters: as in chunks.py, J = 1.
 """
 
 from collections.abc import Callable
@@ -15,18 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.attention.recurrent.chunks import join, unit
-from models.attention.recurrent.state_space import cut_and_fade, handed_states, read
+from models.attention.recurrent.chunks import l2_normalize, merge_chunks
+from models.attention.recurrent.state_space import chunk_outputs, initial_states, make_decayed_chunks
 
 
 def _solve(apply: Callable[[Tensor], Tensor], b: Tensor, num_iterations: int) -> Tensor:
-    """Solve A x = b for every row of b, with A symmetric and positive definite; a row at rounding stays."""
+    """Solve A x = b for every row of b by conjugate gradients, with A symmetric and positive definite.
+
+    A row is no longer updated once its residual is at rounding error.
+    """
     x = torch.zeros_like(b)
     residual, direction = b, b
     square = (b * b).sum(-1, keepdim=True)
-    enough = square * (4 * torch.finfo(b.dtype).eps) ** 2
+    tolerance = square * (4 * torch.finfo(b.dtype).eps) ** 2
     for _ in range(num_iterations):
-        is_active = square > enough
+        is_active = square > tolerance
         image = apply(direction)
         curvature = (direction * image).sum(-1, keepdim=True)
         step = torch.where(is_active, square / curvature, 0.0)
@@ -39,7 +42,11 @@ def _solve(apply: Callable[[Tensor], Tensor], b: Tensor, num_iterations: int) ->
 
 
 class _ImplicitSolution(torch.autograd.Function):
-    """The solution of A x = b as a function of the residual b - A x, which carries A's and b's gradients."""
+    """The solution x of A x = b as a differentiable function of the residual b - A x.
+
+    By the implicit function theorem the residual's gradient is the solution of the same system with x's
+    gradient on the right-hand side; A and b receive theirs through the residual.
+    """
 
     @staticmethod
     def forward(ctx: Any, residual: Tensor, x: Tensor, solve: Callable[[Tensor], Tensor]) -> Tensor:
@@ -49,7 +56,7 @@ class _ImplicitSolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None, None]:  # pyrefly: ignore [bad-override]
         if torch.is_grad_enabled():
-            raise NotImplementedError("MesaNet's solve has no second derivative; leave out create_graph=True")
+            raise NotImplementedError("MesaNet's solver has no second derivative; omit create_graph=True")
         with torch.no_grad():
             return ctx.solve(dx.contiguous()), None, None
 
@@ -65,33 +72,33 @@ def mesa(
     *,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Run the layer over rows, chunk by chunk, from empty states; in at least fp32.
+    """Compute the recurrence over rows, chunk by chunk, from zero states, in at least fp32.
 
-    Differentiable by the implicit rule: the solution's gradient takes one more solve with the same matrices.
+    Differentiable once, by implicit differentiation: the backward solves one more system with A.
 
     Args:
-        q_BTHK: Queries `[B, T, H, K]`, of any length: they are normalised here.
+        q_BTHK: Queries `[B, T, H, K]`, not normalized yet.
         k_BTHK: Keys, likewise.
         v_BTHK: Values `[B, T, H, K]`.
         g_BTH: Logarithm of the decay `[B, T, H]`, at most 0.
         beta_BTH: Weight of a token `[B, T, H]`, 0 to 1.
-        ridge_HK: Ridge of every key channel `[H, K]`, positive.
+        ridge_HK: Ridge per key channel `[H, K]`, positive.
         num_iterations: Iterations of conjugate gradients.
-        cu_seqlens: Document bounds `[N + 1]`, int32, with B = 1: the states start anew in each; None for B
+        cu_seqlens: Document boundaries `[N + 1]`, int32, with B = 1: the states are reset at each; None for B
             rows of one document each.
 
     Returns:
         Output `[B, T, H, K]` in v's dtype, and the states A and S `[B, H, K, K]` after the last token.
     """
-    chunks, decays = cut_and_fade(g_BTH, cu_seqlens)
-    q, k = chunks.split(unit(q_BTHK)), chunks.split(unit(k_BTHK))
+    chunks, decays = make_decayed_chunks(g_BTH, cu_seqlens)
+    q, k = chunks.split(l2_normalize(q_BTHK)), chunks.split(l2_normalize(k_BTHK))
     v, beta = chunks.split(v_BTHK), chunks.split(beta_BTH).unsqueeze(-1)
     ridge = ridge_HK.to(q.dtype)[:, None, None]
-    key_states, last_key_state = handed_states(k, beta * k, decays)
-    value_states, last_value_state = handed_states(k, beta * v, decays)
+    key_states, last_key_state = initial_states(k, beta * k, decays)
+    value_states, last_value_state = initial_states(k, beta * v, decays)
 
     def apply(x: Tensor) -> Tensor:
-        return read(x, k, beta * k, key_states, decays) + ridge * x
+        return chunk_outputs(x, k, beta * k, key_states, decays) + ridge * x
 
     def solve(b: Tensor) -> Tensor:
         return _solve(apply, b, num_iterations)
@@ -99,7 +106,7 @@ def mesa(
     with torch.no_grad():
         solution = solve(q)
     x = _ImplicitSolution.apply(q - apply(solution), solution, solve)
-    o_BTHK = join(read(x, k, beta * v, value_states, decays), q_BTHK.shape[1])
+    o_BTHK = merge_chunks(chunk_outputs(x, k, beta * v, value_states, decays), q_BTHK.shape[1])
     return o_BTHK.to(v_BTHK.dtype), (last_key_state, last_value_state)
 
 
@@ -114,30 +121,30 @@ def mesa_steps(
     *,
     states: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Run the layer token by token from given states.
+    """Compute the recurrence token by token from given states.
 
     Args:
-        q_BTHK: As for mesa, like all but the last.
+        q_BTHK: Queries, as the next six as in mesa.
         k_BTHK: Keys.
         v_BTHK: Values.
         g_BTH: Logarithm of the decay.
         beta_BTH: Weight of a token.
-        ridge_HK: Ridge of every key channel.
+        ridge_HK: Ridge per key channel.
         num_iterations: Iterations of conjugate gradients.
-        states: A and S `[B, H, K, K]`, at least fp32; they are left as they are.
+        states: A and S `[B, H, K, K]`, at least fp32; not modified.
 
     Returns:
         As mesa.
     """
     key_state, value_state = states
-    q, k = (unit(x).to(key_state.dtype) for x in (q_BTHK, k_BTHK))
+    q, k = (l2_normalize(x).to(key_state.dtype) for x in (q_BTHK, k_BTHK))
     v, decay, beta, ridge = (x.to(key_state.dtype) for x in (v_BTHK, g_BTH.exp(), beta_BTH, ridge_HK))
     outputs = []
     for t in range(q.shape[1]):
-        written = (beta[:, t].unsqueeze(-1) * k[:, t]).unsqueeze(-1)
-        fading = decay[:, t, :, None, None]
-        key_state = fading * key_state + written * k[:, t].unsqueeze(2)
-        value_state = fading * value_state + written * v[:, t].unsqueeze(2)
+        weighted_key = (beta[:, t].unsqueeze(-1) * k[:, t]).unsqueeze(-1)
+        decay_t = decay[:, t, :, None, None]
+        key_state = decay_t * key_state + weighted_key * k[:, t].unsqueeze(2)
+        value_state = decay_t * value_state + weighted_key * v[:, t].unsqueeze(2)
 
         def apply(x_BHK: Tensor, key_state: Tensor = key_state) -> Tensor:
             return (key_state * x_BHK.unsqueeze(2)).sum(-1) + ridge * x_BHK

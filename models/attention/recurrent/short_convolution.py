@@ -1,4 +1,4 @@
-"""The short causal convolution of every channel that the recurrent baselines put before their mechanisms.
+"""The short causal depthwise convolution that the recurrent baselines apply before their recurrences.
 
 Letters: B batch, T tokens, C channels, W width of the window.
 """
@@ -16,14 +16,15 @@ def short_convolution(
     cu_seqlens: Tensor | None = None,
     past_BPC: Tensor | None = None,
 ) -> Tensor:
-    """silu(bias + sum_s weight_s x_{t - W + 1 + s}) over the tokens of t's document, in at least fp32.
+    """Compute silu(bias + sum_s weight_s x_{t - W + 1 + s}) within documents, in at least fp32.
 
     Args:
         x_BTC: Input `[B, T, C]`.
-        weight_CW: Weights `[C, W]`, the last for the token itself.
-        bias_C: `[C]`, or None.
-        cu_seqlens: Document bounds `[N + 1]`, int32, with B = 1; None for B rows of one document each.
-        past_BPC: The W - 1 inputs before the first `[B, W - 1, C]`; None for zeros. Not with cu_seqlens.
+        weight_CW: Weights `[C, W]`, the last one that of the token itself.
+        bias_C: Biases `[C]`, or None.
+        cu_seqlens: Document boundaries `[N + 1]`, int32, with B = 1; None for B rows of one document each.
+        past_BPC: The W - 1 inputs before the first token, `[B, W - 1, C]`; None for zeros. Not together with
+            cu_seqlens.
 
     Returns:
         `[B, T, C]` in x's dtype.
@@ -50,11 +51,11 @@ def short_convolution(
 
 
 def last_inputs(x_1TC: Tensor, cu_seqlens: Tensor, num_inputs: int) -> Tensor:
-    """The last inputs of every document, zeros before its first: what the convolution needs to go on.
+    """Return the last inputs of every document, the convolution's state, with zeros before its first token.
 
     Args:
         x_1TC: Input `[1, T, C]` of packed documents.
-        cu_seqlens: Their bounds `[N + 1]`, int32.
+        cu_seqlens: Document boundaries `[N + 1]`, int32.
         num_inputs: W - 1.
 
     Returns:

@@ -1,9 +1,10 @@
-"""Every variant of Parallax by what defines it: what it equals, what it costs, what it refuses."""
+"""The options of Parallax: equivalences, parameters and FLOPs, errors."""
 
 import pytest
 import torch
 from torch import Tensor
 
+from errors import UserError
 from models import sizes
 from models.attention.base import Rope
 from models.attention.parallax import ParallaxAttention
@@ -58,7 +59,7 @@ def num_extra_parameters(attention: AttentionConfig) -> int:
 
 
 @pytest.mark.parametrize("gain", [0.0, 0.25, 1.0])
-def test_the_gain_starts_where_it_is_told_and_learns_from_there(gain: float) -> None:
+def test_the_gain_starts_at_r_gain_init_and_has_a_gradient(gain: float) -> None:
     model = build(ParallaxConfig(r_gain_init=gain))
     model(tokens(), labels_BT=tokens()).backward()
     attention = probe_module(model)
@@ -69,7 +70,7 @@ def test_the_gain_starts_where_it_is_told_and_learns_from_there(gain: float) -> 
     assert bool(attention.wr.weight.grad.abs().max() > 0) == (gain > 0)
 
 
-def test_r_scale_is_a_factor_of_the_gain_and_of_its_gradient() -> None:
+def test_r_scale_multiplies_the_gain_and_its_gradient() -> None:
     scaled, plain = build(ParallaxConfig(r_gain_init=0.5, r_scale=0.5)), build(ParallaxConfig())
     assert_equal(scaled(tokens()), plain(tokens()))
     for model in (scaled, plain):
@@ -82,7 +83,7 @@ def test_r_scale_is_a_factor_of_the_gain_and_of_its_gradient() -> None:
 
 
 @pytest.mark.parametrize("r_norm", [True, False])
-def test_only_without_the_norm_is_the_probe_as_large_as_w_r(r_norm: bool) -> None:
+def test_only_without_the_norm_the_probe_scales_with_w_r(r_norm: bool) -> None:
     config = ParallaxConfig(r_norm=r_norm)
     attention = probe_module(build(config))
     before = attention.probe(hidden(), rope())
@@ -94,14 +95,14 @@ def test_only_without_the_norm_is_the_probe_as_large_as_w_r(r_norm: bool) -> Non
 
 
 @pytest.mark.parametrize("rope_on_r", [True, False])
-def test_only_without_rope_does_the_probe_not_know_its_position(rope_on_r: bool) -> None:
+def test_only_without_rope_the_probe_is_independent_of_its_position(rope_on_r: bool) -> None:
     attention = probe_module(build(ParallaxConfig(rope_on_r=rope_on_r)))
     here, there = attention.probe(hidden(), rope(0)), attention.probe(hidden(), rope(7))
     assert torch.equal(here, there) != rope_on_r
     torch.testing.assert_close(here.norm(dim=-1), there.norm(dim=-1), rtol=1e-6, atol=0)  # fp32 tables
 
 
-def test_first_layers_without_correction_are_those_of_softmax() -> None:
+def test_plain_layers_equal_softmax_layers() -> None:
     variant, softmax = build(ParallaxConfig(num_plain_layers=2)), build(SoftmaxConfig())
     outputs: dict[str, list[Tensor]] = {"variant": [], "softmax": []}
     for name, model in (("variant", variant), ("softmax", softmax)):
@@ -121,8 +122,8 @@ def test_first_layers_without_correction_are_those_of_softmax() -> None:
     assert saved[0] == [*saved[1][:2], saved[2][2]]
 
 
-def test_window_of_plain_layers_is_that_of_the_others() -> None:
-    # with one visible key there is nothing to correct, so that all three are the same function
+def test_plain_layers_have_the_window_of_the_others() -> None:
+    # with one visible key the correction is zero: all three are the same function
     configs = (
         ParallaxConfig(num_plain_layers=1, window_size=1),
         ParallaxConfig(window_size=1),
@@ -150,7 +151,7 @@ def test_a_gate_scales_the_probe(gate: str, num_gates: int) -> None:
     assert extra[0] - extra[1] == 3 * TINY.width * num_gates
 
 
-def test_a_probe_per_kv_head_is_w_r_with_equal_heads() -> None:
+def test_a_probe_per_kv_head_equals_a_w_r_with_repeated_heads() -> None:
     shared, full = build(ParallaxConfig(r_heads="kv")), build(ParallaxConfig())
     for layer in range(TINY.num_layers):
         heads = probe_module(shared, layer).wr.weight.detach().unflatten(0, (-1, TINY.head_dim))
@@ -160,7 +161,7 @@ def test_a_probe_per_kv_head_is_w_r_with_equal_heads() -> None:
     assert num_extra_parameters(shared.config.attention) == 3 * (W_R // 2 + TINY.head_dim)
 
 
-def test_w_r_of_low_rank_is_the_product_of_its_factors() -> None:
+def test_low_rank_w_r_equals_the_product_of_its_factors() -> None:
     low, full = build(ParallaxConfig(r_rank=16)), build(ParallaxConfig())
     for layer in range(TINY.num_layers):
         factors = probe_module(low, layer)
@@ -176,7 +177,7 @@ def test_w_r_of_low_rank_is_the_product_of_its_factors() -> None:
 
 
 def measure_saved(attention: AttentionConfig) -> float:
-    """Elements per token that a compiled block hands to its backward, its input and its weights aside."""
+    """Elements per token that a compiled block saves for its backward, without its input and weights."""
     torch.compiler.reset()
     block, num_tokens = build(attention, torch.float32).layers[0], 64
     angles = rope(0, num_tokens)
@@ -196,9 +197,9 @@ def measure_saved(attention: AttentionConfig) -> float:
     return sum(sizes_by_storage.values()) / num_tokens
 
 
-def test_saved_elements_of_variants_are_what_the_compiler_keeps() -> None:
+def test_saved_elements_equal_those_saved_by_the_compiler() -> None:
     counted = build(ParallaxConfig()).num_saved_elements_per_token()[0]
-    kept = measure_saved(ParallaxConfig())
+    saved = measure_saved(ParallaxConfig())
     for variant in (
         ParallaxConfig(r_norm=False),
         ParallaxConfig(r_norm=False, rope_on_r=False),
@@ -211,11 +212,11 @@ def test_saved_elements_of_variants_are_what_the_compiler_keeps() -> None:
         ParallaxConfig(r_rank=24),
     ):
         difference = build(variant).num_saved_elements_per_token()[0] - counted
-        # the norm's one number per head is not counted
-        assert measure_saved(variant) - kept == pytest.approx(difference, abs=TINY.num_heads), variant
+        # the norm's reciprocal RMS per head is not counted
+        assert measure_saved(variant) - saved == pytest.approx(difference, abs=TINY.num_heads), variant
 
 
-def test_windows_bound_the_cache() -> None:
+def test_a_window_limits_the_cache() -> None:
     per_token = 2 * TINY.num_kv_heads * TINY.head_dim * TINY.num_layers
     for config in (SoftmaxConfig, ParallaxConfig):
         assert build(config()).num_cache_elements(50) == 50 * per_token
@@ -226,8 +227,8 @@ def test_windows_bound_the_cache() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"r_rank": 0}, "r_rank must be at least 1, or none"),
-        ({"r_rank": 96}, r"r_rank must be below 96, the full rank of W_R here, got 96; set \"none\""),
+        ({"r_rank": 0}, 'r_rank must be at least 1, or "none"'),
+        ({"r_rank": 96}, r"r_rank must be below 96, the full rank of W_R, got 96; set \"none\""),
         ({"r_rank": 64, "r_heads": "kv"}, "r_rank must be below 64"),
         ({"num_plain_layers": -1}, "num_plain_layers must be at least 0, got -1"),
         ({"num_plain_layers": 3}, 'below the 3 layers .* got 3; .* attention.kind to "softmax"'),
@@ -235,6 +236,6 @@ def test_windows_bound_the_cache() -> None:
         ({"r_gain_init": float("inf")}, "r_gain_init must be finite, got inf"),
     ],
 )
-def test_variants_that_cannot_be_are_refused(options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_invalid_options_raise(options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         build(ParallaxConfig(**options))

@@ -1,4 +1,4 @@
-"""Hugging Face folders to runs and back: the same function, the same bits, and every mismatch named."""
+"""Conversion of Hugging Face folders to runs and back: same logits, bit-identical weights, errors."""
 
 import json
 import subprocess
@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from config import from_table
+from errors import UnsupportedError, UserError, run_command
 from models.checkpoint import load_model
 from models.config import ModelConfig, ParallaxConfig, SoftmaxConfig
 from models.convert.__main__ import main
@@ -30,7 +31,7 @@ ODD = ModelSize(width=36, num_layers=3, num_heads=6, num_kv_heads=2, head_dim=10
 def make_theirs(
     folder: Path, *, tied: bool = True, dtype: str = "float32", shards: str = "5GB", **options: Any
 ) -> Any:
-    """A random Qwen3 of transformers, saved; gains are not one and matrices are large enough to matter."""
+    """A saved random Qwen3 of transformers, whose gains are not one and whose matrices are large."""
     settings = transformers.Qwen3Config(
         vocab_size=VOCAB,
         hidden_size=ODD.width,
@@ -79,7 +80,7 @@ def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> 
         (False, "float16", "5GB"),
     ],
 )
-def test_theirs_to_ours_and_back(tied: bool, dtype: Any, shards: str, tmp_path: Path) -> None:
+def test_hugging_face_to_run_and_back(tied: bool, dtype: Any, shards: str, tmp_path: Path) -> None:
     theirs = make_theirs(tmp_path / "hf", tied=tied, dtype=dtype, shards=shards)
     assert (len([*(tmp_path / "hf").glob("*.safetensors")]) > 3) == (shards == "20KB")
     convert_from_hf(tmp_path / "hf", tmp_path / "run", dtype=dtype)
@@ -96,7 +97,7 @@ def test_theirs_to_ours_and_back(tied: bool, dtype: Any, shards: str, tmp_path: 
     assert torch.equal(again(tokens()).logits, theirs(tokens()).logits)
 
 
-def test_a_window_in_all_layers_goes_both_ways(tmp_path: Path) -> None:
+def test_a_sliding_window_in_all_layers_converts_both_ways(tmp_path: Path) -> None:
     window = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}
     theirs = make_theirs(tmp_path / "hf", attn_implementation="eager", **window)
     convert_from_hf(tmp_path / "hf", tmp_path / "run")
@@ -112,7 +113,7 @@ def test_a_window_in_all_layers_goes_both_ways(tmp_path: Path) -> None:
     "attention", [SoftmaxConfig(), ParallaxConfig(r_rank=8, gate="head", r_scale=0.5, num_plain_layers=1)]
 )
 @pytest.mark.parametrize("tied", [True, False])
-def test_ours_to_theirs_and_back_is_the_same_run(
+def test_run_to_hugging_face_and_back(
     attention: SoftmaxConfig | ParallaxConfig, tied: bool, tmp_path: Path
 ) -> None:
     config = ModelConfig(
@@ -120,7 +121,7 @@ def test_ours_to_theirs_and_back_is_the_same_run(
     )
     model = save_run(tmp_path / "run", config, step=7)
     convert_to_hf(tmp_path / "run" / "checkpoint" / "step-7", tmp_path / "hf", shard_bytes=400_000)
-    # others read the weights who read the rest
+    # all files have the same permissions
     assert len({path.stat().st_mode for path in (tmp_path / "hf").iterdir()}) == 1
     convert_from_hf(tmp_path / "hf", tmp_path / "again")
     again = load_model(tmp_path / "again")
@@ -128,12 +129,12 @@ def test_ours_to_theirs_and_back_is_the_same_run(
     assert_same_bits(dict(model.state_dict()), dict(again.state_dict()))
 
 
-def test_a_softmax_model_becomes_a_parallax_model_of_the_same_function_that_trains(tmp_path: Path) -> None:
+def test_a_softmax_model_converts_to_a_trainable_parallax_model_with_the_same_logits(tmp_path: Path) -> None:
     make_theirs(tmp_path / "hf", tied=False)
     convert_from_hf(tmp_path / "hf", tmp_path / "softmax")
     convert_from_hf(tmp_path / "hf", tmp_path / "parallax", attention="parallax", seed=1)
     softmax, parallax = load_model(tmp_path / "softmax"), load_model(tmp_path / "parallax")
-    # the correction is zero; what is left is the rounding of two kernels, 4e-6 at logits up to 4.7
+    # the correction is zero; two kernels differ by rounding, 4e-6 at logits up to 4.7
     torch.testing.assert_close(parallax(tokens()), softmax(tokens()), atol=1e-5, rtol=1e-6)
     double = (m.double()(tokens()) for m in (parallax, softmax))
     torch.testing.assert_close(*double, atol=1e-12, rtol=0)
@@ -159,17 +160,17 @@ def test_a_softmax_model_becomes_a_parallax_model_of_the_same_function_that_trai
         optimizer.step()
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.8 * losses[0]
-    # another seed draws another W_R, the same one the same
+    # W_R depends on the seed
     for seed, same in ((1, True), (2, False)):
         convert_from_hf(tmp_path / "hf", tmp_path / f"seed{seed}", attention="parallax", seed=seed)
         weights = [dict(load_model(tmp_path / f).named_parameters()) for f in ("parallax", f"seed{seed}")]
         assert torch.equal(*(w["layers.0.attention.wr.weight"] for w in weights)) == same
     convert_to_hf(tmp_path / "parallax", tmp_path / "parallax_hf")
-    with pytest.raises(ValueError, match="--attention softmax would drop the folder's W_R"):
+    with pytest.raises(UserError, match="--attention softmax would drop W_R"):
         convert_from_hf(tmp_path / "parallax_hf", tmp_path / "no", attention="softmax")
 
 
-def test_wrong_tensors_are_named_all_at_once(tmp_path: Path) -> None:
+def test_all_wrong_tensors_are_listed(tmp_path: Path) -> None:
     folder = tmp_path / "hf"
     make_theirs(folder)
     weights = load_file(folder / "model.safetensors")
@@ -179,7 +180,7 @@ def test_wrong_tensors_are_named_all_at_once(tmp_path: Path) -> None:
     weights["model.layers.1.mlp.up_proj.weight"] = torch.zeros(3, 3)
     weights["model.layers.2.mlp.up_proj.weight"] = torch.zeros(52, 36, dtype=torch.int8)
     save_file(weights, folder / "model.safetensors")
-    with pytest.raises(ValueError, match=r"does not hold the model of its config.json") as error:
+    with pytest.raises(UserError, match=r"does not contain the model of its config.json") as error:
         convert_from_hf(folder, tmp_path / "run")
     for part in (
         "model.layers.0.mlp.up_proj.weight is missing",
@@ -190,7 +191,7 @@ def test_wrong_tensors_are_named_all_at_once(tmp_path: Path) -> None:
     ):
         assert part in str(error.value)
     assert not (tmp_path / "run").exists()
-    # a head that is saved although it is tied must be the embedding
+    # a saved head of a tied model must equal the embedding
     for head, fits in (
         (good["model.embed_tokens.weight"].clone(), True),
         (torch.zeros(VOCAB, ODD.width), False),
@@ -199,52 +200,60 @@ def test_wrong_tensors_are_named_all_at_once(tmp_path: Path) -> None:
         if fits:
             convert_from_hf(folder, tmp_path / "tied")
             continue
-        with pytest.raises(ValueError, match=r"tie_word_embeddings is true, but lm_head.weight is not"):
+        with pytest.raises(UserError, match=r"tie_word_embeddings is true, but lm_head.weight differs"):
             convert_from_hf(folder, tmp_path / "run")
     (folder / "model.safetensors").write_bytes(b"no")
-    with pytest.raises(ValueError, match="is no whole safetensors file"):
+    with pytest.raises(UserError, match="is not a complete safetensors file"):
         convert_from_hf(folder, tmp_path / "run")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"neither model.safetensors nor model.safetensors.index.json"):
+    with pytest.raises(UserError, match=r"neither model.safetensors nor model.safetensors.index.json"):
         convert_from_hf(folder, tmp_path / "run")
     make_theirs(tmp_path / "sharded", shards="20KB")
     next((tmp_path / "sharded").glob("model-00002-*")).unlink()
-    with pytest.raises(ValueError, match=r"lacks files .*: model-00002-of-"):
+    with pytest.raises(UserError, match=r"lacks files .*: model-00002-of-"):
         convert_from_hf(tmp_path / "sharded", tmp_path / "run")
-    with pytest.raises(ValueError, match=r"has no config.json; wanted a folder"):
+    with pytest.raises(UserError, match=r"has no config.json; wanted a folder"):
         convert_from_hf(tmp_path, tmp_path / "run")
 
 
-def test_folders_that_are_taken_and_the_command_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+def test_command_line_and_existing_output_folders(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    recwarn: pytest.WarningsRecorder,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     make_theirs(tmp_path / "hf")
+
+    def convert(*words: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["convert", *words])
+        return run_command(main)
+
     words = ["from-hf", str(tmp_path / "hf"), "--out", str(tmp_path / "run"), "--attention", "parallax"]
-    assert main([*words, "--dtype", "bfloat16"]) == 0
+    assert convert(*words, "--dtype", "bfloat16") == 0
     printed = capsys.readouterr().out
     assert "parallax, size custom" in printed
-    assert "in bfloat16 (there 35 tensors float32)" in printed
-    assert "the new probe's, whose gain is 0" in printed
-    assert main(words) == 2
-    assert "already holds a run" in capsys.readouterr().err
+    assert "in bfloat16 (from 35 float32 tensors)" in printed
+    assert "those of the new probe, whose gain is 0" in printed
+    assert convert(*words) == 2
+    assert "already has a run" in capsys.readouterr().err
     back = ["to-hf", str(tmp_path / "run"), "--out", str(tmp_path / "back")]
-    assert main([*back, "--dtype", "float16"]) == 0
+    assert convert(*back, "--dtype", "float16") == 0
     assert "load it with trust_remote_code=True" in capsys.readouterr().out
     assert {t.dtype for t in all_tensors(tmp_path / "back").values()} == {torch.float16}
-    assert main(back) == 2
-    assert "already holds a model" in capsys.readouterr().err
+    assert convert(*back) == 2
+    assert "already has a model" in capsys.readouterr().err
     assert not [w for w in recwarn if "torch.distributed" in str(w.message)]
-    with pytest.raises(ValueError, match="--shard-gb must be positive"):
+    with pytest.raises(UserError, match="--shard-gb must be positive"):
         convert_to_hf(tmp_path / "run", tmp_path / "no", shard_bytes=0)
 
 
-def test_only_softmax_and_parallax_have_a_counterpart(tmp_path: Path) -> None:
+def test_only_softmax_and_parallax_models_convert(tmp_path: Path) -> None:
     for kind in ("lla", "linear", "value-average"):
         config = from_table(
             ModelConfig, {"size": "debug", "vocab_size": 50, "attention": {"kind": kind}}, "test"
         )
         save_run(tmp_path / kind, config)
-        with pytest.raises(NotImplementedError, match=f'"{kind}" have no .*; "softmax" and "parallax" have'):
+        with pytest.raises(UnsupportedError, match=f'"{kind}" cannot be .*; "softmax" and "parallax" can'):
             convert_to_hf(tmp_path / kind, tmp_path / "hf")
         assert not (tmp_path / "hf").exists()
 
@@ -253,19 +262,19 @@ MEASURE = """
 import resource, sys
 from models.convert.__main__ import main
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-assert main(sys.argv[1:]) == 0
+main()
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 
 
 def peak_growth(*words: str) -> int:
-    """Bytes by which a conversion's peak memory, mapped files included, exceeds that of its imports."""
+    """Peak memory of a conversion in bytes, memory-mapped files included, above that after its imports."""
     command = [sys.executable, "-c", MEASURE, *words]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     return int(printed.splitlines()[-1])
 
 
-def test_conversion_holds_a_few_tensors_at_a_time_and_never_the_model(tmp_path: Path) -> None:
+def test_conversion_never_has_the_whole_model_in_memory(tmp_path: Path) -> None:
     size = ModelSize(width=1024, num_layers=8, num_heads=8, num_kv_heads=4, head_dim=128, mlp_width=3072)
     config = ModelConfig(size="custom", custom_size=size, vocab_size=8000)
     (tmp_path / "hf").mkdir()
@@ -281,6 +290,6 @@ def test_conversion_holds_a_few_tensors_at_a_time_and_never_the_model(tmp_path: 
     assert total > 400e6
     assert largest < 35e6
     hf, run, back = (str(tmp_path / name) for name in ("hf", "run", "back"))
-    # measured with two layers more, 578 MB: 96 and 157 MB; tensors in the making, and what libraries take
+    # measured with two more layers, 578 MB: 96 and 157 MB, for temporary tensors and libraries
     assert peak_growth("from-hf", hf, "--out", run, "--attention", "parallax") < 4 * largest
     assert peak_growth("to-hf", run, "--out", back, "--shard-gb", "0.1") < 100e6 + 3 * largest

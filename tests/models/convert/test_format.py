@@ -1,4 +1,4 @@
-"""config.json and ours: what published ones mean, what cannot be said, and sizes of one's own."""
+"""config.json to ModelConfig and back: published configs, unsupported keys, custom sizes."""
 
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ import torch
 
 import config as loader
 from config import from_table, to_table, to_toml
+from errors import UserError
 from models.config import ModelConfig
 from models.convert.format import from_config_json, to_config_json
 from models.qwen3 import Qwen3
@@ -55,7 +56,7 @@ QWEN3_8B = QWEN3_06B | {
 }
 
 
-def test_published_configs_are_our_sizes_or_custom_ones() -> None:
+def test_published_configs_decode_to_named_or_custom_sizes() -> None:
     small, large = (from_config_json(table) for table in (QWEN3_06B, QWEN3_8B))
     assert small.model == ModelConfig(size="0.6b", vocab_size=151936, rope_theta=1e6)
     assert (small.num_positions, small.eos_token_id) == (40960, 151645)
@@ -65,14 +66,14 @@ def test_published_configs_are_our_sizes_or_custom_ones() -> None:
     counts = model.num_parameters()
     assert counts["total"] == 8_190_735_360
     assert counts["embedding"] == 2 * 151936 * 4096
-    # the embedding's look-up is no product
+    # the embedding's look-up has no FLOPs
     tied = Qwen3(ModelConfig(size="debug", vocab_size=50))
     untied = Qwen3(ModelConfig(size="debug", vocab_size=50, tie_embeddings=False))
     assert tied.num_flops_per_token(64) == untied.num_flops_per_token(64)
     assert untied.num_parameters()["total"] - tied.num_parameters()["total"] == 50 * 128
     for table in (QWEN3_06B, QWEN3_8B):
-        there = from_config_json(table)
-        back = to_config_json(there.model, dtype="bfloat16", num_positions=40960, eos_token_id=151645)
+        theirs = from_config_json(table)
+        back = to_config_json(theirs.model, dtype="bfloat16", num_positions=40960, eos_token_id=151645)
         dropped = {"bos_token_id", "max_window_layers", "sliding_window", "transformers_version"}
         assert {k: v for k, v in table.items() if k not in dropped} == back
 
@@ -82,7 +83,7 @@ def test_published_configs_are_our_sizes_or_custom_ones() -> None:
     [
         (
             {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
-            r"unknown architecture LlamaForCausalLM",
+            r"unsupported architecture LlamaForCausalLM",
         ),
         ({"architectures": ["Qwen3MoeForCausalLM"]}, r"Qwen3MoeForCausalLM .* wanted Qwen3ForCausalLM"),
         ({"model_type": "qwen2"}, r"wanted Qwen3ForCausalLM \(model_type 'qwen3'\)"),
@@ -100,18 +101,21 @@ def test_published_configs_are_our_sizes_or_custom_ones() -> None:
         ),
         ({"layer_types": ["sliding_attention"] * 28}, "sliding_window or use_sliding_window is unset"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is"),
-        ({"num_experts": 8}, "num_experts is not known here"),
-        ({"attention_bias": True, "num_experts": 8}, "attention_bias is True.*; num_experts is not known"),
+        ({"num_experts": 8}, "num_experts is not supported"),
+        (
+            {"attention_bias": True, "num_experts": 8},
+            "attention_bias is True.*; num_experts is not supported",
+        ),
     ],
 )
-def test_what_a_config_cannot_say_here_is_named(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_unsupported_values_are_listed(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         from_config_json(QWEN3_06B | change)
 
 
-def test_a_config_without_dimensions_is_refused() -> None:
+def test_missing_dimensions_are_listed() -> None:
     table = {k: v for k, v in QWEN3_06B.items() if k not in ("head_dim", "vocab_size")}
-    with pytest.raises(ValueError, match="head_dim is missing; vocab_size is missing"):
+    with pytest.raises(UserError, match="head_dim is missing; vocab_size is missing"):
         from_config_json(table)
 
 
@@ -125,7 +129,7 @@ CUSTOM = [
 ]
 
 
-def test_a_custom_size_is_a_table_of_a_run(tmp_path: Path) -> None:
+def test_a_custom_size_is_a_table_of_the_config(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
 
     def write(*lines: str, size: str = "custom") -> Path:
@@ -144,7 +148,7 @@ def test_a_custom_size_is_a_table_of_a_run(tmp_path: Path) -> None:
         (
             ["[model.custom_size]", *CUSTOM],
             "debug",
-            "custom_size goes with size = \"custom\" alone, got size 'debug'",
+            "custom_size requires size = \"custom\", got size 'debug'",
         ),
         (["[model.custom_size]", *CUSTOM[1:]], "custom", "model.custom_size.width: missing; want an integer"),
         (["[model.custom_size]", *CUSTOM, "depth = 3"], "custom", "model.custom_size.depth: unknown key"),

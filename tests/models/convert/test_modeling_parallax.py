@@ -1,4 +1,4 @@
-"""The exported Parallax model in transformers: our logits, gradients and generated text, in every variant."""
+"""The exported Parallax model in transformers: same logits, gradients and generated text in every variant."""
 
 import ast
 from dataclasses import fields
@@ -44,7 +44,7 @@ variants = pytest.mark.parametrize("attention", VARIANTS.values(), ids=list(VARI
 
 @pytest.fixture(autouse=True)
 def _own_module_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Code that folders carry is copied under the test's folder, not under the user's home."""
+    """Put transformers' cache of the folders' code into the test's folder, not into the user's home."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
 
@@ -58,7 +58,7 @@ def settings(attention: ParallaxConfig | SoftmaxConfig, **options: Any) -> Model
 def export(
     folder: Path, attention: ParallaxConfig | SoftmaxConfig, dtype: Any = "float32", **options: Any
 ) -> tuple[Qwen3, Any]:
-    """A random model of ours, and what transformers loads of its export."""
+    """A random model of this project, and its export as loaded by transformers."""
     save_run(folder / "run", settings(attention, **options))
     convert_to_hf(folder / "run", folder / "hf", dtype=dtype)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "hf", trust_remote_code=True)
@@ -79,7 +79,7 @@ def left_padded(prompts: list[list[int]]) -> dict[str, torch.Tensor]:
 
 
 def greedy(model: Qwen3, prompt: list[int], num_tokens: int) -> list[int]:
-    """What our model writes, by whole forwards without a cache."""
+    """Greedy decoding by full forwards without a cache."""
     ids = list(prompt)
     for _ in range(num_tokens):
         ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
@@ -92,7 +92,7 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> None:
 
 @variants
 @torch.no_grad()
-def test_logits_and_greedy_text_are_ours(attention: ParallaxConfig, tmp_path: Path) -> None:
+def test_logits_and_greedy_decoding_equal_ours(attention: ParallaxConfig, tmp_path: Path) -> None:
     ours, theirs = export(tmp_path, attention)
     assert type(theirs).__module__.startswith("transformers_modules.")
     # longer than a block of queries
@@ -107,13 +107,13 @@ def test_logits_and_greedy_text_are_ours(attention: ParallaxConfig, tmp_path: Pa
 
 
 @variants
-def test_the_folder_comes_back_as_the_same_run(attention: ParallaxConfig, tmp_path: Path) -> None:
+def test_the_exported_folder_converts_back_to_the_same_run(attention: ParallaxConfig, tmp_path: Path) -> None:
     ours, theirs = export(tmp_path, attention)
     convert_from_hf(tmp_path / "hf", tmp_path / "again")
     again = load_model(tmp_path / "again")
     assert again.config == settings(attention)
     assert_same_bits(dict(ours.state_dict()), dict(again.state_dict()))
-    # and as transformers saves it
+    # also after save_pretrained
     theirs.save_pretrained(tmp_path / "saved")
     assert_same_bits(all_tensors(tmp_path / "hf"), all_tensors(tmp_path / "saved"))
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", trust_remote_code=True)
@@ -122,7 +122,7 @@ def test_the_folder_comes_back_as_the_same_run(attention: ParallaxConfig, tmp_pa
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_loss_and_gradients_are_ours(tied: bool, tmp_path: Path) -> None:
+def test_loss_and_gradients_equal_ours(tied: bool, tmp_path: Path) -> None:
     ours, theirs = export(tmp_path, VARIANTS["all"], tie_embeddings=tied)
     assert (theirs.lm_head.weight is theirs.model.embed_tokens.weight) == tied
     ours.requires_grad_(True)
@@ -143,7 +143,7 @@ def test_loss_and_gradients_are_ours(tied: bool, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_a_cache_filled_in_parts_gives_the_logits_of_one_pass(tmp_path: Path) -> None:
+def test_logits_with_a_cache_filled_in_parts_equal_one_forward(tmp_path: Path) -> None:
     for name in ("default", "all"):
         ours, theirs = export(tmp_path / name.replace(" ", "_"), VARIANTS[name])
         (row,) = tokens(150)
@@ -164,8 +164,8 @@ def test_a_cache_filled_in_parts_gives_the_logits_of_one_pass(tmp_path: Path) ->
 
 
 @torch.no_grad()
-def test_padding_on_either_side_changes_nothing(tmp_path: Path) -> None:
-    # without RoPE on r, a wrong position would show
+def test_padding_on_either_side_does_not_change_logits(tmp_path: Path) -> None:
+    # without RoPE on r a shift of all positions changes the logits
     ours, theirs = export(tmp_path, VARIANTS["no RoPE on r"])
     prompts = tokens(9, 4)
     left = left_padded(prompts)
@@ -179,7 +179,7 @@ def test_padding_on_either_side_changes_nothing(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_beams_end_where_the_run_says_a_document_ends(corpus: Path, tmp_path: Path) -> None:
+def test_beam_search_stops_at_the_end_of_document_token(corpus: Path, tmp_path: Path) -> None:
     config = ModelConfig(size="debug", vocab_size=300, attention=ParallaxConfig(), init_std=0.2)
     save_run(tmp_path / "run", config)
     tables = {"model": to_table(config), "data": {"tokenizer": str(corpus / "tokenizer.json")}}
@@ -203,7 +203,7 @@ def test_beams_end_where_the_run_says_a_document_ends(corpus: Path, tmp_path: Pa
         return float(steps[-5:].sum())
 
     assert log_probability(beams[0]) >= log_probability(written[0]) - 1e-4
-    # whatever is written, the end of a document ends it
+    # the end-of-document token ends the text
     theirs.lm_head.weight.zero_()
     theirs.generation_config.suppress_tokens = [i for i in range(300) if i != tokenizer.eos_token_id]
     ended = theirs.generate(**batch, max_new_tokens=5, do_sample=False)
@@ -212,7 +212,7 @@ def test_beams_end_where_the_run_says_a_document_ends(corpus: Path, tmp_path: Pa
 
 
 @torch.no_grad()
-def test_low_precision_stays_near_ours(tmp_path: Path) -> None:
+def test_bfloat16_is_as_exact_as_ours(tmp_path: Path) -> None:
     exact, _ = export(tmp_path / "exact", VARIANTS["default"])
     ours, theirs = export(tmp_path / "low", VARIANTS["default"], dtype="bfloat16")
     assert theirs.dtype == torch.bfloat16
@@ -222,7 +222,7 @@ def test_low_precision_stays_near_ours(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_softmax_is_stock_qwen3_with_the_same_greedy_text(tmp_path: Path) -> None:
+def test_softmax_is_stock_qwen3_with_the_same_greedy_decoding(tmp_path: Path) -> None:
     for attention in (SoftmaxConfig(), SoftmaxConfig(window_size=5)):
         folder = tmp_path / str(attention.window_size)
         ours, theirs = export(folder, attention, tie_embeddings=False)
@@ -233,7 +233,7 @@ def test_softmax_is_stock_qwen3_with_the_same_greedy_text(tmp_path: Path) -> Non
         assert written[:, 11:].tolist() == [greedy(ours, prompt, 8) for prompt in prompts]
 
 
-def test_every_option_of_parallax_is_in_the_config_and_refused_where_it_is_wrong(tmp_path: Path) -> None:
+def test_every_parallax_option_is_in_the_config_and_checked(tmp_path: Path) -> None:
     _, theirs = export(tmp_path, VARIANTS["all"])
     table = to_config_json(settings(VARIANTS["all"]), dtype="float32", num_positions=None, eos_token_id=None)
     for field in fields(ParallaxConfig):
@@ -253,20 +253,20 @@ def test_every_option_of_parallax_is_in_the_config_and_refused_where_it_is_wrong
     assert all((gain == 0.5).all() for gain in gains)
 
 
-def test_what_the_model_does_not_do_is_said(tmp_path: Path) -> None:
+def test_unsupported_arguments_raise(tmp_path: Path) -> None:
     _, theirs = export(tmp_path, VARIANTS["default"])
     ids = torch.tensor(tokens(6))
-    with pytest.raises(NotImplementedError, match=r"output_hidden_states are not given out"):
+    with pytest.raises(NotImplementedError, match=r"output_hidden_states are not supported"):
         theirs(ids, output_hidden_states=True)
     with pytest.raises(ValueError, match=r"attention_mask is \[1, 5\], wanted \[1, 6\]"):
         theirs(ids, attention_mask=torch.ones(1, 5))
-    with pytest.raises(ValueError, match=r"for static caches .* leave cache_implementation as it is"):
+    with pytest.raises(ValueError, match=r"static caches .* do not set cache_implementation"):
         theirs.generate(ids, max_new_tokens=2, cache_implementation="static", disable_compile=True)
     with pytest.raises(ValueError, match="give exactly one of input_ids and inputs_embeds"):
         theirs()
 
 
-def test_the_file_stands_on_torch_and_transformers_alone() -> None:
+def test_the_file_imports_torch_and_transformers_only() -> None:
     source = Path(__file__).parents[3] / "models" / "convert" / "modeling_parallax.py"
     nodes = [*ast.walk(ast.parse(source.read_text()))]
     imported = {alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names}

@@ -1,8 +1,9 @@
-"""Decoding after a prefill equals the full forward, for every attention."""
+"""Prefill and decoding with a cache equal the full forward, for every attention."""
 
 import pytest
 import torch
 
+from errors import UserError
 from models import sizes
 from models.attention.key_values import KeyValueAttention
 from models.config import AttentionConfig, ParallaxConfig, SoftmaxConfig
@@ -10,7 +11,7 @@ from models.generation.cache import Cache, extend, prefill
 from models.qwen3 import Qwen3
 from tests.models.test_qwen3 import ATTENTIONS, TINY, build, tokens
 
-attentions = pytest.mark.parametrize("attention", ATTENTIONS, ids=lambda a: str(a).split("(", 1)[1][:60])
+each_attention = pytest.mark.parametrize("attention", ATTENTIONS, ids=lambda a: str(a).split("(", 1)[1][:60])
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +25,7 @@ def prefilled(model: Qwen3, rows: list[torch.Tensor], max_seqlen: int) -> tuple[
     return cache, prefill(model, torch.cat(rows).unsqueeze(0), bounds, cache)
 
 
-@attentions
+@each_attention
 @torch.no_grad()
 def test_prefill_and_extend_equal_the_full_forward(attention: AttentionConfig) -> None:
     model = build(attention, torch.float64)
@@ -50,7 +51,7 @@ def test_prefill_and_extend_equal_the_full_forward(attention: AttentionConfig) -
     "attention", [SoftmaxConfig(window_size=6), ParallaxConfig()], ids=["softmax", "parallax"]
 )
 @torch.no_grad()
-def test_a_long_chunk_onto_a_cache_goes_through_the_training_forward(
+def test_extending_by_more_than_64_tokens_uses_the_training_forward(
     attention: AttentionConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build(attention, torch.float64)
@@ -65,9 +66,9 @@ def test_a_long_chunk_onto_a_cache_goes_through_the_training_forward(
         torch.testing.assert_close(logits, model(row.unsqueeze(0))[0, n:], atol=1e-8, rtol=1e-8)
 
 
-@attentions
+@each_attention
 @torch.no_grad()
-def test_selected_rows_continue_on_their_own_and_a_reset_cache_is_new(attention: AttentionConfig) -> None:
+def test_selected_rows_are_independent_copies_and_reset_empties_the_cache(attention: AttentionConfig) -> None:
     model = build(attention)
     rows = [tokens(1, n, seed=n)[0] for n in (3, 8)]
     cache, _ = prefilled(model, rows, 16)
@@ -83,13 +84,13 @@ def test_selected_rows_continue_on_their_own_and_a_reset_cache_is_new(attention:
     torch.testing.assert_close(model.output(x_BTD, None), model(new[:2]), atol=1e-4, rtol=1e-4)
 
 
-def test_no_attention_decodes_by_another_ones_formula_unsaid() -> None:
+def test_every_attention_defines_its_own_decoding() -> None:
     assert {"attend", "attend_cached"} <= KeyValueAttention.__abstractmethods__
 
 
-def test_prompts_that_cannot_be_read_are_refused() -> None:
+def test_empty_and_too_long_prompts_raise() -> None:
     model = build(SoftmaxConfig())
-    with pytest.raises(ValueError, match="a prompt has 9 tokens, the cache holds 8"):
+    with pytest.raises(UserError, match="a prompt has 9 tokens, the cache holds 8"):
         prefilled(model, [tokens(1, 9)[0]], 8)
-    with pytest.raises(ValueError, match="a prompt is empty"):
+    with pytest.raises(UserError, match="a prompt is empty"):
         prefilled(model, [tokens(1, 3)[0], torch.empty(0, dtype=torch.int64)], 8)

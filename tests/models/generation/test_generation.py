@@ -1,4 +1,4 @@
-"""Generation: greedy text is that of full forwards, sampling keeps its promises, text streams whole."""
+"""Generation: greedy decoding, sampling, stops, text streaming, and the command line."""
 
 import math
 import subprocess
@@ -10,11 +10,13 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from config import to_table, to_toml
+from errors import UserError
 from models import sizes
 from models.config import AttentionConfig, LinearConfig, ModelConfig, ParallaxConfig, SoftmaxConfig
-from models.generation import generate as generation
+from models.generation import __main__ as command_line
 from models.generation.generate import generate, stream
-from models.generation.sampling import Sampling, choose
+from models.generation.sampling import Sampling, sample_tokens
 from models.generation.text_stream import TextStream, stop_at
 from tests.models.test_checkpoint import save_run
 from tests.models.test_qwen3 import TINY, build, tokens
@@ -38,7 +40,7 @@ def byte_tokenizer() -> Tokenizer:
 @pytest.mark.parametrize(
     "attention", [SoftmaxConfig(), ParallaxConfig(), LinearConfig()], ids=lambda a: a.kind
 )
-def test_greedy_equals_full_forwards(attention: AttentionConfig) -> None:
+def test_greedy_decoding_equals_the_argmax_of_full_forwards(attention: AttentionConfig) -> None:
     model = build(attention, torch.float64)
     prompts = [tokens(1, n, seed=n)[0].tolist() for n in (1, 7, 4)]
     results = generate(model, prompts, max_new_tokens=12, batch_size=2)
@@ -53,7 +55,7 @@ def test_greedy_equals_full_forwards(attention: AttentionConfig) -> None:
         assert not result.is_finished
 
 
-def test_a_continuation_ends_at_its_own_stop_and_the_others_go_on() -> None:
+def test_a_stop_ends_one_continuation_and_not_the_others() -> None:
     model = build(SoftmaxConfig())
     prompts = [tokens(1, n, seed=n)[0].tolist() for n in (3, 5)]
     free = generate(model, prompts, max_new_tokens=8)
@@ -70,30 +72,30 @@ def test_a_continuation_ends_at_its_own_stop_and_the_others_go_on() -> None:
     assert streamed == free[0].tokens
 
 
-def test_sampling_draws_from_the_distribution_that_was_asked_for() -> None:
+def test_sampling_follows_temperature_top_k_and_top_p() -> None:
     logits = torch.tensor([3.0, 2.0, 1.0, 0.0, -1.0, -2.0])
     rows = logits.expand(20_000, -1)
 
-    def shares(**options: Any) -> torch.Tensor:
+    def frequencies(**options: Any) -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
-        drawn, logprobs = choose(rows, Sampling(**options), generator)
+        drawn, logprobs = sample_tokens(rows, Sampling(**options), generator)
         torch.testing.assert_close(logprobs, logits.log_softmax(-1)[drawn])
         return drawn.bincount(minlength=6) / len(rows)
 
-    def close(share: torch.Tensor, wanted: torch.Tensor) -> None:
-        assert ((share - wanted).abs() < 5 * (wanted * (1 - wanted) / len(rows)).sqrt() + 1e-9).all()
+    def close(frequency: torch.Tensor, wanted: torch.Tensor) -> None:
+        assert ((frequency - wanted).abs() < 5 * (wanted * (1 - wanted) / len(rows)).sqrt() + 1e-9).all()
 
-    close(shares(temperature=1.0), logits.softmax(-1))
-    close(shares(temperature=2.0), (logits / 2).softmax(-1))
+    close(frequencies(temperature=1.0), logits.softmax(-1))
+    close(frequencies(temperature=2.0), (logits / 2).softmax(-1))
     three = logits[:3].softmax(-1)
-    close(shares(temperature=1.0, top_k=3), torch.cat((three, torch.zeros(3))))
-    # the first two have 0.86 together: too little for 0.87, so that the third stays
-    close(shares(temperature=1.0, top_p=0.87), torch.cat((three, torch.zeros(3))))
-    close(shares(temperature=1.0, top_p=1e-6), torch.tensor([1.0, 0, 0, 0, 0, 0]))
-    close(shares(temperature=0.0), torch.tensor([1.0, 0, 0, 0, 0, 0]))
+    close(frequencies(temperature=1.0, top_k=3), torch.cat((three, torch.zeros(3))))
+    # the first two have a probability of 0.86: below 0.87, so that the third stays
+    close(frequencies(temperature=1.0, top_p=0.87), torch.cat((three, torch.zeros(3))))
+    close(frequencies(temperature=1.0, top_p=1e-6), torch.tensor([1.0, 0, 0, 0, 0, 0]))
+    close(frequencies(temperature=0.0), torch.tensor([1.0, 0, 0, 0, 0, 0]))
 
 
-def test_a_seed_repeats_and_another_differs() -> None:
+def test_sampling_is_reproducible_by_its_seed() -> None:
     model = build(ParallaxConfig())
     prompts = [[1, 2], [3]]
     first, again, other = (
@@ -103,7 +105,7 @@ def test_a_seed_repeats_and_another_differs() -> None:
     assert first != other
 
 
-def test_a_smaller_last_batch_draws_anew() -> None:
+def test_a_smaller_last_batch_does_not_repeat_the_draws_of_the_first() -> None:
     model = build(SoftmaxConfig())
     first_tokens = [
         [
@@ -122,18 +124,18 @@ def test_autocast_does_not_reach_generation() -> None:
         assert generate(model, [[1, 2], [3]], max_new_tokens=5) == expected
 
 
-def test_the_current_gpu_is_a_device(
+def test_cuda_without_an_index_is_the_current_device(
     tmp_path: Path, byte_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_run(tmp_path, ModelConfig(size="debug", vocab_size=257))
     byte_tokenizer.save(str(tmp_path / "tokenizer.json"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(generation, "load_model", lambda checkpoint, *, device, dtype: (device, dtype))
+    monkeypatch.setattr(command_line, "load_model", lambda checkpoint, *, device, dtype: (device, dtype))
     words = ["--checkpoint", str(tmp_path), "--tokenizer", str(tmp_path)]
-    assert generation._load(generation._parser().parse_args(words))[0] == ("cuda", torch.bfloat16)
+    assert command_line.load(command_line.make_parser().parse_args(words))[0] == ("cuda", torch.bfloat16)
 
 
-def test_wrong_options_are_refused() -> None:
+def test_options_out_of_range_raise() -> None:
     model = build(SoftmaxConfig())
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"temperature": -1.0}, r"temperature must be 0 \(greedy\) or above"),
@@ -144,14 +146,14 @@ def test_wrong_options_are_refused() -> None:
     ]
     for options, match in wrong:
         arguments: dict[str, Any] = {"max_new_tokens": 4, **options}
-        with pytest.raises(ValueError, match=match):
+        with pytest.raises(UserError, match=match):
             generate(model, [[1]], **arguments)
-    with pytest.raises(ValueError, match="a prompt is empty"):
+    with pytest.raises(UserError, match="a prompt is empty"):
         generate(model, [[1], []], max_new_tokens=4)
     assert generate(model, [], max_new_tokens=4) == []
 
 
-def test_text_streams_in_whole_characters_and_stops_before_a_stop_string(byte_tokenizer: Tokenizer) -> None:
+def test_streamed_text_has_whole_characters_and_ends_before_a_stop_string(byte_tokenizer: Tokenizer) -> None:
     ids = byte_tokenizer.encode("caf\u00e9 \u20ac END tail").ids
     text, stop = TextStream(byte_tokenizer, ["END", "never"]), stop_at(byte_tokenizer, ["END", "never"])
     shown, count = [], 0
@@ -162,6 +164,33 @@ def test_text_streams_in_whole_characters_and_stops_before_a_stop_string(byte_to
     assert "".join(shown) + text.end() == "caf\u00e9 \u20ac "
     assert not any("\ufffd" in piece or "E" in piece for piece in shown)
     assert byte_tokenizer.decode(ids[:count]).endswith("END")
+
+
+def test_a_run_generates_with_its_own_tokenizer(
+    tmp_path: Path,
+    byte_tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = ModelConfig(size="debug", vocab_size=257)
+    save_run(tmp_path / "run", config)
+    tables = {"model": to_table(config), "data": {"tokenizer": "Nobody/no-such-tokenizer"}}
+    (tmp_path / "run" / "config.toml").write_text(to_toml(tables))
+    words = ["generation", "--checkpoint", str(tmp_path / "run"), "--prompt", "Hi", "--max-new-tokens", "3"]
+    monkeypatch.setattr(sys, "argv", [*words, "--device", "cpu"])
+    with pytest.raises(UserError, match=r"has no tokenizer/tokenizer.json.*Nobody/no-such-.*--tokenizer"):
+        command_line.main()
+    file = tmp_path / "elsewhere.json"
+    byte_tokenizer.save(str(file))
+    monkeypatch.setattr(sys, "argv", [*words, "--device", "cpu", "--tokenizer", str(file)])
+    command_line.main()
+    written = capsys.readouterr().out
+    assert written.startswith("Hi")
+    (tmp_path / "run" / "tokenizer").mkdir()
+    file.rename(tmp_path / "run" / "tokenizer" / "tokenizer.json")
+    monkeypatch.setattr(sys, "argv", [*words, "--device", "cpu"])
+    command_line.main()
+    assert capsys.readouterr().out == written
 
 
 def test_the_command_line_continues_a_prompt(tmp_path: Path, byte_tokenizer: Tokenizer) -> None:
@@ -191,7 +220,8 @@ def test_the_command_line_continues_a_prompt(tmp_path: Path, byte_tokenizer: Tok
         (["--stop", ""], b"a stop string is empty"),
     ):
         wrong = subprocess.run([*command, *words, "--prompt", "a"], **run)
-        assert wrong.returncode == 1
+        assert wrong.returncode == 2
         assert wrong.stdout == b""
         assert wrong.stderr.startswith(b"error: ")
+        assert wrong.stderr.count(b"\n") == 1
         assert message in wrong.stderr

@@ -1,4 +1,4 @@
-"""The recurrent mechanisms: equal to fla's and transformers' plain code, and to themselves token by token."""
+"""The recurrences: equal to fla's and transformers' reference code, chunked equal to token by token."""
 
 import inspect
 import sys
@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from errors import UnsupportedError, UserError
 from models import sizes
 from models.attention.base import Attention, Rope
 from models.attention.mamba2 import Mamba2
 from models.attention.recurrent.base import STATE_SPACE
-from models.attention.recurrent.chunks import unit
+from models.attention.recurrent.chunks import l2_normalize
 from models.attention.recurrent.delta_rule import gated_delta_rule, gated_delta_rule_steps
 from models.attention.recurrent.mesa import mesa, mesa_steps
 from models.attention.recurrent.state_space import state_space, state_space_steps
@@ -53,7 +54,7 @@ def build(attention: AttentionConfig, dtype: torch.dtype = torch.float32) -> Qwe
 def inputs(
     kind: str, length: int = 150, dtype: torch.dtype = torch.float64, width: int = 8
 ) -> dict[str, Any]:
-    """Inputs of a mechanism by name, two rows and three heads, with decays from faint to strong."""
+    """Inputs of a recurrence by name, two rows and three heads, with decays from weak to strong."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -101,7 +102,7 @@ def fla_reference(kind: str, values: dict[str, Any]) -> tuple[Tensor, tuple[Any,
     if kind == "state-space":
         o, state = naive_recurrent_simple_gla(q, k, v, g, scale=1.0, output_final_state=True)
         return o, (state,)
-    q, k, beta = unit(q), unit(k), values["beta"]
+    q, k, beta = l2_normalize(q), l2_normalize(k), values["beta"]
     if kind == "mesa":
         o, *states = naive_mesa_net_exact(q, k, v, g, values["ridge"], beta)
         return o, tuple(states)
@@ -113,7 +114,7 @@ def fla_reference(kind: str, values: dict[str, Any]) -> tuple[Tensor, tuple[Any,
 
 
 @kinds
-def test_outputs_states_and_gradients_equal_flas_references(kind: str) -> None:
+def test_outputs_states_and_gradients_equal_the_references_of_fla(kind: str) -> None:
     values = {
         name: x.float().requires_grad_() if isinstance(x, Tensor) else x for name, x in inputs(kind).items()
     }
@@ -131,7 +132,7 @@ def test_outputs_states_and_gradients_equal_flas_references(kind: str) -> None:
 
 
 @kinds
-def test_chunks_equal_the_recurrence_in_fp64(kind: str) -> None:
+def test_chunked_equals_token_by_token_in_fp64(kind: str) -> None:
     values = inputs(kind)
     chunked, steps = CHUNKED[kind]
     o, states = chunked(*values.values(), cu_seqlens=None)
@@ -158,7 +159,7 @@ def test_gradients_equal_finite_differences_over_documents(kind: str) -> None:
 
 
 def test_repeated_keys_without_decay_stay_exact_in_fp32() -> None:
-    # the chunk's system is then as far from the identity as it gets
+    # the worst case of the chunk's triangular system
     values = inputs("gated-delta", dtype=torch.float32)
     values["k"] = values["k"][:, :1].expand_as(values["k"])
     values["g"], values["beta"] = values["g"] * 0, torch.ones_like(values["beta"])
@@ -172,7 +173,7 @@ def test_repeated_keys_without_decay_stay_exact_in_fp32() -> None:
 def test_gated_delta_rule_equals_qwen3_next() -> None:
     module = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
     values = inputs("gated-delta", dtype=torch.float32)
-    # where fla is installed the plain code is behind a wrapper that prefers fla's kernels
+    # with fla installed the reference code is wrapped by a dispatcher to fla's kernels
     theirs, their_state = inspect.unwrap(module.torch_chunk_gated_delta_rule)(
         *(values[name] for name in "qkv"),
         g=values["g"].squeeze(-1),
@@ -218,7 +219,7 @@ def _five(module: Mamba2) -> list[nn.Linear]:
 
 
 @baselines
-def test_prefill_and_extend_equal_the_forward_over_whole_rows(attention: AttentionConfig) -> None:
+def test_prefill_and_extend_equal_the_full_forward(attention: AttentionConfig) -> None:
     module = build(attention, torch.float64).layers[0].get_submodule("attention")
     assert isinstance(module, Attention)
     length, prompts = 90, (2, 70, 1, 33)
@@ -248,7 +249,7 @@ def test_prefill_and_extend_equal_the_forward_over_whole_rows(attention: Attenti
 
 
 @baselines
-def test_an_optimizer_step_lowers_the_loss_in_fp32_and_bf16(attention: AttentionConfig) -> None:
+def test_optimizer_steps_lower_the_loss_in_fp32_and_bf16(attention: AttentionConfig) -> None:
     ids = torch.randint(0, 53, (1, 61), generator=torch.Generator().manual_seed(4))
     bounds = torch.tensor([0, 17, 60], dtype=torch.int32)
     for dtype in (torch.float32, torch.bfloat16):
@@ -266,7 +267,7 @@ def test_an_optimizer_step_lowers_the_loss_in_fp32_and_bf16(attention: Attention
 
 
 @baselines
-def test_initial_gates_depend_on_seed_and_name_and_lie_in_their_ranges(attention: AttentionConfig) -> None:
+def test_initial_gates_are_reproducible_and_in_their_ranges(attention: AttentionConfig) -> None:
     first, again = build(attention), build(attention)
     for (name, a), b in zip(first.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b), name
@@ -287,7 +288,7 @@ def test_initial_gates_depend_on_seed_and_name_and_lie_in_their_ranges(attention
         torch.testing.assert_close(ridge, torch.ones_like(ridge))
 
 
-def test_flops_count_the_products_of_a_small_row_by_hand() -> None:
+def test_flops_by_hand() -> None:
     length, heads, width = 10, 2, 8
     seen = sum(range(1, length + 1)) / length
 
@@ -310,25 +311,27 @@ def test_flops_count_the_products_of_a_small_row_by_hand() -> None:
     )
 
 
-def test_kernels_without_fla_or_in_fp64_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_without_fla_or_in_fp64_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fla.modules.causal_conv1d", None)
     q = torch.zeros(1, 4, 1, 8)
     with pytest.raises(ImportError, match=r"pip install 'parallax-pretraining\[baselines\]'"):
-        STATE_SPACE.fused(q, q, q, q[..., 0], cu_seqlens=None, keep=False)
-    with pytest.raises(NotImplementedError, match="run it on the CPU"):
-        STATE_SPACE.fused(*(x.double() for x in (q, q, q, q[..., 0])), cu_seqlens=None, keep=False)
+        STATE_SPACE.fused(q, q, q, q[..., 0], cu_seqlens=None, output_final_state=False)
+    with pytest.raises(UnsupportedError, match="use the CPU"):
+        STATE_SPACE.fused(
+            *(x.double() for x in (q, q, q, q[..., 0])), cu_seqlens=None, output_final_state=False
+        )
 
 
-def test_bad_options_are_refused() -> None:
-    with pytest.raises(ValueError, match="expand_v must be at least 1, got 0"):
+def test_invalid_options_raise() -> None:
+    with pytest.raises(UserError, match="expand_v must be at least 1, got 0"):
         GatedDeltaNetConfig(expand_v=0)
-    with pytest.raises(ValueError, match="num_iterations must be at least 1, got 0"):
+    with pytest.raises(UserError, match="num_iterations must be at least 1, got 0"):
         MesaNetConfig(num_iterations=0)
-    with pytest.raises(ValueError, match="state_size must be at least 1, got 0"):
+    with pytest.raises(UserError, match="state_size must be at least 1, got 0"):
         Mamba2Config(state_size=0)
 
 
-def test_a_second_derivative_of_the_solve_is_refused() -> None:
+def test_a_second_derivative_of_the_solver_raises() -> None:
     values = inputs("mesa", 20)
     values["q"].requires_grad_()
     o, _ = mesa(*values.values(), cu_seqlens=None)

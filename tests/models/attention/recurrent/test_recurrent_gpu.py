@@ -1,8 +1,8 @@
-"""The recurrent baselines on CUDA: fla's kernels against the plain code, packed, compiled and in CUDA graphs.
+"""The recurrent baselines on CUDA: fla's kernels against the chunked code, packed, compiled, in CUDA graphs.
 
-The measuring stick: inputs are made once in the low dtype, the plain code on their `.double()` is the truth,
-and the error may be twice that of the plain code in bf16 (of a mechanism: under autocast, which rounds what
-its products take), plus the rounding of a result.
+Error budget: inputs are made once in the low dtype, the chunked code on their `.double()` is the truth, and
+the error may be twice that of the chunked code in bf16 (of a recurrence: under autocast, which rounds the
+inputs of its products), plus one rounding of the result.
 """
 
 import re
@@ -17,10 +17,10 @@ from models.attention.recurrent.base import (
     GATED_DELTA_RULE,
     MESA,
     STATE_SPACE,
-    Mechanism,
+    Recurrence,
     RecurrentAttention,
+    RowScan,
     ShortConvolution,
-    _Rows,
 )
 from models.config import (
     AttentionConfig,
@@ -36,7 +36,7 @@ from models.qwen3 import Qwen3
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:Gated DeltaNet runs slower here")]
 
 BAND = 2**-8  # a rounding of each result to bf16
-MECHANISMS: dict[str, Mechanism] = {
+RECURRENCES: dict[str, Recurrence] = {
     "gated-delta": GATED_DELTA_RULE,
     "kimi-delta": GATED_DELTA_RULE,
     "mesa": MESA,
@@ -52,7 +52,7 @@ configs = pytest.mark.parametrize("attention", CONFIGS, ids=lambda a: a.kind)
 
 
 @pytest.fixture(autouse=True)
-def _needs_fla(little_tuning: None) -> None:
+def _needs_fla(fast_autotuning: None) -> None:
     pytest.importorskip("fla")
 
 
@@ -61,7 +61,7 @@ def bounds(lengths: list[int]) -> Tensor:
 
 
 def inputs(kind: str, width: int, dtype: torch.dtype, batch: int) -> dict[str, Any]:
-    """Inputs by name: decays from faint to strong, and a common part in the keys."""
+    """Inputs by name, with decays from weak to strong and keys of nonzero mean."""
     generator = torch.Generator("cuda").manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -114,18 +114,18 @@ def assert_within_budget(
     ("width", "dtype"), [(64, torch.bfloat16), (128, torch.bfloat16), (64, torch.float32)], ids=str
 )
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", MECHANISMS)
-def test_kernels_equal_the_plain_code(kind: str, layout: str, width: int, dtype: torch.dtype) -> None:
-    lengths, mechanism = LAYOUTS[layout], MECHANISMS[kind]
+@pytest.mark.parametrize("kind", RECURRENCES)
+def test_kernels_equal_the_chunked_code(kind: str, layout: str, width: int, dtype: torch.dtype) -> None:
+    lengths, recurrence = LAYOUTS[layout], RECURRENCES[kind]
     documents = None if lengths is None else bounds(lengths)
     values = inputs(kind, width, dtype, 2 if documents is None else 1)
 
     def fused(*arguments: Any) -> Any:
-        o, states = mechanism.fused(*arguments, cu_seqlens=documents, keep=documents is None)
+        o, states = recurrence.fused(*arguments, cu_seqlens=documents, output_final_state=documents is None)
         return o, states if documents is None else ()
 
     def plain(*arguments: Any) -> Any:
-        o, states = mechanism.plain(*arguments, cu_seqlens=documents)
+        o, states = recurrence.chunked(*arguments, cu_seqlens=documents)
         return o, states if documents is None else ()
 
     def plain_in_bf16(*arguments: Any) -> Any:
@@ -136,16 +136,16 @@ def test_kernels_equal_the_plain_code(kind: str, layout: str, width: int, dtype:
     assert_within_budget(results(fused, values), results(plain_in_bf16, values), truth)
 
 
-@pytest.mark.parametrize("kind", MECHANISMS)
-def test_gradients_of_a_mean_over_millions_of_tokens_are_as_exact(kind: str) -> None:
-    mechanism, documents = MECHANISMS[kind], bounds([63, 65, 272])
+@pytest.mark.parametrize("kind", RECURRENCES)
+def test_gradients_of_a_mean_over_millions_of_tokens_are_within_the_error_budget(kind: str) -> None:
+    recurrence, documents = RECURRENCES[kind], bounds([63, 65, 272])
     values, scale = inputs(kind, 64, torch.bfloat16, 1), 2.0**-22
 
     def fused(*arguments: Any) -> Any:
-        return mechanism.fused(*arguments, cu_seqlens=documents, keep=False)[0], ()
+        return recurrence.fused(*arguments, cu_seqlens=documents, output_final_state=False)[0], ()
 
     def plain(*arguments: Any) -> Any:
-        return mechanism.plain(*arguments, cu_seqlens=documents)[0], ()
+        return recurrence.chunked(*arguments, cu_seqlens=documents)[0], ()
 
     def plain_in_bf16(*arguments: Any) -> Any:
         with torch.autocast("cuda", torch.bfloat16):
@@ -156,22 +156,22 @@ def test_gradients_of_a_mean_over_millions_of_tokens_are_as_exact(kind: str) -> 
     assert_within_budget(ours, results(plain_in_bf16, values, scale=scale), truth)
 
 
-def test_gated_delta_rule_of_256_wide_keys_equals_the_plain_code() -> None:
+def test_gated_delta_rule_with_keys_of_width_256_equals_the_chunked_code() -> None:
     values = inputs("gated-delta", 256, torch.bfloat16, 1)
     documents = bounds([100, 300])
 
     def run(function: Any, **options: Any) -> Any:
         return lambda *arguments: (function(*arguments, cu_seqlens=documents, **options)[0], ())
 
-    truth = results(run(GATED_DELTA_RULE.plain), values, double=True)
+    truth = results(run(GATED_DELTA_RULE.chunked), values, double=True)
     with torch.autocast("cuda", torch.bfloat16):
-        plain = results(run(GATED_DELTA_RULE.plain), values)
-    assert_within_budget(results(run(GATED_DELTA_RULE.fused, keep=False), values), plain, truth)
+        plain = results(run(GATED_DELTA_RULE.chunked), values)
+    assert_within_budget(results(run(GATED_DELTA_RULE.fused, output_final_state=False), values), plain, truth)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("bias", [False, True])
-def test_convolution_kernel_equals_the_plain_code(layout: str, bias: bool) -> None:
+def test_convolution_kernel_equals_the_cpu_code(layout: str, bias: bool) -> None:
     lengths = LAYOUTS[layout]
     documents = None if lengths is None else bounds(lengths)
     x = torch.randn(2 if documents is None else 1, 400, 96, device="cuda").bfloat16()
@@ -182,7 +182,7 @@ def test_convolution_kernel_equals_the_plain_code(layout: str, bias: bool) -> No
     def run(device: str, dtype: torch.dtype) -> dict[str, Tensor]:
         conv.bfloat16().to(device, dtype)
         leaf = x.to(device, dtype).requires_grad_()
-        rows = _Rows(None if documents is None else documents.to(device))
+        rows = RowScan(None if documents is None else documents.to(device))
         y = rows.convolve("", conv, leaf)
         gradients = torch.autograd.grad(y.square().sum(), [leaf, *conv.parameters()])
         return {"y": y.cuda(), **{f"gradient {n}": g.cuda() for n, g in enumerate(gradients)}}
@@ -221,7 +221,7 @@ def decode(module: Attention, x: Tensor) -> Tensor:
 
 @configs
 @torch.no_grad()
-def test_prefill_and_extend_equal_the_plain_code(attention: AttentionConfig) -> None:
+def test_prefill_and_extend_equal_the_cpu_code(attention: AttentionConfig) -> None:
     module = first_attention(build(attention))
     x = torch.randn(3, 140, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
     plain = decode(module, x).cuda()
@@ -256,7 +256,7 @@ def test_extend_runs_in_a_cuda_graph(attention: AttentionConfig) -> None:
 
 
 def gradients_by_role(model: Qwen3, documents: Tensor) -> dict[str, Tensor]:
-    """Gradients over 512 tokens, fp64; those of a role, over all layers, as one vector."""
+    """Gradients over 512 tokens in fp64, concatenated over layers, by the parameter's name in its layer."""
     device = model.output.weight.device
     ids = torch.randint(0, 128, (1, 512), generator=torch.Generator().manual_seed(0)).to(device)
     model.zero_grad()
@@ -270,7 +270,7 @@ def gradients_by_role(model: Qwen3, documents: Tensor) -> dict[str, Tensor]:
 
 
 @configs
-def test_gradients_of_a_model_equal_those_of_the_plain_code_compiled_or_not(
+def test_model_gradients_equal_those_on_cpu_compiled_or_not(
     attention: AttentionConfig,
 ) -> None:
     truth_model, plain_model, model, compiled = (build(attention) for _ in range(4))
@@ -286,7 +286,7 @@ def test_gradients_of_a_model_equal_those_of_the_plain_code_compiled_or_not(
         truth = gradients_by_role(truth_model, documents)
 
         def joined(of: Qwen3, documents: Tensor = documents, truth: dict[str, Tensor] = truth) -> Tensor:
-            # every role counts alike; alone, a gate's few gradients are sums that cancel, and mostly rounding
+            # all roles weigh the same; the few gradients of a gate are cancelling sums, mostly rounding
             gradients = gradients_by_role(of, documents)
             return torch.cat([gradients[role] / x.norm() for role, x in truth.items()])
 
