@@ -18,7 +18,7 @@ from lm_eval.models.huggingface import HFLM
 
 from data.tokenizer import Tokenizer
 from errors import UserError
-from eval.downstream import HarnessModel, load_tasks, quiet
+from eval.harness import HarnessModel, load_tasks, quiet
 from eval.scoring.language_model import LanguageModel, Qwen3Model
 from eval.scoring.scorer import Scorer
 from eval.scoring.transformers_model import TransformersModel
@@ -120,7 +120,7 @@ def answer(lm: TemplateLM, tasks: Sequence[str], *, data: Path | None, limit: in
     Args:
         lm: The harness's model of one side.
         tasks: Task names, or "paper".
-        data: As in eval.downstream.evaluate_tasks.
+        data: As in eval.harness.evaluate_tasks.
         limit: Documents per task; None for all.
 
     Returns:

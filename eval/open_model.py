@@ -1,4 +1,4 @@
-"""The model that a command line names, as the evaluation commands take it."""
+"""The checkpoint that a command line of evaluation names, opened with its tokenizer."""
 
 import argparse
 import hashlib
@@ -13,24 +13,26 @@ import torch
 import torch.distributed as dist
 
 from data.tokenizer import Tokenizer, check_vocabulary
+from errors import UserError
 from eval.report.run_records import tokenizer_fingerprint
 from eval.scoring.language_model import Qwen3Model
 from models.checkpoint import load_model
-from models.run_folder import RunFolder, find_checkpoint, read_run_table
+from models.run_folder import RunFolder, find_checkpoint, metadata_file, read_run_table
 from models.run_tokenizer import find_tokenizer
+from tokens import END_OF_DOCUMENT
 
 
 @dataclass(frozen=True, kw_only=True)
 class OpenedModel:
-    """A checkpoint, ready to evaluate.
+    """A checkpoint that is ready to evaluate.
 
     Attributes:
         model: The model.
-        tokenizer: The run's, or the one that was asked for.
-        checkpoint: The checkpoint's folder.
-        table: The run's resolved config.
-        device: Where the model lies.
-        dtype: Of its weights.
+        tokenizer: The run's tokenizer, or that of --tokenizer.
+        checkpoint: The folder step-N.
+        table: The run's resolved config as tables.
+        device: Device of the model.
+        dtype: Dtype of its weights.
     """
 
     model: Qwen3Model
@@ -42,7 +44,7 @@ class OpenedModel:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What results depend on besides the checkpoint, for the files that hold them."""
+        """What results depend on besides the checkpoint, for results files."""
         return {
             "tokenizer_fingerprint": self.tokenizer.fingerprint,
             "max_length": self.model.max_length,
@@ -51,33 +53,31 @@ class OpenedModel:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that name a model.
-
-    Args:
-        parser: Gets them.
-    """
+    """Add the options that name a model to a parser."""
     parser.add_argument(
         "--checkpoint",
         type=Path,
         required=True,
         metavar="RUN",
-        help="a run folder for its newest checkpoint, or a step-N",
+        help="a run folder, for its newest checkpoint, or one checkpoint/step-N",
     )
-    parser.add_argument("--tokenizer", help="in place of the run's: a folder, a file, or a name on the hub")
+    parser.add_argument("--tokenizer", help="instead of the run's: a folder, a file, or a name on the hub")
     parser.add_argument(
-        "--max-length", type=int, help="most tokens to see at once (default: the run's training.seq_len)"
-    )
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="of weights (default: bfloat16 on a GPU)"
+        "--max-length", type=int, help="most tokens of an input (default: the run's training.seq_len)"
     )
     parser.add_argument(
-        "--token-budget", type=int, default=65536, help="tokens of a batch (default %(default)s)"
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of the weights (default: bfloat16 on a GPU)",
+    )
+    parser.add_argument(
+        "--token-budget", type=int, default=65536, help="most tokens per batch (default %(default)s)"
     )
 
 
 @contextmanager
 def ranks() -> Iterator[torch.device]:
-    """Join the other ranks, if torchrun started several, for as long as the context lasts.
+    """Join the process group of torchrun's ranks, if there are several, and leave it at the end.
 
     Yields:
         This rank's device: a GPU where there is one.
@@ -98,49 +98,53 @@ def ranks() -> Iterator[torch.device]:
 
 
 def _identity(checkpoint: Path, dtype: torch.dtype) -> str:
-    """A hash of where a checkpoint lies and when it was written."""
+    """Hash a checkpoint's path, metadata, file sizes and modification times, and the dtype of its weights."""
     files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in checkpoint.iterdir())
-    metadata = hashlib.sha256((checkpoint / ".metadata").read_bytes()).hexdigest()
+    metadata = hashlib.sha256(metadata_file(checkpoint).read_bytes()).hexdigest()
     facts = (str(checkpoint.resolve()), metadata, files, str(dtype))
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
 def _open_tokenizer(chosen: str | None, data: dict[str, Any], run: RunFolder) -> Tokenizer:
-    """Load the tokenizer that was chosen, else the run's own if the run was trained with it."""
+    """Load the chosen tokenizer, else the run's own, which must be the one that it was trained with."""
     place = chosen or find_tokenizer(run, data)
-    assert place is not None
-    tokenizer = Tokenizer.load(place, end_of_document=data["end_of_document"])
+    if place is None:
+        raise UserError(f"the config of {run.path} names no tokenizer; give --tokenizer")
+    tokenizer = Tokenizer.load(place, end_of_document=data.get("end_of_document", END_OF_DOCUMENT))
     recorded = tokenizer_fingerprint(run)
     if chosen is None and recorded is not None and recorded != tokenizer.fingerprint:
-        raise ValueError(
+        raise UserError(
             f"{tokenizer.name} has fingerprint {tokenizer.fingerprint}, but {run.path} was trained with a "
-            f"tokenizer of fingerprint {recorded}: put that one back, or name one with --tokenizer on purpose"
+            f"tokenizer of fingerprint {recorded}: restore that one, or choose one with --tokenizer"
         )
     return tokenizer
 
 
 def open_model(options: argparse.Namespace, device: torch.device) -> OpenedModel:
-    """Load what a command line names.
+    """Load the model and the tokenizer that a command line names.
 
     Args:
-        options: Parsed by a parser that `add_model_arguments` was given.
-        device: Where the model goes.
+        options: From a parser with the options of add_model_arguments.
+        device: Device of the model.
 
     Raises:
-        ValueError: There is no such checkpoint or tokenizer, they do not fit each other, the run's tokenizer
-            is another one now, or a number is below 1.
+        UserError: There is no such checkpoint or tokenizer, they do not fit each other, the run's tokenizer
+            has changed since the training, or a number is below 1.
     """
     for name in ("max_length", "token_budget"):
         value = getattr(options, name)
         if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}, must be at least 1")
+            raise UserError(f"--{name.replace('_', '-')} is {value}, must be at least 1")
     checkpoint = find_checkpoint(options.checkpoint)
     table = read_run_table(checkpoint)
     dtype = getattr(torch, options.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    tokenizer = _open_tokenizer(options.tokenizer, table["data"], RunFolder.of_checkpoint(checkpoint))
+    data, training = table.get("data", {}), table.get("training", {})
+    max_length = options.max_length or training.get("seq_len")
+    if max_length is None:
+        raise UserError(f"the config of {checkpoint} has no training.seq_len; give --max-length")
+    tokenizer = _open_tokenizer(options.tokenizer, data, RunFolder.of_checkpoint(checkpoint))
     model = load_model(checkpoint, device=device, dtype=dtype)
     check_vocabulary(tokenizer, model.config.vocab_size)
-    max_length = options.max_length or table["training"]["seq_len"]
     identity = _identity(checkpoint, dtype)
     return OpenedModel(
         model=Qwen3Model(model, max_length=max_length, identity=identity),

@@ -1,4 +1,4 @@
-"""What a model makes of downstream tasks: the numbers, the paper's mean of them, a table."""
+"""Results of downstream tasks: metrics by task, the mean of the paper's accuracies, a printed table."""
 
 import statistics
 from collections.abc import Mapping
@@ -8,19 +8,22 @@ NORMALIZED = ("hellaswag", "piqa", "arc_easy", "arc_challenge", "openbookqa", "s
 ACCURACIES = ("boolq", *NORMALIZED, "winogrande")
 PAPER = (*ACCURACIES, "lambada_openai", "wikitext")
 
+RESULTS_FILE = "results.json"
+"""Written by `python -m eval.downstream --out`, read by `python -m eval.report`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResults:
-    """What a model makes of some tasks.
+    """Results of a model on downstream tasks.
 
     Attributes:
-        metrics: Values by task and metric, "_stderr" behind a metric for its standard error:
+        metrics: Task -> metric -> value; a metric's standard error has its name and "_stderr":
             {"hellaswag": {"acc": .., "acc_stderr": .., "acc_norm": .., ..}}. A filter other than "none" is
             part of the name, as in "exact_match,strict-match".
-        num_documents: Documents of each task that were evaluated.
-        mean_accuracy: Mean of the paper's eight accuracies, acc_norm where the harness gives it; None unless
+        num_documents: Number of evaluated documents by task.
+        mean_accuracy: Mean of the paper's eight accuracies, acc_norm where the harness has it; None unless
             all eight were evaluated.
-        mean_plain_accuracy: The same of acc.
+        mean_plain_accuracy: Mean of acc of the same eight.
         num_tokens: Tokens that went through the model, on all ranks.
         num_reused: Requests whose results were already in the cache file.
         seconds: Wall time.
@@ -36,11 +39,11 @@ class TaskResults:
 
 
 def mean_accuracy(metrics: Mapping[str, Mapping[str, float]], *, normalized: bool) -> float | None:
-    """Mean of the paper's eight accuracies.
+    """Compute the mean of the paper's eight accuracies.
 
     Args:
-        metrics: Values by task and metric.
-        normalized: Whether to take acc_norm where the harness gives it, acc elsewhere; else acc.
+        metrics: Task -> metric -> value.
+        normalized: Whether to take acc_norm where the harness has it; otherwise acc of all eight.
 
     Returns:
         None unless all eight are there.
@@ -52,7 +55,7 @@ def mean_accuracy(metrics: Mapping[str, Mapping[str, float]], *, normalized: boo
 
 
 def format_table(results: TaskResults) -> str:
-    """The results as a table of lines: task, metric, value, standard error, documents."""
+    """Format results as a table: task, metric, value, standard error, documents."""
     lines = [f"{'task':<16} {'metric':<18} {'value':>10} {'stderr':>8} {'documents':>9}"]
     for task, metrics in results.metrics.items():
         for metric, value in metrics.items():
@@ -68,7 +71,7 @@ def format_table(results: TaskResults) -> str:
         if value is not None:
             lines.append(f"{'mean of eight':<16} {name:<18} {value:10.4f}")
     speed = results.num_tokens / results.seconds
-    lines.append(f"{results.num_tokens:,} tokens in {results.seconds:.1f} s ({speed:,.0f}/s)")
+    lines.append(f"{results.num_tokens:,} tokens in {results.seconds:.1f} s ({speed:,.0f} tokens/s)")
     if results.num_reused:
-        lines.append(f"{results.num_reused:,} requests were taken from an earlier evaluation of this model")
+        lines.append(f"{results.num_reused:,} requests were reused from an earlier evaluation of this model")
     return "\n".join(lines)

@@ -106,9 +106,14 @@ def step_of(checkpoint: Path) -> int | None:
     return None if name is None else int(name.group(1))
 
 
+def metadata_file(checkpoint: Path) -> Path:
+    """Return the file that describes a checkpoint's tensors, written last."""
+    return checkpoint / _METADATA
+
+
 def is_whole(checkpoint: Path) -> bool:
     """Return whether a checkpoint was written to the end: its metadata comes last."""
-    return (checkpoint / _METADATA).is_file()
+    return metadata_file(checkpoint).is_file()
 
 
 def find_checkpoint(path: Path) -> Path:

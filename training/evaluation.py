@@ -19,13 +19,13 @@ from torch.distributed.tensor import DTensor
 
 from data.titan import build_validation_loader
 from data.tokenizer import Tokenizer
+from eval.distributed import EvaluationError, RankSafeModel, run_on_all_ranks
 from eval.held_out import HeldOutLoss, held_out_loss
-from eval.report.run_records import Record, task_record
+from eval.report.task_records import Record, task_record
 from eval.scoring.language_model import Qwen3Model
 from eval.task_results import TaskResults, format_table
 from models.generation.generate import generate
 from models.qwen3 import Qwen3
-from training.agreement import AgreeingModel, EvaluationError, together
 from training.log import logger
 from training.metrics import RunMetrics
 from training.non_finite import NonFiniteLossError
@@ -154,7 +154,7 @@ class Evaluator:
 
     def _gather_model(self) -> Qwen3:
         """Return an unsharded copy of the model, in the run's precision, on every rank."""
-        model = together(self._allocate_model, self.device)
+        model = run_on_all_ranks(self._allocate_model, self.device)
         weights = self.model.state_dict()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -186,7 +186,7 @@ class Evaluator:
             )
             return [self.tokenizer.decode([t for t in each.tokens if t != end]) for each in found]
 
-        texts = together(sample, self.device)
+        texts = run_on_all_ranks(sample, self.device)
         pairs = zip(settings.sample_prompts, texts, strict=True)
         samples = [{"prompt": prompt, "text": text} for prompt, text in pairs]
         self.metrics.record_samples(step, samples, progress)
@@ -194,19 +194,19 @@ class Evaluator:
             logger.info(f"step {step}  sample {sampled['prompt']!r} -> {sampled['text'][:200]!r}")
 
     def _evaluate_tasks(self, model: Qwen3, step: int, progress: Record) -> None:
-        from eval.downstream import evaluate_tasks  # slow to import, and an optional dependency
+        from eval.harness import evaluate_tasks  # slow to import, and an optional dependency
 
         settings = self.config.eval
-        agreeing = AgreeingModel(Qwen3Model(model, max_length=self.config.training.seq_len), self.device)
+        rank_safe = RankSafeModel(Qwen3Model(model, max_length=self.config.training.seq_len), self.device)
 
         def evaluate() -> TaskResults:
             data = None if settings.tasks_data is None else Path(settings.tasks_data)
             limit = settings.tasks_limit
-            results = evaluate_tasks(agreeing, self.tokenizer, settings.tasks, data=data, limit=limit)
-            agreeing.finish()
+            results = evaluate_tasks(rank_safe, self.tokenizer, settings.tasks, data=data, limit=limit)
+            rank_safe.finish()
             return results
 
-        results = together(evaluate, self.device)
+        results = run_on_all_ranks(evaluate, self.device)
         record = task_record(asdict(results))
         self.metrics.record(step, {**record, "task_seconds": results.seconds, **progress})
         logger.info(f"step {step}  tasks\n{format_table(results)}")

@@ -81,7 +81,7 @@ def check_tasks(config: RunConfig) -> None:
     if not config.eval.tasks:
         return
     try:
-        from eval.downstream import load_tasks
+        from eval.harness import load_tasks
     except ModuleNotFoundError as error:
         raise UserError(
             f"eval.tasks needs lm-evaluation-harness ({error}): pip install 'parallax-pretraining[eval]', or "

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch.distributed as dist
-
 from config import Table
 from data.tokenizer import Tokenizer
 from errors import UserError
@@ -63,14 +61,6 @@ def find_start(config: RunConfig) -> StartPoint:
     if config.checkpoint.initial_weights is not None:
         return StartPoint("weights", find_checkpoint(Path(config.checkpoint.initial_weights)), 0)
     return StartPoint("scratch", None, 0)
-
-
-def find_start_on_main_rank(config: RunConfig) -> StartPoint:
-    """Return what the main rank finds, on all ranks; a collective call."""
-    found = [find_start(config) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(found)
-    assert found[0] is not None
-    return found[0]
 
 
 def check_start(config: RunConfig) -> None:

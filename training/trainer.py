@@ -19,6 +19,7 @@ from torchtitan.train import Trainer as TitanTrainer
 from data.titan import TitanLoader
 from data.tokenizer import Tokenizer
 from errors import UserError
+from eval.distributed import run_on_main_rank
 from eval.held_out import HeldOutLoss
 from models.checkpoint import load_weights
 from models.run_folder import RunFolder
@@ -31,7 +32,7 @@ from training.log import logger
 from training.metrics import RunMetrics
 from training.non_finite import check_step, check_weights
 from training.preflight import check_shared
-from training.resume import StartPoint, find_start_on_main_rank, prepare_folder, remove_partial_checkpoints
+from training.resume import StartPoint, find_start, prepare_folder, remove_partial_checkpoints
 from training.run_config import RunConfig
 from training.signals import StopRequest
 from training.summary import format_summary
@@ -177,7 +178,7 @@ class Trainer(TitanTrainer):
 
     def _load_start(self) -> StartPoint:
         """Load the checkpoint or the weights that the main rank finds."""
-        start = find_start_on_main_rank(self.config)
+        start = run_on_main_rank(lambda: find_start(self.config))
         if start.checkpoint is None:
             return start
         if start.kind == "weights":

@@ -1,1 +1,1 @@
-"""Tables and plots of runs; `python -m eval.report` is the command."""
+"""Comparison of runs; `python -m eval.report` writes it."""

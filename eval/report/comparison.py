@@ -1,4 +1,4 @@
-"""Runs as rows of a comparison: seeds of one row, differences with their errors, and what may be compared."""
+"""Comparison of runs: rows of seeds, means and differences with standard errors, and whether to compare."""
 
 import math
 import statistics
@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from errors import UserError
 from eval.report.paper_numbers import PaperRow, paper_row
 from eval.report.run_records import RunRecord
 
-# what seeds of one row may differ in: the seeds, the names, and what leaves the computation as it is
+# keys in which the seeds of one row may differ: seeds, names, and keys that do not change the computation
 _SEED_KEYS = ("run.seed", "data.shuffle_seed")
 _FREE_PREFIXES = ("run.name", "run.folder", "checkpoint.", "metrics.", "parallelism.", "eval.")
 _FREE_KEYS = (*_SEED_KEYS, "data.prefetch_batches", "model.attention.impl", "training.stop_at_step")
-# data keys that leave open which documents are read
+# data keys that do not determine which documents are read
 _FREE_DATA_KEYS = ("data.shuffle_seed", "data.prefetch_batches", "data.tokenizer")
 FINAL_STEPS = 20
 """Steps over which the final training loss is averaged."""
@@ -26,8 +27,8 @@ class Estimate:
 
     Attributes:
         mean: The mean.
-        error: Its standard error s / sqrt(n), s with n - 1 degrees of freedom; None with one seed.
-        num_seeds: Seeds n that have a value.
+        error: Standard error s / sqrt(n), with the sample standard deviation s; None for one seed.
+        num_seeds: Number n of seeds with a value.
     """
 
     mean: float
@@ -36,7 +37,7 @@ class Estimate:
 
 
 def estimate(values: Sequence[float]) -> Estimate | None:
-    """Mean and standard error of one value a seed; None without values."""
+    """Estimate the mean of a value per seed, with its standard error; None without values."""
     if not values:
         return None
     num = len(values)
@@ -45,7 +46,7 @@ def estimate(values: Sequence[float]) -> Estimate | None:
 
 
 def difference(a: Estimate | None, b: Estimate | None) -> Estimate | None:
-    """The estimate a - b of independent seeds: errors add in squares; no error where one of them has none."""
+    """Estimate a - b over independent seeds: variances add; no error where one of them has none."""
     if a is None or b is None:
         return None
     known = a.error is not None and b.error is not None
@@ -55,11 +56,11 @@ def difference(a: Estimate | None, b: Estimate | None) -> Estimate | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Runs that differ in their seeds alone.
+    """Runs that differ only in their seeds.
 
     Attributes:
-        name: Name of the first one's folder.
-        runs: The runs, at least one, each with training steps.
+        name: Name of the first run's folder.
+        runs: The runs, at least one, all with training steps.
     """
 
     name: str
@@ -67,33 +68,33 @@ class Row:
 
     @property
     def paper(self) -> PaperRow | None:
-        """The paper's row of the same model and optimizer."""
+        """The paper's row of the same model and optimizer; None without one."""
         return paper_row(self.runs[0].config)
 
     def over_seeds(self, value: Callable[[RunRecord], float | None]) -> Estimate | None:
-        """A value of each run as an estimate; runs without one are left out."""
+        """Estimate the mean of a value over the runs that have one; None where none has."""
         found = [x for x in (value(run) for run in self.runs) if x is not None]
         return estimate(found)
 
 
 def training_loss(run: RunRecord) -> float | None:
-    """Mean loss of the last FINAL_STEPS steps in nats/token; None for a run that has not finished."""
+    """Return the mean loss of the last FINAL_STEPS steps in nats/token; None for an unfinished run."""
     return statistics.fmean(s["loss"] for s in run.steps[-FINAL_STEPS:]) if run.is_finished else None
 
 
 def held_out_loss(run: RunRecord) -> float | None:
-    """The held-out loss after the last step in nats/token; None where there is none yet."""
+    """Return the held-out loss after the last step in nats/token; None where there is none yet."""
     if not run.held_out or run.held_out[-1]["step"] != run.last_step:
         return None
     return run.held_out[-1]["validation_loss"]
 
 
 def task_metric(run: RunRecord, task: str, metric: str) -> float | None:
-    """A task's metric after the last step; None where there is none.
+    """Return a task's metric after the last step; None where there is none.
 
     Args:
         run: The run.
-        task: The task's name, as "lambada_openai"; "" for what is no task's, as mean_accuracy.
+        task: The task's name, such as "lambada_openai"; "" for a metric over tasks, such as mean_accuracy.
         metric: The metric's name.
     """
     if not run.tasks or run.tasks[-1]["step"] != run.last_step:
@@ -104,19 +105,19 @@ def task_metric(run: RunRecord, task: str, metric: str) -> float | None:
 def _row_key(run: RunRecord) -> str:
     kept = {k: v for k, v in run.config.items() if not k.startswith(_FREE_PREFIXES) and k not in _FREE_KEYS}
     start, weights = (run.config.get(f"checkpoint.{key}") for key in ("start_from", "initial_weights"))
-    # seeds of a branch start from trunks of their own, at the same step
+    # the seeds of a branch start from different trunks, at the same step
     return repr((sorted(kept.items()), run.budget, start and Path(start).name, weights))
 
 
 def make_rows(runs: Sequence[RunRecord]) -> list[Row]:
-    """Group runs whose configs differ in seeds, names and what leaves the computation as it is.
+    """Group runs whose configs differ only in seeds, names and keys that do not change the computation.
 
     Args:
         runs: Runs with training steps, in the order of the report.
 
     Returns:
-        Rows in the order of their first runs. The same run with the same seeds again is a row of its own: it
-        says nothing about an error.
+        Rows in the order of their first runs. A second run of the same seeds is a row of its own, as it is no
+        independent sample.
     """
     groups: dict[str, list[RunRecord]] = {}
     seen: set[str] = set()
@@ -135,10 +136,10 @@ def make_rows(runs: Sequence[RunRecord]) -> list[Row]:
 
 
 def find_row(rows: Sequence[Row], name: str) -> Row:
-    """The row that has a run of that name or folder.
+    """Find the row of the run with a name or folder.
 
     Raises:
-        ValueError: There is none, or more than one.
+        UserError: There is none, or more than one.
     """
     found = [
         row
@@ -147,17 +148,17 @@ def find_row(rows: Sequence[Row], name: str) -> Row:
         or any(name.rstrip("/") == str(run.folder) for run in row.runs)
     ]
     if len(found) != 1:
-        there = ", ".join(row.name for row in rows)
-        problem = "is none of the rows" if not found else "names more than one row"
-        raise ValueError(f"--baseline {name!r} {problem}; rows: {there}")
+        known = ", ".join(row.name for row in rows)
+        problem = "is not a row" if not found else "names several rows"
+        raise UserError(f"--baseline {name!r} {problem}; rows: {known}")
     return found[0]
 
 
 def _compared(run: RunRecord) -> dict[str, Any]:
-    """What two runs must share for their losses to be comparable."""
+    """Return the keys that must be equal for losses to be comparable."""
     keys = {k: v for k, v in run.config.items() if k.startswith("data.") and k not in _FREE_DATA_KEYS}
     keys |= {key: run.config[key] for key in ("training.seq_len", "eval.max_tokens") if key in run.config}
-    return keys | {"tokens of the run": run.budget}
+    return keys | {"token budget": run.budget}
 
 
 def _num_documents(run: RunRecord) -> dict[str, Any]:
@@ -166,30 +167,32 @@ def _num_documents(run: RunRecord) -> dict[str, Any]:
 
 
 def _origin(run: RunRecord, key: str) -> str:
-    """Where a run's "tasks/<task>/num_documents" comes from."""
+    """Return the file that a run's "tasks/<task>/num_documents" comes from, or "training"."""
     path = run.tasks[-1]["origins"].get(key.split("/")[1])
     return "training" if path is None else path
 
 
 def _tokenizers(a: RunRecord, b: RunRecord) -> str | None:
-    """How two tokenizers differ: by their vocabularies where both runs recorded them, else by their paths."""
-    prints = [run.steps[-1].get("tokenizer_fingerprint") for run in (a, b)]
+    """Compare tokenizers: by fingerprint where both runs recorded one, else by path; None if equal."""
+    fingerprints = [run.steps[-1].get("tokenizer_fingerprint") for run in (a, b)]
     paths = [run.config.get("data.tokenizer") for run in (a, b)]
-    same = prints[0] == prints[1] if None not in prints else paths[0] == paths[1]
-    if same:
+    compared = paths if None in fingerprints else fingerprints
+    if compared[0] == compared[1]:
         return None
-    first, second = (f"{p!r} ({f or 'not recorded'})" for p, f in zip(paths, prints, strict=True))
+    first, second = (f"{p!r} ({f or 'not recorded'})" for p, f in zip(paths, fingerprints, strict=True))
     return f"data.tokenizer is {first} in {a.folder.name} and {second} in {b.folder.name}"
 
 
 def incomparable(rows: Sequence[Row]) -> list[str]:
-    """What keeps runs from being compared: data, tokenizer, token budget; one sentence a key.
+    """Find the keys of data, tokenizer and token budget that make runs incomparable.
+
+    The seed of the shuffle may differ.
 
     Args:
         rows: The rows; each of their runs is compared with the first.
 
     Returns:
-        Empty where all may be compared. Seeds of the order may differ.
+        One sentence per key; empty if all runs are comparable.
     """
     found: dict[str, str] = {}
     first, *others = (run for row in rows for run in row.runs)
@@ -214,7 +217,7 @@ def incomparable(rows: Sequence[Row]) -> list[str]:
 
 
 def differing_keys(rows: Sequence[Row]) -> dict[str, list[Any]]:
-    """Config keys in which rows differ, one value a row ("none" where a row lacks it); seeds left out."""
+    """Return the config keys in which rows differ, seeds excepted: one value per row, "none" where unset."""
     configs = [row.runs[0].config for row in rows]
     keys = sorted({key for config in configs for key in config})
     starts = ("checkpoint.start_from", "checkpoint.initial_weights")

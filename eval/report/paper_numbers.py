@@ -1,10 +1,10 @@
-"""The paper's results, and which run is which of its rows.
+"""The paper's results, and the row of the paper that a run reproduces.
 
 Source: "Parallax: Parameterized Local Linear Attention for Language Modeling", arXiv 2605.29157: 0.6B and
 1.7B models after pretraining on Ultra-FineWeb at length 4096. Perplexities on LAMBADA and WikiText, mean
 accuracy in percent over BoolQ, HellaSwag, PIQA, ARC-easy, ARC-challenge, WinoGrande, OpenBookQA and SciQ.
-Under AdamW with a cosine the paper states a difference alone: Parallax loses 0.89 of mean accuracy against
-the Transformer.
+For AdamW with a cosine schedule the paper states only a difference: Parallax has 0.89 points less mean
+accuracy than the Transformer.
 """
 
 import re
@@ -21,17 +21,17 @@ SOURCE = "arXiv 2605.29157"
 
 @dataclass(frozen=True, kw_only=True)
 class PaperRow:
-    """One row of the paper; None where the paper states no number.
+    """A row of the paper's results; None for a number that the paper does not report.
 
     Attributes:
-        size: Plain size, as in models/sizes.py.
+        size: Size, as in models/sizes.py.
         attention: Kind of attention.
-        variant: "parameter_matched", "compute_matched", "no_rope_on_r", or None for the plain model.
+        variant: "parameter_matched", "compute_matched", "no_rope_on_r", or None for the unchanged model.
         optimizer: Kind of the optimizer of the hidden matrices.
         schedule: Kind of schedule.
         lambada_perplexity: Perplexity on LAMBADA.
         wikitext_perplexity: Perplexity on WikiText.
-        mean_accuracy: Mean accuracy over the eight tasks, percent.
+        mean_accuracy: Mean accuracy over the eight tasks, in percent.
     """
 
     size: str
@@ -78,19 +78,19 @@ PAPER_ROWS: tuple[PaperRow, ...] = (
     _row("0.6b", "softmax", None, None, None, 52.61, optimizer="adamw"),
 )
 
-# which of the two compute-matched models the paper trained is unknown
+# the paper does not state which of the two compute-matched models it trained
 _CONTROL_VARIANTS = {"compute_parameter_matched": "compute_matched"}
-# the paper states no initial gain, and an implementation computes the same function
+# the paper states no initial gain, and every implementation computes the same function
 _FREE_KEYS = ("impl", "r_gain_init", "r_scale")
 
 
 def _attention_change(attention: Mapping[str, Any]) -> str | None:
-    """What makes an attention other than the paper's; None for nothing."""
+    """Name the keys in which an attention differs from the paper's; None if none."""
     if attention.get("kind") != "parallax":
         return "window_size" if "window_size" in attention else None
     main = {key: value for key, value in to_table(ParallaxConfig()).items() if value != "none"}
     keys = sorted(({*attention} | {*main}) - {*_FREE_KEYS})
-    # a key that an older run did not record was not there to be changed
+    # an older run did not record keys that were added since: they have their defaults
     changed = [key for key in keys if attention.get(key, main.get(key)) != main.get(key)]
     if not changed:
         return None
@@ -98,14 +98,14 @@ def _attention_change(attention: Mapping[str, Any]) -> str | None:
 
 
 def _optimizer(config: Mapping[str, Any]) -> str:
-    """Kind of the hidden matrices' optimizer; another word where some of them have another one."""
+    """Return the kind of the hidden matrices' optimizer; "mixed" if some of them have Muon, others AdamW."""
     kinds = {key: value for key, value in config.items() if re.fullmatch(r"optimizer\.groups\..+\.kind", key)}
     hidden = kinds.pop("optimizer.groups.hidden.kind", "")
     return "mixed" if hidden == "adamw" and "muon" in kinds.values() else hidden
 
 
 def paper_row(config: Mapping[str, Any]) -> PaperRow | None:
-    """The paper's row that a run reproduces, None where there is none.
+    """Return the row of the paper that a run reproduces; None without one.
 
     Args:
         config: The resolved config, dotted key -> value, without keys that are "none".
@@ -116,7 +116,7 @@ def paper_row(config: Mapping[str, Any]) -> PaperRow | None:
     prefix = "model.attention."
     attention = {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
     kind, schedule = attention.get("kind", ""), config.get("schedule.kind", "")
-    # a baseline's size has its name, its MLP giving it the softmax model's parameters
+    # the size of a baseline is named after it: its MLP is sized to match the softmax model's parameters
     control = None if control is None or control == kind else _CONTROL_VARIANTS.get(control, control)
     annealing = "annealing" if any(key.endswith(".weight_decay_gamma") for key in config) else None
     changes = [change for change in (control, _attention_change(attention), annealing) if change is not None]

@@ -1,4 +1,4 @@
-"""The report's pictures: curves of rows as PNG files."""
+"""The report's plots: loss curves of rows as PNG files."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -9,57 +9,58 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from eval.report.comparison import Estimate, Row, difference, estimate
-from eval.report.run_records import Record, RunRecord
+from eval.report.run_records import RunRecord
+from eval.report.task_records import Record
 
 AXES = {"tokens": "tokens", "flops": "training FLOPs", "seconds": "hours of training steps"}
 SMOOTHED_PART = 100
-"""A smoothed curve's point is the mean of the steps before it, over a hundredth of the whole run."""
-_SKIPPED_PART = 20  # the first twentieth of a run would set the scale of the losses
+"""A smoothed loss is the running mean over 1/SMOOTHED_PART of the steps of a run."""
+_SKIPPED_PART = 20  # the limits of the y axis leave out the first twentieth of a run
 
 Series = dict[int, float]
 """Values by tokens."""
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Mean of the last `window` values at each point, of all so far at the beginning."""
+    """Compute the mean of the last `window` values at each point, of all earlier ones at the beginning."""
     sums = [0.0, *itertools.accumulate(values)]
     starts = (max(0, end - window) for end in range(1, len(sums)))
     return [(sums[end] - sums[start]) / (end - start) for end, start in enumerate(starts, 1)]
 
 
 def smoothed_loss(run: RunRecord) -> list[float]:
-    """The training loss of every step in nats/token, smoothed."""
-    # not of the steps so far: the curve of an unfinished run would lag less
+    """Compute the smoothed training loss of every step in nats/token."""
+    # of the steps of the whole run: with those so far, the curve of an unfinished run would lag less
     num_steps = run.last_step or len(run.steps)
     return running_mean([step["loss"] for step in run.steps], max(1, num_steps // SMOOTHED_PART))
 
 
 def loss_series(run: RunRecord) -> Series:
-    """The training loss by tokens."""
+    """Return the training loss in nats/token by tokens."""
     return {step["tokens"]: step["loss"] for step in run.steps}
 
 
 def held_out_series(run: RunRecord) -> Series:
-    """The held-out loss by tokens."""
+    """Return the held-out loss in nats/token by tokens."""
     return {r["tokens"]: r["validation_loss"] for r in run.held_out if r["tokens"] is not None}
 
 
 def difference_series(row: Row, baseline: Row, series: Callable[[RunRecord], Series]) -> dict[int, Estimate]:
-    """Where all runs of both rows have a value at the same number of tokens, the difference of the rows.
+    """Estimate row - baseline at every number of tokens at which all runs of both have a value.
 
     Args:
         row: The row.
-        baseline: What is subtracted.
-        series: A run's values.
+        baseline: The row to subtract.
+        series: Returns a run's values by tokens.
 
     Returns:
-        By tokens, in order.
+        The differences by tokens, ascending.
     """
-    ours, theirs = ([series(run) for run in r.runs] for r in (row, baseline))
-    shared = set.intersection(*(set(values) for values in (*ours, *theirs)))
+    ours, base = ([series(run) for run in r.runs] for r in (row, baseline))
+    shared = set.intersection(*(set(values) for values in (*ours, *base)))
     found = {}
     for tokens in sorted(shared):
-        delta = difference(estimate([v[tokens] for v in ours]), estimate([v[tokens] for v in theirs]))
+        delta = difference(estimate([v[tokens] for v in ours]), estimate([v[tokens] for v in base]))
         assert delta is not None
         found[tokens] = delta
     return found
@@ -79,13 +80,13 @@ def _write(figure: Figure, axes: Axes, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _positions(records: Sequence[Record], axis: str) -> list[float]:
+def _x_values(records: Sequence[Record], axis: str) -> list[float]:
     scale = 1 / 3600 if axis == "seconds" else 1.0
     return [record[axis] * scale for record in records]
 
 
 def plot_loss(rows: Sequence[Row], axis: str, path: Path) -> bool:
-    """Draw every run's smoothed training loss; seeds of a row share its colour.
+    """Plot the smoothed training loss of every run; seeds of a row share a color.
 
     Args:
         rows: The rows.
@@ -93,37 +94,37 @@ def plot_loss(rows: Sequence[Row], axis: str, path: Path) -> bool:
         path: The PNG to write.
 
     Returns:
-        Whether there was anything to draw: runs without that axis are left out.
+        Whether any run has that axis; without one no file is written.
     """
-    figure, axes = _axes(AXES[axis], "nats/token", f"training loss against {AXES[axis]}")
-    seen: list[float] = []
+    figure, axes = _axes(AXES[axis], "loss, nats/token", f"training loss against {AXES[axis]}")
+    drawn: list[float] = []
     for index, row in enumerate(rows):
         label = row.name
         for run in row.runs:
             if run.steps[-1][axis] is None:
                 continue
             loss = smoothed_loss(run)
-            axes.plot(_positions(run.steps, axis), loss, color=f"C{index}", linewidth=1, label=label)
-            seen += loss[len(loss) // _SKIPPED_PART :]
+            axes.plot(_x_values(run.steps, axis), loss, color=f"C{index}", linewidth=1, label=label)
+            drawn += loss[len(loss) // _SKIPPED_PART :]
             label = None
-    if seen:
-        margin = 0.03 * (max(seen) - min(seen)) or 0.1
-        axes.set_ylim(min(seen) - margin, max(seen) + margin)
+    if drawn:
+        margin = 0.03 * (max(drawn) - min(drawn)) or 0.1
+        axes.set_ylim(min(drawn) - margin, max(drawn) + margin)
         _write(figure, axes, path)
-    return bool(seen)
+    return bool(drawn)
 
 
 def plot_held_out(rows: Sequence[Row], path: Path) -> bool:
-    """Draw every run's held-out loss against tokens, from the first training step on.
+    """Plot the held-out loss of every run against tokens, without the one before training.
 
     Args:
         rows: The rows.
         path: The PNG to write.
 
     Returns:
-        Whether any run has one after a training step.
+        Whether any run has a held-out loss after a training step; without one no file is written.
     """
-    figure, axes = _axes("tokens", "nats/token", "held-out loss")
+    figure, axes = _axes("tokens", "loss, nats/token", "held-out loss")
     has_points = False
     for index, row in enumerate(rows):
         label = row.name
@@ -139,7 +140,7 @@ def plot_held_out(rows: Sequence[Row], path: Path) -> bool:
 
 
 def plot_differences(rows: Sequence[Row], baseline: Row, path: Path) -> bool:
-    """Draw each other row's loss less the baseline's: lines for training, points with errors for held-out.
+    """Plot the loss of each row minus the baseline's: lines for training, error bars for held-out.
 
     Args:
         rows: The rows.
@@ -147,35 +148,36 @@ def plot_differences(rows: Sequence[Row], baseline: Row, path: Path) -> bool:
         path: The PNG to write.
 
     Returns:
-        Whether any row shares numbers of tokens with the baseline.
+        Whether any row has a loss at the same number of tokens as the baseline; without one no file is
+        written.
     """
-    figure, axes = _axes("tokens", "nats/token", f"loss less that of {baseline.name}")
+    figure, axes = _axes("tokens", "difference in loss, nats/token", f"loss minus {baseline.name}")
     axes.axhline(0.0, color="black", linewidth=0.8)
-    seen: list[float] = []
+    drawn: list[float] = []
     for index, row in enumerate(rows):
         if row is baseline:
             continue
         lines = difference_series(row, baseline, loss_series)
         points = {t: e for t, e in difference_series(row, baseline, held_out_series).items() if t > 0}
-        # smoothed last: means of the losses over other windows would differ by themselves
+        # subtracted before smoothing, so that both losses are averaged over the same steps
         window = max(1, (row.runs[0].last_step or len(lines)) // SMOOTHED_PART)
         means = running_mean([delta.mean for delta in lines.values()], window)
-        colour = f"C{index}"
-        axes.plot(list(lines), means, color=colour, linewidth=0.8, alpha=0.6, label=f"{row.name}, training")
+        color = f"C{index}"
+        axes.plot(list(lines), means, color=color, linewidth=0.8, alpha=0.6, label=f"{row.name}, training")
         axes.errorbar(
             list(points),
             [delta.mean for delta in points.values()],
             yerr=[delta.error or 0.0 for delta in points.values()],
             fmt="o",
-            color=colour,
+            color=color,
             markersize=4,
             capsize=3,
             label=f"{row.name}, held-out",
         )
-        seen += means[len(means) // _SKIPPED_PART :] + [delta.mean for delta in points.values()]
-    if seen:
-        low, high = min(0.0, *seen), max(0.0, *seen)
+        drawn += means[len(means) // _SKIPPED_PART :] + [delta.mean for delta in points.values()]
+    if drawn:
+        low, high = min(0.0, *drawn), max(0.0, *drawn)
         margin = 0.1 * (high - low) or 0.1
         axes.set_ylim(low - margin, high + margin)
         _write(figure, axes, path)
-    return bool(seen)
+    return bool(drawn)

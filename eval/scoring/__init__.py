@@ -1,1 +1,1 @@
-"""Log-probabilities of continuations from a model, batched."""
+"""Batched log-likelihoods and greedy continuations from a language model."""

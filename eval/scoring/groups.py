@@ -1,4 +1,4 @@
-"""What is asked of a language model: continuations of contexts; and what it answers."""
+"""The unit of scoring: a context with its continuations, their scores, and the input rows that hold them."""
 
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
@@ -8,11 +8,11 @@ Tokens: TypeAlias = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """A context and the texts that may follow it.
+    """A context and its continuations.
 
     Attributes:
         context: Token ids, at least one.
-        continuations: Token ids of each, at least one; different from one another.
+        continuations: Token ids of each, at least one; no duplicates.
     """
 
     context: Tokens
@@ -20,10 +20,10 @@ class Group:
 
 
 class Scores(NamedTuple):
-    """What a model makes of one continuation, token by token.
+    """Scores of a continuation, per token.
 
     Attributes:
-        log_probs: Natural logarithm of each token's probability given all before it.
+        log_probs: Log-probability in nats of each token given all before it.
         greedy: Whether each token is the most probable one.
     """
 
@@ -32,11 +32,11 @@ class Scores(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Inputs that hold all of a group's continuations.
+    """Input rows of a group, each the context and a tail.
 
     Attributes:
-        tails: What follows the context in each row; none begins another.
-        row_of: Each continuation's row.
+        tails: Token ids that follow the context in each row; none is a prefix of another.
+        row_of: Row of each continuation.
     """
 
     tails: list[Tokens]
@@ -44,17 +44,17 @@ class Rows(NamedTuple):
 
 
 def rows_of(group: Group) -> Rows:
-    """Lay a group's continuations into as few rows as possible.
+    """Pack a group's continuations into as few rows as possible.
 
-    A continuation's last token is no input, so that those of one token need the context alone; a row that
-    begins another is read from that one.
+    The last token of a continuation is no input, so a continuation of one token needs the context alone; one
+    whose inputs are a prefix of another's shares that row.
 
     Args:
         group: The context and its continuations.
     """
     tails = [continuation[:-1] for continuation in group.continuations]
     rows = Rows([], [0] * len(tails))
-    # Backwards in lexicographic order, what extends a tail has come just before it.
+    # in descending lexicographic order a tail comes right after one that extends it
     for index in sorted(range(len(tails)), key=tails.__getitem__, reverse=True):
         if not rows.tails or rows.tails[-1][: len(tails[index])] != tails[index]:
             rows.tails.append(tails[index])

@@ -1,4 +1,4 @@
-"""A causal language model as evaluation sees it: how likely continuations are, and how a text goes on."""
+"""The interface of a causal language model in evaluation, and our models behind it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
@@ -10,21 +10,20 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from eval.scoring.groups import Group, Scores, rows_of
-from eval.scoring.head_scores import Layout, Reader, before, head_logits
+from eval.scoring.head_scores import ScoredTokens, TokenScorer, head_input_hook
 from eval.scoring.shared_prefix import score_shared, shared_length
-from models.attention.base import Attention
 from models.attention.key_values import KeyValueAttention
 from models.generation.generate import generate
-from models.qwen3 import Qwen3
+from models.qwen3 import Head, Qwen3
 
 
 class LanguageModel(ABC):
-    """A causal language model: tokens in, log-probabilities out.
+    """A causal language model that scores and generates continuations.
 
     Attributes:
-        max_length: Most tokens that it takes as input at once.
-        identity: What weights these are; saved results are used again only for an equal one, "" for never.
-        is_padded: Whether rows of a batch are padded to the longest, or take no more than they hold.
+        max_length: Most tokens of an input.
+        identity: Hash of the weights; saved results are reused only for an equal one. "" for never.
+        is_padded: Whether rows of a batch are padded to the longest; otherwise they are packed.
     """
 
     max_length: int
@@ -33,14 +32,14 @@ class LanguageModel(ABC):
 
     @abstractmethod
     def row_lengths(self, group: Group) -> list[int]:
-        """Tokens of each row that scoring a group puts through the model."""
+        """Return the number of tokens in each input row of a group."""
 
     @abstractmethod
     def score(self, groups: Sequence[Group]) -> list[list[Scores]]:
         """Score one batch.
 
         Args:
-            groups: Whose context and continuation together have at most max_length + 1 tokens.
+            groups: Groups in which context and continuation have at most max_length + 1 tokens together.
 
         Returns:
             Scores of every group's continuations, in order.
@@ -60,40 +59,37 @@ class LanguageModel(ABC):
         Args:
             prompts: Token ids of each, at least one.
             max_new_tokens: Most tokens of a continuation.
-            stop_ids: Tokens that end a continuation; they belong to it.
-            stop: Given a prompt's index and its continuation so far, whether that ends here.
+            stop_ids: Tokens that end a continuation and belong to it.
+            stop: Given a prompt's index and its continuation so far, returns whether it ends here.
 
         Returns:
-            The continuations.
+            Token ids of the continuations.
         """
 
 
 class Qwen3Model(LanguageModel):
-    """One of our models. Rows are packed documents, so that nothing is spent on padding.
+    """A Qwen3 of ours. Rows are packed as documents, without padding.
 
-    Where the attention keeps keys and values, a context that several continuations share is read once
-    (eval/scoring/shared_prefix.py).
+    Where all attention layers have a KV cache, a context that several continuations share goes through the
+    model once (eval/scoring/shared_prefix.py).
+
+    Args:
+        model: On its device, in the dtype to compute in; may be sharded by FSDP2 or compiled.
+        max_length: Most tokens of an input: the length of the rows in training.
+        identity: As in LanguageModel.
     """
 
     is_padded = False
 
     def __init__(self, model: Qwen3, *, max_length: int, identity: str = "") -> None:
-        """Wrap a model.
-
-        Args:
-            model: On its device, in the dtype to compute in; may be sharded by FSDP2 or compiled.
-            max_length: Most tokens to give it as input at once: the length of its training rows.
-            identity: As LanguageModel.
-        """
         self._model = model
         self.max_length = max_length
         self.identity = identity
         weights = list(model.parameters())
         self._device = weights[0].device
-        attentions = [module for module in model.modules() if isinstance(module, Attention)]
-        self._has_keys = all(isinstance(each, KeyValueAttention) for each in attentions) and not any(
-            isinstance(weight, DTensor) for weight in weights
-        )
+        has_kv_cache = all(isinstance(module, KeyValueAttention) for module in model.attention_modules())
+        # sharded weights are gathered in a forward of the whole model only
+        self._can_extend = has_kv_cache and not any(isinstance(weight, DTensor) for weight in weights)
 
     def row_lengths(self, group: Group) -> list[int]:
         """See LanguageModel."""
@@ -107,34 +103,26 @@ class Qwen3Model(LanguageModel):
     def score(self, groups: Sequence[Group]) -> list[list[Scores]]:
         """See LanguageModel."""
         can_share = self._can_share()
-        shared = [can_share and shared_length(group, rows_of(group)) is not None for group in groups]
-        alone = iter(
-            self._score_rows(
-                [group for group, is_shared in zip(groups, shared, strict=True) if not is_shared]
-            )
-        )
-        together = iter(
-            score_shared(
-                self._model, [group for group, is_shared in zip(groups, shared, strict=True) if is_shared]
-            )
-        )
-        return [next(together) if is_shared else next(alone) for is_shared in shared]
+        is_shared = [can_share and shared_length(group, rows_of(group)) is not None for group in groups]
+        shared = [group for group, flag in zip(groups, is_shared, strict=True) if flag]
+        whole = [group for group, flag in zip(groups, is_shared, strict=True) if not flag]
+        shared_scores, whole_scores = iter(score_shared(self._model, shared)), iter(self._score_rows(whole))
+        return [next(shared_scores if flag else whole_scores) for flag in is_shared]
 
     def _can_share(self) -> bool:
-        """Whether contexts may be read apart from what follows them.
+        """Return whether contexts may go through the KV cache.
 
-        Sharded weights are whole in a forward only; what goes through a cache is computed in the weights'
-        dtype, a forward in autocast's.
+        The cache is computed in the weights' dtype, not in autocast's.
         """
-        return self._has_keys and not torch.is_autocast_enabled(self._device.type)
+        return self._can_extend and not torch.is_autocast_enabled(self._device.type)
 
     def _score_rows(self, groups: Sequence[Group]) -> list[list[Scores]]:
-        """Score groups by one forward over all of their rows."""
+        """Score groups by one forward over all of their rows, packed."""
         if not groups:
             return []
         tokens: list[int] = []
         bounds = [0]
-        layout = Layout([], [])
+        scored = ScoredTokens([], [])
         for group in groups:
             rows = rows_of(group)
             starts: list[int] = []
@@ -144,23 +132,24 @@ class Qwen3Model(LanguageModel):
                 tokens += tail
                 bounds.append(len(tokens))
             for continuation, row in zip(group.continuations, rows.row_of, strict=True):
-                layout.add(starts[row], continuation)
-        reader = Reader(layout, self._device)
+                scored.add(starts[row], continuation)
+        scorer = TokenScorer(scored, self._device)
 
-        def read(head: nn.Module, args: tuple[Any, ...]) -> tuple[torch.Tensor, None]:
+        def score(head: nn.Module, args: tuple[Any, ...]) -> tuple[torch.Tensor, None]:
             (x_BTD, _) = args
-            x_PD, weight = x_BTD[0, reader.positions], head.weight
-            assert isinstance(weight, torch.Tensor)
-            reader.read(lambda part: head_logits(x_PD[part], weight))
+            assert isinstance(head, Head)
+            x_PD = x_BTD[0, scorer.positions]
+            scorer.score(lambda chunk: head.logits(x_PD[chunk]))
+            # the head itself computes the logits of one position only
             return x_BTD[:, :1], None
 
-        with before(self._model.output, read):
+        with head_input_hook(self._model.output, score):
             self._model(
                 torch.tensor([tokens], device=self._device),
                 cu_seqlens=torch.tensor(bounds, dtype=torch.int32, device=self._device),
                 max_seqlen=max(last - first for first, last in pairwise(bounds)),
             )
-        return layout.scores(groups, *reader.result())
+        return scored.split(groups, *scorer.result())
 
     def generate(
         self,

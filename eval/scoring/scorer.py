@@ -1,39 +1,25 @@
-"""Requests to batches: cut to length, grouped by context, sorted by length, spread over ranks, and saved."""
+"""Batched scoring: requests are truncated, grouped by context, sorted by length and spread over ranks."""
 
 import hashlib
-import json
-from collections.abc import Callable, Collection, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
-import torch.distributed as dist
-
+from errors import UserError
+from eval.distributed import all_gather, check_same_requests, rank_and_world_size
 from eval.scoring.groups import Group, Scores, Tokens
 from eval.scoring.language_model import LanguageModel
+from eval.scoring.saved_results import SavedResults
 
 Request: TypeAlias = tuple[Tokens, Tokens]
-T = TypeVar("T")
+"""Context and continuation."""
 
-
-def rank_and_world_size() -> tuple[int, int]:
-    """This process's rank and the number of ranks; (0, 1) without torch.distributed."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def all_gather(value: T) -> list[T]:
-    """Every rank's value, by rank."""
-    world_size = rank_and_world_size()[1]
-    if world_size == 1:
-        return [value]
-    values: list[T | None] = [None] * world_size
-    dist.all_gather_object(values, value)
-    return values  # pyrefly: ignore [bad-return]
+K = TypeVar("K")
 
 
 def truncate(context: Tokens, continuation: Tokens, max_length: int) -> Request:
-    """Drop what is too long for a model from the left of the context, as the harness does.
+    """Truncate a context from the left to what fits into the model, as the harness does.
 
-    The last token of a continuation is no input, so that max_length + 1 tokens fit.
+    The last token of the continuation is no input, so max_length + 1 tokens fit.
 
     Args:
         context: Token ids, at least one.
@@ -41,50 +27,70 @@ def truncate(context: Tokens, continuation: Tokens, max_length: int) -> Request:
         max_length: Most tokens of an input.
 
     Raises:
-        ValueError: The continuation leaves no room for a token of context.
+        UserError: The continuation leaves no room for a token of context.
     """
     if len(continuation) > max_length:
-        raise ValueError(
-            f"a continuation has {len(continuation)} tokens, but the model takes {max_length} at once; "
-            "give it a larger --max-length if it can, or leave the task out"
+        raise UserError(
+            f"a continuation has {len(continuation)} tokens, but the model's max_length is {max_length}; "
+            "give a larger --max-length if it can, or leave the task out"
         )
     return context[-(max_length + 1 - len(continuation)) :], continuation
 
 
 def windows(
-    num_tokens: int, max_length: int, stride: int | None = None, *, predicted: int = 1
+    num_tokens: int, max_length: int, stride: int | None = None, *, first_predicted: int = 1
 ) -> Iterator[tuple[int, int, int]]:
-    """Slide a window over a text.
+    """Slide a window over a text, so that every token is predicted exactly once.
 
-    The first window predicts as much as fits, each later one the next `stride` tokens, with as much context
-    as fits. With the default stride these are the harness's disjoint rolling windows.
+    The first window predicts as many tokens as fit, each later one the next `stride` tokens, with as much
+    context as fits. A window is max_length + 1 tokens long, as its last token is no input. With the default
+    stride, max_length, these are the rolling windows of the harness.
+
+    Example: 11 tokens, max_length 4. Token 0 starts the text and is never predicted. "c" is a token that is
+    context only, "P" a predicted one.
+
+        token            0 1 2 3 4 5 6 7 8 9 10
+
+        stride 4         c P P P P                    (0, 1, 5)
+                                 c P P P P            (4, 5, 9)
+                                     c c c P P        (6, 9, 11)
+
+        stride 2         c P P P P                    (0, 1, 5)
+                             c c c P P                (2, 5, 7)
+                                 c c c P P            (4, 7, 9)
+                                     c c c P P        (6, 9, 11)
+
+    The window (4, 5, 9) has tokens 4 to 7 as input and predicts tokens 5 to 8, from 1 to 4 tokens of context
+    each. At stride 2 the same tokens have 3 or 4 tokens of context: a smaller stride gives a lower loss and
+    costs more windows.
 
     Args:
         num_tokens: Tokens of the text.
         max_length: Most tokens of an input.
         stride: Tokens that each window but the first predicts; None for max_length.
-        predicted: The first token to predict, at least 1: what comes before it is context.
+        first_predicted: Index of the first token to predict, at least 1; earlier tokens are context.
 
     Yields:
-        (first, predicted, last): tokens [predicted, last) are predicted, from token `first` on.
+        (start, predicted, end): the window holds tokens [start, end) and predicts [predicted, end).
 
     Raises:
-        ValueError: The stride is not from 1 to max_length.
+        UserError: The stride is not from 1 to max_length.
     """
     stride = max_length if stride is None else stride
     if not 1 <= stride <= max_length:
-        raise ValueError(f"stride is {stride}, must be from 1 to {max_length}, the tokens of a window")
-    last = min(max(max_length + 1, predicted + stride), num_tokens)
+        raise UserError(f"stride is {stride}, must be from 1 to {max_length}, the tokens of a window")
+    predicted = first_predicted
+    end = min(max(max_length + 1, predicted + stride), num_tokens)
     while predicted < num_tokens:
-        yield max(last - 1 - max_length, 0), predicted, last
-        predicted, last = last, min(last + stride, num_tokens)
+        yield max(end - 1 - max_length, 0), predicted, end
+        predicted, end = end, min(end + stride, num_tokens)
 
 
 def group_requests(requests: Sequence[Request]) -> list[Group]:
-    """Collect what is to be read after the same context; equal requests become one.
+    """Group continuations by context, without duplicates.
 
     Args:
-        requests: Contexts and continuations, neither of them empty.
+        requests: Contexts and continuations, all nonempty.
     """
     continuations: dict[Tokens, dict[Tokens, None]] = {}
     for context, continuation in requests:
@@ -96,9 +102,9 @@ def plan_batches(model: LanguageModel, groups: Sequence[Group], token_budget: in
     """Sort groups by length, longest first, and cut them into batches.
 
     Args:
-        model: Says what a group costs.
-        groups: What is to be scored.
-        token_budget: Most tokens of a batch, padding included; a group that has more is a batch of its own.
+        model: Gives the lengths of a group's rows.
+        groups: The groups to score.
+        token_budget: Most tokens per batch, padding included; a longer group is a batch of its own.
 
     Returns:
         Indices into groups.
@@ -122,46 +128,37 @@ def _digest(groups: Sequence[Group]) -> str:
     return digest.hexdigest()
 
 
-def _check_equal(digests: Sequence[str]) -> None:
-    """Refuse requests that differ among ranks, of which each has given a hash."""
-    others = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
-    if others:
-        raise ValueError(
-            f"ranks were given different requests (rank {', '.join(others)}: others than rank 0): let every "
-            "rank read the same documents, and draw nothing at random without the same seed"
-        )
-
-
 def score_groups(
     model: LanguageModel, groups: Sequence[Group], token_budget: int
 ) -> Iterator[tuple[list[tuple[int, list[Scores]]], int]]:
-    """Score groups, each batch on one rank.
+    """Score groups; in each round every rank scores one batch.
 
     Args:
-        model: The same on every rank; it takes part in as many batches on each, so that it may be sharded.
-        groups: The same on every rank.
-        token_budget: As plan_batches.
+        model: The same on all ranks; it scores equally many batches on each, so that it may be sharded.
+        groups: The same on all ranks.
+        token_budget: As for plan_batches.
 
     Yields:
-        On every rank, after each round of batches: which groups were scored with their scores, and how many
-        tokens went through the model for it.
+        On all ranks, after each round: the indices and scores of the groups of all its batches, and the
+        number of tokens that went through the model.
 
     Raises:
-        ValueError: On every rank: the groups are not the same on all of them.
+        UserError: On all ranks: their groups differ.
     """
     rank, world_size = rank_and_world_size()
     batches = plan_batches(model, groups, token_budget)
     digest = _digest(groups) if world_size > 1 else ""
     if not batches:
-        _check_equal([each for *_, each in all_gather((None, 0, digest))])
+        check_same_requests([each for *_, each in all_gather((None, 0, digest))])
     for first in range(0, len(batches), world_size):
+        # ranks without a batch in the last round repeat its last one
         batch = [groups[index] for index in batches[min(first + rank, len(batches) - 1)]]
         scores = model.score(batch)
         num_tokens = sum(sum(model.row_lengths(group)) for group in batch)
         gathered = all_gather((scores, num_tokens, digest))
         if not first:
-            # only now: where a model fails on one rank, it says so to the others before anything is exchanged
-            _check_equal([each for _, _, each in gathered])
+            # only now: a rank that failed earlier is in raise_on_all_ranks, as is RankSafeModel.score
+            check_same_requests([each for _, _, each in gathered])
             digest = ""
         gathered = gathered[: len(batches) - first]
         found: list[tuple[int, list[Scores]]] = []
@@ -170,93 +167,40 @@ def score_groups(
         yield found, sum(num for _, num, _ in gathered)
 
 
-class SavedResults:
-    """Results of requests in a JSONL file, so that an interrupted evaluation goes on where it stopped."""
+def plan_generation(
+    lengths: Mapping[int, int], token_budget: int, world_size: int
+) -> Iterator[list[list[int]]]:
+    """Sort prompts by length, longest first, and cut them into rounds of one batch per rank.
 
-    def __init__(self, path: Path, fingerprint: str) -> None:
-        """Read what is there, or begin a file; only rank 0 reads and writes, so that ranks never disagree.
+    Args:
+        lengths: Index of each prompt -> its tokens and those it may get.
+        token_budget: Most tokens per batch, padding included; a longer prompt is a batch of its own.
+        world_size: Number of ranks.
 
-        Args:
-            path: The file.
-            fingerprint: What the results depend on beside the requests: weights, tokenizer.
-
-        Raises:
-            ValueError: On every rank: the file holds results of something else, is none of ours, or cannot
-                be read and written.
-        """
-        self._path = path
-        rank, world_size = rank_and_world_size()
-        self._is_writer = rank == 0
-        outcome: list[Any] = [None, None]
-        if self._is_writer:
-            try:
-                outcome[0] = self._open(fingerprint)
-            except (OSError, ValueError) as error:
-                outcome[1] = str(error)
-        if world_size > 1:
-            dist.broadcast_object_list(outcome, src=0)
-        if outcome[1] is not None:
-            raise ValueError(outcome[1])
-        self._results: dict[str, Any] = outcome[0]
-
-    def _open(self, fingerprint: str) -> dict[str, Any]:
-        path = self._path
-        lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-        # What an interruption cut off has no line end.
-        complete = lines[:-1]
-        results: dict[str, Any] = {}
-        for number, line in enumerate(complete, 1):
-            try:
-                key, value = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number} is no saved result ({error}): delete it") from None
-            if number == 1 and (key, value) != ("fingerprint", fingerprint):
-                raise ValueError(
-                    f"{path} holds results of another checkpoint or tokenizer ({value}, this is "
-                    f"{fingerprint}): give another --out, or delete it"
-                )
-            results[key] = value
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("r+" if complete else "w", encoding="utf-8") as file:
-            file.seek(sum(len(line.encode()) + 1 for line in complete))
-            file.truncate()
-            if not complete:
-                file.write(json.dumps(["fingerprint", fingerprint]) + "\n")
-        return results
-
-    @staticmethod
-    def key(*request: Any) -> str:
-        """A hash of a request: of anything that JSON can hold."""
-        return hashlib.sha256(json.dumps(request).encode()).hexdigest()[:32]
-
-    def get(self, key: str) -> Any:
-        """The result of a request, None if it has none yet."""
-        return self._results.get(key)
-
-    def add(self, results: dict[str, Any]) -> None:
-        """Keep results by their keys."""
-        self._results.update(results)
-        if self._is_writer:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps([key, value]) + "\n" for key, value in results.items())
+    Yields:
+        For each round the indices of each rank's prompts; in the last round some ranks may have none.
+    """
+    order = sorted(lengths, key=lambda index: lengths[index], reverse=True)
+    while order:
+        count = max(1, token_budget // lengths[order[0]])
+        yield [order[rank * count : (rank + 1) * count] for rank in range(world_size)]
+        order = order[world_size * count :]
 
 
 class Scorer:
-    """Sums the log-probabilities of continuations, each at most once.
+    """Computes log-likelihoods and greedy continuations, each distinct request once.
+
+    Args:
+        model: The model.
+        token_budget: Most tokens per batch.
+        saved: Results of earlier requests, to which new ones are added; None to save nothing.
 
     Attributes:
         num_tokens: Tokens that went through the model, on all ranks.
-        num_reused: Requests that were not computed since their results were saved.
+        num_reused: Requests whose results were saved already.
     """
 
     def __init__(self, model: LanguageModel, *, token_budget: int, saved: SavedResults | None = None) -> None:
-        """Describe what scores.
-
-        Args:
-            model: The model.
-            token_budget: Most tokens of a batch.
-            saved: Results of earlier requests; gets the new ones.
-        """
         self._model = model
         self._token_budget = token_budget
         self._saved = saved
@@ -266,43 +210,38 @@ class Scorer:
     def log_likelihoods(
         self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]
     ) -> list[tuple[float, bool]]:
-        """Score requests.
+        """Compute the log-likelihood of each continuation given its context.
 
         Args:
-            requests: Contexts, of at least one token, and continuations; contexts too long for the model lose
-                their beginning.
+            requests: Token ids of contexts, each at least one, and of continuations. A context that is too
+                long for the model is truncated from the left.
 
         Returns:
-            For each the sum of its log-probabilities in nats, and whether all its tokens are greedy;
-            (0.0, True) for a continuation without a token.
+            For each request the sum of the continuation's log-probabilities in nats, and whether all its
+            tokens are greedy; (0.0, True) for an empty continuation.
 
         Raises:
-            ValueError: A continuation is too long for the model.
+            UserError: A continuation is too long for the model.
         """
         wanted = [truncate(tuple(a), tuple(b), self._model.max_length) for a, b in requests]
         results = {request: (0.0, True) for request in wanted if not request[1]}
         keys = {request: SavedResults.key(*request) for request in wanted} if self._saved else {}
-        if self._saved is not None:
-            for request, key in keys.items():
-                if (found := self._saved.get(key)) is not None:
-                    results[request] = (found[0], found[1])
-                    self.num_reused += 1
+        saved = self._take_saved(keys)
+        results |= {request: (found[0], found[1]) for request, found in saved.items()}
         groups = group_requests([request for request in wanted if request not in results])
         for round_scores, num_tokens in score_groups(self._model, groups, self._token_budget):
-            new: dict[str, Any] = {}
+            new: dict[Request, tuple[float, bool]] = {}
             for index, scores in round_scores:
                 group = groups[index]
                 for continuation, each in zip(group.continuations, scores, strict=True):
-                    request = (group.context, continuation)
-                    results[request] = (sum(each.log_probs), all(each.greedy))
-                    if self._saved is not None:
-                        new[keys[request]] = results[request]
+                    new[group.context, continuation] = (sum(each.log_probs), all(each.greedy))
             self.num_tokens += num_tokens
+            results |= new
             if self._saved is not None:
-                self._saved.add(new)
+                self._saved.add({keys[request]: result for request, result in new.items()})
         return [results[request] for request in wanted]
 
-    def continuations(
+    def generate(
         self,
         prompts: Sequence[list[int]],
         until: Sequence[list[str]],
@@ -310,55 +249,68 @@ class Scorer:
         stop_ids: Collection[int],
         stop: Callable[[int, list[int]], bool],
     ) -> list[list[int]]:
-        """Continue prompts greedily, each at most once; a rank takes its share.
+        """Continue prompts greedily, each rank a share of them.
 
         Args:
             prompts: Token ids of each, at least one.
-            until: What ends each of them: part of what its result is saved under.
+            until: Stop strings of each prompt; part of the key under which its result is saved.
             max_new_tokens: Most tokens of a continuation.
             stop_ids: Tokens that end a continuation and belong to it.
-            stop: Given a prompt's index and its continuation so far, whether that ends here.
+            stop: Given a prompt's index and its continuation so far, returns whether it ends here.
 
         Returns:
-            The continuations' token ids.
+            Token ids of the continuations.
 
         Raises:
-            ValueError: On every rank: the prompts are not the same on all of them.
+            UserError: On all ranks: their prompts differ.
         """
         keys = [
             SavedResults.key("generate", *each, max_new_tokens) for each in zip(prompts, until, strict=True)
         ]
-        results: dict[str, list[int]] = {}
-        for key in keys:
-            if self._saved is not None and (text := self._saved.get(key)) is not None:
-                results[key] = text
-                self.num_reused += 1
+        saved = self._take_saved(dict(enumerate(keys)))
+        results: dict[str, list[int]] = {keys[index]: tokens for index, tokens in saved.items()}
+        # equal prompts with equal stop strings are one
         missing = {key: index for index, key in enumerate(keys) if key not in results}
-        order = sorted(missing.values(), key=lambda index: len(prompts[index]), reverse=True)
-        rank, world_size = rank_and_world_size()
         digest = SavedResults.key(*keys)
-        while order:
-            longest = len(prompts[order[0]]) + max_new_tokens
-            count = max(1, self._token_budget // longest)
-            shares = [order[each * count : (each + 1) * count] for each in range(world_size)]
-            own, order = shares[rank], order[world_size * count :]
-            found = (
-                self._model.generate(
-                    [prompts[index] for index in own],
-                    max_new_tokens=max_new_tokens,
-                    stop_ids=stop_ids,
-                    stop=lambda index, tokens, own=own: stop(own[index], tokens),
-                )
-                if own
-                else []
-            )
+        rank, world_size = rank_and_world_size()
+        lengths = {index: len(prompts[index]) + max_new_tokens for index in missing.values()}
+        for shares in plan_generation(lengths, self._token_budget, world_size):
+            found = self._generate_share(prompts, shares[rank], max_new_tokens, stop_ids, stop)
             gathered = all_gather((found, digest))
-            _check_equal([each for _, each in gathered])
+            check_same_requests([each for _, each in gathered])
             new: dict[str, list[int]] = {}
-            for share, (texts, _) in zip(shares, gathered, strict=True):
-                new.update({keys[index]: text for index, text in zip(share, texts, strict=True)})
-                self.num_tokens += sum(len(prompts[i]) + len(t) for i, t in zip(share, texts, strict=True))
-            results.update(new)
+            for share, (continuations, _) in zip(shares, gathered, strict=True):
+                for index, tokens in zip(share, continuations, strict=True):
+                    new[keys[index]] = tokens
+                    self.num_tokens += len(prompts[index]) + len(tokens)
+            results |= new
             if self._saved is not None:
                 self._saved.add(new)
         return [results[key] for key in keys]
+
+    def _take_saved(self, keys: Mapping[K, str]) -> dict[K, Any]:
+        """Return the saved results by request, given each request's key, and count them as reused."""
+        if self._saved is None:
+            return {}
+        found = {request: self._saved.get(key) for request, key in keys.items()}
+        found = {request: result for request, result in found.items() if result is not None}
+        self.num_reused += len(found)
+        return found
+
+    def _generate_share(
+        self,
+        prompts: Sequence[list[int]],
+        share: Sequence[int],
+        max_new_tokens: int,
+        stop_ids: Collection[int],
+        stop: Callable[[int, list[int]], bool],
+    ) -> list[list[int]]:
+        """Continue the prompts of one rank, of which share holds the indices."""
+        if not share:
+            return []
+        return self._model.generate(
+            [prompts[index] for index in share],
+            max_new_tokens=max_new_tokens,
+            stop_ids=stop_ids,
+            stop=lambda index, tokens: stop(share[index], tokens),
+        )

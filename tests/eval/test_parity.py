@@ -1,12 +1,12 @@
-"""Log-likelihoods and accuracies through our batching equal those of the harness's own Hugging Face model."""
+"""Log-likelihoods and accuracies of our batched scoring equal those of the harness's Hugging Face model."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("lm_eval", reason="wants the extra `eval`")
-pytest.importorskip("accelerate", reason="the harness's own model wants accelerate")
+pytest.importorskip("lm_eval", reason="needs the extra `eval`")
+pytest.importorskip("accelerate", reason="the harness's Hugging Face model needs accelerate")
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -22,7 +22,7 @@ from benchmarks.harness_comparison import (
     to_transformers,
 )
 from data.tokenizer import Tokenizer
-from eval.downstream import HarnessModel
+from eval.harness import HarnessModel
 from eval.scoring.language_model import Qwen3Model
 from eval.scoring.scorer import Scorer
 from eval.scoring.transformers_model import TransformersModel
@@ -40,7 +40,7 @@ def both(
     max_length: int,
     limit: int | None = None,
 ) -> tuple[Answers, Answers]:
-    """Answers of a random model of ours and of its twin in the harness's own model."""
+    """Evaluate a random model of ours, and the same model in transformers through the harness's HFLM."""
     network = build(vocab_size=tokenizer.vocab_size + 4)
     model = Qwen3Model(network, max_length=max_length)
     ours = HarnessModel(model, tokenizer, Scorer(model, token_budget=2000))
@@ -49,10 +49,10 @@ def both(
     return answer(ours, tasks, data=data, limit=limit), answer(theirs, tasks, data=data, limit=limit)
 
 
-def test_log_likelihoods_and_accuracies_equal_the_harness_own_model(
+def test_log_likelihoods_and_accuracies_equal_those_of_hflm(
     tasks_folder: Path, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    # texts of WikiText are several times the model's length
+    # texts of WikiText are several times max_length
     first, second = both(["paper"], tokenizer, tmp_path, data=tasks_folder, max_length=96)
     for task in PAPER[-2:]:
         assert first.metrics[task] == pytest.approx(second.metrics[task], rel=1e-5)
@@ -65,28 +65,28 @@ def test_log_likelihoods_and_accuracies_equal_the_harness_own_model(
     assert compare(first, second).max_difference < 1e-4
 
 
-def test_real_documents_give_what_the_harness_own_model_gives(
+def test_log_likelihoods_of_real_documents_equal_those_of_hflm(
     olmo_folder: Path, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    # of 300 ids, so that some contexts are longer than the model
+    # with a vocabulary of 300, some contexts are longer than max_length
     first, second = both(ACCURACIES, tokenizer, tmp_path, data=olmo_folder, max_length=256, limit=4)
     parity = compare(first, second)
     assert parity.num_documents == 4 * 8
-    # up to a hundred tokens of 10 nats
+    # continuations have up to a hundred tokens of 10 nats each
     assert parity.max_difference < 1e-3
     assert parity.max_relative < 1e-6
     assert parity.flags_differ == 0
     assert parity.choices_differ == {}
 
 
-def test_generated_texts_equal_the_harness_own_model(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_generated_texts_equal_those_of_hflm(tokenizer: Tokenizer, tmp_path: Path) -> None:
     network = build(vocab_size=tokenizer.vocab_size)
     model = Qwen3Model(network, max_length=96)
     ours = HarnessModel(model, tokenizer, Scorer(model, token_budget=150))
     fast = to_fast_tokenizer(tokenizer, tmp_path)
     theirs = harness_model(to_transformers(network), fast, max_length=96, batch_size=1)
     options = {"until": [], "do_sample": False, "max_gen_toks": 24}
-    # 600 words are longer than the model: both cut the beginning
+    # 600 words are longer than max_length: both sides truncate the prompt from the left
     prompts = [make_text(seed, length) for seed, length in enumerate((3, 8, 20, 3, 600))]
 
     def run(lm: TemplateLM, until: list[str]) -> list[str]:
@@ -104,7 +104,7 @@ def test_generated_texts_equal_the_harness_own_model(tokenizer: Tokenizer, tmp_p
 
 
 def smollm2(file: Path, data: Path, limit: int) -> tuple[Answers, Answers, dict[str, float]]:
-    """Answers of both sides, and their errors against fp64."""
+    """Evaluate a pretrained model on both sides; return their answers and errors against fp64."""
     network, fast, tokenizer = open_gguf(file)
     tasks = ["piqa", "arc_easy", "openbookqa", "winogrande"]
     model = TransformersModel(network, max_length=2048)
@@ -120,20 +120,18 @@ def assert_same(first: Answers, second: Answers, errors: dict[str, float]) -> No
     assert parity.max_relative < 2e-5
     assert parity.flags_differ == 0
     assert parity.choices_differ == {}
-    # what they differ by is rounding: ours is as close to fp64 as theirs
+    # the differences are rounding: ours is as close to fp64 as the harness's
     assert errors["ours"] < 5e-4
     assert errors["ours"] < 3 * errors["harness"]
 
 
-def test_a_pretrained_model_scores_as_in_the_harness(smollm2_file: Path, olmo_folder: Path) -> None:
+def test_scores_of_a_pretrained_model_equal_those_of_hflm(smollm2_file: Path, olmo_folder: Path) -> None:
     pytest.importorskip("gguf", reason="transformers reads the weights with gguf")
     assert_same(*smollm2(smollm2_file, olmo_folder, 3))
 
 
 @pytest.mark.slow
-def test_a_pretrained_model_scores_as_it_should_on_200_documents(
-    smollm2_file: Path, olmo_folder: Path
-) -> None:
+def test_a_pretrained_model_has_its_accuracy_on_200_documents(smollm2_file: Path, olmo_folder: Path) -> None:
     pytest.importorskip("gguf", reason="transformers reads the weights with gguf")
     first, second, errors = smollm2(smollm2_file, olmo_folder, 200)
     assert_same(first, second, errors)

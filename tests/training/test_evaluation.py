@@ -3,25 +3,20 @@
 import json
 import pickle
 import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from config import load as load_config
 from data.tokenizer import Tokenizer
 from eval.config import EvalConfig
-from eval.downstream import evaluate_tasks
-from eval.report.__main__ import write_report
-from eval.scoring.language_model import Group, LanguageModel, Qwen3Model, Scores
+from eval.harness import evaluate_tasks
+from eval.report.writer import write_report
+from eval.scoring.language_model import Qwen3Model
 from models.checkpoint import load_model
 from tests.conftest import make_text
 from tests.training.launch import EXACT, ROOT, losses, records, train
-from training.agreement import AgreeingModel, EvaluationError, together
 from training.preflight import check_tasks
 from training.run_config import RunConfig
 
@@ -122,41 +117,6 @@ def test_the_report_reads_the_metrics_of_training(evaluated: Path, tmp_path: Pat
     assert (tmp_path / "loss_flops.png").exists()
 
 
-class FailingModel(LanguageModel):
-    """A model whose every generation fails."""
-
-    max_length, identity, is_padded = 8, "", False
-
-    def row_lengths(self, group: Group) -> list[int]:
-        return [1]
-
-    def score(self, groups: Sequence[Group]) -> list[list[Scores]]:
-        return [[Scores([0.0], [True])] for _ in groups]
-
-    def generate(self, prompts: list[list[int]], **options: Any) -> list[list[int]]:
-        raise RuntimeError("out of memory")
-
-
-@pytest.fixture
-def one_rank() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.usefixtures("one_rank")
-def test_a_failed_generation_waits_for_the_next_agreement() -> None:
-    options = {"max_new_tokens": 2, "stop_ids": (), "stop": lambda index, tokens: False}
-    for end in (lambda model: model.score([Group((1,), ((2,),))]), lambda model: model.finish()):
-        model = AgreeingModel(FailingModel(), torch.device("cpu"))
-        assert model.score([Group((1,), ((2,),))]) == [[Scores([0.0], [True])]]
-        model.finish()
-        # ranks without a prompt do not come here, so that nothing may be exchanged
-        assert model.generate([[1], [1, 2]], **options) == [[], []]
-        with pytest.raises(EvaluationError, match=r"^rank 0: RuntimeError: out of memory$"):
-            together(lambda model=model, end=end: end(model), torch.device("cpu"))
-
-
 def check(tmp_path: Path, *words: str) -> None:
     path = ROOT / "configs" / "debug_softmax_muon.toml"
     check_tasks(load_config(RunConfig, path, ["--run.folder", str(tmp_path / "run"), *words]))
@@ -174,7 +134,7 @@ def test_tasks_that_cannot_be_evaluated_are_refused_before_training(
         check(tmp_path, *sciq, "--eval.tasks_data", str(documents / "missing"))
     with pytest.raises(ValueError, match="has no documents of sciq"):
         check(tmp_path, *sciq, "--eval.tasks_data", str(tmp_path))
-    monkeypatch.delitem(sys.modules, "eval.downstream")
+    monkeypatch.delitem(sys.modules, "eval.harness")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     check(tmp_path)
     with pytest.raises(ValueError, match=r"pip install 'parallax-pretraining\[eval\]'"):
@@ -187,7 +147,7 @@ def test_tasks_that_cannot_be_evaluated_are_refused_before_training(
         ({"tasks_every": 0}, "tasks_every must be at least 1"),
         ({"tasks_limit": 0}, "tasks_limit must be at least 1"),
         ({"sample_tokens": 0}, "sample_tokens must be at least 1"),
-        ({"sample_prompts": ["the", ""]}, "sample_prompts has an empty text"),
+        ({"sample_prompts": ["the", ""]}, "sample_prompts has an empty string"),
     ],
 )
 def test_invalid_keys_are_refused(words: dict[str, object], message: str) -> None:

@@ -1,4 +1,4 @@
-"""Run folders as the trainer writes them, and what the report says of them."""
+"""Run folders as the trainer writes them, and cells of the report on them."""
 
 import json
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Any
 
 import config
 from config import to_toml
-from eval.report.__main__ import write_report
+from eval.report.writer import write_report
 from training.run_config import RunConfig
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -32,7 +32,7 @@ def step_record(step: int, loss: float, seconds: float = 1.8) -> dict[str, Any]:
 
 
 def training(loss: float, first: int = 1, last: int = STEPS) -> list[dict[str, Any]]:
-    """Steps whose loss falls by 0.1 a step down to `loss` at STEPS."""
+    """Records of steps whose loss falls by 0.1 per step to `loss` at STEPS."""
     return [step_record(step, loss + 0.1 * (STEPS - step)) for step in range(first, last + 1)]
 
 
@@ -43,16 +43,16 @@ def held_out(step: int, loss: float) -> dict[str, Any]:
 def make_run(
     folder: Path, records: Sequence[dict[str, Any]], *words: str, name: str = "debug_parallax_muon"
 ) -> Path:
-    """A run folder as the trainer writes it."""
-    run = config.load(RunConfig, CONFIGS / f"{name}.toml", [*SMALL, "--run.folder", str(folder), *words])
+    """Write a run folder as the trainer does."""
+    loaded = config.load(RunConfig, CONFIGS / f"{name}.toml", [*SMALL, "--run.folder", str(folder), *words])
     folder.mkdir()
-    (folder / "config.toml").write_text(to_toml(run))
+    (folder / "config.toml").write_text(to_toml(loaded))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder
 
 
 def seeds(tmp_path: Path, name: str, losses: Sequence[float]) -> list[Path]:
-    """Runs of one row: whole, with a held-out loss before, in the middle and after."""
+    """Write finished runs of one row, with a held-out loss before, in the middle and after."""
     folders = []
     for seed, loss in enumerate(losses):
         evaluations = (held_out(0, 8.0), held_out(15, loss + 1.0), held_out(STEPS, loss))
@@ -63,7 +63,7 @@ def seeds(tmp_path: Path, name: str, losses: Sequence[float]) -> list[Path]:
 
 
 def cells(text: str, heading: str, row: str) -> list[str]:
-    """A row of the table below a heading."""
+    """Return the cells of a row of the table below a heading."""
     section = text.split(f"## {heading}\n", 1)[1]
     line = next(line for line in section.splitlines() if line.startswith(f"| {row} |"))
     return [cell.strip() for cell in line.strip("|").split("|")]

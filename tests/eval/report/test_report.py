@@ -1,4 +1,4 @@
-"""The report says what runs wrote, with errors as by hand, and refuses what cannot be compared."""
+"""The report shows what runs recorded, with correct standard errors, and refuses incomparable runs."""
 
 import math
 from pathlib import Path
@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 
 import config
 from config import to_table
+from errors import run_command
 from eval.report import plots
 from eval.report.__main__ import main
 from eval.report.comparison import Row
@@ -31,7 +32,7 @@ from tests.eval.report.run_folders import (
 from training.run_config import RunConfig
 
 
-def test_means_and_errors_over_seeds_are_those_calculated_by_hand(tmp_path: Path) -> None:
+def test_means_and_standard_errors_over_seeds_equal_a_calculation_by_hand(tmp_path: Path) -> None:
     folders = [*seeds(tmp_path, "softmax", (2.50, 2.54)), *seeds(tmp_path, "parallax", (2.40, 2.41))]
     text = report(folders, tmp_path, baseline="softmax_1")
     # s / sqrt(2) = |a - b| / 2; the last 20 steps lie 0.95 above the last one
@@ -40,39 +41,39 @@ def test_means_and_errors_over_seeds_are_those_calculated_by_hand(tmp_path: Path
     error = math.sqrt(0.02**2 + 0.005**2)
     expected = ["2 / 2", *[f"-0.1150 +/- {error:.4f}"] * 2, "-", "-", "-"]
     assert cells(text, "Difference to softmax_0", "parallax_0")[1:] == expected
-    assert "One seed" not in text
-    assert cells(text, "What differs", "`model.attention.kind`")[1:] == ["softmax", "parallax"]
+    assert "one seed" not in text
+    assert cells(text, "Differing config keys", "`model.attention.kind`")[1:] == ["softmax", "parallax"]
     assert "run.seed" not in text
     assert "shuffle_seed" not in text
 
 
-def test_one_seed_has_no_error_and_the_report_says_so(tmp_path: Path) -> None:
+def test_one_seed_has_no_standard_error(tmp_path: Path) -> None:
     folders = [*seeds(tmp_path, "softmax", (2.50, 2.54)), *seeds(tmp_path, "parallax", (2.40,))]
     text = report(folders, tmp_path, baseline="softmax_0")
     assert cells(text, "Difference to softmax_0", "parallax_0")[1:4] == ["1 / 2", "-0.1200", "-0.1200"]
-    assert "One seed, so no error: parallax_0." in text
+    assert "No standard error (one seed): parallax_0." in text
 
 
-def test_the_same_seeds_again_are_no_second_seed(tmp_path: Path) -> None:
+def test_a_second_run_of_the_same_seeds_is_a_row_of_its_own(tmp_path: Path) -> None:
     first, second = (make_run(tmp_path / name, [launch(), *training(2.0)]) for name in "ab")
     text = report([first, second], tmp_path)
     assert cells(text, "Results", "a")[1] == cells(text, "Results", "b")[1] == "1"
-    assert "Nothing but seeds and names." in text
+    assert "Only seeds and names." in text
 
 
-def test_plots_are_pictures(tmp_path: Path) -> None:
+def test_plots_are_written_as_png(tmp_path: Path) -> None:
     folders = [*seeds(tmp_path, "softmax", (2.50, 2.54)), *seeds(tmp_path, "parallax", (2.40,))]
     text = report(folders, tmp_path, baseline="softmax_0")
     names = ["loss_tokens", "loss_flops", "loss_seconds", "held_out", "differences"]
-    pictures = [(tmp_path / "out" / f"{name}.png").read_bytes() for name in names]
-    for name, picture in zip(names, pictures, strict=True):
+    images = [(tmp_path / "out" / f"{name}.png").read_bytes() for name in names]
+    for name, image in zip(names, images, strict=True):
         assert f"]({name}.png)" in text
-        assert picture.startswith(b"\x89PNG\r\n\x1a\n")
-        assert len(picture) > 5000
-    assert len(set(pictures)) == len(pictures)
+        assert image.startswith(b"\x89PNG\r\n\x1a\n")
+        assert len(image) > 5000
+    assert len(set(images)) == len(images)
 
 
-def test_a_running_mean_is_of_the_last_values() -> None:
+def test_a_running_mean_is_over_the_last_values() -> None:
     assert running_mean([1.0, 2.0, 3.0, 7.0], 2) == [1.0, 1.5, 2.5, 5.0]
 
 
@@ -82,11 +83,11 @@ def test_a_running_mean_is_of_the_last_values() -> None:
         ("data.train.files", ("--data.train.files", '["other.parquet"]')),
         ("data.train.min_score", ("--data.train.min_score", "0.5")),
         ("data.tokenizer", ("--data.tokenizer", "other/tokenizer.json")),
-        ("tokens of the run", ("--training.stop_at_step", "29")),
+        ("token budget", ("--training.stop_at_step", "29")),
         ("eval.max_tokens", ("--eval.max_tokens", "7")),
     ],
 )
-def test_other_data_tokenizer_or_budget_is_refused_unless_asked_for(
+def test_different_data_tokenizer_or_budget_is_refused_unless_allowed(
     key: str, words: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     records = [launch(tokenizer_fingerprint=None), *training(2.0)]
@@ -96,14 +97,14 @@ def test_other_data_tokenizer_or_budget_is_refused_unless_asked_for(
         report([first, second], tmp_path)
     assert key in str(raised.value)
     out = ("--out", str(tmp_path / "out"))
-    assert main([str(first), str(second), *out]) == 2
+    assert run_command(lambda: main([str(first), str(second), *out])) == 2
     assert key in capsys.readouterr().err
-    assert main([str(first), str(second), "--allow-different", *out]) == 0
+    main([str(first), str(second), "--allow-different", *out])
     text = (tmp_path / "out" / "report.md").read_text()
     assert text.index("not comparable") < text.index(key) < text.index("## Runs")
 
 
-def test_a_tokenizer_is_known_by_its_vocabulary_where_that_is_on_record(tmp_path: Path) -> None:
+def test_tokenizers_are_compared_by_their_recorded_fingerprints(tmp_path: Path) -> None:
     here = make_run(tmp_path / "a", [launch(), *training(2.0)])
     moved = make_run(tmp_path / "b", [launch(), *training(2.0)], "--data.tokenizer", "moved/tokenizer.json")
     assert "not comparable" not in report([here, moved], tmp_path)
@@ -121,7 +122,7 @@ def test_a_damaged_last_line_is_skipped_and_noted(tmp_path: Path) -> None:
     assert cells(text, "Results", "a")[3] == "2.0000"
 
 
-def test_empty_and_unfinished_runs_are_named(tmp_path: Path) -> None:
+def test_empty_and_unfinished_runs_are_noted(tmp_path: Path) -> None:
     whole = make_run(tmp_path / "whole", [launch(), *training(2.0), held_out(STEPS, 2.0)])
     half = [launch(), *training(2.0, last=12), held_out(12, 3.0)]
     half_folder = make_run(tmp_path / "half", half, "--run.seed", "1", "--model.attention.gate", "head")
@@ -130,21 +131,21 @@ def test_empty_and_unfinished_runs_are_named(tmp_path: Path) -> None:
     bare.mkdir()
     text = report([whole, half_folder, empty, bare], tmp_path, baseline="whole")
     assert f"{half_folder} is not finished: step 12 of {STEPS}" in text
-    assert f"{empty} holds no training step" in text
+    assert f"{empty} has no training steps" in text
     assert f"{bare} has no config.toml" in text
     assert cells(text, "Results", "half")[2:4] == ["-", "-"]
     assert cells(text, "Difference to whole", "half")[2:4] == ["-", "-"]
-    assert "holds no training step" in report([empty], tmp_path)
-    with pytest.raises(ValueError, match="there is no such folder"):
+    assert "has no training steps" in report([empty], tmp_path)
+    with pytest.raises(ValueError, match="there is no folder"):
         report([tmp_path / "missing"], tmp_path)
-    with pytest.raises(ValueError, match="is none of the rows; rows: whole"):
+    with pytest.raises(ValueError, match="is not a row; rows: whole"):
         report([whole], tmp_path, baseline="other")
 
 
-def test_a_resumed_run_counts_each_step_once_with_the_ranks_that_took_it(tmp_path: Path) -> None:
+def test_a_resumed_run_counts_each_step_once_with_the_ranks_of_its_launch(tmp_path: Path) -> None:
     records = [
         *[launch(num_ranks=2), held_out(0, 8.0), *training(2.0, last=20), held_out(15, 9.9)],
-        # killed after step 20, continued from the checkpoint of step 10 on four ranks
+        # killed after step 20, resumed from the checkpoint of step 10 on four ranks
         *[launch(10, num_ranks=4), *training(2.0, first=11), held_out(STEPS, 1.9)],
     ]
     folder = make_run(tmp_path / "a", records)
@@ -163,8 +164,8 @@ def test_a_resumed_run_counts_each_step_once_with_the_ranks_that_took_it(tmp_pat
     ]
 
 
-def test_the_tokens_of_a_run_are_those_on_record(tmp_path: Path) -> None:
-    # it was resumed with twice the batch that its config names now
+def test_the_token_budget_of_a_run_is_what_it_recorded(tmp_path: Path) -> None:
+    # trained with twice the batch size that the config has since its resume
     resumed = [{**step_record(s, 2.0), "tokens": 2 * s * STEP_TOKENS} for s in range(1, 21)]
     assert read_run(make_run(tmp_path / "a", [launch(), *resumed])).budget == (40 + 10) * STEP_TOKENS
     assert read_run(make_run(tmp_path / "b", [])).budget == STEPS * STEP_TOKENS
@@ -172,7 +173,7 @@ def test_the_tokens_of_a_run_are_those_on_record(tmp_path: Path) -> None:
     assert read_run(make_run(tmp_path / "c", resumed, *words)).budget == 30 * STEP_TOKENS
 
 
-def test_a_branch_takes_curves_and_cost_from_its_trunk(tmp_path: Path) -> None:
+def test_a_branch_includes_curves_and_cost_of_its_trunk(tmp_path: Path) -> None:
     stable = [launch(num_ranks=1), held_out(0, 8.0), *training(2.0), held_out(STEPS, 2.5)]
     make_run(tmp_path / "stable", stable, "--schedule.decay_ratio", "0")
     start = ("--checkpoint.start_from", "runs/stable/checkpoint/step-20")
@@ -185,7 +186,7 @@ def test_a_branch_takes_curves_and_cost_from_its_trunk(tmp_path: Path) -> None:
     assert run.notes == []
     assert run.steps[-1]["rank_seconds"] == pytest.approx((20 * 1 + 10 * 3) * 1.8)
     text = report([branch], tmp_path)
-    # medians are of the branch's own steps
+    # medians are over the branch's own steps
     assert cells(text, "Throughput and cost", "branch")[1:3] == ["3 x NVIDIA H100", "1,026"]
     lonely = tmp_path / "elsewhere"
     lonely.mkdir()
@@ -194,7 +195,7 @@ def test_a_branch_takes_curves_and_cost_from_its_trunk(tmp_path: Path) -> None:
     assert "its curves and cost begin at step 21" in run.notes[0]
 
 
-def test_a_run_without_a_record_of_its_launch_has_no_flops_and_no_cost(tmp_path: Path) -> None:
+def test_a_run_without_a_launch_record_has_no_flops_and_no_cost(tmp_path: Path) -> None:
     text = report([make_run(tmp_path / "a", training(2.0))], tmp_path)
     assert "No run recorded its training FLOPs." in text
     assert cells(text, "Runs", "a")[3] == cells(text, "Runs", "a")[6] == "-"
@@ -202,7 +203,7 @@ def test_a_run_without_a_record_of_its_launch_has_no_flops_and_no_cost(tmp_path:
     assert not (tmp_path / "out" / "loss_flops.png").exists()
 
 
-def test_an_unfinished_run_of_the_same_losses_seems_no_better(
+def test_an_unfinished_run_of_the_same_losses_is_not_plotted_as_better(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plots, "SMOOTHED_PART", 5)
@@ -213,17 +214,17 @@ def test_an_unfinished_run_of_the_same_losses_seems_no_better(
     drawn: list[list[float]] = []
     plain = Axes.plot
 
-    def keep(axes: Axes, *args: Any, **kwargs: Any) -> Any:
+    def recorded(axes: Axes, *args: Any, **kwargs: Any) -> Any:
         drawn.append(list(args[1]))
         return plain(axes, *args, **kwargs)
 
-    monkeypatch.setattr(Axes, "plot", keep)
+    monkeypatch.setattr(Axes, "plot", recorded)
     rows = [Row(name=run.folder.name, runs=[run]) for run in runs]
     assert plots.plot_differences(rows, rows[0], tmp_path / "differences.png")
     assert drawn[0] == [0.0] * 10
 
 
-def test_a_value_of_fewer_seeds_than_the_row_says_so(tmp_path: Path) -> None:
+def test_a_value_of_fewer_seeds_than_the_row_is_marked(tmp_path: Path) -> None:
     folders = [*seeds(tmp_path, "softmax", (2.50, 2.54)), *seeds(tmp_path, "parallax", (2.40, 2.41))]
     records = [launch(), *training(3.0)]
     words = ("--run.seed", "7", "--data.shuffle_seed", "7")
@@ -235,12 +236,12 @@ def test_a_value_of_fewer_seeds_than_the_row_says_so(tmp_path: Path) -> None:
     assert "over the last 20 steps" in text
 
 
-def test_the_steps_of_the_final_training_loss_are_those_there_are(tmp_path: Path) -> None:
+def test_the_final_training_loss_of_a_short_run_is_over_all_its_steps(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "a", [launch(), *training(2.0, last=5)], "--training.steps", "5")
-    assert "the training loss over the last 5 steps" in report([folder], tmp_path)
+    assert "the training loss averaged over the last 5 steps" in report([folder], tmp_path)
 
 
-def test_every_config_finds_its_row_of_the_paper_and_no_other() -> None:
+def test_every_config_of_the_paper_has_its_row_and_no_other_config_has_one() -> None:
     found = {}
     for path in CONFIGS.glob("*.toml"):
         row = paper_row(flatten(to_table(config.load(RunConfig, path))))

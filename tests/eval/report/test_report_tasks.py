@@ -1,4 +1,4 @@
-"""What the report makes of evaluations of tasks: each with its most documents, the run's own alone."""
+"""Results of tasks in the report: those over the most documents, of the run's own checkpoints alone."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from eval.task_results import ACCURACIES
 from tests.eval.report.run_folders import STEPS, cells, launch, make_run, report, training, write_results
 
 
-def test_results_stand_beside_the_papers_numbers(tmp_path: Path) -> None:
+def test_results_are_shown_beside_the_paper_s(tmp_path: Path) -> None:
     folders = []
     for name, accuracy in (("parallax", 0.56), ("softmax", 0.54)):
         tasks = {
@@ -27,13 +27,13 @@ def test_results_stand_beside_the_papers_numbers(tmp_path: Path) -> None:
     numbers = ["19.00", "18.56", "22.00", "22.25", "56.00", "55.99"]
     assert cells(text, "Results", "parallax")[4:] == numbers
     assert cells(text, "Results", "softmax")[5::2] == ["22.15", "23.43", "54.54"]
-    assert cells(text, "Every task", "sciq/acc")[1:] == ["0.9000", "0.9000"]
+    assert cells(text, "All tasks", "sciq/acc")[1:] == ["0.9000", "0.9000"]
     assert "stderr" not in text
     assert cells(text, "Difference to softmax", "parallax")[4:] == ["+0.00", "+0.00", "+2.00"]
     assert "arXiv 2605.29157" in text
 
 
-def test_a_task_is_not_one_whose_name_begins_so(tmp_path: Path) -> None:
+def test_a_task_is_not_confused_with_one_whose_name_it_begins(tmp_path: Path) -> None:
     found = {
         "parallax": {"tasks/mmlu/acc": 0.3, "tasks/lambada_openai/perplexity": 19.0},
         "softmax": {"tasks/mmlu_pro/acc": 0.1, "tasks/lambada_standard/perplexity": 30.0},
@@ -43,13 +43,13 @@ def test_a_task_is_not_one_whose_name_begins_so(tmp_path: Path) -> None:
         records = [launch(), *training(2.0), {"step": STEPS, **tasks}]
         folders.append(make_run(tmp_path / name, records, name=f"debug_{name}_muon"))
     text = report(folders, tmp_path)
-    assert cells(text, "Every task", "mmlu/acc")[1:] == ["0.3000", "-"]
-    assert cells(text, "Every task", "mmlu_pro/acc")[1:] == ["-", "0.1000"]
+    assert cells(text, "All tasks", "mmlu/acc")[1:] == ["0.3000", "-"]
+    assert cells(text, "All tasks", "mmlu_pro/acc")[1:] == ["-", "0.1000"]
     assert cells(text, "Results", "parallax")[4] == "19.00"
     assert cells(text, "Results", "softmax")[4] == "-"
 
 
-def test_results_of_a_checkpoint_evaluated_later_count_too(tmp_path: Path) -> None:
+def test_results_of_a_later_evaluation_of_a_checkpoint_are_included(tmp_path: Path) -> None:
     folders = []
     for name in ("parallax", "softmax"):
         records = [launch(), *training(2.0), {"step": STEPS, "tasks/sciq/acc": 0.1}]
@@ -65,34 +65,36 @@ def test_results_of_a_checkpoint_evaluated_later_count_too(tmp_path: Path) -> No
         results["num_documents"] = {"sciq": num_documents}
         (folder / "tasks" / "results.json").write_text(json.dumps(results))
     text = report(folders, tmp_path, allow_different=True)
-    assert cells(text, "Every task", "sciq/acc")[1:] == ["0.7500", "0.7500"]
-    assert cells(text, "Every task", "sciq/num_documents")[1:] == ["200", "100"]
+    assert cells(text, "All tasks", "sciq/acc")[1:] == ["0.7500", "0.7500"]
+    assert cells(text, "All tasks", "sciq/num_documents")[1:] == ["200", "100"]
     with pytest.raises(
         ValueError, match="sciq/num_documents is 200 in parallax and 100 in softmax"
     ) as raised:
         report(folders, tmp_path)
     assert f"(from {folders[0]}/tasks/results.json and {folders[1]}/tasks/results.json)" in str(raised.value)
     (folders[0] / "results.json").write_text("[]")
-    assert "results.json is no result of eval.downstream" in report(folders, tmp_path, allow_different=True)
+    assert "results.json was not written by eval.downstream" in report(
+        folders, tmp_path, allow_different=True
+    )
 
 
-def test_results_of_another_run_are_ignored_and_named(tmp_path: Path) -> None:
+def test_results_of_another_run_are_skipped_and_noted(tmp_path: Path) -> None:
     folder, other = (make_run(tmp_path / name, [launch(), *training(2.0)]) for name in "ab")
     for name, run in (("there", other), ("gone", tmp_path / "deleted")):
         checkpoint = run / "checkpoint" / f"step-{STEPS}"
         write_results(folder / name / "results.json", checkpoint, {"sciq": 0.9}, 8)
     text = report([folder], tmp_path)
-    assert "Every task" not in text
+    assert "All tasks" not in text
     for name in ("there", "gone"):
         assert f"{folder / name / 'results.json'} is of {tmp_path}" in text
-    assert text.count(f"is no checkpoint of {folder}, and was ignored") == 2
+    assert text.count(f"not a checkpoint of {folder}, and was skipped") == 2
     write_results(
         folder / "there" / "results.json", folder / "checkpoint" / f"step-{STEPS}", {"sciq": 0.9}, 8
     )
-    assert cells(report([folder], tmp_path), "Every task", "sciq/acc")[1:] == ["0.9000"]
+    assert cells(report([folder], tmp_path), "All tasks", "sciq/acc")[1:] == ["0.9000"]
 
 
-def test_each_task_counts_with_its_most_documents(tmp_path: Path) -> None:
+def test_each_task_has_its_result_over_the_most_documents(tmp_path: Path) -> None:
     trained = {"tasks/piqa/acc": 0.3, "tasks/piqa/brier_score": 0.4, "tasks/piqa/num_documents": 8}
     folder = make_run(tmp_path / "a", [launch(), *training(2.0), {"step": STEPS, **trained}])
     checkpoint = folder / "checkpoint" / f"step-{STEPS}"
@@ -104,7 +106,7 @@ def test_each_task_counts_with_its_most_documents(tmp_path: Path) -> None:
     assert tasks["origins"]["boolq"] == str(folder / "2_quick" / "results.json")
 
 
-def test_the_mean_accuracy_is_that_of_the_accuracies_beside_it(tmp_path: Path) -> None:
+def test_the_mean_accuracy_is_recomputed_over_the_shown_accuracies(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "a", [launch(), *training(2.0)])
     checkpoint = folder / "checkpoint" / f"step-{STEPS}"
     quick = {"mean_accuracy": 0.3, "mean_plain_accuracy": 0.3}
@@ -114,14 +116,14 @@ def test_the_mean_accuracy_is_that_of_the_accuracies_beside_it(tmp_path: Path) -
     text = report([folder], tmp_path)
     assert cells(text, "Results", "a")[6] == "50.00"
     for name in ("mean_accuracy", "mean_plain_accuracy", "sciq/acc_norm"):
-        assert cells(text, "Every task", name)[1] == "0.5000"
+        assert cells(text, "All tasks", name)[1] == "0.5000"
     (folder / "quick" / "results.json").unlink()
     assert cells(report([folder], tmp_path), "Results", "a")[6] == "50.00"
     (folder / "whole_sciq" / "results.json").unlink()
     assert cells(report([folder], tmp_path), "Results", "a")[6] == "-"
 
 
-def test_results_with_another_tokenizer_are_ignored_and_named(tmp_path: Path) -> None:
+def test_results_with_another_tokenizer_are_skipped_and_noted(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "a", [launch(), *training(2.0)])
     checkpoint = folder / "checkpoint" / f"step-{STEPS}"
     for name, value, fingerprint in (("own", 0.4, "f" * 16), ("other", 0.9, "e" * 16)):
@@ -129,8 +131,8 @@ def test_results_with_another_tokenizer_are_ignored_and_named(tmp_path: Path) ->
         write_results(path, checkpoint, {name: value}, 8, tokenizer_fingerprint=fingerprint)
     write_results(folder / "old" / "results.json", checkpoint, {"old": 0.5}, 8)
     text = report([folder], tmp_path)
-    assert cells(text, "Every task", "own/acc")[1] == "0.4000"
-    assert cells(text, "Every task", "old/acc")[1] == "0.5000"
+    assert cells(text, "All tasks", "own/acc")[1] == "0.4000"
+    assert cells(text, "All tasks", "old/acc")[1] == "0.5000"
     assert "other/acc" not in text
-    said = f"(fingerprint {'e' * 16}) than the run's ({'f' * 16}), and was ignored"
-    assert f"{folder / 'other' / 'results.json'} was made with another tokenizer {said}" in text
+    reason = f"(fingerprint {'e' * 16}) than the run's ({'f' * 16}), and was skipped"
+    assert f"{folder / 'other' / 'results.json'} was made with another tokenizer {reason}" in text

@@ -1,4 +1,4 @@
-"""Requests become batches: nothing is computed twice, nothing lost, whatever the ranks and interruptions."""
+"""Batched scoring: no request is computed twice or lost, over ranks and over interruptions."""
 
 import json
 from collections.abc import Callable, Collection, Sequence
@@ -13,27 +13,28 @@ from torch import multiprocessing as mp
 
 from eval.scoring.groups import Group, Scores
 from eval.scoring.language_model import LanguageModel, Qwen3Model
-from eval.scoring.scorer import SavedResults, Scorer, group_requests, plan_batches, truncate, windows
+from eval.scoring.saved_results import SavedResults
+from eval.scoring.scorer import Scorer, group_requests, plan_batches, truncate, windows
 from models.config import SoftmaxConfig
 from tests.eval.conftest import build, ids
 
 
-class Counting(LanguageModel):
-    """Scores a token by its id, and remembers what it was asked; breaks after so many batches."""
+class IdModel(LanguageModel):
+    """Scores a token by its id and records its batches; interrupted after a number of them."""
 
     identity = "counting"
 
-    def __init__(self, *, is_padded: bool = False, breaks_after: int = 1000, max_length: int = 50) -> None:
+    def __init__(self, *, is_padded: bool = False, interrupt_after: int = 1000, max_length: int = 50) -> None:
         self.is_padded = is_padded
         self.max_length = max_length
         self.batches: list[Sequence[Group]] = []
-        self._breaks_after = breaks_after
+        self._interrupt_after = interrupt_after
 
     def row_lengths(self, group: Group) -> list[int]:
         return [len(group.context) + len(each) - 1 for each in group.continuations]
 
     def score(self, groups: Sequence[Group]) -> list[list[Scores]]:
-        if len(self.batches) == self._breaks_after:
+        if len(self.batches) == self._interrupt_after:
             raise KeyboardInterrupt
         self.batches.append(groups)
         return [
@@ -57,18 +58,18 @@ def requests(count: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     return [(ids(seed // 3, 1 + seed % 20 // 3), ids(1000 + seed, 1 + seed % 4)) for seed in range(count)]
 
 
-def test_a_long_context_loses_its_beginning_as_in_the_harness() -> None:
+def test_a_long_context_is_truncated_from_the_left_as_in_the_harness() -> None:
     context, continuation = tuple(range(20)), (90, 91, 92)
     # the harness gives the model (context + continuation)[-(max_length + 1):][:-1]
     kept, same = truncate(context, continuation, 8)
     assert kept + same == (context + continuation)[-9:]
     assert same == continuation
     assert truncate(context, continuation, 22) == (context, continuation)
-    with pytest.raises(ValueError, match="a continuation has 3 tokens, but the model takes 2 at once"):
+    with pytest.raises(ValueError, match="a continuation has 3 tokens, but the model's max_length is 2"):
         truncate(context, continuation, 2)
 
 
-def test_a_truncated_request_is_scored_from_what_is_left() -> None:
+def test_a_truncated_request_is_scored_given_the_rest_of_its_context() -> None:
     model = build()
     context, continuation = ids(1, 40), ids(2, 3)
     (found,) = Scorer(Qwen3Model(model, max_length=10), token_budget=64).log_likelihoods(
@@ -79,8 +80,8 @@ def test_a_truncated_request_is_scored_from_what_is_left() -> None:
     assert found[0] == pytest.approx(float(log_probs.sum()), abs=1e-4)
 
 
-def test_an_empty_continuation_is_certain_and_costs_nothing() -> None:
-    model = Counting()
+def test_an_empty_continuation_has_probability_one_and_is_not_computed() -> None:
+    model = IdModel()
     scorer = Scorer(model, token_budget=64)
     assert scorer.log_likelihoods([((1, 2), ()), ((3,), (5, 6))]) == [(0.0, True), (-11.0, True)]
     assert scorer.log_likelihoods([((1, 2), ())]) == [(0.0, True)]
@@ -89,7 +90,7 @@ def test_an_empty_continuation_is_certain_and_costs_nothing() -> None:
 
 
 def test_equal_requests_and_contexts_are_computed_once() -> None:
-    model = Counting()
+    model = IdModel()
     wanted = requests(60)
     found = Scorer(model, token_budget=10_000).log_likelihoods([*wanted, *wanted])
     assert found == [(-float(sum(text)), all(t < 100 for t in text)) for _, text in [*wanted, *wanted]]
@@ -99,8 +100,8 @@ def test_equal_requests_and_contexts_are_computed_once() -> None:
 
 
 @pytest.mark.parametrize("is_padded", [False, True])
-def test_batches_keep_to_the_budget_and_go_from_long_to_short(is_padded: bool) -> None:
-    model = Counting(is_padded=is_padded)
+def test_batches_stay_within_the_token_budget_and_are_sorted_by_length(is_padded: bool) -> None:
+    model = IdModel(is_padded=is_padded)
     groups = group_requests(requests(200))
     batches = plan_batches(model, groups, 60)
     assert sorted(index for batch in batches for index in batch) == list(range(len(groups)))
@@ -112,47 +113,49 @@ def test_batches_keep_to_the_budget_and_go_from_long_to_short(is_padded: bool) -
     assert len(batches) < len(groups) / 2
 
 
-def test_an_interrupted_evaluation_goes_on_where_it_stopped(tmp_path: Path) -> None:
+def test_an_interrupted_evaluation_resumes(tmp_path: Path) -> None:
     path, wanted = tmp_path / "out" / "requests.jsonl", requests(100)
-    whole = Counting()
+    whole = IdModel()
     truth = Scorer(whole, token_budget=60).log_likelihoods(wanted)
-    broken = Counting(breaks_after=4)
+    interrupted = IdModel(interrupt_after=4)
     with pytest.raises(KeyboardInterrupt):
-        Scorer(broken, token_budget=60, saved=SavedResults(path, "a")).log_likelihoods(wanted)
-    # a line that was being written
+        Scorer(interrupted, token_budget=60, saved=SavedResults(path, "a")).log_likelihoods(wanted)
+    # an interrupted write
     with path.open("a") as file:
         file.write('["half a li')
-    again = Counting()
+    again = IdModel()
     scorer = Scorer(again, token_budget=60, saved=SavedResults(path, "a"))
     assert scorer.log_likelihoods(wanted) == truth
     assert len(again.batches) <= len(whole.batches) - 4 + 1
-    assert scorer.num_reused == sum(len(group.continuations) for batch in broken.batches for group in batch)
-    third = Counting()
+    assert scorer.num_reused == sum(
+        len(group.continuations) for batch in interrupted.batches for group in batch
+    )
+    third = IdModel()
     assert Scorer(third, token_budget=60, saved=SavedResults(path, "a")).log_likelihoods(wanted) == truth
     assert third.batches == []
     assert path.read_text().count("\n") == 1 + len(set(wanted))
 
 
-def test_saved_results_of_something_else_are_refused(tmp_path: Path) -> None:
+def test_saved_results_of_another_checkpoint_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "requests.jsonl"
     SavedResults(path, "a").add({"key": 1})
     assert SavedResults(path, "a").get("key") == 1
     with pytest.raises(ValueError, match=r"requests.jsonl holds results of another checkpoint or tokenizer"):
         SavedResults(path, "b")
     path.write_text('["fingerprint", "a"]\nnonsense\n')
-    with pytest.raises(ValueError, match=r"requests.jsonl, line 2 is no saved result"):
+    with pytest.raises(ValueError, match=r"requests.jsonl, line 2 is not a saved result"):
         SavedResults(path, "a")
 
 
-def test_continuations_are_generated_once_and_saved(tmp_path: Path) -> None:
+def test_equal_prompts_are_generated_once_and_saved(tmp_path: Path) -> None:
     path = tmp_path / "requests.jsonl"
     prompts, until = [[1, 2], [3], [1, 2], [4] * 30], [["x"], [], ["x"], []]
 
-    def run(model: Counting) -> list[list[int]]:
+    def run(model: IdModel) -> list[list[int]]:
         scorer = Scorer(model, token_budget=40, saved=SavedResults(path, "a"))
-        return scorer.continuations(prompts, until, 3, {0}, lambda index, tokens: False)
+        return scorer.generate(prompts, until, 3, {0}, lambda index, tokens: False)
 
-    first, second = Counting(), Counting()
+    first, second = IdModel(), IdModel()
     assert run(first) == run(second) == [[2] * 3, [3] * 3, [2] * 3, [4] * 3]
     assert [len(batch) for batch in first.batches] == [1, 2]
     assert second.batches == []
@@ -171,7 +174,7 @@ def _score_on_two(rank: int, folder: str, wanted: list[Any]) -> None:
     dist.destroy_process_group()
 
 
-def test_two_ranks_share_the_work_and_agree_with_one(tmp_path: Path) -> None:
+def test_two_ranks_share_the_batches_and_return_the_scores_of_one(tmp_path: Path) -> None:
     wanted = requests(50)
     mp.spawn(_score_on_two, (str(tmp_path), wanted), nprocs=2)
     one = Scorer(Qwen3Model(build(SoftmaxConfig()), max_length=64), token_budget=100)
@@ -202,24 +205,26 @@ def _differ_on_two(rank: int, folder: str) -> None:
         timeout=timedelta(seconds=20),
     )
     wanted = requests(9)
-    scorer = Scorer(Counting(), token_budget=20)
+    scorer = Scorer(IdModel(), token_budget=20)
     swapped = [*wanted[:-1], ((5, 6), (7,))] if rank else wanted
     prompts = [[1, 2], [3 + rank]]
-    # each rank sees a folder of its own
+    # each rank has a folder of its own
     own = Path(folder, str(rank))
     saved = SavedResults(own / "requests.jsonl", "a")
     complaints = [
         _complaint(lambda: SavedResults(own / "damaged.jsonl", "a")),
         _complaint(lambda: scorer.log_likelihoods(swapped)),
         _complaint(lambda: scorer.log_likelihoods([] if rank else wanted)),
-        _complaint(lambda: scorer.continuations(prompts, [[], []], 3, {0}, lambda index, tokens: False)),
+        _complaint(lambda: scorer.generate(prompts, [[], []], 3, {0}, lambda index, tokens: False)),
         _complaint(lambda: scorer.log_likelihoods(wanted)),
     ]
     Path(folder, f"{rank}.json").write_text(json.dumps([saved.get("key"), *complaints]))
     dist.destroy_process_group()
 
 
-def test_what_differs_among_ranks_is_refused_on_all_and_saved_results_are_rank_0_s(tmp_path: Path) -> None:
+def test_requests_that_differ_are_refused_on_all_ranks_and_saved_results_are_the_main_rank_s(
+    tmp_path: Path,
+) -> None:
     SavedResults(tmp_path / "0" / "requests.jsonl", "a").add({"key": 1})
     (tmp_path / "0" / "damaged.jsonl").write_text('["fingerprint", "a"]\nnonsense\n')
     mp.spawn(_differ_on_two, (str(tmp_path),), nprocs=2)
@@ -227,7 +232,7 @@ def test_what_differs_among_ranks_is_refused_on_all_and_saved_results_are_rank_0
     assert first == second
     key, damaged, *differing, same = first
     assert key == 1
-    assert "damaged.jsonl, line 2 is no saved result" in damaged
+    assert "damaged.jsonl, line 2 is not a saved result" in damaged
     for each in differing:
         assert "ranks were given different requests (rank 1: others than rank 0)" in each
     assert same == "none"
@@ -237,16 +242,22 @@ def test_what_differs_among_ranks_is_refused_on_all_and_saved_results_are_rank_0
 @pytest.mark.parametrize(
     ("num_tokens", "max_length", "stride"), [(1, 4, 4), (5, 4, 4), (23, 4, 4), (23, 8, 3)]
 )
-def test_windows_predict_every_token_once_with_all_context_that_fits(
+def test_windows_predict_every_token_once_with_as_much_context_as_fits(
     num_tokens: int, max_length: int, stride: int
 ) -> None:
     found = list(windows(num_tokens, max_length, stride))
-    predicted = [token for _, begin, last in found for token in range(begin, last)]
+    predicted = [token for _, first, end in found for token in range(first, end)]
     assert predicted == list(range(1, num_tokens))
-    assert all(last - 1 - first == min(last - 1, max_length) for first, _, last in found)
-    assert all(last - begin == stride for _, begin, last in found[1:-1])
+    assert all(end - 1 - start == min(end - 1, max_length) for start, _, end in found)
+    assert all(end - first == stride for _, first, end in found[1:-1])
 
 
 def test_a_stride_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="stride is 9, must be from 1 to 8"):
         list(windows(20, 8, 9))
+
+
+def test_the_windows_drawn_in_the_docstring() -> None:
+    rows = [line.split("  ") for line in (windows.__doc__ or "").splitlines() if line.endswith(")")]
+    drawn = [tuple(map(int, row[-1].strip(" ()").split(", "))) for row in rows if "(" in row[-1]]
+    assert drawn == [*windows(11, 4), *windows(11, 4, 2)]

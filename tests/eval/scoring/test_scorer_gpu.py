@@ -1,4 +1,4 @@
-"""On a GPU too, packed groups and shared contexts score as whole forwards of one request do."""
+"""On a GPU, scores of packed groups and shared contexts equal those of one forward per request."""
 
 import copy
 
@@ -29,7 +29,11 @@ SHARED = [
 
 
 def one_by_one(model: Qwen3, groups: list[Group]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each request by itself: all tokens' log-probabilities and their lead over the best other token."""
+    """Score each request in a forward of its own.
+
+    Returns:
+        All tokens' log-probabilities, and their lead over the best other token, both fp64 `[N]`.
+    """
     device = model.tok_embeddings.weight.device
     found: list[torch.Tensor] = []
     leads: list[torch.Tensor] = []
@@ -44,17 +48,19 @@ def one_by_one(model: Qwen3, groups: list[Group]) -> tuple[torch.Tensor, torch.T
 
 
 def with_best_token(model: Qwen3, group: Group) -> Group:
-    """The group with the model's own next token as one more continuation."""
+    """Add the model's greedy next token as one more continuation."""
     best = int(model(torch.tensor([group.context]))[0, -1].argmax())
     return Group(group.context, tuple(dict.fromkeys((*group.continuations, (best,)))))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("attention", [SoftmaxConfig(), ParallaxConfig()], ids=["softmax", "parallax"])
-def test_packed_and_shared_scores_equal_single_ones(attention: AttentionConfig, dtype: torch.dtype) -> None:
+def test_packed_and_shared_scores_equal_those_of_single_requests(
+    attention: AttentionConfig, dtype: torch.dtype
+) -> None:
     assert all(shared_length(group, rows_of(group)) for group in SHARED)
     model = build(attention).to("cuda", dtype)
-    # the same weights in fp64, eagerly, are the truth; single forwards in the low precision the yardstick
+    # truth: the same weights in fp64, eager; yardstick: single forwards in the low precision
     exact = copy.deepcopy(model).to("cpu", torch.float64)
     groups = [with_best_token(exact, group) for group in (*PACKED[:2], *SHARED, *PACKED[2:])]
     scores = [each for group in Qwen3Model(model, max_length=512).score(groups) for each in group]

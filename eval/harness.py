@@ -1,0 +1,339 @@
+"""Evaluation of our models on tasks of lm-evaluation-harness; the only module that imports it."""
+
+import functools
+import logging
+import math
+import random
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from lm_eval import __version__ as harness_version
+from lm_eval.api.instance import Instance
+from lm_eval.api.metrics import mean, perplexity
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.task import Task
+from lm_eval.evaluator import evaluate
+from lm_eval.tasks import TaskManager
+
+from data.tokenizer import Tokenizer
+from errors import UnsupportedError, UserError
+from eval.local_tasks import downloading, local_task
+from eval.scoring.language_model import LanguageModel
+from eval.scoring.saved_results import SavedResults
+from eval.scoring.scorer import Scorer, windows
+from eval.task_results import PAPER, TaskResults, mean_accuracy
+
+# the harness's default for tasks without max_gen_toks
+_MAX_NEW_TOKENS = 256
+
+
+class HarnessModel(TemplateLM):
+    """A language model and its tokenizer behind the harness's interface.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer; the end-of-document token stands for an empty context.
+        scorer: A scorer of that model.
+    """
+
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, scorer: Scorer) -> None:
+        super().__init__()
+        self._model = model
+        self._tokenizer = tokenizer
+        self._scorer = scorer
+
+    @property
+    def eot_token_id(self) -> int:
+        """Id of the end-of-document token."""
+        return self._tokenizer.end_of_document_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Encode a text, without special tokens."""
+        return self._tokenizer.encode(string)
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        return self._scorer.log_likelihoods([(context, text) for _, context, text in requests])
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Compute log-likelihoods of continuations, tokenized with their contexts as the harness does.
+
+        Args:
+            requests: Requests whose args are a context and a continuation. The end-of-document token stands
+                for an empty context; spaces at the end of a context are moved to the continuation.
+            disable_tqdm: Ignored: there is no progress bar.
+
+        Returns:
+            For each the log-likelihood in nats and whether the continuation is greedy.
+        """
+        pairs: list[tuple[str, str]] = []
+        for context, continuation in (request.args for request in requests):
+            stripped = context.rstrip()
+            # a context of spaces alone stays: without it there would be no token to predict from
+            at = len(stripped) if stripped else len(context)
+            pairs.append((context[:at], context[at:] + continuation))
+        texts = list(dict.fromkeys(text for a, b in pairs for text in (a, a + b)))
+        ids = dict(zip(texts, self._tokenizer.encode_batch(texts), strict=True))
+        split: list[tuple[list[int], list[int]]] = []
+        for context, continuation in pairs:
+            whole, first = ids[context + continuation], len(ids[context])
+            if not first:
+                starts_document = whole[:1] == [self.eot_token_id]
+                whole, first = whole if starts_document else [self.eot_token_id, *whole], 1
+            split.append((whole[:first], whole[first:]))
+        return self._scorer.log_likelihoods(split)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Compute log-likelihoods of whole texts in nats, in rolling windows.
+
+        Args:
+            requests: Requests whose args are a text; the end-of-document token precedes it.
+            disable_tqdm: Ignored: there is no progress bar.
+        """
+        split: list[tuple[list[int], list[int]]] = []
+        owners: list[int] = []
+        for owner, ids in enumerate(self._tokenizer.encode_batch([request.args[0] for request in requests])):
+            tokens = [self.eot_token_id, *ids]
+            for start, predicted, end in windows(len(tokens), self._model.max_length):
+                split.append((tokens[start:predicted], tokens[predicted:end]))
+                owners.append(owner)
+        sums = [0.0] * len(requests)
+        for owner, (log_prob, _) in zip(owners, self._scorer.log_likelihoods(split), strict=True):
+            sums[owner] += log_prob
+        return sums
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continue texts greedily.
+
+        Args:
+            requests: Requests whose args are a text and the harness's options: `until`, `max_gen_toks`.
+            disable_tqdm: Ignored: there is no progress bar.
+
+        Returns:
+            The continuations, truncated before the first stop string.
+
+        Raises:
+            UnsupportedError: A task samples.
+            UserError: max_gen_toks leaves no room for a prompt.
+        """
+        arguments: list[tuple[str, dict[str, Any]]] = [(str(a), b) for a, b in (r.args for r in requests)]
+        by_length: dict[int, list[int]] = {}
+        for index, (request, (_, options)) in enumerate(zip(requests, arguments, strict=True)):
+            if options.get("do_sample") and options.get("temperature", 1.0) > 0:
+                raise UnsupportedError(f"{request.task_name} samples; greedy generation works here")
+            by_length.setdefault(int(options.get("max_gen_toks", _MAX_NEW_TOKENS)), []).append(index)
+        texts = [""] * len(requests)
+        for max_new_tokens, indices in sorted(by_length.items()):
+            found = self._generate([arguments[index] for index in indices], max_new_tokens)
+            for index, text in zip(indices, found, strict=True):
+                texts[index] = text
+        return texts
+
+    def _generate(self, arguments: list[tuple[str, dict[str, Any]]], max_new_tokens: int) -> list[str]:
+        room = self._model.max_length - max_new_tokens
+        if room < 1:
+            raise UserError(
+                f"a task generates {max_new_tokens} tokens, but the model's max_length is "
+                f"{self._model.max_length}, prompt included; give a larger --max-length if it can, or leave "
+                "the task out"
+            )
+        until = [_as_list(options.get("until")) for _, options in arguments]
+        prompts = [
+            (ids or [self.eot_token_id])[-room:]
+            for ids in self._tokenizer.encode_batch([text for text, _ in arguments])
+        ]
+
+        # a token is at least one byte, and a stop string may begin inside a token
+        longest = [max((len(end.encode()) for end in ends), default=0) + 1 for ends in until]
+
+        def stop(index: int, tokens: list[int]) -> bool:
+            tail = self._tokenizer.decode(tokens[-longest[index] :]) if until[index] else ""
+            return any(end in tail for end in until[index])
+
+        found = self._scorer.generate(prompts, until, max_new_tokens, {self.eot_token_id}, stop)
+        texts: list[str] = []
+        for tokens, ends in zip(found, until, strict=True):
+            text = self._tokenizer.decode([token for token in tokens if token != self.eot_token_id])
+            for end in ends:
+                text = text.split(end)[0]
+            texts.append(text)
+        return texts
+
+
+def _as_list(until: str | Sequence[str] | None) -> list[str]:
+    ends = [until] if isinstance(until, str) else list(until or ())
+    return [end for end in ends if end]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the log of the harness and the progress bars of datasets, a page per task."""
+    logger = logging.getLogger("lm_eval")
+    level, has_bars = logger.level, datasets.is_progress_bar_enabled()
+    logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if has_bars:
+            datasets.enable_progress_bars()
+
+
+@contextmanager
+def seeded() -> Iterator[None]:
+    """Seed tasks that shuffle documents or answers with the harness's own seeds, the same on all ranks."""
+    states = random.getstate(), np.random.get_state()
+    random.seed(0)
+    np.random.seed(1234)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+@functools.cache
+def _task_manager() -> TaskManager:
+    """Index all tasks of the harness, which takes seconds."""
+    return TaskManager()
+
+
+def load_tasks(names: Sequence[str], data: Path | None) -> dict[str, Task]:
+    """Load tasks of the harness with their documents.
+
+    Args:
+        names: Tasks, tags or groups; "paper" for the paper's ten.
+        data: Folder with their documents; None to have the harness download them from the hub.
+
+    Returns:
+        Tasks by name, without duplicates.
+
+    Raises:
+        UserError: The harness has no such task, the hub cannot be reached, or a file is missing or damaged.
+    """
+    wanted = list(dict.fromkeys(each for name in names for each in (PAPER if name == "paper" else (name,))))
+    manager = _task_manager()
+    unknown = [name for name in wanted if name not in manager.all_tasks]
+    if unknown or not wanted:
+        raise UserError(
+            f"lm-evaluation-harness {harness_version} has no task "
+            f'{", ".join(unknown) or "(none was named)"}; "paper" stands for the ten of the paper'
+        )
+    if data is None:
+        downloaded: dict[str, Task] = {}
+        for name in wanted:
+            with downloading(name):
+                downloaded |= manager.load([name])["tasks"]
+        return downloaded
+    group = {"group": "local", "task": [local_task(name, data) for name in wanted]}
+    try:
+        tasks = manager.load(group)["tasks"]
+    except (KeyError, TypeError, IndexError) as error:
+        raise UserError(
+            f"the documents of {', '.join(wanted)} in {data} do not fit the task: {error!r}"
+        ) from error
+    for name, task in tasks.items():
+        if task.config.num_fewshot and not task.has_training_docs():
+            raise UserError(
+                f"{name} has {task.config.num_fewshot} few-shot examples: want them in "
+                f"{data}/{name}.train.jsonl"
+            )
+    return tasks
+
+
+def _metrics(task: Task, result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return a task's metrics, with standard errors over its documents where the metric is a mean of them."""
+    values: dict[str, float] = {}
+    for key, value in result.items():
+        metric, _, source = key.partition(",")
+        if metric.endswith("_stderr") or not source or not isinstance(value, int | float):
+            continue
+        name = metric if source == "none" else key
+        values[name] = float(value)
+        aggregation = (task.aggregation() or {}).get(metric)
+        each = [sample[metric] for sample in samples if sample["filter"] == source]
+        if aggregation in (mean, perplexity) and len(each) > 1:
+            error = statistics.stdev(map(float, each)) / math.sqrt(len(each))
+            # perplexity is exp(-mean): the error to first order
+            values[f"{name}_stderr"] = error * (values[name] if aggregation is perplexity else 1.0)
+    return values
+
+
+def evaluate_tasks(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    tasks: Sequence[str],
+    *,
+    data: Path | None = None,
+    limit: int | None = None,
+    token_budget: int = 65536,
+    cache_file: Path | None = None,
+) -> TaskResults:
+    """Evaluate a model on tasks of the harness.
+
+    A collective: every rank passes the same arguments, computes its share of the batches and gets the same
+    results. `eval.scoring.language_model.Qwen3Model(qwen3, max_length=seq_len)` makes a LanguageModel of one
+    of ours, sharded or not.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        tasks: Names of tasks, tags or groups; "paper" for the paper's ten.
+        data: Folder with the tasks' documents, as for `python -m eval.downstream --data`; None to have the
+            harness download them from the hub.
+        limit: Evaluate only the first documents of each task, this many; None for all.
+        token_budget: Most tokens per batch.
+        cache_file: JSONL file of results by request, read at the start and appended to; needs a model with
+            an identity. None for no file.
+
+    Returns:
+        Metrics by task, and the mean of the paper's eight accuracies.
+
+    Raises:
+        UserError: An unknown task, a missing or damaged file, or a cache file of another model.
+    """
+    start = time.perf_counter()
+    saved = None
+    if cache_file is not None:
+        if not model.identity:
+            raise UserError(f"cache_file is {cache_file}, but the model has no identity to check it against")
+        fingerprint = SavedResults.key(model.identity, model.max_length, tokenizer.fingerprint)
+        saved = SavedResults(cache_file, fingerprint)
+    scorer = Scorer(model, token_budget=token_budget, saved=saved)
+    with quiet(), seeded():
+        loaded = load_tasks(tasks, data)
+        for task in loaded.values():
+            if (process := task.get_config("process_docs")) is not None:
+                # the harness calls it on every pass over the documents; shuffled answers must stay the same
+                task.set_config(key="process_docs", value=functools.cache(process))
+            if task.get_config("num_fewshot") is None:
+                task.set_config(key="num_fewshot", value=0)
+            task.set_fewshot_seed(seed=1234)
+        results = evaluate(
+            HarnessModel(model, tokenizer, scorer),
+            task_dict={"tasks": loaded, "groups": {}, "group_map": {}},
+            limit=limit,
+            bootstrap_iters=0,
+        )
+    assert results is not None
+    metrics = {
+        name: _metrics(task, results["results"][name], results["samples"][name])
+        for name, task in loaded.items()
+    }
+    return TaskResults(
+        metrics=metrics,
+        num_documents={name: results["n-samples"][name]["effective"] for name in loaded},
+        mean_accuracy=mean_accuracy(metrics, normalized=True),
+        mean_plain_accuracy=mean_accuracy(metrics, normalized=False),
+        num_tokens=scorer.num_tokens,
+        num_reused=scorer.num_reused,
+        seconds=time.perf_counter() - start,
+    )

@@ -1,0 +1,227 @@
+"""Loss on text: windows, bytes and words are counted as documented, on one rank and on two."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders
+from tokenizers.models import BPE
+from torch import multiprocessing as mp
+
+from data.config import JsonlSource, ParquetSource
+from data.loading.loader import PackedLoader
+from data.sources.base import DocumentSource
+from data.sources.open import open_source
+from data.tokenizer import Tokenizer
+from eval import text_loss as text_loss_module
+from eval.held_out import held_out_loss
+from eval.scoring.groups import Group, Scores
+from eval.scoring.language_model import Qwen3Model
+from eval.text_loss import text_loss
+from models.qwen3 import Qwen3
+from tests.conftest import make_text
+from tests.eval.conftest import build
+
+
+def documents(folder: Path, texts: list[str], tokenizer: Tokenizer) -> DocumentSource:
+    path = folder / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return open_source(
+        JsonlSource(files=[str(path)]), tokenizer_fingerprint=tokenizer.fingerprint, split="all"
+    )
+
+
+def log_probs(model: Qwen3, tokens: list[int]) -> torch.Tensor:
+    """Compute log-probabilities of all tokens but the first, fp64 `[T - 1]`."""
+    logits = model(torch.tensor([tokens[:-1]]))[0].double()
+    return logits.log_softmax(-1).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+
+
+def test_documents_that_fit_have_the_held_out_loss_of_training(corpus: Path, tokenizer: Tokenizer) -> None:
+    source = ParquetSource(files=[str(corpus / "validation.parquet")])
+    opened = open_source(source, tokenizer_fingerprint=tokenizer.fingerprint, split="all")
+    model = build()
+    found = text_loss(Qwen3Model(model, max_length=4096), tokenizer, opened, token_budget=300)
+    loader = PackedLoader(
+        opened,
+        tokenizer,
+        seq_len=4096,
+        local_batch_size=1,
+        global_batch_size=1,
+        dp_rank=0,
+        dp_world_size=1,
+        repeat=False,
+        prefetch_batches=0,
+    )
+    device = torch.device("cpu")
+    wanted = held_out_loss(model, loader, vocab_size=320, max_seqlen=4096, device=device)
+    assert found.num_documents == 10
+    assert found.num_tokens == wanted.num_tokens
+    assert found.loss == pytest.approx(wanted.loss, rel=1e-5)
+    assert found.perplexity == pytest.approx(wanted.perplexity, rel=1e-4)
+
+
+def test_bits_per_byte_count_the_predicted_bytes(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    text = "the model reads \u00e9t\u00e9 tokens"
+    model = build()
+    found = text_loss(Qwen3Model(model, max_length=64), tokenizer, documents(tmp_path, [text], tokenizer))
+    tokens = [*tokenizer.encode(text), tokenizer.end_of_document_id]
+    nats = -log_probs(model, tokens)
+    assert found.loss == pytest.approx(float(nats.mean()), rel=1e-5)
+    first = tokenizer.decode(tokens[:1]).encode()
+    bits = float(nats[:-1].sum()) / math.log(2)
+    assert found.bits_per_byte == pytest.approx(bits / (len(text.encode()) - len(first)), rel=1e-5)
+    assert found.word_perplexity is None
+
+
+def test_bits_per_byte_count_the_bytes_of_a_character_of_several_tokens(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    text = "\U0001f600 hi"
+    tokens = [*tokenizer.encode(text), tokenizer.end_of_document_id]
+    assert [tokenizer.num_bytes(token) for token in tokens[:4]] == [1] * 4
+    model = build()
+    found = text_loss(Qwen3Model(model, max_length=64), tokenizer, documents(tmp_path, [text], tokenizer))
+    bits = -float(log_probs(model, tokens)[:-1].sum()) / math.log(2)
+    assert found.bits_per_byte == pytest.approx(bits / 6, rel=1e-5)
+
+    # a vocabulary with byte fallback
+    names = ["<|endoftext|>", "a", "\u2581", *(f"<0x{byte:02X}>" for byte in range(256))]
+    backend = Backend(BPE(vocab={name: i for i, name in enumerate(names)}, merges=[], byte_fallback=True))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    backend.save(str(tmp_path / "fallback.json"))
+    fallback = Tokenizer.load(tmp_path / "fallback.json", end_of_document="<|endoftext|>")
+    assert [fallback.num_bytes(token) for token in fallback.encode("\u00e9a")] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("stride", [1, 3, 8])
+def test_sliding_windows_give_each_token_the_stated_context(
+    tmp_path: Path, tokenizer: Tokenizer, stride: int
+) -> None:
+    model, text = build(), make_text(3, 12)
+    opened = documents(tmp_path, [text], tokenizer)
+    found = text_loss(Qwen3Model(model, max_length=8), tokenizer, opened, stride=stride)
+    tokens = [*tokenizer.encode(text), tokenizer.end_of_document_id]
+    assert len(tokens) > 20
+    nats, lengths = [], []
+    predicted, end = 1, 9
+    while predicted < len(tokens):
+        end = min(end, len(tokens))
+        start = max(end - 9, 0)
+        nats += (-log_probs(model, tokens[start:end]))[predicted - end :].tolist()
+        lengths += range(predicted - start, end - start)
+        predicted, end = end, end + stride
+    assert found.num_tokens == len(nats) == len(tokens) - 1
+    assert found.loss == pytest.approx(np.mean(nats), rel=1e-5)
+    for each in found.per_position:
+        own = [n for n, length in zip(nats, lengths, strict=True) if each.first <= length <= each.last]
+        assert each.num_tokens == len(own)
+        assert each.loss == pytest.approx(np.mean(own), rel=1e-5)
+    assert sum(each.num_tokens for each in found.per_position) == found.num_tokens
+
+
+def test_wikitext_and_last_words_have_the_metrics_of_the_harness(
+    tmp_path: Path, tasks_folder: Path, tokenizer: Tokenizer
+) -> None:
+    pytest.importorskip("lm_eval", reason="needs the extra `eval`")
+    from eval.harness import evaluate_tasks
+
+    model = Qwen3Model(build(), max_length=96)
+    theirs = evaluate_tasks(model, tokenizer, ["wikitext", "lambada_openai"], data=tasks_folder)
+
+    def read(task: str, key: str) -> DocumentSource:
+        lines = (tasks_folder / f"{task}.jsonl").read_text().splitlines()
+        return documents(tmp_path, [json.loads(line)[key] for line in lines], tokenizer)
+
+    wikitext = text_loss(model, tokenizer, read("wikitext", "page"), mode="wikitext")
+    metrics = theirs.metrics["wikitext"]
+    assert wikitext.word_perplexity == pytest.approx(metrics["word_perplexity"], rel=1e-4)
+    assert wikitext.bits_per_byte == pytest.approx(metrics["bits_per_byte"], rel=1e-5)
+    lambada = text_loss(model, tokenizer, read("lambada_openai", "text"), mode="last-word")
+    metrics = theirs.metrics["lambada_openai"]
+    assert lambada.word_perplexity == pytest.approx(metrics["perplexity"], rel=1e-4)
+    assert lambada.last_word_accuracy == metrics["acc"]
+
+
+class GreedyModel(Qwen3Model):
+    """A model for which every token but one is greedy, at 1 nat."""
+
+    def __init__(self, unexpected: int) -> None:
+        super().__init__(build(), max_length=8)
+        self.unexpected = unexpected
+
+    def score(self, groups: Sequence[Group]) -> list[list[Scores]]:
+        return [
+            [Scores([-1.0] * len(each), [token != self.unexpected for token in each])]
+            for group in groups
+            for each in group.continuations
+        ]
+
+
+def test_a_last_word_in_several_windows_counts_once(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    context = make_text(1, 12)
+    (unexpected,) = tokenizer.encode("7")
+    opened = documents(tmp_path, [f"{context} 0123456", f"{context} 01234567", context + " 8"], tokenizer)
+    found = text_loss(GreedyModel(unexpected), tokenizer, opened, mode="last-word", stride=1, token_budget=10)
+    assert found.num_tokens > 3 * 3
+    assert found.last_word_accuracy == pytest.approx(2 / 3)
+
+
+def test_pending_windows_of_a_long_document_are_bounded(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pending: list[int] = []
+    plain = text_loss_module.score_groups
+
+    def recorded(model: Qwen3Model, groups: list[Group], token_budget: int) -> object:
+        pending.append(sum(len(group.context) + len(group.continuations[0]) for group in groups))
+        return plain(model, groups, token_budget)
+
+    monkeypatch.setattr(text_loss_module, "score_groups", recorded)
+    opened = documents(tmp_path, [make_text(3, 150)], tokenizer)
+    found = text_loss(GreedyModel(0), tokenizer, opened, stride=1, token_budget=10)
+    assert found.loss == 1.0
+    assert sum(pending) > 8 * 160
+    assert max(pending) <= 16 * 10 + 9
+
+
+def test_a_text_without_a_last_word_and_a_stride_that_does_not_fit_are_refused(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    model = Qwen3Model(build(), max_length=16)
+    opened = documents(tmp_path, ["one"], tokenizer)
+    with pytest.raises(ValueError, match="last-word mode needs a space"):
+        text_loss(model, tokenizer, opened, mode="last-word")
+    with pytest.raises(ValueError, match="stride is 17, must be from 1 to 16"):
+        text_loss(model, tokenizer, opened, stride=17)
+
+
+def _loss_on_two(rank: int, folder: str, tokenizer: Tokenizer, path: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    source = ParquetSource(files=[path])
+    opened = open_source(source, tokenizer_fingerprint=tokenizer.fingerprint, split="all")
+    found = text_loss(Qwen3Model(build(), max_length=32), tokenizer, opened, token_budget=200)
+    Path(folder, f"{rank}.txt").write_text(f"{found.num_tokens} {found.loss!r}")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_return_the_loss_of_one(corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = str(corpus / "validation.parquet")
+    mp.spawn(_loss_on_two, (str(tmp_path), tokenizer, path), nprocs=2)
+    first, second = ((tmp_path / f"{rank}.txt").read_text() for rank in (0, 1))
+    assert first == second
+    opened = open_source(
+        ParquetSource(files=[path]), tokenizer_fingerprint=tokenizer.fingerprint, split="all"
+    )
+    one = text_loss(Qwen3Model(build(), max_length=32), tokenizer, opened, token_budget=200)
+    num_tokens, loss = first.split()
+    assert int(num_tokens) == one.num_tokens
+    assert float(loss) == pytest.approx(one.loss, rel=1e-6)
