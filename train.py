@@ -58,7 +58,7 @@ def _train(run: RunConfig) -> None:
     import torch.distributed as dist
 
     from training import log
-    from training.titan import check_run
+    from training.preflight import check_run
     from training.trainer import Trainer
 
     rank = int(os.environ["RANK"])

@@ -1,1 +1,1 @@
-"""The training run: torchtitan's trainer with our parts, metrics and signals."""
+"""Training: the trainer on top of torchtitan, its config, metrics, checkpoints and evaluation."""

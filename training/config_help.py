@@ -30,7 +30,7 @@ def describe_config(table: str | None = None) -> str:
             all of them.
 
     Raises:
-        UserError: There is no such table; names those that there are.
+        UserError: There is no such table; lists the tables.
     """
     sections = list(_sections(RunConfig, ""))
     names = dict.fromkeys(name for name, _ in sections if name)

@@ -1,8 +1,8 @@
-"""Lets torchtitan run where there is no accelerator.
+"""Make torchtitan importable on machines without an accelerator.
 
-torchtitan 0.2.2 asks torch for the accelerator while it is imported and takes "cuda" where there is none.
-`prepare` comes before that import and answers "cpu", with a device module that has the few functions
-torchtitan calls.
+torchtitan 0.2.2 looks up the device type while it is imported, and falls back to "cuda". `prepare` is called
+before that import: it replaces torch's look-up by one that returns "cpu", with a device module that has the
+functions torchtitan calls. tests/training/test_titan.py checks the two private names of torch.
 """
 
 import os
@@ -14,7 +14,8 @@ import torch._utils
 
 
 def _cpu_module() -> ModuleType:
-    module = ModuleType("torch.cpu with what torchtitan asks of an accelerator")
+    """Return torch.cpu with the functions of an accelerator's module that torchtitan calls."""
+    module = ModuleType("torch.cpu for torchtitan")
     module.__dict__.update(torch.cpu.__dict__)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     module.__dict__.update(
@@ -31,7 +32,7 @@ def _cpu_module() -> ModuleType:
 
 
 def prepare() -> str:
-    """Make torchtitan importable on this machine; call it before the first torchtitan import.
+    """Set the device type that torchtitan finds; call it before the first import of torchtitan.
 
     Returns:
         "cuda" or "cpu", the type of the devices that training uses.

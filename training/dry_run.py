@@ -1,42 +1,43 @@
-"""What a run would be: parameters, cost and memory, from a model on the meta device."""
+"""Parameters, FLOPs and memory of a run, from its model on the meta device."""
 
+from errors import UserError
 from optimizers.param_groups import assign_parameters
 from training.memory import GIB, estimate_memory
 from training.preflight import build_meta_model
 from training.run_config import RunConfig
 
 
-def dry_run(run: RunConfig, world_size: int) -> str:
-    """Describe a run; touches neither data nor tokenizer and needs no GPU.
+def dry_run(config: RunConfig, world_size: int) -> str:
+    """Describe the size and cost of a run; reads neither data nor tokenizer and needs no GPU.
 
     Args:
-        run: The run.
-        world_size: Ranks that it is planned for.
+        config: The run.
+        world_size: Planned number of ranks.
 
     Returns:
-        Text of a few lines.
+        A table of a few lines.
 
     Raises:
-        ValueError: The run does not fit the ranks, its groups not the model, or its schedule not the steps.
+        UserError: The batch does not fit the ranks, the optimizer groups do not fit the model, or the
+            schedule is longer than the run.
     """
     if world_size < 1:
-        raise ValueError(f"--world-size must be at least 1, got {world_size}")
-    accumulation = run.gradient_accumulation_steps(world_size)
-    model = build_meta_model(run)
-    groups = assign_parameters(model.named_parameters(), run.optimizer.groups)
+        raise UserError(f"--world-size must be at least 1, got {world_size}")
+    accumulation = config.gradient_accumulation_steps(world_size)
+    model = build_meta_model(config)
+    groups = assign_parameters(model.named_parameters(), config.optimizer.groups)
     counts = model.num_parameters()
-    memory = estimate_memory(run, model, world_size)
-    settings = run.training
-    flops = model.num_flops_per_token(settings.seq_len)
-    step_tokens = settings.global_batch_size * settings.seq_len
+    memory = estimate_memory(config, model, world_size)
+    seq_len, steps, step_tokens = config.training.seq_len, config.training.steps, config.tokens_per_step
+    flops = model.num_flops_per_token(seq_len)
     rows = [
-        ("run", f"{run.run.name}: {run.model.size}, {run.model.attention.kind}"),
+        ("run", f"{config.run.name}: {config.model.size}, {config.model.attention.kind}"),
         *((f"parameters, {part}", f"{count / 1e6:.2f}M") for part, count in counts.items()),
         *((f"group {name}", f"{sum(p.numel() for p in ps) / 1e6:.2f}M") for name, ps in groups.items()),
-        ("FLOPs per token", f"{flops / 1e9:.3f} GFLOP (training, sequence length {settings.seq_len})"),
+        ("FLOPs per token", f"{flops / 1e9:.3f} GFLOP (training, sequence length {seq_len})"),
         ("step", f"{step_tokens:,} tokens, {accumulation} micro-batches on each of {world_size} ranks"),
-        ("whole run", f"{settings.steps:,} steps, {settings.steps * step_tokens / 1e9:.3f}B tokens, "
-                      f"{settings.steps * step_tokens * flops:.3e} FLOPs"),
+        ("whole run", f"{steps:,} steps, {steps * step_tokens / 1e9:.3f}B tokens, "
+                      f"{steps * step_tokens * flops:.3e} FLOPs"),
         *((f"memory, {part}", f"{size / GIB:.2f} GiB") for part, size in vars(memory).items()),
         ("memory per rank, peak", f"{memory.peak / GIB:.2f} GiB"),
     ]  # fmt: skip

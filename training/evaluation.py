@@ -1,8 +1,8 @@
 """Evaluation during training: held-out loss, sampled continuations, downstream tasks.
 
-The held-out loss goes through the sharded model as training does. Samples and tasks get a plain copy of the
-whole model on every rank, in the run's precision, which is freed afterwards. Where they fail, on whichever
-rank, every rank gives them up, the failure goes on record, and training goes on.
+The held-out loss is computed with the sharded model, as in training. Samples and tasks use an unsharded copy
+of the model on every rank, in the run's precision, which is freed afterwards. If they fail on any rank, they
+are stopped on all ranks, the error is recorded, and training continues.
 """
 
 import contextlib
@@ -28,119 +28,83 @@ from models.generation.generate import generate
 from models.qwen3 import Qwen3
 from training.log import logger
 from training.metrics import RunMetrics
+from training.non_finite import NonFiniteLossError
 from training.run_config import RunConfig
 
-# of sampled continuations; our choice
+# of the sampled continuations; our choice
 TEMPERATURE = 0.8
 TOP_P = 0.95
 
 
-class NonFiniteLossError(RuntimeError):
-    """The loss or the gradient norm is no number."""
-
-
-def check_tasks(run: RunConfig) -> None:
-    """Find what is wrong with [eval]'s tasks before anything is trained.
+class Evaluator:
+    """Evaluates the model at the steps that [eval] names.
 
     Args:
-        run: The run; without tasks nothing is imported.
-
-    Raises:
-        ValueError: lm-evaluation-harness is missing, a task is unknown, or its documents are missing or
-            malformed.
+        config: The run.
+        tokenizer: Its tokenizer.
+        model: The parallelized model.
+        metrics: Where results are recorded.
+        device: Device of the model.
     """
-    if not run.eval.tasks:
-        return
-    try:
-        from eval.harness import load_tasks
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"eval.tasks names tasks, which need lm-evaluation-harness ({error}): "
-            "pip install 'parallax-pretraining[eval]', or empty eval.tasks"
-        ) from error
-    folder = run.eval.tasks_data
-    if folder is not None and not Path(folder).is_dir():
-        raise ValueError(f"eval.tasks_data is {folder!r}, but there is no such folder")
-    try:
-        load_tasks(run.eval.tasks, None if folder is None else Path(folder))
-    except OSError as error:  # requests' errors are OSErrors, too
-        raise ValueError(
-            f"the documents of eval.tasks could not be fetched ({error}); give a folder with them as "
-            "eval.tasks_data"
-        ) from error
-
-
-class Evaluator:
-    """Evaluates the model of a run at the steps that [eval] names."""
 
     def __init__(
         self,
-        run: RunConfig,
-        *,
+        config: RunConfig,
         tokenizer: Tokenizer,
         model: nn.Module,
         metrics: RunMetrics,
         device: torch.device,
     ) -> None:
-        """Take the parts.
-
-        Args:
-            run: The run.
-            tokenizer: Its tokenizer.
-            model: The parallelized model.
-            metrics: Where results go.
-            device: Where the model lies.
-        """
-        self.run = run
+        self.config = config
         self.tokenizer = tokenizer
         self.model = model
         self.metrics = metrics
         self.device = device
 
-    def tasks_are_due(self, step: int) -> bool:
-        """Whether tasks are evaluated after a step; a checkpoint comes first."""
-        every = self.run.eval.tasks_every
-        is_due = step == self.run.training.last_step or (every is not None and step % every == 0)
-        return bool(self.run.eval.tasks) and step > 0 and is_due
+    def are_tasks_due(self, step: int) -> bool:
+        """Return whether tasks are evaluated after a step; a checkpoint is written before."""
+        every = self.config.eval.tasks_every
+        is_due = step == self.config.training.last_step or (every is not None and step % every == 0)
+        return bool(self.config.eval.tasks) and step > 0 and is_due
 
-    def __call__(self, step: int, tokens: int, on_record: Collection[str] = ()) -> HeldOutLoss | None:
-        """Evaluate what is due after a step; every result goes on record.
+    def evaluate(self, step: int, tokens: int, recorded: Collection[str] = ()) -> HeldOutLoss | None:
+        """Run and record the evaluations that are due after a step; a collective call.
 
         Args:
-            step: Optimizer steps taken.
+            step: Completed optimizer steps.
             tokens: Tokens trained on.
-            on_record: Names of what the record of this step holds already, which is not made again.
+            recorded: Names of the metrics already recorded for this step, which are not computed again.
 
         Returns:
-            The held-out loss if it was due and the run has held-out text.
+            The held-out loss if it is due and the run has held-out documents.
 
         Raises:
-            NonFiniteLossError: The held-out loss is no number.
+            NonFiniteLossError: The held-out loss is NaN or Inf.
         """
-        every, ends = self.run.eval.every, (0, self.run.training.last_step)
+        every, ends = self.config.eval.every, (0, self.config.training.last_step)
         is_due = step in ends or (every is not None and step % every == 0)
-        has_loss = is_due and "validation_loss" not in on_record
-        has_samples = is_due and bool(self.run.eval.sample_prompts) and "samples" not in on_record
-        has_tasks = self.tasks_are_due(step) and "task_seconds" not in on_record
+        has_loss = is_due and "validation_loss" not in recorded
+        has_samples = is_due and bool(self.config.eval.sample_prompts) and "samples" not in recorded
+        has_tasks = self.are_tasks_due(step) and "task_seconds" not in recorded
         if not (has_loss or has_samples or has_tasks):
             return None
         progress = self.metrics.progress(tokens)
-        result = self._held_out(step, progress) if has_loss else None
+        result = self._evaluate_held_out(step, progress) if has_loss else None
         if has_tasks or has_samples:
-            self._evaluate_copy(step, progress, has_samples=has_samples, has_tasks=has_tasks)
-        self.metrics.restart_clock()
+            self._evaluate_unsharded(step, progress, has_samples=has_samples, has_tasks=has_tasks)
+        self.metrics.reset_throughput()
         return result
 
-    def _held_out(self, step: int, progress: Record) -> HeldOutLoss | None:
-        if self.run.data.validation is None:
+    def _evaluate_held_out(self, step: int, progress: Record) -> HeldOutLoss | None:
+        if self.config.data.validation is None:
             return None
-        settings = self.run.training
+        training = self.config.training
         loader = build_validation_loader(
-            self.run.data,
+            self.config.data,
             tokenizer=self.tokenizer,
-            seq_len=settings.seq_len,
-            local_batch_size=settings.local_batch_size,
-            max_tokens=self.run.eval.max_tokens,
+            seq_len=training.seq_len,
+            local_batch_size=training.local_batch_size,
+            max_tokens=self.config.eval.max_tokens,
             dp_rank=dist.get_rank(),
             dp_world_size=dist.get_world_size(),
         )
@@ -149,8 +113,8 @@ class Evaluator:
             result = held_out_loss(
                 self.model,
                 loader,
-                vocab_size=self.run.model.vocab_size,
-                max_seqlen=settings.seq_len,
+                vocab_size=self.config.model.vocab_size,
+                max_seqlen=training.seq_len,
                 device=self.device,
             )
         self.model.train()
@@ -165,14 +129,14 @@ class Evaluator:
         logger.info(f"step {step}  held-out loss {loss}  ({result.num_tokens:,} tokens)")
         return result
 
-    def _evaluate_copy(self, step: int, progress: Record, *, has_samples: bool, has_tasks: bool) -> None:
-        """Sample and evaluate tasks; a failure of one leaves the other."""
+    def _evaluate_unsharded(self, step: int, progress: Record, *, has_samples: bool, has_tasks: bool) -> None:
+        """Generate samples and evaluate tasks; each is attempted if the other fails."""
         work = {"sample_prompts": self._sample} if has_samples else {}
         work |= {"tasks": self._evaluate_tasks} if has_tasks else {}
-        # training must not see that somebody drew or seeded random numbers
+        # evaluation draws and seeds random numbers; training must not depend on it
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             try:
-                model = self._whole_model()
+                model = self._gather_model()
             except EvaluationError as error:
                 self._record_failure(step, "a copy of the whole model", error, progress)
                 return
@@ -183,14 +147,14 @@ class Evaluator:
                     self._record_failure(step, f"eval.{name}", error, progress)
 
     def _record_failure(self, step: int, name: str, error: EvaluationError, progress: Record) -> None:
-        # a traceback may hold the model's copy in a cycle, and in training the collector runs rarely
+        # the traceback may keep the copy of the model alive in a cycle, and training collects garbage rarely
         gc.collect()
         self.metrics.record(step, {"eval_error": f"{name}: {error}", **progress})
-        logger.info(f"step {step}  {name} failed; training goes on")
+        logger.info(f"step {step}  {name} failed; training continues")
 
-    def _whole_model(self) -> Qwen3:
-        """A copy of the model without shards, in the run's precision, on every rank."""
-        model = run_on_all_ranks(self._allocate, self.device)
+    def _gather_model(self) -> Qwen3:
+        """Return an unsharded copy of the model, in the run's precision, on every rank."""
+        model = run_on_all_ranks(self._allocate_model, self.device)
         weights = self.model.state_dict()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -198,17 +162,17 @@ class Evaluator:
                 parameter.copy_(weight.full_tensor() if isinstance(weight, DTensor) else weight)
         return model
 
-    def _allocate(self) -> Qwen3:
+    def _allocate_model(self) -> Qwen3:
         with torch.device("meta"):
-            model = Qwen3(self.run.model).to(getattr(torch, self.run.training.precision))
+            model = Qwen3(self.config.model).to(getattr(torch, self.config.training.precision))
         model.materialize(self.device)
-        # what gathering the largest weight takes besides: ranks must know before they gather that it is there
+        # the buffers for gathering the largest weight: run out of memory here, before the collective calls
         torch.empty(2 * max(p.numel() for p in model.parameters()), dtype=torch.float32, device=self.device)
         return model.eval().requires_grad_(False)
 
     def _sample(self, model: Qwen3, step: int, progress: Record) -> None:
-        """Continue the prompts, on every rank alike, so that none waits for another."""
-        settings, end = self.run.eval, self.tokenizer.end_of_document_id
+        """Generate continuations of the prompts, the same on every rank, and record them."""
+        settings, end = self.config.eval, self.tokenizer.end_of_document_id
 
         def sample() -> list[str]:
             found = generate(
@@ -217,7 +181,7 @@ class Evaluator:
                 max_new_tokens=settings.sample_tokens,
                 temperature=TEMPERATURE,
                 top_p=TOP_P,
-                seed=self.run.run.seed,
+                seed=self.config.run.seed,
                 stop_ids=(end,),
             )
             return [self.tokenizer.decode([t for t in each.tokens if t != end]) for each in found]
@@ -230,10 +194,10 @@ class Evaluator:
             logger.info(f"step {step}  sample {sampled['prompt']!r} -> {sampled['text'][:200]!r}")
 
     def _evaluate_tasks(self, model: Qwen3, step: int, progress: Record) -> None:
-        from eval.harness import evaluate_tasks  # slow to import, and an extra
+        from eval.harness import evaluate_tasks  # slow to import, and an optional dependency
 
-        settings = self.run.eval
-        rank_safe = RankSafeModel(Qwen3Model(model, max_length=self.run.training.seq_len), self.device)
+        settings = self.config.eval
+        rank_safe = RankSafeModel(Qwen3Model(model, max_length=self.config.training.seq_len), self.device)
 
         def evaluate() -> TaskResults:
             data = None if settings.tasks_data is None else Path(settings.tasks_data)

@@ -1,9 +1,9 @@
-"""GPU memory of a training step, from the shapes alone.
+"""Estimate the peak GPU memory of a training step from the shapes.
 
-The fullest moment is the loss: fp32 masters, optimizer state, the gathered embedding, what every block keeps
-for the backward, and one chunk of logits with the gradients made from it; with gradient accumulation the
-gradients of the micro-batches before as well. torch.compile decides what a block keeps; the count is what it
-was seen to keep.
+The peak is reached in the loss: fp32 master weights, optimizer state, the gathered embedding, the activations
+that every block saves for the backward, one chunk of logits with its gradients, and with gradient
+accumulation the gradients of the previous micro-batches. torch.compile decides what a block saves; the count
+is measured.
 """
 
 from dataclasses import dataclass
@@ -21,15 +21,15 @@ FP32 = 4
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes per rank.
+    """Memory in bytes per rank.
 
     Attributes:
-        weights: fp32 masters of this rank's shard.
-        gradients: fp32 gradients of this rank's shard, alive during the loss when micro-batches accumulate.
+        weights: fp32 master weights of this rank's shard.
+        gradients: fp32 gradients of this rank's shard during the loss; 0 without gradient accumulation.
         optimizer: Optimizer state of this rank's shard.
-        gathered: Weights that are gathered at one time.
-        activations: What the forward keeps for the backward.
-        loss: Logits of a chunk and the gradients that the loss makes.
+        gathered: Largest set of weights that is gathered at a time.
+        activations: Activations saved for the backward.
+        loss: Logits of one chunk, and the gradients computed by the loss.
     """
 
     weights: float
@@ -41,59 +41,59 @@ class MemoryEstimate:
 
     @property
     def peak(self) -> float:
-        """Bytes at the fullest moment."""
+        """Peak memory in bytes."""
         parts = (self.weights, self.gradients, self.optimizer, self.gathered, self.activations, self.loss)
         return sum(parts)
 
 
-def _optimizer_bytes(run: RunConfig, model: Qwen3) -> float:
-    groups = run.optimizer.groups
+def _optimizer_bytes(config: RunConfig, model: Qwen3) -> float:
+    groups = config.optimizer.groups
     assigned = assign_parameters(model.named_parameters(), groups)
-    states = {"muon": 1, "adamw": 2}
-    return sum(FP32 * states[groups[name].kind] * p.numel() for name, ps in assigned.items() for p in ps)
+    num_states = {"muon": 1, "adamw": 2}
+    return sum(FP32 * num_states[groups[name].kind] * p.numel() for name, ps in assigned.items() for p in ps)
 
 
-def _activation_bytes(run: RunConfig, model: Qwen3) -> float:
-    element = getattr(torch, run.training.precision).itemsize
+def _activation_bytes(config: RunConfig, model: Qwen3) -> float:
+    element = getattr(torch, config.training.precision).itemsize
     width, layers = model.config.dimensions.width, model.config.dimensions.num_layers
-    saved = model.num_saved_elements_per_token()
-    all_saved = sum(saved)
-    kept_by_mode = {None: all_saved, "selective": layers * width + all_saved / 2, "full": layers * width}
-    tokens = run.training.local_batch_size * run.training.seq_len
-    kept = kept_by_mode[run.training.activation_checkpointing]
-    if run.training.activation_checkpointing is not None:
-        kept += max(saved)  # the block that is being recomputed
-    return tokens * element * (kept + 2 * width)
+    by_block = model.num_saved_elements_per_token()
+    total = sum(by_block)
+    saved_by_mode = {None: total, "selective": layers * width + total / 2, "full": layers * width}
+    saved = saved_by_mode[config.training.activation_checkpointing]
+    if config.training.activation_checkpointing is not None:
+        saved += max(by_block)  # the block that is being recomputed
+    return config.tokens_per_micro_batch * element * (saved + 2 * width)
 
 
-def estimate_memory(run: RunConfig, model: Qwen3, world_size: int) -> MemoryEstimate:
-    """Peak memory of a step on each of world_size ranks.
+def estimate_memory(config: RunConfig, model: Qwen3, world_size: int) -> MemoryEstimate:
+    """Estimate the peak memory of an optimizer step on each rank.
 
     Args:
-        run: The run.
-        model: Its model; the meta device will do.
+        config: The run.
+        model: Its model, on any device.
         world_size: Number of ranks.
 
     Returns:
         The parts, in bytes.
 
     Raises:
-        ValueError: The run does not fit that number of ranks.
+        UserError: The batch or the degrees of parallelism do not fit the number of ranks.
     """
-    _, shard = run.parallelism.degrees(world_size)
-    accumulates = run.gradient_accumulation_steps(world_size) > 1
-    element = getattr(torch, run.training.precision).itemsize
+    _, shard = config.parallelism.degrees(world_size)
+    accumulates = config.gradient_accumulation_steps(world_size) > 1
+    element = getattr(torch, config.training.precision).itemsize
     counts = model.num_parameters()
     blocks = counts["total"] - counts["embedding"]
-    gathered_blocks = 2 * blocks / model.config.dimensions.num_layers  # one at work, one on its way
-    if not run.parallelism.reshard_after_forward:
+    # one block computes while the next is prefetched
+    gathered_blocks = 2 * blocks / model.config.dimensions.num_layers
+    if not config.parallelism.reshard_after_forward:
         gathered_blocks = float(blocks)
-    chunk = min(CHUNK_TOKENS, run.training.local_batch_size * run.training.seq_len)
+    chunk = min(CHUNK_TOKENS, config.tokens_per_micro_batch)
     return MemoryEstimate(
         weights=FP32 * counts["total"] / shard,
         gradients=FP32 * counts["total"] / shard if accumulates else 0.0,
-        optimizer=_optimizer_bytes(run, model) / shard,
+        optimizer=_optimizer_bytes(config, model) / shard,
         gathered=element * (counts["embedding"] + gathered_blocks),
-        activations=_activation_bytes(run, model),
-        loss=2 * element * chunk * run.model.vocab_size + (FP32 + element) * counts["embedding"],
+        activations=_activation_bytes(config, model),
+        loss=2 * element * chunk * config.model.vocab_size + (FP32 + element) * counts["embedding"],
     )

@@ -1,188 +1,211 @@
-"""The run folder: the resolved config beside the checkpoints, and what may change between two launches."""
+"""Decide what a launch starts from, and check that it can."""
 
-import dataclasses
 import os
-import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-import torch
-
-from config import Table, to_table
+from config import Table
 from data.tokenizer import Tokenizer
 from errors import UserError
-from models.qwen3 import Qwen3
-from models.run_folder import RunFolder, find_checkpoint, read_run_table
-from models.run_tokenizer import find_tokenizer
+from models.run_folder import RunFolder, find_checkpoint, read_run_table, step_of
+from models.run_tokenizer import copy_tokenizer, find_tokenizer
 from tokens import END_OF_DOCUMENT
+from training.branch import branch_warnings, check_branch, checkpoint_step
+from training.log import logger
 from training.run_config import RunConfig
-
-# keys of [model] that leave weights and function as they are
-_FREE_MODEL_KEYS = ("impl", "init_std", "r_gain_init")
-
-
-def _defaults(config: Any) -> Table:
-    """What a config's keys are where a table does not name them."""
-    table = {
-        field.name: to_table(field.default)
-        for field in dataclasses.fields(config)
-        if field.default is not dataclasses.MISSING
-    }
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            table[field.name] = _defaults(value)
-    return table
+from training.saved_config import (
+    check_compatible,
+    check_model,
+    describe_difference,
+    sequence_differences,
+    training_differences,
+)
 
 
-def _differences(saved: Any, now: Any, defaults: Any, key: str, free: tuple[str, ...] = ()) -> list[str]:
-    if isinstance(saved, dict) and isinstance(now, dict):
-        if saved.get("kind", now.get("kind")) != now.get("kind"):
-            return [f"{key}.kind is {saved['kind']!r} there and {now.get('kind')!r} here"]
-        below = defaults if isinstance(defaults, dict) else {}
-        return [
-            line
-            for name in sorted({*saved, *now} - {*free})
-            for line in _differences(
-                saved.get(name, below.get(name)), now.get(name), below.get(name), f"{key}.{name}", free
-            )
-        ]
-    return [] if saved == now else [f"{key} is {saved!r} there and {now!r} here"]
+@dataclass(frozen=True)
+class StartPoint:
+    """What a launch starts from.
+
+    Attributes:
+        kind: "resume" from the newest checkpoint in the run folder; "branch" from checkpoint.start_from, a
+            checkpoint of another run; "weights" of checkpoint.initial_weights alone; "scratch", initial
+            weights from the seed. The first that exists, in this order.
+        checkpoint: The checkpoint to load; None for "scratch".
+        step: Optimizer steps completed before the launch.
+    """
+
+    kind: Literal["resume", "branch", "weights", "scratch"]
+    checkpoint: Path | None
+    step: int
 
 
-def _who_updates_what(optimizer: Table) -> Table:
-    groups = optimizer.get("groups", {})
-    return {name: {k: group.get(k) for k in ("kind", "parameters")} for name, group in groups.items()}
-
-
-def _optimizer_differences(run: RunConfig, saved: Table) -> list[str]:
-    before, now = _who_updates_what(saved), _who_updates_what(to_table(run.optimizer))
-    with torch.device("meta"):
-        names = [name for name, _ in Qwen3(run.model).named_parameters()]
-
-    def matched(group: Table) -> set[str]:
-        return {name for name in names for pattern in group["parameters"] if re.fullmatch(pattern, name)}
-
-    for name in before.keys() & now.keys():
-        if matched(before[name]) == matched(now[name]):
-            # the same parameters, by other patterns
-            before[name]["parameters"] = now[name]["parameters"]
-    return _differences(before, now, None, "optimizer.groups")
-
-
-def has_checkpoint(folder: Path) -> bool:
-    """Whether a run folder holds a whole checkpoint."""
-    return RunFolder(folder).newest_checkpoint() is not None
-
-
-def saved_config(folder: Path) -> Table | None:
-    """The resolved config that lies in a run folder, None where there is none."""
-    return RunFolder(folder).read_config()
-
-
-def _check_model(run: RunConfig, saved: Table, folder: Path, remedy: str) -> None:
-    differences = _differences(
-        saved["model"], to_table(run.model), _defaults(run.model), "model", _FREE_MODEL_KEYS
-    )
-    if differences:
-        raise ValueError(
-            f"{folder} holds checkpoints of another architecture: {'; '.join(differences)}. "
-            f"{remedy}, or restore the model's keys"
-        )
-
-
-def check_fits(run: RunConfig, saved: Table, folder: Path, remedy: str) -> None:
-    """Refuse to load checkpoints of another model or other optimizers.
+def find_start(config: RunConfig) -> StartPoint:
+    """Find what a launch starts from; loads nothing.
 
     Args:
-        run: The run that would load them.
-        saved: The config of the run that wrote them.
-        folder: Its folder, for the message.
-        remedy: What else than restoring the keys helps, for the message.
+        config: The run.
 
     Raises:
-        ValueError: [model] is another, or the optimizers' state is; names the keys that differ.
+        UserError: checkpoint.start_from or checkpoint.initial_weights is needed and is not a checkpoint.
     """
-    _check_model(run, saved, folder, remedy)
-    if "optimizer" not in saved:
-        raise ValueError(
-            f"{folder} holds weights alone, as models.convert writes them: give this run a folder of its "
-            "own, and that one to checkpoint.initial_weights"
-        )
-    differences = _optimizer_differences(run, saved["optimizer"])
-    if differences:
-        raise ValueError(
-            f"{folder} holds checkpoints of other optimizers: {'; '.join(differences)}. "
-            f"{remedy}, or restore the groups"
-        )
+    newest = RunFolder(Path(config.run.folder)).newest_checkpoint()
+    if newest is not None:
+        step = step_of(newest)
+        assert step is not None
+        return StartPoint("resume", newest, step)
+    if config.checkpoint.start_from is not None:
+        checkpoint = Path(config.checkpoint.start_from)
+        return StartPoint("branch", checkpoint, checkpoint_step(checkpoint))
+    if config.checkpoint.initial_weights is not None:
+        return StartPoint("weights", find_checkpoint(Path(config.checkpoint.initial_weights)), 0)
+    return StartPoint("scratch", None, 0)
 
 
-def check_folder(run: RunConfig) -> None:
-    """Refuse to continue a run folder with another model or other optimizers.
+def check_start(config: RunConfig) -> None:
+    """Raise unless a launch can load what it starts from.
+
+    Args:
+        config: The run.
 
     Raises:
-        ValueError: The folder can't be a folder, or has checkpoints of another [model], of optimizers whose
-            state is another, or of a run with other initial weights; or checkpoint.initial_weights is needed
-            and is another model's. Names the keys that differ.
+        UserError: The run folder can't be a folder; the checkpoint to start from is missing, has another
+            architecture or other optimizer groups, names the keys that differ; a branch does not fit the
+            schedule; or the run folder has checkpoints of a run that started from elsewhere.
     """
-    folder = Path(run.run.folder)
+    folder = Path(config.run.folder)
     if any(path.exists() and not path.is_dir() for path in (folder, *folder.parents)):
-        raise ValueError(f"run.folder is {str(folder)!r}, but a file is in its place; give another folder")
-    saved = saved_config(folder)
-    weights = run.checkpoint.initial_weights
-    if not has_checkpoint(folder):
-        if weights is not None:
-            _check_initial_weights(run, Path(weights))
-    elif saved is not None:
-        check_fits(run, saved, folder, "Give this run another run.folder")
-        before = saved.get("checkpoint", {}).get("initial_weights", "none")
-        if os.path.abspath(before) != os.path.abspath(weights or "none"):
-            raise ValueError(
-                f"{folder} holds checkpoints of a run with checkpoint.initial_weights {before!r}, and this "
-                f"one has {weights or 'none'!r}; give the same to continue that run, or this run another "
-                "run.folder"
-            )
+        raise UserError(f"run.folder is {str(folder)!r}, but a file has this name; give another folder")
+    start = find_start(config)
+    if start.checkpoint is None:
+        return
+    if start.kind == "branch":
+        check_branch(config, start.checkpoint)
+    elif start.kind == "weights":
+        _check_initial_weights(config, start.checkpoint)
+    else:
+        saved = RunFolder(folder).read_config()
+        if saved is not None:
+            check_compatible(config, saved, folder, "Give this run another run.folder")
+            _check_same_origin(config, saved)
 
 
-def _check_initial_weights(run: RunConfig, path: Path) -> None:
-    checkpoint = find_checkpoint(path)
-    remedy = (
-        "Give checkpoint.initial_weights another folder (one of softmax becomes Parallax by "
-        "`python -m models.convert`: to-hf, then from-hf --attention parallax)"
+def start_warnings(config: RunConfig, start: StartPoint, fingerprint: str) -> list[str]:
+    """Return the warnings about the checkpoint that a launch starts from.
+
+    Args:
+        config: The run; it passes check_start.
+        start: From find_start.
+        fingerprint: Fingerprint of the run's tokenizer.
+
+    Returns:
+        Sentences: the keys of the config that changed since the checkpoint was trained, or another tokenizer
+        than the one of the initial weights.
+    """
+    if start.checkpoint is None:
+        return []
+    if start.kind == "branch":
+        return branch_warnings(config, start.checkpoint)
+    if start.kind == "weights":
+        return tokenizer_warnings(start.checkpoint, fingerprint)
+    return resume_warnings(config, start.step)
+
+
+def resume_warnings(config: RunConfig, step: int) -> list[str]:
+    """Return what makes a resumed run differ from one trained with this config from the first step.
+
+    Args:
+        config: A run whose folder has a checkpoint and the config of the launch before.
+        step: Step of the checkpoint.
+
+    Returns:
+        At most one sentence; none where the folder has no config.
+    """
+    run = RunFolder(Path(config.run.folder))
+    saved = run.read_config()
+    if saved is None:
+        return []
+    differing = [
+        *sequence_differences(config, saved),
+        *training_differences(config, saved, step, run.config_file),
+    ]
+    message = (
+        f"the first {step} steps of {run.path} had another config: {'; '.join(differing)}; restore these "
+        "keys unless the change is intended"
     )
-    _check_model(run, read_run_table(checkpoint), checkpoint, remedy)
+    return [message] if differing else []
 
 
-def remove_partial_checkpoints(run: RunConfig) -> None:
-    """Remove what a kill during a write left; only whole checkpoints count for checkpoint.keep."""
-    folder = RunFolder(Path(run.run.folder))
+def tokenizer_warnings(checkpoint: Path, fingerprint: str) -> list[str]:
+    """Compare the tokenizer of a checkpoint's run with this run's.
+
+    Args:
+        checkpoint: A checkpoint of any run, or a converted one.
+        fingerprint: Fingerprint of the tokenizer of the run that loads its weights.
+
+    Returns:
+        One sentence if the tokenizers differ or cannot be compared.
+    """
+    data = read_run_table(checkpoint).get("data", {})
+    end_of_document = data.get("end_of_document", END_OF_DOCUMENT)
+    try:
+        path = find_tokenizer(RunFolder.of_checkpoint(checkpoint), data)
+        if path is None:
+            return []
+        tokenizer = Tokenizer.load(path, end_of_document=end_of_document)
+    except UserError as error:
+        return [f"the tokenizer of {checkpoint} cannot be compared with this run's: {error}"]
+    if tokenizer.fingerprint == fingerprint:
+        return []
+    return [
+        f"the weights of {checkpoint} were trained with the tokenizer {data['tokenizer']}, this run has "
+        "another: every row of the embedding stands for another token; set data.tokenizer to that one unless "
+        "the change is intended"
+    ]
+
+
+def prepare_folder(config: RunConfig, start: StartPoint, tokenizer: Tokenizer) -> None:
+    """Write config and tokenizer to the run folder; logs the warnings about the start before.
+
+    Args:
+        config: The run.
+        start: From find_start.
+        tokenizer: The run's tokenizer; a resumed run keeps the copy that it has.
+    """
+    for warning in start_warnings(config, start, tokenizer.fingerprint):
+        logger.warning(warning)
+    folder = RunFolder(Path(config.run.folder))
+    folder.write_config(config)
+    is_kept = start.kind == "resume" and folder.tokenizer.is_dir()
+    if tokenizer.file is not None and not is_kept:
+        copy_tokenizer(tokenizer.file, folder.tokenizer)
+
+
+def remove_partial_checkpoints(folder: RunFolder) -> None:
+    """Delete the step-N folders that a killed write left incomplete, which checkpoint.keep does not count."""
     whole = folder.whole_checkpoints()
     for step, path in folder.step_folders().items():
         if step not in whole:
             shutil.rmtree(path)
 
 
-def other_tokenizer(checkpoint: Path, fingerprint: str) -> str | None:
-    """A warning where the weights of a checkpoint belong to another tokenizer, None where they do not.
+def _check_same_origin(config: RunConfig, saved: Table) -> None:
+    """Raise if the run in the folder started from another checkpoint than this config names."""
+    for key in ("initial_weights", "start_from"):
+        before = saved.get("checkpoint", {}).get(key, "none")
+        now = getattr(config.checkpoint, key) or "none"
+        if os.path.abspath(before) != os.path.abspath(now):
+            difference = describe_difference(f"checkpoint.{key}", before, now)
+            raise UserError(
+                f"{config.run.folder} holds checkpoints of a run with another start ({difference}); restore "
+                "the key to resume that run, or give this run another run.folder"
+            )
 
-    Args:
-        checkpoint: Of any run, or converted.
-        fingerprint: Of the tokenizer that goes on with its weights.
-    """
-    data = read_run_table(checkpoint).get("data", {})
-    end = data.get("end_of_document", END_OF_DOCUMENT)
-    try:
-        place = find_tokenizer(RunFolder.of_checkpoint(checkpoint), data)
-        if place is None:
-            return None
-        theirs = Tokenizer.load(place, end_of_document=end)
-    except UserError as error:
-        return f"{checkpoint} names a tokenizer that cannot be compared with this run's: {error}"
-    if theirs.fingerprint == fingerprint:
-        return None
-    return (
-        f"the weights of {checkpoint} were trained with the tokenizer {data['tokenizer']}, this run has "
-        "another: every row of the embedding means another token; set data.tokenizer to that one unless you "
-        "mean it"
+
+def _check_initial_weights(config: RunConfig, checkpoint: Path) -> None:
+    remedy = (
+        "Give checkpoint.initial_weights another folder (softmax attention is converted to Parallax by "
+        "`python -m models.convert`: to-hf, then from-hf --attention parallax)"
     )
+    check_model(config, read_run_table(checkpoint), checkpoint, remedy)

@@ -1,10 +1,12 @@
-"""A run as typed tables: what a TOML file in configs/ may say, for config.load."""
+"""The schema of a run's TOML file: RunConfig and its tables, for config.load."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from data.config import DataConfig
+from data.loading.global_batch import gradient_accumulation_steps
+from errors import UserError
 from eval.config import EvalConfig
 from models.config import ModelConfig
 from optimizers.config import OptimizerConfig, ScheduleConfig
@@ -14,18 +16,19 @@ def _check_at_least(config: object, minimum: int, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value is not None and value < minimum:
-            raise ValueError(f"{name} must be at least {minimum}, got {value}")
+            raise UserError(f"{name} must be at least {minimum}, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSection:
-    """Where a run lies and what it draws from.
+    """Name, folder and seed of the run.
 
     Attributes:
-        name: Name of the run; the config file's stem unless given.
-        folder: Folder of its logs and checkpoints; runs/<name> unless given.
-        seed: Seed of the initial weights and of torch's generators.
-        deterministic: Ask torch for deterministic algorithms (slower on GPUs).
+        name: Name of the run, in logs and at Weights & Biases; by default the stem of the config file.
+        folder: Run folder: checkpoints, metrics and the resolved config; by default runs/<name>. All nodes
+            must share it.
+        seed: Seed of the initial weights, of torch's generators and of sampling.
+        deterministic: Use deterministic algorithms in torch (slower on GPUs).
     """
 
     name: str
@@ -36,20 +39,22 @@ class RunSection:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """The training loop.
+    """Length, batch size and precision of training.
 
     Attributes:
-        steps: Optimizer steps of the whole run; the schedule spans them.
-        stop_at_step: Stop, with a checkpoint, after this step; None for steps. The run can be continued.
-        seq_len: Tokens of a row.
-        global_batch_size: Rows of an optimizer step over all ranks.
-        local_batch_size: Rows that a rank takes at a time; the rest is gradient accumulation.
-        max_grad_norm: Global gradient norm above which gradients are scaled down to it.
-        precision: Dtype of weights and activations in forward and backward; masters, reductions, optimizer
-            are fp32.
-        compile: torch.compile for each block.
-        activation_checkpointing: Recompute in the backward: "selective" keeps matrix products and attention,
-            "full" keeps block inputs only, None keeps all.
+        steps: Optimizer steps of the whole run; the learning-rate schedule spans them.
+        stop_at_step: Stop after this step, with a checkpoint from which the run can be resumed; None to train
+            for all steps.
+        seq_len: Sequence length in tokens.
+        global_batch_size: Sequences per optimizer step, over all ranks.
+        local_batch_size: Sequences per micro-batch on each rank; gradient accumulation makes up the rest of
+            the global batch.
+        max_grad_norm: Gradients are clipped to this global norm.
+        precision: Dtype of weights and activations in forward and backward. Master weights, gradient
+            reduction and optimizer state are fp32.
+        compile: Compile each block with torch.compile.
+        activation_checkpointing: What the backward recomputes: "selective" all but matrix products and
+            attention, "full" all but the inputs of the blocks, None nothing.
     """
 
     steps: int
@@ -65,27 +70,27 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         _check_at_least(self, 1, "steps", "stop_at_step", "seq_len", "global_batch_size", "local_batch_size")
         if self.global_batch_size % self.local_batch_size:
-            raise ValueError(
+            raise UserError(
                 f"global_batch_size ({self.global_batch_size}) must be a multiple of local_batch_size "
                 f"({self.local_batch_size})"
             )
         if not 0.0 < self.max_grad_norm < float("inf"):
-            raise ValueError(f"max_grad_norm must be positive and finite, got {self.max_grad_norm}")
+            raise UserError(f"max_grad_norm must be positive and finite, got {self.max_grad_norm}")
 
     @property
     def last_step(self) -> int:
-        """The step after which this launch ends."""
+        """Last step of this launch."""
         return self.steps if self.stop_at_step is None else min(self.stop_at_step, self.steps)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelismConfig:
-    """FSDP2 over all ranks, or HSDP.
+    """Data parallelism: FSDP2 over all ranks, or HSDP.
 
     Attributes:
-        replicate: Copies of the sharded model (HSDP); 1 for FSDP.
-        shard: Ranks that share a copy; None for all that replicate leaves.
-        reshard_after_forward: Free a block's gathered weights between forward and backward.
+        replicate: Number of replicas of the sharded model (HSDP); 1 for FSDP.
+        shard: Number of ranks that shard one replica; None for all ranks / replicate.
+        reshard_after_forward: Free the gathered weights of a block between its forward and its backward.
     """
 
     replicate: int = 1
@@ -96,14 +101,14 @@ class ParallelismConfig:
         _check_at_least(self, 1, "replicate", "shard")
 
     def degrees(self, world_size: int) -> tuple[int, int]:
-        """(replicate, shard) for a number of ranks.
+        """Return (replicate, shard) for a number of ranks.
 
         Raises:
-            ValueError: The degrees do not make up the number of ranks.
+            UserError: Their product is not the number of ranks.
         """
         shard = self.shard if self.shard is not None else max(1, world_size // self.replicate)
         if self.replicate * shard != world_size:
-            raise ValueError(
+            raise UserError(
                 f"parallelism.replicate ({self.replicate}) * parallelism.shard ({shard}) must equal the "
                 f"number of ranks ({world_size}); set them, or start another number of processes"
             )
@@ -112,17 +117,20 @@ class ParallelismConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """Checkpoints in <run.folder>/checkpoint; the last step and a signal always write one.
+    """Checkpoints in <run.folder>/checkpoint; one is always written at the last step and on a signal.
 
     Attributes:
-        every: Steps between two checkpoints; None for the end only.
-        keep: Newest checkpoints to keep, at least 2; None for all.
-        async_save: Write in the background while training goes on (one more copy in host memory).
-        start_from: A checkpoint of another run, runs/<name>/checkpoint/step-N: a run without checkpoints of
-            its own takes over model, optimizer state, step, data position and generators, and goes on by its
-            own schedule. None to start from the seed.
-        initial_weights: A run folder, or a checkpoint in one, whose weights alone are taken over, at step 0
-            with a fresh optimizer; what `python -m models.convert from-hf` writes, for one.
+        every: Steps between two checkpoints; None for the last step only.
+        keep: Number of newest checkpoints to keep, at least 2; None for all.
+        async_save: Write checkpoints in the background while training continues (one more copy of the state
+            in host memory).
+        start_from: Checkpoint of another run, runs/<name>/checkpoint/step-N, to start a branch from: loads
+            model, optimizer state, step, data position and random generators; the schedule is this run's own.
+            Not loaded once the run folder has a checkpoint. None for no branch.
+        initial_weights: Checkpoint (a folder step-N, or a run folder for its newest) whose weights alone are
+            loaded: the run starts at step 0 with a new optimizer state, for example from the weights that
+            `python -m models.convert from-hf` writes. Not loaded once the run folder has a checkpoint. None
+            to initialize the weights from the seed.
     """
 
     every: int | None = None
@@ -135,24 +143,27 @@ class CheckpointConfig:
         _check_at_least(self, 1, "every")
         _check_at_least(self, 2, "keep")
         if self.start_from is not None and self.initial_weights is not None:
-            raise ValueError(
-                "start_from takes over a whole run and initial_weights weights alone; set one of them to none"
+            raise UserError(
+                "start_from loads the whole state of a run and initial_weights the weights alone; set one of "
+                "them to none"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class MetricsConfig:
-    """Where metrics go besides <run.folder>/metrics.jsonl, which holds every step.
+    """Metrics besides <run.folder>/metrics.jsonl, which has every step.
 
     Attributes:
-        console_every: Steps between two console lines.
+        console_every: Steps between two progress lines on the console.
         tensorboard: Write TensorBoard files to <run.folder>/tensorboard.
-        wandb: Log to Weights & Biases (WANDB_MODE=offline works; WANDB_PROJECT and the like are honoured).
-        profile_every: Steps between two torch profiler traces in <run.folder>/profile; None for none.
-        update_every: Steps between two records of each group's update_rms, the root mean square of the update
-            before learning rate and weight decay; None for none.
-        spectrum_every: Steps between two records of update_sv_min, _median and _max, singular values of one
-            orthogonalised matrix of each Muon group (waits for the device); None for none.
+        wandb: Log to Weights & Biases (WANDB_MODE=offline and WANDB_PROJECT are supported).
+        profile_every: Steps between two torch profiler traces in <run.folder>/profile, at least 10; None for
+            no traces.
+        update_every: Steps between two records of update_rms, the root mean square of each group's update
+            before learning rate and weight decay; None for no records.
+        spectrum_every: Steps between two records of update_sv_min, update_sv_median and update_sv_max,
+            singular values of one orthogonalized matrix of each Muon group (synchronizes with the device);
+            None for no records.
     """
 
     console_every: int = 10
@@ -169,7 +180,20 @@ class MetricsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything that a run is."""
+    """The config of a run, and the batch arithmetic that follows from it.
+
+    Attributes:
+        run: Name, folder and seed.
+        model: Architecture.
+        optimizer: Parameter groups and their optimizers.
+        schedule: Learning-rate schedule.
+        training: Length, batch size and precision.
+        data: Tokenizer, documents and packing.
+        eval: Evaluation during training.
+        parallelism: FSDP2 or HSDP.
+        checkpoint: Checkpoints, and what the run starts from.
+        metrics: Metrics and profiles.
+    """
 
     run: RunSection
     model: ModelConfig
@@ -184,23 +208,33 @@ class RunConfig:
 
     @staticmethod
     def name_after_file(table: dict[str, Any], path: Path) -> None:
-        """Name a run that has no name after its config file, and its folder after its name; in place."""
+        """Set the defaults of run.name and run.folder, in place: the stem of the config file, runs/<name>."""
         run = table.setdefault("run", {})
         if isinstance(run, dict):
             run.setdefault("name", path.stem)
             run.setdefault("folder", f"runs/{run['name']}")
 
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens per optimizer step, over all ranks."""
+        return self.training.global_batch_size * self.training.seq_len
+
+    @property
+    def tokens_per_micro_batch(self) -> int:
+        """Tokens per micro-batch of one rank."""
+        return self.training.local_batch_size * self.training.seq_len
+
     def gradient_accumulation_steps(self, world_size: int) -> int:
-        """Micro-batches of a step on each of world_size ranks.
+        """Return the number of micro-batches per optimizer step on each rank.
+
+        Args:
+            world_size: Number of ranks.
 
         Raises:
-            ValueError: The global batch does not divide among the ranks.
+            UserError: The global batch size is not a multiple of local batch size and ranks.
         """
-        rows = self.training.local_batch_size * world_size
-        if self.training.global_batch_size % rows:
-            raise ValueError(
-                f"training.global_batch_size ({self.training.global_batch_size}) must be a multiple of "
-                f"training.local_batch_size ({self.training.local_batch_size}) * ranks ({world_size}) = "
-                f"{rows}; change one of the three"
-            )
-        return self.training.global_batch_size // rows
+        return gradient_accumulation_steps(
+            global_batch_size=self.training.global_batch_size,
+            local_batch_size=self.training.local_batch_size,
+            num_ranks=world_size,
+        )

@@ -1,7 +1,7 @@
-"""SIGINT and SIGTERM ask for a checkpoint and a clean end; a second one ends the process at once.
+"""SIGINT and SIGTERM stop a run with a checkpoint; a second signal exits at once.
 
-Launchers deliver one request more than once (a terminal to the process group, SLURM to every process,
-torchrun to its workers), so signals within GRACE_SECONDS of the first count as the first.
+Launchers may deliver one request several times (a terminal to the process group, SLURM to every process,
+torchrun to its workers), so signals within GRACE_SECONDS of the first are ignored.
 """
 
 import os
@@ -13,25 +13,24 @@ GRACE_SECONDS = 2.0
 
 
 class StopRequest:
-    """Whether this process was asked to stop."""
+    """Whether this process has received a signal to stop."""
 
     def __init__(self) -> None:
-        """Nobody has asked yet."""
-        self._first: float | None = None
+        self._first_signal: float | None = None
 
     def install(self) -> None:
-        """Take over SIGINT and SIGTERM of this process."""
+        """Install the handlers of SIGINT and SIGTERM."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self._first is None:
-            self._first = now
-        elif now - self._first > GRACE_SECONDS:
+        if self._first_signal is None:
+            self._first_signal = now
+        elif now - self._first_signal > GRACE_SECONDS:
             os._exit(128 + number)
 
     @property
     def requested(self) -> bool:
-        """True once a signal has come."""
-        return self._first is not None
+        """Whether a signal has been received."""
+        return self._first_signal is not None

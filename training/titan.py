@@ -1,98 +1,169 @@
-"""torchtitan's TrainSpec for a run, put together from the packages' parts."""
+"""The interface to torchtitan: JobConfig, TrainSpec, and the private names of torchtitan that are used.
+
+tests/training/test_titan.py checks each name that the last section and the other packages' titan.py rely on.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
 
 import torch
+import torchtitan.train
 from torch import nn
-from torchtitan.protocols import train_spec
-from torchtitan.tools.utils import device_type
+from torchtitan.components.checkpoint import CheckpointManager
+from torchtitan.config import JobConfig
+from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
+from torchtitan.tools.utils import GarbageCollection, device_type
 
 from config import to_table
-from data.sources.open import check_data
 from data.titan import build_dataloader
-from data.tokenizer import Tokenizer, check_vocabulary
+from data.tokenizer import Tokenizer
+from errors import UserError
 from models.loss import cross_entropy
 from models.titan import TitanModelArgs, TitanQwen3, device_mesh, parallelize
 from optimizers.titan import build_lr_schedulers, build_optimizers
-from training.branch import check_branch
-from training.evaluation import check_tasks
 from training.metrics import RunMetrics
-from training.preflight import build_meta_model
-from training.resume import check_folder
 from training.run_config import RunConfig
 
+MODEL_NAME = "qwen3_parallax"
 
-def check_run(run: RunConfig, world_size: int) -> Tokenizer:
-    """Find what is wrong with a run before anything is built.
+# JobConfig
+
+
+def to_job_config(config: RunConfig, world_size: int) -> JobConfig:
+    """Convert a run's config to torchtitan's, as far as torchtitan's Trainer reads it.
 
     Args:
-        run: The run.
+        config: The run.
         world_size: Number of ranks.
 
     Returns:
-        The run's tokenizer, which fits the model.
+        The job config.
 
     Raises:
-        ValueError: Batch or degrees do not fit the ranks, the groups not the model, or the schedule not the
-            steps; the run folder, or the checkpoint to start from, is another architecture's; that checkpoint
-            does not fit the schedule; the tokenizer is missing or its vocabulary larger than the model's; a
-            data file is missing or has no text column; shards are of another tokenizer; a task of [eval] is
-            unknown or has no documents.
+        UserError: metrics.profile_every is set and there is no GPU.
     """
-    run.gradient_accumulation_steps(world_size)
-    run.parallelism.degrees(world_size)
-    build_meta_model(run)
-    check_folder(run)
-    check_branch(run)
-    tokenizer = Tokenizer.load(run.data.tokenizer, end_of_document=run.data.end_of_document)
-    check_vocabulary(tokenizer, run.model.vocab_size)
-    check_data(run.data, tokenizer.fingerprint)
-    check_tasks(run)
-    return tokenizer
+    job = JobConfig()
+    job.job.dump_folder = config.run.folder
+    job.job.description = config.run.name
+    job.model.name = MODEL_NAME
+    job.model.flavor = config.model.size
+    job.training.seq_len = config.training.seq_len
+    job.training.steps = config.training.steps
+    job.training.local_batch_size = config.training.local_batch_size
+    job.training.global_batch_size = config.training.global_batch_size
+    job.training.max_norm = config.training.max_grad_norm
+    replicate, shard = config.parallelism.degrees(world_size)
+    job.parallelism.data_parallel_replicate_degree = replicate
+    job.parallelism.data_parallel_shard_degree = shard
+    job.compile.enable = False  # models.titan compiles
+    job.activation_checkpoint.mode = "none"  # models.titan applies activation checkpointing
+    job.debug.seed = config.run.seed
+    job.debug.deterministic = config.run.deterministic
+    job.metrics.log_freq = 1
+    job.checkpoint.enable = True
+    job.checkpoint.interval = 1  # the trainer decides after which steps save() is called
+    job.checkpoint.keep_latest_k = config.checkpoint.keep or 0
+    job.checkpoint.async_mode = "async" if config.checkpoint.async_save else "disabled"
+    job.checkpoint.last_save_model_only = False  # a finished run can be resumed with more steps
+    if not torch.cuda.is_available():
+        job.comm.trace_buf_size = 0  # the flight recorder is NCCL's
+    if config.metrics.profile_every is not None:
+        if not torch.cuda.is_available():
+            raise UserError(
+                f"metrics.profile_every is {config.metrics.profile_every}, but torchtitan's profiler needs a "
+                "GPU; set it to none here"
+            )
+        job.profiling.enable_profiling = True
+        job.profiling.profile_freq = config.metrics.profile_every
+        job.profiling.save_traces_folder = "profile"
+    return job
 
 
-def _parallelized(run: RunConfig, model: nn.Module, world_size: int) -> nn.Module:
-    assert isinstance(model, TitanQwen3)
-    return parallelize(
-        model,
-        device_mesh(device_type, *run.parallelism.degrees(world_size)),
-        precision=getattr(torch, run.training.precision),
-        activation_checkpointing=run.training.activation_checkpointing,
-        compile_blocks=run.training.compile,
-        reshard_after_forward=run.parallelism.reshard_after_forward,
-    )
+# TrainSpec
 
 
-def build_train_spec(run: RunConfig, tokenizer: Tokenizer) -> train_spec.TrainSpec:
-    """All that torchtitan's trainer builds, bound to a run.
+def register_run(config: RunConfig, tokenizer: Tokenizer) -> None:
+    """Register the TrainSpec of a run under MODEL_NAME; once per process."""
+    register_train_spec(MODEL_NAME, build_train_spec(config, tokenizer))
+
+
+def build_train_spec(config: RunConfig, tokenizer: Tokenizer) -> TrainSpec:
+    """Bind the builders of model, optimizers, data loader and metrics to a run.
 
     Args:
-        run: The run.
-        tokenizer: From check_run.
+        config: The run.
+        tokenizer: From training.preflight.check_run.
 
     Returns:
-        The spec; training uses the model's own loss (models/loss.py), evaluation is the trainer's
-        (training/trainer.py).
+        The spec. Its loss function is unused: the model computes its own loss (models/loss.py).
     """
-    return train_spec.TrainSpec(
+    return TrainSpec(
         model_cls=TitanQwen3,  # pyrefly: ignore [bad-argument-type]
-        model_args={run.model.size: TitanModelArgs(config=run.model, seed=run.run.seed)},
-        parallelize_fn=lambda model, dims, job: _parallelized(run, model, dims.world_size),
+        model_args={config.model.size: TitanModelArgs(config=config.model, seed=config.run.seed)},
+        parallelize_fn=lambda model, dims, job: _parallelize(config, model, dims.world_size),
         pipelining_fn=None,
-        build_optimizers_fn=lambda parts, config, dims: build_optimizers(parts, run.optimizer),
-        build_lr_schedulers_fn=lambda optimizers, config, steps: build_lr_schedulers(
-            optimizers, run.schedule, steps
+        build_optimizers_fn=lambda parts, job, dims: build_optimizers(parts, config.optimizer),
+        build_lr_schedulers_fn=lambda optimizers, job, steps: build_lr_schedulers(
+            optimizers, config.schedule, steps
         ),
         build_dataloader_fn=lambda dp_world_size, dp_rank, **job: build_dataloader(
-            run.data,
+            config.data,
             tokenizer=tokenizer,
-            seq_len=run.training.seq_len,
-            local_batch_size=run.training.local_batch_size,
-            global_batch_size=run.training.global_batch_size,
+            seq_len=config.training.seq_len,
+            local_batch_size=config.training.local_batch_size,
+            global_batch_size=config.training.global_batch_size,
             dp_rank=dp_rank,
             dp_world_size=dp_world_size,
         ),
         build_tokenizer_fn=None,
         build_loss_fn=lambda job, **parts: cross_entropy,
         build_metrics_processor_fn=lambda job, dims, args: RunMetrics(
-            job, dims, config=run.metrics, resolved_config=to_table(run)
+            job, dims, config=config.metrics, resolved_config=to_table(config)
         ),
     )
+
+
+def _parallelize(config: RunConfig, model: nn.Module, world_size: int) -> nn.Module:
+    assert isinstance(model, TitanQwen3)
+    return parallelize(
+        model,
+        device_mesh(device_type, *config.parallelism.degrees(world_size)),
+        precision=getattr(torch, config.training.precision),
+        activation_checkpointing=config.training.activation_checkpointing,
+        compile_blocks=config.training.compile,
+        reshard_after_forward=config.parallelism.reshard_after_forward,
+    )
+
+
+# private names of torchtitan, and module attributes that are replaced
+
+
+def set_checkpoint_manager(manager: type[CheckpointManager]) -> None:
+    """Make torchtitan's Trainer build this class of checkpoint manager."""
+    torchtitan.train.CheckpointManager = manager
+
+
+def load_checkpoint(manager: CheckpointManager, checkpoint: Path) -> None:
+    """Load the whole state of a checkpoint in any folder.
+
+    torchtitan's own initial_load_path is ignored once the run has a checkpoint folder, even an empty one.
+
+    Args:
+        manager: The run's checkpoint manager; model, optimizers and other states are loaded in place.
+        checkpoint: Folder step-N.
+    """
+    states = manager._states_to_load(model_only=False)
+    manager.dcp_load(states, checkpoint_id=str(checkpoint), from_hf=False, from_quantized=False)
+    GarbageCollection.collect("checkpoint loaded")
+
+
+def delete_in_background(manager: CheckpointManager, checkpoints: Iterable[Path]) -> None:
+    """Queue checkpoints for deletion by the manager's thread; it exists if keep_latest_k > 0."""
+    assert manager.purge_thread is not None
+    for checkpoint in checkpoints:
+        manager.purge_queue.put(str(checkpoint))
+
+
+def collect_garbage(trainer: torchtitan.train.Trainer, step: int) -> None:
+    """Collect Python garbage every 1000 steps, at the same step on all ranks; automatic collection is off."""
+    trainer.gc_handler.run(step)

@@ -1,350 +1,328 @@
-"""torchtitan's Trainer with our parts.
+"""The training loop: torchtitan's Trainer with our loss, checkpoints, evaluation and metrics.
 
-The loss is inside the model, every step is on record, a checkpoint comes before an evaluation of tasks, and a
-signal ends the run with a checkpoint.
+The model computes the loss, metrics.jsonl has every step, a checkpoint is written before downstream tasks are
+evaluated, and a signal stops the run with a checkpoint.
 """
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torchtitan.train
-from torch.distributed.tensor import DTensor
 from torchtitan.distributed import utils as dist_utils
-from torchtitan.protocols import train_spec
 from torchtitan.tools.profiling import maybe_enable_profiling
 from torchtitan.train import Trainer as TitanTrainer
 
 from data.titan import TitanLoader
 from data.tokenizer import Tokenizer
+from errors import UserError
+from eval.distributed import run_on_main_rank
 from eval.held_out import HeldOutLoss
 from models.checkpoint import load_weights
-from models.run_folder import RunFolder, find_checkpoint
-from models.run_tokenizer import copy_tokenizer
+from models.run_folder import RunFolder
 from optimizers.titan import ParamGroupOptimizers, ParamGroupScheduler
 from tokens import IGNORE_INDEX
-from training.agreement import check_shared
-from training.branch import branch_warnings, checkpoint_step, resume_warnings
+from training import titan
 from training.checkpoints import RunCheckpoints
-from training.evaluation import Evaluator, NonFiniteLossError
-from training.job import MODEL_NAME, to_job_config
+from training.evaluation import Evaluator
 from training.log import logger
 from training.metrics import RunMetrics
-from training.resume import other_tokenizer, remove_partial_checkpoints
+from training.non_finite import check_step, check_weights
+from training.preflight import check_shared
+from training.resume import StartPoint, find_start, prepare_folder, remove_partial_checkpoints
 from training.run_config import RunConfig
 from training.signals import StopRequest
-from training.titan import build_train_spec
+from training.summary import format_summary
 
 MicroBatch = tuple[dict[str, torch.Tensor], torch.Tensor]
 
 
+class StepResult(NamedTuple):
+    """Result of an optimizer step.
+
+    Attributes:
+        metrics: The step's record for metrics.jsonl; singular values on the main rank only.
+        stop_requested: Whether any rank has received a signal.
+        write_finished: Whether the background write of a checkpoint has ended on all ranks.
+    """
+
+    metrics: dict[str, Any]
+    stop_requested: bool
+    write_finished: bool
+
+
+class _RankSums(NamedTuple):
+    """Sums over all ranks, from one all-reduce per step."""
+
+    loss: float
+    num_stop_requests: float
+    num_finished_writes: float
+    update_mean_squares: dict[str, float]
+
+
 class Trainer(TitanTrainer):
-    """Trains one run. torchtitan sets up processes, meshes, the model and checkpoints; the loop is here."""
+    """Trains one run. torchtitan's constructor sets up processes, meshes, model and optimizers.
 
-    def __init__(self, run: RunConfig, tokenizer: Tokenizer) -> None:
-        """Build everything that the run names.
+    Args:
+        config: The run; RANK, WORLD_SIZE and LOCAL_RANK are in the environment, as torchrun sets them.
+        tokenizer: From training.preflight.check_run.
+    """
 
-        Args:
-            run: The run; RANK, WORLD_SIZE and LOCAL_RANK are in the environment, as torchrun sets them.
-            tokenizer: From training.titan.check_run.
-        """
-        self.run = run
+    # what the TrainSpec's builders return
+    metrics_processor: RunMetrics  # pyrefly: ignore [bad-override-mutable-attribute]
+    lr_schedulers: ParamGroupScheduler  # pyrefly: ignore [bad-override-mutable-attribute]
+    optimizers: ParamGroupOptimizers  # pyrefly: ignore [bad-override-mutable-attribute]
+    dataloader: TitanLoader  # pyrefly: ignore [bad-override-mutable-attribute]
+    checkpointer: RunCheckpoints  # pyrefly: ignore [bad-override-mutable-attribute]
+
+    def __init__(self, config: RunConfig, tokenizer: Tokenizer) -> None:
+        self.config = config
+        self.run_tokenizer = tokenizer  # self.tokenizer is torchtitan's
         world_size = int(os.environ["WORLD_SIZE"])
-        train_spec._extra_train_specs[MODEL_NAME] = build_train_spec(run, tokenizer)
-        torchtitan.train.CheckpointManager = RunCheckpoints  # which it makes itself
-        super().__init__(to_job_config(run, world_size))
-        # FSDP2's policy sets the precision on any number of ranks; torchtitan would use autocast on one
+        titan.register_run(config, tokenizer)
+        titan.set_checkpoint_manager(RunCheckpoints)
+        super().__init__(titan.to_job_config(config, world_size))
         self.model = self.model_parts[0]
-        self.folder = RunFolder(Path(run.run.folder))
-        self.run_tokenizer = tokenizer
-        self.tokenizer_fingerprint = tokenizer.fingerprint
+        self.folder = RunFolder(Path(config.run.folder))
+        self.num_micro_batches = config.gradient_accumulation_steps(world_size)
         self.stop = StopRequest()
         self.tokens = 0
-        assert isinstance(self.metrics_processor, RunMetrics)
-        assert isinstance(self.lr_schedulers, ParamGroupScheduler)
-        assert isinstance(self.optimizers, ParamGroupOptimizers)
-        assert isinstance(self.dataloader, TitanLoader)
-        assert isinstance(self.checkpointer, RunCheckpoints)
-        self.metrics, self.schedule, self.loader = self.metrics_processor, self.lr_schedulers, self.dataloader
-        self.updater, self.checkpoints = self.optimizers, self.checkpointer
-        self.evaluate = Evaluator(
-            run, tokenizer=tokenizer, model=self.model, metrics=self.metrics, device=self.device
-        )
+        self.evaluator = Evaluator(config, tokenizer, self.model, self.metrics_processor, self.device)
 
     def state_dict(self) -> dict[str, Any]:
-        """Step, tokens and generators; ranks draw the same numbers, so one copy serves any number."""
+        """Return step, tokens and random generators, which are equal on all ranks."""
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state()
         return {"step": self.step, "tokens": self.tokens, "rng": rng}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what state_dict gave."""
+        """Restore a state from state_dict."""
         self.step, self.tokens = state_dict["step"], state_dict["tokens"]
         torch.set_rng_state(state_dict["rng"]["cpu"])
         if "cuda" in state_dict["rng"]:
             torch.cuda.set_rng_state(state_dict["rng"]["cuda"])
 
+    def train(self) -> None:
+        """Train to the last step of this launch, or until a signal.
+
+        Raises:
+            UserError: The ranks do not share the run folder.
+            NonFiniteLossError: See optimizer_step and save.
+        """
+        before = self.start()
+        last_step = self.config.training.last_step
+        if self.step >= last_step:
+            return
+        logger.info(f"training from step {self.step + 1} to {last_step}")
+        loss, after, stopped = math.nan, None, False
+        with maybe_enable_profiling(
+            self.job_config.profiling, global_step=self.step, base_folder=self.job_config.job.dump_folder
+        ) as profiler:
+            data = self.batch_generator(self.dataloader)
+            self.metrics_processor.reset_throughput()
+            while self.step < last_step and not stopped:
+                self.step += 1
+                titan.collect_garbage(self, self.step)
+                result = self.optimizer_step(data)
+                self.record(result)
+                self.save(result)
+                loss, stopped = result.metrics["loss"], result.stop_requested
+                after = None if stopped else self.evaluator.evaluate(self.step, self.tokens)
+                if profiler:
+                    profiler.step()
+        held_out = {"before training": before, "after training": after}
+        skipped = self.dataloader.loader.skipped
+        logger.info(format_summary(self.config, self.step, loss, held_out, stopped=stopped, skipped=skipped))
+
+    def start(self) -> HeldOutLoss | None:
+        """Load what the launch starts from, and write config, tokenizer and a record of the launch.
+
+        Returns:
+            The held-out loss before training, for a launch that starts at step 0.
+
+        Raises:
+            UserError: The ranks do not share the run folder.
+        """
+        self.stop.install()
+        check_shared(self.folder.path)
+        start = self._load_start()
+        is_finished = self.step >= self.config.training.last_step
+        if dist.get_rank() == 0:
+            remove_partial_checkpoints(self.folder)
+            if not is_finished:
+                prepare_folder(self.config, start, self.run_tokenizer)
+        if self.step > 0:
+            self.metrics_processor.start_recording(self.step)
+        if start.kind == "resume":
+            # the launch before may have been killed between a checkpoint and its evaluation
+            recorded = self.metrics_processor.names_at(self.step)
+            self.evaluator.evaluate(self.step, self.tokens, recorded)
+        if is_finished:
+            logger.info(
+                f"{self.folder.path} has finished at step {self.step}; raise training.steps or "
+                "training.stop_at_step to resume it, or give another run.folder"
+            )
+            return None
+        if self.step == 0:
+            self.metrics_processor.start_recording(None)
+        self.metrics_processor.record_launch(
+            self.step,
+            num_parameters=sum(parameter.numel() for parameter in self.model.parameters()),
+            tokenizer_fingerprint=self.run_tokenizer.fingerprint,
+        )
+        return self.evaluator.evaluate(0, 0) if self.step == 0 else None
+
+    def _load_start(self) -> StartPoint:
+        """Load the checkpoint or the weights that the main rank finds."""
+        start = run_on_main_rank(lambda: find_start(self.config))
+        if start.checkpoint is None:
+            return start
+        if start.kind == "weights":
+            load_weights(self.model, start.checkpoint)
+            logger.info(f"starting with the weights of {start.checkpoint}")
+        else:
+            titan.load_checkpoint(self.checkpointer, start.checkpoint)
+        if start.kind == "branch":
+            if self.step != start.step:
+                raise UserError(
+                    f"checkpoint.start_from is {str(start.checkpoint)!r}, but it is a checkpoint of step "
+                    f"{self.step}; rename the folder back, or start from another checkpoint"
+                )
+            logger.info(f"starting from {start.checkpoint}")
+        return start
+
+    def optimizer_step(self, micro_batches: Iterator[MicroBatch]) -> StepResult:
+        """Take one optimizer step.
+
+        Args:
+            micro_batches: This rank's micro-batches; num_micro_batches of them are used.
+
+        Returns:
+            The result. Its metrics: loss in nats/token over the global batch, gradient norm before clipping,
+            learning rate and weight decay of each group, predicted tokens, and at some steps the size of each
+            group's update.
+
+        Raises:
+            NonFiniteLossError: The loss or the gradient norm is NaN or Inf. Nothing is saved; a gradient norm
+                of NaN or Inf leaves weights and optimizer state unchanged.
+        """
+        self.optimizers.zero_grad()
+        rates, decays = self.lr_schedulers.lr_by_group(), self.lr_schedulers.weight_decay_by_group()
+        batch = [next(micro_batches) for _ in range(self.num_micro_batches)]
+        loss, num_predicted = self._accumulate_gradients(batch)
+        grad_norm = dist_utils.clip_grad_norm_(
+            self.model.parameters(), self.config.training.max_grad_norm, foreach=True
+        )
+        self.checkpointer.maybe_wait_for_staging()
+        mean_squares = self._update(grad_norm)
+        self.lr_schedulers.step()
+        sums = self._sum_over_ranks(loss, mean_squares)
+        norm = float(grad_norm)
+        check_step(self.step, sums.loss, norm, self.folder)
+        metrics = {
+            "loss": sums.loss,
+            "grad_norm": norm,
+            **{f"lr/{name}": rate for name, rate in rates.items()},
+            **{f"weight_decay/{name}": decay for name, decay in decays.items()},
+            **{f"update_rms/{name}": math.sqrt(x) for name, x in sums.update_mean_squares.items()},
+            **self._update_singular_values(),
+            "predicted_tokens": int(num_predicted),
+        }
+        write_finished = sums.num_finished_writes == dist.get_world_size()
+        return StepResult(metrics, sums.num_stop_requests > 0, write_finished)
+
+    def _accumulate_gradients(self, batch: Sequence[MicroBatch]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run forward and backward of all micro-batches.
+
+        Returns:
+            This rank's part of the loss in nats/token, and the number of predicted tokens over all ranks.
+        """
+        num_predicted = sum((labels != IGNORE_INDEX).sum() for _, labels in batch)
+        num_predicted = torch.as_tensor(num_predicted, device=self.device)
+        dist.all_reduce(num_predicted)
+        loss = torch.zeros((), device=self.device)
+        for inputs, labels in batch:
+            part = self._loss_sum(inputs, labels) / num_predicted
+            part.backward()
+            loss += part.detach()
+        return loss, num_predicted
+
     def _loss_sum(self, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
         cu_seqlens = inputs.get("cu_seqlens")
         if cu_seqlens is not None:
             cu_seqlens = cu_seqlens.to(self.device, non_blocking=True)
-            # its length changes from batch to batch; compile once for all
+            # its length differs between batches; compile once for all lengths
             torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)
         return self.model(
             inputs["input"].to(self.device, non_blocking=True),
             cu_seqlens=cu_seqlens,
-            max_seqlen=self.run.training.seq_len,
+            max_seqlen=self.config.training.seq_len,
             labels_BT=labels.to(self.device, non_blocking=True),
         )
-
-    def optimizer_step(self, data_iterator: Iterator[MicroBatch]) -> dict[str, Any]:
-        """One optimizer step.
-
-        Args:
-            data_iterator: This rank's micro-batches.
-
-        Returns:
-            The step's metrics: loss in nats/token over the global batch, gradient norm before clipping,
-            learning rates, weight decays and now and then the updates' size by group, tokens predicted,
-            whether any rank was asked to stop, and whether all have ended a background write.
-
-        Raises:
-            NonFiniteLossError: The loss or the gradient norm is no number. Nothing is saved; the last
-                checkpoint is the last good state. A gradient that is no number has changed neither weights
-                nor optimizer state.
-        """
-        self.optimizers.zero_grad()
-        rates, decays = self.schedule.lr_by_group(), self.schedule.weight_decay_by_group()
-        microbatches = [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
-        num_predicted = sum((labels != IGNORE_INDEX).sum() for _, labels in microbatches)
-        num_predicted = torch.as_tensor(num_predicted, device=self.device)
-        dist.all_reduce(num_predicted)
-        loss = torch.zeros((), device=self.device)
-        for inputs, labels in microbatches:
-            part = self._loss_sum(inputs, labels) / num_predicted
-            part.backward()
-            loss += part.detach()
-        grad_norm = dist_utils.clip_grad_norm_(
-            self.model.parameters(), self.run.training.max_grad_norm, foreach=True
-        )
-        self.checkpoints.maybe_wait_for_staging()
-        squares = self._update(grad_norm)
-        self.schedule.step()
-        # the only wait for the device in a step
-        stop, write = loss.new_tensor([self.stop.requested, self.checkpoints.is_background_done])
-        sums = torch.stack([value.double() for value in (loss, stop, write, *squares.values())])
-        dist.all_reduce(sums)
-        global_loss, num_stops, num_writes, *mean_squares = sums.tolist()
-        norm = float(grad_norm)
-        if not (torch.tensor([global_loss, norm]).isfinite().all()):
-            folder = self.folder.checkpoints
-            raise NonFiniteLossError(
-                f"step {self.step}: loss {global_loss}, gradient norm {norm}; stopped without saving. The "
-                f"newest checkpoint in {folder} is the last good state; continue from it with a lower "
-                "learning rate or a lower training.max_grad_norm. If it stops at the same step again, delete "
-                "that checkpoint and continue from the one before"
-            )
-        return {
-            "loss": global_loss,
-            "grad_norm": norm,
-            **{f"lr/{name}": rate for name, rate in rates.items()},
-            **{f"weight_decay/{name}": decay for name, decay in decays.items()},
-            **{f"update_rms/{name}": math.sqrt(x) for name, x in zip(squares, mean_squares, strict=True)},
-            **self._spectra(),
-            "predicted_tokens": int(num_predicted),
-            "stop": num_stops > 0,
-            "write": num_writes == dist.get_world_size(),
-        }
 
     def _is_due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
 
     def _update(self, grad_norm: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Step unless the gradient is no number; gives this rank's shares of the updates' mean squares."""
-        has_mean_squares = self._is_due(self.run.metrics.update_every)
-        self.updater.record_update_stats(has_mean_squares or self._is_due(self.run.metrics.spectrum_every))
-        self.updater.step(found_inf=(~grad_norm.isfinite()).float())
-        return self.updater.local_update_mean_squares() if has_mean_squares else {}
+        """Update the weights unless grad_norm is NaN or Inf; return this rank's part of the mean squares."""
+        has_mean_squares = self._is_due(self.config.metrics.update_every)
+        has_spectrum = self._is_due(self.config.metrics.spectrum_every)
+        self.optimizers.record_update_stats(has_mean_squares or has_spectrum)
+        self.optimizers.step(found_inf=(~grad_norm.isfinite()).float())
+        return self.optimizers.local_update_mean_squares() if has_mean_squares else {}
 
-    def _spectra(self) -> dict[str, float]:
-        # rank 0 keeps the record, and speaks of the matrices that it orthogonalises
-        if dist.get_rank() != 0 or not self._is_due(self.run.metrics.spectrum_every):
+    def _sum_over_ranks(self, loss: torch.Tensor, mean_squares: Mapping[str, torch.Tensor]) -> _RankSums:
+        """Sum loss, flags and update sizes; the only synchronization with the device in most steps."""
+        flags = loss.new_tensor([self.stop.requested, self.checkpointer.has_finished_write])
+        packed = torch.stack([value.double() for value in (loss, *flags, *mean_squares.values())])
+        dist.all_reduce(packed)
+        total_loss, num_stop_requests, num_finished_writes, *squares = packed.tolist()
+        by_group = dict(zip(mean_squares, squares, strict=True))
+        return _RankSums(total_loss, num_stop_requests, num_finished_writes, by_group)
+
+    def _update_singular_values(self) -> dict[str, float]:
+        # the main rank writes metrics.jsonl: the values are those of the matrices that it orthogonalizes
+        if dist.get_rank() != 0 or not self._is_due(self.config.metrics.spectrum_every):
             return {}
         return {
             f"update_sv_{name}/{group}": value
-            for group, spread in self.updater.update_singular_values().items()
-            for name, value in zip(("min", "median", "max"), spread, strict=True)
+            for group, values in self.optimizers.update_singular_values().items()
+            for name, value in zip(("min", "median", "max"), values, strict=True)
         }
 
-    def _load(self) -> bool:
-        """Continue from the newest checkpoint here, else start from another's state, or from its weights.
+    def record(self, result: StepResult) -> None:
+        """Record the metrics of a step."""
+        self.tokens += self.config.tokens_per_step
+        record = {
+            **result.metrics,
+            **self.metrics_processor.progress(self.tokens),
+            "skipped_documents": sum(self.dataloader.loader.skipped.values()),
+            **self.metrics_processor.throughput(),
+        }
+        self.metrics_processor.record(self.step, record)
+        if self.step == 1 or self._is_due(self.config.metrics.console_every):
+            self.metrics_processor.log_step(self.step, record, self.config.training.last_step)
 
-        Returns:
-            Whether there was one here.
-        """
-        source, weights = self.run.checkpoint.start_from, self.run.checkpoint.initial_weights
-        step = self.checkpoints.newest_step()
-        if step is not None:
-            return self.checkpoints.load(step)
-        if weights is not None:
-            checkpoint = find_checkpoint(Path(weights))
-            load_weights(self.model, checkpoint)
-            logger.info(f"starting with the weights of {checkpoint}")
-            warning = other_tokenizer(checkpoint, self.tokenizer_fingerprint)
-            if warning is not None:
-                logger.warning(warning)
-        if source is None:
-            return False
-        # torchtitan's initial_load_path does nothing where a checkpoint folder exists, even one without any
-        states = self.checkpoints._states_to_load(model_only=False)
-        self.checkpoints.dcp_load(states, checkpoint_id=source, from_hf=False, from_quantized=False)
-        if self.step != checkpoint_step(Path(source)):
-            raise ValueError(
-                f"checkpoint.start_from is {source!r}, but it was written after step {self.step}; give the "
-                "folder its name back, or start from another checkpoint"
-            )
-        if dist.get_rank() == 0:
-            for warning in branch_warnings(self.run):
-                logger.warning(warning)
-        logger.info(f"starting from {source}")
-        return False
-
-    def train(self) -> None:
-        """Train from the newest checkpoint in the run folder, or from the start, to the end or a signal.
+    def save(self, result: StepResult) -> None:
+        """Write a checkpoint if one is due after a step.
 
         Raises:
-            ValueError: Ranks do not share the run folder.
+            NonFiniteLossError: A weight is NaN or Inf. The previous checkpoint remains the newest.
         """
-        self.stop.install()
-        check_shared(Path(self.run.run.folder))
-        is_resumed = self._load()
-        goes_on = self.step < self.run.training.last_step
-        if dist.get_rank() == 0:
-            remove_partial_checkpoints(self.run)
-            if is_resumed and goes_on:
-                for warning in resume_warnings(self.run, self.step):
-                    logger.warning(warning)
-            if goes_on:
-                self.folder.write_config(self.run)
-                self._keep_tokenizer(is_resumed)
-        if self.step > 0:
-            self.metrics.resume(self.step)
-        if is_resumed:
-            # a launch that ended between a checkpoint and its evaluation left that to this one
-            self.evaluate(self.step, self.tokens, self.metrics.names_at(self.step))
-        if not goes_on:
-            logger.info(
-                f"{self.run.run.folder} has finished at step {self.step}; raise training.steps or "
-                "training.stop_at_step to go on, or give another run.folder"
-            )
-            return
-        if self.step == 0:
-            self.metrics.resume(-1)  # an evaluation at step 0 is made again
-        num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        self.metrics.record_launch(
-            self.step, num_parameters=num_parameters, tokenizer_fingerprint=self.tokenizer_fingerprint
-        )
-        before = self.evaluate(0, 0) if self.step == 0 else None
-        after: HeldOutLoss | None = None
-        logger.info(f"training from step {self.step + 1} to {self.run.training.last_step}")
-        metrics: dict[str, Any] = {}
-        with maybe_enable_profiling(
-            self.job_config.profiling, global_step=self.step, base_folder=self.job_config.job.dump_folder
-        ) as profiler:
-            batches = self.batch_generator(self.loader)
-            self.metrics.restart_clock()
-            stopped = False
-            last_step = self.run.training.last_step
-            while self.step < last_step and not stopped:
-                self.step += 1
-                self.gc_handler.run(self.step)
-                metrics = self.optimizer_step(batches)
-                stopped, has_written = metrics.pop("stop"), metrics.pop("write")
-                self._record_step(metrics)
-                # what a failed background write did not save is saved now
-                is_missing = has_written and not self.checkpoints.settle()
-                self._save(is_last=stopped or self.step == last_step, is_missing=is_missing)
-                after = None if stopped else self.evaluate(self.step, self.tokens)
-                if profiler:
-                    profiler.step()
-        self._summarize(metrics, before, after, stopped)
-
-    def _keep_tokenizer(self, is_resumed: bool) -> None:
-        """Copy the tokenizer into the run folder; a resumed run keeps the one it has."""
-        if self.run_tokenizer.file is not None and not (is_resumed and self.folder.tokenizer.is_dir()):
-            copy_tokenizer(self.run_tokenizer.file, self.folder.tokenizer)
-
-    def _check_weights(self) -> None:
-        """Refuse to save weights that the last update made non-finite.
-
-        Raises:
-            NonFiniteLossError: They are; the checkpoint before stays the newest.
-        """
-        norm = torch.nn.utils.get_total_norm(self.model.parameters(), foreach=True)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if not norm.isfinite():
-            raise NonFiniteLossError(
-                f"step {self.step}: the weights' norm is {float(norm)}; stopped without saving. The "
-                "checkpoint before it stays; continue from it with a lower learning rate"
-            )
-
-    def _record_step(self, metrics: dict[str, Any]) -> None:
-        self.tokens += self.run.training.global_batch_size * self.run.training.seq_len
-        skipped = {"skipped_documents": sum(self.loader.loader.skipped.values())}
-        record = {**metrics, **self.metrics.progress(self.tokens), **skipped, **self.metrics.throughput()}
-        self.metrics.record(self.step, record)
-        if self.step == 1 or self.step % self.run.metrics.console_every == 0:
-            self.metrics.console(self.step, record, self.run.training.last_step)
-
-    def _save(self, is_last: bool, is_missing: bool) -> None:
-        # one that torchtitan takes for the last is whole when the tasks begin, even with async_save
-        is_whole = is_last or is_missing or self.evaluate.tasks_are_due(self.step)
-        if self.checkpoints._should_save(self.step, is_whole):
-            self._check_weights()
-            self.checkpoints.save(self.step, last_step=is_whole)
-            self.metrics.restart_clock()
-
-    def _summarize(
-        self,
-        metrics: dict[str, Any],
-        before: HeldOutLoss | None,
-        after: HeldOutLoss | None,
-        stopped: bool,
-    ) -> None:
-        num_steps = self.run.training.steps
-        if stopped:
-            end = f"stopped by a signal after step {self.step}"
-        elif self.step < num_steps:
-            end = f"stopped after step {self.step} of {num_steps} (training.stop_at_step)"
-        else:
-            end = f"finished after step {self.step}"
-        lines = [end]
-        if metrics:
-            lines.append(f"training loss        {metrics['loss']:.4f} nats/token")
-        for name, result in (("before training", before), ("after training", after)):
-            if result is not None:
-                loss = f"{result.loss:.4f} nats/token, perplexity {result.perplexity:.2f}"
-                lines.append(f"held-out loss        {loss} ({name})")
-        if after is not None:
-            entropy, gain = after.unigram_entropy, after.unigram_entropy - after.loss
-            side = f"{gain:.4f} below" if gain >= 0 else f"{-gain:.4f} above"
-            lines.append(f"unigram entropy      {entropy:.4f} nats/token; the model is {side} it")
-        skipped = {reason: count for reason, count in self.loader.loader.skipped.items() if count}
-        if skipped:
-            counts = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
-            lines.append(f"documents skipped    {counts}")
-        lines += [
-            f"checkpoint           {self.folder.checkpoint(self.step)}",
-            f"metrics, config      {self.folder.metrics_file}, {self.folder.config_file}",
-        ]
-        logger.info("\n  ".join(lines))
+        write_failed = result.write_finished and not self.checkpointer.finish_background_write()
+        is_last = result.stop_requested or self.step == self.config.training.last_step
+        # not in the background: the checkpoint is on disk before the tasks are evaluated
+        blocking = is_last or write_failed or self.evaluator.are_tasks_due(self.step)
+        if blocking or self._is_due(self.config.checkpoint.every):
+            check_weights(self.step, self.model)
+            self.checkpointer.save(self.step, last_step=blocking)
+            self.metrics_processor.reset_throughput()
 
     def close(self) -> None:
-        """Finish background saves, stop the loader's thread and close the sinks."""
-        self.loader.close()
+        """Wait for background writes, stop the data loader's thread and close the metrics' sinks."""
+        self.dataloader.close()
         super().close()

@@ -1,7 +1,7 @@
-"""train.py on storage that fails: `-m tests.training.failing_storage FAULT --config ...`.
+"""train.py with failing storage: `-m tests.training.failing_storage FAULT --config ...`.
 
-FAULT "write": the last rank cannot write its part of the checkpoint of step 2. FAULT "folder": every rank but
-the first has a run folder of its own, as on nodes without a shared file system.
+FAULT "write": the last rank fails to write its part of the checkpoint of step 2. FAULT "folder": every rank
+but the first has a run folder of its own, as on nodes without a shared file system.
 """
 
 import os
@@ -13,7 +13,7 @@ from training import device
 
 
 def break_write() -> None:
-    """Fill the disk of the last rank for one checkpoint."""
+    """Make the disk of the last rank full for one checkpoint."""
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
     is_last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
@@ -28,10 +28,10 @@ def break_write() -> None:
 
 
 def separate_folders(words: list[str]) -> list[str]:
-    """Let run.folder be another one on every rank but the first."""
-    from training import agreement
+    """Give every rank but the first another run.folder."""
+    from training import preflight
 
-    agreement.SECONDS_TO_APPEAR = 0.5
+    preflight.SECONDS_TO_APPEAR = 0.5
     place, rank = words.index("--run.folder") + 1, os.environ["RANK"]
     return words if rank == "0" else [*words[:place], f"{words[place]}_{rank}", *words[place + 1 :]]
 

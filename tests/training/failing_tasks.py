@@ -1,4 +1,4 @@
-"""train.py whose first evaluation of tasks fails, on the last rank alone; rank 0 keeps its last scores."""
+"""train.py whose first evaluation of tasks fails on the last rank; rank 0 saves its last scores."""
 
 import os
 import pickle
@@ -11,7 +11,7 @@ from training import device
 
 
 def break_scores(folder: Path) -> None:
-    """Let the last rank's first batch fail, saying which checkpoints there are by then."""
+    """Make the first batch of the last rank fail; the error lists the checkpoints that exist by then."""
     from eval.scoring.language_model import Group, Qwen3Model, Scores
 
     rank, last = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]) - 1

@@ -1,4 +1,4 @@
-"""Starts train.py as a user does, on a small corpus, and reads what it wrote."""
+"""Run train.py as a user does, on a small corpus, and read its metrics."""
 
 import json
 import os
@@ -19,14 +19,14 @@ SMALL = [
     *("--metrics.tensorboard", "false"),
     *("--metrics.console_every", "1"),
 ]
-# ranks are comparable in fp32 alone
+# numbers of ranks are comparable in fp32 only
 EXACT = ["--optimizer.groups.hidden.dtype", "float32"]
 
 
 def arguments(
     config: str, corpus: Path, folder: Path, *overrides: str, program: Sequence[str] = ("train.py",)
 ) -> list[str]:
-    """train.py's words, or those of a program that takes the same, for a config on the small corpus."""
+    """Return the command line of train.py, or of a program with the same options, for the small corpus."""
     data = [
         *("--data.tokenizer", str(corpus)),
         *("--data.train.files", json.dumps([str(corpus / "train.parquet")])),
@@ -39,14 +39,14 @@ def arguments(
 
 
 def command(ranks: int) -> list[str]:
-    """How a user starts train.py on a number of ranks."""
+    """Return the command that starts a program on a number of ranks."""
     if ranks == 1:
         return [sys.executable]
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
 
 
 def environment() -> dict[str, str]:
-    """One thread a process, so that sums have one order."""
+    """Return the environment: one thread per process, for reproducible sums."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "PYTHONUNBUFFERED": "1"}
 
 
@@ -59,7 +59,7 @@ def train(
     code: int = 0,
     program: Sequence[str] = ("train.py",),
 ) -> str:
-    """Run train.py, or another program, to its end; checks the exit code and gives what it printed."""
+    """Run train.py or another program, check its exit code, and return its output."""
     done = subprocess.run(
         [*command(ranks), *arguments(config, corpus, folder, *overrides, program=program)],
         cwd=ROOT,
@@ -75,10 +75,10 @@ def train(
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl."""
+    """Return the records of a run's metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def losses(folder: Path) -> list[tuple[int, float, float]]:
-    """(step, loss, gradient norm) of every training step on record."""
+    """Return (step, loss, gradient norm) of every recorded step."""
     return [(r["step"], r["loss"], r["grad_norm"]) for r in records(folder) if "loss" in r]

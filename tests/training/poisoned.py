@@ -1,6 +1,6 @@
-"""train.py with a gradient that is no number: in step 3, on the last rank, while the loss stays a number.
+"""train.py with a gradient of NaN in step 3 on the last rank, while the loss stays finite.
 
-Says of every rank whether that step changed weights, optimizer state or step counters.
+Prints for every rank whether that step changed weights, optimizer state or step counters.
 """
 
 import math
@@ -17,15 +17,16 @@ from training import device
 BAD_STEP = 3
 
 
-def _bits(trainer: Any) -> list[torch.Tensor]:
+def _state(trainer: Any) -> list[torch.Tensor]:
     state = [value for o in trainer.optimizers for values in o.state.values() for value in values.values()]
     tensors = [*trainer.model.parameters(), *state]
     return [(t.to_local() if isinstance(t, DTensor) else t).detach().clone() for t in tensors]
 
 
 def poison() -> None:
-    """Put the gradient and the comparison into the trainer."""
-    from training.trainer import NonFiniteLossError, Trainer
+    """Patch the trainer with the gradient and the comparison."""
+    from training.non_finite import NonFiniteLossError
+    from training.trainer import StepResult, Trainer
 
     rank, last = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")) - 1
     loss_sum, optimizer_step = Trainer._loss_sum, Trainer.optimizer_step
@@ -36,15 +37,13 @@ def poison() -> None:
             loss.register_hook(lambda gradient: gradient * math.nan)
         return loss
 
-    def compared_step(self: Trainer, *batches: Any) -> dict[str, Any]:
-        before = _bits(self)
+    def compared_step(self: Trainer, *batches: Any) -> StepResult:
+        before = _state(self)
         try:
             return optimizer_step(self, *batches)
         except NonFiniteLossError:
-            same = all(torch.equal(a, b) for a, b in zip(before, _bits(self), strict=True))
-            print(
-                f"rank {rank}: {len(before)} tensors are {'as they were' if same else 'changed'}", flush=True
-            )
+            same = all(torch.equal(a, b) for a, b in zip(before, _state(self), strict=True))
+            print(f"rank {rank}: {len(before)} tensors are {'unchanged' if same else 'changed'}", flush=True)
             raise
 
     Trainer._loss_sum, Trainer.optimizer_step = poisoned_loss_sum, compared_step  # pyrefly: ignore [bad-assignment]

@@ -1,4 +1,4 @@
-"""Checkpoints: which are kept and loaded, writes that fail, and a run folder that ranks do not share."""
+"""Checkpoints: which are kept and loaded, failed writes, and a run folder that ranks do not share."""
 
 import shutil
 from pathlib import Path
@@ -12,7 +12,7 @@ PROGRAM = ("-m", "tests.training.failing_storage")
 
 @pytest.fixture(scope="module")
 def failed_write(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A run of 5 steps on two ranks, a checkpoint in the background after each, and what it printed.
+    """A run of 5 steps on two ranks, with a background write of a checkpoint per step, and its output.
 
     The write after step 2 fails on rank 1.
     """
@@ -26,28 +26,28 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in (folder / "checkpoint").iterdir()}
 
 
-def test_a_failed_background_write_is_said_and_the_next_checkpoint_is_written_at_once(
+def test_a_failed_background_write_is_logged_and_followed_by_a_blocking_write(
     failed_write: tuple[Path, str],
 ) -> None:
     folder, printed = failed_write
     assert "Traceback" not in printed
-    said = [line.split(maxsplit=1)[1] for line in printed.splitlines() if "checkpoint " in line]
-    # nothing is said to be written before it is
-    assert said[0] == "step 1  checkpoint being written in the background"
-    assert said[1] == "step 1  checkpoint written"
-    assert said[2] == "step 2  checkpoint being written in the background"
-    assert said[3].startswith(
-        "step 2  its checkpoint could not be written in the background: OSError: [Errno 28]"
+    logged = [line.split(maxsplit=1)[1] for line in printed.splitlines() if "checkpoint" in line]
+    # "written" is logged after the write
+    assert logged[0] == "step 1  writing a checkpoint in the background"
+    assert logged[1] == "step 1  checkpoint written"
+    assert logged[2] == "step 2  writing a checkpoint in the background"
+    assert logged[3].startswith(
+        "step 2  writing the checkpoint in the background failed: OSError: [Errno 28]"
     )
-    assert said[4] == "step 3  checkpoint written"
+    assert logged[4] == "step 3  checkpoint written"
     assert [step for step, *_ in losses(folder)] == [1, 2, 3, 4, 5]
 
 
-def test_the_end_of_a_run_leaves_no_more_checkpoints_than_keep(failed_write: tuple[Path, str]) -> None:
+def test_no_more_checkpoints_than_keep_remain(failed_write: tuple[Path, str]) -> None:
     assert names(failed_write[0]) == {"step-4", "step-5"}
 
 
-def test_checkpoints_that_the_user_set_aside_are_neither_deleted_nor_loaded(
+def test_renamed_checkpoints_are_neither_deleted_nor_loaded(
     failed_write: tuple[Path, str], corpus: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"

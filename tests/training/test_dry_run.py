@@ -1,11 +1,12 @@
-"""Every config in configs/ is a run that could start."""
+"""Every config in configs/ passes the dry run, with the parameters and FLOPs counted by hand."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-import config
+from config import load
+from errors import UserError
 from models.config import ParallaxConfig
 from models.size_table import build_row
 from models.sizes import split_size
@@ -30,7 +31,7 @@ DIMENSIONS = {
     "1.7b_compute_matched": (2048, 28, 16, 8, 64, 7512, 151936),
     "1.7b_compute_parameter_matched": (2048, 28, 16, 8, 64, 6824, 151936),
 }
-# millions: Qwen3's own, and W_R's as the paper's matched controls imply
+# in millions: of Qwen3, and of W_R as implied by the paper's matched controls
 PUBLISHED = {("0.6b", "softmax"): 596.05, ("1.7b", "softmax"): 1720.57}
 PROBES = {"0.6b": 58.72, "1.7b": 117.44}
 CHANGES = {
@@ -42,10 +43,10 @@ CHANGES = {
 }
 
 
-def count_by_hand(run: RunConfig) -> tuple[int, float]:
-    """Parameters and training FLOPs per token of softmax attention or Parallax, from the dimensions."""
-    width, layers, heads, kv_heads, head_dim, mlp_width, vocab = DIMENSIONS[run.model.size]
-    attention = run.model.attention
+def count_by_hand(config: RunConfig) -> tuple[int, float]:
+    """Count parameters and training FLOPs per token of softmax attention or Parallax from the dimensions."""
+    width, layers, heads, kv_heads, head_dim, mlp_width, vocab = DIMENSIONS[config.model.size]
+    attention = config.model.attention
     probe = int(attention.kind == "parallax")
     projections = width * head_dim * (2 * heads + 2 * kv_heads)
     if isinstance(attention, ParallaxConfig):
@@ -57,11 +58,11 @@ def count_by_hand(run: RunConfig) -> tuple[int, float]:
     matrices = layers * (projections + 3 * width * mlp_width) + vocab * width
     norms = layers * (2 * width + (2 + probe) * head_dim) + width
     products = (10 if probe else 6) * layers * heads * head_dim * 2
-    return matrices + norms, 6.0 * matrices + products * (run.training.seq_len + 1) / 2
+    return matrices + norms, 6.0 * matrices + products * (config.training.seq_len + 1) / 2
 
 
 def read(text: str, name: str) -> float:
-    """A number that the dry run prints."""
+    """Return a number that the dry run prints."""
     match = re.search(rf"^{name} +([\d.]+)", text, re.MULTILINE)
     assert match is not None, name
     return float(match.group(1))
@@ -69,68 +70,68 @@ def read(text: str, name: str) -> float:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_passes_the_dry_run(path: Path) -> None:
-    run = config.load(RunConfig, path)
-    text = dry_run(run, 8 if split_size(run.model.size)[0] in ("0.6b", "1.7b") else 1)
+    config = load(RunConfig, path)
+    text = dry_run(config, 8 if split_size(config.model.size)[0] in ("0.6b", "1.7b") else 1)
     size, attention, *change, optimizer = path.stem.split("_")
-    plain, control = split_size(run.model.size)
-    assert (plain, run.model.attention.kind) == (size, attention)
+    plain, control = split_size(config.model.size)
+    assert (plain, config.model.attention.kind) == (size, attention)
     assert control in (None, "_".join(change), attention)
-    assert run.optimizer.groups["hidden"].kind == optimizer
-    assert (run.schedule.kind == "cosine") == (change == ["cosine"])
-    assert (run.optimizer.groups["hidden"].weight_decay_gamma is not None) == (change == ["annealing"])
+    assert config.optimizer.groups["hidden"].kind == optimizer
+    assert (config.schedule.kind == "cosine") == (change == ["cosine"])
+    assert (config.optimizer.groups["hidden"].weight_decay_gamma is not None) == (change == ["annealing"])
     if attention in ("softmax", "parallax"):
-        parameters, flops = count_by_hand(run)
+        parameters, flops = count_by_hand(config)
         assert read(text, "parameters, total") == round(parameters / 1e6, 2)
         assert read(text, "FLOPs per token") == round(flops / 1e9, 3)
-    if (run.model.size, attention) in PUBLISHED:
-        assert read(text, "parameters, total") == PUBLISHED[run.model.size, attention]
-    if attention == "parallax" and run.model.size in PROBES:
-        assert read(text, "parameters, w_r") == PROBES[run.model.size]
-    assert build_row(run.model.size, run.model.attention).config.vocab_size == run.model.vocab_size
+    if (config.model.size, attention) in PUBLISHED:
+        assert read(text, "parameters, total") == PUBLISHED[config.model.size, attention]
+    if attention == "parallax" and config.model.size in PROBES:
+        assert read(text, "parameters, w_r") == PROBES[config.model.size]
+    assert build_row(config.model.size, config.model.attention).config.vocab_size == config.model.vocab_size
 
 
 @pytest.mark.parametrize("size", ["60m", "0.6b", "1.7b"])
-def test_every_row_of_the_paper_without_recurrence_has_its_config(size: str) -> None:
+def test_every_non_recurrent_row_of_the_paper_has_a_config(size: str) -> None:
     names = {path.stem for path in CONFIGS}
     for attention, changes in CHANGES.items():
         assert {f"{size}_{attention}_{change}" for change in changes} <= names
-    runs = [config.load(RunConfig, path) for path in CONFIGS if path.stem.startswith(f"{size}_")]
-    plain = {(r.training.steps, r.training.seq_len, r.training.global_batch_size) for r in runs}
+    configs = [load(RunConfig, path) for path in CONFIGS if path.stem.startswith(f"{size}_")]
+    plain = {(c.training.steps, c.training.seq_len, c.training.global_batch_size) for c in configs}
     assert plain - {(1500, 1024, 256)} == {(2000, 1024, 256) if size == "60m" else (20000, 4096, 1024)}
-    assert {r.schedule.warmup_steps for r in runs} == {100 if size == "60m" else 500}
+    assert {c.schedule.warmup_steps for c in configs} == {100 if size == "60m" else 500}
 
 
-def test_every_size_has_both_attentions_with_both_optimizers() -> None:
+def test_every_size_has_softmax_and_parallax_with_both_optimizers() -> None:
     names = {path.stem for path in CONFIGS}
     for size in ("debug", "60m", "0.6b", "1.7b"):
         for attention in ("softmax", "parallax"):
             assert {f"{size}_{attention}_{optimizer}" for optimizer in ("muon", "adamw")} <= names
 
 
-def test_small_runs_start_on_any_power_of_two_of_gpus() -> None:
+def test_the_batch_of_small_runs_fits_1_to_8_ranks() -> None:
     for path in CONFIGS:
-        run = config.load(RunConfig, path)
-        if split_size(run.model.size)[0] in ("debug", "60m"):
-            assert [run.gradient_accumulation_steps(ranks) for ranks in (1, 2, 4, 8)] == [8, 4, 2, 1]
+        config = load(RunConfig, path)
+        if split_size(config.model.size)[0] in ("debug", "60m"):
+            assert [config.gradient_accumulation_steps(ranks) for ranks in (1, 2, 4, 8)] == [8, 4, 2, 1]
 
 
-def test_the_dry_run_refuses_what_the_run_would() -> None:
+def test_the_dry_run_raises_the_errors_of_the_run() -> None:
     path = next(p for p in CONFIGS if p.stem == "debug_softmax_muon")
-    with pytest.raises(ValueError, match="no group matches these parameters"):
-        dry_run(config.load(RunConfig, path, ["--optimizer.groups.vectors.parameters", '["norm.weight"]']), 1)
-    with pytest.raises(ValueError, match="warmup_steps"):
-        dry_run(config.load(RunConfig, path, ["--training.steps", "3"]), 1)
-    with pytest.raises(ValueError, match="--world-size must be at least 1"):
-        dry_run(config.load(RunConfig, path), 0)
-    with pytest.raises(ValueError, match="number of ranks"):
-        dry_run(config.load(RunConfig, path, ["--parallelism.replicate", "3"]), 2)
+    with pytest.raises(UserError, match="no group matches these parameters"):
+        dry_run(load(RunConfig, path, ["--optimizer.groups.vectors.parameters", '["norm.weight"]']), 1)
+    with pytest.raises(UserError, match="warmup_steps"):
+        dry_run(load(RunConfig, path, ["--training.steps", "3"]), 1)
+    with pytest.raises(UserError, match="--world-size must be at least 1"):
+        dry_run(load(RunConfig, path), 0)
+    with pytest.raises(UserError, match="number of ranks"):
+        dry_run(load(RunConfig, path, ["--parallelism.replicate", "3"]), 2)
 
 
-def test_memory_falls_with_ranks_and_checkpointing_and_grows_with_the_batch() -> None:
+def test_memory_falls_with_ranks_and_activation_checkpointing_and_grows_with_the_batch() -> None:
     path = next(p for p in CONFIGS if p.stem == "0.6b_parallax_muon")
 
     def peak(ranks: int, *words: str) -> float:
-        return float(dry_run(config.load(RunConfig, path, words), ranks).split()[-2])
+        return float(dry_run(load(RunConfig, path, words), ranks).split()[-2])
 
     assert peak(8) < peak(1)
     assert peak(8, "--training.activation_checkpointing", "full") < 0.5 * peak(8)

@@ -1,4 +1,4 @@
-"""Evaluation during training: on record, without a trace in the training, and never the end of a run."""
+"""Evaluation during training: results are recorded, losses do not change, and failures do not end the run."""
 
 import json
 import pickle
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import config
+from config import load as load_config
 from data.tokenizer import Tokenizer
 from eval.config import EvalConfig
 from eval.harness import evaluate_tasks
@@ -17,7 +17,7 @@ from eval.scoring.language_model import Qwen3Model
 from models.checkpoint import load_model
 from tests.conftest import make_text
 from tests.training.launch import EXACT, ROOT, losses, records, train
-from training.evaluation import check_tasks
+from training.preflight import check_tasks
 from training.run_config import RunConfig
 
 FAILING = ("-m", "tests.training.failing_tasks")
@@ -26,7 +26,7 @@ NUM_DOCUMENTS = 12
 
 @pytest.fixture(scope="module")
 def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a local SciQ."""
+    """A folder with local documents of SciQ."""
     folder = tmp_path_factory.mktemp("tasks")
     keys = ("support", "question", "distractor1", "distractor2", "distractor3", "correct_answer")
     rows = [
@@ -39,14 +39,14 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def evaluated(corpus: Path, documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on two ranks whose first evaluation of tasks, of six, fails on one of them."""
+    """A run on two ranks whose first evaluation of tasks, of six, fails on the last rank."""
     folder = tmp_path_factory.mktemp("evaluated") / "run"
     words = [
         *("--eval.tasks", '["sciq"]', "--eval.tasks_every", "1", "--eval.tasks_data", str(documents)),
         *("--eval.tasks_limit", "8", "--eval.every", "2", "--training.stop_at_step", "6"),
         *("--checkpoint.every", "4", "--checkpoint.keep", "2"),
         *("--eval.sample_prompts", '["the model", "attention"]', "--eval.sample_tokens", "5"),
-        # what changes names and places of the weights
+        # wrappers that rename and reshard the weights
         *("--parallelism.reshard_after_forward", "false"),
         *("--training.activation_checkpointing", "selective", "--metrics.tensorboard", "true"),
     ]
@@ -54,10 +54,10 @@ def evaluated(corpus: Path, documents: Path, tmp_path_factory: pytest.TempPathFa
     return folder
 
 
-def test_a_failure_on_one_rank_is_on_record_and_training_goes_on(evaluated: Path) -> None:
+def test_a_failure_on_one_rank_is_recorded_and_training_continues(evaluated: Path) -> None:
     (failure,) = (record for record in records(evaluated) if "eval_error" in record)
     assert failure["step"] == 1
-    # the checkpoint came first
+    # the checkpoint was written before
     expected = "eval.tasks: rank 1: RuntimeError: out of memory; checkpoints: ['step-1']"
     assert failure["eval_error"] == expected
     assert [step for step, *_ in losses(evaluated)] == list(range(1, 7))
@@ -65,7 +65,7 @@ def test_a_failure_on_one_rank_is_on_record_and_training_goes_on(evaluated: Path
     assert whole == {"step-5", "step-6"}
 
 
-def test_tasks_are_those_of_the_checkpoint_and_stand_against_tokens_and_flops(
+def test_task_results_are_those_of_the_checkpoint_with_tokens_and_flops(
     evaluated: Path, corpus: Path, documents: Path
 ) -> None:
     lines = records(evaluated)
@@ -89,7 +89,7 @@ def test_tasks_are_those_of_the_checkpoint_and_stand_against_tokens_and_flops(
         assert record["flops"] == record["tokens"] * launch["flops_per_token"] >= 0
 
 
-def test_samples_are_on_record_and_in_tensorboard_with_each_held_out_loss(evaluated: Path) -> None:
+def test_samples_are_recorded_and_in_tensorboard_with_each_held_out_loss(evaluated: Path) -> None:
     lines = [record for record in records(evaluated) if "samples" in record]
     assert [record["step"] for record in lines] == [0, 2, 4, 6]
     assert [sample["prompt"] for sample in lines[0]["samples"]] == ["the model", "attention"]
@@ -101,14 +101,14 @@ def test_samples_are_on_record_and_in_tensorboard_with_each_held_out_loss(evalua
     assert [event.step for event in events.Tensors("samples/1/text_summary")] == [0, 2, 4, 6]
 
 
-def test_evaluation_leaves_no_trace_in_the_losses(evaluated: Path, corpus: Path, tmp_path: Path) -> None:
+def test_evaluation_does_not_change_the_losses(evaluated: Path, corpus: Path, tmp_path: Path) -> None:
     words = ("--training.stop_at_step", "6", "--parallelism.reshard_after_forward", "false")
     checkpointing = ("--training.activation_checkpointing", "selective")
     train("debug_parallax_muon", corpus, tmp_path / "run", *EXACT, *words, *checkpointing, ranks=2)
     assert losses(evaluated) == losses(tmp_path / "run")
 
 
-def test_the_report_reads_what_training_wrote(evaluated: Path, tmp_path: Path) -> None:
+def test_the_report_reads_the_metrics_of_training(evaluated: Path, tmp_path: Path) -> None:
     text = write_report([evaluated], baseline=None, out=tmp_path).read_text()
     assert "| tasks" not in text
     assert "| sciq/acc |" in text
@@ -119,7 +119,7 @@ def test_the_report_reads_what_training_wrote(evaluated: Path, tmp_path: Path) -
 
 def check(tmp_path: Path, *words: str) -> None:
     path = ROOT / "configs" / "debug_softmax_muon.toml"
-    check_tasks(config.load(RunConfig, path, ["--run.folder", str(tmp_path / "run"), *words]))
+    check_tasks(load_config(RunConfig, path, ["--run.folder", str(tmp_path / "run"), *words]))
 
 
 def test_tasks_that_cannot_be_evaluated_are_refused_before_training(
@@ -150,12 +150,14 @@ def test_tasks_that_cannot_be_evaluated_are_refused_before_training(
         ({"sample_prompts": ["the", ""]}, "sample_prompts has an empty string"),
     ],
 )
-def test_keys_that_mean_nothing_are_refused(words: dict[str, object], message: str) -> None:
+def test_invalid_keys_are_refused(words: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EvalConfig(**words)  # pyrefly: ignore [bad-argument-type]
 
 
-def test_an_evaluation_that_a_kill_cut_off_is_made_by_the_next_launch(corpus: Path, tmp_path: Path) -> None:
+def test_an_evaluation_interrupted_by_a_kill_is_repeated_by_the_next_launch(
+    corpus: Path, tmp_path: Path
+) -> None:
     words = ("--eval.every", "1", "--eval.sample_prompts", '["the model"]', "--eval.sample_tokens", "3")
     train("debug_parallax_muon", corpus, tmp_path, *EXACT, *words, "--training.stop_at_step", "2", ranks=1)
     file = tmp_path / "metrics.jsonl"
@@ -168,6 +170,6 @@ def test_an_evaluation_that_a_kill_cut_off_is_made_by_the_next_launch(corpus: Pa
     assert again[:-1] == [json.loads(line) for line in cut]
     (lost,) = (json.loads(line) for line in lines if line not in cut)
     assert again[-1] == lost
-    # and once it is on record, not again
+    # not repeated once it is recorded
     train("debug_parallax_muon", corpus, tmp_path, *EXACT, *words, "--training.stop_at_step", "2", ranks=1)
     assert records(tmp_path) == again

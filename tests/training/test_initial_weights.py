@@ -1,4 +1,4 @@
-"""Runs that start with the weights of a converted model: at step 0, on any number of ranks, or not at all."""
+"""Runs that start with the weights of a converted model; checkpoints that do not fit a run."""
 
 import json
 import re
@@ -12,8 +12,10 @@ import tokenizers
 import torch
 from safetensors.torch import save_file
 
-import config
+from config import ConfigError
+from config import load as load_config
 from data.tokenizer import Tokenizer
+from errors import UserError
 from models.checkpoint import load_model
 from models.config import ModelConfig
 from models.convert.format import to_config_json, to_hugging_face
@@ -22,17 +24,16 @@ from models.init import init_weights, initial_weight
 from models.qwen3 import Qwen3
 from models.run_folder import RunFolder
 from tests.training.launch import EXACT, ROOT, SMALL, losses, records, train
-from training.branch import check_branch
-from training.resume import check_folder, other_tokenizer
+from training.resume import check_start, tokenizer_warnings
 from training.run_config import RunConfig
 
-WIDE = 0.1  # standard deviation: losses far from those of a fresh model
+INIT_STD = 0.1  # large: losses far from those of the default initialization
 
 
 def converted(folder: Path, attention: Literal["parallax"] | None = None, *, tied: bool = True) -> Path:
-    """A run folder with the weights of a Hugging Face folder of the debug size."""
+    """Return a run folder with weights converted from a Hugging Face folder, of the debug size."""
     model = Qwen3(
-        ModelConfig(size="debug", vocab_size=300, rope_theta=1e4, init_std=WIDE, tie_embeddings=tied)
+        ModelConfig(size="debug", vocab_size=300, rope_theta=1e4, init_std=INIT_STD, tie_embeddings=tied)
     )
     init_weights(model, 5)
     folder.mkdir(parents=True, exist_ok=True)
@@ -49,13 +50,13 @@ def held_out(folder: Path) -> dict[int, float]:
     return {r["step"]: r["validation_loss"] for r in records(folder) if "validation_loss" in r}
 
 
-def test_a_parameter_without_an_initial_value_is_named() -> None:
+def test_a_parameter_without_an_initial_value_raises() -> None:
     model = ModelConfig(size="debug", vocab_size=300)
     with pytest.raises(ValueError, match=r"layers\.0\.attention\.tau \(4,\) has no initial value"):
         initial_weight(model, "layers.0.attention.tau", torch.Size([4]), 0)
 
 
-def test_a_converted_model_trains_on_as_parallax(corpus: Path, tmp_path: Path) -> None:
+def test_a_model_converted_to_parallax_is_trained(corpus: Path, tmp_path: Path) -> None:
     plain, source = converted(tmp_path / "hf"), converted(tmp_path / "hf", "parallax")
     words = [*EXACT, "--checkpoint.initial_weights", str(source), "--training.stop_at_step", "4"]
     printed = train("debug_parallax_muon", corpus, tmp_path / "run", *words)
@@ -66,13 +67,13 @@ def test_a_converted_model_trains_on_as_parallax(corpus: Path, tmp_path: Path) -
     before = held_out(tmp_path / "run")
     assert before[0] == pytest.approx(held_out(tmp_path / "softmax")[0], abs=1e-5)
     assert losses(tmp_path / "run")[0][1] == pytest.approx(losses(tmp_path / "softmax")[0][1], abs=1e-5)
-    assert before[0] > 6.0  # a fresh model's is ln 300 = 5.7
+    assert before[0] > 6.0  # ln 300 = 5.7 with the default initialization
     assert before[4] < before[0] - 0.5
     trained, first = load_model(tmp_path / "run"), load_model(source)
     for name in ("layers.1.attention.wr.weight", "layers.1.attention.r_norm.weight"):
         a, b = (dict(m.named_parameters())[name] for m in (trained, first))
         assert (a - b).abs().max() > 0
-    # from its own checkpoint on, the run needs no other
+    # resumes from its own checkpoint without the initial weights
     shutil.rmtree(source)
     words = [*words[:-1], "5"]
     printed = train("debug_parallax_muon", corpus, tmp_path / "run", *words)
@@ -80,7 +81,7 @@ def test_a_converted_model_trains_on_as_parallax(corpus: Path, tmp_path: Path) -
     assert [step for step, *_ in losses(tmp_path / "run")] == [1, 2, 3, 4, 5]
 
 
-def test_sharded_weights_with_a_head_of_their_own_are_those_of_one_rank(corpus: Path, tmp_path: Path) -> None:
+def test_untied_weights_are_the_same_on_one_and_two_ranks(corpus: Path, tmp_path: Path) -> None:
     source = converted(tmp_path / "hf", tied=False)
     words = [*EXACT, "--checkpoint.initial_weights", str(source / "checkpoint" / "step-0")]
     words += ["--model.tie_embeddings", "false", "--training.stop_at_step", "2"]
@@ -100,7 +101,7 @@ def test_sharded_weights_with_a_head_of_their_own_are_those_of_one_rank(corpus: 
 
 
 def load(folder: Path, *words: str, name: str = "debug_softmax_muon") -> RunConfig:
-    return config.load(
+    return load_config(
         RunConfig, ROOT / "configs" / f"{name}.toml", ["--run.folder", str(folder), *SMALL, *words]
     )
 
@@ -108,37 +109,39 @@ def load(folder: Path, *words: str, name: str = "debug_softmax_muon") -> RunConf
 def test_weights_of_another_architecture_and_other_mistakes_are_refused(tmp_path: Path) -> None:
     source = converted(tmp_path / "hf")
     start = ["--checkpoint.initial_weights", str(source)]
-    check_folder(load(tmp_path / "run", *start))
-    with pytest.raises(ValueError, match=r"of another architecture: .*from-hf --attention parallax") as error:
-        check_folder(load(tmp_path / "run", *start, name="debug_parallax_muon"))
-    assert "model.attention.kind is 'softmax' there and 'parallax' here" in str(error.value)
-    with pytest.raises(ValueError, match=r"model.tie_embeddings is True there and False here"):
-        check_folder(load(tmp_path / "run", *start, "--model.tie_embeddings", "false"))
-    with pytest.raises(ValueError, match="is no checkpoint: wanted a run folder"):
-        check_folder(load(tmp_path / "run", "--checkpoint.initial_weights", str(tmp_path)))
-    with pytest.raises(config.ConfigError, match=r"checkpoint\.start_from takes over a whole run"):
+    check_start(load(tmp_path / "run", *start))
+    with pytest.raises(UserError, match=r"of another architecture: .*from-hf --attention parallax") as error:
+        check_start(load(tmp_path / "run", *start, name="debug_parallax_muon"))
+    assert 'model.attention.kind: saved "softmax", now "parallax"' in str(error.value)
+    with pytest.raises(UserError, match=r"model.tie_embeddings: saved true, now false"):
+        check_start(load(tmp_path / "run", *start, "--model.tie_embeddings", "false"))
+    with pytest.raises(UserError, match="is no checkpoint: wanted a run folder"):
+        check_start(load(tmp_path / "run", "--checkpoint.initial_weights", str(tmp_path)))
+    with pytest.raises(ConfigError, match=r"checkpoint\.start_from loads the whole state of a run"):
         load(tmp_path / "run", *start, "--checkpoint.start_from", str(source / "checkpoint" / "step-0"))
-    # a converted model is no run to go on with
-    message = "holds weights alone, as models.convert writes them.*checkpoint.initial_weights"
-    with pytest.raises(ValueError, match=message):
-        check_folder(load(source))
-    with pytest.raises(ValueError, match=message):
-        check_branch(load(tmp_path / "run", "--checkpoint.start_from", str(source / "checkpoint" / "step-0")))
+    # a converted model cannot be resumed
+    message = (
+        "holds weights without optimizer state, as models.convert writes them.*checkpoint.initial_weights"
+    )
+    with pytest.raises(UserError, match=message):
+        check_start(load(source))
+    with pytest.raises(UserError, match=message):
+        check_start(load(tmp_path / "run", "--checkpoint.start_from", str(source / "checkpoint" / "step-0")))
 
 
-def test_a_run_that_started_with_other_weights_is_another_run(tmp_path: Path) -> None:
-    run = load(tmp_path / "run", "--checkpoint.initial_weights", "runs/there")
-    RunFolder(Path(run.run.folder)).write_config(run)
+def test_other_initial_weights_for_a_run_folder_with_checkpoints_are_refused(tmp_path: Path) -> None:
+    config = load(tmp_path / "run", "--checkpoint.initial_weights", "runs/there")
+    RunFolder(Path(config.run.folder)).write_config(config)
     (tmp_path / "run" / "checkpoint" / "step-3").mkdir(parents=True)
     (tmp_path / "run" / "checkpoint" / "step-3" / ".metadata").write_text("")
-    check_folder(run)
-    with pytest.raises(ValueError, match="initial_weights 'runs/there', and this one has 'none'"):
-        check_folder(load(tmp_path / "run"))
+    check_start(config)
+    with pytest.raises(UserError, match='initial_weights: saved "runs/there", now "none"'):
+        check_start(load(tmp_path / "run"))
 
 
-def test_folders_from_before_these_keys_and_patterns_still_fit(tmp_path: Path) -> None:
-    run = load(tmp_path / "run", name="debug_parallax_muon")
-    RunFolder(Path(run.run.folder)).write_config(run)
+def test_configs_saved_before_some_keys_and_patterns_were_introduced_are_compatible(tmp_path: Path) -> None:
+    config = load(tmp_path / "run", name="debug_parallax_muon")
+    RunFolder(Path(config.run.folder)).write_config(config)
     (tmp_path / "run" / "checkpoint" / "step-3").mkdir(parents=True)
     (tmp_path / "run" / "checkpoint" / "step-3" / ".metadata").write_text("")
     path = tmp_path / "run" / "config.toml"
@@ -147,19 +150,19 @@ def test_folders_from_before_these_keys_and_patterns_still_fit(tmp_path: Path) -
     old = "\n".join(kept).replace("(tok_embeddings|output)", "tok_embeddings")
     assert len(old) < len(path.read_text()) - 60
     path.write_text(old)
-    check_folder(run)
-    # an older folder names none of these keys, and so means their defaults
-    with pytest.raises(ValueError, match=r"model.tie_embeddings is True there and False here"):
-        check_folder(replace(run, model=replace(run.model, tie_embeddings=False)))
-    # another pattern for other parameters is another optimizer
+    check_start(config)
+    # missing keys have their defaults
+    with pytest.raises(UserError, match=r"model.tie_embeddings: saved true, now false"):
+        check_start(replace(config, model=replace(config.model, tie_embeddings=False)))
+    # patterns that match other parameters are incompatible
     without_probe = re.sub(r"w\[qkvor(\w*)\]", r"w[qkvo\1]", old)
     assert without_probe != old
     path.write_text(without_probe)
-    with pytest.raises(ValueError, match=r"other optimizers: optimizer\.groups\.hidden\.parameters is"):
-        check_folder(run)
+    with pytest.raises(UserError, match=r"other optimizers: optimizer\.groups\.hidden\.parameters: saved"):
+        check_start(config)
 
 
-def test_weights_of_another_tokenizer_are_warned_of(tmp_path: Path) -> None:
+def test_weights_trained_with_another_tokenizer_are_warned_of(tmp_path: Path) -> None:
     paths = []
     for index, word in enumerate(("one", "two")):
         backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<|endoftext|>": 0, word: 1}))
@@ -167,10 +170,10 @@ def test_weights_of_another_tokenizer_are_warned_of(tmp_path: Path) -> None:
         backend.save(str(paths[-1]))
     checkpoint = tmp_path / "run" / "checkpoint" / "step-0"
     checkpoint.mkdir(parents=True)
-    config = RunFolder.of_checkpoint(checkpoint).config_file
-    config.write_text(f'[data]\ntokenizer = "{paths[0]}"\n')
+    config_file = RunFolder.of_checkpoint(checkpoint).config_file
+    config_file.write_text(f'[data]\ntokenizer = "{paths[0]}"\n')
     ours, other = (Tokenizer.load(path).fingerprint for path in paths)
-    assert other_tokenizer(checkpoint, ours) is None
-    assert "every row of the embedding means another token" in str(other_tokenizer(checkpoint, other))
-    config.write_text('[data]\ntokenizer = "gone.json"\n')
-    assert "cannot be compared" in str(other_tokenizer(checkpoint, ours))
+    assert tokenizer_warnings(checkpoint, ours) == []
+    assert "every row of the embedding stands for another token" in tokenizer_warnings(checkpoint, other)[0]
+    config_file.write_text('[data]\ntokenizer = "gone.json"\n')
+    assert "cannot be compared" in tokenizer_warnings(checkpoint, ours)[0]

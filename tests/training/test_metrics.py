@@ -1,4 +1,4 @@
-"""The record and the console's words."""
+"""metrics.jsonl, TensorBoard, wandb and the progress lines."""
 
 import contextlib
 import json
@@ -20,24 +20,25 @@ from torchtitan.distributed import ParallelDims
 from eval.report.run_records import read_run
 from training import log
 from training.log import logger
-from training.metrics import JsonlWriter, RunMetrics, duration, progress_bar
+from training.metrics import JsonlWriter, RunMetrics, format_duration, format_progress
 from training.run_config import MetricsConfig
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"), [(9.4, "9s"), (247, "4m07s"), (11100, "3h05m"), (93600, "1d02h"), (3599.6, "1h00m")]
+    ("seconds", "expected"),
+    [(9.4, "9s"), (247, "4m07s"), (11100, "3h05m"), (93600, "1d02h"), (3599.6, "1h00m")],
 )
-def test_durations(seconds: float, said: str) -> None:
-    assert duration(seconds) == said
+def test_durations(seconds: float, expected: str) -> None:
+    assert format_duration(seconds) == expected
 
 
-def test_progress_is_full_at_the_end_and_empty_at_the_start() -> None:
-    assert progress_bar(0, 7) == "[" + "." * 20 + "]   0%"
-    assert progress_bar(7, 7) == "[" + "#" * 20 + "] 100%"
-    assert progress_bar(3, 7).count("#") == 8
+def test_the_progress_bar_is_empty_at_the_start_and_full_at_the_end() -> None:
+    assert format_progress(0, 7) == "[" + "." * 20 + "]   0%"
+    assert format_progress(7, 7) == "[" + "#" * 20 + "] 100%"
+    assert format_progress(3, 7).count("#") == 8
 
 
-def test_what_the_hubs_client_says_comes_once(
+def test_messages_of_the_hub_client_are_printed_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     client, root = logging.getLogger("huggingface_hub"), logging.getLogger()
@@ -51,16 +52,16 @@ def test_what_the_hubs_client_says_comes_once(
     assert capsys.readouterr().err.count("the hub is away") == 1
 
 
-def test_a_resumed_record_forgets_what_came_after_the_checkpoint_and_a_torn_line(tmp_path: Path) -> None:
+def test_resuming_deletes_later_records_and_damaged_lines(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     writer = JsonlWriter(path)
     for step in range(1, 6):
         writer.write({"step": step, "loss": 0.1 * step})
     writer.close()
     with path.open("a") as file:
-        file.write('damaged\n{"step": 2, "lo')  # a fault of the disk, and a kill in the middle of a line
+        file.write('damaged\n{"step": 2, "lo')  # a disk error, and a kill while writing a line
     writer = JsonlWriter(path)
-    writer.forget_after(3)
+    writer.truncate_after(3)
     writer.write({"step": 4, "loss": 7.0})
     writer.close()
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -72,7 +73,7 @@ Launch = Callable[..., RunMetrics]
 
 @pytest.fixture
 def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launch:
-    """Opens the metrics of a launch in the folder "run", as one process does."""
+    """Return a function that opens the metrics of a launch on one rank, in the folder "run"."""
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     memory = SimpleNamespace(device_name="cpu", reset_peak_stats=lambda: None)
     monkeypatch.setattr("torchtitan.components.metrics.build_device_memory_monitor", lambda: memory)
@@ -92,13 +93,11 @@ def add_checkpoint(folder: Path, step: int) -> None:
     (folder / "checkpoint" / f"step-{step}" / ".metadata").touch()
 
 
-def test_tensorboard_showed_the_steps_that_a_resumed_run_took_again_twice(
-    launch: Launch, tmp_path: Path
-) -> None:
-    for resumed_at, steps, loss in ((-1, range(1, 10), 1.0), (5, range(6, 9), 2.0)):
-        time.sleep(1.1 if resumed_at > 0 else 0)  # the files' order is that of the seconds in their names
+def test_tensorboard_showed_the_steps_repeated_by_a_resumed_run_twice(launch: Launch, tmp_path: Path) -> None:
+    for last_step, steps, loss in ((None, range(1, 10), 1.0), (5, range(6, 9), 2.0)):
+        time.sleep(1.1 if last_step else 0)  # files are ordered by the seconds in their names
         metrics = launch(tensorboard=True)
-        metrics.resume(resumed_at)
+        metrics.start_recording(last_step)
         for step in steps:
             metrics.record(step, {"loss": loss})
         metrics.close()
@@ -109,7 +108,7 @@ def test_tensorboard_showed_the_steps_that_a_resumed_run_took_again_twice(
 
 
 class FakeWandb:
-    """What wandb does with a history: its own steps never go back, and what would take them there is lost."""
+    """wandb's history: its own steps only increase, and data of an earlier step is dropped."""
 
     def __init__(self) -> None:
         self.history: list[dict[str, Any]] = []
@@ -141,10 +140,10 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
     return fake
 
 
-def test_wandb_lost_the_steps_that_a_resumed_run_took_again(launch: Launch, wandb: FakeWandb) -> None:
-    for resumed_at, steps in ((-1, range(1, 10)), (5, range(6, 8))):
+def test_wandb_lost_the_steps_repeated_by_a_resumed_run(launch: Launch, wandb: FakeWandb) -> None:
+    for last_step, steps in ((None, range(1, 10)), (5, range(6, 8))):
         metrics = launch(wandb=True)
-        metrics.resume(resumed_at)
+        metrics.start_recording(last_step)
         for step in steps:
             metrics.record(step, {"loss": 0.5})
         metrics.record_samples(steps[-1], [{"prompt": "a", "text": "b"}], {})
@@ -154,7 +153,7 @@ def test_wandb_lost_the_steps_that_a_resumed_run_took_again(launch: Launch, wand
     assert wandb.axes == {"step": None, "*": "step"}
 
 
-def test_wandb_took_a_run_that_failed_for_finished(launch: Launch, wandb: FakeWandb) -> None:
+def test_wandb_showed_a_failed_run_as_finished(launch: Launch, wandb: FakeWandb) -> None:
     metrics = launch(wandb=True)
     with pytest.raises(RuntimeError), contextlib.closing(metrics):
         raise RuntimeError("out of memory")
@@ -164,59 +163,57 @@ def test_wandb_took_a_run_that_failed_for_finished(launch: Launch, wandb: FakeWa
 
 
 def record_steps(metrics: RunMetrics, *steps: int) -> str:
-    """Record steps and close; gives the file's new content."""
+    """Record steps and close; return the content of metrics.jsonl."""
     for step in steps:
         metrics.record(step, {"loss": 0.5, "step_seconds": 1.0, "tokens": 8 * step})
     metrics.close()
     return (metrics.folder / "metrics.jsonl").read_text()
 
 
-def test_a_record_without_its_checkpoints_was_wiped_by_the_next_start(
+def test_metrics_without_checkpoints_were_deleted_by_the_next_launch(
     launch: Launch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "run"
     old = record_steps(launch(), 0, 1, 2)
-    for name, step, torn in (("metrics.jsonl.1", -1, '{"step": 3, "lo'), ("metrics.jsonl.2", 1, "")):
+    for name, step, torn in (("metrics.jsonl.1", None, '{"step": 3, "lo'), ("metrics.jsonl.2", 1, "")):
         with (folder / "metrics.jsonl").open("a") as file:
             file.write(torn)
         metrics = launch()
-        metrics.resume(step)  # 1 is where a branch starts
+        metrics.start_recording(step)  # 1 for a branch from step 1
         assert (folder / name).read_text() == old + torn
-        assert (
-            f"no checkpoint in {folder}; starting over, the earlier record is {folder / name}" in caplog.text
-        )
+        assert f"the metrics of the previous launch are kept in {folder / name}" in caplog.text
         old = record_steps(metrics, 2, 3)
-    # the file that was set aside is no part of the run
+    # rotated files are not read
     assert [record["step"] for record in read_run(folder).steps] == [2, 3]
 
 
-def test_a_record_is_set_aside_only_where_a_run_starts_over(launch: Launch, tmp_path: Path) -> None:
+def test_metrics_are_rotated_only_without_a_checkpoint_to_resume_from(launch: Launch, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     record_steps(launch(), 0)
-    launch().resume(-1)  # the evaluation at step 0 is made again
+    launch().start_recording(None)  # the evaluation at step 0 is repeated
     assert (folder / "metrics.jsonl").read_text() == ""
     record_steps(launch(), 1, 2, 3)
     add_checkpoint(folder, 2)
     metrics = launch()
-    metrics.resume(2)
+    metrics.start_recording(2)
     assert [json.loads(line)["step"] for line in record_steps(metrics, 3).splitlines()] == [1, 2, 3]
     assert not list(folder.glob("metrics.jsonl.*"))
 
 
-def test_the_first_time_left_after_a_resume_was_weeks_too_long(
+def test_the_first_time_left_after_a_resume_was_far_too_long(
     launch: Launch, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     clock = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     caplog.set_level(logging.INFO, logger.name)
     metrics = launch()
-    clock[0] += 600  # what building the model and loading the checkpoint take
-    metrics.resume(900)
+    clock[0] += 600  # building the model and loading the checkpoint
+    metrics.start_recording(900)
     for step in range(901, 911):
         clock[0] += 300 if step == 901 else 2  # the first one compiles
         record = metrics.throughput()
         if step in (901, 910):
-            metrics.console(step, {"loss": 1.0, "grad_norm": 1.0, **record}, 1000)
+            metrics.log_step(step, {"loss": 1.0, "grad_norm": 1.0, **record}, 1000)
     first, second = (message for message in caplog.messages if "/1000" in message)
     assert "left" not in first
     assert "3m00s left" in second

@@ -1,4 +1,4 @@
-"""Whole runs from the command line: resume, ranks, records."""
+"""Runs from the command line: resuming, numbers of ranks, recorded metrics."""
 
 import math
 import shutil
@@ -15,7 +15,7 @@ RANKS = pytest.mark.parametrize("ranks", [1, 2])
 
 @pytest.fixture(scope="module")
 def straight(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """A run of 20 steps on 1 and on 2 ranks, with a checkpoint after step 10."""
+    """A run of 20 steps on 1 and on 2 ranks, with a checkpoint of step 10."""
     folders = {}
     for ranks in (1, 2):
         folders[ranks] = tmp_path_factory.mktemp(f"straight{ranks}") / "run"
@@ -24,7 +24,7 @@ def straight(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int
 
 
 @RANKS
-def test_ten_steps_and_ten_more_equal_twenty_to_the_last_digit(
+def test_ten_steps_and_a_resume_of_ten_are_bit_identical_to_twenty(
     ranks: int, straight: dict[int, Path], corpus: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
@@ -34,13 +34,13 @@ def test_ten_steps_and_ten_more_equal_twenty_to_the_last_digit(
     assert losses(folder) == losses(straight[ranks])
 
 
-def test_a_checkpoint_of_two_ranks_continues_on_one(
+def test_a_checkpoint_of_two_ranks_is_resumed_on_one(
     straight: dict[int, Path], corpus: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     shutil.copytree(straight[2], folder)
     shutil.rmtree(folder / "checkpoint" / "step-20")
-    # what a kill during the writing of step 15 leaves: shards, and no metadata
+    # an incomplete checkpoint, from a run that was killed while writing it: shards without metadata
     partial = folder / "checkpoint" / "step-15"
     shutil.copytree(folder / "checkpoint" / "step-10", partial)
     (partial / ".metadata").unlink()
@@ -67,11 +67,11 @@ def test_one_and_two_ranks_give_the_same_losses(
     assert one[-1][1] < one[0][1]
 
 
-def test_initial_weights_are_bitwise_equal_on_one_and_two_ranks(corpus: Path, tmp_path: Path) -> None:
+def test_initial_weights_are_bit_identical_on_one_and_two_ranks(corpus: Path, tmp_path: Path) -> None:
     weights = []
     for ranks in (1, 2):
         folder = tmp_path / f"run{ranks}"
-        # a learning rate of zero leaves the weights as they were drawn
+        # a learning rate of zero keeps the initial weights
         still = [f"--optimizer.groups.{g}.lr=0.0" for g in ("hidden", "embedding", "vectors")]
         train("debug_parallax_muon", corpus, folder, *still, "--training.stop_at_step", "1", ranks=ranks)
         saved = tmp_path / f"weights{ranks}.pt"
@@ -83,7 +83,7 @@ def test_initial_weights_are_bitwise_equal_on_one_and_two_ranks(corpus: Path, tm
         assert torch.equal(weights[0][name], weights[1][name]), name
 
 
-def test_the_record_holds_every_step_with_its_metrics(straight: dict[int, Path]) -> None:
+def test_every_step_is_recorded_with_its_metrics(straight: dict[int, Path]) -> None:
     lines = records(straight[2])
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 21))
@@ -106,7 +106,7 @@ def test_the_record_holds_every_step_with_its_metrics(straight: dict[int, Path])
     assert (straight[2] / "config.toml").exists()
 
 
-def test_the_size_of_updates_is_on_record_every_ten_steps_and_the_same_on_one_and_two_ranks(
+def test_update_sizes_are_recorded_every_ten_steps_and_equal_on_one_and_two_ranks(
     straight: dict[int, Path],
 ) -> None:
     names = [f"update_rms/{group}" for group in ("hidden", "embedding", "vectors")]
@@ -120,10 +120,10 @@ def test_the_size_of_updates_is_on_record_every_ten_steps_and_the_same_on_one_an
     assert all(0.005 < size < 2.0 for size in sizes[1])
 
 
-def test_every_way_of_running_gives_the_same_losses(
+def test_parallelism_activation_checkpointing_and_async_saves_do_not_change_the_losses(
     straight: dict[int, Path], corpus: Path, tmp_path: Path
 ) -> None:
-    ways = {
+    variants = {
         "hsdp": ["--parallelism.replicate", "2"],
         "selective": ["--training.activation_checkpointing", "selective"],
         "full": ["--training.activation_checkpointing", "full", "--training.local_batch_size", "4"],
@@ -131,7 +131,7 @@ def test_every_way_of_running_gives_the_same_losses(
     }
     updates = ["--metrics.update_every", "2", "--metrics.spectrum_every", "4", "--training.stop_at_step", "4"]
     sizes = {}
-    for name, words in ways.items():
+    for name, words in variants.items():
         folder = tmp_path / name
         train("debug_parallax_muon", corpus, folder, *EXACT, *words, *updates, ranks=2)
         for ours, theirs in zip(losses(folder), losses(straight[2]), strict=False):
@@ -148,9 +148,7 @@ def test_every_way_of_running_gives_the_same_losses(
     assert len(list((tmp_path / "async" / "checkpoint").glob("step-*"))) >= 2
 
 
-def test_rows_without_document_masks_give_the_same_losses_on_one_and_two_ranks(
-    corpus: Path, tmp_path: Path
-) -> None:
+def test_unmasked_sequences_give_the_same_losses_on_one_and_two_ranks(corpus: Path, tmp_path: Path) -> None:
     words = ["--data.mask_documents", "false", "--training.stop_at_step", "4"]
     for ranks in (1, 2):
         train("debug_parallax_adamw", corpus, tmp_path / f"run{ranks}", *words, ranks=ranks)
@@ -158,7 +156,7 @@ def test_rows_without_document_masks_give_the_same_losses_on_one_and_two_ranks(
     assert len(one) == 4
     for a, b in zip(one, two, strict=True):
         assert a == pytest.approx(b, abs=1e-5)
-    # without a mask the label after a document's end counts too
+    # without masking, the label after a document boundary counts too
     assert {line["predicted_tokens"] for line in records(tmp_path / "run1") if "loss" in line} == {8 * 32}
 
 

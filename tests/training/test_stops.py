@@ -1,4 +1,4 @@
-"""Signals, non-finite losses and runs that can't be: nothing is lost and the error says what to do."""
+"""Signals, losses of NaN or Inf, and invalid runs: checkpoints are kept and errors name the remedy."""
 
 import re
 import signal
@@ -11,18 +11,19 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-import config
 import train as main_program
+from config import load as load_config
+from errors import UserError
 from tests.conftest import write_parquet
 from tests.training.launch import ROOT, arguments, command, environment, losses, records, train
-from training.job import to_job_config
 from training.run_config import RunConfig
+from training.titan import to_job_config
 
 LONG = ["--training.steps", "100000", "--data.validation", "none"]
 
 
 def start(corpus: Path, folder: Path, ranks: int) -> subprocess.Popen[str]:
-    """A run that will not end by itself, once it has taken a step."""
+    """Start a long run, and return it after its first step."""
     process = subprocess.Popen(
         [*command(ranks), *arguments("debug_parallax_muon", corpus, folder, *LONG)],
         cwd=ROOT,
@@ -40,14 +41,14 @@ def start(corpus: Path, folder: Path, ranks: int) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize(("number", "ranks"), [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)])
-def test_a_signal_writes_a_checkpoint_and_the_run_goes_on_from_it(
+def test_a_signal_writes_a_checkpoint_from_which_the_run_is_resumed(
     number: signal.Signals, ranks: int, corpus: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     process = start(corpus, folder, ranks)
     process.send_signal(number)
     printed, _ = process.communicate(timeout=120)
-    # torchrun answers a signal with 1 whatever its workers do
+    # torchrun exits with 1 on a signal, whatever its workers return
     assert process.returncode == (0 if ranks == 1 else 1), printed[-4000:]
     assert "stopped by a signal after step" in printed
     step = losses(folder)[-1][0]
@@ -56,7 +57,7 @@ def test_a_signal_writes_a_checkpoint_and_the_run_goes_on_from_it(
     assert [s for s, *_ in losses(folder)] == list(range(1, step + 3))
 
 
-def test_a_second_signal_ends_at_once() -> None:
+def test_a_second_signal_exits_at_once() -> None:
     program = (
         "import time; from training import signals; signals.GRACE_SECONDS = 0.2\n"
         "stop = signals.StopRequest(); stop.install(); print('ready', flush=True)\n"
@@ -68,24 +69,27 @@ def test_a_second_signal_ends_at_once() -> None:
     assert process.stdout is not None
     process.stdout.readline()
     process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGTERM)  # a launcher's second copy of the same request
+    process.send_signal(signal.SIGTERM)  # the same request, delivered twice by a launcher
     time.sleep(0.5)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=10) == 128 + signal.SIGTERM
 
 
-def test_a_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(corpus: Path, tmp_path: Path) -> None:
+def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(
+    corpus: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     printed = train("debug_softmax_adamw", corpus, folder, "--training.stop_at_step", "3")
     assert re.search(r"stopped after step 3 of \d+ \(training\.stop_at_step\)", printed)
-    wild = [f"--optimizer.groups.{group}.lr=1e36" for group in ("hidden", "embedding", "vectors")]
-    printed = train("debug_softmax_adamw", corpus, folder, *wild, code=1)
+    diverging = [f"--optimizer.groups.{group}.lr=1e36" for group in ("hidden", "embedding", "vectors")]
+    printed = train("debug_softmax_adamw", corpus, folder, *diverging, code=1)
     assert "stopped without saving" in printed
+    assert "Traceback" not in printed
     bad_step = len(losses(folder)) + 1
     assert f"step {bad_step}: loss " in printed
     assert [p.name for p in (folder / "checkpoint").iterdir()] == ["step-3"]
-    # the last good state trains on
+    # the last good state is resumed
     train("debug_softmax_adamw", corpus, folder, "--training.stop_at_step", "5")
     assert [step for step, *_ in losses(folder)] == [1, 2, 3, 4, 5]
 
@@ -93,38 +97,38 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(corpus: Path
 @pytest.mark.parametrize(
     ("name", "ranks"), [("debug_softmax_adamw", 1), ("debug_softmax_adamw", 2), ("debug_parallax_muon", 2)]
 )
-def test_a_non_finite_gradient_leaves_weights_and_state_untouched(
+def test_a_non_finite_gradient_leaves_weights_and_state_unchanged(
     name: str, ranks: int, corpus: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     program = ("-m", "tests.training.poisoned")
     printed = train(name, corpus, folder, "--checkpoint.every", "1", ranks=ranks, code=1, program=program)
     for rank in range(ranks):
-        assert re.search(rf"rank {rank}: \d+ tensors are as they were", printed), printed[-4000:]
+        assert re.search(rf"rank {rank}: \d+ tensors are unchanged", printed), printed[-4000:]
     assert re.search(r"step 3: loss \d+\.\d+, gradient norm nan; stopped without saving", printed)
     assert [step for step, *_ in losses(folder)] == [1, 2]
     assert {p.name for p in (folder / "checkpoint").iterdir()} == {"step-1", "step-2"}
 
 
-def test_weights_that_the_last_update_destroyed_are_not_saved(corpus: Path, tmp_path: Path) -> None:
+def test_non_finite_weights_are_not_saved(corpus: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    wild = [f"--optimizer.groups.{group}.lr=1e36" for group in ("hidden", "embedding", "vectors")]
-    printed = train("debug_softmax_adamw", corpus, folder, *wild, "--training.stop_at_step", "1", code=1)
-    assert "step 1: the weights' norm is inf; stopped without saving" in printed
+    diverging = [f"--optimizer.groups.{group}.lr=1e36" for group in ("hidden", "embedding", "vectors")]
+    printed = train("debug_softmax_adamw", corpus, folder, *diverging, "--training.stop_at_step", "1", code=1)
+    assert "step 1: the norm of the weights is inf; stopped without saving" in printed
     assert not list(folder.glob("checkpoint/step-*"))
 
 
-def test_a_finished_run_says_so_and_keeps_its_record(corpus: Path, tmp_path: Path) -> None:
+def test_a_finished_run_is_reported_and_keeps_its_metrics(corpus: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     train("debug_softmax_adamw", corpus, folder, "--training.stop_at_step", "2")
-    before, config = records(folder), (folder / "config.toml").read_text()
+    before, saved = records(folder), (folder / "config.toml").read_text()
     printed = train("debug_softmax_adamw", corpus, folder, "--training.stop_at_step", "2", "--run.seed", "7")
     assert "has finished at step 2; raise training.steps" in printed
     assert records(folder) == before
-    assert (folder / "config.toml").read_text() == config
+    assert (folder / "config.toml").read_text() == saved
 
 
-def test_a_refused_resume_leaves_the_config_as_it_was(corpus: Path, tmp_path: Path) -> None:
+def test_a_refused_resume_leaves_the_saved_config_unchanged(corpus: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     train("debug_softmax_adamw", corpus, folder, "--training.stop_at_step", "1")
     saved = (folder / "config.toml").read_text()
@@ -134,34 +138,34 @@ def test_a_refused_resume_leaves_the_config_as_it_was(corpus: Path, tmp_path: Pa
     assert "belongs to another source" in printed
     assert "Traceback" not in printed
     printed = train("debug_softmax_muon", corpus, folder, code=2)
-    assert "checkpoints of other optimizers: optimizer.groups.hidden.kind is 'adamw' there" in printed
+    assert 'checkpoints of other optimizers: optimizer.groups.hidden.kind: saved "adamw"' in printed
     assert (folder / "config.toml").read_text() == saved
-    # what leaves weights and function as they are may change
+    # keys that change neither the weights' shapes nor the function may change
     words = ["--model.init_std", "0.1", "--training.max_grad_norm", "0.5", "--training.stop_at_step", "2"]
     printed = train("debug_softmax_adamw", corpus, folder, *words)
     assert "the first 1 steps of" in printed
-    assert "training.max_grad_norm is 1.0 there and 0.5 here" in printed
+    assert "training.max_grad_norm: saved 1.0, now 0.5" in printed
     assert "max_grad_norm = 0.5" in (folder / "config.toml").read_text()
 
 
-def test_an_error_that_rank_0_does_not_have_is_said_by_the_rank_that_has_it(
+def test_another_rank_prints_its_error_after_rank_0(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     slept: list[float] = []
     monkeypatch.setattr(main_program.time, "sleep", slept.append)
-    # rank 0 speaks first: where it has the same error, torchrun ends the others before they repeat it
-    for rank, seconds, said in (("0", [], "error: "), ("1", [5.0], "rank 1: error: ")):
+    # rank 0 prints first: torchrun kills the other ranks before they repeat the same error
+    for rank, seconds, prefix in (("0", [], "error: "), ("1", [5.0], "rank 1: error: ")):
         slept.clear()
         monkeypatch.setenv("RANK", rank)
         words = ["--config", "configs/debug_softmax_adamw.toml", "--training.no_such_key", "1", "--dry-run"]
         assert main_program.main(words) == 2
         assert slept == seconds
         printed = capsys.readouterr().err
-        assert printed.startswith(said)
+        assert printed.startswith(prefix)
         assert "no_such_key" in printed
 
 
-def test_a_value_error_that_nobody_raised_on_purpose_keeps_its_traceback(
+def test_a_value_error_that_is_no_user_error_keeps_its_traceback(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def load(*words: object) -> None:
@@ -172,11 +176,11 @@ def test_a_value_error_that_nobody_raised_on_purpose_keeps_its_traceback(
         main_program.main(["--config", "any.toml"])
 
 
-def test_traces_without_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_profiler_traces_without_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    run = config.load(RunConfig, "configs/debug_softmax_adamw.toml", ["--metrics.profile_every", "10"])
-    with pytest.raises(ValueError, match=r"metrics\.profile_every is 10, but .* needs a GPU; set it to none"):
-        to_job_config(run, 1)
+    config = load_config(RunConfig, "configs/debug_softmax_adamw.toml", ["--metrics.profile_every", "10"])
+    with pytest.raises(UserError, match=r"metrics\.profile_every is 10, but .* needs a GPU; set it to none"):
+        to_job_config(config, 1)
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(corpus: Path, tmp_path: Path) -> None:
@@ -184,7 +188,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(corpus: Path, tmp_path:
     train("debug_softmax_adamw", corpus, folder, "--training.stop_at_step", "1")
     printed = train("debug_parallax_muon", corpus, folder, code=2)
     assert "holds checkpoints of another architecture" in printed
-    assert "model.attention.kind is 'softmax' there and 'parallax' here" in printed
+    assert 'model.attention.kind: saved "softmax", now "parallax"' in printed
     assert "run.folder" in printed
 
 
@@ -197,7 +201,7 @@ def refusal(corpus: Path, tmp_path: Path, *overrides: str, ranks: int = 1) -> st
     return printed
 
 
-def test_data_and_tokenizer_that_are_not_there(corpus: Path, tmp_path: Path) -> None:
+def test_missing_data_and_tokenizer(corpus: Path, tmp_path: Path) -> None:
     printed = refusal(corpus, tmp_path, "--data.train.files", '["absent.parquet"]')
     assert "absent.parquet" in printed
     printed = refusal(corpus, tmp_path, "--data.tokenizer", "absent")
@@ -224,7 +228,7 @@ def test_a_schedule_that_does_not_fit_and_a_folder_that_is_a_file(corpus: Path, 
     assert "warmup_steps (5)" in refusal(corpus, tmp_path, "--training.steps", "3")
     (tmp_path / "file").write_text("")
     printed = refusal(corpus, tmp_path, "--run.folder", str(tmp_path / "file" / "run"))
-    assert "a file is in its place" in printed
+    assert "a file has this name" in printed
     printed = refusal(corpus, tmp_path, "--dry-run", "--world-size", "3")
     assert "training.global_batch_size (8) must be a multiple of" in printed
 

@@ -1,0 +1,240 @@
+"""Compare the config saved in a run folder with the config of a launch, key by key.
+
+Saved configs are tables as in TOML, where "none" stands for None. A config saved by an earlier version of the
+code lacks the keys introduced since.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from config import Table, from_table, to_table
+from errors import UserError
+from models.qwen3 import Qwen3
+from optimizers.config import OptimizerConfig, ScheduleConfig
+from optimizers.schedule import lr_factor, weight_decay_factor
+from training.run_config import RunConfig
+
+KeyPath = tuple[str, ...]
+
+# keys that decide what a token of a sequence attends to
+SEQUENCE_KEYS: tuple[KeyPath, ...] = (("training", "seq_len"), ("data", "mask_documents"))
+_TRAINING_KEYS: tuple[KeyPath, ...] = (
+    *(("training", "global_batch_size"), ("training", "max_grad_norm"), ("training", "precision")),
+    *(("run", "seed"), ("data", "validation_documents"), ("eval", "max_tokens"), ("data", "validation")),
+)
+# keys of [model] that change neither the weights' shapes nor the function that they compute
+_FREE_MODEL_KEYS = ("impl", "init_std", "r_gain_init")
+# of an optimizer group: check_compatible compares the parameters, _rate_differences the others
+_GROUP_KEYS_COMPARED_ELSEWHERE = ("parameters", "lr", "weight_decay", "weight_decay_gamma")
+
+
+def check_model(config: RunConfig, saved: Table, source: Path, remedy: str) -> None:
+    """Raise unless checkpoints of a saved config hold this config's architecture.
+
+    Args:
+        config: The config of the run that loads a checkpoint.
+        saved: The config of the run that wrote it.
+        source: The checkpoint or its run folder, for the message.
+        remedy: The alternative to restoring the keys, for the message.
+
+    Raises:
+        UserError: The architectures differ; names the keys with both values.
+    """
+    saved_model = _fill_defaults(saved["model"], config.model)
+    differing = _differences(saved_model, to_table(config.model), "model", ignored=_FREE_MODEL_KEYS)
+    if differing:
+        raise UserError(
+            f"{source} holds checkpoints of another architecture: {'; '.join(differing)}. "
+            f"{remedy}, or restore these keys"
+        )
+
+
+def check_compatible(config: RunConfig, saved: Table, source: Path, remedy: str) -> None:
+    """Raise unless a checkpoint of a saved config has this config's architecture and optimizer state.
+
+    Args:
+        config: The config of the run that loads the checkpoint.
+        saved: The config of the run that wrote it.
+        source: The checkpoint or its run folder, for the message.
+        remedy: The alternative to restoring the keys, for the message.
+
+    Raises:
+        UserError: [model], or the parameters or kind of an optimizer group, differ (names the keys with both
+            values), or there is no optimizer state.
+    """
+    check_model(config, saved, source, remedy)
+    if "optimizer" not in saved:
+        raise UserError(
+            f"{source} holds weights without optimizer state, as models.convert writes them: give this run a "
+            "folder of its own, and set checkpoint.initial_weights to that one"
+        )
+    differing = _optimizer_differences(config, saved["optimizer"])
+    if differing:
+        raise UserError(
+            f"{source} holds checkpoints of other optimizers: {'; '.join(differing)}. "
+            f"{remedy}, or restore these groups"
+        )
+
+
+def sequence_differences(config: RunConfig, saved: Table) -> list[str]:
+    """Describe the differences in the sequences: their length, and document masking."""
+    return _differences_at(config, saved, SEQUENCE_KEYS)
+
+
+def training_differences(config: RunConfig, saved: Table, step: int, source: Path) -> list[str]:
+    """Describe the differences between the steps that a checkpoint has taken and those of this config.
+
+    Args:
+        config: The config.
+        saved: The config that the checkpoint was trained with, of compatible model and optimizers.
+        step: Completed optimizer steps of the checkpoint.
+        source: The file of the saved config, for error messages.
+
+    Returns:
+        One phrase per key of batch, clipping, precision, validation and optimizer groups, and one for the
+        first step with another learning rate or weight decay of each group.
+
+    Raises:
+        ConfigError: [optimizer] or [schedule] was saved by an incompatible version of the code.
+    """
+    keys = [*_TRAINING_KEYS]
+    for name, group in to_table(config.optimizer)["groups"].items():
+        keys += [
+            ("optimizer", "groups", name, key) for key in group if key not in _GROUP_KEYS_COMPARED_ELSEWHERE
+        ]
+    return [*_differences_at(config, saved, keys), *_rate_differences(config, saved, step, source)]
+
+
+def describe_difference(key: str, saved: Any, current: Any) -> str:
+    """Return "KEY: saved VALUE, now VALUE", with the values as in TOML; None is a missing key."""
+    return f"{key}: saved {_to_toml(saved)}, now {_to_toml(current)}"
+
+
+def _to_toml(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_to_toml(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_to_toml, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _fill_defaults(saved: Table, config: Any) -> Table:
+    """Add the keys that a saved table does not have, with their defaults in the class of config."""
+    filled = dict(saved)
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            child = filled.get(field.name, {})
+            filled[field.name] = _fill_defaults(child, value) if isinstance(child, dict) else child
+        elif field.name not in filled and field.default is not dataclasses.MISSING:
+            filled[field.name] = to_table(field.default)
+    return filled
+
+
+def _differences(
+    saved: Any, current: Any, key: str, *, ignored: tuple[str, ...] = (), skip_missing: bool = False
+) -> list[str]:
+    """Describe the values that differ, table by table.
+
+    Args:
+        saved: Saved value; None for a missing key.
+        current: Value of this launch; None for a missing key.
+        key: Dotted key of both.
+        ignored: Keys that may differ, in any table.
+        skip_missing: Whether to skip the keys that are missing in saved.
+    """
+    if isinstance(saved, dict) and isinstance(current, dict):
+        kind = saved.get("kind", current.get("kind"))
+        if kind != current.get("kind"):
+            return [describe_difference(f"{key}.kind", kind, current.get("kind"))]
+        return [
+            line
+            for name in sorted({*saved, *current} - {*ignored})
+            for line in _differences(
+                saved.get(name),
+                current.get(name),
+                f"{key}.{name}",
+                ignored=ignored,
+                skip_missing=skip_missing,
+            )
+        ]
+    if saved == current or (saved is None and skip_missing):
+        return []
+    return [describe_difference(key, saved, current)]
+
+
+def _differences_at(config: RunConfig, saved: Table, keys: Iterable[KeyPath]) -> list[str]:
+    """Describe the keys that differ, among some; skips those that are missing in the saved config."""
+    current = to_table(config)
+    return [
+        line
+        for key in keys
+        for line in _differences(_at(saved, key), _at(current, key), ".".join(key), skip_missing=True)
+    ]
+
+
+def _at(table: Any, key: KeyPath) -> Any:
+    for part in key:
+        table = table.get(part) if isinstance(table, dict) else None
+    return table
+
+
+def _optimizer_differences(config: RunConfig, saved: Table) -> list[str]:
+    """Describe the groups that have other parameters, whatever the patterns, or another kind of optimizer."""
+    saved_groups, groups = _group_kinds(saved), _group_kinds(to_table(config.optimizer))
+    with torch.device("meta"):
+        names = [name for name, _ in Qwen3(config.model).named_parameters()]
+
+    def matches(group: Table) -> set[str]:
+        return {name for name in names for pattern in group["parameters"] if re.fullmatch(pattern, name)}
+
+    for name in saved_groups.keys() & groups.keys():
+        if matches(saved_groups[name]) == matches(groups[name]):
+            saved_groups[name]["parameters"] = groups[name]["parameters"]
+    return _differences(saved_groups, groups, "optimizer.groups")
+
+
+def _group_kinds(optimizer: Table) -> Table:
+    groups = optimizer.get("groups", {})
+    return {name: {key: group.get(key) for key in ("kind", "parameters")} for name, group in groups.items()}
+
+
+def _rate_differences(config: RunConfig, saved: Table, step: int, source: Path) -> list[str]:
+    """Describe, for each group, the first of the steps with another learning rate or weight decay."""
+    schedule = from_table(ScheduleConfig, saved["schedule"], source, "schedule")
+    optimizer = from_table(OptimizerConfig, saved["optimizer"], source, "optimizer")
+    saved_rates = _rates(optimizer, schedule, saved["training"]["steps"], step)
+    rates = _rates(config.optimizer, config.schedule, config.training.steps, step)
+    differing = []
+    for name, values in rates.items():
+        pairs = enumerate(zip(saved_rates[name], values, strict=True), start=1)
+        first = next(((s, a, b) for s, (a, b) in pairs if a != b), None)
+        if first is not None:
+            at_step, before, now = first
+            differing.append(
+                describe_difference(f"{name} at step {at_step}", float(f"{before:.6g}"), float(f"{now:.6g}"))
+            )
+    return differing
+
+
+def _rates(
+    optimizer: OptimizerConfig, schedule: ScheduleConfig, total_steps: int, num_steps: int
+) -> dict[str, list[float]]:
+    """Return learning rate and weight decay of each group in the first steps of a run."""
+    steps = range(num_steps)
+    rates: dict[str, list[float]] = {}
+    for name, group in optimizer.groups.items():
+        gamma = group.weight_decay_gamma or 0.0
+        rates[f"lr of group {name}"] = [group.lr * lr_factor(s, schedule, total_steps) for s in steps]
+        rates[f"weight_decay of group {name}"] = [
+            group.weight_decay * weight_decay_factor(s, schedule, total_steps, gamma) for s in steps
+        ]
+    return rates
