@@ -49,7 +49,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, overrides
 
 
-def _train(run: RunConfig) -> None:
+def _train(run_config: RunConfig) -> None:
     one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     os.environ.update(one | os.environ)  # one process, started without torchrun
     from training import device
@@ -63,7 +63,7 @@ def _train(run: RunConfig) -> None:
 
     rank = int(os.environ["RANK"])
     log.setup(rank)
-    trainer = Trainer(run, check_run(run, int(os.environ["WORLD_SIZE"])))
+    trainer = Trainer(run_config, check_run(run_config, int(os.environ["WORLD_SIZE"])))
     try:
         trainer.train()
     finally:
@@ -77,15 +77,15 @@ def _run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
 
         print(describe_config(options.help_config or None))
         return
-    run = config.load(RunConfig, options.config, overrides)
+    run_config = config.load(RunConfig, options.config, overrides)
     if options.print_config:
-        print(config.to_toml(run), end="", flush=True)
+        print(config.to_toml(run_config), end="", flush=True)
     elif options.dry_run:
         from training.dry_run import dry_run
 
-        print(dry_run(run, options.world_size), flush=True)
+        print(dry_run(run_config, options.world_size), flush=True)
     else:
-        _train(run)
+        _train(run_config)
 
 
 def _report(error: Exception) -> None:
