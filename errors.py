@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 
+RUN_ERROR_CODE = 1
 USER_ERROR_CODE = 2
 INTERRUPT_CODE = 130
 
@@ -37,6 +38,17 @@ def is_user_error(error: BaseException) -> bool:
     return frame is not None and frame.tb_frame.f_globals.get("__name__") in _ARGUMENT_CHECKS
 
 
+def exit_code(error: Exception) -> int | None:
+    """Return the exit code of a command that an error ends in one line; None for a fault of the code.
+
+    Returns:
+        2 for what the user got wrong, 1 for a RunError.
+    """
+    if isinstance(error, RunError):
+        return RUN_ERROR_CODE
+    return USER_ERROR_CODE if is_user_error(error) else None
+
+
 def run_command(main: Callable[[], int | None]) -> int:
     """Run a command line to its exit code.
 
@@ -44,14 +56,15 @@ def run_command(main: Callable[[], int | None]) -> int:
         main: Parses the arguments and does the work; returns an exit code, or None for 0.
 
     Returns:
-        main's exit code; 2 after one line on standard error for what the user got wrong; 130 for Ctrl-C.
+        main's exit code; that of `exit_code`, after one line on standard error; 130 for Ctrl-C.
     """
     try:
         return main() or 0
     except KeyboardInterrupt:
         return INTERRUPT_CODE
     except Exception as error:
-        if not is_user_error(error):
+        code = exit_code(error)
+        if code is None:
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return USER_ERROR_CODE
+        return code

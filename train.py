@@ -16,10 +16,8 @@ import time
 from collections.abc import Sequence
 
 import config
-from errors import INTERRUPT_CODE, USER_ERROR_CODE, RunError, is_user_error
+from errors import INTERRUPT_CODE, exit_code
 from training.run_config import RunConfig
-
-RUN_ERROR_CODE = 1
 
 # torchrun ends the other ranks as soon as one has failed: the main rank is to print what all of them would
 _SECONDS_TO_PRINT = 5.0
@@ -110,10 +108,11 @@ def main(arguments: Sequence[str]) -> int:
     try:
         _run(options, overrides)
     except Exception as error:
-        if not (is_user_error(error) or isinstance(error, RunError)):
+        code = exit_code(error)
+        if code is None:
             raise
         _report(error)
-        return RUN_ERROR_CODE if isinstance(error, RunError) else USER_ERROR_CODE
+        return code
     return 0
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from errors import UserError
+from errors import RunError, UserError
 from eval.scoring.groups import Group, Scores
 from eval.scoring.language_model import LanguageModel
 
@@ -20,7 +20,7 @@ logger = logging.getLogger("parallax")
 T = TypeVar("T")
 
 
-class EvaluationError(RuntimeError):
+class EvaluationError(RunError):
     """An evaluation failed on some rank; raised on all ranks."""
 
 
