@@ -98,3 +98,11 @@ def test_links_of_the_documents_lead_somewhere() -> None:
     for path in _tracked("*.md", "docs/*.md"):
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text(encoding="utf-8")):
             assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def test_the_tree_lists_every_file() -> None:
+    text = (ROOT / "docs" / "tree.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\* `([^`]+)`: \S", text, flags=re.MULTILINE)
+    files = {str(path.relative_to(ROOT)) for path in _tracked("*.py")}
+    wanted = {f for f in files if not f.startswith("tests/") and not f.endswith("__init__.py")}
+    assert sorted(listed) == sorted(wanted)

@@ -1,0 +1,29 @@
+"""Every command line explains itself."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MODULES = [
+    *("data.sample", "data.shards", "data.train_tokenizer"),
+    *("eval.downstream", "eval.perplexity", "eval.report"),
+    *("models.convert", "models.generation", "models.size_table"),
+]
+
+
+@pytest.mark.parametrize("command", [["train.py"], *(["-m", module] for module in MODULES)], ids=" ".join)
+def test_help(command: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, *command, "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: ")
+    assert done.stderr == ""
