@@ -27,6 +27,7 @@ from models.config import ModelConfig
 from models.convert.format import to_config_json, to_hugging_face
 from models.init import init_weights
 from models.qwen3 import Qwen3
+from tokens import END_OF_DOCUMENT
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,7 @@ def open_gguf(path: Path) -> tuple[Any, Any, Tokenizer]:
     model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
     theirs: Any = transformers.AutoTokenizer.from_pretrained(**where)
     copy = type(theirs.backend_tokenizer).from_str(theirs.backend_tokenizer.to_str())
-    return model, theirs, Tokenizer(copy, end_of_document="<|endoftext|>", name=path.name)
+    return model, theirs, Tokenizer(copy, end_of_document=END_OF_DOCUMENT, name=path.name)
 
 
 def to_fast_tokenizer(tokenizer: Tokenizer, folder: Path) -> Any:

@@ -27,6 +27,7 @@ import torch
 from benchmarks.machine import RESULTS, describe, write_result
 from config import load
 from errors import UserError, run_command
+from models.run_folder import RunFolder
 from training.run_config import RunConfig
 
 WARMUP_STEPS = 5
@@ -86,7 +87,7 @@ def measure(
     arguments = _arguments(path, steps, num_ranks, overrides)
     with tempfile.TemporaryDirectory() as folder:
         _launch(path, gpus, num_ranks, [*arguments, "--run.folder", folder])
-        lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = RunFolder(Path(folder)).metrics_file.read_text(encoding="utf-8").splitlines()
     records = [record for record in map(json.loads, lines) if "loss" in record]
     timed = records[WARMUP_STEPS:]
     return {

@@ -56,11 +56,11 @@ def refusal(path: Path, *overrides: str) -> str:
 
 
 def test_a_run_is_typed_and_named_after_its_file(tmp_path: Path) -> None:
-    run = load(write(tmp_path, RUN))
-    assert (run.run.name, run.run.folder) == ("run", "runs/run")
-    assert run.training.stop_at_step is None
-    assert run.data.validation is None
-    assert run.model.attention.kind == "parallax"
+    loaded = load(write(tmp_path, RUN))
+    assert (loaded.run.name, loaded.run.folder) == ("run", "runs/run")
+    assert loaded.training.stop_at_step is None
+    assert loaded.data.validation is None
+    assert loaded.model.attention.kind == "parallax"
 
 
 def test_overrides_of_every_spelling(tmp_path: Path) -> None:
@@ -73,23 +73,21 @@ def test_overrides_of_every_spelling(tmp_path: Path) -> None:
         "other",
         "--schedule.kind=cosine",
     ]
-    run = config.load(
-        RunConfig, path, [*words, "--data.train.files", '["b.parquet"]', "--training.max_grad_norm", "2"]
-    )
-    assert (run.training.steps, run.training.compile, run.run.folder) == (7, False, "runs/other")
-    assert isinstance(run.data.train, ParquetSource)
-    assert run.data.train.files == ["b.parquet"]
-    assert run.training.max_grad_norm == 2.0
-    assert isinstance(run.training.max_grad_norm, float)
+    loaded = load(path, [*words, "--data.train.files", '["b.parquet"]', "--training.max_grad_norm", "2"])
+    assert (loaded.training.steps, loaded.training.compile, loaded.run.folder) == (7, False, "runs/other")
+    assert isinstance(loaded.data.train, ParquetSource)
+    assert loaded.data.train.files == ["b.parquet"]
+    assert loaded.training.max_grad_norm == 2.0
+    assert isinstance(loaded.training.max_grad_norm, float)
 
 
 def test_extends_merges_tables_and_replaces_values(tmp_path: Path) -> None:
     write(tmp_path, RUN, "base.toml")
     child = 'extends = "base.toml"\n[training]\nsteps = 3\n[model.attention]\nkind = "softmax"\n'
-    run = load(write(tmp_path, child))
-    assert (run.training.steps, run.training.seq_len) == (3, 16)
+    loaded = load(write(tmp_path, child))
+    assert (loaded.training.steps, loaded.training.seq_len) == (3, 16)
     # the parallax options below do not leak into another kind
-    assert run.model.attention.kind == "softmax"
+    assert loaded.model.attention.kind == "softmax"
 
 
 def test_a_child_says_the_decay_in_steps_where_its_base_says_a_ratio(tmp_path: Path) -> None:
@@ -151,8 +149,8 @@ def test_toml_of_a_run_loads_to_the_same_run(tmp_path: Path) -> None:
     words = ["--run.name", 'run \U0001f600 "quoted"', "--optimizer.groups.all.lr", "1e-7"]
     named = RUN.replace("[optimizer.groups.all]", '[optimizer.groups."every one"]')
     for text, overrides in ((RUN, words), (named, [])):
-        run = load(write(tmp_path, text), overrides)
-        assert load(write(tmp_path, to_toml(run), "again.toml")) == run
+        loaded = load(write(tmp_path, text), overrides)
+        assert load(write(tmp_path, to_toml(loaded), "again.toml")) == loaded
 
 
 @pytest.mark.parametrize(
@@ -222,8 +220,8 @@ def test_none_is_named_where_a_key_may_be_unset(tmp_path: Path) -> None:
 
 
 def test_characters_that_toml_escapes_survive(tmp_path: Path) -> None:
-    run = load(write(tmp_path, RUN), ["--run.name", "a\x7fb\u2028\t\\"])
-    assert load(write(tmp_path, config.to_toml(run), "again.toml")) == run
+    loaded = load(write(tmp_path, RUN), ["--run.name", "a\x7fb\u2028\t\\"])
+    assert load(write(tmp_path, config.to_toml(loaded), "again.toml")) == loaded
 
 
 def test_a_saved_table_of_another_version_names_file_and_key(tmp_path: Path) -> None:
