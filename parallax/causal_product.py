@@ -89,11 +89,11 @@ def sum_past(y_BGRTX: Tensor, z_BGRTW: Tensor, ids_T: Tensor) -> PastSums:
     first_N1, last_N1 = ids_NC[:, :1], ids_NC[:, -1:]
     y_BGRNCX, z_BGRNCW = _in_chunks(y_BGRTX, chunk), _in_chunks(z_BGRTW, chunk)
     # the state of chunk n: earlier chunks that end in the document in which chunk n starts
-    reaches_NN = (first_N1 == last_N1.mT) & _lower(ids_NC.shape[0], ids_T).tril(-1)
+    reaches_NN = (first_N1 == last_N1.mT) & _lower_triangle(ids_NC.shape[0], ids_T).tril(-1)
     sums_BGRNXW = y_BGRNCX.masked_fill((ids_NC != last_N1)[..., None], 0.0).mT @ z_BGRNCW
     state_BGRNF = reaches_NN.to(z_BGRTW.dtype) @ sums_BGRNXW.flatten(-2)
     state_BGRNXW = state_BGRNF.unflatten(-1, sums_BGRNXW.shape[-2:])
-    hidden_NCC = (ids_NC[:, :, None] != ids_NC[:, None]) | ~_lower(chunk, ids_T)
+    hidden_NCC = (ids_NC[:, :, None] != ids_NC[:, None]) | ~_lower_triangle(chunk, ids_T)
     return PastSums(y_BGRNCX, z_BGRNCW, state_BGRNXW, hidden_NCC, (ids_NC != first_N1)[..., None])
 
 
@@ -116,6 +116,6 @@ def _in_chunks(x_BGRTX: Tensor, chunk: int) -> Tensor:
     return (F.pad(x_BGRTX, (0, 0, 0, tail)) if tail else x_BGRTX).unflatten(3, (-1, chunk))
 
 
-def _lower(size: int, like: Tensor) -> Tensor:
+def _lower_triangle(size: int, like: Tensor) -> Tensor:
     """Return a boolean lower triangle `[size, size]`, diagonal included."""
     return torch.ones(size, size, dtype=torch.bool, device=like.device).tril()

@@ -43,9 +43,9 @@ def conjugate_gradients(apply: LinearMap, b: Tensor, num_iterations: int, tolera
     x = torch.zeros_like(b)
     residual, direction = b.clone(), b
     square = torch.linalg.vector_norm(b, dim=-1, keepdim=True).square_()
-    enough = square * tolerance**2
+    threshold = square * tolerance**2
     for _ in range(num_iterations):
-        is_active = square > enough
+        is_active = square > threshold
         if not is_active.any():
             break
         image = apply(direction)

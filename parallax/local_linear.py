@@ -70,7 +70,7 @@ def local_linear_attention(
         ValueError: Shapes, devices or an option are wrong.
         TypeError: Dtypes are not served, or fp64 meets another.
     """
-    dtype, given = v.dtype, (q.dtype, k.dtype)
+    dtype, input_dtypes = v.dtype, (q.dtype, k.dtype)
     q, k, v = promote(q, k, v)
     check_tensors(q, q, k, v)
     check_window_size(window_size)
@@ -82,7 +82,7 @@ def local_linear_attention(
         check_cu_seqlens(cu_seqlens, q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     iterations = num_iterations if solver == "cg" else None
-    tolerance = residual_tolerance(*given)
+    tolerance = residual_tolerance(*input_dtypes)
     r = local_linear_probe(q, k, cu_seqlens, scale, ridge, window_size, iterations, tolerance)
     attend = triton_attention if _kernels_serve(q, k, scale) else eager_attention
     o = attend(q, r, k, v, scale=scale, cu_seqlens=cu_seqlens, window_size=window_size)
@@ -124,7 +124,7 @@ def local_linear_decode(
     """
     check_ridge(ridge)
     check_num_iterations(num_iterations)
-    dtype, given = v_cache.dtype, (q.dtype, k_cache.dtype)
+    dtype, input_dtypes = v_cache.dtype, (q.dtype, k_cache.dtype)
     q, k, v = promote(q, k_cache, v_cache)
 
     def attend(r: Tensor | None, values: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ def local_linear_decode(
         )
 
     kbar = attend(None, k)
-    tolerance = residual_tolerance(*given)
+    tolerance = residual_tolerance(*input_dtypes)
     r = conjugate_gradients(lambda x: kbar - attend(x, k) + ridge * x, kbar - q, num_iterations, tolerance)
     return attend(r, v).to(dtype)
 

@@ -119,7 +119,7 @@ def _empty_gradients(q: Tensor, r: Tensor | None, k: Tensor) -> tuple[Tensor, Te
     return q.new_empty(q.shape), dr, k.new_empty(k.shape), k.new_empty(k.shape)
 
 
-def _differentiate_first_alone(ctx: Any, *others: Tensor) -> None:
+def _mark_only_output_differentiable(ctx: Any, *others: Tensor) -> None:
     """Let a backward have gradients of the first output alone, and None where it has none.
 
     Autograd would otherwise write zeros for the others, vbar's as large as the output.
@@ -132,7 +132,7 @@ def _save_for_eager_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]
     q, r, k, v, cu_seqlens, ctx.scale, ctx.window_size, ctx.block_size = inputs
     _, lse, tbar = output
     ctx.save_for_backward(q, r, k, v, lse, tbar, cu_seqlens)
-    _differentiate_first_alone(ctx, lse, tbar)
+    _mark_only_output_differentiable(ctx, lse, tbar)
 
 
 def _differentiate_eager(ctx: Any, do: Tensor | None, _dlse: None, _dtbar: None) -> tuple[Tensor | None, ...]:
@@ -289,7 +289,7 @@ def _save_for_triton_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...
     q, r, k, v, cu_seqlens, ctx.scale, ctx.window_size, ctx.save_vbar = inputs
     o, vbar, lse, tbar = output
     ctx.save_for_backward(q, r, k, v, o, vbar, lse, tbar, cu_seqlens)
-    _differentiate_first_alone(ctx, vbar, lse, tbar)
+    _mark_only_output_differentiable(ctx, vbar, lse, tbar)
 
 
 def _differentiate_triton(
