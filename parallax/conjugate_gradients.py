@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 LinearMap = Callable[[Tensor], Tensor]
-"""x -> A x, of one shape, each row with its own A."""
+"""Maps x to A x of the same shape, with one matrix A per row."""
 
 
 def residual_tolerance(*dtypes: torch.dtype) -> float:
-    """Return the relative residual at which to stop for inputs of these dtypes: that of the least precise.
+    """Return the relative residual at which to stop, that of the least precise of the input dtypes.
 
-    For fp32 and fp64 it is 4 eps: further iterations would divide noise by noise. For bf16 and fp16 it is
+    For fp32 and fp64 it is 4 eps: below it the residual is rounding noise. For bf16 and fp16 it is
     eps / 64: a residual is an error of b, and rounding the inputs already causes one up to 32 times as large.
 
     Args:

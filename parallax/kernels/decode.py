@@ -272,7 +272,7 @@ def refusal(q: Tensor, k_cache: Tensor) -> str | None:
     if q.shape[1] > MAX_NEW_TOKENS:
         return f"serves up to {MAX_NEW_TOKENS} new tokens, got {q.shape[1]}"
     if q.shape[2] // k_cache.shape[2] > MAX_GROUP:
-        return f"serves up to {MAX_GROUP} query heads a kv head, got {q.shape[2] // k_cache.shape[2]}"
+        return f"serves up to {MAX_GROUP} query heads per kv head, got {q.shape[2] // k_cache.shape[2]}"
     return None
 
 
