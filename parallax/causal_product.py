@@ -2,9 +2,9 @@
 
 The sums of (17) of `parallax.reference` are of this form. Inside a chunk of `CHUNK_TOKENS` the sum is a
 masked matrix of scores times values; earlier chunks enter through the state, their sum of y_j z_j^T, as in
-chunked linear attention. Document masks apply to both. The states are accumulated by a product with a matrix of zeros
-and ones, without a sequential loop over chunks, in T^2 K^2 / CHUNK_TOKENS^2 operations: a small part of
-attention's T^2 K. Memory is O(T (K + CHUNK_TOKENS)) per head.
+chunked linear attention. Document masks apply to both. The states are accumulated by a product with a matrix
+of zeros and ones, without a sequential loop over chunks, in T^2 K^2 / CHUNK_TOKENS^2 operations: a small part
+of attention's T^2 K. Memory is O(T (K + CHUNK_TOKENS)) per head.
 
 Letters: B batch, T tokens, G key/value heads, R = H / G, N chunks of C tokens; W, X any width.
 """
