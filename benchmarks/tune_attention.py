@@ -4,7 +4,7 @@
 their numerical corrections, then times all candidates at 32k tokens (T = 4096, 16 query / 8 kv heads, bf16),
 writes the raw times and prints the entries of the table. A candidate whose result differs from the first
 one's is marked wrong. FLOPs count the causal half of each product: 4 forward, 5 for dQ and dR, 6 for dK and
-dV. The fastest portable tile of each kernel is then timed with other options, such as without the corrections.
+dV. The fastest portable tile of each kernel is then timed with other options, for example uncorrected.
 """
 
 import argparse
