@@ -1,16 +1,16 @@
-"""Speed of Parallax and of our softmax attention in training, beside their peers, in one process.
+"""Training speed of Parallax and of our softmax attention, compared with other implementations.
 
-`python -m benchmarks.attention` checks the accuracy first and reports nothing if that fails. Then, for every
-length at 32k tokens, all providers take turns, so that they share the state of the machine: torch's softmax
-attention with the FlashAttention-2 and the cuDNN backend, compiled FlexAttention (softmax), and the Parallax
-of flash-linear-attention. Times are medians over CUDA events, forward with what a backward needs. FLOPs count
-the causal half of each product: softmax 2 forward and 5 backward, Parallax 4 and 8, however many a kernel
-executes. At `--repeat-lengths` each provider also runs alone, again and again for `--repeat-seconds`: the
-card is at its power limit then, which turns with cooler kernels hide. Memory is the peak of one forward and
-backward above the inputs.
+`python -m benchmarks.attention` checks the accuracy first and reports no speed if that fails. Then, for every
+length at 32k tokens, all providers run in rotation in one process, so that clocks and temperature affect them
+equally: ours, torch's softmax attention with the FlashAttention-2 and the cuDNN backend, compiled
+FlexAttention (softmax), and Parallax from flash-linear-attention. Times are medians over CUDA events; the
+forward saves what a backward needs. FLOPs count the causal half of each product: softmax 2 forward and 5
+backward, Parallax 4 and 8, regardless of how many a kernel executes. At `--repeat-lengths` each provider
+also runs alone for `--repeat-seconds`, which brings the GPU to its power limit; in rotation, kernels that
+draw less power would hide that. Memory is the peak of one forward and backward above the inputs.
 
-The authors' own kernels cannot be imported beside ours (same package name). Their time is what they took on
-another H100, times what the yardstick (FlashAttention-2; cuDNN at head width 64) takes here over there.
+The authors' own kernels cannot be imported beside ours (same package name). Their time on another H100 is
+scaled by the ratio of the yardstick's times here and there (FlashAttention-2; cuDNN at head width 64).
 """
 
 import argparse
@@ -28,21 +28,22 @@ from torch import Tensor
 
 from benchmarks.attention_providers import PROVIDERS
 from benchmarks.machine import RESULTS, write_result
+from errors import run_command
 from parallax import parallax_attention
 from parallax.kernels import tiles
 from parallax.reference import parallax_reference
 from parallax.testing import Inputs, make_inputs, output_and_gradients, relative_error
 
 BARS = {"o": 0.0026, "dq": 0.0032, "dr": 0.0032, "dk": 0.0032, "dv": 0.0032}
-"""Largest relative norm errors against fp64 that are admitted in bf16."""
+"""Maximum permitted relative norm errors against fp64 in bf16."""
 
 KEY_OFFSETS = (0.0, 3.0, 8.0)
 
 ACCURACY_LENGTHS = (tiles.SHORT, 2 * tiles.SHORT)
-"""The forward on Hopper has another tile, and another loop, for long rows."""
+"""The Hopper forward has another tile and another loop for long rows."""
 
 FLEX_LENGTHS = (4096, 16384)
-"""FlexAttention compiles for seconds per shape, so it is timed at these alone."""
+"""FlexAttention takes seconds to compile per shape, so it is timed at these lengths only."""
 
 AUTHORS_MS: dict[tuple[int, int], tuple[float, str, float]] = {
     (128, 1024): (3.67, "fa2", 2.93),
@@ -54,14 +55,15 @@ AUTHORS_MS: dict[tuple[int, int], tuple[float, str, float]] = {
     (64, 4096): (5.54, "cudnn", 2.60),
     (64, 32768): (40.1, "cudnn", 18.4),
 }
-"""(head width, length) -> the authors' forward + backward; a yardstick, its forward + backward; milliseconds.
+"""(head width, length) -> the authors' forward + backward in ms, a yardstick, its forward + backward in ms.
 
-parallax-kernel 0.1.1 and the yardstick in one process on an H100: 16 query and 8 kv heads, 32k tokens, bf16.
+Measured with parallax-kernel 0.1.1 and the yardstick in one process on an H100: 16 query and 8 kv
+heads, 32k tokens, bf16.
 """
 
 
 class Shape(NamedTuple):
-    """What is attended to: a causal problem of B * T tokens."""
+    """Shape of a causal attention problem of B * T tokens."""
 
     num_tokens: int
     head_dim: int
@@ -70,24 +72,24 @@ class Shape(NamedTuple):
     batch_size: int
 
     def tflops(self, num_products: int, time_ms: float) -> float:
-        """Return TFLOP/s of causal T x T x K products."""
+        """Return the throughput of causal T x T x K products in TFLOP/s."""
         flops = num_products * self.batch_size * self.num_heads * self.num_tokens**2 * self.head_dim
         return flops / time_ms / 1e9
 
 
 @dataclass
 class Cell:
-    """What one provider took at one shape.
+    """Time and memory of one provider at one shape.
 
     Attributes:
-        provider: Its name.
-        shape: The problem.
-        forward_ms: Median, milliseconds.
-        backward_ms: Likewise.
+        provider: Name of the provider.
+        shape: Shape of the problem.
+        forward_ms: Median time of the forward, milliseconds.
+        backward_ms: Median time of the backward, milliseconds.
         peak_mib: Peak memory above the inputs, MiB.
-        rounds_ms: The single measurements, forward and backward.
-        repeated_ms: Medians of forward and backward when nothing else runs for a while, or None.
-        error: Why it did not run.
+        rounds_ms: Times of forward and backward in each round.
+        repeated_ms: Medians of forward and backward when the provider runs alone, or None.
+        error: Error that the provider raised, or None.
     """
 
     provider: str
@@ -101,15 +103,15 @@ class Cell:
 
     @property
     def sum_ms(self) -> float:
-        """Forward and backward."""
+        """Time of forward and backward, milliseconds."""
         return self.forward_ms + self.backward_ms
 
 
 def check_accuracy(head_dims: list[int]) -> list[dict[str, Any]]:
-    """Print and return errors against fp64 at `ACCURACY_LENGTHS`, 16 query and 8 kv heads.
+    """Measure, print and return errors against fp64 at `ACCURACY_LENGTHS`, 16 query and 8 kv heads.
 
     Raises:
-        SystemExit: An error is above its bar: there is no speed to report.
+        SystemExit: An error exceeds its bar, so no speed may be reported.
     """
     rows, failures = [], []
     print("| attention | T | head width | key offset | o | dQ | dR | dK | dV |\n|" + "---|" * 9)
@@ -137,10 +139,15 @@ def check_accuracy(head_dims: list[int]) -> list[dict[str, Any]]:
 
 
 class Runner:
-    """One provider with its inputs at one shape."""
+    """One provider with its inputs at one shape.
+
+    Args:
+        name: Name of the provider.
+        shape: Shape of the problem.
+        inputs: Inputs; copied to the provider's layout.
+    """
 
     def __init__(self, name: str, shape: Shape, inputs: Inputs) -> None:
-        """Take the inputs in the provider's layout."""
         self.cell = Cell(name, shape)
         provider = PROVIDERS[name]
         tensors = inputs if provider.is_parallax else (inputs.q, inputs.k, inputs.v, inputs.do)
@@ -151,7 +158,7 @@ class Runner:
         self.attend = provider.attend
 
     def run(self) -> list[torch.cuda.Event]:
-        """Run forward and backward; return events before, between and after."""
+        """Run forward and backward; return CUDA events before, between and after them."""
         events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
         events[0].record()
         o = self.attend(*self.leaves)
@@ -161,7 +168,7 @@ class Runner:
         return events
 
     def warm_up(self) -> None:
-        """Compile, measure the peak of memory, and note what does not run."""
+        """Compile and measure peak memory, or store the error if the provider fails."""
         try:
             self.run()
             torch.cuda.synchronize()
@@ -170,12 +177,12 @@ class Runner:
             self.run()
             torch.cuda.synchronize()
             self.cell.peak_mib = (torch.cuda.max_memory_allocated() - before) / 2**20
-        except Exception as error:  # a peer may not serve a shape, or not be installed
+        except Exception as error:  # a provider may not support a shape, or not be installed
             self.cell.error = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
             print(f"{self.cell.provider} {self.cell.shape}: {self.cell.error}", file=sys.stderr)
 
     def repeat(self, seconds: float) -> None:
-        """Run for so long without a pause; medians of all but the first third."""
+        """Time back-to-back runs for so many seconds; store medians of all but the first third."""
         events = [self.run() for _ in range(max(30, int(seconds * 1e3 / self.cell.sum_ms)))]
         torch.cuda.synchronize()
         times = [(a.elapsed_time(b), b.elapsed_time(c)) for a, b, c in events[len(events) // 3 :]]
@@ -194,13 +201,13 @@ def _seconds_of_one_rotation(runners: list[Runner]) -> float:
 
 
 def measure(shape: Shape, names: list[str], seconds: float, repeat_seconds: float = 0.0) -> list[Cell]:
-    """Time providers in turn at one shape, and then each alone.
+    """Time providers in rotation at one shape, then each alone.
 
     Args:
-        shape: The problem.
-        names: Of the providers.
-        seconds: How long the rounds may take; between 5 and 30 of them.
-        repeat_seconds: How long each then runs alone; 0 leaves that out.
+        shape: Shape of the problem.
+        names: Names of the providers.
+        seconds: Duration of all rounds, of which there are 5 to 30.
+        repeat_seconds: Duration for which each then runs alone; 0 to skip this.
     """
     inputs = draw(shape)
     every = [Runner(name, shape, inputs) for name in names]
@@ -212,7 +219,7 @@ def measure(shape: Shape, names: list[str], seconds: float, repeat_seconds: floa
     for i_round in range(num_rounds):
         taken = []
         for runner in runners[i_round % len(runners) :] + runners[: i_round % len(runners)]:
-            # a cold L2 cache, and time for the host to run ahead of the GPU
+            # flush the L2 cache, and let the host run ahead of the GPU
             flushed.zero_()
             torch.cuda._sleep(4_000_000)
             taken.append((runner, runner.run()))
@@ -230,7 +237,7 @@ def measure(shape: Shape, names: list[str], seconds: float, repeat_seconds: floa
 
 
 def draw(shape: Shape) -> Inputs:
-    """Draw bf16 inputs on the GPU, standard normal."""
+    """Draw standard normal bf16 inputs on the GPU."""
     generator = torch.Generator("cuda").manual_seed(0)
 
     def normal(num_heads: int) -> Tensor:
@@ -243,7 +250,7 @@ def draw(shape: Shape) -> Inputs:
 
 
 def authors_sum_ms(cells: dict[str, Cell]) -> float | None:
-    """Return what the authors' kernels would take here, or None where they were not measured."""
+    """Estimate the time of the authors' kernels on this GPU, or return None where it was not measured."""
     shape = cells["ours"].shape
     known = AUTHORS_MS.get((shape.head_dim, shape.num_tokens))
     if known is None or (shape.num_heads, shape.num_kv_heads) != (16, 8):
@@ -255,7 +262,7 @@ def authors_sum_ms(cells: dict[str, Cell]) -> float | None:
 
 
 def _row(cells: dict[str, Cell], names: list[str]) -> Iterator[str]:
-    """Yield the table's entries for one shape: times, ratios, memory."""
+    """Yield the table's cells for one shape: times, ratios, memory."""
     ours = cells["ours"]
     yield str(ours.shape.num_tokens)
     for name in names:
@@ -278,7 +285,7 @@ def _row(cells: dict[str, Cell], names: list[str]) -> Iterator[str]:
 
 
 def table(found: list[Cell]) -> str:
-    """Return the Markdown tables, one for each head width and number of heads."""
+    """Format the Markdown tables, one per head width and number of heads."""
     lines = []
     shapes = list(dict.fromkeys(c.shape for c in found))
     kinds = dict.fromkeys((s.head_dim, s.num_heads, s.num_kv_heads) for s in shapes)
@@ -304,7 +311,7 @@ def table(found: list[Cell]) -> str:
 
 
 def repeated_table(found: list[Cell]) -> str:
-    """Return the Markdown table of what ran alone."""
+    """Format the Markdown table of providers that ran alone."""
     lines = ["\n| alone, ms | T | head width | heads | forward + backward |\n|" + "---|" * 5]
     for cell in found:
         if cell.repeated_ms is not None:
@@ -326,21 +333,38 @@ def _providers_of(shape: Shape, asked: list[str], flex_lengths: list[int]) -> li
 
 
 def main() -> None:
-    """Check, time, print the table, write the result."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2**i for i in range(10, 16)])
-    parser.add_argument("--head-dims", type=int, nargs="+", default=[128, 64, 96, 256])
-    parser.add_argument("--heads", nargs="+", default=["16/8", "16/16"], help="query/kv heads")
-    parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), choices=list(PROVIDERS))
-    parser.add_argument("--flex-lengths", type=int, nargs="*", default=list(FLEX_LENGTHS))
+    """Run `python -m benchmarks.attention`."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    lengths = [2**i for i in range(10, 16)]
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=lengths, help="tokens per row (1024 to 32768)"
+    )
+    parser.add_argument("--head-dims", type=int, nargs="+", default=[128, 64, 96, 256], help="head widths")
+    parser.add_argument("--heads", nargs="+", default=["16/8", "16/16"], help="query/kv heads (16/8 16/16)")
+    parser.add_argument(
+        "--providers", nargs="+", default=list(PROVIDERS), choices=list(PROVIDERS), help="(all)"
+    )
+    parser.add_argument(
+        "--flex-lengths",
+        type=int,
+        nargs="*",
+        default=list(FLEX_LENGTHS),
+        help="lengths at which FlexAttention is timed",
+    )
     parser.add_argument("--tokens", type=int, default=32768, help="batch size times length")
     parser.add_argument(
-        "--repeat-lengths", type=int, nargs="*", default=[4096], help="where each runs alone too"
+        "--repeat-lengths",
+        type=int,
+        nargs="*",
+        default=[4096],
+        help="lengths at which each provider also runs alone",
     )
-    parser.add_argument("--repeat-seconds", type=float, default=1.0)
-    parser.add_argument("--seconds", type=float, default=0.8, help="of measuring at each shape")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--name", default="attention")
+    parser.add_argument("--repeat-seconds", type=float, default=1.0, help="duration of each such run (1.0)")
+    parser.add_argument("--seconds", type=float, default=0.8, help="duration of the rounds per shape (0.8)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
+    parser.add_argument("--name", default="attention", help="name of the JSON file in --out")
     args = parser.parse_args()
 
     errors = check_accuracy(args.head_dims)
@@ -366,4 +390,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

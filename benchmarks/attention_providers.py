@@ -1,4 +1,4 @@
-"""The attentions that `benchmarks.attention` times: ours with and without probes, and their peers."""
+"""Attention implementations that `benchmarks.attention` times: ours, with and without probes, and others."""
 
 from collections.abc import Callable
 from functools import cache, partial
@@ -14,13 +14,13 @@ from parallax import parallax_attention
 
 
 class Provider(NamedTuple):
-    """An attention to time.
+    """An attention implementation to time.
 
     Attributes:
-        label: For the table.
-        attend: Called as attend(q, r, k, v) in its layout.
-        is_parallax: Whether it has the probe; else r is left out.
-        heads_first: Whether it wants `[B, H, T, K]` in memory.
+        label: Column header in the table.
+        attend: Called as attend(q, r, k, v), without r for softmax attention, in the provider's layout.
+        is_parallax: Whether it takes the probe r.
+        heads_first: Whether inputs have the layout `[B, H, T, K]`.
     """
 
     label: str
@@ -30,7 +30,7 @@ class Provider(NamedTuple):
 
     @property
     def products(self) -> tuple[int, int]:
-        """Tile products that are counted, forward and backward."""
+        """Number of products counted as FLOPs, forward and backward."""
         return (4, 8) if self.is_parallax else (2, 5)
 
 
@@ -50,7 +50,7 @@ def _compiled_flex() -> Callable[..., Tensor]:
     from torch._functorch import config as functorch_config
     from torch.nn.attention.flex_attention import flex_attention
 
-    # a warm-up and the rounds differentiate separate graphs of the same compiled function
+    # warm-up and rounds differentiate separate graphs of the same compiled function
     functorch_config.donated_buffer = False
     return torch.compile(flex_attention, dynamic=False)
 

@@ -1,15 +1,15 @@
-"""Speed of decoding one token over a cache, beside its peers, in one process.
+"""Speed of decoding one token over a KV cache, compared with other implementations.
 
-`python -m benchmarks.decode` checks the accuracy first and reports nothing if that fails. Then, for every
-shape, all providers take turns: ours (Parallax, and softmax by the same kernel), torch's softmax attention
-with the cuDNN and the FlashAttention-2 backend, the Parallax decode of flash-linear-attention, and the
-packages flash_attn and flash_attn_interface (FlashAttention-3) where they are. A time is
-that of one call in a replayed CUDA graph of many, each on a cache of its own, so that keys and values come
-from memory and never from L2; medians over replays. GB/s count keys and values alone. The copy rate is that
-of a 2 GiB copy, read and write, in the same process.
+`python -m benchmarks.decode` checks the accuracy first and reports no speed if that fails. Then, for every
+shape, all providers run in rotation in one process: ours (Parallax, and softmax attention with the same
+kernel), torch's softmax attention with the cuDNN and the FlashAttention-2 backend, the Parallax decode of
+flash-linear-attention, and the packages flash_attn and flash_attn_interface (FlashAttention-3) if installed.
+Times are medians over replays of a CUDA graph, per call. Each call in a graph has its own KV cache, so that
+keys and values come from memory and never from L2. GB/s count only keys and values. The copy rate is that of
+a 2 GiB copy, read and write, in the same process.
 
-The authors' own kernel cannot be imported beside ours (same package name). Its time is what it took on
-another H100, times what cuDNN takes here over there. The paper's own table, of 8 heads on an H200, is
+The authors' own kernel cannot be imported beside ours (same package name). Its time on another H100 is scaled
+by the ratio of cuDNN's times here and there. The shapes of the paper's own table, 8 heads on an H200, are
 measured too, and its numbers are printed beside ours.
 """
 
@@ -29,15 +29,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.machine import RESULTS, write_result
+from errors import run_command
 from parallax import parallax_decode
 from parallax.reference import parallax_reference
 from parallax.testing import relative_error
 
 BAR = 0.0026
-"""Largest relative norm error of o against fp64 that is admitted in bf16."""
+"""Maximum permitted relative norm error of o against fp64 in bf16."""
 
 COLD_BYTES = 192 << 20
-"""What the caches of one graph hold at least, so that none stays in L2 (50 or 60 MB) until its turn comes."""
+"""Minimum size of all KV caches of a graph, so that none stays in L2 (50 or 60 MB) between replays."""
 
 PEERS_US: dict[tuple[int, int, int, int], tuple[float, float]] = {
     (16, 8, 1, 128): (5.9, 4.4),
@@ -54,9 +55,10 @@ PEERS_US: dict[tuple[int, int, int, int], tuple[float, float]] = {
     (16, 16, 16, 4096): (185.0, 178.0),
     (16, 16, 128, 4096): (1462.0, 1385.0),
 }
-"""(query heads, kv heads, batch, context) -> microseconds of the authors' CuTe kernel, and cuDNN's softmax.
+"""(query heads, kv heads, batch, context) -> microseconds of the authors' CuTe kernel and cuDNN's softmax.
 
-parallax-kernel 0.1.1 and torch 2.11 in one process on an H100, bf16, head width 128, CUDA-graph replays.
+Measured with parallax-kernel 0.1.1 and torch 2.11 in one process on an H100: bf16, head width 128, CUDA-graph
+replays.
 """
 
 PAPER_US: dict[tuple[int, int], tuple[float, float, float]] = {
@@ -69,10 +71,10 @@ PAPER_US: dict[tuple[int, int], tuple[float, float, float]] = {
     (32, 4096): (384.90, 281.64, 279.96),
     (32, 16384): (1574.94, 1096.76, 1094.37),
 }
-"""(batch, context) -> microseconds of FlashAttention 2, FlashAttention 3 and Parallax, as the paper has them.
+"""(batch, context) -> microseconds of FlashAttention-2, FlashAttention-3 and Parallax in the paper.
 
-Its decode table: an H200, bf16, 8 query and 8 kv heads of width 128. How it was timed is not said, neither
-whether keys and values came from L2.
+From its decode table: an H200, bf16, 8 query and 8 kv heads of width 128. The paper does not state how the
+times were measured, or whether keys and values came from L2.
 """
 
 ACCURACY_CASES = (
@@ -83,11 +85,11 @@ ACCURACY_CASES = (
     (16, 8, 16, 1000),
     (16, 8, 100, 300),
 )
-"""(query heads, kv heads, batch, context): from few long sequences to many short ones, as the table does."""
+"""(query heads, kv heads, batch, context): from few long sequences to many short ones."""
 
 
 class Shape(NamedTuple):
-    """One token of B sequences of S keys each."""
+    """Shape of decoding one token in each of B sequences with S keys."""
 
     num_heads: int
     num_kv_heads: int
@@ -149,7 +151,7 @@ PROVIDERS: dict[str, Attend] = {
 
 
 def make_operands(shape: Shape) -> Operands:
-    """Draw one call's inputs, standard normal, bf16, on the GPU."""
+    """Draw standard normal bf16 inputs of one call on the GPU."""
     query = (shape.batch_size, 1, shape.num_heads, shape.head_dim)
     keys = (shape.batch_size, shape.num_keys, shape.num_kv_heads, shape.head_dim)
     q, r, k, v = (torch.randn(s, dtype=torch.bfloat16, device="cuda") for s in (query, query, keys, keys))
@@ -158,15 +160,15 @@ def make_operands(shape: Shape) -> Operands:
 
 
 def graph_of(attend: Attend, shape: Shape, num_calls: int | None = None) -> tuple[torch.cuda.CUDAGraph, int]:
-    """Capture calls on as many caches as keep L2 cold.
+    """Capture calls with separate KV caches in a CUDA graph.
 
     Args:
-        attend: The provider.
-        shape: Of each call.
-        num_calls: None for enough.
+        attend: Provider to call.
+        shape: Shape of each call.
+        num_calls: Number of calls; None for as many as take `COLD_BYTES`.
 
     Returns:
-        The graph and how many calls are in it.
+        The graph and its number of calls.
     """
     num_calls = num_calls or max(1, -(-COLD_BYTES // shape.cache_bytes))
     operands = [make_operands(shape) for _ in range(num_calls)]
@@ -181,20 +183,20 @@ def graph_of(attend: Attend, shape: Shape, num_calls: int | None = None) -> tupl
 
 
 def time_graphs(graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]], rounds: int) -> dict[str, float]:
-    """Replay the graphs in turns.
+    """Time the graphs by replaying them in rotation.
 
     Args:
-        graphs: From graph_of, by provider.
-        rounds: Replays of each.
+        graphs: Graphs from graph_of, by provider.
+        rounds: Number of replays of each.
 
     Returns:
-        Median microseconds of one call, by provider.
+        Median time per call in microseconds, by provider.
     """
     times: dict[str, list[float]] = {name: [] for name in graphs}
     for _ in range(rounds):
         for name, (graph, num_calls) in graphs.items():
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            graph.replay()  # the same clocks and the same contents of L2 for everyone
+            graph.replay()  # the same clocks and L2 contents for all providers
             start.record()
             graph.replay()
             stop.record()
@@ -204,10 +206,10 @@ def time_graphs(graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]], rounds: int
 
 
 def check_accuracy() -> dict[str, float]:
-    """Errors of the shapes' kinds against fp64, by name; of the first three sequences of each.
+    """Return relative errors against fp64 by case, over the first three sequences of each.
 
     Raises:
-        RuntimeError: One is above the bar.
+        RuntimeError: An error exceeds BAR, so no speed may be reported.
     """
     errors = {}
     for heads, kv_heads, batch, num_keys in ACCURACY_CASES:
@@ -232,7 +234,7 @@ def check_accuracy() -> dict[str, float]:
 
 
 def copy_rate() -> float:
-    """GB/s of a copy of 2 GiB, read and write counted."""
+    """Measure the bandwidth of a 2 GiB copy in GB/s, read and write counted."""
     source = torch.empty(2 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     times = []
@@ -247,15 +249,15 @@ def copy_rate() -> float:
 
 
 def measure(shape: Shape, names: list[str], rounds: int) -> dict[str, Any]:
-    """Time the providers on a shape.
+    """Time providers at one shape.
 
     Args:
-        shape: The problem.
-        names: Of PROVIDERS.
-        rounds: Replays of each.
+        shape: Shape of each call.
+        names: Names in PROVIDERS.
+        rounds: Number of replays of each.
 
     Returns:
-        Microseconds and GB/s by provider; a provider that fails leaves its error.
+        Microseconds and GB/s by provider, and the errors of providers that fail.
     """
     graphs, failures = {}, {}
     for name in names:
@@ -279,7 +281,7 @@ def measure(shape: Shape, names: list[str], rounds: int) -> dict[str, Any]:
 
 
 def print_table(rows: list[dict[str, Any]], names: list[str]) -> None:
-    """Print times in microseconds and ratios; beside the paper's where it has the shape."""
+    """Print times in microseconds and ratios, with the paper's times where it has the shape."""
     names = [*names, "authors_scaled"]
     last = ["ours GB/s", "cudnn / ours", "ours / ours_softmax", "paper: fa2 / fa3 / parallax"]
     print("| heads | batch | context | width | " + " | ".join([*names, *last]) + " |")
@@ -297,14 +299,16 @@ def print_table(rows: list[dict[str, Any]], names: list[str]) -> None:
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run `python -m benchmarks.decode`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), choices=list(PROVIDERS))
-    parser.add_argument("--name", default="decode")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--rounds", type=int, default=15, help="graph replays per provider (15)")
+    parser.add_argument(
+        "--providers", nargs="+", default=list(PROVIDERS), choices=list(PROVIDERS), help="(all)"
+    )
+    parser.add_argument("--name", default="decode", help="name of the JSON file in --out")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     options = parser.parse_args()
     errors = check_accuracy()
     shapes = [*(Shape(*key) for key in PEERS_US), Shape(16, 8, 16, 4096, 64), Shape(16, 8, 128, 4096, 64)]
@@ -315,9 +319,9 @@ def main() -> None:
     result = {"command": command.strip(), "errors": errors, "copy_gb_per_s": rate, "rows": rows}
     print("wrote", write_result(options.name, result, options.out))
     print(f"copy {rate:.0f} GB/s; errors {errors}")
-    # packages that are not here have no column
+    # packages that are not installed have no column
     print_table(rows, [n for n in options.providers if any(n in row["us"] for row in rows)])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -1,9 +1,8 @@
-"""What packing costs: our attention over rows of several documents beside rows of one, in turns.
+"""Overhead of packed documents: our attention over packed rows compared with unpacked rows.
 
-`python -m benchmarks.packed_attention` on a GPU. The kernels tile packed rows as one sequence and skip the
-tiles that no document needs, so the fair comparison is with unpacked rows of as many tiles: of 64 x 64
-queries and keys, those from the first that a tile's first row sees to its last row's. Where no power of two
-as length has just as many, their time is interpolated between the two lengths around them.
+`python -m benchmarks.packed_attention` runs on a GPU. The kernels tile packed rows as one sequence and skip
+tiles that are masked entirely, so the fair comparison is with unpacked rows of as many 64 x 64 tiles. Where
+no power-of-two length has exactly that many, the time is interpolated between the two nearest lengths.
 """
 
 import argparse
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from benchmarks.attention import BARS, Shape, draw
 from benchmarks.machine import RESULTS, write_result
+from errors import UserError, run_command
 from parallax import parallax_attention
 from parallax.reference import parallax_reference
 from parallax.testing import cu_seqlens_of, make_inputs, output_and_gradients, relative_error
@@ -28,7 +28,7 @@ LENGTHS = (512, 1024, 2048, 4096)
 
 
 def mixed_lengths(num_tokens: int, seed: int = 0) -> list[int]:
-    """Lengths like those of web pages: log-normal, a median of 500 tokens, at most 4096; the sum is given."""
+    """Draw document lengths as of web pages: log-normal, median 500, at most 4096; their sum is given."""
     generator = torch.Generator().manual_seed(seed)
     lengths: list[int] = []
     while sum(lengths) < num_tokens:
@@ -38,7 +38,7 @@ def mixed_lengths(num_tokens: int, seed: int = 0) -> list[int]:
 
 
 def num_tiles(lengths: list[int]) -> int:
-    """Tiles that the kernels go through for one head of a row packed with documents of these lengths."""
+    """Count the tiles that the kernels process per head of a row packed with documents of these lengths."""
     starts = torch.tensor([0, *lengths]).cumsum(0)
     first_rows = torch.arange(0, sum(lengths), TILE)
     first_keys = starts[torch.searchsorted(starts, first_rows, right=True) - 1]
@@ -46,10 +46,15 @@ def num_tiles(lengths: list[int]) -> int:
 
 
 class Problem:
-    """Inputs of one shape, packed or not."""
+    """Inputs of one shape, packed or not, and their times.
+
+    Args:
+        num_tokens: Tokens of all rows together.
+        lengths: Document lengths of one packed row; a single one is the length of unpacked rows.
+        args: Command line with head_dim, heads and softmax.
+    """
 
     def __init__(self, num_tokens: int, lengths: list[int], args: argparse.Namespace) -> None:
-        """Draw rows of `num_tokens` tokens in all: packed into one row, or of one length without bounds."""
         is_packed = len(lengths) > 1
         row = num_tokens if is_packed else lengths[0]
         self.tiles = num_tiles(lengths) if is_packed else num_tokens // row * num_tiles(lengths)
@@ -79,33 +84,39 @@ class Problem:
         self.rounds_ms.append((events[0].elapsed_time(events[1]), events[1].elapsed_time(events[2])))
 
     def median_ms(self) -> tuple[float, float]:
-        """Medians of forward and backward, the first two rounds left out."""
+        """Return median times of forward and backward, without the first two rounds."""
         forward, backward = zip(*self.rounds_ms[2:], strict=True)
         return statistics.median(forward), statistics.median(backward)
 
 
-def interpolate(beside: list[tuple[int, tuple[float, float]]], tiles: int) -> tuple[float, float]:
-    """Times of forward and backward at so many tiles, on the line through the nearest measured ones.
+def interpolate(measured: list[tuple[int, tuple[float, float]]], tiles: int) -> tuple[float, float]:
+    """Interpolate the times of forward and backward linearly between the nearest numbers of tiles.
 
     Args:
-        beside: Tiles and times, in rising order.
-        tiles: Between the first and the last.
+        measured: Numbers of tiles and times in milliseconds, ascending.
+        tiles: Number of tiles, between the first and the last.
+
+    Returns:
+        Times of forward and backward in milliseconds.
     """
-    (low, low_ms), (high, high_ms) = next(pair for pair in pairwise(beside) if tiles <= pair[1][0])
+    (low, low_ms), (high, high_ms) = next(pair for pair in pairwise(measured) if tiles <= pair[1][0])
     part = (tiles - low) / (high - low)
     forward, backward = (a + part * (b - a) for a, b in zip(low_ms, high_ms, strict=True))
     return forward, backward
 
 
 def as_row(times: tuple[float, float]) -> dict[str, float]:
-    """Forward and backward under the names of the result."""
+    """Return times of forward and backward under their keys in the result."""
     return {"forward_ms": times[0], "backward_ms": times[1]}
 
 
 def check(head_dim: int, is_softmax: bool) -> float:
-    """Largest relative error of packed results against fp64; exits where it is above the bar of `attention`.
+    """Return the largest relative error of packed results against fp64, for short and for long documents.
 
-    Documents are short on average, and long: the forward on Hopper has a tile for each.
+    The Hopper forward has a tile for each.
+
+    Raises:
+        SystemExit: An error exceeds its bar in `benchmarks.attention`, so no speed may be reported.
     """
     largest = 0.0
     for lengths in ([1, 63, 400, 1500, 36], [2500, 500]):
@@ -117,28 +128,32 @@ def check(head_dim: int, is_softmax: bool) -> float:
         for name in truth:
             error = relative_error(actual[name], truth[name])
             if not error <= BARS[name]:
-                sys.exit(f"no speed is reported: packed, {name} is off by {error:.4f}, documents {lengths}")
+                sys.exit(
+                    f"no speed is reported: error of {name} {error:.4f} > {BARS[name]}, documents {lengths}"
+                )
             largest = max(largest, error)
     return largest
 
 
 def main() -> None:
-    """Time, print the table, write the result."""
+    """Run `python -m benchmarks.packed_attention`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tokens", type=int, default=32768)
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--heads", default="16/8", help="query/kv heads")
+    parser.add_argument("--tokens", type=int, default=32768, help="batch size times length (32768)")
+    parser.add_argument("--head-dim", type=int, default=128, help="head width (128)")
+    parser.add_argument("--heads", default="16/8", help="query/kv heads (16/8)")
     parser.add_argument("--softmax", action="store_true", help="softmax attention, without probes")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--name", default="packed_attention")
+    parser.add_argument("--rounds", type=int, default=20, help="timed rounds (20)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
+    parser.add_argument("--name", default="packed_attention", help="name of the JSON file in --out")
     args = parser.parse_args()
 
     num_tokens = args.tokens
     if num_tokens % LENGTHS[-1]:
-        parser.error(f"--tokens is {num_tokens}, wanted a multiple of {LENGTHS[-1]}, the longest row timed")
+        raise UserError(
+            f"--tokens is {num_tokens}, wanted a multiple of {LENGTHS[-1]}, the longest row timed"
+        )
     error = check(args.head_dim, args.softmax)
     unpacked = [Problem(num_tokens, [length], args) for length in LENGTHS]
     mixed = mixed_lengths(num_tokens)
@@ -149,19 +164,19 @@ def main() -> None:
         for problem in (*unpacked, *problems.values()):
             problem.run()
 
-    beside = [(problem.tiles, problem.median_ms()) for problem in unpacked]
+    measured = [(problem.tiles, problem.median_ms()) for problem in unpacked]
     rows: list[dict[str, Any]] = []
     print("| documents | forward + backward, ms | unpacked rows of as many tiles, ms | packed / unpacked |")
     print("|---|---|---|---|")
     for name, problem in problems.items():
-        times, expected = problem.median_ms(), interpolate(beside, problem.tiles)
+        times, expected = problem.median_ms(), interpolate(measured, problem.tiles)
         ratio = sum(times) / sum(expected)
         rows.append({"documents": packed[name], "tiles": problem.tiles, **as_row(times), "ratio": ratio})
         ours, theirs = (f"{forward:.2f} + {backward:.2f}" for forward, backward in (times, expected))
         print(f"| {name} | {ours} | {theirs} | {ratio:.3f} |")
     unpacked_rows = [
         {"length": length, "tiles": tiles, **as_row(times)}
-        for length, (tiles, times) in zip(LENGTHS, beside, strict=True)
+        for length, (tiles, times) in zip(LENGTHS, measured, strict=True)
     ]
     command = shlex.join(["python", "-m", "benchmarks.packed_attention", *sys.argv[1:]])
     result = {"command": command, "error": error, "rows": rows, "unpacked": unpacked_rows}
@@ -169,4 +184,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -1,10 +1,10 @@
-"""Times candidate tiles of the Parallax kernels and prints the table of `parallax.kernels.tiles`.
+"""Tuning of the tiles of the Parallax kernels in parallax/kernels/tiles.py.
 
-`python -m benchmarks.tune_attention` first checks the kernels against fp64, with and without their numerical
-corrections, then times every candidate at 32k tokens (T = 4096, 16 query / 8 kv heads, bf16) and writes the
-raw timings. A candidate whose result departs from the first one's is marked wrong. FLOPs count the causal
-half of each product: 4 forward, 5 for dQ and dR, 6 for dK and dV. The fastest tile of each kernel is then
-timed with other options: without the numerical corrections, and with other orders of the programs.
+`python -m benchmarks.tune_attention` first measures the error of the kernels against fp64, with and without
+their numerical corrections, then times all candidates at 32k tokens (T = 4096, 16 query / 8 kv heads, bf16),
+writes the raw times and prints the entries of the table. A candidate whose result differs from the first
+one's is marked wrong. FLOPs count the causal half of each product: 4 forward, 5 for dQ and dR, 6 for dK and
+dV. The fastest portable tile of each kernel is then timed with other options, for example uncorrected.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from torch import Tensor
 from triton.testing import do_bench
 
 from benchmarks.machine import RESULTS, write_result
+from errors import run_command
 from parallax.kernels import backward, forward
 from parallax.kernels.addressing import Mask
 from parallax.kernels.tiles import KernelName, Tile
@@ -33,21 +34,21 @@ from parallax.testing import Inputs, make_inputs, output_and_gradients, relative
 
 NUM_HEADS, NUM_KV_HEADS = 16, 8
 PRODUCTS: dict[KernelName, int] = {"forward": 4, "dqdr": 5, "dkdv": 6}
-"""Tile products of each kernel."""
+"""Products per tile of each kernel."""
 
 
 @dataclass
 class Candidate:
-    """One way to run one kernel.
+    """One tile of one kernel, with its times.
 
     Attributes:
-        kernel: Which.
-        head_dim: K.
-        tile: How it is cut.
+        kernel: Name of the kernel.
+        head_dim: Head width K.
+        tile: Tile to time.
         options: Further arguments of the launcher.
-        times_ms: One median a round, milliseconds.
-        deviation: Relative difference from the kernel's first candidate.
-        error: Why it did not run.
+        times_ms: Median time per round, milliseconds.
+        deviation: Relative difference from the result of the kernel's first candidate.
+        error: Error that it raised, or None.
     """
 
     kernel: KernelName
@@ -60,18 +61,18 @@ class Candidate:
 
     @property
     def label(self) -> str:
-        """The candidate in words."""
+        """Kernel, head width, tile and options as text."""
         options = " ".join(f"{name}={value}" for name, value in self.options.items())
         return f"{self.kernel} {self.head_dim} {tuple(self.tile)} {options}".strip()
 
     @property
     def time_ms(self) -> float:
-        """The best round; infinite if it did not run."""
+        """Time of the fastest round, milliseconds; infinite if it did not run."""
         return min(self.times_ms, default=float("inf"))
 
     @property
     def is_right(self) -> bool:
-        """Whether it ran and agrees with the kernel's first candidate."""
+        """Whether it ran and its result matches that of the kernel's first candidate."""
         return bool(self.times_ms) and self.deviation < 0.02
 
 
@@ -129,20 +130,20 @@ TILES: dict[tuple[KernelName, int], list[tuple[Any, ...]]] = {
     ("dqdr", 256): [(64, 32, 8, 2, 0, 1), (64, 32, 8, 2, 0, 4), (64, 16, 8, 2, 0, 1)],
     ("dkdv", 256): [(16, 64, 8, 2), (32, 64, 8, 2)],
 }
-"""What to try, by kernel and head width; `Tile` says what the numbers mean."""
+"""Arguments of `Tile` for the candidates, by kernel and head width."""
 
 VARIANTS: dict[KernelName, list[dict[str, Any]]] = {
     "forward": [{"is_centred": False}, {"save_vbar": False}],
     "dqdr": [{"is_corrected": False}],
     "dkdv": [],
 }
-"""Tried with the fastest tile of the kernel, at `VARIED` head widths."""
+"""Options to time with the fastest portable tile of the kernel, at `VARIED` head widths."""
 
 VARIED = (64, 128)
 
 
 def tile_candidates(head_dims: list[int], kernels: list[KernelName]) -> list[Candidate]:
-    """Return the tiles to try."""
+    """Return the candidates for these head widths and kernels."""
     return [
         Candidate(kernel, head_dim, Tile(*shape))
         for (kernel, head_dim), shapes in TILES.items()
@@ -152,7 +153,7 @@ def tile_candidates(head_dims: list[int], kernels: list[KernelName]) -> list[Can
 
 
 def fastest(found: list[Candidate]) -> dict[tuple[KernelName, int], Candidate]:
-    """Return the fastest candidate of each kernel and head width that computes the kernel's whole job."""
+    """Return the fastest correct candidate without options, by kernel and head width."""
     best: dict[tuple[KernelName, int], Candidate] = {}
     for c in found:
         key = c.kernel, c.head_dim
@@ -162,7 +163,7 @@ def fastest(found: list[Candidate]) -> dict[tuple[KernelName, int], Candidate]:
 
 
 def variants_of(found: list[Candidate]) -> list[Candidate]:
-    """Return the fastest tiles with other options, which the specialised kernels lack."""
+    """Return the fastest portable tiles with other options, which warp-specialized kernels do not have."""
     plain = [c for c in found if not c.tile.is_specialized]
     return [
         Candidate(kernel, head_dim, best.tile, options)
@@ -173,10 +174,16 @@ def variants_of(found: list[Candidate]) -> list[Candidate]:
 
 
 class Problem:
-    """Inputs of one head width, and what the backward kernels need of the forward."""
+    """Inputs of one head width, and the forward results that the backward kernels need.
+
+    Args:
+        head_dim: Head width K.
+        num_tokens: Tokens per row T.
+        batch_size: Number of rows B.
+        device: Device of the inputs.
+    """
 
     def __init__(self, head_dim: int, num_tokens: int, batch_size: int, device: str = "cuda") -> None:
-        """Draw the inputs and run the forward pass."""
         generator = torch.Generator(device).manual_seed(0)
 
         def normal(num_heads: int) -> Tensor:
@@ -197,7 +204,7 @@ class Problem:
         )[2]
 
     def launch(self, candidate: Candidate) -> tuple[Tensor, ...]:
-        """Run a candidate; return its results."""
+        """Run a candidate and return its results."""
         options: dict[str, Any] = {"tile": candidate.tile, **candidate.options}
         if candidate.kernel == "forward":
             options = {"save_vbar": True, **options}
@@ -208,7 +215,7 @@ class Problem:
         return backward.key_gradients(self.operands, self.rows, self.mask, self.scale, **options)
 
     def deviation(self, candidate: Candidate) -> float:
-        """Return the largest relative difference from the first candidate of the kernel."""
+        """Return the largest relative difference from the results of the kernel's first candidate."""
         results = self.launch(candidate)
         truth = self.first.setdefault(candidate.kernel, results)
         return max(relative_error(*pair) for pair in zip(results, truth, strict=True))
@@ -217,12 +224,12 @@ class Problem:
 def _compile(candidate: Candidate) -> None:
     try:
         Problem(candidate.head_dim, 128, 1).launch(candidate)
-    except Exception as error:  # what does not compile is reported when it is timed
+    except Exception as error:  # compilation errors are reported when the candidate is timed
         print(f"{candidate.label}: {type(error).__name__}", file=sys.stderr)
 
 
 def compile_all(found: list[Candidate], pool: ProcessPoolExecutor) -> None:
-    """Fill Triton's cache in parallel; the kernels do not depend on the length."""
+    """Compile candidates into Triton's cache in parallel; kernels do not depend on the length."""
     list(pool.map(_compile, found))
 
 
@@ -233,13 +240,13 @@ def _median_ms(run: Callable[[], object]) -> float:
 
 
 def time_all(found: list[Candidate], problems: dict[int, Problem], num_rounds: int) -> None:
-    """Fill in times and deviations, round by round over all candidates of a head width."""
+    """Measure times and deviations, round by round over all candidates of a head width."""
     for head_dim, problem in problems.items():
         group = [c for c in found if c.head_dim == head_dim]
         for candidate in group:
             try:
                 candidate.deviation = problem.deviation(candidate)
-            except Exception as error:  # a candidate may ask for more than the GPU has
+            except Exception as error:  # a candidate may exceed the resources of the GPU
                 candidate.error = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
         for _ in range(num_rounds):
             for candidate in group:
@@ -267,7 +274,7 @@ def _run(inputs: Inputs, is_centred: bool, is_corrected: bool) -> dict[str, Tens
 
 
 def check_accuracy(head_dims: list[int]) -> list[dict[str, Any]]:
-    """Print and return the accuracy table."""
+    """Measure, print and return errors with and without the numerical corrections."""
     rows = []
     print("| head width | key offset | corrections | o | dQ | dR | dK | dV |\n|" + "---|" * 8)
     for head_dim, key_offset, is_on in itertools.product(head_dims, (0.0, 3.0, 8.0), (True, False)):
@@ -279,7 +286,7 @@ def check_accuracy(head_dims: list[int]) -> list[dict[str, Any]]:
 
 
 def report(found: list[Candidate], num_tokens: int, batch_size: int) -> None:
-    """Print all candidates, the fastest of each kernel first, then the fastest tiles as tiles.py has them."""
+    """Print all candidates, the fastest of each kernel first, then the entries for tiles.py."""
     keys = list(dict.fromkeys((c.head_dim, c.kernel) for c in found))
     for head_dim, kernel in keys:
         flops = PRODUCTS[kernel] * batch_size * NUM_HEADS * num_tokens**2 * head_dim
@@ -301,16 +308,18 @@ def report(found: list[Candidate], num_tokens: int, batch_size: int) -> None:
 
 
 def main() -> None:
-    """Check, compile, time, report."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--head-dims", type=int, nargs="+", default=[128, 64, 96, 256])
-    parser.add_argument("--kernels", nargs="+", default=list(PRODUCTS), choices=list(PRODUCTS))
-    parser.add_argument("--num-tokens", type=int, default=4096)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--workers", type=int, default=12)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--name", default="tune_attention")
+    """Run `python -m benchmarks.tune_attention`."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--head-dims", type=int, nargs="+", default=[128, 64, 96, 256], help="head widths")
+    parser.add_argument("--kernels", nargs="+", default=list(PRODUCTS), choices=list(PRODUCTS), help="(all)")
+    parser.add_argument("--num-tokens", type=int, default=4096, help="tokens per row (4096)")
+    parser.add_argument("--batch-size", type=int, default=8, help="number of rows (8)")
+    parser.add_argument("--rounds", type=int, default=2, help="timed rounds (2)")
+    parser.add_argument("--workers", type=int, default=12, help="processes that compile (12)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
+    parser.add_argument("--name", default="tune_attention", help="name of the JSON file in --out")
     args = parser.parse_args()
 
     found = tile_candidates(args.head_dims, args.kernels)
@@ -345,4 +354,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

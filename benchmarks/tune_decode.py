@@ -1,8 +1,8 @@
-"""Times of the decode kernels over splits and tiles: what parallax/kernels/decode_tiles.py chooses by.
+"""Tuning of the splits and tiles of the decode kernels in parallax/kernels/decode_tiles.py.
 
-`python -m benchmarks.tune_decode` times every candidate on shapes from one long sequence to many short ones,
-as benchmarks/decode.py times its providers, writes all times and prints the fastest of each shape beside what
-is chosen there. Kernels are compiled first, by as many processes as --workers.
+`python -m benchmarks.tune_decode` times all candidates at shapes from one long sequence to many short ones,
+as benchmarks/decode.py times its providers, writes all times, and prints the fastest candidates of each shape
+with the one in the table. Kernels are compiled first, in --workers processes.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from benchmarks.decode import Operands, Shape, check_accuracy, graph_of, make_operands, time_graphs
 from benchmarks.machine import RESULTS, write_result
+from errors import run_command
 from parallax.kernels.decode import decode
 from parallax.kernels.decode_tiles import SPLITS, DecodeDevice, DecodeTile, tile_of
 
@@ -42,7 +43,7 @@ SHAPES = [
 ]
 
 TILES = [(64, 4, 3), (64, 4, 4), (64, 4, 5), (32, 1, 4), (32, 2, 4), (128, 4, 2), (128, 4, 3), (128, 8, 3)]
-"""Keys in a tile, warps, stages; at width 64 with twice the keys."""
+"""Keys in a tile (twice as many at head width 64), warps, stages."""
 
 _GRAPHS_AT_ONCE = 8
 
@@ -54,7 +55,7 @@ def _attend(tile: DecodeTile, x: Operands) -> Tensor:
 
 
 def candidates(shape: Shape, num_multiprocessors: int) -> list[DecodeTile]:
-    """Tiles worth timing: splits from a third of a program a multiprocessor to three."""
+    """Return the tiles to time, with splits for a third of a program per multiprocessor to three."""
     pairs = shape.batch_size * shape.num_kv_heads
     width = 128 // shape.head_dim
     splits = [
@@ -67,7 +68,7 @@ def candidates(shape: Shape, num_multiprocessors: int) -> list[DecodeTile]:
 
 
 def _tiles(shape: Shape) -> list[DecodeTile]:
-    """What the table takes, then the candidates."""
+    """Return the tile of the table, then the candidates."""
     device = DecodeDevice.of(torch.cuda.get_device_properties(0))
     pairs, rows = shape.batch_size * shape.num_kv_heads, shape.num_heads // shape.num_kv_heads
     table = tile_of(pairs, shape.num_keys, rows, shape.head_dim, device)
@@ -83,26 +84,26 @@ def compile_all(num_workers: int) -> None:
     """Compile the kernels of all candidates into Triton's cache.
 
     Args:
-        num_workers: Processes.
+        num_workers: Number of processes.
     """
     jobs = {}
     for shape in SHAPES:
         for tile in _tiles(shape):
-            # what a kernel is compiled for
+            # a kernel is compiled once for each of these keys
             jobs.setdefault((shape[:2], shape.head_dim, tile[1:], tile.num_splits > 1), (shape, tile))
     with multiprocessing.get_context("spawn").Pool(num_workers) as pool:
         pool.map(_compile, jobs.values(), chunksize=1)
 
 
 def measure(shape: Shape, rounds: int) -> dict[str, Any]:
-    """Time all candidates of a shape.
+    """Time all candidates at one shape.
 
     Args:
-        shape: The problem.
-        rounds: Replays of each.
+        shape: Shape of each call.
+        rounds: Number of replays of each.
 
     Returns:
-        The shape, what the table takes, and [splits, keys, warps, stages, microseconds] of each.
+        The shape, the tile of the table, and [splits, keys, warps, stages, microseconds] of each.
     """
     tiles = _tiles(shape)
     times: list[list[float]] = []
@@ -117,14 +118,16 @@ def measure(shape: Shape, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run `python -m benchmarks.tune_decode`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--name", default="tune_decode")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--rounds", type=int, default=7, help="graph replays per candidate (7)")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes that compile (one per core)"
+    )
+    parser.add_argument("--name", default="tune_decode", help="name of the JSON file in --out")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     options = parser.parse_args()
     compile_all(options.workers)
     errors = check_accuracy()
@@ -145,4 +148,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -1,7 +1,6 @@
-"""Parallax attention: softmax attention plus a learned, local linear correction; and the family around it.
+"""Parallax attention, softmax attention plus a learned local linear correction, and its family.
 
-Usable on its own with torch alone (triton is imported only when its kernels run). The mathematics is in
-`parallax.reference`.
+Needs torch alone; triton is imported only when its kernels run. The mathematics is in `parallax.reference`.
 """
 
 from parallax.affine import affine_linear_attention, affine_mesanet, linear_attention, value_average

@@ -1,12 +1,12 @@
-"""The family's members with uniform weights (17 of `parallax.reference`), by sums over the past.
+"""Attention with uniform weights, (17) of `parallax.reference`, in linear time.
 
-With p_ij = 1 / n_i every sum over the past is a causal product sum_{j <= i} (x_i.y_j) z_j, as
-`parallax.causal_product` computes it. (5) becomes one such product with a column of ones:
+With p_ij = 1 / n_i every sum over keys is a causal product sum_{j <= i} (x_i.y_j) z_j, which
+`parallax.causal_product` computes. (5) becomes one such product with a column of ones:
 
     o_i = (1 / n_i) sum_j ([-r_i, 1 + tbar_i].[k_j, 1]) v_j,    tbar_i = r_i.kbar_i,
 
-and likewise (8) to (11). There is no window, which would need a growing state: `parallax_attention` and
-`local_linear_attention` with scale=0 have one.
+and likewise (8) to (11). Windows are not supported, as their state would grow with the window; use
+`parallax_attention` or `local_linear_attention` with scale = 0.
 
 Letters: B batch, T tokens, G key/value heads, R = H / G, K head width; X = K + 1.
 """
@@ -24,16 +24,16 @@ from parallax.validation import DTYPES, check_cu_seqlens, check_tensors
 
 
 class _Documents(NamedTuple):
-    """The documents of packed rows."""
+    """Document of each token of packed rows."""
 
     ids_T: Tensor  # int64, equal within a document
-    counts_T1: Tensor  # n_i: keys of the document so far, its own included
+    counts_T1: Tensor  # n_i: keys of the document up to the query's own
 
 
 def value_average(v: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
     """Compute the causal mean of the values (17): uniform weights, an intercept, no probe.
 
-    Computes in fp32 under autocast too.
+    Runs in at least fp32, also under autocast.
 
     Args:
         v: Values `[B, T, G, K]`, bf16/fp16/fp32/fp64, any strides.
@@ -64,7 +64,8 @@ def value_average(v: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
     """Compute causal linear attention o_i = sum_j (q_i.k_j) v_j / n_i (17): no intercept.
 
-    Computes in fp32 under autocast too. q.k is not scaled, apart from the mean over the n_i visible keys.
+    Runs in at least fp32, also under autocast. q.k is not scaled, apart from the mean
+    over the n_i visible keys.
 
     Args:
         q: Queries `[B, T, H, K]`, bf16/fp16/fp32/fp64, any strides.
@@ -78,7 +79,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor | No
 
     Raises:
         ValueError: Shapes, devices or `cu_seqlens` are wrong.
-        TypeError: Dtypes are not served, or fp64 meets another.
+        TypeError: Dtypes are not served, or fp64 is mixed with another.
     """
     q_BGRTK, k_BGRTK, v_BGRTK = _prepare(q, k, v, cu_seqlens)
     documents = _documents(q_BGRTK, cu_seqlens)
@@ -89,8 +90,8 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor | No
 def affine_linear_attention(q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
     """Compute causal affine linear attention o_i = vbar_i - Cov(v, k)_i q_i, (4) with uniform weights.
 
-    `parallax_attention` with scale = 0, whose probe r is q here; zero probes give `value_average`. Computes
-    in fp32 under autocast too.
+    `parallax_attention` with scale = 0, whose probe r is q here; zero probes give `value_average`. Runs in at
+    least fp32, also under autocast.
 
     Args:
         q: Probes `[B, T, H, K]`, bf16/fp16/fp32/fp64, any strides.
@@ -104,7 +105,7 @@ def affine_linear_attention(q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tens
 
     Raises:
         ValueError: Shapes, devices or `cu_seqlens` are wrong.
-        TypeError: Dtypes are not served, or fp64 meets another.
+        TypeError: Dtypes are not served, or fp64 is mixed with another.
     """
     r_BGRTK, k_BGRTK, v_BGRTK = _prepare(q, k, v, cu_seqlens)
     return _by_token(_affine_linear(r_BGRTK, k_BGRTK, v_BGRTK, _documents(r_BGRTK, cu_seqlens))).to(v.dtype)
@@ -121,8 +122,8 @@ def affine_mesanet(
 ) -> Tensor:
     """Compute causal affine MesaNet: affine linear attention whose probe solves (16).
 
-    `local_linear_attention` with scale = 0. An infinite ridge is `value_average`. Computes in fp32 under
-    autocast too, by conjugate gradients, and differentiates through the solve by (18).
+    `local_linear_attention` with scale = 0. An infinite ridge is `value_average`. Solved by conjugate
+    gradients in at least fp32, also under autocast; the gradient through the solve is (18).
 
     Args:
         q: Queries `[B, T, H, K]`, bf16/fp16/fp32/fp64, any strides.
@@ -138,7 +139,7 @@ def affine_mesanet(
 
     Raises:
         ValueError: Shapes, devices or an option are wrong.
-        TypeError: Dtypes are not served, or fp64 meets another.
+        TypeError: Dtypes are not served, or fp64 is mixed with another.
     """
     check_ridge(ridge)
     check_num_iterations(num_iterations)
@@ -153,7 +154,7 @@ def affine_mesanet(
 def affine_probe(
     q: Tensor, k: Tensor, ids: Tensor, counts: Tensor, ridge: float, num_iterations: int, tolerance: float
 ) -> Tensor:
-    """Solve (16) for the probe under uniform weights, as a custom operator.
+    """Solve (16) for the probe under uniform weights, as one custom operator.
 
     Args:
         q: Queries `[B, G, R, T, K]`, fp32/fp64.
@@ -189,7 +190,7 @@ def affine_probe_backward(
     num_iterations: int,
     tolerance: float,
 ) -> tuple[Tensor, Tensor]:
-    """Compute (18) under uniform weights, as a custom operator.
+    """Compute the gradients (18) under uniform weights, as one custom operator.
 
     Args:
         dr: Gradient of the probe `[B, G, R, T, K]`.
@@ -233,7 +234,7 @@ def _covariances(k_BGRTK: Tensor, documents: _Documents, ridge: float, num_repea
     """Return x_i -> (Cov(k, k)_i + ridge I) x_i for `num_repeats` query heads per key head."""
     kbar_BGRTK = _mean(k_BGRTK, documents)
     past = sum_past(F.pad(k_BGRTK, (0, 1), value=1.0), k_BGRTK, documents.ids_T)
-    # one copy per query head now instead of one in every product
+    # expand to query heads once, not in every product
     y, z, state = (x.expand(-1, -1, num_repeats, -1, -1, -1).contiguous() for x in past[:3])
     past = past._replace(y_BGRNCX=y, z_BGRNCW=z, state_BGRNXW=state)
 
@@ -277,7 +278,7 @@ def _mean(x_BGRTK: Tensor, documents: _Documents) -> Tensor:
 def _prepare(
     q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Check the inputs; return them promoted: q `[B, G, R, T, K]`, k and v `[B, G, 1, T, K]`."""
+    """Check the inputs and return them promoted: q `[B, G, R, T, K]`, k and v `[B, G, 1, T, K]`."""
     q, k, v = promote(q_BTHK, k_BTGK, v_BTGK)
     check_tensors(q, q, k, v)
     if cu_seqlens is not None:

@@ -1,7 +1,7 @@
-"""Decode steps of the family's members with uniform weights (17 of `parallax.reference`), by running sums.
+"""Decode steps of attention with uniform weights, (17) of `parallax.reference`, from running sums.
 
-With n keys so far every mean is a sum over n: vbar = sum v / n, Cov(v, k) = sum v k^T / n - vbar kbar^T. The
-sums are fp32 (fp64 for fp64) and updated in place. Letters as in `parallax.affine`.
+With n keys every mean is a sum over n: vbar = sum v / n, Cov(v, k) = sum v k^T / n - vbar kbar^T. The sums
+are fp32 (fp64 for fp64) and updated in place. Letters as in `parallax.affine`.
 """
 
 import torch
@@ -41,7 +41,7 @@ def linear_output(sums: Sums, counts_B: Tensor, q_BHK: Tensor) -> Tensor:
     """Compute linear attention of one query per sequence: sum_j (q.k_j) v_j / n.
 
     Args:
-        sums: With vk.
+        sums: Must contain vk.
         counts_B: Number of keys n of each sequence.
         q_BHK: Queries `[B, H, K]`.
 
@@ -56,7 +56,7 @@ def affine_output(sums: Sums, counts_B: Tensor, r_BHK: Tensor) -> Tensor:
     """Compute affine linear attention of one probe per sequence: vbar - Cov(v, k) r.
 
     Args:
-        sums: With v, k, vk.
+        sums: Must contain v, k and vk.
         counts_B: Number of keys n of each sequence.
         r_BHK: Probes `[B, H, K]`.
 
@@ -75,7 +75,7 @@ def mesanet_output(sums: Sums, counts_B: Tensor, q_BHK: Tensor, ridge: float, nu
     """Compute affine MesaNet of one query per sequence, whose probe solves (16).
 
     Args:
-        sums: With v, k, vk, kk.
+        sums: Must contain v, k, vk and kk.
         counts_B: Number of keys n of each sequence.
         q_BHK: Queries `[B, H, K]`.
         ridge: Ridge per key.

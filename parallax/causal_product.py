@@ -1,10 +1,10 @@
-"""Sums over the past in chunks: sum_{j <= i} (x_i.y_j) z_j within documents, in linear time.
+"""Causal product sum_{j <= i} (x_i.y_j) z_j within documents, chunked, in linear time.
 
-Inside a chunk of `CHUNK_TOKENS` the sum is a masked matrix of scores times values; across chunks it goes
-through the state, the sum of y_j z_j^T over earlier chunks, as in chunked linear attention. Documents mask
-both. A matrix of zeros and ones adds up the chunks' states in T^2 K^2 / CHUNK_TOKENS^2 operations: a small
-part of attention's T^2 K, and without a sequential loop over chunks. Memory is O(T (K + CHUNK_TOKENS)) per
-head.
+The sums of (17) of `parallax.reference` are of this form. Inside a chunk of `CHUNK_TOKENS` the sum is a
+masked matrix of scores times values; earlier chunks enter through the state, their sum of y_j z_j^T, as in
+chunked linear attention. Document masks apply to both. The states are accumulated by a product with a matrix
+of zeros and ones, without a sequential loop over chunks, in T^2 K^2 / CHUNK_TOKENS^2 operations: a small part
+of attention's T^2 K. Memory is O(T (K + CHUNK_TOKENS)) per head.
 
 Letters: B batch, T tokens, G key/value heads, R = H / G, N chunks of C tokens; W, X any width.
 """
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_TOKENS = 64
-"""Tokens of a chunk: about the head width, where the work within chunks equals the work between them."""
+"""Tokens per chunk: about the head width, where the work within chunks equals that between them."""
 
 
 class PastSums(NamedTuple):
@@ -24,24 +24,23 @@ class PastSums(NamedTuple):
 
     y_BGRNCX: Tensor
     z_BGRNCW: Tensor
-    state_BGRNXW: Tensor  # sums of y_j z_j^T over earlier chunks, of the document that continues
-    hidden_NCC: Tensor  # pairs of a chunk that are masked
-    is_restarted_NC1: Tensor  # queries of a document that starts inside the chunk: no earlier chunks
+    state_BGRNXW: Tensor  # sums of y_j z_j^T over the document's earlier chunks
+    hidden_NCC: Tensor  # masked pairs within a chunk
+    is_restarted_NC1: Tensor  # queries whose document starts inside the chunk
 
 
 @torch.library.custom_op("parallax::causal_product", mutates_args=())
 def causal_product(x: Tensor, y: Tensor, z: Tensor, ids: Tensor, is_reversed: bool) -> Tensor:
     """Compute sum_j (x_i.y_j) z_j over the j <= i of i's document, as one custom operator.
 
-    As an operator it keeps autocast out of its backward wherever that is traced. Saved for the backward: the
-    inputs.
+    An operator's backward runs without autocast, traced or not. Saved for the backward: the inputs.
 
     Args:
         x: `[B, G, R, T, X]`, fp32/fp64; R may be 1 in any of the three.
         y: `[B, G, R, T, X]`.
         z: `[B, G, R, T, W]`.
         ids: Document of each token `[T]`, int64.
-        is_reversed: Over j >= i instead.
+        is_reversed: Sum over j >= i instead.
 
     Returns:
         `[B, G, R, T, W]`.
@@ -77,7 +76,7 @@ causal_product.register_autograd(_differentiate_product, setup_context=_save_fac
 
 
 def sum_past(y_BGRTX: Tensor, z_BGRTW: Tensor, ids_T: Tensor) -> PastSums:
-    """Cut y and z into chunks and sum the chunks before each.
+    """Split y and z into chunks and compute the state before each.
 
     Args:
         y_BGRTX: `[B, G, R, T, X]`, fp32/fp64.
@@ -88,17 +87,17 @@ def sum_past(y_BGRTX: Tensor, z_BGRTW: Tensor, ids_T: Tensor) -> PastSums:
     ids_NC = F.pad(ids_T, (0, -ids_T.shape[0] % chunk), value=-1).unflatten(0, (-1, chunk))
     first_N1, last_N1 = ids_NC[:, :1], ids_NC[:, -1:]
     y_BGRNCX, z_BGRNCW = _in_chunks(y_BGRTX, chunk), _in_chunks(z_BGRTW, chunk)
-    # the state of chunk n: earlier chunks that end in the document in which chunk n starts
-    reaches_NN = (first_N1 == last_N1.mT) & _lower(ids_NC.shape[0], ids_T).tril(-1)
+    # the state of chunk n sums the earlier chunks that end in the document in which chunk n starts
+    reaches_NN = (first_N1 == last_N1.mT) & _lower_triangle(ids_NC.shape[0], ids_T).tril(-1)
     sums_BGRNXW = y_BGRNCX.masked_fill((ids_NC != last_N1)[..., None], 0.0).mT @ z_BGRNCW
     state_BGRNF = reaches_NN.to(z_BGRTW.dtype) @ sums_BGRNXW.flatten(-2)
     state_BGRNXW = state_BGRNF.unflatten(-1, sums_BGRNXW.shape[-2:])
-    hidden_NCC = (ids_NC[:, :, None] != ids_NC[:, None]) | ~_lower(chunk, ids_T)
+    hidden_NCC = (ids_NC[:, :, None] != ids_NC[:, None]) | ~_lower_triangle(chunk, ids_T)
     return PastSums(y_BGRNCX, z_BGRNCW, state_BGRNXW, hidden_NCC, (ids_NC != first_N1)[..., None])
 
 
 def attend_past(x_BGRTX: Tensor, past: PastSums) -> Tensor:
-    """Return sum_j (x_i.y_j) z_j, `[B, G, R, T, W]`.
+    """Compute sum_j (x_i.y_j) z_j, `[B, G, R, T, W]`.
 
     Args:
         x_BGRTX: `[B, G, R, T, X]`.
@@ -116,6 +115,6 @@ def _in_chunks(x_BGRTX: Tensor, chunk: int) -> Tensor:
     return (F.pad(x_BGRTX, (0, 0, 0, tail)) if tail else x_BGRTX).unflatten(3, (-1, chunk))
 
 
-def _lower(size: int, like: Tensor) -> Tensor:
+def _lower_triangle(size: int, like: Tensor) -> Tensor:
     """Return a boolean lower triangle `[size, size]`, diagonal included."""
     return torch.ones(size, size, dtype=torch.bool, device=like.device).tril()

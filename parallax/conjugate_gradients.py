@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 LinearMap = Callable[[Tensor], Tensor]
-"""x -> A x, of one shape, each row with its own A."""
+"""Maps x to A x of the same shape, with one matrix A per row."""
 
 
 def residual_tolerance(*dtypes: torch.dtype) -> float:
-    """Return the relative residual at which to stop for inputs of these dtypes: that of the least precise.
+    """Return the relative residual at which to stop, that of the least precise of the input dtypes.
 
-    For fp32 and fp64 it is 4 eps: further iterations would divide noise by noise. For bf16 and fp16 it is
+    For fp32 and fp64 it is 4 eps: below it the residual is rounding noise. For bf16 and fp16 it is
     eps / 64: a residual is an error of b, and rounding the inputs already causes one up to 32 times as large.
 
     Args:
@@ -43,9 +43,9 @@ def conjugate_gradients(apply: LinearMap, b: Tensor, num_iterations: int, tolera
     x = torch.zeros_like(b)
     residual, direction = b.clone(), b
     square = torch.linalg.vector_norm(b, dim=-1, keepdim=True).square_()
-    enough = square * tolerance**2
+    threshold = square * tolerance**2
     for _ in range(num_iterations):
-        is_active = square > enough
+        is_active = square > threshold
         if not is_active.any():
             break
         image = apply(direction)

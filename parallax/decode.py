@@ -1,4 +1,4 @@
-"""Attention of new tokens over a cache: validate, pick the implementation, call it."""
+"""Attention of new tokens over a KV cache: validate, pick the implementation, call it."""
 
 import torch
 from torch import Tensor
@@ -45,11 +45,11 @@ def parallax_decode(
     impl: str | None = None,
     check_values: bool = False,
 ) -> Tensor:
-    """Compute Parallax attention of the newest tokens of each sequence over its cache; not differentiable.
+    """Compute Parallax or softmax attention of new tokens over a KV cache; not differentiable.
 
-    Query t of a sequence with n keys sees the keys up to n - T + t: the new tokens' own keys are in the
-    cache already. What the cache holds from n on changes nothing, NaN included. A query that sees no key
-    gives zeros. On a GPU it can be captured in a CUDA graph, which then serves all lengths.
+    Query t of a sequence with n keys sees the keys up to n - T + t; the cache already holds the new tokens'
+    own keys. Cache entries from n on are ignored, even NaN. The output of a query that sees no key is zero.
+    On a GPU a call can be captured in a CUDA graph, which then serves all lengths.
 
     Args:
         q: Queries `[B, T, H, K]` of the T newest tokens, bf16/fp16/fp32/fp64; the kernels serve bf16
@@ -58,14 +58,14 @@ def parallax_decode(
         k_cache: Keys `[B, S, G, K]`; with `page_table` pages `[P, page size, G, K]`.
         v_cache: Values, the shape of k_cache.
         cache_seqlens: Keys of each sequence `[B]` int32, those of the new tokens included.
-        page_table: Pages of each sequence in order `[B, pages]` int32, any value past its last; None for a
-            contiguous cache.
+        page_table: Pages of each sequence in order `[B, pages]` int32, with any values past its last page;
+            None for a contiguous cache.
         window_size: Number of newest keys that a query sees, its own included; None for all.
         scale: Factor of q.k (never of r.k); None for 1 / sqrt(K).
         out: `[B, T, H, K]`, contiguous, the dtype of q, to write to; None for a new one.
         impl: "triton" or "eager"; None for the kernels where they serve.
-        check_values: Check cache_seqlens and page_table on a GPU too, which waits for it; on CPU they always
-            are checked.
+        check_values: Check the values of cache_seqlens and page_table on a GPU too, which synchronizes; on
+            CPU they are always checked.
 
     Returns:
         Output `[B, T, H, K]` in the dtype of q.
@@ -74,7 +74,7 @@ def parallax_decode(
         ValueError: Shapes, devices, `window_size`, the implementation's name, or a value of `cache_seqlens`
             (longer than the cache) or of `page_table` (no page of the cache) is wrong.
         TypeError: Dtypes differ or are not served.
-        NotImplementedError: impl is "triton", which cannot serve these inputs; says why.
+        NotImplementedError: impl is "triton", which cannot serve these inputs; the message says why.
     """
     check_decode_tensors(q, r, k_cache, v_cache, cache_seqlens, page_table, out)
     check_window_size(window_size)

@@ -1,13 +1,13 @@
-"""Memory-bounded Parallax attention in PyTorch operations, for machines that the kernels do not serve.
+"""Memory-bounded Parallax and softmax attention in PyTorch, for machines that the kernels do not serve.
 
-Walks over tiles of `block_size` queries. A tile meets only the keys that its queries can see (causal bound
-above, window and document bounds below), so the largest buffers are `[B, H, block_size, S]` and the backward
-recomputes them. Equation numbers are those of `parallax.reference`.
+It computes (1) to (5) and the gradients (7) to (11) of `parallax.reference`, in a loop over tiles of
+`block_size` queries. A tile reads only the keys that its queries can see (causal bound above, window and
+document bounds below), so the largest buffers are `[B, H, block_size, S]`; the backward recomputes them.
 
-A tile holds whole rows of the score matrices, so tbar is known in fp32 before any weight is rounded: the
-forward rounds w of (5) itself, which is (12) with c = tbar, and needs three products. The backward forms b
-and T of (7) in fp32 from the tile, so that the row sums of G and U are zero up to rounding, and takes back by
-(13) what rounding G and U costs. Saved for the backward: q, r, k, v, and per row lse and tbar (fp32). Without
+A tile holds whole rows of the score matrices, so tbar is available in fp32 before any weight is rounded: the
+forward rounds w of (5) itself, which is (12) with c = tbar, and needs three products. The backward computes b
+and T of (7) in fp32 from the tile, so that the row sums of G and U are zero up to rounding, and corrects the
+rounding of G and U by (13). Saved for the backward: q, r, k, v, and per row lse and tbar (fp32). Without
 probes (r = None) w is p, and the backward needs no U: (9').
 
 Letters beside those of the reference: Z = B G, the batch of all matrix products; M = T H / G, a tile's
@@ -26,7 +26,7 @@ from parallax.validation import check_bounds
 
 
 class _Tile(NamedTuple):
-    """One tile of queries, the keys it can see, and what to hide at the two ragged edges."""
+    """One tile of queries, the keys that it can see, and the masks at both edges."""
 
     queries: slice
     keys: slice
@@ -40,15 +40,15 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def default_block_size(batch_size: int, device: torch.device) -> int:
-    """Return how many queries of each batch row make a tile, unless the caller says.
+    """Return the default number of queries in a tile, for each batch row.
 
-    On CPU 64, with which a tile stays in cache: of 32 to 1024, the fastest or near it at batch 1 and 8.
-    Elsewhere 1024 over the whole batch: on an H100 smaller tiles wait for kernel launches, larger ones cost
-    memory and mask more.
+    On CPU it is 64, so that a tile stays in cache: of 32 to 1024 the fastest or nearly so at batch 1 and 8.
+    Elsewhere it is 1024 over the whole batch: on an H100 smaller tiles are launch-bound, larger ones take
+    more memory and mask more.
 
     Args:
         batch_size: B.
-        device: Of the inputs.
+        device: Device of the inputs.
 
     Returns:
         Queries in a tile, for each batch row.
@@ -67,7 +67,7 @@ def forward(
     window_size: int | None,
     block_size: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute Parallax attention tile by tile; reads `cu_seqlens` back to the host once.
+    """Compute Parallax or softmax attention tile by tile; copies `cu_seqlens` to the host once.
 
     Args:
         q_BTHK: Queries `[B, T, H, K]`, bf16/fp16/fp32/fp64, any strides.
@@ -128,11 +128,11 @@ def backward(
     window_size: int | None,
     block_size: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the gradients (10) and (11) tile by tile; reads `cu_seqlens` back to the host once.
+    """Compute the gradients (10) and (11) tile by tile; copies `cu_seqlens` to the host once.
 
     Args:
         do_BTHK: Gradient of the output `[B, T, H, K]`, any strides.
-        q_BTHK: Queries `[B, T, H, K]`, as given to `forward`, as all that follows.
+        q_BTHK: Queries `[B, T, H, K]`, as given to `forward`; likewise all that follows.
         r_BTHK: Probes `[B, T, H, K]`, or None for softmax attention.
         k_BSGK: Keys `[B, S, G, K]`.
         v_BSGK: Values `[B, S, G, K]`.
@@ -217,13 +217,13 @@ def _softmax_score_gradients(
 
 
 def _centred_product(g_ZMS: Tensor, k_ZSK: Tensor, k_ref_Z1K: Tensor) -> Tensor:
-    """Return the product of a tile of zero row sums, as rounded, with the keys, (13)."""
+    """Multiply a rounded tile, whose exact row sums are zero, by the keys, corrected by (13)."""
     row_sum_ZM1 = g_ZMS.sum(-1, keepdim=True, dtype=k_ref_Z1K.dtype)
     return _matmul(g_ZMS, k_ZSK, k_ref_Z1K.dtype).addcmul_(row_sum_ZM1, k_ref_Z1K, value=-1)
 
 
 def _hide(x_ZMS: Tensor, tile: _Tile, value: float) -> Tensor:
-    """Overwrite, in place, what belongs to keys that the query does not see."""
+    """Fill the masked entries of a tile with a value, in place."""
     x_ZTRS = x_ZMS.unflatten(1, (tile.hidden_right.shape[0], -1))
     x_ZTRS[..., -tile.hidden_right.shape[-1] :].masked_fill_(tile.hidden_right, value)
     if tile.hidden_left is not None:
@@ -232,12 +232,12 @@ def _hide(x_ZMS: Tensor, tile: _Tile, value: float) -> Tensor:
 
 
 def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """Multiply batches of matrices of the inputs' dtype; sums and result in `dtype`."""
+    """Multiply batches of matrices; accumulate and return in `dtype`."""
     if a.dtype == dtype:
         return torch.bmm(a, b)
     if a.is_cuda:
         return torch.bmm(a, b, out_dtype=dtype)
-    # the product of two 16-bit numbers is exact in fp32: the same result as above
+    # products of 16-bit numbers are exact in fp32: the same result as above
     return torch.bmm(a.to(dtype), b.to(dtype))
 
 
@@ -272,12 +272,12 @@ def _tiles(
 
 
 def _rows_of(x_ZTRK: Tensor, tile: _Tile) -> Tensor:
-    """Return a tile's rows `[Z, M, K]` of what `_fold` returned."""
+    """Return a tile's rows `[Z, M, K]` of a folded tensor."""
     return x_ZTRK[:, tile.queries].flatten(1, 2)
 
 
 def _fold(x_BTHK: Tensor, num_kv_heads: int) -> Tensor:
-    """Return `[B, T, H, K]` as contiguous `[Z, T, H / G, K]`."""
+    """Fold `[B, T, H, K]` to contiguous `[Z, T, H / G, K]`."""
     x_BTGRK = x_BTHK.unflatten(2, (num_kv_heads, -1))
     return x_BTGRK.permute(0, 2, 1, 3, 4).contiguous().flatten(0, 1)
 
@@ -289,7 +289,7 @@ def _write(out_BTHx: Tensor, x_ZMx: Tensor, queries: slice, num_kv_heads: int) -
 
 
 def _unfold_keys(x_ZSK: Tensor, like_BSGK: Tensor) -> Tensor:
-    """Return `[Z, S, K]` as contiguous `[B, S, G, K]` in the dtype of `like`."""
+    """Unfold `[Z, S, K]` to contiguous `[B, S, G, K]` in the dtype of `like`."""
     out_BSGK = torch.empty(like_BSGK.shape, dtype=like_BSGK.dtype, device=like_BSGK.device)
     out_BSGK.transpose(1, 2).copy_(x_ZSK.unflatten(0, (like_BSGK.shape[0], like_BSGK.shape[2])))
     return out_BSGK

@@ -1,7 +1,7 @@
-"""Decode in PyTorch operations, for machines and shapes that the kernels do not serve.
+"""Attention over a KV cache in PyTorch, for machines and shapes that the kernels do not serve.
 
-Equation numbers are those of `parallax.reference`. Sums and statistics are at least fp32; the largest buffers
-are the scores `[B, H, T, S]`.
+It computes (1) to (5) of `parallax.reference`. Sums and statistics are at least fp32; the largest buffers are
+the scores `[B, H, T, S]`.
 """
 
 import torch
@@ -11,7 +11,7 @@ from parallax.eager import accumulation_dtype
 
 
 def gather_pages(cache: Tensor, page_table: Tensor) -> Tensor:
-    """Return a paged cache as a contiguous one.
+    """Gather the pages of a paged KV cache into a contiguous one.
 
     Args:
         cache: Pages `[P, page size, G, K]`.
@@ -35,7 +35,7 @@ def decode(
     scale: float,
     out_BTHK: Tensor,
 ) -> None:
-    """Attend from new tokens to a cache.
+    """Compute attention of new tokens over a KV cache.
 
     Args:
         q_BTHK: Queries `[B, T, H, K]`, bf16/fp16/fp32/fp64.
@@ -46,14 +46,14 @@ def decode(
         page_table: Pages of each sequence `[B, pages]` int32, or None.
         window_size: Newest keys that a query sees, its own included; None for all.
         scale: Factor of q.k.
-        out_BTHK: Is written.
+        out_BTHK: Output `[B, T, H, K]` to write to.
     """
     dtype = accumulation_dtype(q_BTHK.dtype)
     k_BSGK, v_BSGK = (x if page_table is None else gather_pages(x, page_table) for x in (k_cache, v_cache))
     num_tokens, num_keys, num_kv_heads = q_BTHK.shape[1], k_BSGK.shape[1], k_BSGK.shape[2]
     o_key = torch.arange(num_keys, device=q_BTHK.device)
     exists_BS = o_key < cache_seqlens[:, None]
-    # the cache may hold anything, NaN too, where there is no key
+    # past the keys the cache may hold anything, even NaN
     k_BSGK, v_BSGK = (torch.where(exists_BS[..., None, None], x, 0).to(dtype) for x in (k_BSGK, v_BSGK))
     last_BT1 = (cache_seqlens[:, None] - num_tokens + torch.arange(num_tokens, device=q_BTHK.device))[
         ..., None
@@ -68,7 +68,7 @@ def decode(
         return torch.einsum("btghk,bsgk->bghts", x_BTGhK, k_BSGK)
 
     s = (scores(q_BTHK) * scale).masked_fill(~visible_B11TS, float("-inf"))
-    # a row that sees nothing gets zeros
+    # the output of a row without visible keys is zero
     w = torch.softmax(s, -1).masked_fill(~visible_B11TS, 0.0)
     if r_BTHK is not None:
         t = scores(r_BTHK)

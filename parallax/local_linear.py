@@ -1,16 +1,16 @@
 """Exact local linear attention: Parallax attention whose probe is solved, not learned.
 
 By (16) of `parallax.reference` the probe solves A_i r_i = kbar_i - q_i with A_i = Cov_p(k, k)_i + ridge I;
-the rest is (4). So all work over the keys is Parallax attention in fp32 (fp64 for fp64): by Triton kernels
-where they serve (CUDA, their head widths, a positive scale), else by `parallax.eager`.
+the rest is (4). So all work over the keys is Parallax attention in fp32 (fp64 for fp64), computed by the
+Triton kernels where they serve (CUDA, their head widths, a positive scale), else by `parallax.eager`.
 
-* conjugate gradients need only A x, and by (4) Cov_p(k, k) x = kbar - o(q, x, k, k);
-* the gradient through the solve is (18): one more solve with the same matrices, for y, then the backward of
-  o(q, r, k, k). No iterate is kept.
+* Conjugate gradients need only A x, and by (4) Cov_p(k, k) x = kbar - o(q, x, k, k).
+* The gradient through the solve is (18): one more solve with the same matrices, for y, then the backward of
+  o(q, r, k, k). No iterates are saved.
 
-The direct solver forms A a few queries at a time and factors it. Beside inputs and outputs `parallax.eager`
-needs a tile's `[B, H, tile, T]`, and the direct solver buffers of `_DIRECT_ELEMENTS` numbers. Saved
-for the backward: q, k, v, r, and two statistics per row; by the kernels o and vbar too.
+The direct solver builds A for a few queries at a time and factors it. Memory besides inputs and outputs is a
+tile `[B, H, tile, T]` for `parallax.eager`, and buffers of `_DIRECT_ELEMENTS` numbers for the direct solver.
+Saved for the backward: q, k, v, r, and two statistics per row; o and vbar too where the kernels run.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from parallax.ops import eager_attention, triton_attention
 from parallax.validation import check_bounds, check_cu_seqlens, check_tensors, check_window_size
 
 _DIRECT_ELEMENTS = 2**23
-"""Numbers in a buffer of the direct solver: 32 MiB in fp32; one query's matrices where those take more."""
+"""Elements in a buffer of the direct solver, 32 MiB in fp32; at least the matrices of one query."""
 
 
 def local_linear_attention(
@@ -43,11 +43,11 @@ def local_linear_attention(
 ) -> Tensor:
     """Compute causal, exact local linear attention (LLA), differentiable in q, k and v.
 
-    Each query fits an affine map from keys to values by ridge regression under softmax weights and evaluates
-    it at itself: (15) of `parallax.reference` (arXiv 2510.01450), computed as (16). An infinite ridge is
-    softmax attention, scale = 0 is `affine_mesanet`.
+    For each query an affine map from keys to values is fitted by ridge regression under softmax weights and
+    evaluated at the query: (15) of `parallax.reference` (arXiv 2510.01450), computed as (16). An infinite
+    ridge is softmax attention, scale = 0 is `affine_mesanet`.
 
-    Computes in fp32 under autocast too.
+    Runs in at least fp32, also under autocast.
 
     Args:
         q: Queries `[B, T, H, K]`, bf16/fp16/fp32/fp64, any strides.
@@ -58,8 +58,8 @@ def local_linear_attention(
         cu_seqlens: Bounds of packed documents `[N + 1]`, int32, rising from 0 to T, on q's device, with
             B == 1; empty documents are allowed. None: each batch row is one document.
         window_size: Number of newest keys that a query sees, its own included; None for all.
-        solver: "cg" for conjugate gradients, T^2 K operations per iteration; "direct" to form and factor the
-            matrix of every query, T^2 K^2 operations.
+        solver: "cg" for conjugate gradients, T^2 K operations per iteration; "direct" to build and factor
+            the matrix of every query, T^2 K^2 operations.
         num_iterations: Maximum number of conjugate-gradient iterations, 32 in the authors' code; converged
             rows stop earlier. The gradient is that of the exact solution.
 
@@ -68,9 +68,9 @@ def local_linear_attention(
 
     Raises:
         ValueError: Shapes, devices or an option are wrong.
-        TypeError: Dtypes are not served, or fp64 meets another.
+        TypeError: Dtypes are not served, or fp64 is mixed with another.
     """
-    dtype, given = v.dtype, (q.dtype, k.dtype)
+    dtype, input_dtypes = v.dtype, (q.dtype, k.dtype)
     q, k, v = promote(q, k, v)
     check_tensors(q, q, k, v)
     check_window_size(window_size)
@@ -82,7 +82,7 @@ def local_linear_attention(
         check_cu_seqlens(cu_seqlens, q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     iterations = num_iterations if solver == "cg" else None
-    tolerance = residual_tolerance(*given)
+    tolerance = residual_tolerance(*input_dtypes)
     r = local_linear_probe(q, k, cu_seqlens, scale, ridge, window_size, iterations, tolerance)
     attend = triton_attention if _kernels_serve(q, k, scale) else eager_attention
     o = attend(q, r, k, v, scale=scale, cu_seqlens=cu_seqlens, window_size=window_size)
@@ -101,9 +101,9 @@ def local_linear_decode(
     window_size: int | None = None,
     num_iterations: int = 32,
 ) -> Tensor:
-    """Compute local linear attention of the newest tokens of each sequence over its cache.
+    """Compute local linear attention of the newest tokens of each sequence over its KV cache.
 
-    (16) by conjugate gradients, whose products are `parallax_decode` of the keys over themselves, in fp32.
+    Solves (16) by conjugate gradients, whose products are `parallax_decode` with the keys as values, in fp32.
 
     Args:
         q: Queries `[B, T, H, K]` of the T newest tokens, bf16/fp16/fp32/fp64.
@@ -120,11 +120,11 @@ def local_linear_decode(
 
     Raises:
         ValueError: Shapes, devices or an option are wrong.
-        TypeError: Dtypes are not served, or fp64 meets another.
+        TypeError: Dtypes are not served, or fp64 is mixed with another.
     """
     check_ridge(ridge)
     check_num_iterations(num_iterations)
-    dtype, given = v_cache.dtype, (q.dtype, k_cache.dtype)
+    dtype, input_dtypes = v_cache.dtype, (q.dtype, k_cache.dtype)
     q, k, v = promote(q, k_cache, v_cache)
 
     def attend(r: Tensor | None, values: Tensor) -> Tensor:
@@ -133,13 +133,13 @@ def local_linear_decode(
         )
 
     kbar = attend(None, k)
-    tolerance = residual_tolerance(*given)
+    tolerance = residual_tolerance(*input_dtypes)
     r = conjugate_gradients(lambda x: kbar - attend(x, k) + ridge * x, kbar - q, num_iterations, tolerance)
     return attend(r, v).to(dtype)
 
 
 def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Return floating tensors in fp32, fp64 ones as they are."""
+    """Promote floating tensors to fp32; fp64 and other dtypes are unchanged."""
     return tuple(x.to(eager.accumulation_dtype(x.dtype)) if x.is_floating_point() else x for x in tensors)
 
 
@@ -153,7 +153,7 @@ def check_ridge(ridge: float) -> None:
 
 
 def check_num_iterations(num_iterations: int) -> None:
-    """Raise ValueError unless there is an iteration."""
+    """Raise ValueError unless num_iterations is at least 1."""
     if num_iterations < 1:
         raise ValueError(f"num_iterations is {num_iterations}, wanted at least 1; 32 is usual")
 
@@ -169,7 +169,7 @@ def local_linear_probe(
     num_iterations: int | None,
     tolerance: float,
 ) -> Tensor:
-    """Solve (16) for the probe, as a custom operator.
+    """Solve (16) for the probe, as one custom operator.
 
     Args:
         q: Queries `[B, T, H, K]`, fp32/fp64.
@@ -207,7 +207,7 @@ def local_linear_probe_backward(
     num_iterations: int | None,
     tolerance: float,
 ) -> tuple[Tensor, Tensor]:
-    """Compute (18), as a custom operator.
+    """Compute the gradients (18) of the probe, as one custom operator.
 
     Args:
         dr: Gradient of the probe `[B, T, H, K]`.
@@ -254,14 +254,14 @@ local_linear_probe.register_autograd(_differentiate, setup_context=_save_for_bac
 
 
 class _KeyProducts(NamedTuple):
-    """Parallax attention whose values are the keys, as a function of the probes."""
+    """Parallax attention with the keys as values, and its gradients, as functions of the probes."""
 
     attend: Callable[[Tensor], Tensor]  # x -> o(q, x, k, k)
     differentiate: Callable[[Tensor, Tensor], tuple[Tensor, ...]]  # (do, x) -> dq, dx, dk, dv
 
 
 def _kernels_serve(q: Tensor, k: Tensor, scale: float) -> bool:
-    """Return whether the Triton kernels compute LLA's attention; else `parallax.eager` does."""
+    """Return whether the Triton kernels serve these inputs, instead of `parallax.eager`."""
     from parallax.kernels.tiles import refusal
 
     return refusal(q, k, scale) is None
@@ -270,7 +270,7 @@ def _kernels_serve(q: Tensor, k: Tensor, scale: float) -> bool:
 def _key_products(
     q: Tensor, k: Tensor, cu_seqlens: Tensor | None, scale: float, window_size: int | None
 ) -> _KeyProducts:
-    """Return o(q, x, k, k) and its gradients, by the kernels where `_kernels_serve`."""
+    """Return o(q, x, k, k) and its gradients as functions, by the Triton kernels where they serve."""
     options = (cu_seqlens, scale, window_size)
     if not _kernels_serve(q, k, scale):
 
@@ -324,7 +324,7 @@ def _solve_directly(
     ridge: float,
     window_size: int | None,
 ) -> Tensor:
-    """Form the matrices of a few queries at a time and factor them (Cholesky).
+    """Solve by Cholesky factorization of the matrices of a few queries at a time.
 
     Letters as in `parallax.eager`: Z = B G, R = H / G, t queries of a tile.
     """
@@ -354,10 +354,10 @@ def _solve_directly(
 
 
 def _covariances(p_ZtRS: Tensor, k_ZSK: Tensor) -> Tensor:
-    """Return Cov_p(k, k) `[Z, t, R, K, K]`, summed over blocks of keys."""
+    """Compute Cov_p(k, k) `[Z, t, R, K, K]` by sums over blocks of keys."""
     width = k_ZSK.shape[-1]
     p_ZMS = p_ZtRS.flatten(1, 2)
-    # (14): near their mean nothing cancels; the first query's, since no query may depend on later keys
+    # (14): centred keys avoid cancellation; by the first query's mean, as no query may depend on later keys
     centred_ZSK = k_ZSK - p_ZMS[:, :1] @ k_ZSK
     block = max(1, _DIRECT_ELEMENTS // max(1, k_ZSK.shape[0] * width**2))
     second_ZMF = p_ZMS.new_zeros((*p_ZMS.shape[:2], width**2))

@@ -1,10 +1,10 @@
-"""Custom operators: torch.compile and activation checkpointing see one node a forward, one a backward.
+"""Custom operators: one node per forward and per backward for torch.compile and activation checkpointing.
 
-For every implementation with a closed-form backward there is a forward operator (output and row statistics),
-a backward operator (the four gradients), a fake for each and the autograd formula that joins them, then one
-function with the signature that `parallax.api` calls. Every fake promises contiguous results, and the
-operators must keep that: compiled code trusts the fake's strides. Operators have no optional outputs: what
-softmax attention (r = None) does not have comes back empty, `[0]`.
+Every implementation with a closed-form backward has a forward operator (output and row statistics), a
+backward operator (the four gradients), a fake for each, the autograd formula that connects them, and one
+function with the signature that `parallax.api` calls. The fakes return contiguous results, and so must the
+operators: compiled code relies on the fake's strides. Operators have no optional outputs: those that softmax
+attention (r = None) does not have are empty, `[0]`.
 """
 
 from typing import Any
@@ -114,15 +114,15 @@ def _eager_backward_fake(
 
 
 def _empty_gradients(q: Tensor, r: Tensor | None, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return dq, dr, dk and dv for a fake."""
+    """Return empty dq, dr, dk and dv for a fake."""
     dr = q.new_empty((0,) if r is None else r.shape)
     return q.new_empty(q.shape), dr, k.new_empty(k.shape), k.new_empty(k.shape)
 
 
-def _differentiate_first_alone(ctx: Any, *others: Tensor) -> None:
-    """Let a backward have gradients of the first output alone, and None where it has none.
+def _mark_only_output_differentiable(ctx: Any, *others: Tensor) -> None:
+    """Mark all outputs but the first as non-differentiable, and pass missing gradients as None.
 
-    Autograd would otherwise write zeros for the others, vbar's as large as the output.
+    Autograd would otherwise fill zeros for the others, for vbar as many as for the output.
     """
     ctx.mark_non_differentiable(*others)
     ctx.set_materialize_grads(False)
@@ -132,7 +132,7 @@ def _save_for_eager_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]
     q, r, k, v, cu_seqlens, ctx.scale, ctx.window_size, ctx.block_size = inputs
     _, lse, tbar = output
     ctx.save_for_backward(q, r, k, v, lse, tbar, cu_seqlens)
-    _differentiate_first_alone(ctx, lse, tbar)
+    _mark_only_output_differentiable(ctx, lse, tbar)
 
 
 def _differentiate_eager(ctx: Any, do: Tensor | None, _dlse: None, _dtbar: None) -> tuple[Tensor | None, ...]:
@@ -289,7 +289,7 @@ def _save_for_triton_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...
     q, r, k, v, cu_seqlens, ctx.scale, ctx.window_size, ctx.save_vbar = inputs
     o, vbar, lse, tbar = output
     ctx.save_for_backward(q, r, k, v, o, vbar, lse, tbar, cu_seqlens)
-    _differentiate_first_alone(ctx, vbar, lse, tbar)
+    _mark_only_output_differentiable(ctx, vbar, lse, tbar)
 
 
 def _differentiate_triton(
@@ -332,6 +332,6 @@ def triton_attention(
     Returns:
         Output `[B, T, H, K]` in the dtype of q.
     """
-    assert scale > 0, "`tiles.refusal` says so"
+    assert scale > 0, "`tiles.refusal` checks this"
     save_vbar = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, r, k, v))
     return triton_forward(q, r, k, v, cu_seqlens, scale, window_size, save_vbar)[0]

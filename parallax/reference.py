@@ -203,7 +203,7 @@ def visible_keys(
     cu_seqlens: Tensor | None = None,
     window_size: int | None = None,
 ) -> Tensor:
-    """Return which keys each query sees.
+    """Build the mask of the keys that each query sees.
 
     Args:
         num_tokens: T == S.

@@ -47,7 +47,7 @@ class Inputs(NamedTuple):
 
 
 class Masking(TypedDict):
-    """Keyword arguments that say which keys a query sees.
+    """Keyword arguments that restrict which keys a query sees.
 
     Attributes:
         cu_seqlens: Document bounds `[N + 1]` int32, or None.
@@ -152,11 +152,11 @@ def make_inputs(
         num_heads: H.
         num_kv_heads: G.
         head_dim: K.
-        dtype: Of all five.
-        device: Of all five.
-        seed: Of the draw.
-        key_offset: c in k + c n, with n one standard normal vector per kv head; trained models have such a
-            common part.
+        dtype: Dtype of all five.
+        device: Device of all five.
+        seed: Seed of the random numbers.
+        key_offset: c in k + c n, with n one standard normal vector per kv head; keys of trained models
+            have such a common part.
         r_scale: Factor of r.
         layout: Memory layout; the values do not depend on it.
 
@@ -178,7 +178,7 @@ def make_inputs(
 def _lay_out(x: Tensor, layout: Layout) -> Tensor:
     """Return the same values as a view of a larger or transposed buffer."""
     if layout == "fused":
-        # what lies beside the slice is NaN: reading it must show
+        # NaN beside the slice: reading it must show
         return torch.stack([torch.full_like(x, float("nan")), x], dim=2).flatten(2, 3)[:, :, x.shape[2] :]
     if layout == "heads_first":
         return x.transpose(1, 2).contiguous().transpose(1, 2)
@@ -193,10 +193,10 @@ def output_and_gradients(
     Args:
         attend: Called as attend(q, r, k, v, **arguments).
         inputs: The inputs; their memory layout is kept.
-        arguments: Passed on, such as `window_size`.
+        arguments: Passed to `attend`, such as `window_size`.
 
     Returns:
-        `o`, `dq`, `dr` (not without probes), `dk`, `dv`, detached.
+        `o`, `dq`, `dr` (absent without probes), `dk`, `dv`, detached.
     """
     leaves = {
         name: x.detach().requires_grad_()
@@ -224,16 +224,16 @@ def relative_error(actual: Tensor, truth: Tensor) -> float:
 
 
 def error_budget(truth: Tensor, yardstick: Tensor, dtype: torch.dtype) -> float:
-    """Return the largest admitted norm of the error.
+    """Return the largest permitted norm of the error.
 
     Twice the yardstick's error, plus the rounding band: the error of the truth itself rounded to `dtype`, and
-    32 units of the accumulating dtype (fp32, for fp64 inputs fp64) per element of size one, which is what
-    remains of a sum that cancels exactly in the truth.
+    32 eps of the accumulation dtype (fp32, for fp64 inputs fp64) per element, which is what remains of a sum
+    of terms of size one that cancels exactly in the truth.
 
     Args:
         truth: fp64 result.
         yardstick: The plain computation in `dtype`.
-        dtype: Of the inputs.
+        dtype: Dtype of the inputs.
 
     Returns:
         Frobenius norm, absolute.
@@ -251,11 +251,11 @@ def assert_within_budget(
     """Assert that a result is finite and its error within `error_budget`.
 
     Args:
-        name: For the message, such as "dq".
+        name: Name in the message, such as "dq".
         actual: Result to judge; its dtype must be `dtype`.
         truth: fp64 result for the same inputs.
         yardstick: The plain computation in `dtype`.
-        dtype: Of the inputs.
+        dtype: Dtype of the inputs.
 
     Raises:
         AssertionError: Not finite, wrong dtype or shape, or over the budget.
@@ -278,16 +278,16 @@ def assert_attention_within_budget(
     yardstick: Callable[..., Tensor] = parallax_reference,
     **arguments: object,
 ) -> None:
-    """Judge an attention's output and all its gradients by the measuring stick.
+    """Assert that an attention's output and all its gradients are within `error_budget`.
 
     Args:
         attend: Called as attend(q, r, k, v, **arguments).
-        inputs: In the dtype to judge.
-        yardstick: Called likewise; the plain low-precision reference unless given.
-        arguments: Passed on to the attention, its yardstick and the fp64 reference.
+        inputs: Inputs in the dtype to test.
+        yardstick: Called likewise; by default the reference in the same low precision.
+        arguments: Passed to the attention, its yardstick and the fp64 reference.
 
     Raises:
-        AssertionError: Something is over its budget.
+        AssertionError: The output or a gradient is not finite or over its budget.
     """
     dtype = inputs.q.dtype
     actual = output_and_gradients(attend, inputs, **arguments)

@@ -1,4 +1,4 @@
-"""What the public functions check before they compute: every message says what, got, wanted, remedy."""
+"""Argument checks of the public functions; messages give the argument, got, wanted and the remedy."""
 
 from itertools import pairwise
 
@@ -10,7 +10,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def check_tensors(q: Tensor, r: Tensor | None, k: Tensor, v: Tensor) -> None:
-    """Check shapes, dtypes and devices of self-attention's inputs.
+    """Check shapes, dtypes and devices of the inputs of self-attention.
 
     Args:
         q: Queries `[B, T, H, K]`.
@@ -19,7 +19,7 @@ def check_tensors(q: Tensor, r: Tensor | None, k: Tensor, v: Tensor) -> None:
         v: Values `[B, T, G, K]`.
 
     Raises:
-        ValueError: Shapes or devices do not fit together.
+        ValueError: Shapes or devices do not match.
         TypeError: Dtypes differ or are not floating.
     """
     named = {"q": q, "k": k, "v": v} if r is None else {"q": q, "r": r, "k": k, "v": v}
@@ -65,7 +65,7 @@ def _check_keys_fit(q: Tensor, k: Tensor) -> None:
 
 
 def _check_heads_fit(q: Tensor, k: Tensor, name: str) -> None:
-    """Check the heads of keys against those of queries."""
+    """Check head widths and numbers of heads of keys against queries."""
     if k.shape[3] != q.shape[3] or q.shape[3] < 1:
         raise ValueError(
             f"{name} has head width {k.shape[3]}, q {q.shape[3]}; wanted one width of at least 1"
@@ -79,7 +79,7 @@ def _check_heads_fit(q: Tensor, k: Tensor, name: str) -> None:
 
 
 def check_window_size(window_size: int | None) -> None:
-    """Check the sliding window.
+    """Check the size of the sliding window.
 
     Args:
         window_size: Number of newest keys that a query sees, its own included; None for all.
@@ -94,11 +94,11 @@ def check_window_size(window_size: int | None) -> None:
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, x: Tensor) -> None:
-    """Check document bounds; their values only where that costs no synchronisation of a device.
+    """Check document bounds, and their values where that needs no device synchronization.
 
     Args:
         cu_seqlens: Document bounds `[N + 1]` int32 from 0 to T.
-        x: What is packed `[1, T, ...]`.
+        x: Packed tensor `[1, T, ...]`.
 
     Raises:
         ValueError: Wrong batch, dimension, dtype, device or (on CPU, outside of tracing) values.
@@ -158,7 +158,7 @@ def check_decode_tensors(
     page_table: Tensor | None,
     out: Tensor | None,
 ) -> None:
-    """Check shapes, dtypes and devices of decoding's inputs.
+    """Check shapes, dtypes and devices of the inputs of decoding.
 
     Args:
         q: Queries `[B, T, H, K]`.
@@ -170,7 +170,7 @@ def check_decode_tensors(
         out: `[B, T, H, K]` to write to, or None.
 
     Raises:
-        ValueError: Shapes or devices do not fit together.
+        ValueError: Shapes or devices do not match.
         TypeError: Dtypes differ or are not served.
     """
     like_q = {name: x for name, x in (("r", r), ("out", out)) if x is not None}
@@ -197,7 +197,7 @@ def check_decode_tensors(
     elif k_cache.shape[0] != q.shape[0]:
         raise ValueError(
             f"k_cache has batch {k_cache.shape[0]}, q {q.shape[0]}; wanted the same batch, "
-            "or a page_table that says which pages are whose"
+            "or a page_table that assigns pages to sequences"
         )
 
 
@@ -215,7 +215,7 @@ def _check_index(name: str, index: Tensor, q: Tensor, num_dims: int) -> None:
 
 
 def check_cache_values(cache_seqlens: Tensor, page_table: Tensor | None, k_cache: Tensor) -> None:
-    """Check lengths and page numbers; waits for the device.
+    """Check the values of lengths and page numbers; synchronizes with the device.
 
     Args:
         cache_seqlens: Keys of each sequence `[B]` int32.
@@ -230,8 +230,8 @@ def check_cache_values(cache_seqlens: Tensor, page_table: Tensor | None, k_cache
     for row, length in enumerate(cache_seqlens.tolist()):
         if not 0 <= length <= capacity:
             raise ValueError(
-                f"cache_seqlens[{row}] is {length}, the cache holds {capacity} keys a sequence; "
-                "allocate a longer cache, or more pages a sequence"
+                f"cache_seqlens[{row}] is {length}, the cache holds {capacity} keys per sequence; "
+                "allocate a longer cache, or more pages per sequence"
             )
         pages = [] if page_table is None else page_table[row, : -(-length // page_size)].tolist()
         for index, page in enumerate(pages):

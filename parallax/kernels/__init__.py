@@ -1,1 +1,1 @@
-"""Triton kernels of Parallax attention."""
+"""Triton and Gluon kernels of Parallax and softmax attention, for training and for decoding."""

@@ -1,14 +1,15 @@
-"""Device code and host code that the forward and the backward kernels share.
+"""Tile loads and stores, masks and launch order of the forward and the backward kernels.
 
-Visibility. Query i sees the keys first_i <= j <= i, where first_i is the larger of its document's start and
+Masking. Query i sees the keys first_i <= j <= i, where first_i is the larger of its document's start and
 i - window_size + 1; key j is seen by the queries j <= i < end_j, where end_j is the smaller of its document's
-end and j + window_size. Both bounds never decrease along the rows, so a tile's bounds follow from its first
-and last row. Packed rows are tiled as one sequence: a tile may span documents, so short documents waste
-nothing, and the grid does not depend on the documents.
+end and j + window_size. Neither bound ever decreases along the rows, so a tile's bounds follow from its first
+and last row. Packed rows are tiled as one sequence: a tile may span documents, so short documents need no
+padding, and the grid does not depend on the documents.
 
-Vocabulary of the kernels: bare names are pointers or descriptors, b_ blocks in registers, o_ offsets,
-m_ masks, i_ program and loop indices; capitals are compile-time constants, except T, the number of tokens.
-BT query rows and BS keys in a tile, K head width, BK its next power of two, H query heads, G kv heads.
+Vocabulary of the kernels: bare names are pointers or descriptors, p_ pointer arithmetic, b_ blocks in
+registers, a_ left operands in registers, o_ offsets, m_ masks, i_ program and loop indices; capitals are
+compile-time constants, except T, the number of tokens. BT query rows and BS keys in a tile, K head width, BK
+its next power of two, H query heads, G kv heads.
 """
 
 from typing import NamedTuple
@@ -23,14 +24,14 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 DQDR_CACHE_BYTES = 2 << 20
-"""Fewer heads in a section make the first pass of the backward faster (13% at T = 1024), no other kernel."""
+"""Cache target of dQ and dR: smaller sections make that kernel faster (13% at T = 1024), and no other one."""
 
 
 @triton.jit
 def program_of(i_p, num_tiles, num_heads, heads_per_section):
-    """Return (tile rank, head) of a program: heads in sections whose operands share the L2 cache.
+    """Return the tile rank and head of a program; heads are grouped into sections that fit the L2 cache.
 
-    Within a section rank 0 of every head comes first, so that the longest tiles start first.
+    Within a section rank 0 of every head comes first, so the longest tiles start first.
     """
     i_section = i_p // (heads_per_section * num_tiles)
     i_first = i_section * heads_per_section
@@ -43,7 +44,7 @@ def program_of(i_p, num_tiles, num_heads, heads_per_section):
 def load_tile(
     x, strides, i_b, i_h, i_t, T, ROWS: tl.constexpr, BK: tl.constexpr, K: tl.constexpr, TMA: tl.constexpr
 ):
-    """Load rows i_t .. i_t + ROWS of one head, [ROWS, BK]; zeros past T and past K."""
+    """Load rows i_t to i_t + ROWS of one head, [ROWS, BK]; zeros past T and past K."""
     if TMA:
         b_x = x.load([i_b, i_h, i_t, 0]).reshape(ROWS, BK)
     else:
@@ -59,7 +60,7 @@ def load_tile(
 
 @triton.jit
 def store_tile(x, b_x, i_b, i_h, i_t, T, H: tl.constexpr, K: tl.constexpr, TMA: tl.constexpr):
-    """Store rows i_t .. of one head of a contiguous `[B, T, H, K]`, [ROWS, BK]."""
+    """Store rows [ROWS, BK] from i_t on in one head of a contiguous `[B, T, H, K]`."""
     if TMA:
         x.store([i_b, i_h, i_t, 0], b_x.to(x.dtype).reshape(1, 1, b_x.shape[0], b_x.shape[1]))
     else:
@@ -73,9 +74,9 @@ def store_tile(x, b_x, i_b, i_h, i_t, T, H: tl.constexpr, K: tl.constexpr, TMA: 
 
 @triton.jit
 def in_registers(b_x, BK: tl.constexpr):
-    """Return x [ROWS, BK] out of a product with the identity: as a left operand it is then in registers.
+    """Multiply x [ROWS, BK] by the identity, so that it stays in registers as a left operand.
 
-    The tensor cores read a left operand from shared memory otherwise, which bounds narrow tiles.
+    Otherwise the tensor cores read it from shared memory, whose bandwidth limits narrow tiles.
     """
     o_k = tl.arange(0, BK)
     b_one = (o_k[:, None] == o_k[None, :]).to(b_x.dtype)
@@ -84,7 +85,7 @@ def in_registers(b_x, BK: tl.constexpr):
 
 @triton.jit
 def first_key(first, o_t, T, window_size, PACKED: tl.constexpr, WINDOW: tl.constexpr):
-    """Return first_i for query rows (a block or a scalar)."""
+    """Return first_i, the first visible key, of query rows (a block or a scalar)."""
     b_first = o_t * 0
     if PACKED:
         b_first = tl.load(first + o_t, mask=o_t < T, other=0)
@@ -95,7 +96,7 @@ def first_key(first, o_t, T, window_size, PACKED: tl.constexpr, WINDOW: tl.const
 
 @triton.jit
 def end_query(end, o_s, T, window_size, PACKED: tl.constexpr, WINDOW: tl.constexpr):
-    """Return end_j for keys (a block or a scalar)."""
+    """Return end_j, the end of the queries that see a key, of keys (a block or a scalar)."""
     b_end = o_s * 0 + T
     if PACKED:
         b_end = tl.load(end + o_s, mask=o_s < T, other=0)
@@ -109,9 +110,9 @@ def end_query(end, o_s, T, window_size, PACKED: tl.constexpr, WINDOW: tl.constex
 def key_bounds(
     first, i_t, T, window_size, BT: tl.constexpr, BS: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr
 ):
-    """Return the key tiles of BT queries: their first key, the first key of unmasked tiles, their end.
+    """Return the key bounds of BT queries: the first key, and the first key and the end of unmasked tiles.
 
-    Tiles between the last two need no mask; those before them and from their end to the diagonal do.
+    Tiles before the unmasked ones and those on the diagonal, after them, are masked.
     """
     i_diagonal = i_t // BS * BS
     i_first = i_t * 0
@@ -125,10 +126,10 @@ def key_bounds(
 
 @triton.jit(do_not_specialize=["T"])
 def _document_bounds_kernel(cu_seqlens, first, end, T, BLOCK: tl.constexpr):
-    """Write the document's start and end to each of its rows; one program a document.
+    """Store the document's start and end for each of its rows; one program per document.
 
-    The host does not see whether the bounds begin with 0 and end with T. Where they do not, the first and the
-    last document have the rest, so that no kernel waits for keys by bounds that nobody wrote.
+    The host does not check whether the bounds run from 0 to T. Where they do not, the first and the last
+    document take the remaining rows, so that no kernel loops over uninitialized bounds.
     """
     i_start = tl.where(tl.program_id(0) == 0, 0, tl.load(cu_seqlens + tl.program_id(0)))
     is_last = tl.program_id(0) == tl.num_programs(0) - 1
@@ -141,7 +142,7 @@ def _document_bounds_kernel(cu_seqlens, first, end, T, BLOCK: tl.constexpr):
 
 
 def document_bounds(cu_seqlens: Tensor | None, num_tokens: int) -> tuple[Tensor | None, Tensor | None]:
-    """Return the start and the end of each row's document, without a look at the values on the host.
+    """Return the start and the end of each row's document; computed on the device, without synchronization.
 
     Args:
         cu_seqlens: Document bounds `[N + 1]` int32 rising from 0 to T, or None.
@@ -152,7 +153,7 @@ def document_bounds(cu_seqlens: Tensor | None, num_tokens: int) -> tuple[Tensor 
     """
     if cu_seqlens is None:
         return None, None
-    # two tensors: both aligned for every T, or kernels would be compiled for each alignment
+    # two tensors: slices of one would differ in alignment with T, for which kernels are specialized
     first, end = (torch.empty(num_tokens, dtype=torch.int32, device=cu_seqlens.device) for _ in range(2))
     num_documents = cu_seqlens.shape[0] - 1
     _document_bounds_kernel[(num_documents,)](cu_seqlens.contiguous(), first, end, num_tokens, BLOCK=1024)
@@ -160,13 +161,13 @@ def document_bounds(cu_seqlens: Tensor | None, num_tokens: int) -> tuple[Tensor 
 
 
 class Mask(NamedTuple):
-    """What queries see, beside causality.
+    """Which keys queries see, apart from causality.
 
     Attributes:
         first: Start of each row's document `[T]` int32, or None.
         end: End of each row's document `[T]` int32, or None.
         window_size: Keys that a query sees, or None.
-        num_documents: In a row.
+        num_documents: Documents per row.
     """
 
     first: Tensor | None
@@ -176,7 +177,7 @@ class Mask(NamedTuple):
 
     @classmethod
     def of(cls, cu_seqlens: Tensor | None, num_tokens: int, window_size: int | None) -> "Mask":
-        """Return the mask of rows of T tokens; a window of more keys than these is one of all.
+        """Build the mask of rows of T tokens, with the window clipped to T keys.
 
         Args:
             cu_seqlens: Document bounds `[N + 1]` int32 rising from 0 to T, or None.
@@ -190,22 +191,22 @@ class Mask(NamedTuple):
 
     @property
     def is_packed(self) -> bool:
-        """Whether rows hold several documents."""
+        """Whether rows are packed with documents."""
         return self.first is not None
 
     @property
     def has_window(self) -> bool:
-        """Whether a window bounds what queries see."""
+        """Whether there is a sliding window."""
         return self.window_size is not None
 
     def reach(self, num_tokens: int) -> int:
-        """Return about how many of a row's T tokens a program streams: a mean document's, or a window's."""
+        """Estimate how many tokens a program streams: a mean document, or the window if shorter."""
         mean_length = -(-num_tokens // self.num_documents)
         return mean_length if self.window_size is None else min(mean_length, self.window_size)
 
 
 def with_contiguous_rows(x: Tensor) -> Tensor:
-    """Return x, copied only where its last dimension is not contiguous."""
+    """Return x with a contiguous last dimension, copied only if necessary."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
@@ -215,7 +216,7 @@ def strides_of(x: Tensor) -> tuple[int, int, int]:
 
 
 def can_use_descriptors(*tensors: Tensor) -> bool:
-    """Return whether the tensor memory accelerator (Hopper on) can read all of these 16-bit tensors."""
+    """Return whether the tensor memory accelerator (TMA, from Hopper on) can read all of these tensors."""
     device = tensors[0].device
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
         return False
@@ -226,7 +227,7 @@ def can_use_descriptors(*tensors: Tensor) -> bool:
 
 
 def describe(x: Tensor, num_rows: int, block_k: int) -> TensorDescriptor:
-    """Return the descriptor that loads `num_rows` rows of one head of `[B, T, H, K]`."""
+    """Return the TMA descriptor that loads `num_rows` rows of one head of `[B, T, H, K]`."""
     return TensorDescriptor(x, *descriptor_block(x, num_rows, block_k))
 
 
@@ -238,7 +239,7 @@ def descriptor_block(x: Tensor, num_rows: int, block_k: int) -> tuple[list[int],
 
 
 def row_strides(x: Tensor) -> tuple[int, int, int]:
-    """Return the strides of batch, head and token, a harmless one for a dimension of size one."""
+    """Return the strides of batch, head and token, an aligned one for a dimension of size one."""
     batch_size, num_tokens, num_heads, head_dim = x.shape
     stride_b, stride_t, stride_h, _ = x.stride()
     unused = -(-head_dim // 8) * 8
@@ -250,15 +251,16 @@ def row_strides(x: Tensor) -> tuple[int, int, int]:
 
 
 def heads_per_section(num_heads: int, group: int, bytes_per_head: int, cache_bytes: int = 25 << 20) -> int:
-    """Return how many heads run side by side so that what they stream stays in half of an H100's L2 cache.
+    """Return how many heads run concurrently so that the operands they stream fit in the L2 cache.
 
-    In dQ and dR it is `DQDR_CACHE_BYTES`, so that programs of all lengths run beside each other.
+    The default is half of an H100's L2 cache. dQ and dR use `DQDR_CACHE_BYTES`, so that programs of all
+    lengths run concurrently.
 
     Args:
         num_heads: Batch times heads.
         group: Heads that stream the same operands; a section holds whole groups.
-        bytes_per_head: Of the streamed operands of one group.
-        cache_bytes: To fill.
+        bytes_per_head: Bytes of the streamed operands of one group.
+        cache_bytes: Bytes of cache to fill.
     """
     num_groups = num_heads // group
     groups = max(1, min(num_groups, cache_bytes // max(bytes_per_head, 1)))

@@ -1,19 +1,20 @@
-"""Backward kernels of Parallax attention, (7) to (11) and (13) of `parallax.reference`, in two passes.
+"""Backward kernels of Parallax and softmax attention, (7) to (11) and (13) of `parallax.reference`.
 
-First pass, one program a tile of queries: b = dO.vbar and T = dO.o of its rows, then dQ and dR with five
-products a tile. The row sums of the rounded G and U times a reference key are taken off dQ and dR at the end,
-(13). It leaves the row constants of the second pass behind: lse in
-base 2, scale (1 + tbar), b / scale and b - T.
+First pass, one program per tile of queries: b = dO.vbar and T = dO.o of its rows, then dQ and dR with five
+products per tile. At the end the row sums of the rounded G and U times a reference key are subtracted from dQ
+and dR, (13). The pass also stores the row constants of the second one: lse in base 2, scale (1 + tbar),
+b / scale and b - T.
 
-Second pass, one program a tile of keys: dK and dV with six products a tile, summed over the query heads of
-the group in fp32 registers. It works on the transposed scores, so that P^T and the two gradient tiles stay in
-registers as left operands of the products that follow.
+Second pass, one program per tile of keys: dK and dV with six products per tile, summed over the query heads
+of the group in fp32 registers. Scores are transposed, so that P^T and the two gradient tiles stay in
+registers as left operands of the next products.
 
-Without probes (PROBES false: softmax attention, (9')) U, dR and three of the products fall away, and the row
-constants are lse in base 2 and T.
+Without probes (PROBES false: softmax attention, (9')) there are no U and dR, the passes take three and four
+products per tile, and the row constants are lse in base 2 and T.
 
-Eleven products (seven) instead of the eight (five) that one pass needs, but no reductions in memory: the
-result does not depend on the order in which programs run, and is the same bits every time.
+Two passes take eleven products (seven without probes); a single one would take eight (five), but reduce in
+memory by atomic additions. Without these the result does not depend on the order of the programs and is
+bit-identical from run to run.
 """
 
 from typing import NamedTuple
@@ -102,7 +103,7 @@ def _parallax_bwd_dqdr_kernel(
     TMA: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr, RANK_ONE: tl.constexpr,
     IN_REGISTERS: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Compute BT rows of one head's dQ and dR, and their row constants; one program each."""
+    """Compute BT rows of dQ, dR and the row constants of one head per program."""
     BOUNDED: tl.constexpr = PACKED or WINDOW
     PROBES: tl.constexpr = r is not None
     scale_log2 = scale * LOG2E
@@ -116,7 +117,7 @@ def _parallax_bwd_dqdr_kernel(
     o_t = i_t + tl.arange(0, BT)
     m_t = o_t < T
     p_t = tl.cast(i_bh, tl.int64) * T + o_t
-    # first what pointers load: it is under way while the descriptors' tiles are waited for
+    # pointer loads first: they run while the program waits for the tiles of the descriptors
     b_lse = tl.load(lse + p_t, mask=m_t, other=0.0) * LOG2E
     if PROBES:
         b_t1 = tl.load(tbar + p_t, mask=m_t, other=0.0) + 1.0
@@ -156,7 +157,7 @@ def _parallax_bwd_dqdr_kernel(
     b_sum = tl.zeros([BT, SUMS], tl.float32)
     state = (b_zero, b_zero, b_sum, b_sum) if PROBES else (b_zero, b_sum)
     num_diagonal = tl.cdiv(tl.minimum(i_t + BT, T) - i_diagonal, BS)
-    # disable_licm: the addresses of the operands that stay would otherwise be held in registers, which spill
+    # disable_licm: otherwise hoisted addresses of loop-invariant operands cause register spills
     for i_x in tl.range(0, num_diagonal + (i_unmasked - i_first) // BS, disable_licm=True):
         i_s = tl.where(i_x < num_diagonal, i_diagonal + i_x * BS, i_first + (i_x - num_diagonal) * BS)
         state = _dqdr_tile(
@@ -174,7 +175,7 @@ def _parallax_bwd_dqdr_kernel(
     else:
         b_dq, b_g_sum = state
     if RANK_ONE:
-        # any vector is exact; the mean key of the diagonal tile is close to the common part of the keys
+        # (13) holds for any vector; the mean key of the diagonal tile is close to the common part of the keys
         b_k = load_tile(k, k_strides, i_b, i_g, i_diagonal, T, BS, BK, K, TMA)
         b_k_ref = tl.sum(b_k.to(tl.float32), 0) / tl.minimum(T - i_diagonal, BS)
         b_dq = b_dq - total_row_sums(b_g_sum)[:, None] * b_k_ref[None, :]
@@ -190,7 +191,7 @@ def _parallax_bwd_dqdr_kernel(
 def _load_row_constant(
     rows, i_bh, i_x: tl.constexpr, i_t, T_padded, BT: tl.constexpr, TMA: tl.constexpr, COUNT: tl.constexpr = 4
 ):
-    """Load one of the row constants, [BT]; zeros past the end."""
+    """Load row constant i_x of BT rows, [BT]; zeros past the end."""
     if TMA:
         b_x = rows.load([i_bh, i_x, i_t]).reshape(BT)
     else:
@@ -206,7 +207,7 @@ def _dkdv_tile(
     T, T_padded, scale, scale_log2, H: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, K: tl.constexpr,
     TMA: tl.constexpr, MASKED: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """Add one tile of one head's queries to dK / scale and scale * dV; without probes to dV."""
+    """Add one tile of one head's queries to dK / scale and scale * dV (without probes dV)."""
     PROBES: tl.constexpr = r is not None
     b_dk, b_dv = state
     # [BT, BK]
@@ -263,7 +264,7 @@ def _parallax_bwd_dkdv_kernel(
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr,
     TMA: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr, IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
-    """Compute BS rows of one kv head's dK and dV; one program each."""
+    """Compute BS rows of dK and dV of one kv head per program."""
     BOUNDED: tl.constexpr = PACKED or WINDOW
     scale_log2 = scale * LOG2E
     GROUP: tl.constexpr = H // G
@@ -290,8 +291,8 @@ def _parallax_bwd_dkdv_kernel(
     i_diagonal = tl.minimum(tl.cdiv(i_s + BS - 1, BT) * BT, tl.cdiv(i_end, BT) * BT)
     i_unmasked = tl.maximum(i_unmasked, i_diagonal)
 
-    # every zone runs over all heads of the group in one loop, which keeps the load pipeline filled;
-    # disable_licm as in the first pass
+    # the masked and the unmasked tiles each have one loop over all heads of the group, which keeps the load
+    # pipeline full; disable_licm as in the first pass
     state = (tl.zeros([BS, BK], tl.float32), tl.zeros([BS, BK], tl.float32))
     num_diagonal = tl.cdiv(i_diagonal - i_start, BT)
     num_masked = num_diagonal
@@ -340,7 +341,7 @@ def backward(
     scale: float,
     window_size: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launch the backward kernels. Nothing is read back to the host; the result is deterministic.
+    """Compute the gradients (10) and (11) by both passes; deterministic, without host synchronization.
 
     Args:
         do: Gradient of o `[B, T, H, K]`.
@@ -375,7 +376,7 @@ def backward(
 
 
 class Operands(NamedTuple):
-    """What both passes load tile by tile, each with a contiguous last dimension.
+    """Inputs that both passes load tile by tile, each with a contiguous last dimension.
 
     Attributes:
         q: Queries `[B, T, H, K]`.
@@ -393,16 +394,16 @@ class Operands(NamedTuple):
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Those that there are."""
+        """All operands but a missing r."""
         return [x for x in self if x is not None]
 
     @property
     def num_row_constants(self) -> int:
-        """Numbers that the first pass leaves behind for the second, for each row."""
+        """Number of row constants that the first pass stores for the second."""
         return 2 if self.r is None else 4
 
     def described(self, tile: Tile) -> list[TensorDescriptor | None]:
-        """Return the descriptors that load this tile's rows."""
+        """Return the TMA descriptors that load this tile's rows, None for a missing r."""
         rows = (tile.block_t, tile.block_t, tile.block_s, tile.block_s, tile.block_t)
         block_k = triton.next_power_of_2(self.q.shape[3])
         pairs = zip(self, rows, strict=True)
@@ -422,7 +423,7 @@ def query_gradients(
     use_descriptors: bool | None = None,
     is_corrected: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the first pass.
+    """Compute dQ, dR and the row constants by the first pass.
 
     Args:
         operands: Inputs and dO.
@@ -430,11 +431,11 @@ def query_gradients(
         vbar: Softmax attention `[B, T, H, K]`; not read without probes, like tbar.
         lse: `[B, H, T]` fp32.
         tbar: `[B, H, T]` fp32.
-        mask: What queries see.
+        mask: Which keys queries see.
         scale: Factor of q.k.
-        tile: For tuning; None takes the table's.
-        use_descriptors: For tuning; None uses tensor descriptors where they can be used.
-        is_corrected: For measuring what (13) costs and gives.
+        tile: Tile to tune; None for that of `parallax.kernels.tiles`.
+        use_descriptors: Whether TMA descriptors load the operands, for tuning; None for wherever they can.
+        is_corrected: Whether to apply (13); False only to measure its cost and accuracy.
 
     Returns:
         dq, dr `[B, T, H, K]` (without probes `[0]`) and the row constants `[B * H, 4, T rounded up]` fp32
@@ -449,7 +450,7 @@ def query_gradients(
     if tile.is_specialized:
         from parallax.kernels import hopper_dqdr, hopper_softmax_dq
 
-        assert is_corrected, "the specialised kernel has no other form"
+        assert is_corrected, "the warp-specialized kernel always applies (13)"
         if operands.r is None:
             return hopper_softmax_dq.query_gradients(
                 operands.q, operands.k, operands.v, operands.do, o, lse, mask, scale, tile
@@ -497,15 +498,15 @@ def key_gradients(
     tile: Tile | None = None,
     use_descriptors: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Launch the second pass.
+    """Compute dK and dV by the second pass.
 
     Args:
         operands: Inputs and dO.
         rows: Row constants from `query_gradients`.
-        mask: What queries see.
+        mask: Which keys queries see.
         scale: Factor of q.k.
-        tile: For tuning; None takes the table's.
-        use_descriptors: For tuning; None uses tensor descriptors where they can be used.
+        tile: Tile to tune; None for that of `parallax.kernels.tiles`.
+        use_descriptors: Whether TMA descriptors load the operands, for tuning; None for wherever they can.
 
     Returns:
         dk, dv `[B, T, G, K]`.

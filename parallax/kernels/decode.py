@@ -1,21 +1,22 @@
-"""Decode kernels: a few new queries of each sequence over its cache.
+"""Decode kernels: attention of a few new queries per sequence over its KV cache.
 
-(1) to (6) and (12) of `parallax.reference`. The cache is cut into splits along its tokens, so that a few
-long sequences fill the device too. A program takes one split of one kv head: all query heads of the group and
-all new tokens are the rows of one tile, so keys and values are read once. Tiles have sixteen rows or more for
-the tensor cores; up to eight queries have their probes in rows 8 to 15 of the same tile, so that Parallax
-takes as many products as softmax. A thread then holds the two scores of a query and its probe in registers.
+They compute (1) to (6) and (12) of `parallax.reference` with split-KV (flash decoding): the cache is divided
+into splits along its tokens, so that a few long sequences fill the device too. A program takes one split of
+one kv head; all query heads of the group and all new tokens are the rows of one tile, so keys and values are
+read once. Tiles have at least sixteen rows for the tensor cores. Up to eight queries have their probes in
+rows 8 to 15 of the same tile, so that Parallax takes as many products as softmax attention, and a thread
+holds the scores of a query and of its probe in registers.
 
-With p the weights of a split's keys relative to the largest, exp(m), and c a value that t lies around, a
-split sums d1 = Sigma p, d2 = Sigma p (t - c), o1 = Sigma p v and o2 = Sigma p (t - c) v. It leaves m, d1,
-d2 + c d1, o1 and o2 + c o1 to a second kernel, which adds these up in fp32, each times exp(m - max m):
+With weights p = exp(s - m) relative to the split's largest score m, and a centre c of t, a split sums
+d1 = Sigma p, d2 = Sigma p (t - c), o1 = Sigma p v and o2 = Sigma p (t - c) v. It stores m, d1, d2 + c d1, o1
+and o2 + c o1 for a second kernel, which adds them over the splits in fp32, each times exp(m - max m):
 
     o = (o1 (1 + d2 / d1) - o2) / d1.
 
-Launches hide under what ran before (programmatic dependent launch, Hopper on): programs are on the device
-before their inputs are, and what is small is brought to L2 meanwhile.
+Programmatic dependent launch (from Hopper on) overlaps launches with the previous kernel: programs start
+before their inputs are ready, and meanwhile prefetch small inputs to L2.
 
-The splits divide the keys that a sequence has, not the cache's capacity: one CUDA graph serves all lengths.
+Splits divide the keys of a sequence, not the cache's capacity, so one CUDA graph serves all lengths.
 Letters as in `parallax.kernels.addressing`; M rows: new tokens times heads of a group.
 """
 
@@ -29,23 +30,23 @@ from parallax.kernels.decode_tiles import DecodeDevice, DecodeTile, tile_of
 from parallax.kernels.row_sums import add_row_sums
 
 HEAD_DIMS = (64, 128)
-"""Head widths that decoding serves."""
+"""Supported head widths."""
 
 MAX_NEW_TOKENS = 8
-"""New tokens of a sequence that one call takes."""
+"""Maximum number of new tokens per sequence and call."""
 
 MAX_GROUP = 16
-"""Query heads of a kv head."""
+"""Maximum number of query heads per kv head."""
 
 MERGE_COLUMNS = 32
-"""Columns of a row of o that a program merges: on an H200, 64 and 128 cost a call 3% and 7%; 16 nothing."""
+"""Columns of o per merging program: on an H200, 64 and 128 make a call 3% and 7% slower, 16 equally fast."""
 
 
 @triton.jit
 def _load_rows(
     x, strides, i_b, i_g, o_m, GROUP: tl.constexpr, K: tl.constexpr, M: tl.constexpr, FIRST: tl.constexpr
 ):
-    """Load the queries or probes of a group into rows from FIRST on, [BM, K]; zeros elsewhere.
+    """Load the queries or probes of a group into rows FIRST to FIRST + M, [BM, K]; zeros elsewhere.
 
     Row FIRST + m is token m // GROUP, head m % GROUP.
     """
@@ -58,13 +59,13 @@ def _load_rows(
 
 @triton.jit
 def _halves(b_x, N: tl.constexpr):
-    """Return rows 0 to 7 and rows 8 to 15 of [16, N]; a thread holds both of a pair in its registers."""
+    """Split [16, N] into rows 0 to 7 and 8 to 15; a thread holds elements i and i + 8 in its registers."""
     return tl.split(tl.permute(tl.reshape(b_x, [2, 8, N]), (1, 2, 0)))
 
 
 @triton.jit
 def _stack(b_x, b_y, N: tl.constexpr):
-    """Undo _halves."""
+    """Concatenate [8, N] and [8, N] to [16, N], the inverse of _halves."""
     return tl.reshape(tl.permute(tl.join(b_x, b_y), (2, 0, 1)), [16, N])
 
 
@@ -74,20 +75,22 @@ def _add_pairs(b_x, b_y, b_u, b_w):
 
 
 @triton.jit
-def _warm(p_x):
-    """Have what lies at these addresses brought to L2; nothing is read, so it may still be written."""
+def _prefetch(p_x):
+    """Prefetch these addresses to L2; nothing is read, so a previous kernel may still write to them."""
     tl.inline_asm_elementwise(
         "{prefetch.global.L2 [$1]; mov.b32 $0, 0;}", "=r,l", [p_x], dtype=tl.int32, is_pure=False, pack=1
     )
 
 
 @triton.jit
-def _warm_rows(x, strides, i_b, i_g, GROUP: tl.constexpr, K: tl.constexpr, M: tl.constexpr, BM: tl.constexpr):
-    """Have the queries or probes of a group brought to L2."""
+def _prefetch_rows(
+    x, strides, i_b, i_g, GROUP: tl.constexpr, K: tl.constexpr, M: tl.constexpr, BM: tl.constexpr
+):
+    """Prefetch the queries or probes of a group to L2."""
     o_m = tl.minimum(tl.arange(0, BM), M - 1)
     i_x = tl.cast(i_b, tl.int64) * strides[0] + tl.cast(i_g, tl.int64) * GROUP * strides[2]
     p_x = x + i_x + (o_m // GROUP * strides[1] + o_m % GROUP * strides[2])[:, None]
-    _warm(p_x + (tl.arange(0, K // 64) * 64)[None, :])
+    _prefetch(p_x + (tl.arange(0, K // 64) * 64)[None, :])
 
 
 @triton.jit(do_not_specialize=["num_splits", "window_size", "max_pages"])
@@ -99,25 +102,25 @@ def _parallax_decode_kernel(
     WINDOW: tl.constexpr, PROBE: tl.constexpr, STACK: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr,
     SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Attend to one split of one kv head's cache; one program each.
+    """Compute the sums of one split of one kv head's cache per program; without splits the output.
 
-    With STACK rows 0 to 7 of the tiles are of queries, rows 8 to 15 of probes.
+    With STACK rows 0 to 7 of the tiles are queries, rows 8 to 15 probes.
     """
     M: tl.constexpr = T * GROUP
     # rows of the softmax
     R: tl.constexpr = BM // 2 if STACK else BM
     scale_log2 = scale * LOG2E
     i_p = tl.program_id(0)
-    # the heads of a sequence side by side: they share the cache's rows
+    # neighbouring programs take the heads of one sequence, whose keys are adjacent in the cache
     i_g = i_p % G
     i_n = i_p // G % num_splits
     i_b = i_p // G // num_splits
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        _warm(cache_seqlens + i_b + tl.arange(0, 1))
-        _warm_rows(q, q_strides, i_b, i_g, GROUP, K, M, BM)
+        _prefetch(cache_seqlens + i_b + tl.arange(0, 1))
+        _prefetch_rows(q, q_strides, i_b, i_g, GROUP, K, M, BM)
         if PROBE:
-            _warm_rows(r, r_strides, i_b, i_g, GROUP, K, M, BM)
+            _prefetch_rows(r, r_strides, i_b, i_g, GROUP, K, M, BM)
         tl.extra.cuda.gdc_wait()
 
     num_keys = tl.load(cache_seqlens + i_b)
@@ -137,7 +140,7 @@ def _parallax_decode_kernel(
     if STACK:
         b_q = tl.where((o_m < 8)[:, None], b_q, b_r)
     o_r = tl.arange(0, R)
-    # the last key that a row sees
+    # last visible key of each row
     o_last = num_keys - T + o_r // GROUP
     b_m = tl.full([R], -1.0e30, tl.float32)
     b_c = tl.zeros([R], tl.float32)
@@ -157,7 +160,7 @@ def _parallax_decode_kernel(
         else:
             i_k = tl.cast(i_b, tl.int64) * k_strides[0] + o_s.to(tl.int64) * k_strides[1]
             i_v = tl.cast(i_b, tl.int64) * v_strides[0] + o_s.to(tl.int64) * v_strides[1]
-        # [BS, K]; zeros past the end, whatever the cache holds there
+        # [BS, K]; zeros past the end, where the cache may hold NaN
         b_k = tl.load(k_head + i_k[:, None] + o_k[None, :], mask=m_s[:, None], other=0.0)
         b_v = tl.load(v_head + i_v[:, None] + o_k[None, :], mask=m_s[:, None], other=0.0)
         # [R, BS]
@@ -176,7 +179,7 @@ def _parallax_decode_kernel(
         b_p1 = tl.math.exp2(b_s - b_m_new[:, None])
         if PROBE:
             if i_s == i_start:
-                # the largest weight that a row sees is one; a row that sees nothing here weighs nothing
+                # the largest visible weight is one; the weights of a row without visible keys are zero
                 b_sum_t, b_sum = tl.reduce((b_p1 * b_t, b_p1), 1, _add_pairs)
                 b_c = b_sum_t / tl.maximum(b_sum, 0.5)
             b_p2 = b_p1 * (b_t - b_c[:, None])
@@ -221,7 +224,7 @@ def _merge_splits_kernel(
     parts, stats, o, num_splits,
     K: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, PROBE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Merge the splits of BK columns of a row of o; one program, of one warp, each."""
+    """Merge the splits of BK columns of a row of o per program, of one warp."""
     i_row = tl.cast(tl.program_id(0), tl.int64) // (K // BK)
     o_k = tl.program_id(0) % (K // BK) * BK + tl.arange(0, BK)
     o_n = tl.arange(0, BN)
@@ -231,7 +234,7 @@ def _merge_splits_kernel(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    # all loads before the first use; a split without keys has left zeros
+    # all loads before the first use; a split without keys has stored zeros
     b_m = tl.load(p_stats, mask=m_n, other=-1.0e30)
     b_d1 = tl.load(p_stats + 1, mask=m_n, other=0.0)
     # [BN, BK]
@@ -252,7 +255,7 @@ def _merge_splits_kernel(
 
 
 def refusal(q: Tensor, k_cache: Tensor) -> str | None:
-    """Return why the kernels cannot serve these inputs, or None.
+    """Return why the kernels do not support these inputs, or None if they do.
 
     Args:
         q: Queries `[B, T, H, K]`.
@@ -269,7 +272,7 @@ def refusal(q: Tensor, k_cache: Tensor) -> str | None:
     if q.shape[1] > MAX_NEW_TOKENS:
         return f"serves up to {MAX_NEW_TOKENS} new tokens, got {q.shape[1]}"
     if q.shape[2] // k_cache.shape[2] > MAX_GROUP:
-        return f"serves up to {MAX_GROUP} query heads a kv head, got {q.shape[2] // k_cache.shape[2]}"
+        return f"serves up to {MAX_GROUP} query heads per kv head, got {q.shape[2] // k_cache.shape[2]}"
     return None
 
 
@@ -286,10 +289,10 @@ def decode(
     *,
     tile: DecodeTile | None = None,
 ) -> None:
-    """Launch the decode kernels. Nothing is read back to the host.
+    """Compute attention over a KV cache by the decode kernels, without host synchronization.
 
     Args:
-        q: Queries `[B, T, H, K]`, bf16/fp16, last dimension contiguous, as of all inputs.
+        q: Queries `[B, T, H, K]`, bf16/fp16, last dimension contiguous, as in all inputs.
         r: Probes `[B, T, H, K]`, or None for softmax attention.
         k_cache: Keys `[B, S, G, K]`, or pages `[P, page size, G, K]`.
         v_cache: Values, as the keys.
@@ -297,8 +300,8 @@ def decode(
         page_table: Pages of each sequence `[B, pages]` int32, or None.
         window_size: Newest keys that a query sees, its own included; None for all.
         scale: Factor of q.k.
-        out: `[B, T, H, K]`, contiguous, is written.
-        tile: For tuning; None takes the table's.
+        out: Output `[B, T, H, K]` to write to, contiguous.
+        tile: Tile to tune; None for that of `parallax.kernels.decode_tiles`.
     """
     batch_size, num_tokens, num_heads, head_dim = q.shape
     num_kv_heads = k_cache.shape[2]

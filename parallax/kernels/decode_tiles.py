@@ -1,12 +1,12 @@
-"""How a call of the decode kernels is cut: splits along the cache and tiles, per kind of device."""
+"""Splits of the KV cache and tile sizes of the decode kernels, by call size and device."""
 
 from typing import Any, NamedTuple
 
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-"""Numbers of splits to choose from: with those that divide usual lengths no tile is nearly empty."""
+"""Allowed numbers of splits: divisors of common lengths, which leave no tile nearly empty."""
 
 FAST_MEMORY_BYTES = 100 << 30
-"""More memory than this is HBM3e or later.
+"""Devices with more memory than this have HBM3e or later.
 
 An H100 and an H200 have the same compute capability and as many multiprocessors, but 3.35 and 4.8 TB/s.
 The cards with HBM3 have 80 to 96 GB (H100, H100 NVL, GH200), those with HBM3e 141 GB and more (H200, GH200,
@@ -15,11 +15,11 @@ B200).
 
 
 class DecodeDevice(NamedTuple):
-    """What the choice depends on.
+    """Device properties that determine the tile.
 
     Attributes:
-        num_multiprocessors: Of the device.
-        has_fast_memory: Whether it is HBM3e or later.
+        num_multiprocessors: Number of streaming multiprocessors.
+        has_fast_memory: Whether the memory is HBM3e or later.
     """
 
     num_multiprocessors: int
@@ -27,17 +27,17 @@ class DecodeDevice(NamedTuple):
 
     @classmethod
     def of(cls, properties: Any) -> "DecodeDevice":
-        """Read it off `torch.cuda.get_device_properties`."""
+        """Convert from `torch.cuda.get_device_properties`."""
         return cls(properties.multi_processor_count, properties.total_memory > FAST_MEMORY_BYTES)
 
 
 class DecodeTile(NamedTuple):
-    """How a call is cut.
+    """Splits and tile of a call.
 
     Attributes:
         num_splits: Splits along the cache.
         block_s: Keys in a tile.
-        num_warps: Warps of a program.
+        num_warps: Warps per program.
         num_stages: Depth of the load pipeline.
     """
 
@@ -48,56 +48,56 @@ class DecodeTile(NamedTuple):
 
 
 def tile_of(num_pairs: int, capacity: int, num_rows: int, head_dim: int, device: DecodeDevice) -> DecodeTile:
-    """Return how a call is cut: by its size and the device's, never by the sequences' lengths.
+    """Return splits and tile of a call, from its shape and the device, never from the sequences' lengths.
 
-    From what `benchmarks/tune_decode.py` measured: on an H200 these kernels, on an H100 earlier ones
-    that had queries and probes in tiles of their own.
+    Measured by `benchmarks/tune_decode.py`: on an H200 with these kernels, on an H100 with earlier ones that
+    had queries and probes in separate tiles.
 
     Args:
         num_pairs: Batch times kv heads.
-        capacity: Keys that a query can see at most.
-        num_rows: New tokens times query heads of a kv head.
+        capacity: Maximum number of keys that a query sees.
+        num_rows: New tokens times query heads per kv head.
         head_dim: Head width K.
-        device: Where it runs.
+        device: Device that runs the call.
     """
     num_splits = _num_splits(num_pairs, capacity, device)
     if num_rows > 16:
-        # many rows need the registers themselves
+        # many rows take up the registers
         return DecodeTile(num_splits, 32, 8 if num_rows > 64 else 4, 3)
     num_programs, keys = num_pairs * num_splits, capacity / num_splits
     is_alone = num_programs <= device.num_multiprocessors
-    # as many bytes in flight for narrow heads as for wide ones
+    # the same bytes in flight for all head widths
     width = 128 // head_dim
     if not device.has_fast_memory:
-        # a program that has its multiprocessor to itself keeps one tile more in flight
+        # a program that is alone on its multiprocessor keeps one more tile in flight
         return DecodeTile(num_splits, 64 * width, 4, 4 if is_alone else 3)
     if num_rows > 8:
-        # probes in a tile of their own: twice the registers
+        # probes in a separate tile: twice the registers
         return DecodeTile(num_splits, 64 * width, 4, 5 if is_alone else 3)
     num_rounds = -(-num_programs // device.num_multiprocessors)
     is_full = num_programs > 0.9 * num_rounds * device.num_multiprocessors
     if (is_alone and (keys >= 512 or 64 < keys == capacity)) or (is_full and keys >= 4096 and width == 1):
-        # one program a multiprocessor at a time, whose tiles cost little beside their bytes
+        # one program per multiprocessor at a time; large tiles, whose overhead per byte is small
         return DecodeTile(num_splits, 128 * width, 4, 3)
     if is_alone:
-        # takes so much room that no two share a multiprocessor, also with the next call's programs
+        # so much shared memory that no two programs share a multiprocessor, nor one with the next call's
         return DecodeTile(num_splits, 64 * width, 4, 5)
     return DecodeTile(num_splits, 32 * width, 2, 4)
 
 
 def _num_splits(num_pairs: int, capacity: int, device: DecodeDevice) -> int:
-    """Return the number of splits whose programs are done first, by a model.
+    """Return the number of splits that minimizes the time of a cost model.
 
-    Two programs run on a multiprocessor. So many of the multiprocessors with one program each read as fast as
-    memory allows: 0.96 of an H200's, 0.7 of an H100's; fewer in proportion. Splits cost 5%, and the
-    time of reading 64 keys by every multiprocessor.
+    Two programs run on a multiprocessor. One program on each of 96% of an H200's multiprocessors, or 70% of
+    an H100's, saturates the memory bandwidth; fewer reach a proportional part. Splitting costs 5%, plus the
+    time in which every multiprocessor reads 64 keys.
     """
     num_multiprocessors = device.num_multiprocessors
-    enough = (0.96 if device.has_fast_memory else 0.7) * num_multiprocessors
+    num_saturating = (0.96 if device.has_fast_memory else 0.7) * num_multiprocessors
 
     def cost(num_splits: int) -> float:
         num_full, num_last = divmod(num_pairs * num_splits, 2 * num_multiprocessors)
-        programs = 2 * num_full * num_multiprocessors + max(num_last, enough * (num_last > 0))
+        programs = 2 * num_full * num_multiprocessors + max(num_last, num_saturating * (num_last > 0))
         keys = programs * capacity / num_splits
         return keys if num_splits == 1 else 1.05 * keys + 64 * num_multiprocessors
 

@@ -1,25 +1,25 @@
 """Forward kernel of Parallax and softmax attention, (1) to (6) and (12) of `parallax.reference`.
 
-One pass over keys and values with the running maximum m of the logits in base 2:
+One pass over keys and values with a running maximum m of the base-2 logits s:
 
     P1 = 2^(s - m),  P2 = P1 (t - c),  d1 = sum P1,  d2 = sum P2,  O1 = P1 V,  O2 = P2 V,
     vbar = O1 / d1,  tbar = c + d2 / d1,  o = (O1 (1 + d2 / d1) - O2) / d1.
 
-c_i is the weighted mean of t over the first tile in which query i sees a key, which is formed in fp32 before
-that tile's P2 is rounded. The tiles on the diagonal come first, so that every row has its c there.
+c_i is the weighted mean of t over the first tile in which query i sees a key, computed in fp32 before that
+tile's P2 is rounded. Diagonal tiles come first, so that every row computes its c there.
 
-Without probes (PROBES false: softmax attention) P2, d2, O2, vbar and tbar fall away, and o = O1 / d1.
+Without probes (PROBES false: softmax attention) there are no P2, d2, O2, vbar and tbar, and o = O1 / d1.
 
-d1 and d2 sum P1 and P2 as they are rounded for the products (`parallax.kernels.row_sums`): the weights of
-o then sum to one whatever the rounding. lse and tbar belong to the rounded weights too: in 16 bits lse is off
-by up to half a unit of rounding, 2^-9 in bf16.
+d1 and d2 sum the rounded P1 and P2, as the products read them (`parallax.kernels.row_sums`): the weights of o
+then sum to one whatever the rounding. lse and tbar are of the rounded weights too: in 16 bits the error of
+lse is up to half a unit of rounding, 2^-9 in bf16.
 
-fp32 factors are split in two for the tensor cores ("tf32x3", here and in the backward): three products, whose
-terms miss at most 2^-20 of their size; tiles are summed in fp32. For 16-bit factors it changes nothing.
+fp32 factors are split in two for the tensor cores ("tf32x3", here and in the backward): three products with a
+relative error of at most 2^-20 per term; tiles are summed in fp32. 16-bit factors are not affected.
 
-Written: o in the dtype of the inputs, lse and tbar in fp32, and vbar in the dtype of the inputs when a
-backward follows (it needs dO.vbar, and vbar cannot be had from o; the copy costs as much memory as o, a
-recomputation would cost the backward a quarter of its products).
+Outputs: o in the dtype of the inputs, lse and tbar in fp32, and vbar in the dtype of the inputs if a backward
+follows. That needs dO.vbar, and o does not determine vbar; saving it takes as much memory as o, recomputing
+it would take the backward another quarter of its products.
 """
 
 import torch
@@ -78,7 +78,7 @@ def _attend_tile(
     b_p1 = tl.math.exp2(b_s * scale_log2 - b_m_new[:, None])
     if MASKED and CENTRED and PROBES:
         b_sum = tl.sum(b_p1, 1)
-        # rows that see their first keys in this tile; the largest of which gives the sum at least one half
+        # rows that see their first keys in this tile; the largest weight makes their sum at least one half
         is_first = (tl.max(b_d1, 1) == 0.0) & (b_sum > 0.0)
         b_c = tl.where(is_first, tl.sum(b_p1 * b_t, 1) / tl.maximum(b_sum, 0.5), b_c)
     if PROBES:
@@ -105,7 +105,7 @@ def _parallax_fwd_kernel(
     TMA: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr, SAVE_VBAR: tl.constexpr,
     CENTRED: tl.constexpr, IN_REGISTERS: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Compute BT rows of one head's output; one program each."""
+    """Compute BT output rows of one head per program."""
     BOUNDED: tl.constexpr = PACKED or WINDOW
     PROBES: tl.constexpr = r is not None
     scale_log2 = scale * LOG2E
@@ -130,14 +130,14 @@ def _parallax_fwd_kernel(
         b_first = first_key(first, o_t, T, window_size, PACKED, WINDOW)
     i_first, i_unmasked, i_diagonal = key_bounds(first, i_t, T, window_size, BT, BS, PACKED, WINDOW)
 
-    # a finite start: a row without a visible key in a tile must not form inf - inf
+    # a finite initial maximum: inf - inf would be NaN in a row that sees no key of a tile
     b_m = tl.full([BT], -1.0e30, tl.float32)
     b_c = tl.zeros([BT], tl.float32)
     b_d = tl.zeros([BT, SUMS], tl.float32)
     b_o = tl.zeros([BT, BK], tl.float32)
     state = (b_m, b_c, b_d, b_d, b_o, b_o) if PROBES else (b_m, b_d, b_o)
     num_diagonal = tl.cdiv(tl.minimum(i_t + BT, T) - i_diagonal, BS)
-    # disable_licm: the addresses of the operands that stay would otherwise be held in registers, which spill
+    # disable_licm: otherwise hoisted addresses of loop-invariant operands cause register spills
     for i_x in tl.range(0, num_diagonal + (i_unmasked - i_first) // BS, disable_licm=True):
         i_s = tl.where(i_x < num_diagonal, i_diagonal + i_x * BS, i_first + (i_x - num_diagonal) * BS)
         state = _attend_tile(
@@ -185,7 +185,7 @@ def forward(
     use_descriptors: bool | None = None,
     is_centred: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launch the forward kernel. Nothing is read back to the host.
+    """Compute Parallax or softmax attention by the forward kernel, without host synchronization.
 
     Args:
         q: Queries `[B, T, H, K]`, bf16/fp16/fp32; read in place if the last dimension is contiguous.
@@ -196,13 +196,13 @@ def forward(
         scale: Factor of q.k, positive.
         window_size: Number of newest keys that a query sees, its own included; None for all.
         save_vbar: Whether a backward follows, which needs vbar if there are probes.
-        tile: For tuning; None takes the table's.
-        use_descriptors: For tuning; None uses tensor descriptors where they can be used.
-        is_centred: For measuring what (12) costs and gives.
+        tile: Tile to tune; None for that of `parallax.kernels.tiles`.
+        use_descriptors: Whether TMA descriptors load the operands, for tuning; None for wherever they can.
+        is_centred: Whether to apply (12); False only to measure its cost and accuracy.
 
     Returns:
-        o `[B, T, H, K]` and vbar, the same or empty `[0]`, in the dtype of q; lse and tbar `[B, H, T]` fp32.
-        Without r vbar and tbar are empty.
+        o `[B, T, H, K]` and vbar `[B, T, H, K]` (`[0]` if not saved) in the dtype of q; lse and tbar
+        `[B, H, T]` fp32. Without r vbar and tbar are `[0]`.
     """
     q, k, v = (with_contiguous_rows(x) for x in (q, k, v))
     r = None if r is None else with_contiguous_rows(r)
@@ -228,7 +228,7 @@ def forward(
     if tile.is_specialized:
         from parallax.kernels import hopper_forward, hopper_softmax_forward
 
-        assert is_centred, "the specialised kernel has no other form"
+        assert is_centred, "the warp-specialized kernel always applies (12)"
         if r is None:
             return o, vbar, hopper_softmax_forward.forward(q, k, v, mask, scale, o, tile=tile), tbar
         return hopper_forward.forward(q, r, k, v, mask, scale, save_vbar=save_vbar, tile=tile)

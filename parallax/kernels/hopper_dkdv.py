@@ -1,16 +1,16 @@
-"""dK and dV on Hopper: the second pass of the backward with warps that take different parts, in Gluon.
+"""Warp-specialized Hopper dK and dV, (7) to (9') and (11) of `parallax.reference`, in Gluon.
 
-A program owns 128 keys of one kv head at a time, and goes on to others: while it ends with some, the next are
-copied. One warp copies tiles of queries, probes, dO and row constants; two
-warpgroups of 64 keys each read every tile, so that it is copied half as often as by programs of 64 keys. The
-mathematics is that of `parallax.kernels.backward`: transposed scores, so that P^T and the two gradient tiles
-stay in registers as left operands. Keys stay in registers as well, because the tensor cores would wait for
-shared memory otherwise. Sums stay in registers over all query heads of the group: the result is the same bits
-every time.
+The second pass of `parallax.kernels.backward`, with or without probes. A work tile is 128 keys of one kv
+head, 64 per consumer warpgroup; while its epilogue runs, the keys and values of the next one are copied. The
+producer warp copies tiles of queries, probes, dO and row constants; both consumers read every tile, which
+halves the copies compared with programs of 64 keys. Scores are transposed, so that P^T and the two gradient
+tiles stay in registers as left operands. Keys stay in registers too, because the tensor cores would wait for
+shared memory otherwise. dK and dV are summed in registers over all query heads of the group, so results are
+bit-identical from run to run.
 
-While one warpgroup forms weights the other one has products under way. To start the next tile's products
-before it has finished with those of a tile gains nothing: a tile costs about as much as its products and, on
-top of them, every instruction that forms weights.
+While one consumer computes weights, the products of the other run. Software pipelining within a consumer,
+which issues the next tile's products before this tile is done, gains nothing: a tile takes about the time of
+its products plus that of every instruction that computes weights.
 """
 
 import torch
@@ -39,12 +39,12 @@ from parallax.kernels.hopper import (
     CONSUMER_REGISTERS,
     PRODUCER_REGISTERS,
     ROWS,
-    announce_item,
     describe,
-    draw_items,
-    learn_item,
+    make_work_queue,
     new_barriers,
-    new_items,
+    new_tile_slots,
+    publish_work_tile,
+    receive_work_tile,
 )
 from parallax.kernels.tiles import Tile
 
@@ -56,7 +56,7 @@ def _add_tile(
     a_k, a_v, q, r, do, constants, i_c, i_t, o_s, b_end, is_masked, b_dk, b_dv, b_zero, scale,
     minus_inverse_scale, BT: tl.constexpr, BOUNDED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Add a tile of one head's queries to dK / scale and scale * dV; without probes to dV."""
+    """Add one tile of one head's queries to dK / scale and scale * dV (without probes dV)."""
     PROBES: tl.constexpr = r is not None
     SCORES: tl.constexpr = b_zero.type.layout
     COLUMN: tl.constexpr = gl.SliceLayout(0, SCORES)
@@ -104,11 +104,11 @@ def _add_tile(
 
 @gluon.jit
 def _consume(
-    WARPGROUP: tl.constexpr, buffers, items, order, outputs, mask, scale, G: tl.constexpr,
+    WARPGROUP: tl.constexpr, buffers, tile_slots, schedule, outputs, mask, scale, G: tl.constexpr,
     GROUP: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr, IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
-    """Sum and store dK and dV of a warpgroup's keys."""
-    k_both, v_both, streamed, constants, kv_full, kv_empty, full, empty = buffers
+    """Compute and store dK and dV of the keys of a consumer warpgroup."""
+    k_buffers, v_buffers, streamed, constants, kv_full, kv_empty, full, empty = buffers
     q = streamed[0]
     do = streamed[-1]
     PROBES: tl.constexpr = len(streamed) == 3
@@ -122,16 +122,16 @@ def _consume(
     ACC: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BK, 16])
     SCORES: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BT, 16])
     b_zero = gl.zeros([ROWS, BT], tl.float32, SCORES)
-    # b - a / scale is compiled to a negation of every a, b + a * minus_inverse_scale is not
+    # b - a / scale compiles to a negation of every a, b + a * minus_inverse_scale does not
     minus_inverse_scale = -1.0 / scale
-    num_items, _, _ = order
-    i_n = 0  # items so far
+    num_work_tiles, _, _ = schedule
+    i_n = 0  # work tiles so far
     i_x = 0  # tiles of queries so far
-    i_item = learn_item(items, i_n)
-    while i_item < num_items:
-        i_b, i_g, i_s, num_steps = _place(i_item, order, mask, BT, G, PACKED, WINDOW)
-        k = k_both.index(i_n % 2 * 2 + WARPGROUP)
-        v = v_both.index(i_n % 2 * 2 + WARPGROUP)
+    i_work_tile = receive_work_tile(tile_slots, i_n)
+    while i_work_tile < num_work_tiles:
+        i_b, i_g, i_s, num_steps = _locate_keys(i_work_tile, schedule, mask, BT, G, PACKED, WINDOW)
+        k = k_buffers.index(i_n % 2 * 2 + WARPGROUP)
+        v = v_buffers.index(i_n % 2 * 2 + WARPGROUP)
         i_w = i_s + WARPGROUP * ROWS
         o_s = i_w + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
         b_end = o_s
@@ -141,7 +141,7 @@ def _consume(
             b_end = end_query(end, o_s, T, window_size, PACKED, WINDOW)
             i_end = end_query(end, tl.minimum(i_w + ROWS, T) - 1, T, window_size, PACKED, WINDOW)
             i_unmasked = end_query(end, tl.minimum(i_w, T - 1), T, window_size, PACKED, WINDOW)
-        # tiles that this warpgroup's keys see; the others are only waited for and released
+        # query tiles that see this warpgroup's keys; the others are released unread
         i_first = tl.minimum((i_w - i_s) // BT, num_steps)
         i_last = tl.maximum(tl.minimum(tl.cdiv(i_end - i_s, BT), num_steps), i_first)
 
@@ -152,15 +152,17 @@ def _consume(
         b_dv = gl.zeros([ROWS, BK], tl.float32, ACC)
         for i_h in range(GROUP):
             _skip_tiles(full, empty, i_x, i_x + i_first)
-            # the tiles of its own keys' queries, and the others. One loop where any may hold a document's
-            # end; without probes three, the last for those: behind a branch in the loop, ptxas 12.8 wrote
-            # into the registers that hold the keys
+            # diagonal tiles, then the others; one loop for both where any tile may hold the end of a
+            # document. Without probes such tiles have a third loop instead: after a branch within the loop,
+            # ptxas 12.8 overwrote the registers that hold the keys
             ZONES: tl.constexpr = 2 if not BOUNDED else 1 if PROBES else 3
-            i_own = i_x + i_last if ZONES == 1 else i_x + tl.minimum(i_first + ROWS // BT, i_last)
-            i_free = i_x + i_last
+            i_diagonal_end = i_x + i_last if ZONES == 1 else i_x + tl.minimum(i_first + ROWS // BT, i_last)
+            i_unmasked_end = i_x + i_last
             if ZONES == 3:
-                i_free = tl.minimum(tl.maximum(i_x + (i_unmasked - i_s) // BT, i_own), i_free)
-            zones = (i_x + i_first, i_own, i_free, i_x + i_last)
+                i_unmasked_end = tl.minimum(
+                    tl.maximum(i_x + (i_unmasked - i_s) // BT, i_diagonal_end), i_unmasked_end
+                )
+            zones = (i_x + i_first, i_diagonal_end, i_unmasked_end, i_x + i_last)
             for ZONE in gl.static_range(ZONES):
                 for i_y in range(zones[ZONE], zones[ZONE + 1]):
                     i_stage = i_y % STAGES
@@ -178,10 +180,10 @@ def _consume(
                     mbarrier.arrive(empty.index(i_stage), count=1)
             _skip_tiles(full, empty, i_x + i_last, i_x + num_steps)
             i_x += num_steps
-            # the keys before these are stored by now
+            # the keys of the previous work tile are stored by now
             tma.store_wait(0)
             mbarrier.arrive(kv_empty.index((i_n + 1) % 2), count=1, pred=(i_h == 0) & (i_n > 0))
-        # through the memory of the warpgroup's own keys and values
+        # staged in the buffers of the warpgroup's keys and values
         k.store((b_dk * scale).to(k.dtype))
         if PROBES:
             b_dv = b_dv * (1.0 / scale)
@@ -190,13 +192,13 @@ def _consume(
         tma.async_copy_shared_to_global(dk_out, [i_b, i_g, i_w, 0], k)
         tma.async_copy_shared_to_global(dv_out, [i_b, i_g, i_w, 0], v)
         i_n += 1
-        i_item = learn_item(items, i_n)
+        i_work_tile = receive_work_tile(tile_slots, i_n)
     tma.store_wait(0)
 
 
 @gluon.jit
 def _skip_tiles(full, empty, i_first, i_end):
-    """Wait for tiles and let them go."""
+    """Wait for tiles and release them unread."""
     STAGES: tl.constexpr = full.shape[0]
     for i_y in range(i_first, i_end):
         mbarrier.wait(full.index(i_y % STAGES), (i_y // STAGES) & 1)
@@ -205,23 +207,23 @@ def _skip_tiles(full, empty, i_first, i_end):
 
 @gluon.jit
 def _produce(
-    buffers, items, order, mask, inputs, T_padded, G: tl.constexpr, GROUP: tl.constexpr, PACKED: tl.constexpr,
-    WINDOW: tl.constexpr,
+    buffers, tile_slots, schedule, mask, inputs, T_padded, G: tl.constexpr, GROUP: tl.constexpr,
+    PACKED: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Draw items; copy their keys and values, and the tiles of all queries that see them."""
+    """Fetch work tiles; copy their keys and values and all query tiles that see them."""
     k, v, streamed, constants, kv_full, kv_empty, full, empty = buffers
     counter, streamed_in, k_in, v_in, rows_in = inputs
     STAGES: tl.constexpr = full.shape[0]
     COUNT: tl.constexpr = constants.shape[0] // STAGES
     BT: tl.constexpr = constants.shape[1]
     BK: tl.constexpr = k.shape[2]
-    num_items, _, _ = order
+    num_work_tiles, _, _ = schedule
     i_n = 0
     i_x = 0
-    i_item = gl.atomic_add(counter, 1)
-    announce_item(items, i_n, i_item)
-    while i_item < num_items:
-        i_b, i_g, i_s, num_steps = _place(i_item, order, mask, BT, G, PACKED, WINDOW)
+    i_work_tile = gl.atomic_add(counter, 1)
+    publish_work_tile(tile_slots, i_n, i_work_tile)
+    while i_work_tile < num_work_tiles:
+        i_b, i_g, i_s, num_steps = _locate_keys(i_work_tile, schedule, mask, BT, G, PACKED, WINDOW)
         i_buffer = i_n % 2
         bar = kv_full.index(i_buffer)
         mbarrier.wait(kv_empty.index(i_buffer), (i_n // 2 & 1) ^ 1)
@@ -245,18 +247,18 @@ def _produce(
                 tma.async_copy_global_to_shared(rows_in, [i_row], bar, constants.index(i_stage * COUNT + i_c))
         i_x += num_steps * GROUP
         i_n += 1
-        i_item = gl.atomic_add(counter, 1)
-        announce_item(items, i_n, i_item)
+        i_work_tile = gl.atomic_add(counter, 1)
+        publish_work_tile(tile_slots, i_n, i_work_tile)
 
 
 @gluon.jit
-def _place(
-    i_item, order, mask, BT: tl.constexpr, G: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr
+def _locate_keys(
+    i_work_tile, schedule, mask, BT: tl.constexpr, G: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr
 ):
-    """Return batch, kv head and first key of an item, and the number of query tiles of one head."""
-    _, num_heads, section = order
+    """Return batch, kv head and first key of a work tile, and its number of query tiles per head."""
+    _, num_heads, section = schedule
     end, T, window_size = mask
-    i_rank, i_bg = program_of(i_item, tl.cdiv(T, 2 * ROWS), num_heads, section)
+    i_rank, i_bg = program_of(i_work_tile, tl.cdiv(T, 2 * ROWS), num_heads, section)
     i_s = i_rank * 2 * ROWS
     i_end = T
     if PACKED or WINDOW:
@@ -264,17 +266,17 @@ def _place(
     return i_bg // G, i_bg % G, i_s, tl.cdiv(i_end - i_s, BT)
 
 
-@gluon.jit(do_not_specialize=["T", "T_padded", "window_size", "num_items", "num_heads", "section"])
+@gluon.jit(do_not_specialize=["T", "T_padded", "window_size", "num_work_tiles", "num_heads", "section"])
 def _parallax_bwd_dkdv_hopper_kernel(
     q_in, r_in, k_in, v_in, do_in, rows_in, dk_out, dv_out, end, counter,
-    T, T_padded, window_size, num_items, num_heads, section, scale,
+    T, T_padded, window_size, num_work_tiles, num_heads, section, scale,
     H: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, STAGES: tl.constexpr,
     PACKED: tl.constexpr, WINDOW: tl.constexpr, IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
-    """Compute dK and dV of items, 128 keys of one kv head, as long as the counter has some."""
+    """Compute dK and dV of work tiles, 128 keys of one kv head, until the work queue is empty."""
     GROUP: tl.constexpr = H // G
     dtype: tl.constexpr = q_in.dtype
-    # two of each for every warpgroup
+    # two buffers per warpgroup
     k = gl.allocate_shared_memory(dtype, [4, ROWS, BK], k_in.layout)
     v = gl.allocate_shared_memory(dtype, [4, ROWS, BK], v_in.layout)
     q = gl.allocate_shared_memory(dtype, [STAGES, BT, BK], q_in.layout)
@@ -293,10 +295,10 @@ def _parallax_bwd_dkdv_hopper_kernel(
     kv_empty = new_barriers(2, 2)
     full = new_barriers(STAGES, 1)
     empty = new_barriers(STAGES, 2)
-    items = new_items()
+    tile_slots = new_tile_slots()
     fence_async_shared()
     buffers = (k, v, streamed, constants, kv_full, kv_empty, full, empty)
-    order = (num_items, num_heads, section)
+    schedule = (num_work_tiles, num_heads, section)
     inputs = (counter, streamed_in, k_in, v_in, rows_in)
     outputs = (dk_out, dv_out)
     mask = (end, T, window_size)
@@ -304,15 +306,41 @@ def _parallax_bwd_dkdv_hopper_kernel(
         [
             (
                 _consume,
-                (0, buffers, items, order, outputs, mask, scale, G, GROUP, PACKED, WINDOW, IN_REGISTERS),
+                (
+                    0,
+                    buffers,
+                    tile_slots,
+                    schedule,
+                    outputs,
+                    mask,
+                    scale,
+                    G,
+                    GROUP,
+                    PACKED,
+                    WINDOW,
+                    IN_REGISTERS,
+                ),
             ),
             (
                 _consume,
-                (1, buffers, items, order, outputs, mask, scale, G, GROUP, PACKED, WINDOW, IN_REGISTERS),
+                (
+                    1,
+                    buffers,
+                    tile_slots,
+                    schedule,
+                    outputs,
+                    mask,
+                    scale,
+                    G,
+                    GROUP,
+                    PACKED,
+                    WINDOW,
+                    IN_REGISTERS,
+                ),
             ),
-            (_produce, (buffers, items, order, mask, inputs, T_padded, G, GROUP, PACKED, WINDOW)),
+            (_produce, (buffers, tile_slots, schedule, mask, inputs, T_padded, G, GROUP, PACKED, WINDOW)),
         ],
-        [4, 1],  # warps of the second and the third
+        [4, 1],  # warps of the second consumer and of the producer
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
     )
 
@@ -328,7 +356,7 @@ def key_gradients(
     scale: float,
     tile: Tile,
 ) -> tuple[Tensor, Tensor]:
-    """Launch the second pass.
+    """Compute dK and dV: launch the warp-specialized second pass.
 
     Args:
         q: Queries `[B, T, H, K]`, bf16/fp16, K at most 128; with all others such that `can_use_descriptors`
@@ -339,10 +367,10 @@ def key_gradients(
         do: Gradient of the output `[B, T, H, K]`.
         rows: Row constants `[B * H, 4, T rounded up to 64]` fp32 (without r 2) from
             `backward.query_gradients`.
-        mask: What queries see.
+        mask: Which keys queries see.
         scale: Factor of q.k.
-        tile: Its block_t is the queries in a tile, its num_stages the tiles in the ring, its in_registers the
-            operands that stay in registers: keys, keys and values, or none; it has 128 keys.
+        tile: Its block_t is the queries in a tile, its num_stages the stages of the ring buffer, its
+            in_registers the operands that stay in registers: keys, keys and values, or none; it has 128 keys.
 
     Returns:
         dk, dv `[B, T, G, K]`.
@@ -350,14 +378,14 @@ def key_gradients(
     batch_size, num_tokens, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]
     assert tile.block_s == 2 * ROWS.value, "the kernel has no other tile"
-    assert rows.shape[2] % tile.block_t == 0, "a tile of row constants would reach into the next head's"
+    assert rows.shape[2] % tile.block_t == 0, "a tile of row constants would read those of the next head"
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     block_k = triton.next_power_of_2(head_dim)
     q_in, do_in = (describe(x, tile.block_t, block_k) for x in (q, do))
     r_in = None if r is None else describe(r, tile.block_t, block_k)
     k_in, v_in, dk_out, dv_out = (describe(x, ROWS.value, block_k) for x in (k, v, dk, dv))
     rows_in = TensorDescriptor(rows, [rows.numel()], [1], [tile.block_t], _CONSTANTS)
-    num_items = triton.cdiv(num_tokens, 2 * ROWS.value) * batch_size * num_kv_heads
+    num_work_tiles = triton.cdiv(num_tokens, 2 * ROWS.value) * batch_size * num_kv_heads
     streamed = (
         (2 if r is None else 3)
         * num_heads
@@ -366,10 +394,10 @@ def key_gradients(
         * head_dim
         * q.element_size()
     )
-    num_programs, counter = draw_items(num_items, q.device)
+    num_programs, counter = make_work_queue(num_work_tiles, q.device)
     _parallax_bwd_dkdv_hopper_kernel[(num_programs,)](
         q_in, r_in, k_in, v_in, do_in, rows_in, dk_out, dv_out, mask.end, counter,
-        num_tokens, rows.shape[2], mask.window_size or 0, num_items, batch_size * num_kv_heads,
+        num_tokens, rows.shape[2], mask.window_size or 0, num_work_tiles, batch_size * num_kv_heads,
         heads_per_section(batch_size * num_kv_heads, 1, streamed), scale,
         H=num_heads, G=num_kv_heads, BK=block_k, BT=tile.block_t, STAGES=tile.num_stages,
         PACKED=mask.is_packed, WINDOW=mask.has_window, IN_REGISTERS=tile.in_registers, num_warps=4,

@@ -1,10 +1,10 @@
-"""dQ and dR on Hopper: the first pass of the backward with warps that take different parts, in Gluon.
+"""Warp-specialized Hopper dQ and dR, (7) to (10) and (13) of `parallax.reference`, in Gluon.
 
-Who copies and who multiplies: `parallax.kernels.hopper_queries`. The mathematics is that of
-`parallax.kernels.backward`; the reference key of (13) is the mean of the last tile that a row goes through,
-its first keys. Queries stay in registers, because the tensor cores would wait for shared memory otherwise.
-For widths up to 64: at 128, registers allow tiles of 32 keys, or of 64 with addresses in local memory; the
-plain kernel is the faster one.
+The first pass of `parallax.kernels.backward`; producer and consumers are those of
+`parallax.kernels.hopper_queries`. The reference key of (13) is the mean key of a row's last tile, which holds
+its earliest keys. Queries stay in registers, because the tensor cores would wait for shared memory otherwise.
+Serves head widths up to 64: at 128 registers suffice only for tiles of 32 keys, or of 64 with addresses
+spilled to local memory, and the portable Triton kernel is faster.
 """
 
 import torch
@@ -27,13 +27,13 @@ from parallax.kernels.hopper import (
     PRODUCER_REGISTERS,
     ROWS,
     describe,
-    draw_items,
-    learn_item,
+    make_work_queue,
     new_barriers,
-    new_items,
+    new_tile_slots,
+    receive_work_tile,
 )
-from parallax.kernels.hopper_queries import copy_tiles, is_visible, place_queries, row_bounds, skip_tiles
-from parallax.kernels.row_sums import ADDED, added_row_sums, round_tile
+from parallax.kernels.hopper_queries import is_visible, locate_queries, produce_tiles, row_bounds, skip_tiles
+from parallax.kernels.row_sums import PTX_COLUMNS, ptx_row_sums, round_tile
 from parallax.kernels.tiles import Tile
 
 
@@ -42,7 +42,7 @@ def _row_constants(
     rows_in, rows, i_b, i_h, i_w, T, T_padded, scale, BK: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
     ROW: tl.constexpr,
 ):  # fmt: skip
-    """Return lse in base 2, 1 + tbar, b and b - T of 64 rows, and write them for the second pass."""
+    """Return lse in base 2, 1 + tbar, b and b - T of 64 rows, and store the second pass's row constants."""
     do, o, vbar, lse, tbar, do_strides, o_strides = rows_in
     BLOCK: tl.constexpr = gl.BlockedLayout([1, 8], [256 // BK, BK // 8], [4, 1], [1, 0])
     o_r = gl.expand_dims(gl.arange(0, ROWS, gl.SliceLayout(1, BLOCK)), 1)
@@ -78,7 +78,7 @@ def _add_tile(
 ):  # fmt: skip
     """Add one tile of keys to dQ / scale and -dR, and to the row sums of the rounded G and -U.
 
-    Behind the scores of the last tile the operands of queries are let go.
+    After the scores of the last tile the query operands are released.
     """
     LEFT: tl.constexpr = gl.DotOperandLayout(0, b_dq.type.layout, 2)
     b_lse, b_t1, b_b, b_e = b_rows
@@ -98,22 +98,22 @@ def _add_tile(
     b_a = warpgroup_mma_wait(0, deps=(b_a,))
     mbarrier.arrive(q_empty, count=1, pred=is_last)
     b_u = b_p * (b_a - gl.expand_dims(b_b, 1))
-    b_u_low = round_tile(b_u, k.dtype, ADDED)
+    b_u_low = round_tile(b_u, k.dtype, PTX_COLUMNS)
     # [ROWS, BK]
     b_dr = warpgroup_mma(gl.convert_layout(b_u_low, LEFT), k, b_dr, is_async=True)
-    b_g = round_tile(b_t * b_u + b_p * gl.expand_dims(b_e, 1), k.dtype, ADDED)
+    b_g = round_tile(b_t * b_u + b_p * gl.expand_dims(b_e, 1), k.dtype, PTX_COLUMNS)
     b_dq = warpgroup_mma(gl.convert_layout(b_g, LEFT), k, b_dq, is_async=True)
-    b_g_sum += added_row_sums(b_g)
-    b_u_sum += added_row_sums(b_u_low)
+    b_g_sum += ptx_row_sums(b_g)
+    b_u_sum += ptx_row_sums(b_u_low)
     b_dq, b_dr = warpgroup_mma_wait(0, deps=(b_dq, b_dr))
     return b_dq, b_dr, b_g_sum, b_u_sum
 
 
 @gluon.jit
 def _remove_row_sum(b_dx, b_sum, k, num_keys):
-    """Return dX minus the row sums times a tile's mean key, (13); the sums as two 16-bit numbers each.
+    """Return dX minus the row sums times a tile's mean key, (13), each sum split into two 16-bit numbers.
 
-    Rows of the tile behind the first num_keys are zero.
+    Rows of the tile past the first num_keys are zero.
     """
     BS: tl.constexpr = k.shape[0]
     LEFT: tl.constexpr = gl.DotOperandLayout(0, b_dx.type.layout, 2)
@@ -130,35 +130,35 @@ def _consume(
     WARPGROUP: tl.constexpr, queries, keys, gradients, rest, H: tl.constexpr, K: tl.constexpr,
     PACKED: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Compute and store a warpgroup's rows."""
+    """Compute and store the dQ and dR rows of a consumer warpgroup."""
     BOUNDED: tl.constexpr = PACKED or WINDOW
     operands, q_full, q_empty = queries
-    q_all, r_all, do_all = operands
+    q_buffers, r_buffers, do_buffers = operands
     k, v, k_full, v_full, empty = keys
     dq, dr = gradients
-    items, order, outputs, mask, rows_in, rows, T_padded, scale = rest
+    tile_slots, schedule, outputs, mask, rows_in, rows, T_padded, scale = rest
     dq_out, dr_out = outputs
     _, T, _ = mask
     STAGES: tl.constexpr = k.shape[0]
     BS: tl.constexpr = k.shape[1]
     BK: tl.constexpr = k.shape[2]
-    # tiles that hold a warpgroup's own rows' keys; the first one's come behind the second one's
-    OWN: tl.constexpr = ROWS // BS
-    BEFORE: tl.constexpr = (1 - WARPGROUP) * OWN
+    # a warpgroup's diagonal tiles; those of the first come after those of the second
+    NUM_DIAGONAL: tl.constexpr = ROWS // BS
+    NUM_SKIPPED: tl.constexpr = (1 - WARPGROUP) * NUM_DIAGONAL
     gl.static_assert(ROWS % BS == 0)
-    gl.static_assert(STAGES > OWN, "what one warpgroup skips and the next tile are in the ring at once")
+    gl.static_assert(STAGES > NUM_DIAGONAL, "the ring holds the skipped tiles and the next one at once")
     SCORES: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BS, 16])
     ACC: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BK, 16])
     ROW: tl.constexpr = gl.SliceLayout(1, SCORES)
     b_zero = gl.zeros([ROWS, BS], tl.float32, SCORES)
-    b_no_sum = added_row_sums(round_tile(b_zero, k.dtype, ADDED))
+    b_zero_sum = ptx_row_sums(round_tile(b_zero, k.dtype, PTX_COLUMNS))
     scale_log2 = scale * LOG2E
-    num_items, _, _ = order
-    i_n = 0  # items so far
+    num_work_tiles, _, _ = schedule
+    i_n = 0  # work tiles so far
     i_x = 0  # tiles of keys so far
-    i_item = learn_item(items, i_n)
-    while i_item < num_items:
-        i_b, i_h, i_t, num_steps = place_queries(i_item, order, mask, BS, H, PACKED, WINDOW)
+    i_work_tile = receive_work_tile(tile_slots, i_n)
+    while i_work_tile < num_work_tiles:
+        i_b, i_h, i_t, num_steps = locate_queries(i_work_tile, schedule, mask, BS, H, PACKED, WINDOW)
         i_w = i_t + WARPGROUP * ROWS
         b_rows = _row_constants(rows_in, rows, i_b, i_h, i_w, T, T_padded, scale, BK, H, K, ROW)
         o_t = i_w + gl.arange(0, ROWS, ROW)
@@ -166,16 +166,16 @@ def _consume(
         i_buffer = i_n % 2 * 2 + WARPGROUP
         b_dq = gl.zeros([ROWS, BK], tl.float32, ACC)
         b_dr = gl.zeros([ROWS, BK], tl.float32, ACC)
-        b_g_sum = b_no_sum
-        b_u_sum = b_no_sum
+        b_g_sum = b_zero_sum
+        b_u_sum = b_zero_sum
 
-        skip_tiles(keys, i_x, i_x + BEFORE)
+        skip_tiles(keys, i_x, i_x + NUM_SKIPPED)
         mbarrier.wait(q_full.index(i_buffer), (i_n // 2) & 1)
-        a_q = q_all.index(i_buffer).load(gl.DotOperandLayout(0, SCORES, 2))
-        # the tiles of its own keys, and the others; one loop where any may hold the start of a document
-        i_own = i_x + BEFORE + OWN
+        a_q = q_buffers.index(i_buffer).load(gl.DotOperandLayout(0, SCORES, 2))
+        # diagonal tiles, then the others; one loop for both where any tile may hold the start of a document
+        i_diagonal_end = i_x + NUM_SKIPPED + NUM_DIAGONAL
         i_end = i_x + i_last
-        zones = (i_x + BEFORE, i_end if BOUNDED else i_own, i_end)
+        zones = (i_x + NUM_SKIPPED, i_end if BOUNDED else i_diagonal_end, i_end)
         for ZONE in gl.static_range(1 if BOUNDED else 2):
             for i_y in range(zones[ZONE], zones[ZONE + 1]):
                 i_stage = i_y % STAGES
@@ -184,12 +184,13 @@ def _consume(
                 is_last = i_y == i_end - 1
                 is_masked = ZONE == 0
                 if BOUNDED:
-                    is_masked = (i_y < i_own) | (i_s < i_hidden)
+                    is_masked = (i_y < i_diagonal_end) | (i_s < i_hidden)
                 mbarrier.wait(k_full.index(i_stage), i_phase)
                 b_dq, b_dr, b_g_sum, b_u_sum = _add_tile(
-                    a_q, r_all.index(i_buffer), do_all.index(i_buffer), k.index(i_stage), v.index(i_stage),
-                    v_full.index(i_stage), i_phase, i_s, o_t, b_first, b_rows, b_dq, b_dr, b_g_sum, b_u_sum,
-                    b_zero, scale_log2, q_empty.index(i_buffer), is_last, is_masked, BOUNDED,
+                    a_q, r_buffers.index(i_buffer), do_buffers.index(i_buffer), k.index(i_stage),
+                    v.index(i_stage), v_full.index(i_stage), i_phase, i_s, o_t, b_first, b_rows, b_dq, b_dr,
+                    b_g_sum, b_u_sum, b_zero, scale_log2, q_empty.index(i_buffer), is_last, is_masked,
+                    BOUNDED,
                 )  # fmt: skip
                 mbarrier.arrive(empty.index(i_stage), count=1, pred=i_y < i_end - 1)
         i_stage = (i_end - 1) % STAGES
@@ -198,7 +199,7 @@ def _consume(
         b_dr = _remove_row_sum(b_dr, b_u_sum, k.index(i_stage), num_keys)
         b_dq, b_dr = warpgroup_mma_wait(0, deps=(b_dq, b_dr))
         mbarrier.arrive(empty.index(i_stage), count=1)
-        # tiles that the other warpgroup alone sees
+        # tiles that only the other warpgroup sees
         skip_tiles(keys, i_end, i_x + num_steps)
         i_x += num_steps
 
@@ -209,18 +210,18 @@ def _consume(
         tma.async_copy_shared_to_global(dq_out, [i_b, i_h, i_w, 0], dq.index(WARPGROUP))
         tma.async_copy_shared_to_global(dr_out, [i_b, i_h, i_w, 0], dr.index(WARPGROUP))
         i_n += 1
-        i_item = learn_item(items, i_n)
+        i_work_tile = receive_work_tile(tile_slots, i_n)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["T", "T_padded", "window_size", "num_items", "num_heads", "section"])
+@gluon.jit(do_not_specialize=["T", "T_padded", "window_size", "num_work_tiles", "num_heads", "section"])
 def _parallax_bwd_dqdr_hopper_kernel(
     q_in, r_in, do_in, k_in, v_in, dq_out, dr_out, do, o, vbar, lse, tbar, rows, do_strides, o_strides, first,
-    counter, T, T_padded, window_size, num_items, num_heads, section, scale,
+    counter, T, T_padded, window_size, num_work_tiles, num_heads, section, scale,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr,
     STAGES: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Compute dQ and dR of items, tiles of 128 rows of one head, as long as the counter has some."""
+    """Compute dQ and dR of work tiles, 128 rows of one head, until the work queue is empty."""
     dtype: tl.constexpr = q_in.dtype
     operands = (
         gl.allocate_shared_memory(dtype, [4, ROWS, BK], q_in.layout),
@@ -235,21 +236,24 @@ def _parallax_bwd_dqdr_hopper_kernel(
     v = gl.allocate_shared_memory(dtype, [STAGES, BS, BK], v_in.layout)
     queries = (operands, new_barriers(4, 1), new_barriers(4, 1))
     keys = (k, v, new_barriers(STAGES, 1), new_barriers(STAGES, 1), new_barriers(STAGES, 2))
-    items = new_items()
+    tile_slots = new_tile_slots()
     fence_async_shared()
-    order = (num_items, num_heads, section)
+    schedule = (num_work_tiles, num_heads, section)
     inputs = ((q_in, r_in, do_in), k_in, v_in)
     outputs = (dq_out, dr_out)
     mask = (first, T, window_size)
     rows_in = (do, o, vbar, lse, tbar, do_strides, o_strides)
-    rest = (items, order, outputs, mask, rows_in, rows, T_padded, scale)
+    rest = (tile_slots, schedule, outputs, mask, rows_in, rows, T_padded, scale)
     gl.warp_specialize(
         [
             (_consume, (0, queries, keys, gradients, rest, H, K, PACKED, WINDOW)),
             (_consume, (1, queries, keys, gradients, rest, H, K, PACKED, WINDOW)),
-            (copy_tiles, (queries, keys, items, order, mask, inputs, counter, H, H // G, PACKED, WINDOW)),
+            (
+                produce_tiles,
+                (queries, keys, tile_slots, schedule, mask, inputs, counter, H, H // G, PACKED, WINDOW),
+            ),
         ],
-        [4, 1],  # warps of the second and the third
+        [4, 1],  # warps of the second consumer and of the producer
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
     )
 
@@ -268,7 +272,7 @@ def query_gradients(
     scale: float,
     tile: Tile,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the first pass.
+    """Compute dQ, dR and the row constants: launch the warp-specialized first pass.
 
     Args:
         q: Queries `[B, T, H, K]`, bf16/fp16, K at most 64; all five such that `can_use_descriptors` holds.
@@ -280,15 +284,15 @@ def query_gradients(
         vbar: Softmax attention `[B, T, H, K]`.
         lse: `[B, H, T]` fp32.
         tbar: `[B, H, T]` fp32.
-        mask: What queries see.
+        mask: Which keys queries see.
         scale: Factor of q.k.
-        tile: Its block_s is the keys in a tile, its num_stages the tiles in the ring; it has 128 rows, their
-            queries in registers.
+        tile: Its block_s is the keys in a tile, its num_stages the stages of the ring buffer; it has 128
+            rows, their queries in registers.
 
     Returns:
         As `parallax.kernels.backward.query_gradients`.
     """
-    assert (tile.block_t, tile.sums) == (2 * ROWS.value, ADDED.value), "the kernel has no other tile"
+    assert (tile.block_t, tile.sums) == (2 * ROWS.value, PTX_COLUMNS.value), "the kernel has no other tile"
     batch_size, num_tokens, num_heads, head_dim = q.shape
     dq, dr = (torch.empty(o.shape, dtype=o.dtype, device=o.device) for _ in range(2))
     num_rows = triton.cdiv(num_tokens, ROWS.value) * ROWS.value
@@ -296,13 +300,13 @@ def query_gradients(
     block_k = triton.next_power_of_2(head_dim)
     q_in, r_in, do_in, dq_out, dr_out = (describe(x, ROWS.value, block_k) for x in (q, r, do, dq, dr))
     k_in, v_in = (describe(x, tile.block_s, block_k) for x in (k, v))
-    num_items = triton.cdiv(num_tokens, 2 * ROWS.value) * batch_size * num_heads
+    num_work_tiles = triton.cdiv(num_tokens, 2 * ROWS.value) * batch_size * num_heads
     streamed = 2 * mask.reach(num_tokens) * head_dim * k.element_size()
     section = heads_per_section(batch_size * num_heads, num_heads // k.shape[2], streamed, DQDR_CACHE_BYTES)
-    num_programs, counter = draw_items(num_items, q.device)
+    num_programs, counter = make_work_queue(num_work_tiles, q.device)
     _parallax_bwd_dqdr_hopper_kernel[(num_programs,)](
         q_in, r_in, do_in, k_in, v_in, dq_out, dr_out, do, o, vbar, lse, tbar, rows, strides_of(do),
-        strides_of(o), mask.first, counter, num_tokens, num_rows, mask.window_size or 0, num_items,
+        strides_of(o), mask.first, counter, num_tokens, num_rows, mask.window_size or 0, num_work_tiles,
         batch_size * num_heads, section, scale,
         H=num_heads, G=k.shape[2], K=head_dim, BK=block_k, BS=tile.block_s, STAGES=tile.num_stages,
         PACKED=mask.is_packed, WINDOW=mask.has_window, num_warps=4,

@@ -1,13 +1,12 @@
-"""What the Hopper kernels share whose programs own queries: forward, dQ and dR.
+"""Producer warp and row bounds of the Hopper kernels that tile queries: forward, dQ and dR.
 
-A program owns 128 query rows of one head at a time, 64 a warpgroup, and goes on to others: while it ends with
-some, the operands of the next are copied. One warp copies tiles of keys and values, from the last row's key
-backwards; both warpgroups read every tile, so that it is copied half as often as by programs of 64 rows.
+A work tile is 128 query rows of one head, 64 per consumer warpgroup. While its epilogue runs, the operands of
+the next one are copied. The producer copies tiles of keys and values from the diagonal backwards, to earlier
+keys; both consumers read every tile, which halves the copies compared with programs of 64 rows.
 
-Shared memory holds one or two sets of the operands of queries for each warpgroup, with a barrier that is
-`q_full` when they have arrived, and one that is `q_empty` when their warpgroup has let them go. The ring,
-`keys`, is (k, v, k_full, v_full, empty), or, where keys and values are let go at different times, with
-`k_empty` and `v_empty` instead of `empty`.
+Shared memory holds one or two sets of query operands per consumer, with barriers `q_full` (the operands have
+arrived) and `q_empty` (the consumer has released them). The ring buffer `keys` is (k, v, k_full, v_full,
+empty), or, where keys and values are released at different times, has `k_empty` and `v_empty` for `empty`.
 """
 
 import triton.language as tl
@@ -16,18 +15,18 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from parallax.kernels.addressing import first_key, program_of
-from parallax.kernels.hopper import ROWS, announce_item
+from parallax.kernels.hopper import ROWS, publish_work_tile
 
 
 @gluon.jit
-def place_queries(
-    i_item, order, mask, BS: tl.constexpr, H: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr
+def locate_queries(
+    i_work_tile, schedule, mask, BS: tl.constexpr, H: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr
 ):
-    """Return batch, head and first row of an item, and the number of its key tiles."""
-    _, num_heads, section = order
+    """Return batch, head, first row and number of key tiles of a work tile."""
+    _, num_heads, section = schedule
     first, T, window_size = mask
     num_tiles = tl.cdiv(T, 2 * ROWS)
-    i_rank, i_bh = program_of(i_item, num_tiles, num_heads, section)
+    i_rank, i_bh = program_of(i_work_tile, num_tiles, num_heads, section)
     i_t = (num_tiles - 1 - i_rank) * 2 * ROWS
     i_first = i_t * 0
     if PACKED or WINDOW:
@@ -37,10 +36,11 @@ def place_queries(
 
 @gluon.jit
 def row_bounds(mask, o_t, i_t, i_w, num_steps, BS: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr):
-    """Return what a warpgroup's rows o_t, from i_w on, see.
+    """Return the key bounds of a warpgroup's rows o_t, which start at i_w.
 
-    The first key of each row; how many of the item's key tiles any of them sees, at least those of their own
-    keys; the key before which some of them see none.
+    They are the first visible key of each row; the number of the work tile's key tiles up to the last one
+    that any row sees, at least those on the diagonal; and the last row's first key, before which some rows
+    are masked.
     """
     first, T, window_size = mask
     b_first = o_t
@@ -57,7 +57,7 @@ def row_bounds(mask, o_t, i_t, i_w, num_steps, BS: tl.constexpr, PACKED: tl.cons
 
 @gluon.jit
 def is_visible(b_s, i_s, o_t, b_first, BOUNDED: tl.constexpr):
-    """Return which keys of the tile at i_s the rows see, [ROWS, BS]."""
+    """Return the mask of the keys visible to each row in the tile at i_s, [ROWS, BS]."""
     o_s = gl.expand_dims(i_s + gl.arange(0, b_s.shape[1], gl.SliceLayout(0, b_s.type.layout)), 0)
     m_s = o_s <= gl.expand_dims(o_t, 1)
     if BOUNDED:
@@ -67,7 +67,7 @@ def is_visible(b_s, i_s, o_t, b_first, BOUNDED: tl.constexpr):
 
 @gluon.jit
 def skip_tiles(keys, i_first, i_end):
-    """Wait for tiles and let them go, so that arrivals of two uses of a stage never meet."""
+    """Wait for tiles and release them unread, so that arrivals of two uses of a stage never mix."""
     k_full = keys[2]
     v_full = keys[3]
     STAGES: tl.constexpr = k_full.shape[0]
@@ -79,11 +79,11 @@ def skip_tiles(keys, i_first, i_end):
 
 
 @gluon.jit
-def copy_tiles(
-    queries, keys, items, order, mask, inputs, counter, H: tl.constexpr, GROUP: tl.constexpr,
+def produce_tiles(
+    queries, keys, tile_slots, schedule, mask, inputs, counter, H: tl.constexpr, GROUP: tl.constexpr,
     PACKED: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Draw items; copy the operands of their queries, and the tiles of all keys that they see."""
+    """Fetch work tiles; copy their query operands and all key and value tiles that they see."""
     operands, q_full, q_empty = queries
     k, v, k_full, v_full = keys[:4]
     empty = keys[4]
@@ -92,13 +92,13 @@ def copy_tiles(
     SETS: tl.constexpr = operands[0].shape[0] // 2
     BS: tl.constexpr = k.shape[1]
     BK: tl.constexpr = k.shape[2]
-    num_items, _, _ = order
-    i_n = 0  # items so far
-    i_x = 0  # tiles so far
-    i_item = gl.atomic_add(counter, 1)
-    announce_item(items, i_n, i_item)
-    while i_item < num_items:
-        i_b, i_h, i_t, num_steps = place_queries(i_item, order, mask, BS, H, PACKED, WINDOW)
+    num_work_tiles, _, _ = schedule
+    i_n = 0  # work tiles so far
+    i_x = 0  # key tiles so far
+    i_work_tile = gl.atomic_add(counter, 1)
+    publish_work_tile(tile_slots, i_n, i_work_tile)
+    while i_work_tile < num_work_tiles:
+        i_b, i_h, i_t, num_steps = locate_queries(i_work_tile, schedule, mask, BS, H, PACKED, WINDOW)
         i_g = i_h // GROUP
         for i_y in range(i_x, i_x + num_steps):
             i_stage = i_y % STAGES
@@ -107,7 +107,7 @@ def copy_tiles(
             mbarrier.expect(k_full.index(i_stage), BS * BK * 2)
             tma.async_copy_global_to_shared(k_in, [i_b, i_g, i_s, 0], k_full.index(i_stage), k.index(i_stage))
             if i_y == i_x:
-                # the second warpgroup's first: it starts at once
+                # the second warpgroup's operands first: it skips no tile
                 for i_w in gl.static_range(1, -1, -1):
                     i_buffer = i_n % SETS * 2 + i_w
                     bar = q_full.index(i_buffer)
@@ -124,5 +124,5 @@ def copy_tiles(
             tma.async_copy_global_to_shared(v_in, [i_b, i_g, i_s, 0], v_full.index(i_stage), v.index(i_stage))
         i_x += num_steps
         i_n += 1
-        i_item = gl.atomic_add(counter, 1)
-        announce_item(items, i_n, i_item)
+        i_work_tile = gl.atomic_add(counter, 1)
+        publish_work_tile(tile_slots, i_n, i_work_tile)

@@ -1,8 +1,8 @@
-"""Forward of softmax attention on Hopper, (1) and (3) of `parallax.reference`, in Gluon.
+"""Warp-specialized Hopper forward of softmax attention, (1) and (3) of `parallax.reference`, in Gluon.
 
-Who copies and who multiplies: `parallax.kernels.hopper_queries`; maxima, and where none are needed: as in
-`parallax.kernels.hopper_forward`. Without probes registers are left for weights to wait one turn of the loop:
-a warpgroup forms those of a tile while the tensor cores multiply its weights of the tile before with values.
+Producer and consumers are those of `parallax.kernels.hopper_queries`, the lazily updated maxima those of
+`parallax.kernels.hopper_forward`. Without probes there are enough registers to pipeline the two products: a
+consumer computes the weights of a tile while the tensor cores multiply those of the previous tile by values.
 """
 
 import torch
@@ -25,34 +25,34 @@ from parallax.kernels.hopper import (
     PRODUCER_REGISTERS,
     ROWS,
     describe,
-    draw_items,
-    learn_item,
+    make_work_queue,
     new_barriers,
-    new_items,
+    new_tile_slots,
+    receive_work_tile,
 )
-from parallax.kernels.hopper_forward import GROWTH, _bound_scores, _rescale
-from parallax.kernels.hopper_queries import copy_tiles, is_visible, place_queries, row_bounds, skip_tiles
+from parallax.kernels.hopper_forward import MAX_LOG2_WEIGHT, _bound_scores, _rescale
+from parallax.kernels.hopper_queries import is_visible, locate_queries, produce_tiles, row_bounds, skip_tiles
 from parallax.kernels.key_norms import largest_key_norms
-from parallax.kernels.row_sums import ADDED, round_tile
+from parallax.kernels.row_sums import PTX_COLUMNS, round_tile
 from parallax.kernels.tiles import Tile
 
 
 @gluon.jit
 def _weigh(b_s, b_m, scale_log2, dtype: tl.constexpr):
-    """Return a tile's weights, rounded, and the sums of their rows in four columns.
+    """Return a tile's rounded weights, and their row sums in four columns.
 
-    The sums are of weights before they are rounded: what that leaves in o is small beside the rounding of o
-    itself. (With probes, which amplify weights, it would not be.)
+    The sums are of the weights before rounding: the resulting error of o is small compared with the rounding
+    of o itself. (With probes, which amplify weights, it would not be.)
     """
     b_p = gl.exp2(b_s * scale_log2 - gl.expand_dims(b_m, 1))
-    # a thread holds two neighbours of every eight columns of a product
+    # a thread holds two adjacent columns of every eight of a product
     b_sum = gl.reshape(b_p, [b_p.shape[0], b_p.shape[1] // 8, 4, 2])
-    return round_tile(b_p, dtype, ADDED), gl.sum(gl.sum(b_sum, 3), 1)
+    return round_tile(b_p, dtype, PTX_COLUMNS), gl.sum(gl.sum(b_sum, 3), 1)
 
 
 @gluon.jit
-def _start(q, keys, i_y, i_s, o_t, b_first, b_zero, scale_log2, BOUNDED: tl.constexpr):
-    """Return maxima, weights and sums of a row's own tile, the first that it sees."""
+def _attend_diagonal_tile(q, keys, i_y, i_s, o_t, b_first, b_zero, scale_log2, BOUNDED: tl.constexpr):
+    """Return maxima, weights and row sums of the diagonal tile, a row's first."""
     k, _, k_full, _, k_empty, _ = keys
     STAGES: tl.constexpr = k.shape[0]
     mbarrier.wait(k_full.index(i_y % STAGES), (i_y // STAGES) & 1)
@@ -67,42 +67,42 @@ def _start(q, keys, i_y, i_s, o_t, b_first, b_zero, scale_log2, BOUNDED: tl.cons
 
 @gluon.jit
 def _attend_tile(
-    q, keys, i_y, i_s, o_t, b_first, is_masked, state, b_zero, scale_log2, MOVES: tl.constexpr,
+    q, keys, i_y, i_s, o_t, b_first, is_masked, state, b_zero, scale_log2, UPDATE_MAX: tl.constexpr,
     BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """Form the weights of one tile of keys while those of the tile before are multiplied with its values.
+    """Compute the weights of one key tile while those of the previous tile are multiplied by its values.
 
-    MOVES says whether the rows' maxima may change.
+    With UPDATE_MAX the rows' maxima may change.
     """
     b_m, a_p, b_o, b_d = state
     k, v, k_full, v_full, k_empty, v_empty = keys
     STAGES: tl.constexpr = k.shape[0]
     SUM: tl.constexpr = gl.SliceLayout(1, b_d.type.layout)
-    SLACK: tl.constexpr = 8.0 if k.dtype == tl.bfloat16 else 0.0
+    RESCALE_THRESHOLD: tl.constexpr = 8.0 if k.dtype == tl.bfloat16 else 0.0
     i_stage = i_y % STAGES
-    i_before = (i_y - 1) % STAGES
+    i_previous = (i_y - 1) % STAGES
     mbarrier.wait(k_full.index(i_stage), (i_y // STAGES) & 1)
     # [ROWS, BS]
     b_s = warpgroup_mma(q, k.index(i_stage).permute((1, 0)), b_zero, use_acc=False, is_async=True)
-    mbarrier.wait(v_full.index(i_before), ((i_y - 1) // STAGES) & 1)
+    mbarrier.wait(v_full.index(i_previous), ((i_y - 1) // STAGES) & 1)
     # [ROWS, BK]
-    b_o = warpgroup_mma(a_p, v.index(i_before), b_o, is_async=True)
+    b_o = warpgroup_mma(a_p, v.index(i_previous), b_o, is_async=True)
     b_s = warpgroup_mma_wait(1, deps=(b_s,))
     mbarrier.arrive(k_empty.index(i_stage), count=1)
     if BOUNDED:  # noqa: SIM102 (compiled away)
         if is_masked:
             b_s = gl.where(is_visible(b_zero, i_s, o_t, b_first, True), b_s, float("-inf"))
     b_m_new = b_m
-    if MOVES:
+    if UPDATE_MAX:
         b_m_new = gl.maximum(b_m, gl.max(b_s, 1) * scale_log2)
-        b_m_new = gl.where(b_m_new - b_m > SLACK, b_m_new, b_m)
+        b_m_new = gl.where(b_m_new - b_m > RESCALE_THRESHOLD, b_m_new, b_m)
         b_alpha = gl.exp2(b_m - b_m_new)
         b_d *= gl.expand_dims(gl.convert_layout(b_alpha, SUM), 1)
     b_p, b_sum = _weigh(b_s, b_m_new, scale_log2, k.dtype)
     b_d += b_sum
     b_o = warpgroup_mma_wait(0, deps=(b_o,))
-    mbarrier.arrive(v_empty.index(i_before), count=1)
-    if MOVES:
+    mbarrier.arrive(v_empty.index(i_previous), count=1)
+    if UPDATE_MAX:
         b_o = _rescale(b_o, b_alpha)
     return b_m_new, gl.convert_layout(b_p, gl.DotOperandLayout(0, b_o.type.layout, 2)), b_o, b_d
 
@@ -112,74 +112,87 @@ def _consume(
     WARPGROUP: tl.constexpr, queries, keys, rest, H: tl.constexpr, G: tl.constexpr, PACKED: tl.constexpr,
     WINDOW: tl.constexpr, NORMS: tl.constexpr,
 ):  # fmt: skip
-    """Compute and store a warpgroup's rows."""
+    """Compute and store the output rows of a consumer warpgroup."""
     BOUNDED: tl.constexpr = PACKED or WINDOW
     operands, q_full, q_empty = queries
     k, v, _, v_full, _, v_empty = keys
-    items, order, outputs, mask, scale, key_norms = rest
+    tile_slots, schedule, outputs, mask, scale, key_norms = rest
     o_out, lse = outputs
     _, T, _ = mask
     STAGES: tl.constexpr = k.shape[0]
     BS: tl.constexpr = k.shape[1]
     BK: tl.constexpr = k.shape[2]
-    # tiles come from the last row's key backwards: of 64 keys, the first warpgroup's own one is the second
-    BEFORE: tl.constexpr = (1 - WARPGROUP) * ROWS // BS
+    # key tiles run backwards from the last row: of 64 keys, the first warpgroup's diagonal tile is the second
+    NUM_SKIPPED: tl.constexpr = (1 - WARPGROUP) * ROWS // BS
     gl.static_assert(BS == ROWS or BS == 2 * ROWS)
-    gl.static_assert(STAGES >= 2, "the values of the tile before are still multiplied")
+    gl.static_assert(STAGES >= 2, "the values of the previous tile are still in use")
     SCORES: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BS, 16])
     ACC: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BK, 16])
     ROW: tl.constexpr = gl.SliceLayout(1, ACC)
     b_zero = gl.zeros([ROWS, BS], tl.float32, SCORES)
     scale_log2 = scale * LOG2E
-    num_items, _, _ = order
-    i_n = 0  # items so far
+    num_work_tiles, _, _ = schedule
+    i_n = 0  # work tiles so far
     i_x = 0  # tiles of keys so far
-    i_item = learn_item(items, i_n)
-    while i_item < num_items:
-        i_b, i_h, i_t, num_steps = place_queries(i_item, order, mask, BS, H, PACKED, WINDOW)
+    i_work_tile = receive_work_tile(tile_slots, i_n)
+    while i_work_tile < num_work_tiles:
+        i_b, i_h, i_t, num_steps = locate_queries(i_work_tile, schedule, mask, BS, H, PACKED, WINDOW)
         i_buffer = i_n % 2 * 2 + WARPGROUP
         q = operands[0].index(i_buffer)
         i_w = i_t + WARPGROUP * ROWS
         o_t = i_w + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
         b_first, i_last, i_hidden = row_bounds(mask, o_t, i_t, i_w, num_steps, BS, PACKED, WINDOW)
 
-        skip_tiles(keys, i_x, i_x + BEFORE)
-        i_own = i_x + BEFORE
+        skip_tiles(keys, i_x, i_x + NUM_SKIPPED)
+        i_diagonal = i_x + NUM_SKIPPED
         mbarrier.wait(q_full.index(i_buffer), (i_n // 2) & 1)
         b_bound = gl.zeros([ROWS], tl.float32, gl.SliceLayout(1, SCORES))
         if NORMS:
             b_bound = _bound_scores(q, gl.load(key_norms + i_b * G + i_h // (H // G)), scale_log2, b_bound)
-        i_s = i_t + 2 * ROWS - (BEFORE + 1) * BS
-        b_m, b_p, b_d = _start(q, keys, i_own, i_s, o_t, b_first, b_zero, scale_log2, BOUNDED)
+        i_s = i_t + 2 * ROWS - (NUM_SKIPPED + 1) * BS
+        b_m, b_p, b_d = _attend_diagonal_tile(
+            q, keys, i_diagonal, i_s, o_t, b_first, b_zero, scale_log2, BOUNDED
+        )
         b_o = gl.zeros([ROWS, BK], tl.float32, ACC)
         state = (b_m, gl.convert_layout(b_p, gl.DotOperandLayout(0, ACC, 2)), b_o, b_d)
-        # the rows before these are stored by now
+        # the rows of the previous work tile are stored by now
         tma.store_wait(0)
         mbarrier.arrive(q_empty.index(i_buffer ^ 2), count=1, pred=i_n > 0)
-        # the other tiles, all in one of two loops
-        i_end = tl.maximum(i_x + i_last, i_own + 1)
-        i_moves = i_own + 1
+        # all other tiles run in one of two loops
+        i_end = tl.maximum(i_x + i_last, i_diagonal + 1)
+        i_update = i_diagonal + 1
         if NORMS:
-            i_moves = tl.where(gl.max(b_bound - b_m, 0) < GROWTH, i_end, i_moves)
-        zones = (i_own + 1, i_moves, i_end)
-        for MOVES in gl.static_range(0 if NORMS else 1, 2):
-            for i_y in range(zones[MOVES], zones[MOVES + 1]):
+            i_update = tl.where(gl.max(b_bound - b_m, 0) < MAX_LOG2_WEIGHT, i_end, i_update)
+        zones = (i_diagonal + 1, i_update, i_end)
+        for UPDATE_MAX in gl.static_range(0 if NORMS else 1, 2):
+            for i_y in range(zones[UPDATE_MAX], zones[UPDATE_MAX + 1]):
                 i_s = i_t + 2 * ROWS - (i_y - i_x + 1) * BS
                 state = _attend_tile(
-                    q, keys, i_y, i_s, o_t, b_first, i_s < i_hidden, state, b_zero, scale_log2, MOVES, BOUNDED
+                    q,
+                    keys,
+                    i_y,
+                    i_s,
+                    o_t,
+                    b_first,
+                    i_s < i_hidden,
+                    state,
+                    b_zero,
+                    scale_log2,
+                    UPDATE_MAX,
+                    BOUNDED,
                 )
         b_m, a_p, b_o, b_d = state
-        i_before = (i_end - 1) % STAGES
-        mbarrier.wait(v_full.index(i_before), ((i_end - 1) // STAGES) & 1)
-        b_o = warpgroup_mma(a_p, v.index(i_before), b_o, is_async=True)
+        i_previous = (i_end - 1) % STAGES
+        mbarrier.wait(v_full.index(i_previous), ((i_end - 1) // STAGES) & 1)
+        b_o = warpgroup_mma(a_p, v.index(i_previous), b_o, is_async=True)
         b_o = warpgroup_mma_wait(0, deps=(b_o,))
-        mbarrier.arrive(v_empty.index(i_before), count=1)
-        # tiles that the other warpgroup alone sees
+        mbarrier.arrive(v_empty.index(i_previous), count=1)
+        # tiles that only the other warpgroup sees
         skip_tiles(keys, i_end, i_x + num_steps)
         i_x += num_steps
 
         b_sum = gl.maximum(gl.convert_layout(gl.sum(b_d, 1), ROW), 0.5)
-        # [ROWS, BK], through the memory of the warpgroup's own queries
+        # [ROWS, BK], staged in the buffer of the warpgroup's queries
         q.store((b_o * gl.expand_dims(1.0 / b_sum, 1)).to(q.dtype))
         fence_async_shared()
         tma.async_copy_shared_to_global(o_out, [i_b, i_h, i_w, 0], q)
@@ -187,20 +200,20 @@ def _consume(
         p_t = tl.cast(i_b * H + i_h, tl.int64) * T + o_t
         gl.store(lse + p_t, (gl.convert_layout(b_m, ROW) + gl.log2(b_sum)) * LN2, mask=o_t < T)
         i_n += 1
-        i_item = learn_item(items, i_n)
+        i_work_tile = receive_work_tile(tile_slots, i_n)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["T", "window_size", "num_items", "num_heads", "section"])
+@gluon.jit(do_not_specialize=["T", "window_size", "num_work_tiles", "num_heads", "section"])
 def _softmax_fwd_hopper_kernel(
     q_in, k_in, v_in, o_out, lse, first, key_norms, counter,
-    T, window_size, num_items, num_heads, section, scale,
+    T, window_size, num_work_tiles, num_heads, section, scale,
     H: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr, STAGES: tl.constexpr,
     PACKED: tl.constexpr, WINDOW: tl.constexpr, NORMS: tl.constexpr,
 ):  # fmt: skip
-    """Compute the output of items, tiles of 128 rows of one head, as long as the counter has some."""
+    """Compute the output of work tiles, 128 rows of one head, until the work queue is empty."""
     dtype: tl.constexpr = q_in.dtype
-    # two for every warpgroup
+    # two buffers per warpgroup
     q = gl.allocate_shared_memory(dtype, [4, ROWS, BK], q_in.layout)
     k = gl.allocate_shared_memory(dtype, [STAGES, BS, BK], k_in.layout)
     v = gl.allocate_shared_memory(dtype, [STAGES, BS, BK], v_in.layout)
@@ -210,57 +223,60 @@ def _softmax_fwd_hopper_kernel(
     v_full = new_barriers(STAGES, 1)
     k_empty = new_barriers(STAGES, 2)
     v_empty = new_barriers(STAGES, 2)
-    items = new_items()
+    tile_slots = new_tile_slots()
     fence_async_shared()
     queries = ((q,), q_full, q_empty)
     keys = (k, v, k_full, v_full, k_empty, v_empty)
-    order = (num_items, num_heads, section)
+    schedule = (num_work_tiles, num_heads, section)
     inputs = ((q_in,), k_in, v_in)
     outputs = (o_out, lse)
     mask = (first, T, window_size)
-    rest = (items, order, outputs, mask, scale, key_norms)
+    rest = (tile_slots, schedule, outputs, mask, scale, key_norms)
     gl.warp_specialize(
         [
             (_consume, (0, queries, keys, rest, H, G, PACKED, WINDOW, NORMS)),
             (_consume, (1, queries, keys, rest, H, G, PACKED, WINDOW, NORMS)),
-            (copy_tiles, (queries, keys, items, order, mask, inputs, counter, H, H // G, PACKED, WINDOW)),
+            (
+                produce_tiles,
+                (queries, keys, tile_slots, schedule, mask, inputs, counter, H, H // G, PACKED, WINDOW),
+            ),
         ],
-        [4, 1],  # warps of the second and the third
+        [4, 1],  # warps of the second consumer and of the producer
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
     )
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, o: Tensor, *, tile: Tile) -> Tensor:
-    """Launch the forward kernel.
+    """Compute softmax attention: launch the warp-specialized forward kernel.
 
     Args:
         q: Queries `[B, T, H, K]`, bf16/fp16, K at most 128; all three such that `can_use_descriptors` holds.
         k: Keys `[B, T, G, K]`.
         v: Values `[B, T, G, K]`.
-        mask: What queries see.
+        mask: Which keys queries see.
         scale: Factor of q.k, positive.
         o: Where to write the output `[B, T, H, K]`, contiguous.
-        tile: Its block_s is the keys in a tile, 64 or 128, its num_stages the tiles in the ring; it has 128
-            rows. Its key_norms is for bf16 alone.
+        tile: Its block_s is the keys in a tile, 64 or 128, its num_stages the stages of the ring buffer; it
+            has 128 rows. Its key_norms is for bf16 alone.
 
     Returns:
         lse `[B, H, T]` fp32.
     """
-    assert (tile.block_t, tile.sums) == (2 * ROWS.value, ADDED.value), "the kernel has no other tile"
+    assert (tile.block_t, tile.sums) == (2 * ROWS.value, PTX_COLUMNS.value), "the kernel has no other tile"
     batch_size, num_tokens, num_heads, head_dim = q.shape
     lse = torch.empty(batch_size, num_heads, num_tokens, dtype=torch.float32, device=q.device)
     block_k = triton.next_power_of_2(head_dim)
     q_in, o_out = (describe(x, ROWS.value, block_k) for x in (q, o))
     k_in, v_in = (describe(x, tile.block_s, block_k) for x in (k, v))
-    num_items = triton.cdiv(num_tokens, 2 * ROWS.value) * batch_size * num_heads
+    num_work_tiles = triton.cdiv(num_tokens, 2 * ROWS.value) * batch_size * num_heads
     streamed = 2 * mask.reach(num_tokens) * head_dim * k.element_size()
     section = heads_per_section(batch_size * num_heads, num_heads // k.shape[2], streamed)
-    num_programs, counter = draw_items(num_items, q.device)
-    # weights in fp16 must not grow
+    num_programs, counter = make_work_queue(num_work_tiles, q.device)
+    # fp16 weights must not grow
     key_norms = largest_key_norms(k) if tile.key_norms and q.dtype == torch.bfloat16 else None
     _softmax_fwd_hopper_kernel[(num_programs,)](
         q_in, k_in, v_in, o_out, lse, mask.first, key_norms, counter,
-        num_tokens, mask.window_size or 0, num_items, batch_size * num_heads, section, scale,
+        num_tokens, mask.window_size or 0, num_work_tiles, batch_size * num_heads, section, scale,
         H=num_heads, G=k.shape[2], BK=block_k, BS=tile.block_s, STAGES=tile.num_stages,
         PACKED=mask.is_packed, WINDOW=mask.has_window, NORMS=key_norms is not None, num_warps=4,
     )  # fmt: skip

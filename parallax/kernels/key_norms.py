@@ -1,4 +1,4 @@
-"""The largest norm of a head's keys: by |q.k| <= |q| |k| it bounds the scores of a query."""
+"""Largest key norm per head: it bounds the scores of (1) of `parallax.reference`, by |q.k| <= |q| |k|."""
 
 import torch
 import triton
@@ -14,7 +14,7 @@ _ROWS = 128
 def _largest_key_norms_kernel(
     k, norms, strides, T, G: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr
 ):
-    """Raise a head's norm to that of BS keys; one program each."""
+    """Update a head's largest squared norm by BS keys; one program each."""
     num_tiles = tl.cdiv(T, BS)
     i_bg = tl.program_id(0) // num_tiles
     i_s = tl.program_id(0) % num_tiles * BS
@@ -23,7 +23,7 @@ def _largest_key_norms_kernel(
 
 
 def largest_key_norms(k: Tensor) -> Tensor:
-    """Return the largest squared norm of each head's keys, the same bits every time.
+    """Compute the largest squared norm of each head's keys; bit-identical from run to run.
 
     Args:
         k: Keys `[B, T, G, K]`, their last dimension contiguous.

@@ -1,7 +1,7 @@
-"""Tile sizes of the kernels, by head width, dtype and GPU generation.
+"""Tile sizes of the kernels, by head width, dtype and GPU generation, and the inputs that they support.
 
-From benchmarks/tune_attention.py (benchmarks/results/tune_attention_h100_202611.json), those of the
-specialised kernels from benchmarks/results/hopper_log_202611.md.
+Measured by benchmarks/tune_attention.py (benchmarks/results/tune_attention_h100_202611.json); those of the
+warp-specialized kernels are from benchmarks/results/hopper_log_202611.md.
 """
 
 from typing import Literal, NamedTuple
@@ -16,29 +16,29 @@ _WITH_PROBES: dict[KernelName, KernelName] = {
     "softmax_dq": "dqdr",
     "softmax_dkdv": "dkdv",
 }
-"""A kernel without probes holds less than the one with them, whose tile serves where none was measured."""
+"""Softmax kernel -> Parallax kernel, whose tile it uses where none was measured: it needs less memory."""
 
 HEAD_DIMS = (64, 96, 128, 256)
-"""Head widths that the kernels serve."""
+"""Supported head widths."""
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""Dtypes that the kernels serve."""
+"""Supported dtypes."""
 
 
 class Tile(NamedTuple):
-    """How one kernel is cut.
+    """Tile sizes and launch options of one kernel.
 
     Attributes:
         block_t: Query rows in a tile.
         block_s: Keys in a tile.
-        num_warps: Warps of a program.
+        num_warps: Warps per program.
         num_stages: Depth of the load pipeline.
-        in_registers: How many of the operands that stay through the loop are kept in registers: of queries
-            and probes forward, queries and dO for dQ (and dR), keys and values for dK and dV.
-        sums: Columns of the row sums of `row_sums.add_row_sums`, 1, 4 or 8: the way they are formed.
-        is_specialized: Whether it is a tile of the kernel whose warps take different parts (`hopper_*.py`).
-        key_norms: Whether a pass over the keys first bounds the scores of bf16, so that most tiles need no
-            maxima (`hopper_forward`).
+        in_registers: Number of loop-invariant operands that are kept in registers: of queries and probes in
+            the forward, queries and dO for dQ (and dR), keys and values for dK and dV.
+        sums: Columns of the row sums, which select their method in `row_sums`: 1, 4 or 8.
+        is_specialized: Whether the tile is for the warp-specialized kernel (`hopper_*.py`).
+        key_norms: Whether bf16 scores are bounded by key norms, computed in a pass over the keys, so that
+            most tiles need no maxima (`hopper_forward`).
     """
 
     block_t: int
@@ -76,7 +76,7 @@ _HOPPER_SPECIALIZED: dict[tuple[KernelName, int], Tile] = {
     ("softmax_dkdv", 64): Tile(64, 128, 4, 4, 1, is_specialized=True),
     ("softmax_dkdv", 128): Tile(64, 128, 4, 3, is_specialized=True),
 }
-"""On Hopper alone, before `_HOPPER`, for inputs that tensor descriptors can describe."""
+"""Takes precedence over `_HOPPER` on Hopper itself, for inputs that TMA descriptors can read."""
 
 _HOPPER_SHORT: dict[tuple[KernelName, int], Tile] = {
     ("forward", 64): Tile(128, 64, 4, 4, sums=4, is_specialized=True),
@@ -84,7 +84,7 @@ _HOPPER_SHORT: dict[tuple[KernelName, int], Tile] = {
     ("softmax_forward", 64): Tile(128, 128, 4, 3, sums=4, is_specialized=True),
     ("softmax_forward", 128): Tile(128, 64, 4, 5, sums=4, is_specialized=True),
 }
-"""Before `_HOPPER_SPECIALIZED`, for documents or windows of at most `SHORT` tokens on average."""
+"""Takes precedence over `_HOPPER_SPECIALIZED` for documents or windows of at most `SHORT` mean tokens."""
 
 SHORT = 1024
 
@@ -111,24 +111,24 @@ _FP32: dict[tuple[KernelName, int], Tile] = {
     ("dkdv", 128): Tile(32, 16, 8, 1),
     ("dkdv", 256): Tile(16, 16, 8, 1),
 }
-"""Not tuned: tiles that the compiler keeps in registers, or nearly, up to width 128."""
+"""Not tuned: tiles that spill few registers or none up to width 128."""
 
 _FP32_HOPPER = _FP32 | {
     ("forward", 64): Tile(64, 32, 4, 1, sums=1),
     ("dqdr", 64): Tile(64, 32, 8, 1, sums=1),
     ("dkdv", 64): Tile(32, 64, 8, 1),
 }
-"""Not tuned: 64 rows, which take warpgroup products, at the width where they fit the registers."""
+"""Not tuned: 64 rows, the minimum for warpgroup products, at the width where they fit in registers."""
 
 
 def tile_of(kernel: KernelName, x: Tensor, use_descriptors: bool, reach: int) -> Tile:
     """Return the tile of a kernel for inputs like x.
 
     Args:
-        kernel: Which one.
+        kernel: Name of the kernel.
         x: Queries or keys `[B, T, H, K]`, on the device that runs the kernel.
-        use_descriptors: Whether tensor descriptors load the operands; the specialised kernels need them.
-        reach: Tokens of a mean document, or of a window, from `addressing.Mask.reach`.
+        use_descriptors: Whether TMA descriptors load the operands; the warp-specialized kernels need them.
+        reach: Tokens that a program streams, from `addressing.Mask.reach`.
     """
     width = 64 if x.shape[3] <= 64 else 128 if x.shape[3] <= 128 else 256
     capability = torch.cuda.get_device_capability(x.device) if x.device.type == "cuda" else (0, 0)
@@ -142,7 +142,7 @@ def tile_of(kernel: KernelName, x: Tensor, use_descriptors: bool, reach: int) ->
 
 
 def refusal(q: Tensor, k: Tensor, scale: float) -> str | None:
-    """Return why the kernels cannot serve these inputs, or None.
+    """Return why the kernels do not support these inputs, or None if they do.
 
     Args:
         q: Queries `[B, T, H, K]`.

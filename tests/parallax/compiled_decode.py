@@ -1,7 +1,7 @@
 """The decode kernels compiled for compute capability 9.0, no GPU needed; `test_kernels.py` runs this file.
 
-Launches stop after compilation. What a compiler can spoil is asserted: queries and probes in one tile take as
-many products as queries alone, and move through shared memory no more than they do; registers do not spill.
+Launches stop after compilation. The tests check what a compiler may break: that queries and probes in one
+tile take as many products and as much shared memory as queries alone, and that registers do not spill.
 """
 
 import re
@@ -26,7 +26,7 @@ TILES = sorted({tile_of(*call, 2, 128, H200) for call in ((8, 512), (8, 32768), 
 
 
 class Driver(SimpleNamespace):
-    """Answers what the compiler asks of a driver."""
+    """Stub of the driver interface that the compiler calls."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -39,7 +39,7 @@ class Driver(SimpleNamespace):
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The kernels that launches have compiled, which run nothing."""
+    """Compile kernels at launch without running them; return the list of compiled kernels."""
     kernels: list[Any] = []
     run = JITFunction.run
 
@@ -67,7 +67,7 @@ def stack_bytes(ptx: str, folder: Path) -> int:
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
-def test_probes_cost_no_products(tile: DecodeTile, compiled: list[Any], tmp_path: Path) -> None:
+def test_probes_need_no_extra_products(tile: DecodeTile, compiled: list[Any], tmp_path: Path) -> None:
     launch(4, True, tile)
     launch(4, False, tile)
     ours, softmax = compiled[0], compiled[2 if tile.num_splits > 1 else 1]
@@ -79,9 +79,7 @@ def test_probes_cost_no_products(tile: DecodeTile, compiled: list[Any], tmp_path
 
 
 @pytest.mark.parametrize("num_heads", [32, 18])
-def test_rows_with_probes_in_tiles_of_their_own_do_not_spill(
-    num_heads: int, compiled: list[Any], tmp_path: Path
-) -> None:
+def test_separate_probe_tiles_do_not_spill(num_heads: int, compiled: list[Any], tmp_path: Path) -> None:
     tile = tile_of(8, 4096, num_heads // 2, 128, H200)
     launch(num_heads, True, tile)
     assert stack_bytes(compiled[0].asm["ptx"], tmp_path) == 0

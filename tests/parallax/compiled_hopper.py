@@ -1,7 +1,7 @@
 """The Hopper kernels compiled for compute capability 9.0, no GPU needed; `test_kernels.py` runs this file.
 
-Launches stop after compilation. What a compiler can spoil is asserted: products of a warpgroup that wait for
-each other (ptxas says so), and registers that spill.
+Launches stop after compilation. The tests check what a compiler may break: that products of a warpgroup
+overlap (ptxas reports it if they are serialized) and that registers do not spill.
 """
 
 import re
@@ -32,7 +32,7 @@ TILES = [
 
 
 class Driver(SimpleNamespace):
-    """Answers what the compiler asks of a driver."""
+    """Stub of the driver interface that the compiler calls."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -45,7 +45,7 @@ class Driver(SimpleNamespace):
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The kernels that launches have compiled, which run nothing."""
+    """Compile kernels at launch without running them; return the list of compiled kernels."""
     kernels: list[Any] = []
     run = JITFunction.run
 
@@ -83,10 +83,10 @@ def launch(
 
 
 def overwritten_operands(sass: str) -> list[str]:
-    """Instructions of an innermost loop of products that write to what it must find unchanged.
+    """Find instructions in innermost product loops that overwrite loop-invariant left operands.
 
-    These are the registers of left operands of products that start from zero: of scores. What they hold is
-    loaded in front of the loop. ptxas 12.8 has written there behind a branch.
+    These are the registers of left operands of products that start from zero, those of the scores, which are
+    loaded before the loop. ptxas 12.8 has overwritten them after a branch.
     """
     code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", sass)
     jumps = [(re.search(r"BRA\S* (?:!?U?P\d+, )?0x([0-9a-f]+)", line), i) for i, line in enumerate(code)]
@@ -112,7 +112,7 @@ def overwritten_operands(sass: str) -> list[str]:
 
 @pytest.mark.parametrize("is_bounded", [False, True], ids=["causal", "bounded"])
 @pytest.mark.parametrize(("kernel", "width", "tile"), TILES, ids=str)
-def test_products_overlap_and_registers_suffice(
+def test_products_overlap_and_registers_do_not_spill(
     kernel: KernelName,
     width: int,
     tile: Tile,

@@ -1,4 +1,4 @@
-"""Caches for the tests of decoding, and what decoding from them must give."""
+"""KV caches for the tests of decoding, with the expected output."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from parallax.reference import parallax_reference
 
 @dataclass(frozen=True)
 class DecodeCase:
-    """Sizes of one test: lengths of the sequences, new tokens included; page_size None for one piece."""
+    """Sizes of one test; lengths include the new tokens, page_size is None for a contiguous cache."""
 
     name: str
     lengths: tuple[int, ...]
@@ -40,7 +40,7 @@ CASES = [
 
 @dataclass(frozen=True)
 class DecodeInputs:
-    """A cache whose unused part is NaN, and its new tokens."""
+    """A KV cache whose unused part is NaN, its new tokens, and the expected output."""
 
     q: Tensor
     r: Tensor
@@ -54,7 +54,7 @@ class DecodeInputs:
 
 
 def make_inputs(case: DecodeCase, dtype: torch.dtype, device: str = "cpu", spare: int = 40) -> DecodeInputs:
-    """Draw q, r, k, v of whole sequences, put them into a cache, and compute the truth in fp64."""
+    """Draw q, r, k, v of whole sequences, store k and v in a cache, and compute the output in fp64."""
     generator = torch.Generator().manual_seed(len(case.lengths) + 100 * case.num_new)
     batch, capacity = len(case.lengths), max(case.lengths) + spare
     shape = (case.num_kv_heads, case.head_dim)
@@ -94,7 +94,7 @@ def make_inputs(case: DecodeCase, dtype: torch.dtype, device: str = "cpu", spare
 def _paged(
     k_cache: Tensor, v_cache: Tensor, page_size: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same caches in pages of a random order, among pages that nobody uses."""
+    """Convert caches to pages in random order, with some unused pages."""
     batch, capacity = k_cache.shape[:2]
     num_pages = -(-capacity // page_size)
     order = torch.randperm(batch * num_pages + 3, generator=generator)[: batch * num_pages]

@@ -1,4 +1,4 @@
-"""Tests of the decode kernels in Triton's interpreter, as interpreted_kernels.py those of training."""
+"""The decode kernels in Triton's interpreter; `test_kernels.py` runs this file with TRITON_INTERPRET=1."""
 
 import os
 from dataclasses import replace
@@ -33,13 +33,13 @@ def test_decode(case: DecodeCase, num_splits: int) -> None:
     eager_decode.decode(
         x.q, x.r, x.k_cache, x.v_cache, x.cache_seqlens, x.page_table, x.window_size, scale, yardstick
     )
-    # the yardstick rounds the output alone: the kernel's 16-bit weights come on top
+    # the yardstick rounds only the output, the kernels also their 16-bit weights
     budget = 2 * float(relative_error(yardstick, x.expected)) + 2 * torch.finfo(torch.float16).eps
     assert relative_error(run(x, num_splits, 32), x.expected) < budget
     assert relative_error(run(x, num_splits, 16, with_probe=False), x.expected_softmax) < budget
 
 
-def test_a_sequence_without_keys_gives_zeros() -> None:
+def test_sequence_without_keys_gives_zeros() -> None:
     x = make_inputs(DecodeCase("", (5, 9)), torch.float16)
     x.cache_seqlens[0] = 0
     for num_splits in (1, 4):
@@ -48,7 +48,7 @@ def test_a_sequence_without_keys_gives_zeros() -> None:
         assert relative_error(out[1], x.expected[1]) < 2e-3
 
 
-def test_heads_that_lie_over_two_to_the_31_elements_apart() -> None:
+def test_head_strides_over_2_to_the_31_elements() -> None:
     x = make_inputs(DecodeCase("", (40,), num_heads=3, num_kv_heads=3), torch.float16, spare=0)
     expected = run(x, 1, 32)
 
@@ -62,13 +62,13 @@ def test_heads_that_lie_over_two_to_the_31_elements_apart() -> None:
 
 
 @pytest.mark.parametrize("num_splits", [1, 2])
-def test_probes_beside_queries_or_in_a_tile_of_their_own(num_splits: int) -> None:
+def test_probes_in_the_tile_of_queries_or_in_a_separate_one(num_splits: int) -> None:
     # eight rows share a tile with their probes, nine do not
     for num_heads in (8, 9):
         case = DecodeCase("", (75, 40), num_heads=num_heads, num_kv_heads=1, key_offset=3.0)
         x = make_inputs(case, torch.float16)
         assert relative_error(run(x, num_splits, 32), x.expected) < 2e-3
-        # what one row sees does not depend on the others
+        # rows do not depend on one another
         first = replace(x, q=x.q[:, :, :1], r=x.r[:, :, :1])
         torch.testing.assert_close(run(first, num_splits, 32), run(x, num_splits, 32)[:, :, :1])
 

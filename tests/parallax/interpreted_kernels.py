@@ -1,4 +1,4 @@
-"""Tests of the kernels in Triton's interpreter; `test_kernels.py` runs this file with TRITON_INTERPRET=1."""
+"""The training kernels in Triton's interpreter; `test_kernels.py` runs this file with TRITON_INTERPRET=1."""
 
 import os
 from functools import partial
@@ -85,7 +85,7 @@ def test_inputs_are_read_in_place(layout: Layout) -> None:
         assert torch.equal(actual[name], expected[name]), name
 
 
-def test_rows_that_are_not_contiguous_are_copied() -> None:
+def test_non_contiguous_rows_are_copied() -> None:
     inputs = make_inputs(1, 40, 2, 1, 16, dtype=torch.float16)
     strided = inputs._replace(r=inputs.r.mT.contiguous().mT, do=inputs.do[..., :1].expand_as(inputs.do))
     plain = strided._replace(r=inputs.r, do=strided.do.contiguous())
@@ -111,7 +111,7 @@ def test_tile_shape_changes_only_rounding(tile: Tile) -> None:
         torch.testing.assert_close(actual[name].double(), expected[name], rtol=1e-4, atol=2e-5)
 
 
-def test_a_window_of_more_keys_than_there_are_is_one_of_all() -> None:
+def test_window_is_clipped_to_the_number_of_tokens() -> None:
     assert [Mask.of(None, 10, n).window_size for n in (9, 10, 2**40)] == [9, 10, 10]
 
 
@@ -121,18 +121,16 @@ def test_largest_key_norms(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(largest_key_norms(k), k.square().sum(3).amax(1))
 
 
-def test_heads_in_a_section_are_counted_by_the_mean_document_or_the_window() -> None:
+def test_heads_per_section_follow_the_mean_document_or_the_window() -> None:
     cu_seqlens = cu_seqlens_of((1, 5, 64, 63))
     masks = (Mask.of(None, 133, None), Mask.of(cu_seqlens, 133, None), Mask.of(cu_seqlens, 133, 21))
     assert [mask.reach(133) for mask in masks] == [133, 34, 21]
-    # 16 kv heads of two query heads: sections as equal as can be, of whole groups, at least one
+    # 16 kv heads with two query heads each: nearly equal sections of whole groups, at least one
     assert [heads_per_section(32, 2, n, 100) for n in (10**6, 100, 30, 7, 1)] == [2, 2, 6, 16, 32]
 
 
 @pytest.mark.parametrize("width", [64, 128])
-def test_the_tile_follows_the_gpu_the_width_and_the_length_of_documents(
-    width: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tile_depends_on_gpu_width_and_document_length(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x: Any = SimpleNamespace(shape=(1, 4096, 8, width), dtype=torch.bfloat16, device=torch.device("cuda", 0))
 
     def tile(capability: tuple[int, int], reach: int, use_descriptors: bool = True) -> Tile:
@@ -146,7 +144,7 @@ def test_the_tile_follows_the_gpu_the_width_and_the_length_of_documents(
     assert tile((8, 0), tiles.SHORT) == tiles._AMPERE[key]
 
 
-def test_bounds_of_documents_reach_every_row_even_if_they_end_early() -> None:
+def test_document_bounds_are_written_for_every_row_even_if_they_end_early() -> None:
     for bounds in ([0, 3, 3, 7, 10], [0, 3, 3, 7, 8], [1, 3, 3, 7, 9]):
         first, end = document_bounds(torch.tensor(bounds, dtype=torch.int32), 10)
         assert first is not None
@@ -193,14 +191,14 @@ def test_first_row_of_a_document_is_its_value() -> None:
         assert torch.equal(o[:, row], v[:, row].expand_as(o[:, row]))
 
 
-def test_bounds_that_are_not_contiguous_are_the_same_documents() -> None:
+def test_non_contiguous_document_bounds() -> None:
     q, r, k, v, _ = make_inputs(1, 50, 2, 1, 32, dtype=torch.float16)
     cu_seqlens = cu_seqlens_of((20, 30))
     strided = torch.stack((cu_seqlens, cu_seqlens + 7), 1)[:, 0]
     assert torch.equal(attend(q, r, k, v, strided), attend(q, r, k, v, cu_seqlens))
 
 
-def test_zero_probe_is_softmax_attention() -> None:
+def test_zero_probe_gives_softmax_attention() -> None:
     q, r, k, v, _ = make_inputs(1, 100, 2, 1, 32, dtype=torch.float32)
     o = attend(q, torch.zeros_like(r), k, v)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -208,7 +206,7 @@ def test_zero_probe_is_softmax_attention() -> None:
     torch.testing.assert_close(o.transpose(1, 2), expected)
 
 
-def test_later_tokens_change_nothing() -> None:
+def test_later_tokens_leave_earlier_outputs_bit_identical() -> None:
     inputs = make_inputs(1, 100, 2, 1, 16, dtype=torch.float16)
     order = torch.cat([torch.arange(50), 50 + torch.randperm(50, generator=torch.Generator().manual_seed(1))])
     o = attend(*inputs[:4])
@@ -234,7 +232,7 @@ def test_empty_inputs_give_empty_results(shape: tuple[int, int]) -> None:
         assert x.numel() == 0, name
 
 
-def test_no_vbar_is_written_without_a_gradient() -> None:
+def test_vbar_is_not_saved_without_a_gradient() -> None:
     q, r, k, v, _ = make_inputs(1, 20, 2, 1, 16, dtype=torch.float16)
     o, vbar, _, _ = ops.triton_forward(q, r, k, v, None, 0.25, None, False)
     assert vbar.numel() == 0
@@ -245,7 +243,7 @@ def test_no_vbar_is_written_without_a_gradient() -> None:
 
 
 @pytest.mark.parametrize("masking", [(None, None), (cu_seqlens_of((3, 0, 6)), 2)], ids=["rows", "packed"])
-def test_operators_keep_the_rules_of_custom_operators(masking: tuple) -> None:
+def test_operators_pass_opcheck(masking: tuple) -> None:
     q, r, k, v, do = make_inputs(1, 9, 4, 2, 16, dtype=torch.float32, layout="fused")
     leaves = [x.requires_grad_() for x in (q, r, k, v)]
     check = partial(

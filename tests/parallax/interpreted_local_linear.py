@@ -1,4 +1,4 @@
-"""Local linear attention by the kernels in Triton's interpreter; `test_kernels.py` runs this file."""
+"""Local linear attention with the kernels in Triton's interpreter; `test_kernels.py` runs this file."""
 
 import os
 
@@ -20,7 +20,7 @@ CASES = [
 
 @pytest.fixture
 def kernels_serve(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
-    """Have the kernels take the CPU's tensors; returns the dtypes that their forward was launched with."""
+    """Let the kernels accept CPU tensors; return the dtypes that their forward is launched with."""
     launch, dtypes = forward.forward, []
 
     def recorded(q, *args, **kwargs):
@@ -39,7 +39,7 @@ def kernels_serve(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
 
 @pytest.mark.parametrize("solver", ["cg", "direct"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_the_kernels_compute_the_definition(
+def test_output_and_gradients_equal_the_definition(
     case: Case, solver: str, kernels_serve: list[torch.dtype]
 ) -> None:
     inputs = case.inputs(torch.float16)
@@ -54,7 +54,7 @@ def test_the_kernels_compute_the_definition(
         ("o", "dq", "dk", "dv"), run(local_linear_attention, torch.float32, solver=solver), truth, strict=True
     ):
         assert relative_error(actual, expected) < 1e-5, name
-    # the probe, the output and the two of the backward, and CG's products
+    # probe, output and two in the backward; CG adds its products
     assert len(kernels_serve) == 4 if solver == "direct" else len(kernels_serve) > 10
     assert set(kernels_serve) == {torch.float32}
 
@@ -66,7 +66,7 @@ def test_16_bit_inputs_reach_the_kernels_in_fp32(kernels_serve: list[torch.dtype
     assert set(kernels_serve) == {torch.float32}
 
 
-def test_what_the_kernels_do_not_serve_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_inputs_run_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args, **kwargs):
         raise AssertionError("a kernel ran")
 

@@ -1,4 +1,4 @@
-"""Softmax attention by the plain kernels in Triton's interpreter; `test_kernels.py` runs this file."""
+"""Softmax attention with the portable Triton kernels in the interpreter; `test_kernels.py` runs this file."""
 
 import os
 from functools import partial
@@ -101,7 +101,7 @@ def test_empty_inputs_give_empty_results(shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("masking", [(None, None), (cu_seqlens_of((3, 0, 6)), 2)], ids=["rows", "packed"])
-def test_operators_keep_the_rules_of_custom_operators(masking: tuple) -> None:
+def test_operators_pass_opcheck(masking: tuple) -> None:
     q, _, k, v, do = make_inputs(1, 9, 4, 2, 16, dtype=torch.float32, layout="fused")
     cu_seqlens, window_size = masking
     leaves = [x.requires_grad_() for x in (q, k, v)]

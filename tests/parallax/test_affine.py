@@ -1,4 +1,4 @@
-"""The attentions with uniform weights against their definitions: values, gradients, limits, packing."""
+"""Attention with uniform weights against its definition: values, gradients, limits, packing."""
 
 from collections.abc import Callable
 from functools import partial
@@ -22,24 +22,26 @@ from parallax.testing import CASES, Case, Inputs, cu_seqlens_of, make_inputs, re
 
 
 class Member(NamedTuple):
-    """An attention of the family and its dense definition, both called with (q, k, v)."""
+    """An attention of the family and its dense reference, both called with (q, k, v)."""
 
     name: str
     attend: Callable[..., Tensor]
     define: Callable[..., Tensor]
 
 
-def values_alone(average: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> Tensor:
-    # zero gradients for q and k, and one value head for each query head
-    nothing = 0 * (q.sum() + k.sum())
-    return average(v.repeat_interleave(q.shape[2] // k.shape[2], dim=2), **arguments) + nothing.to(v.dtype)
+def average_values(
+    average: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, **arguments: Any
+) -> Tensor:
+    # zero gradients for q and k, and one value head per query head
+    zero = 0 * (q.sum() + k.sum())
+    return average(v.repeat_interleave(q.shape[2] // k.shape[2], dim=2), **arguments) + zero.to(v.dtype)
 
 
 MEMBERS = [
     Member(
         "value_average",
-        partial(values_alone, value_average),
-        partial(values_alone, reference.value_average_reference),
+        partial(average_values, value_average),
+        partial(average_values, reference.value_average_reference),
     ),
     Member("linear", linear_attention, reference.linear_reference),
     Member("affine_linear", affine_linear_attention, reference.affine_linear_reference),
@@ -81,17 +83,17 @@ def test_output_and_gradients_equal_the_definition(case: Case, member: Member) -
 
 
 @members
-def test_gradients_are_those_of_finite_differences(member: Member) -> None:
+def test_gradients_equal_finite_differences(member: Member) -> None:
     case = Case("packed", 67, num_heads=2, head_dim=2, documents=(1, 3, 0, 63))
     q, _, k, v, _ = case.inputs(torch.float64)
     attend = partial(member.attend, **cu_seqlens(case))
     rows = slice(62, 67)
 
-    def attend_near_the_chunk(*late: Tensor) -> Tensor:
+    def attend_at_the_chunk_boundary(*late: Tensor) -> Tensor:
         return attend(*(torch.cat((x[:, :62], y), dim=1) for x, y in zip((q, k, v), late, strict=True)))
 
     late = [x[:, rows].clone().requires_grad_() for x in (q, k, v)]
-    assert torch.autograd.gradcheck(attend_near_the_chunk, late)
+    assert torch.autograd.gradcheck(attend_at_the_chunk_boundary, late)
 
 
 def test_affine_linear_attention_is_parallax_with_an_infinite_bandwidth() -> None:
@@ -107,13 +109,13 @@ def test_affine_linear_attention_is_parallax_with_an_infinite_bandwidth() -> Non
         torch.testing.assert_close(actual[name], expected[name], rtol=1e-9, atol=1e-11)
 
 
-def test_no_probe_and_an_infinite_ridge_give_the_value_average() -> None:
+def test_zero_probe_and_infinite_ridge_give_the_value_average() -> None:
     q, _, k, v, _ = make_inputs(2, 100, 2, 2, 16, dtype=torch.float64)
     average = value_average(v)
     torch.testing.assert_close(affine_linear_attention(0 * q, k, v), average)
     assert torch.equal(linear_attention(0 * q, k, v), 0 * v)
     errors = [relative_error(affine_mesanet(q, k, v, ridge=ridge), average) for ridge in (1e4, 1e8, 1e12)]
-    # first order in 1 / ridge
+    # the error is first order in 1 / ridge
     assert errors[0] / errors[1] == pytest.approx(1e4, rel=1e-2)
     assert errors[2] < 1e-11
 
@@ -131,7 +133,7 @@ def test_packed_documents_equal_separate_calls(member: Member) -> None:
 
 
 @members
-def test_a_later_token_changes_no_bit_of_the_past(member: Member) -> None:
+def test_later_tokens_leave_earlier_outputs_bit_identical(member: Member) -> None:
     q, _, k, v, _ = make_inputs(1, 200, 2, 1, 16, dtype=torch.float32)
     before = member.attend(q, k, v)
     changed = [torch.cat((x[:, :90], 5 * x[:, 90:] + 1), dim=1) for x in (q, k, v)]
@@ -142,19 +144,19 @@ def test_a_later_token_changes_no_bit_of_the_past(member: Member) -> None:
 
 @members
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_16_bits_cost_their_rounding_alone(dtype: torch.dtype, member: Member) -> None:
+def test_error_is_only_rounding(dtype: torch.dtype, member: Member) -> None:
     inputs = make_inputs(1, 130, 4, 2, 32, dtype=dtype)
     actual = output_and_gradients(member.attend, inputs)
     truth = output_and_gradients(member.define, inputs.to(torch.float64))
     for name in truth:
-        # fp32 inside: beyond its few roundings only the result's own
+        # computed in fp32: a few roundings, and in bf16 that of the result
         bound = 2e-5 + (torch.finfo(dtype).eps / 2 if dtype == torch.bfloat16 else 0.0)
         assert actual[name].dtype == dtype
         assert relative_error(actual[name], truth[name]) < bound, name
 
 
 @members
-def test_autocast_does_not_reach_the_products(member: Member) -> None:
+def test_autocast_is_disabled_in_the_products(member: Member) -> None:
     inputs = make_inputs(1, 100, 2, 1, 16, dtype=torch.float32)
     expected = output_and_gradients(member.attend, inputs)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -164,7 +166,7 @@ def test_autocast_does_not_reach_the_products(member: Member) -> None:
 
 
 @members
-def test_the_backward_keeps_memory_linear_in_the_length(member: Member) -> None:
+def test_memory_of_the_backward_is_linear_in_the_length(member: Member) -> None:
     largest = []
     for num_tokens in (512, 1024):
         sizes: list[int] = []
@@ -203,12 +205,12 @@ def test_compiled_as_one_graph_equals_eager(member: Member) -> None:
 
 
 @members
-def test_no_tokens_give_no_output(member: Member) -> None:
+def test_empty_inputs_give_empty_results(member: Member) -> None:
     q, _, k, v, _ = make_inputs(1, 0, 2, 1, 4, dtype=torch.float32)
     assert member.attend(q, k, v).shape == (1, 0, 2, 4)
 
 
-def test_bad_inputs_are_refused() -> None:
+def test_wrong_inputs_raise() -> None:
     q, _, k, v, _ = make_inputs(1, 5, 2, 1, 4, dtype=torch.float32)
     with pytest.raises(ValueError, match=r"ridge is -1.0, wanted positive"):
         affine_mesanet(q, k, v, ridge=-1.0)

@@ -1,4 +1,4 @@
-"""The public function: what it refuses, what it picks, and that it survives compilers and checkpointing."""
+"""The public function: argument errors, dispatch, torch.compile, activation checkpointing and autocast."""
 
 import subprocess
 import sys
@@ -35,7 +35,7 @@ def call_with(**changes: object) -> Tensor:
     return parallax_attention(**arguments)
 
 
-REFUSED = [
+WRONG_INPUTS = [
     ("q_three_dimensions", {"q": EMPTY(1, 8, 16)}, ValueError, r"q has shape \(1, 8, 16\), wanted four dim"),
     ("r_heads", {"r": EMPTY(1, 8, 2, 16)}, ValueError, r"r has shape \(1, 8, 2, 16\), q \(1, 8, 4, 16\)"),
     ("v_tokens", {"v": EMPTY(1, 9, 2, 16)}, ValueError, r"v has shape \(1, 9, 2, 16\), k \(1, 8, 2, 16\)"),
@@ -95,15 +95,15 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "message"), [x[1:] for x in REFUSED], ids=[x[0] for x in REFUSED]
+    ("changes", "error", "message"), [x[1:] for x in WRONG_INPUTS], ids=[x[0] for x in WRONG_INPUTS]
 )
-def test_wrong_input_is_refused(changes: dict, error: type[Exception], message: str) -> None:
+def test_wrong_input_raises(changes: dict, error: type[Exception], message: str) -> None:
     call_with()
     with pytest.raises(error, match=message):
         call_with(**changes)
 
 
-def test_packed_documents_with_a_batch_are_refused() -> None:
+def test_packed_documents_with_a_batch_raise() -> None:
     q, r, k, v, _ = make_inputs(2, 8, 4, 2, 16, dtype=torch.float32)
     with pytest.raises(ValueError, match=r"cu_seqlens needs batch 1, got batch 2; flatten"):
         parallax_attention(q, r, k, v, cu_seqlens=cu_seqlens_of((8,)))
@@ -113,7 +113,7 @@ def refuse(q: Tensor, k: Tensor, scale: float) -> str:
     return f"needs CUDA, got {q.device}"
 
 
-def test_explicit_implementation_that_cannot_serve_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_explicit_implementation_that_cannot_serve_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(api._IMPLEMENTATIONS, "triton", api._Implementation(ops.eager_attention, refuse))
     with pytest.raises(
         NotImplementedError, match="impl='triton' needs CUDA, got cpu; use one of 'reference', 'eager'"
@@ -122,13 +122,13 @@ def test_explicit_implementation_that_cannot_serve_is_refused(monkeypatch: pytes
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.5, float("nan")])
-def test_the_kernels_refuse_a_scale_that_is_not_positive(scale: float) -> None:
+def test_triton_raises_for_a_non_positive_scale(scale: float) -> None:
     with pytest.raises(NotImplementedError, match=r"impl='triton' needs a positive scale, got .*'eager'"):
         call_with(impl="triton", scale=scale)
 
 
 @pytest.mark.parametrize("is_served", [True, False])
-def test_default_picks_the_first_preferred_that_serves(
+def test_default_is_the_first_preferred_implementation_that_serves(
     monkeypatch: pytest.MonkeyPatch, is_served: bool
 ) -> None:
     calls: list[str] = []
@@ -151,7 +151,7 @@ def test_default_picks_the_first_preferred_that_serves(
 
 
 @pytest.mark.parametrize("impl", [None, "eager", "reference"])
-def test_default_scale_is_that_of_the_head_width(impl: str | None) -> None:
+def test_default_scale_is_one_over_the_root_of_the_head_width(impl: str | None) -> None:
     assert torch.equal(call_with(impl=impl), call_with(impl=impl, scale=0.25))
     assert not torch.allclose(call_with(impl=impl), call_with(impl=impl, scale=0.5))
 
@@ -180,7 +180,7 @@ def compiled() -> Callable[..., Tensor]:
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_compiled_gradients_equal_uncompiled(case: Case, compiled: Callable[..., Tensor]) -> None:
-    # the published multi-output operator gave NaN gradients here
+    # the published multi-output operator returned NaN gradients here
     inputs = case.inputs(torch.float32, layout="heads_first")
     actual = output_and_gradients(compiled, inputs, **case.masking())
     expected = output_and_gradients(parallax_attention, inputs, **case.masking())
@@ -188,8 +188,8 @@ def test_compiled_gradients_equal_uncompiled(case: Case, compiled: Callable[...,
         assert torch.equal(actual[name], expected[name]), name
 
 
-def test_compiled_model_around_the_operator_has_the_same_gradients() -> None:
-    """Projections before, a loss after: views reach the operator, and nobody reads lse or tbar."""
+def test_compiled_model_gradients_equal_uncompiled() -> None:
+    """With projections before and a loss after, the operator gets views, and lse and tbar are not used."""
     torch.compiler.reset()
     torch.manual_seed(0)
     x_BTD = torch.randn(2, 33, 24, requires_grad=True)
@@ -236,14 +236,14 @@ def test_new_lengths_compile_once_when_shapes_are_dynamic() -> None:
     assert targets.count(torch.ops.parallax.eager_forward.default) == 1
 
 
-def test_compiled_call_still_refuses_wrong_document_bounds(compiled: Callable[..., Tensor]) -> None:
+def test_compiled_call_raises_for_wrong_document_bounds(compiled: Callable[..., Tensor]) -> None:
     q, r, k, v, _ = make_inputs(1, 8, 4, 2, 16, dtype=torch.float32)
     with pytest.raises(ValueError, match="ends at 7, wanted the number of tokens 8"):
         compiled(q, r, k, v, cu_seqlens=cu_seqlens_of((7,)))
 
 
 @pytest.mark.parametrize("masking", [(None, None), (cu_seqlens_of((3, 0, 6)), 2)], ids=["rows", "packed"])
-def test_operators_keep_the_rules_of_custom_operators(masking: tuple) -> None:
+def test_operators_pass_opcheck(masking: tuple) -> None:
     q, r, k, v, do = make_inputs(1, 9, 4, 2, 16, dtype=torch.float32, layout="fused")
     cu_seqlens, window_size = masking
     leaves = [x.requires_grad_() for x in (q, r, k, v)]
@@ -261,8 +261,8 @@ def test_row_statistics_carry_no_gradient() -> None:
     assert not tbar.requires_grad
 
 
-class _Calls(TorchDispatchMode):
-    """Names of the operators that run inside."""
+class _RecordedOperators(TorchDispatchMode):
+    """Records the names of the operators that run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -273,18 +273,18 @@ class _Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_backward_is_one_operator_and_fills_nothing_with_zeros() -> None:
+def test_backward_is_one_operator_without_zero_fills() -> None:
     q, r, k, v, do = make_inputs(1, 8, 4, 2, 16, dtype=torch.float32)
     q.requires_grad_()
     o = parallax_attention(q, r, k, v)
-    with _Calls() as calls:
+    with _RecordedOperators() as calls:
         torch.autograd.grad(o, q, do)
     computing = [name for name in calls.names if "detach" not in name]
     assert computing == ["parallax::eager_backward"], calls.names
 
 
-class _Cut(torch.autograd.Function):
-    """The identity, whose input has no gradient, neither one of zeros."""
+class _NoGradient(torch.autograd.Function):
+    """The identity, whose backward returns None."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -295,14 +295,14 @@ class _Cut(torch.autograd.Function):
         return None
 
 
-def test_an_output_without_gradient_gives_none_to_the_inputs() -> None:
+def test_missing_output_gradient_gives_no_input_gradient() -> None:
     q, r, k, v, _ = make_inputs(1, 8, 4, 2, 16, dtype=torch.float32)
     q.requires_grad_()
-    _Cut.apply(parallax_attention(q, r, k, v)).sum().backward()
+    _NoGradient.apply(parallax_attention(q, r, k, v)).sum().backward()
     assert q.grad is None or not q.grad.any()
 
 
-def test_second_derivative_is_refused() -> None:
+def test_second_derivative_raises() -> None:
     q, r, k, v, _ = make_inputs(1, 9, 2, 1, 4, dtype=torch.float32)
     o = parallax_attention(q.requires_grad_(), r, k, v)
     (dq,) = torch.autograd.grad(o.square().sum(), q, create_graph=True)
@@ -312,7 +312,7 @@ def test_second_derivative_is_refused() -> None:
 
 @pytest.fixture
 def num_forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Counts the runs of the eager forward."""
+    """Count the runs of the eager forward."""
     count = [0]
     forward = eager.forward
 
@@ -330,7 +330,9 @@ def keep_attention(_context: object, operator: object, *_args: object, **_kwargs
 
 
 @pytest.mark.parametrize("is_selective", [False, True], ids=["full", "selective"])
-def test_activation_checkpointing_changes_no_gradient(num_forwards: list[int], is_selective: bool) -> None:
+def test_activation_checkpointing_leaves_gradients_bit_identical(
+    num_forwards: list[int], is_selective: bool
+) -> None:
     inputs = make_inputs(2, 40, 4, 2, 16, dtype=torch.float32)
     attend = lambda *x: parallax_attention(*(y.sin() for y in x)).cos()  # noqa: E731
     expected = output_and_gradients(attend, inputs)
@@ -357,7 +359,7 @@ def test_autocast_casts_inputs_that_differ(compiled: Callable[..., Tensor], is_c
     assert actual["dq"].dtype == torch.float32
 
 
-def test_autocast_does_not_reach_into_the_operator() -> None:
+def test_autocast_is_disabled_in_the_operator() -> None:
     inputs = make_inputs(1, 40, 4, 2, 16, dtype=torch.float32)
     attend = partial(ops.eager_attention, scale=0.25)
     expected = output_and_gradients(attend, inputs)
@@ -376,7 +378,7 @@ def test_fake_and_meta_tensors_give_shapes() -> None:
     assert o.shape == q.shape
 
 
-def test_import_needs_torch_alone() -> None:
+def test_import_needs_only_torch() -> None:
     program = """
 import sys
 sys.modules["triton"] = None

@@ -1,4 +1,4 @@
-"""Where conjugate gradients stop: by the dtype in which the inputs were given, at no cost in accuracy."""
+"""The tolerance of conjugate gradients follows the input dtype, at no cost in accuracy."""
 
 from collections.abc import Callable
 from functools import partial
@@ -31,7 +31,7 @@ class Solves(list[tuple[float, int]]):
     """Tolerance of each solve and its number of products."""
 
     def solve(self, apply: LinearMap, b: Tensor, num_iterations: int, tolerance: float) -> Tensor:
-        """Call conjugate_gradients and record."""
+        """Call conjugate_gradients; record tolerance and number of products."""
         num_products = 0
 
         def counted(x: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def output_and_gradients(attend: Callable[..., Tensor], inputs: Inputs, **option
     return dict(zip(("o", "dq", "dk", "dv"), (o.detach(), *gradients), strict=True))
 
 
-def test_the_tolerance_is_that_of_the_least_exact_dtype() -> None:
+def test_tolerance_is_that_of_the_least_precise_dtype() -> None:
     assert residual_tolerance(FP64) == 2.0**-50
     assert residual_tolerance(FP32) == 2.0**-21
     assert residual_tolerance(FP16) == 2.0**-16
@@ -67,7 +67,7 @@ def test_the_tolerance_is_that_of_the_least_exact_dtype() -> None:
     assert residual_tolerance(FP32, FP16, BF16) == residual_tolerance(BF16, FP32) == 2.0**-13
 
 
-def test_a_row_stops_once_its_residual_is_within_the_tolerance() -> None:
+def test_row_stops_once_its_residual_is_within_the_tolerance() -> None:
     generator = torch.Generator().manual_seed(0)
     factors = torch.randn(50, 32, 32, dtype=FP64, generator=generator)
     matrices = factors @ factors.mT / 32 + torch.eye(32)
@@ -94,12 +94,12 @@ def test_a_row_stops_once_its_residual_is_within_the_tolerance() -> None:
         ((FP64, FP64, FP64), FP64),
         ((FP32, BF16, FP32), BF16),
         ((FP16, FP32, FP32), FP16),
-        # the probe and the gradients of q and k do not lose what only the values lack
+        # low precision of the values alone does not affect the probe or the gradients of q and k
         ((FP32, FP32, BF16), FP32),
     ],
     ids=str,
 )
-def test_both_solves_stop_by_the_dtypes_of_queries_and_keys(
+def test_tolerance_of_both_solves_follows_the_dtypes_of_queries_and_keys(
     name: str, dtypes: tuple[torch.dtype, ...], expected: torch.dtype, solves: Solves
 ) -> None:
     q, _, k, v, do = make_inputs(1, 40, 2, 1, 16, dtype=FP64)
@@ -109,7 +109,7 @@ def test_both_solves_stop_by_the_dtypes_of_queries_and_keys(
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
-def test_decoding_stops_by_the_dtype_of_its_inputs(dtype: torch.dtype, solves: Solves) -> None:
+def test_tolerance_of_decoding_follows_the_dtype_of_its_inputs(dtype: torch.dtype, solves: Solves) -> None:
     q, _, k, v, _ = make_inputs(2, 40, 2, 1, 16, dtype=dtype)
     lengths = torch.tensor([40, 30], dtype=torch.int32)
     local_linear_decode(q[:, -1:], k, v, cache_seqlens=lengths)
@@ -122,7 +122,7 @@ def test_decoding_stops_by_the_dtype_of_its_inputs(dtype: torch.dtype, solves: S
 
 @attentions
 @pytest.mark.parametrize("ridge", [0.1, 1.0, 10.0])
-def test_16_bits_take_fewer_products_than_32(name: str, ridge: float, solves: Solves) -> None:
+def test_16_bit_inputs_take_fewer_products_than_32_bit_ones(name: str, ridge: float, solves: Solves) -> None:
     inputs = make_inputs(1, 128, 2, 1, 64, dtype=BF16)
     for dtype in (BF16, FP32):
         output_and_gradients(ATTENTIONS[name], inputs.to(dtype), ridge=ridge, num_iterations=100)
@@ -132,7 +132,7 @@ def test_16_bits_take_fewer_products_than_32(name: str, ridge: float, solves: So
 
 
 @attentions
-# with a small ridge the matrices are nearly singular, and every rounding grows in the solution
+# with a small ridge the matrices are nearly singular, which amplifies rounding in the solution
 @pytest.mark.parametrize(("ridge", "share"), [(0.1, 1 / 2), (1.0, 1 / 8), (10.0, 1 / 10)])
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("key_offset", [0.0, 3.0])
@@ -161,7 +161,7 @@ def test_stopping_early_costs_less_than_rounding(
 @attentions
 @pytest.mark.parametrize("ridge", [0.1, 10.0])
 @pytest.mark.parametrize("key_offset", [0.0, 3.0])
-def test_bf16_is_as_near_the_definition_as_with_the_tolerance_of_fp32(
+def test_bf16_is_as_accurate_as_with_the_tolerance_of_fp32(
     name: str, ridge: float, key_offset: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs = make_inputs(1, 128, 4, 2, 64, dtype=BF16, key_offset=key_offset)

@@ -1,4 +1,4 @@
-"""Decoding in PyTorch operations, what it refuses, and the operator."""
+"""Eager decoding against the reference, argument errors of `parallax_decode`, and its operator."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def decode(x: DecodeInputs, with_probe: bool = True, **options: Any) -> torch.Te
 
 @cases
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
-def test_new_tokens_attend_as_the_last_rows_of_the_whole(
+def test_decode_equals_the_last_rows_of_full_attention(
     case: DecodeCase, dtype: torch.dtype, tolerance: float
 ) -> None:
     x = make_inputs(case, dtype)
@@ -35,7 +35,7 @@ def test_new_tokens_attend_as_the_last_rows_of_the_whole(
     torch.testing.assert_close(softmax.double(), x.expected_softmax, atol=tolerance, rtol=tolerance)
 
 
-def test_a_sequence_without_keys_gives_zeros() -> None:
+def test_sequence_without_keys_gives_zeros() -> None:
     x = make_inputs(DecodeCase("", (5, 9)), torch.float32)
     x.cache_seqlens[0] = 0
     out = decode(x)
@@ -52,51 +52,53 @@ def test_writes_into_out_and_reads_strided_inputs() -> None:
     assert torch.equal(out, decode(x))
 
 
-def test_the_operator_keeps_its_promises() -> None:
+def test_operator_passes_opcheck() -> None:
     x = make_inputs(DecodeCase("", (5, 9), page_size=4), torch.float32)
     arguments = (x.q, x.r, x.k_cache, x.v_cache, x.cache_seqlens, x.page_table, 3, 0.1, torch.empty_like(x.q))
     torch.library.opcheck(torch.ops.parallax.decode.default, (*arguments, False))
 
 
-def test_wrong_input_is_named() -> None:
+def test_wrong_input_raises() -> None:
     x = make_inputs(DecodeCase("", (5, 9), page_size=4), torch.float32)
     good: dict[str, Any] = {"q": x.q, "r": x.r, "k_cache": x.k_cache, "v_cache": x.v_cache}
     index: dict[str, Any] = {"cache_seqlens": x.cache_seqlens, "page_table": x.page_table}
 
-    def refused(error: type[Exception], match: str, **changes: Any) -> None:
+    def check_raises(error: type[Exception], match: str, **changes: Any) -> None:
         arguments = {**good, **index, **changes}
         tensors = [arguments.pop(name) for name in good]
         with pytest.raises(error, match=match):
             parallax_decode(*tensors, **arguments)
 
-    refused(
+    check_raises(
         ValueError, r"cache_seqlens\[1\] is 99, the cache holds 52", cache_seqlens=torch.tensor([5, 99]).int()
     )
     assert x.page_table is not None
     table = x.page_table.clone()
     table[1, 2] = 1000
-    refused(ValueError, r"page_table\[1, 2\] is 1000, wanted a page from 0", page_table=table)
-    table[1, 2], table[1, 5] = 0, 1000  # past the pages that the sequence needs: never read
+    check_raises(ValueError, r"page_table\[1, 2\] is 1000, wanted a page from 0", page_table=table)
+    table[1, 2], table[1, 5] = 0, 1000  # past the last page of the sequence: never read
     parallax_decode(*good.values(), cache_seqlens=x.cache_seqlens, page_table=table)
-    refused(TypeError, r"k_cache is torch.float16, q torch.float32", k_cache=x.k_cache.half())
-    refused(
+    check_raises(TypeError, r"k_cache is torch.float16, q torch.float32", k_cache=x.k_cache.half())
+    check_raises(
         TypeError, r"cache_seqlens is torch.int64, wanted torch.int32", cache_seqlens=x.cache_seqlens.long()
     )
-    refused(
+    check_raises(
         ValueError,
         r"page_table has shape \(1, 13\), wanted \[B, pages\] with B = 2",
         page_table=x.page_table[:1],
     )
-    refused(ValueError, r"k_cache has batch 29, q 2; wanted the same batch, or a page_table", page_table=None)
-    refused(ValueError, r"r has shape \(2, 1, 2, 64\), q", r=x.r[:, :, :2])
-    refused(ValueError, r"num_heads \(3\) must be a positive multiple", q=x.q[:, :, :3], r=x.r[:, :, :3])
-    refused(ValueError, r"window_size is 0", window_size=0)
-    refused(ValueError, r"impl is 'cute', wanted 'triton', 'eager'", impl="cute")
-    refused(NotImplementedError, r"impl='triton' needs CUDA, got cpu; use 'eager'", impl="triton")
-    refused(ValueError, r"out is not contiguous", out=torch.empty(2, 64, 4, 1).transpose(1, 3))
+    check_raises(
+        ValueError, r"k_cache has batch 29, q 2; wanted the same batch, or a page_table", page_table=None
+    )
+    check_raises(ValueError, r"r has shape \(2, 1, 2, 64\), q", r=x.r[:, :, :2])
+    check_raises(ValueError, r"num_heads \(3\) must be a positive multiple", q=x.q[:, :, :3], r=x.r[:, :, :3])
+    check_raises(ValueError, r"window_size is 0", window_size=0)
+    check_raises(ValueError, r"impl is 'cute', wanted 'triton', 'eager'", impl="cute")
+    check_raises(NotImplementedError, r"impl='triton' needs CUDA, got cpu; use 'eager'", impl="triton")
+    check_raises(ValueError, r"out is not contiguous", out=torch.empty(2, 64, 4, 1).transpose(1, 3))
 
 
-def test_autocast_does_not_reach_the_operator() -> None:
+def test_autocast_is_disabled_in_the_operator() -> None:
     x = make_inputs(CASES[1], torch.float32)
     expected = decode(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):

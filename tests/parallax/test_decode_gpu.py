@@ -1,4 +1,4 @@
-"""The decode kernels on a GPU: every case by the measuring stick, one graph for all lengths, large caches."""
+"""The decode kernels on a GPU: error budgets, one CUDA graph for all lengths, large caches."""
 
 import pytest
 import torch
@@ -40,13 +40,13 @@ def test_decode(case: DecodeCase, dtype: torch.dtype) -> None:
     x = make_inputs(case, dtype, device="cuda")
     eps = torch.finfo(dtype).eps
     for with_probe, truth in ((True, x.expected), (False, x.expected_softmax)):
-        # the eager path rounds the output alone: the kernel's 16-bit weights come on top
+        # eager rounds only the output, the kernels also their 16-bit weights
         budget = 2 * float(relative_error(decode(x, with_probe, "eager"), truth)) + eps
         assert relative_error(decode(x, with_probe, "triton"), truth) < budget
 
 
 @pytest.mark.parametrize("num_splits", [1, 2, 5, 17, 64])
-def test_any_number_of_splits_gives_the_same(num_splits: int) -> None:
+def test_number_of_splits_changes_only_rounding(num_splits: int) -> None:
     x = make_inputs(MORE[0], torch.bfloat16, device="cuda")
     out = torch.full_like(x.q, torch.nan)
     tile = DecodeTile(num_splits, 64, 4, 3)
@@ -74,8 +74,8 @@ def test_every_tile_of_the_tables(shape: tuple[int, int], has_fast_memory: bool)
         assert relative_error(out, truth) < 0.0027
 
 
-def test_calls_that_follow_one_another_see_what_the_last_has_written() -> None:
-    # programs start before their inputs are there: each call's queries are the output of the call before
+def test_chained_calls_read_the_output_of_the_previous_call() -> None:
+    # programs start before their inputs are ready: the queries of each call are the previous output
     x = make_inputs(
         DecodeCase("", (512,), num_heads=16, num_kv_heads=8, head_dim=128), torch.bfloat16, "cuda"
     )
@@ -116,7 +116,7 @@ def test_one_graph_serves_all_lengths() -> None:
         torch.testing.assert_close(out, expected, atol=0.02, rtol=0.02)
 
 
-def test_the_same_under_compile() -> None:
+def test_compiled_call_equals_uncompiled() -> None:
     x = make_inputs(MORE[0], torch.bfloat16, device="cuda")
 
     def call(q: Tensor, r: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ def test_the_same_under_compile() -> None:
     assert torch.equal(compiled(x.q, x.r, x.k_cache, x.v_cache, x.cache_seqlens), decode(x))
 
 
-def test_a_cache_of_more_than_2_to_the_31_elements() -> None:
+def test_cache_of_more_than_2_to_the_31_elements() -> None:
     shape = (600, 4096, 8, 128)
     k, v = (torch.empty(shape, dtype=torch.bfloat16, device="cuda").fill_(torch.nan) for _ in range(2))
     q, r = (torch.randn(600, 1, 16, 128, dtype=torch.bfloat16, device="cuda") for _ in range(2))
@@ -140,7 +140,7 @@ def test_a_cache_of_more_than_2_to_the_31_elements() -> None:
     assert not out[:-1].any()
 
 
-def test_what_the_kernels_do_not_serve_is_computed_otherwise_or_refused() -> None:
+def test_unsupported_inputs_run_eagerly_or_raise() -> None:
     x = make_inputs(DecodeCase("", (20,), head_dim=96), torch.bfloat16, device="cuda")
     assert relative_error(decode(x), x.expected) < 0.01
     with pytest.raises(NotImplementedError, match="serves the head widths 64, 128, got 96; use 'eager'"):

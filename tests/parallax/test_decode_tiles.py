@@ -1,4 +1,4 @@
-"""The table of the decode kernels, and how devices are told apart."""
+"""Splits and tiles of the decode kernels by call size and device."""
 
 from types import SimpleNamespace
 
@@ -14,7 +14,7 @@ H200 = DecodeDevice.of(
 )
 
 
-def test_an_h200_differs_from_an_h100_by_its_memory() -> None:
+def test_h200_is_recognized_by_its_memory() -> None:
     assert DecodeDevice(132, has_fast_memory=False) == H100
     assert DecodeDevice(132, has_fast_memory=True) == H200
     # an H100 NVL and a GH200 with HBM3
@@ -24,7 +24,7 @@ def test_an_h200_differs_from_an_h100_by_its_memory() -> None:
 
 
 @pytest.mark.parametrize("device", [H100, H200], ids=["h100", "h200"])
-def test_the_table_fills_the_device_and_splits_no_more_than_that_takes(device: DecodeDevice) -> None:
+def test_number_of_splits_fills_the_device(device: DecodeDevice) -> None:
     def num_splits(pairs: int, capacity: int) -> int:
         tile = tile_of(pairs, capacity, 2, 128, device)
         assert 1 <= tile.num_splits <= max(1, capacity // 64)
@@ -34,10 +34,10 @@ def test_the_table_fills_the_device_and_splits_no_more_than_that_takes(device: D
     assert 92 <= 8 * num_splits(8, 1024) <= 132
     assert num_splits(8, 64) == 1
     assert [num_splits(pairs, 4096) for pairs in (128, 256, 1024, 8192)] == [1, 1, 1, 1]
-    assert num_splits(300, 4096) > 1  # 36 programs would run alone
+    assert num_splits(300, 4096) > 1  # unsplit, a last round of 36 programs would leave the device idle
 
 
-def test_what_was_measured_on_an_h200_is_what_its_table_takes() -> None:
+def test_h200_tiles_are_the_measured_ones() -> None:
     def tile(pairs: int, capacity: int, num_rows: int = 2, head_dim: int = 128) -> DecodeTile:
         return tile_of(pairs, capacity, num_rows, head_dim, H200)
 
@@ -52,12 +52,12 @@ def test_what_was_measured_on_an_h200_is_what_its_table_takes() -> None:
     assert tile(1024, 4096, head_dim=64) == (1, 64, 2, 4)
     # a second round of programs would be nearly empty
     assert tile(144, 8192).block_s == 32
-    # rows that have no probes in their tile
+    # probes in a separate tile
     assert tile(128, 4096, num_rows=16).block_s == 64
     assert tile(128, 4096, num_rows=32).block_s == 32
 
 
-def test_an_h100_keeps_its_table() -> None:
+def test_h100_tiles_are_unchanged() -> None:
     assert tile_of(8, 4096, 2, 128, H100) == (12, 64, 4, 4)
     assert tile_of(128, 4096, 2, 64, H100) == (1, 128, 4, 4)
     assert tile_of(8192, 128, 2, 128, H100) == (1, 64, 4, 3)

@@ -33,7 +33,7 @@ GRADCHECK_CASES = [
     Case("packed_window", 9, head_dim=3, documents=(7, 2), window_size=4),
 ]
 
-# The bounds set for 16-bit kernels; the published ones measure o 0.0075, dq 0.0273, dr 0.0091 at offset 3.
+# bounds for 16-bit kernels; the published ones have o 0.0075, dq 0.0273, dr 0.0091 at offset 3
 BF16_BOUNDS = {"o": 0.0026, "dq": 0.0032, "dr": 0.0032, "dk": 0.0032, "dv": 0.0032}
 
 
@@ -55,7 +55,7 @@ def attend_default(q: Tensor, r: Tensor, k: Tensor, v: Tensor, **arguments) -> T
 
 @pytest.fixture
 def uninitialized_memory_is_nan() -> Iterator[None]:
-    """Fill every torch.empty with NaN, so that an element never written shows."""
+    """Fill every torch.empty with NaN, so that unwritten elements are detected."""
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3).isnan().all()
     yield
@@ -63,7 +63,7 @@ def uninitialized_memory_is_nan() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("case", GRADCHECK_CASES, ids=case_id)
-def test_gradients_are_those_of_finite_differences(case: Case) -> None:
+def test_gradients_equal_finite_differences(case: Case) -> None:
     leaves = [x.requires_grad_() for x in case.inputs(torch.float64)[:4]]
     attend = partial(attend_in_tiles, 3, **case.masking())
     assert torch.autograd.gradcheck(attend, leaves)
@@ -94,7 +94,7 @@ def test_row_statistics_equal_the_reference(case: Case) -> None:
 
 
 @pytest.mark.parametrize("block_size", [1, 7, 63, 64, 1000])
-def test_tile_size_changes_nothing(block_size: int) -> None:
+def test_tile_size_changes_only_rounding(block_size: int) -> None:
     inputs = make_inputs(1, 64, 4, 2, 8, dtype=torch.float64)
     masking = {"cu_seqlens": cu_seqlens_of((3, 0, 50, 11)), "window_size": 20}
     actual = output_and_gradients(partial(attend_in_tiles, block_size), inputs, **masking)
@@ -168,7 +168,7 @@ def test_packed_documents_equal_separate_calls() -> None:
         torch.testing.assert_close(packed[name], torch.cat([piece[name] for piece in separate], dim=1))
 
 
-def test_later_tokens_change_nothing() -> None:
+def test_later_tokens_leave_earlier_outputs_bit_identical() -> None:
     inputs = make_inputs(1, 60, 2, 1, 8, dtype=torch.float32)
     expected = attend_default(*inputs[:4])
     later = make_inputs(1, 60, 2, 1, 8, dtype=torch.float32, seed=1)
@@ -178,7 +178,7 @@ def test_later_tokens_change_nothing() -> None:
     assert not torch.allclose(actual[:, 37:], expected[:, 37:])
 
 
-def test_overflow_of_a_hidden_probe_score_stays_hidden() -> None:
+def test_overflow_of_a_masked_probe_score_has_no_effect() -> None:
     q, r, k, v, _ = make_inputs(1, 12, 2, 1, 8, dtype=torch.float32)
     k[:, 7] = 1e38
     r[:, 3] = 1e5
@@ -187,7 +187,7 @@ def test_overflow_of_a_hidden_probe_score_stays_hidden() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_two_runs_are_bitwise_equal(dtype: torch.dtype) -> None:
+def test_two_runs_are_bit_identical(dtype: torch.dtype) -> None:
     inputs = make_inputs(2, 100, 4, 2, 16, dtype=dtype)
     first, second = (output_and_gradients(attend_default, inputs) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -217,7 +217,7 @@ class LargestTensor(TorchDispatchMode):
     ],
     ids=["causal", "window", "packed"],
 )
-def test_no_buffer_is_larger_than_a_tile_of_queries_times_the_keys_they_see(masking, num_keys: int) -> None:
+def test_largest_buffer_is_a_tile_of_scores(masking, num_keys: int) -> None:
     num_tokens, num_heads, block_size = 512, 4, 32
     q, r, k, v, do = make_inputs(1, num_tokens, num_heads, 2, 2, dtype=torch.float32)
     arguments = (masking.get("cu_seqlens"), 0.5, masking.get("window_size"), block_size)
@@ -225,11 +225,11 @@ def test_no_buffer_is_larger_than_a_tile_of_queries_times_the_keys_they_see(mask
         o, lse, tbar = eager.forward(q, r, k, v, *arguments)
         eager.backward(do, q, r, k, v, lse, tbar, *arguments)
     tile_bytes = 4 * num_heads * block_size * num_keys
-    assert o.nbytes < tile_bytes, "the bound would not be of a tile"
+    assert o.nbytes < tile_bytes, "the tile must be larger than the output"
     assert largest.num_bytes == tile_bytes
 
 
-def test_bounds_that_do_not_fit_are_refused_where_they_are_read() -> None:
+def test_wrong_document_bounds_raise() -> None:
     q, r, k, v, _ = make_inputs(1, 12, 2, 1, 8, dtype=torch.float32)
     with pytest.raises(ValueError, match="ends at 11, wanted the number of tokens 12"):
         eager.forward(q, r, k, v, cu_seqlens_of((4, 7)), 1.0, None)

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-# the interpreter must be chosen before triton is first imported, which this process may have done
+# the interpreter must be selected before triton is first imported, which this process may have done
 FILES = {
     "interpreted_kernels.py": {"TRITON_INTERPRET": "1"},
     "interpreted_decode.py": {"TRITON_INTERPRET": "1"},
@@ -21,7 +21,7 @@ FILES = {
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[subprocess.Popen, Path]]]:
-    """Each file of tests in a process of its own, without a GPU; all at once, since each takes one core."""
+    """Start each test file in a separate process without a GPU; all at once, as each takes one core."""
     folder = tmp_path_factory.mktemp("output")
     running = {}
     for name, variables in FILES.items():

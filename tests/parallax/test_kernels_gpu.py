@@ -51,7 +51,7 @@ def case_id(case: Case) -> str:
     return case.name
 
 
-def without_specialised_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def disable_specialized_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     for table in ("_HOPPER_SHORT", "_HOPPER_SPECIALIZED"):
         monkeypatch.setattr(tiles, table, {})
 
@@ -77,17 +77,17 @@ def test_error_is_within_the_budget(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.usefixtures("uninitialized_memory_is_nan")
 @pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", [*LENGTHS, *WINDOWS, *DOCUMENTS, *GROUPS, *WIDTHS[:3]], ids=case_id)
-def test_error_of_unspecialised_kernels_is_within_the_budget(
+def test_error_of_portable_kernels_is_within_the_budget(
     case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    without_specialised_kernels(monkeypatch)
+    disable_specialized_kernels(monkeypatch)
     assert_attention_within_budget(attend, case.inputs(dtype, "cuda"), **case.masking("cuda"))
 
 
 @pytest.mark.usefixtures("uninitialized_memory_is_nan")
 @pytest.mark.parametrize("num_programs", [1, 3])
 @pytest.mark.parametrize("case", [*LENGTHS[2:], *WINDOWS, *DOCUMENTS, *GROUPS, *WIDTHS[:3]], ids=case_id)
-def test_error_is_within_the_budget_when_few_programs_do_all_items(
+def test_error_is_within_the_budget_with_fewer_programs_than_work_tiles(
     case: Case, num_programs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hopper, "num_multiprocessors", lambda device: num_programs)
@@ -105,8 +105,8 @@ def test_error_with_the_tiles_of_long_rows_is_within_the_budget(
     assert_attention_within_budget(attend, case.inputs(dtype, "cuda"), **case.masking("cuda"))
 
 
-def test_bounds_that_end_early_leave_the_rest_to_the_last_document() -> None:
-    # values on the GPU are not checked: the result is of no use, but it comes
+def test_last_document_extends_to_the_end_if_bounds_end_early() -> None:
+    # bounds on the GPU are not checked: the call must return, though its result is meaningless
     inputs = make_inputs(1, 500, 4, 2, 128, dtype=BF16, device="cuda")
     short, whole = (cu_seqlens_of(lengths, "cuda") for lengths in ((100, 150), (100, 400)))
     actual, expected = (output_and_gradients(attend, inputs, cu_seqlens=x) for x in (short, whole))
@@ -139,7 +139,7 @@ def test_bf16_accuracy_bars(num_tokens: int, key_offset: float, head_dim: int) -
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_a_short_last_document_is_as_accurate_as_in_the_unspecialised_kernels(
+def test_short_last_document_is_as_accurate_as_with_portable_kernels(
     head_dim: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # its keys share a tile with rows past the end
@@ -147,7 +147,7 @@ def test_a_short_last_document_is_as_accurate_as_in_the_unspecialised_kernels(
     cu_seqlens = cu_seqlens_of((1024, 20), "cuda")
     truth = output_and_gradients(parallax_reference, inputs.to(torch.float64), cu_seqlens=cu_seqlens)
     actual = output_and_gradients(attend, inputs, cu_seqlens=cu_seqlens)
-    without_specialised_kernels(monkeypatch)
+    disable_specialized_kernels(monkeypatch)
     plain = output_and_gradients(attend, inputs, cu_seqlens=cu_seqlens)
     for name in NAMES:
         error, usual = (relative_error(x[name][:, 1024:], truth[name][:, 1024:]) for x in (actual, plain))
@@ -172,7 +172,7 @@ def test_first_row_of_a_document_is_its_value(dtype: torch.dtype) -> None:
         assert torch.equal(o[:, row], v[:, row].repeat_interleave(2, dim=1))
 
 
-def test_zero_probe_is_softmax_attention() -> None:
+def test_zero_probe_gives_softmax_attention() -> None:
     inputs = make_inputs(2, 777, 4, 2, 128, dtype=BF16, device="cuda", r_scale=0.0)
 
     def softmax(q: Tensor, r: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -194,8 +194,8 @@ def test_error_is_within_the_budget_for_large_probes(dtype: torch.dtype) -> None
 @pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("growth", [5, 30, 60, 100, 1000])
-def test_early_keys_with_scores_that_are_far_larger(growth: int, head_dim: int, dtype: torch.dtype) -> None:
-    # by a factor 2^growth in the weights of the later queries; norms bound the scores of some items alone
+def test_far_larger_scores_of_early_keys(growth: int, head_dim: int, dtype: torch.dtype) -> None:
+    # a factor 2^growth in the weights of later queries; key norms bound the scores of some work tiles only
     inputs = make_inputs(1, 1500, 4, 2, head_dim, dtype=dtype, device="cuda")
     size = (growth * math.log(2) * head_dim**0.5) ** 0.5
     inputs.k[:, 100:110, :, 0] += size
@@ -236,7 +236,7 @@ def test_inputs_that_descriptors_cannot_read() -> None:
     assert all(torch.equal(actual[name], expected[name]) for name in NAMES)
 
 
-def test_two_runs_give_the_same_bits() -> None:
+def test_two_runs_are_bit_identical() -> None:
     inputs = make_inputs(2, 2000, 8, 2, 128, dtype=BF16, device="cuda")
     first = output_and_gradients(attend, inputs)
     for _ in range(3):
@@ -244,7 +244,7 @@ def test_two_runs_give_the_same_bits() -> None:
         assert all(torch.equal(again[name], first[name]) for name in NAMES)
 
 
-def test_tensors_over_two_to_the_31_elements() -> None:
+def test_tensors_of_more_than_2_to_the_31_elements() -> None:
     num_tokens, num_heads, window_size, tail = 131_328, 128, 64, 256
     assert num_tokens * num_heads * 128 > 2**31
     generator = torch.Generator("cuda").manual_seed(0)
@@ -254,7 +254,7 @@ def test_tensors_over_two_to_the_31_elements() -> None:
 
     inputs = Inputs(normal(num_heads), normal(num_heads), normal(1), normal(1), normal(num_heads))
     actual = output_and_gradients(attend, inputs, window_size=window_size)
-    # rows a window from the cut see the same keys in both
+    # rows at least a window after the cut see the same keys in both
     last = Inputs(*(x[:, -tail:].clone() for x in inputs))
     expected = output_and_gradients(attend, last, window_size=window_size)
     for name in NAMES:
@@ -265,7 +265,7 @@ def test_tensors_over_two_to_the_31_elements() -> None:
 
 
 @pytest.mark.parametrize("is_packed", [False, True], ids=["rows", "packed"])
-def test_operators_keep_the_rules_of_custom_operators(is_packed: bool) -> None:
+def test_operators_pass_opcheck(is_packed: bool) -> None:
     q, r, k, v, do = make_inputs(1, 130, 4, 2, 64, dtype=BF16, device="cuda", layout="fused")
     cu_seqlens = cu_seqlens_of((30, 0, 100), "cuda") if is_packed else None
     leaves = [x.requires_grad_() for x in (q, r, k, v)]
@@ -328,7 +328,7 @@ def test_autocast_casts_the_inputs() -> None:
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_activation_checkpointing_changes_no_gradient(use_reentrant: bool) -> None:
+def test_activation_checkpointing_leaves_gradients_bit_identical(use_reentrant: bool) -> None:
     inputs = make_inputs(1, 200, 4, 2, 64, dtype=BF16, device="cuda")
     expected = output_and_gradients(attend, inputs)
     *leaves, do = (x.detach().requires_grad_() for x in inputs)
@@ -338,7 +338,7 @@ def test_activation_checkpointing_changes_no_gradient(use_reentrant: bool) -> No
         assert torch.equal(leaf.grad, expected[name]), name
 
 
-def test_a_new_length_compiles_nothing() -> None:
+def test_new_lengths_do_not_recompile() -> None:
     from parallax.kernels import backward, forward, hopper_dkdv, hopper_dqdr, hopper_forward, key_norms
 
     kernels = (
@@ -357,7 +357,7 @@ def test_a_new_length_compiles_nothing() -> None:
     def run(batch_size: int, num_tokens: int) -> None:
         output_and_gradients(attend, make_inputs(batch_size, num_tokens, 4, 2, 64, dtype=BF16, device="cuda"))
 
-    # short rows have a tile of their own
+    # short rows have separate tiles
     run(2, 64)
     run(2, 2 * tiles.SHORT)
     before = num_compiled()

@@ -42,7 +42,7 @@ def test_output_and_gradients_equal_the_definition(case: Case, solver: Solver) -
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_gradients_are_those_of_finite_differences(solver: Solver) -> None:
+def test_gradients_equal_finite_differences(solver: Solver) -> None:
     case = Case("packed_window", 9, num_heads=2, head_dim=3, documents=(1, 6, 0, 2), window_size=4)
     leaves = [x.requires_grad_() for x in case.inputs(torch.float64)[:4]]
     attend = partial(local_linear_attention, ridge=0.2, solver=solver, **case.masking())
@@ -72,11 +72,11 @@ def test_an_infinite_bandwidth_gives_affine_mesanet(solver: Solver) -> None:
         torch.testing.assert_close(actual[name], expected[name], rtol=1e-9, atol=1e-11)
 
 
-def test_values_affine_in_the_keys_are_recovered_where_softmax_attention_averages() -> None:
+def test_values_affine_in_the_keys_are_recovered() -> None:
     q, r, k, _, _ = make_inputs(1, 60, 1, 1, 4, dtype=torch.float64)
     slope = torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     o = local_linear_attention(q, k, k @ slope + 3, ridge=1e-9, num_iterations=100)
-    # from the fifth key on there are as many as an affine map has unknowns
+    # five keys determine the affine map
     torch.testing.assert_close(o[:, 20:], (q @ slope + 3)[:, 20:], rtol=1e-4, atol=1e-4)
     softmax = parallax_attention(q, torch.zeros_like(r), k, k @ slope + 3)
     assert relative_error(softmax[:, 20:], (q @ slope + 3)[:, 20:]) > 0.1
@@ -96,7 +96,7 @@ def test_packed_documents_equal_separate_calls(solver: Solver) -> None:
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_a_later_token_changes_no_bit_of_the_past(solver: Solver) -> None:
+def test_later_tokens_leave_earlier_outputs_bit_identical(solver: Solver) -> None:
     q, _, k, v, _ = make_inputs(1, 100, 2, 1, 16, dtype=torch.float32)
     before = local_linear_attention(q, k, v, ridge=0.1, solver=solver)
     changed = [torch.cat((x[:, :70], 5 * x[:, 70:] + 1), dim=1) for x in (q, k, v)]
@@ -107,19 +107,19 @@ def test_a_later_token_changes_no_bit_of_the_past(solver: Solver) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_16_bits_cost_their_rounding_alone(dtype: torch.dtype, solver: Solver) -> None:
+def test_error_is_only_rounding(dtype: torch.dtype, solver: Solver) -> None:
     inputs = make_inputs(1, 130, 4, 2, 32, dtype=dtype, key_offset=3.0)
     actual = output_and_gradients(local_linear_attention, inputs, solver=solver)
     truth = output_and_gradients(local_linear_reference, inputs.to(torch.float64), ridge=10.0)
     for name in truth:
-        # fp32 inside: beyond its few roundings (at an offset of 3, of sums ten times the result) only the
-        # result's own
+        # computed in fp32: a few roundings (at an offset of 3, of sums ten times the result), and in bf16
+        # that of the result
         bound = 2e-5 + (torch.finfo(dtype).eps / 2 if dtype == torch.bfloat16 else 0.0)
         assert actual[name].dtype == dtype
         assert relative_error(actual[name], truth[name]) < bound, name
 
 
-def test_autocast_does_not_reach_the_solver() -> None:
+def test_autocast_is_disabled_in_the_solver() -> None:
     inputs = make_inputs(1, 40, 2, 1, 16, dtype=torch.float32)
     expected = output_and_gradients(local_linear_attention, inputs)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -130,7 +130,7 @@ def test_autocast_does_not_reach_the_solver() -> None:
 
 
 class LargestTensor(TorchDispatchMode):
-    """Records the number of elements of the largest tensor that an operation makes."""
+    """Records the number of elements of the largest tensor that an operation returns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -202,13 +202,13 @@ def test_compiled_as_one_graph_equals_eager() -> None:
         ({"cu_seqlens": torch.tensor([0, 4], dtype=torch.int32)}, "cu_seqlens ends at 4"),
     ],
 )
-def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
+def test_wrong_options_raise(options: dict[str, Any], message: str) -> None:
     q, _, k, v, _ = make_inputs(1, 5, 2, 1, 4, dtype=torch.float32)
     with pytest.raises(ValueError, match=message):
         local_linear_attention(q, k, v, **options)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_no_tokens_give_no_output(solver: Solver) -> None:
+def test_empty_inputs_give_empty_results(solver: Solver) -> None:
     q, _, k, v, _ = make_inputs(1, 0, 2, 1, 4, dtype=torch.float32)
     assert local_linear_attention(q, k, v, solver=solver).shape == (1, 0, 2, 4)

@@ -1,4 +1,4 @@
-"""Local linear attention by the Triton kernels, whose fp32 products are three TF32 ones."""
+"""Local linear attention with the Triton kernels, whose fp32 products are three TF32 ones each."""
 
 from collections.abc import Callable
 
@@ -36,7 +36,7 @@ def run(
 
 
 @pytest.fixture
-def eager_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def eager_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args, **kwargs):
         raise AssertionError("eager ran where the kernels serve")
 
@@ -48,12 +48,12 @@ def eager_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("key_offset", [0.0, 3.0])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_error_is_near_that_of_eager_fp32(
+def test_error_is_close_to_that_of_eager_fp32(
     case: Case, key_offset: float, dtype: torch.dtype, solver: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     q, _, k, v, do = case.inputs(dtype, "cuda", key_offset=key_offset)
     options = case.masking("cuda")
-    # fp64 goes through eager
+    # fp64 runs eagerly
     truth = run(q.double(), k.double(), v.double(), do.double(), num_iterations=200, **options)
     actual = run(q, k, v, do, solver=solver, **options)
     with monkeypatch.context() as patch:
@@ -64,7 +64,7 @@ def test_error_is_near_that_of_eager_fp32(
         for name in NAMES
     }
     print(f"\n{case.name}, {dtype}, {solver}, key offset {key_offset}: {errors}")
-    # besides, a few roundings, and the result's own in bf16
+    # a few roundings in fp32, and in bf16 that of the result
     band = 4 * torch.finfo(torch.float32).eps + (
         torch.finfo(dtype).eps / 2 if dtype == torch.bfloat16 else 0.0
     )
@@ -73,16 +73,16 @@ def test_error_is_near_that_of_eager_fp32(
         assert error < 4 * of_eager + band, (name, errors)
 
 
-@pytest.mark.usefixtures("eager_is_refused")
+@pytest.mark.usefixtures("eager_raises")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_every_product_goes_through_the_kernels(head_dim: int, dtype: torch.dtype) -> None:
+def test_all_products_run_in_the_kernels(head_dim: int, dtype: torch.dtype) -> None:
     q, _, k, v, do = make_inputs(1, 200, 4, 2, head_dim, dtype=dtype, device="cuda")
     for value in run(q, k, v, do).values():
         assert value.isfinite().all()
 
 
-def test_what_the_kernels_do_not_serve_runs_eagerly() -> None:
+def test_unsupported_inputs_run_eagerly() -> None:
     for head_dim, dtype, scale in (
         (64, torch.float32, 0.0),
         (80, torch.float32, None),
@@ -94,7 +94,7 @@ def test_what_the_kernels_do_not_serve_runs_eagerly() -> None:
             assert relative_error(value.cpu(), cpu[name]) < 1e-5, (name, head_dim, dtype, scale)
 
 
-def test_the_same_bits_every_time_and_nearly_those_when_compiled() -> None:
+def test_runs_are_bit_identical_and_close_to_compiled_ones() -> None:
     q, _, k, v, do = make_inputs(1, 600, 4, 2, 64, dtype=torch.float32, device="cuda")
     options = {"cu_seqlens": cu_seqlens_of((250, 350), "cuda")}
     first, second = run(q, k, v, do, **options), run(q, k, v, do, **options)

@@ -1,4 +1,4 @@
-"""The reference against the definition, written out row by row, and against torch; its identities."""
+"""The reference against the definition, written out row by row, and against torch; invariances."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tenso
 
 
 def defined_output(inputs: Inputs, case: Case, scale: float) -> Tensor:
-    """Equation (4) literally: one row at a time, the covariance written out."""
+    """Compute (4) literally: one row at a time, with an explicit covariance."""
     q, r, k, v, _ = inputs
     documents = case.documents or (case.num_tokens,)
     first_of_document = [sum(documents[:n]) for n, length in enumerate(documents) for _ in range(length)]
@@ -51,7 +51,7 @@ def defined_output(inputs: Inputs, case: Case, scale: float) -> Tensor:
 
 
 @pytest.mark.parametrize("case", SMALL_CASES, ids=case_id)
-def test_reference_is_the_definition(case: Case) -> None:
+def test_reference_equals_the_definition(case: Case) -> None:
     inputs = case.inputs(torch.float64)
     for scale in (None, 0.3):
         expected = defined_output(inputs, case, case.head_dim**-0.5 if scale is None else scale)
@@ -60,7 +60,7 @@ def test_reference_is_the_definition(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", SMALL_CASES, ids=case_id)
-def test_reference_gradients_are_those_of_finite_differences(case: Case) -> None:
+def test_reference_gradients_equal_finite_differences(case: Case) -> None:
     leaves = [x.requires_grad_() for x in case.inputs(torch.float64)[:4]]
     masking = case.masking()
     assert torch.autograd.gradcheck(lambda *x: parallax_reference(*x, **masking), leaves)
@@ -85,10 +85,10 @@ def test_zero_probe_gives_softmax_attention(case: Case) -> None:
     inputs = case.inputs(torch.float64, r_scale=0.0)
     visible = visible_keys(case.num_tokens, **case.masking())
 
-    def ignoring_the_probe(q: Tensor, r: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def softmax_without_probe(q: Tensor, r: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return softmax_attention(q, k, v, visible) + 0 * r
 
-    expected = output_and_gradients(ignoring_the_probe, inputs)
+    expected = output_and_gradients(softmax_without_probe, inputs)
     actual = output_and_gradients(parallax_reference, inputs, **case.masking())
     for name in ("o", "dq", "dk", "dv"):
         torch.testing.assert_close(actual[name], expected[name])
@@ -119,7 +119,7 @@ def test_common_part_of_keys_changes_neither_output_nor_gradients() -> None:
         torch.testing.assert_close(actual[name], expected[name], rtol=1e-10, atol=1e-10)
 
 
-def test_later_tokens_change_nothing() -> None:
+def test_later_tokens_leave_earlier_outputs_bit_identical() -> None:
     inputs = make_inputs(1, 30, 2, 1, 8, dtype=torch.float64)
     expected = parallax_reference(*inputs[:4])[:, :17]
     order = torch.cat([torch.arange(17), 17 + torch.randperm(13, generator=torch.Generator().manual_seed(1))])

@@ -1,4 +1,4 @@
-"""Softmax attention, `parallax_attention(q, None, k, v)`: the eager implementation, the API around it."""
+"""Softmax attention, `parallax_attention(q, None, k, v)`: eager implementation and public function."""
 
 from collections.abc import Callable
 from functools import partial
@@ -37,7 +37,7 @@ def softmax_of_torch(q: Tensor, r: None, k: Tensor, v: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("impl", ["reference", "eager"])
-def test_it_is_softmax_attention(impl: str) -> None:
+def test_output_and_gradients_equal_torch_softmax_attention(impl: str) -> None:
     inputs = make_inputs(2, 111, 4, 2, 16, dtype=torch.float64).without_probes()
     actual = output_and_gradients(partial(parallax_attention, impl=impl), inputs)
     expected = output_and_gradients(softmax_of_torch, inputs)
@@ -48,7 +48,7 @@ def test_it_is_softmax_attention(impl: str) -> None:
 
 @pytest.mark.parametrize("impl", ["reference", "eager"])
 @pytest.mark.parametrize("case", CASES, ids=case_id)
-def test_it_is_parallax_attention_with_probes_of_zero(case: Case, impl: str) -> None:
+def test_output_and_gradients_equal_parallax_with_zero_probes(case: Case, impl: str) -> None:
     inputs = case.inputs(torch.float64, r_scale=0.0)
     attend = partial(parallax_attention, impl=impl, **case.masking())
     actual = output_and_gradients(attend, inputs.without_probes())
@@ -57,7 +57,7 @@ def test_it_is_parallax_attention_with_probes_of_zero(case: Case, impl: str) -> 
         torch.testing.assert_close(actual[name], expected[name])
 
 
-def test_gradients_are_those_of_finite_differences() -> None:
+def test_gradients_equal_finite_differences() -> None:
     q, _, k, v, _ = make_inputs(1, 9, 4, 2, 3, dtype=torch.float64)
     masking = {"cu_seqlens": cu_seqlens_of((7, 2)), "window_size": 4}
     leaves = [x.requires_grad_() for x in (q, k, v)]
@@ -123,7 +123,7 @@ def test_empty_inputs_give_empty_results(shape: tuple[int, int]) -> None:
         assert x.numel() == 0, name
 
 
-def test_probes_of_another_shape_are_still_refused() -> None:
+def test_wrong_probe_shape_raises() -> None:
     q, r, k, v, _ = make_inputs(1, 8, 4, 2, 16, dtype=torch.float32)
     with pytest.raises(ValueError, match="r has shape"):
         parallax_attention(q, r[:, :, :2], k, v)
@@ -132,7 +132,7 @@ def test_probes_of_another_shape_are_still_refused() -> None:
 
 
 @pytest.mark.parametrize("masking", [(None, None), (cu_seqlens_of((3, 0, 6)), 2)], ids=["rows", "packed"])
-def test_operators_keep_the_rules_of_custom_operators(masking: tuple) -> None:
+def test_operators_pass_opcheck(masking: tuple) -> None:
     q, _, k, v, do = make_inputs(1, 9, 4, 2, 16, dtype=torch.float32, layout="fused")
     cu_seqlens, window_size = masking
     leaves = [x.requires_grad_() for x in (q, k, v)]
@@ -158,8 +158,8 @@ def test_compiled_gradients_equal_uncompiled(case: Case, compiled: Callable[...,
         assert torch.equal(actual[name], expected[name]), name
 
 
-class _Calls(TorchDispatchMode):
-    """Names of the operators that run inside."""
+class _RecordedOperators(TorchDispatchMode):
+    """Records the names of the operators that run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,15 +170,15 @@ class _Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_backward_is_one_operator_and_fills_nothing_with_zeros() -> None:
+def test_backward_is_one_operator_without_zero_fills() -> None:
     q, _, k, v, do = make_inputs(1, 8, 4, 2, 16, dtype=torch.float32)
     o = parallax_attention(q.requires_grad_(), None, k, v)
-    with _Calls() as calls:
+    with _RecordedOperators() as calls:
         torch.autograd.grad(o, q, do)
     assert [name for name in calls.names if "detach" not in name] == ["parallax::eager_backward"], calls.names
 
 
-def test_activation_checkpointing_changes_no_gradient() -> None:
+def test_activation_checkpointing_leaves_gradients_bit_identical() -> None:
     inputs = make_inputs(1, 40, 4, 2, 16, dtype=torch.float32).without_probes()
     expected = output_and_gradients(parallax_attention, inputs)
     actual = output_and_gradients(partial(checkpoint, parallax_attention, use_reentrant=False), inputs)

@@ -1,4 +1,4 @@
-"""Softmax attention, `parallax_attention(q, None, k, v)`, by the kernels on a GPU."""
+"""Softmax attention, `parallax_attention(q, None, k, v)`, with the kernels on a GPU."""
 
 import math
 from functools import partial
@@ -72,7 +72,7 @@ def test_error_is_within_the_budget(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("short", [0, tiles.SHORT])
 @pytest.mark.parametrize("num_programs", [1, 3])
 @pytest.mark.parametrize("case", [*LENGTHS[2:], *WINDOWS, *DOCUMENTS, *GROUPS], ids=case_id)
-def test_error_is_within_the_budget_when_few_programs_do_all_items(
+def test_error_is_within_the_budget_with_fewer_programs_than_work_tiles(
     case: Case, num_programs: int, short: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tiles, "SHORT", short)
@@ -83,9 +83,7 @@ def test_error_is_within_the_budget_when_few_programs_do_all_items(
 
 @pytest.mark.usefixtures("uninitialized_memory_is_nan")
 @pytest.mark.parametrize("case", [*LENGTHS, *WINDOWS, *DOCUMENTS, *WIDTHS[:3]], ids=case_id)
-def test_error_of_unspecialised_kernels_is_within_the_budget(
-    case: Case, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_error_of_portable_kernels_is_within_the_budget(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     for table in ("_HOPPER_SHORT", "_HOPPER_SPECIALIZED"):
         monkeypatch.setattr(tiles, table, {})
     inputs = case.inputs(BF16, "cuda").without_probes()
@@ -117,8 +115,8 @@ def test_bf16_accuracy_bars(num_tokens: int, key_offset: float, head_dim: int) -
 @pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("growth", [5, 30, 60, 100, 1000])
-def test_early_keys_with_scores_that_are_far_larger(growth: int, head_dim: int, dtype: torch.dtype) -> None:
-    # by a factor 2^growth in the weights of the later queries; norms bound the scores of some items alone
+def test_far_larger_scores_of_early_keys(growth: int, head_dim: int, dtype: torch.dtype) -> None:
+    # a factor 2^growth in the weights of later queries; key norms bound the scores of some work tiles only
     inputs = make_inputs(1, 1500, 4, 2, head_dim, dtype=dtype, device="cuda").without_probes()
     size = (growth * math.log(2) * head_dim**0.5) ** 0.5
     inputs.k[:, 100:110, :, 0] += size
@@ -127,14 +125,14 @@ def test_early_keys_with_scores_that_are_far_larger(growth: int, head_dim: int, 
 
 
 @pytest.mark.parametrize("offset", [8.0, 64.0])
-def test_a_common_part_of_the_values_costs_no_accuracy(offset: float) -> None:
+def test_common_part_of_the_values_costs_no_accuracy(offset: float) -> None:
     inputs = make_inputs(1, 1500, 4, 2, 128, dtype=BF16, device="cuda").without_probes()
     inputs.v.add_(offset)
     assert_attention_within_budget(attend, inputs)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_a_short_last_document_loses_the_common_part_of_its_keys(head_dim: int) -> None:
+def test_short_last_document_is_corrected_by_its_mean_key(head_dim: int) -> None:
     # its keys share a tile with rows past the end
     inputs = make_inputs(1, 1044, 4, 2, head_dim, dtype=BF16, device="cuda", key_offset=8.0).without_probes()
     masking = {"cu_seqlens": cu_seqlens_of((1024, 20), "cuda")}
@@ -163,7 +161,7 @@ def test_inputs_are_read_in_place(layout: Layout) -> None:
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_two_runs_give_the_same_bits(head_dim: int) -> None:
+def test_two_runs_are_bit_identical(head_dim: int) -> None:
     inputs = make_inputs(2, 2000, 8, 2, head_dim, dtype=BF16, device="cuda").without_probes()
     first = output_and_gradients(attend, inputs)
     for _ in range(3):
@@ -171,10 +169,10 @@ def test_two_runs_give_the_same_bits(head_dim: int) -> None:
         assert all(torch.equal(again[name], first[name]) for name in first)
 
 
-def test_operands_of_the_next_item_do_not_overtake_the_loads_of_this_one(
+def test_next_work_tile_does_not_overwrite_operands_still_being_loaded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # short documents: the warp that copies is ahead of those that multiply
+    # short documents: the producer warp is ahead of the consumer warpgroups
     inputs = make_inputs(1, 847, 4, 2, 128, dtype=BF16, device="cuda").without_probes()
     run = partial(output_and_gradients, attend, inputs, cu_seqlens=cu_seqlens_of((1, 5, 64, 777), "cuda"))
     expected = run()
@@ -185,7 +183,7 @@ def test_operands_of_the_next_item_do_not_overtake_the_loads_of_this_one(
 
 
 @pytest.mark.parametrize("is_packed", [False, True], ids=["rows", "packed"])
-def test_operators_keep_the_rules_of_custom_operators(is_packed: bool) -> None:
+def test_operators_pass_opcheck(is_packed: bool) -> None:
     q, _, k, v, do = make_inputs(1, 130, 4, 2, 64, dtype=BF16, device="cuda", layout="fused")
     cu_seqlens = cu_seqlens_of((30, 0, 100), "cuda") if is_packed else None
     leaves = [x.requires_grad_() for x in (q, k, v)]
