@@ -102,7 +102,8 @@ def main(arguments: Sequence[str]) -> int:
         arguments: Words after the program's name.
 
     Returns:
-        The exit code: 0; 2 for what the user got wrong; 1 for a run that cannot continue, such as a loss of NaN.
+        The exit code: 0; 2 for what the user got wrong; 1 for a run that cannot continue, for example a loss
+        of NaN.
     """
     options, overrides = _parse(arguments)
     try:

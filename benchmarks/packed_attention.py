@@ -28,7 +28,7 @@ LENGTHS = (512, 1024, 2048, 4096)
 
 
 def mixed_lengths(num_tokens: int, seed: int = 0) -> list[int]:
-    """Draw document lengths like those of web pages: log-normal, median 500, at most 4096, with a given sum."""
+    """Draw document lengths like web pages': log-normal, median 500, at most 4096, with a given sum."""
     generator = torch.Generator().manual_seed(seed)
     lengths: list[int] = []
     while sum(lengths) < num_tokens:

@@ -129,9 +129,10 @@ def find_checkpoint(path: Path) -> Path:
         return path
     newest = RunFolder(path).newest_checkpoint()
     if newest is None:
+        near = ", ".join(map(str, nearby_checkpoints(path)))
         raise UserError(
             f"{path} is no checkpoint: wanted a run folder with checkpoint/step-N/{_METADATA}, or such a "
-            "step-N"
+            f"step-N{f'; nearby: {near}' if near else ''}"
         )
     return newest
 

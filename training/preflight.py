@@ -14,7 +14,7 @@ from errors import UserError
 from models.qwen3 import Qwen3
 from optimizers.param_groups import assign_parameters
 from optimizers.schedule import lr_factor
-from training.resume import check_start
+from training.resume import check_start, tokenizer_source
 from training.run_config import RunConfig
 
 # NFS clients may cache the absence of a file for this long
@@ -41,7 +41,7 @@ def check_run(config: RunConfig, world_size: int) -> Tokenizer:
     config.parallelism.degrees(world_size)
     build_meta_model(config)
     check_start(config)
-    tokenizer = Tokenizer.load(config.data.tokenizer, end_of_document=config.data.end_of_document)
+    tokenizer = Tokenizer.load(tokenizer_source(config), end_of_document=config.data.end_of_document)
     check_vocabulary(tokenizer, config.model.vocab_size)
     check_data(config.data, tokenizer.fingerprint)
     check_tasks(config)

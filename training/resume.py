@@ -11,7 +11,7 @@ from data.tokenizer import Tokenizer
 from errors import UserError
 from models.run_folder import RunFolder, find_checkpoint, read_run_table, step_of
 from models.run_tokenizer import copy_tokenizer, find_tokenizer
-from tokens import END_OF_DOCUMENT
+from tokens import END_OF_DOCUMENT, TOKENIZER_FILE
 from training.branch import branch_warnings, check_branch, checkpoint_step
 from training.log import logger
 from training.run_config import RunConfig
@@ -135,6 +135,25 @@ def resume_warnings(config: RunConfig, step: int) -> list[str]:
         "keys unless the change is intended"
     )
     return [message] if differing else []
+
+
+def tokenizer_source(config: RunConfig) -> str | Path:
+    """Return where to load the run's tokenizer from.
+
+    Args:
+        config: The run.
+
+    Returns:
+        The run's own copy for a run that is resumed with the same data.tokenizer, which may be a name on the
+        hub and not reachable any more; else data.tokenizer.
+    """
+    run = RunFolder(Path(config.run.folder))
+    saved = (run.read_config() or {}).get("data", {}).get("tokenizer")
+    is_resumed = run.newest_checkpoint() is not None
+    has_copy = (run.tokenizer / TOKENIZER_FILE).is_file()
+    return (
+        run.tokenizer if is_resumed and has_copy and saved == config.data.tokenizer else config.data.tokenizer
+    )
 
 
 def tokenizer_warnings(checkpoint: Path, fingerprint: str) -> list[str]:

@@ -97,8 +97,9 @@ def training_differences(config: RunConfig, saved: Table, step: int, source: Pat
         source: The file of the saved config, for error messages.
 
     Returns:
-        One phrase per key of batch, clipping, precision, validation and optimizer groups, and one for the
-        first step with another learning rate or weight decay of each group.
+        One phrase per key of batch, clipping, precision, validation and optimizer groups; where a learning
+        rate or weight decay was another, the keys of the schedule that differ, and for each group the first
+        such step.
 
     Raises:
         ConfigError: [optimizer] or [schedule] was saved by an incompatible version of the code.
@@ -108,7 +109,20 @@ def training_differences(config: RunConfig, saved: Table, step: int, source: Pat
         keys += [
             ("optimizer", "groups", name, key) for key in group if key not in _GROUP_KEYS_COMPARED_ELSEWHERE
         ]
-    return [*_differences_at(config, saved, keys), *_rate_differences(config, saved, step, source)]
+    rates = _rate_differences(config, saved, step, source)
+    # a schedule that differs only after the checkpoint changes nothing
+    causes = _differences_at(config, saved, _schedule_keys(config)) if rates else []
+    return [*_differences_at(config, saved, keys), *causes, *rates]
+
+
+def _schedule_keys(config: RunConfig) -> list[tuple[str, ...]]:
+    schedule = [("schedule", field.name) for field in dataclasses.fields(config.schedule)]
+    groups = [
+        ("optimizer", "groups", name, key)
+        for name in config.optimizer.groups
+        for key in ("lr", "weight_decay", "weight_decay_gamma")
+    ]
+    return [("training", "steps"), *schedule, *groups]
 
 
 def describe_difference(key: str, saved: Any, current: Any) -> str:

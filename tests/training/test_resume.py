@@ -1,0 +1,42 @@
+"""What a resumed run takes from its folder."""
+
+from pathlib import Path
+
+import config
+from models.run_folder import RunFolder
+from training.resume import resume_warnings, tokenizer_source
+from training.run_config import RunConfig
+
+CONFIG = Path(__file__).parents[2] / "configs" / "debug_softmax_muon.toml"
+
+
+def load(folder: Path, *words: str) -> RunConfig:
+    return config.load(RunConfig, CONFIG, ["--run.folder", str(folder), *words])
+
+
+def write_run(folder: Path, *words: str) -> None:
+    run = RunFolder(folder)
+    run.write_config(load(folder, *words))
+    run.checkpoint(20).mkdir(parents=True)
+    (run.checkpoint(20) / ".metadata").touch()
+
+
+def test_a_resume_needed_the_hub_for_a_tokenizer_that_the_run_has(tmp_path: Path) -> None:
+    name = ("--data.tokenizer", "organization/model")
+    assert tokenizer_source(load(tmp_path, *name)) == "organization/model"
+    write_run(tmp_path, *name)
+    # a run of an earlier version has no copy
+    assert tokenizer_source(load(tmp_path, *name)) == "organization/model"
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
+    assert tokenizer_source(load(tmp_path, *name)) == tmp_path / "tokenizer"
+    # another name is taken at its word; the loader compares the two
+    assert tokenizer_source(load(tmp_path, "--data.tokenizer", "other/model")) == "other/model"
+
+
+def test_a_moved_decay_did_not_name_the_key_that_moved_it(tmp_path: Path) -> None:
+    write_run(tmp_path, "--training.steps", "20")
+    (warning,) = resume_warnings(load(tmp_path, "--training.steps", "30"), 20)
+    assert "training.steps: saved 20, now 30; lr of group" in warning
+    # steps after the checkpoint may differ without a word
+    assert resume_warnings(load(tmp_path, "--training.steps", "20"), 20) == []
