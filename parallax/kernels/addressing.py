@@ -6,7 +6,7 @@ end and j + window_size. Neither bound ever decreases along the rows, so a tile'
 and last row. Packed rows are tiled as one sequence: a tile may span documents, so short documents need no
 padding, and the grid does not depend on the documents.
 
-Vocabulary of the kernels: bare names are pointers or descriptors, p_ pointer arithmetic, b_ blocks in
+Vocabulary of the kernels: bare names are base pointers or descriptors, p_ blocks of pointers, b_ blocks in
 registers, a_ left operands in registers, o_ offsets, m_ masks, i_ program and loop indices; capitals are
 compile-time constants, except T, the number of tokens. BT query rows and BS keys in a tile, K head width, BK
 its next power of two, H query heads, G kv heads.
