@@ -46,16 +46,7 @@ def eager_forward(
 
 
 @eager_forward.register_fake
-def _eager_forward_fake(
-    q: Tensor,
-    r: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    window_size: int | None,
-    block_size: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _eager_forward_fake(q: Tensor, r: Tensor | None, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     lse = q.new_empty(q.shape[:3], dtype=eager.accumulation_dtype(q.dtype))
     return q.new_empty(q.shape), lse, lse.new_empty((0,) if r is None else lse.shape)
 
@@ -97,24 +88,9 @@ def eager_backward(
 
 
 @eager_backward.register_fake
-def _eager_backward_fake(
-    do: Tensor,
-    q: Tensor,
-    r: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    lse: Tensor,
-    tbar: Tensor,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    window_size: int | None,
-    block_size: int | None,
+def _backward_fake(
+    do: Tensor, q: Tensor, r: Tensor | None, k: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _empty_gradients(q, r, k)
-
-
-def _empty_gradients(q: Tensor, r: Tensor | None, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return empty dq, dr, dk and dv for a fake."""
     dr = q.new_empty((0,) if r is None else r.shape)
     return q.new_empty(q.shape), dr, k.new_empty(k.shape), k.new_empty(k.shape)
 
@@ -211,16 +187,8 @@ def triton_forward(
 
 
 @triton_forward.register_fake
-def _triton_forward_fake(
-    q: Tensor,
-    r: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    window_size: int | None,
-    save_vbar: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _triton_forward_fake(q: Tensor, r: Tensor | None, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, save_vbar = others
     batch_size, num_tokens, num_heads, _ = q.shape
     lse = q.new_empty((batch_size, num_heads, num_tokens), dtype=torch.float32)
     vbar = q.new_empty(q.shape if save_vbar and r is not None else (0,))
@@ -267,22 +235,7 @@ def triton_backward(
         return backward.backward(do, q, r, k, v, o, vbar, lse, tbar, cu_seqlens, scale, window_size)
 
 
-@triton_backward.register_fake
-def _triton_backward_fake(
-    do: Tensor,
-    q: Tensor,
-    r: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    vbar: Tensor,
-    lse: Tensor,
-    tbar: Tensor,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    window_size: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _empty_gradients(q, r, k)
+triton_backward.register_fake(_backward_fake)
 
 
 def _save_for_triton_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
