@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.attention_providers import PROVIDERS
+from benchmarks.attention_providers import PROVIDERS, parse_heads
 from benchmarks.machine import RESULTS, write_result
 from errors import run_command
 from parallax import parallax_attention
@@ -370,7 +370,7 @@ def main() -> None:
     errors = check_accuracy(args.head_dims)
     found: list[Cell] = []
     for heads, head_dim, num_tokens in itertools.product(args.heads, args.head_dims, args.lengths):
-        num_heads, num_kv_heads = map(int, heads.split("/"))
+        num_heads, num_kv_heads = parse_heads(heads)
         shape = Shape(num_tokens, head_dim, num_heads, num_kv_heads, max(1, args.tokens // num_tokens))
         if head_dim not in (64, 128) and num_heads == num_kv_heads:
             continue

@@ -1,5 +1,6 @@
 """Attention implementations that `benchmarks.attention` times: ours, with and without probes, and others."""
 
+import re
 from collections.abc import Callable
 from functools import cache, partial
 from importlib import import_module
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from errors import UserError
 from parallax import parallax_attention
 
 
@@ -84,3 +86,15 @@ PROVIDERS = {
     ),
     "flex": Provider("FlexAttention, softmax", _flex, is_parallax=False, heads_first=True),
 }
+
+
+def parse_heads(text: str) -> tuple[int, int]:
+    """Parse the numbers of query and key/value heads, such as "16/8".
+
+    Raises:
+        UserError: It is something else.
+    """
+    found = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", text)
+    if found is None:
+        raise UserError(f"--heads is {text!r}, wanted query/kv heads such as 16/8")
+    return int(found[1]), int(found[2])

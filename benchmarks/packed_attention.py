@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.attention import BARS, Shape, draw
+from benchmarks.attention_providers import parse_heads
 from benchmarks.machine import RESULTS, write_result
 from errors import UserError, run_command
 from parallax import parallax_attention
@@ -58,7 +59,7 @@ class Problem:
         is_packed = len(lengths) > 1
         row = num_tokens if is_packed else lengths[0]
         self.tiles = num_tiles(lengths) if is_packed else num_tokens // row * num_tiles(lengths)
-        num_heads, num_kv_heads = map(int, args.heads.split("/"))
+        num_heads, num_kv_heads = parse_heads(args.heads)
         shape = Shape(row, args.head_dim, num_heads, num_kv_heads, num_tokens // row)
         inputs = draw(shape).without_probes() if args.softmax else draw(shape)
         self.do = inputs.do
