@@ -30,10 +30,13 @@ class SoftmaxConfig:
     Attributes:
         kind: "softmax".
         window_size: Sliding window: number of keys that a query sees, its own included; None for no window.
+        impl: Implementation of `parallax.parallax_attention`, or "torch" for torch's own kernels; None
+            chooses by device.
     """
 
     kind: Literal["softmax"] = "softmax"
     window_size: int | None = None
+    impl: Literal["reference", "eager", "triton", "torch"] | None = None
 
     def __post_init__(self) -> None:
         _check_window(self.window_size)

@@ -52,7 +52,8 @@ def build_attention(config: ModelConfig, layer: int) -> Attention:
         case SoftmaxConfig():
             return SoftmaxAttention(config.attention, size, eps)
         case ParallaxConfig() if layer < config.attention.num_plain_layers:
-            return SoftmaxAttention(SoftmaxConfig(window_size=config.attention.window_size), size, eps)
+            plain = SoftmaxConfig(window_size=config.attention.window_size, impl=config.attention.impl)
+            return SoftmaxAttention(plain, size, eps)
         case ParallaxConfig():
             return ParallaxAttention(config.attention, size, eps)
         case LocalLinearConfig():

@@ -13,7 +13,7 @@ from errors import UserError
 from models import sizes
 from models.attention.base import Attention, mean_visible_keys
 from models.attention.parallax import ParallaxAttention
-from models.attention.softmax import softmax_attention
+from models.attention.torch_softmax import torch_softmax_attention
 from models.config import (
     AffineLinearConfig,
     AffineMesaNetConfig,
@@ -182,7 +182,7 @@ def test_blockwise_masks_equal_one_dense_mask() -> None:
         *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask, enable_gqa=True
     ).transpose(1, 2)
     for longest in (21, 30, 50):
-        out = softmax_attention(q, k, v, bounds, longest, 9)
+        out = torch_softmax_attention(q, k, v, bounds, longest, 9)
         torch.testing.assert_close(out, dense, atol=1e-12, rtol=0)
 
 

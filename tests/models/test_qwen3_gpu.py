@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from models import sizes
-from models.attention.softmax import softmax_attention
+from models.attention.torch_softmax import torch_softmax_attention
 from models.config import AttentionConfig, ModelConfig, ParallaxConfig, SoftmaxConfig
 from models.init import init_weights
 from models.qwen3 import Qwen3
@@ -23,12 +23,12 @@ def test_varlen_kernel_equals_masked_attention(window_size: int | None, dtype: t
     generator = torch.Generator("cuda").manual_seed(0)
     q, k, v = (torch.randn(1, 847, h, 64, device="cuda", generator=generator).to(dtype) for h in (8, 4, 4))
     documents = bounds([1, 5, 64, 777])
-    out = softmax_attention(q, k, v, documents, 800, window_size)
-    truth = softmax_attention(q.double(), k.double(), v.double(), documents, 800, window_size)
+    out = torch_softmax_attention(q, k, v, documents, 800, window_size)
+    truth = torch_softmax_attention(q.double(), k.double(), v.double(), documents, 800, window_size)
     assert (out - truth).norm() <= 4e-3 * truth.norm()
     q, k, v = (x.unflatten(1, (7, 121)).squeeze(0) for x in (q, k, v))
-    out = softmax_attention(q, k, v, None, 121, window_size)
-    truth = softmax_attention(q.double(), k.double(), v.double(), None, 121, window_size)
+    out = torch_softmax_attention(q, k, v, None, 121, window_size)
+    truth = torch_softmax_attention(q.double(), k.double(), v.double(), None, 121, window_size)
     assert (out - truth).norm() <= 4e-3 * truth.norm()
 
 
