@@ -22,9 +22,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.machine import RESULTS, describe, write_result
+from benchmarks.machine import RESULTS, describe, visible_gpus, write_result
 from config import load
 from errors import UserError, run_command
 from models.run_folder import RunFolder
@@ -34,7 +32,18 @@ WARMUP_STEPS = 5
 FINAL_STEPS = 20
 
 
-def _launch(path: str, gpus: Sequence[str], num_ranks: int, arguments: Sequence[str]) -> None:
+def launch(path: str, gpus: Sequence[str], num_ranks: int, arguments: Sequence[str]) -> None:
+    """Train a config by torchrun.
+
+    Args:
+        path: The TOML file.
+        gpus: The GPUs, as in CUDA_VISIBLE_DEVICES; empty for all.
+        num_ranks: Number of processes, one per GPU.
+        arguments: Overrides of the config.
+
+    Raises:
+        CalledProcessError: The run failed.
+    """
     command = [
         sys.executable,
         "-m",
@@ -49,12 +58,32 @@ def _launch(path: str, gpus: Sequence[str], num_ranks: int, arguments: Sequence[
     )
 
 
-def _local_batch_size(path: str, overrides: Sequence[str]) -> int:
+def read_steps(folder: Path) -> list[dict[str, Any]]:
+    """Read the records of a run's steps.
+
+    Args:
+        folder: The run folder.
+    """
+    lines = RunFolder(folder).metrics_file.read_text(encoding="utf-8").splitlines()
+    return [record for record in map(json.loads, lines) if "loss" in record]
+
+
+def medians(records: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Return medians of tokens/s, MFU in percent, seconds per step and percentage of waiting for data."""
+    return {
+        name: statistics.median([record[name] for record in records])
+        for name in ("tokens_per_second", "mfu_percent", "step_seconds", "data_wait_percent")
+        if records[0][name] is not None
+    }
+
+
+def local_batch_size(path: str, overrides: Sequence[str]) -> int:
+    """Return a config's rows per micro-batch of a GPU."""
     return load(RunConfig, path, overrides).training.local_batch_size
 
 
 def _arguments(path: str, steps: int, num_ranks: int, overrides: Sequence[str]) -> list[str]:
-    global_batch_size = str(_local_batch_size(path, overrides) * num_ranks)
+    global_batch_size = str(local_batch_size(path, overrides) * num_ranks)
     fixed = ["--training.global_batch_size", global_batch_size, "--training.stop_at_step", str(steps)]
     return [*overrides, *fixed, "--data.validation", "none"]
 
@@ -86,22 +115,17 @@ def measure(
     """
     arguments = _arguments(path, steps, num_ranks, overrides)
     with tempfile.TemporaryDirectory() as folder:
-        _launch(path, gpus, num_ranks, [*arguments, "--run.folder", folder])
-        lines = RunFolder(Path(folder)).metrics_file.read_text(encoding="utf-8").splitlines()
-    records = [record for record in map(json.loads, lines) if "loss" in record]
+        launch(path, gpus, num_ranks, [*arguments, "--run.folder", folder])
+        records = read_steps(Path(folder))
     timed = records[WARMUP_STEPS:]
     return {
         "peak_memory_gib": max((r["peak_memory_gib"] or 0.0 for r in timed), default=None),
         "peak_reserved_gib": max((r["peak_reserved_gib"] or 0.0 for r in timed), default=None),
-        **{
-            name: statistics.median([r[name] for r in timed])
-            for name in ("tokens_per_second", "mfu_percent", "step_seconds", "data_wait_percent")
-            if timed[0][name] is not None
-        },
+        **medians(timed),
         "first_loss": records[0]["loss"],
         "last_loss": timed[-1]["loss"],
         "final_loss": statistics.fmean(r["loss"] for r in timed[-FINAL_STEPS:]),
-        "rows": _local_batch_size(path, overrides),
+        "rows": local_batch_size(path, overrides),
     }
 
 
@@ -137,10 +161,9 @@ def _measure_all(
     options: argparse.Namespace, overrides: Sequence[str], command: str, rows: list[dict[str, Any]]
 ) -> str:
     """Measure the missing rows, in the order of the configs; return the configs that failed."""
-    num_gpus, num_ranks = torch.cuda.device_count(), options.ranks
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(num_gpus)))).split(",")
+    num_ranks, visible = options.ranks, visible_gpus()
     free_gpus: queue.SimpleQueue[Sequence[str]] = queue.SimpleQueue()
-    for first in range(0, num_gpus - num_ranks + 1, num_ranks):
+    for first in range(0, len(visible) - num_ranks + 1, num_ranks):
         free_gpus.put(visible[first : first + num_ranks])
     if free_gpus.empty():
         free_gpus.put(())

@@ -1,0 +1,204 @@
+"""Throughput of complete training steps on 1, 2, 4, ... GPUs.
+
+`python -m benchmarks.scaling configs/0.6b_parallax_muon.toml ... [-- --data.tokenizer DIR ...]` trains each
+config for some steps on every power of two of the GPUs there are: with the same rows per GPU (one
+micro-batch each), and with the same global batch (that of all GPUs, by gradient accumulation on fewer).
+Models are sharded by FSDP2; from 4 GPUs on also by HSDP, in two replicas. Runs on fewer GPUs than there are
+run side by side. Arguments after `--` are overrides of every run.
+
+Efficiency is tokens/s per GPU relative to one GPU with one micro-batch. Communication is read from a trace of
+one step: that of the rank that waits least for the others.
+"""
+
+import argparse
+import queue
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import RESULTS, describe, visible_gpus, write_result
+from benchmarks.step_trace import last_trace, read_trace
+from benchmarks.training import WARMUP_STEPS, launch, local_batch_size, medians, read_steps
+from errors import UserError, run_command
+
+# the traced step is not the last one, which writes a checkpoint; the profiler slows the steps around it
+TRACED_STEP = 15
+NUM_STEPS = 25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """A run of the table.
+
+    Attributes:
+        config: The TOML file.
+        num_gpus: Number of GPUs.
+        rows: Rows of the global batch.
+        replicas: Replicas of the sharded model: 1 for FSDP2, more for HSDP.
+    """
+
+    config: str
+    num_gpus: int
+    rows: int
+    replicas: int = 1
+
+
+def members(config: str, rows_per_gpu: int, max_gpus: int) -> list[Member]:
+    """List the runs of a config.
+
+    Args:
+        config: The TOML file.
+        rows_per_gpu: Rows of a micro-batch.
+        max_gpus: Number of GPUs of the machine.
+    """
+    counts = [1 << power for power in range(max_gpus.bit_length())]
+    whole = rows_per_gpu * counts[-1]
+    listed = [Member(config=config, num_gpus=n, rows=rows_per_gpu * n) for n in counts]
+    listed += [Member(config=config, num_gpus=n, rows=whole) for n in counts[:-1]]
+    listed += [Member(config=config, num_gpus=n, rows=rows_per_gpu * n, replicas=2) for n in counts if n >= 4]
+    return listed
+
+
+def measure(member: Member, gpus: Sequence[str], overrides: Sequence[str]) -> dict[str, Any]:
+    """Train a member and read its records and the traces of its ranks.
+
+    Args:
+        member: The run.
+        gpus: Its GPUs, as in CUDA_VISIBLE_DEVICES.
+        overrides: Overrides of the config.
+
+    Returns:
+        The member; medians over the steps after the warm-up, those that the profiler slows left out; peak
+        memory in GiB; communication, exposed communication and idle time in ms of the traced step.
+    """
+    arguments = {
+        "training.global_batch_size": member.rows,
+        "training.stop_at_step": NUM_STEPS,
+        "parallelism.replicate": member.replicas,
+        "metrics.profile_every": TRACED_STEP,
+        "data.validation": "none",
+    }
+    words = [word for key, value in arguments.items() for word in (f"--{key}", str(value))]
+    with tempfile.TemporaryDirectory() as folder:
+        launch(member.config, gpus, member.num_gpus, [*overrides, *words, "--run.folder", folder])
+        records = read_steps(Path(folder))
+        profile = Path(folder) / "profile"
+        traces = [read_trace(last_trace(profile, rank)) for rank in range(member.num_gpus)]
+    timed = [r for r in records if r["step"] > WARMUP_STEPS and abs(r["step"] - TRACED_STEP) > 4]
+    trace = min(traces, key=lambda each: each.exposed_communication)
+    values = medians(timed)
+    return {
+        **asdict(member),
+        **values,
+        "tokens_per_second_per_gpu": values["tokens_per_second"] / member.num_gpus,
+        "peak_memory_gib": max(r["peak_memory_gib"] for r in timed),
+        "communication_ms": trace.communication,
+        "exposed_communication_ms": trace.exposed_communication,
+        "exposed_communication_ms_by_rank": [each.exposed_communication for each in traces],
+        "idle_ms": trace.idle,
+        "kernels_ms_by_class": trace.by_class,
+        "final_loss": records[-1]["loss"],
+    }
+
+
+def measure_all(
+    listed: Sequence[Member], overrides: Sequence[str], save: Callable[[list[dict[str, Any]]], None]
+) -> tuple[list[dict[str, Any]], list[Member]]:
+    """Measure members, those of fewest GPUs first and as many at a time as there are GPUs for.
+
+    Args:
+        listed: The runs.
+        overrides: Overrides of every run.
+        save: Called with all rows so far, after each.
+
+    Returns:
+        The rows in the order of the members, and the members that failed.
+    """
+    done: dict[Member, dict[str, Any]] = {}
+    failed: list[Member] = []
+    gpus = visible_gpus()
+    for count in sorted({member.num_gpus for member in listed}):
+        free: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
+        for first in range(0, len(gpus) - count + 1, count):
+            free.put(gpus[first : first + count])
+
+        def run(member: Member, free: queue.SimpleQueue[list[str]] = free) -> None:
+            own = free.get()
+            try:
+                done[member] = measure(member, own, overrides)
+            except (subprocess.CalledProcessError, UserError) as error:
+                print(f"{member}: {error}", file=sys.stderr)
+                failed.append(member)
+            finally:
+                free.put(own)
+            save([done[each] for each in listed if each in done])
+
+        with ThreadPoolExecutor(free.qsize()) as pool:
+            list(pool.map(run, [member for member in listed if member.num_gpus == count]))
+    return [done[each] for each in listed if each in done], failed
+
+
+def _print_table(rows: Sequence[dict[str, Any]]) -> None:
+    one = {r["config"]: r["tokens_per_second_per_gpu"] for r in reversed(rows) if r["num_gpus"] == 1}
+    columns = (
+        "config | GPUs | rows | replicas | tokens/s | per GPU | efficiency | MFU % "
+        "| communication ms (exposed) | idle ms | peak GiB"
+    )
+    print(f"| {columns} |\n|" + "---|" * 11)
+    for r in rows:
+        efficiency = r["tokens_per_second_per_gpu"] / one[r["config"]] if r["config"] in one else float("nan")
+        cells = [
+            Path(r["config"]).stem,
+            str(r["num_gpus"]),
+            str(r["rows"]),
+            str(r["replicas"]),
+            f"{r['tokens_per_second']:,.0f}",
+            f"{r['tokens_per_second_per_gpu']:,.0f}",
+            f"{efficiency:.3f}",
+            f"{r['mfu_percent']:.1f}",
+            f"{r['communication_ms']:.1f} ({r['exposed_communication_ms']:.1f})",
+            f"{r['idle_ms']:.1f}",
+            f"{r['peak_memory_gib']:.1f}",
+        ]
+        print("| " + " | ".join(cells) + " |")
+
+
+def main() -> None:
+    """Run `python -m benchmarks.scaling`."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("configs", nargs="+", help="config files")
+    parser.add_argument("--name", default="scaling", help="name of the JSON file in --out")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
+    arguments = sys.argv[1:]
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    options, overrides = parser.parse_args(arguments[:split]), arguments[split + 1 :]
+    max_gpus = len(visible_gpus())
+    if not max_gpus:
+        raise UserError("this machine has no GPU: the benchmark measures training steps on GPUs")
+    listed = [
+        member
+        for path in options.configs
+        for member in members(path, local_batch_size(path, overrides), max_gpus)
+    ]
+    command = "python -m benchmarks.scaling " + shlex.join(arguments)
+
+    def save(rows: list[dict[str, Any]]) -> None:
+        write_result(options.name, {"command": command, "rows": rows}, options.out)
+
+    rows, failed = measure_all(listed, overrides, save)
+    print(describe())
+    _print_table(rows)
+    if failed:
+        sys.exit(f"failed: {failed}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
