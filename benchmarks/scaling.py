@@ -28,8 +28,8 @@ from benchmarks.training import WARMUP_STEPS, launch, local_batch_size, medians,
 from errors import UserError, run_command
 
 # the traced step is not the last one, which writes a checkpoint; the profiler slows the steps around it
-TRACED_STEP = 15
-NUM_STEPS = 25
+TRACED_STEP = 12
+NUM_STEPS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
