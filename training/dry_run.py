@@ -1,10 +1,12 @@
-"""Parameters, FLOPs and memory of a run, from its model on the meta device."""
+"""Parameters, FLOPs, time and memory of a run, from its model on the meta device."""
 
 from errors import UserError
+from models.qwen3 import Qwen3
 from optimizers.param_groups import assign_parameters
 from training.memory import GIB, estimate_memory
 from training.preflight import build_meta_model
 from training.run_config import RunConfig
+from training.step_time import estimate_step_time
 
 
 def dry_run(config: RunConfig, world_size: int) -> str:
@@ -39,6 +41,25 @@ def dry_run(config: RunConfig, world_size: int) -> str:
         ("whole run", f"{steps:,} steps, {steps * step_tokens / 1e9:.3f}B tokens, "
                       f"{steps * step_tokens * flops:.3e} FLOPs"),
         *((f"memory, {part}", f"{size / GIB:.2f} GiB") for part, size in vars(memory).items()),
+        *_time_rows(config, model, world_size),
         ("memory per rank, peak", f"{memory.peak / GIB:.2f} GiB"),
     ]  # fmt: skip
     return "\n".join(f"{name:<24}{value}" for name, value in rows)
+
+
+def _time_rows(config: RunConfig, model: Qwen3, world_size: int) -> list[tuple[str, str]]:
+    time = estimate_step_time(config, model, world_size)
+    if time is None:
+        return [("time", f"no estimate for attention.kind {config.model.attention.kind}")]
+    gpus = f"{world_size} H200" + ("s" if world_size > 1 else "")
+    parts = ", ".join(f"{name.replace('_', '-')} {1e3 * x:.0f}" for name, x in vars(time).items())
+    hours = config.training.steps * time.total / 3600
+    speed = config.tokens_per_step / time.total
+    return [
+        ("time per step", f"{1e3 * time.total:.0f} ms on {gpus}, compiled: {parts}"),
+        ("speed", f"{speed:,.0f} tokens/s, {speed / world_size:,.0f} per GPU"),
+        (
+            "time of the whole run",
+            f"{hours:,.1f} hours, {hours * world_size:,.0f} GPU-hours",
+        ),
+    ]

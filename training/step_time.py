@@ -1,0 +1,175 @@
+"""Estimate the time of a training step on H200s from FLOPs, bytes, link rates and host work.
+
+A micro-batch takes what its matrix products, its attention and its memory-bound kernels take, or what the
+host needs to launch them, whichever is longer. FSDP gathers bf16 weights before the forward and, if they
+were freed, before the backward, and scatters fp32 gradients; HSDP then sums them over the replicas. This is
+hidden behind the micro-batch except for the embedding's weights and gradients, which come first and last.
+Ranks wait in every micro-batch for the one whose documents are longest. Every step adds the optimizer and
+host work that nothing hides. docs/performance.md compares estimates with measurements.
+"""
+
+import math
+import statistics
+from dataclasses import dataclass
+
+from models.config import ParallaxConfig, SoftmaxConfig
+from models.qwen3 import Qwen3
+from optimizers.config import DEFAULT_ITERATIONS
+from optimizers.param_groups import assign_parameters
+from training.memory import FP32
+from training.run_config import RunConfig
+
+GPUS_PER_NODE = 8
+
+# rates of one H200 in training, measured (docs/performance.md, "Scaling")
+_PRODUCT_FLOPS = 750e12
+_ATTENTION_FLOPS = 400e12
+_ORTHOGONALIZATION_FLOPS = 560e12
+_MEMORY_BANDWIDTH = 4.3e12
+_NVLINK_BANDWIDTH = 200e9
+# assumed: 80% of one 400 Gb/s adapter per GPU
+_NETWORK_BANDWIDTH = 40e9
+
+# share of a causal row's pairs that are visible where documents are masked, its exponent in the length, and
+# its standard deviation over rows: English text, 0.52 at length 4096 and 0.78 at 1024
+_VISIBLE_SHARE, _VISIBLE_EXPONENT, _VISIBLE_DEVIATION = 0.52, -0.3, 0.3
+# reads and writes of each saved element, of each logit and, in bytes, per weight and micro-batch
+_ACTIVATION_PASSES = 5.5
+_WEIGHT_BYTES = 40
+# fused AdamW reads four and writes three fp32 values per weight, at half of the memory's bandwidth
+_ADAMW_BYTES = 2 * 7 * FP32
+# seconds of host work per layer of a micro-batch, and per step
+_HOST_SECONDS_PER_LAYER = 3.4e-3
+_HOST_SECONDS_PER_STEP = 15e-3
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Estimated parts of a step in seconds.
+
+    Attributes:
+        products: Matrix products of the model.
+        attention: Attention kernels.
+        memory_bound: Norms, activations, loss and other element-wise kernels.
+        launch_bound: What the host needs beyond those to launch them.
+        waiting: Waiting for the rank with the most attention.
+        communication: Collectives that nothing hides.
+        optimizer: The optimizer's step, with Muon's exchange.
+        host: Work of the host between two steps.
+    """
+
+    products: float
+    attention: float
+    memory_bound: float
+    launch_bound: float
+    waiting: float
+    communication: float
+    optimizer: float
+    host: float
+
+    @property
+    def total(self) -> float:
+        """Seconds of the step."""
+        return sum(vars(self).values())
+
+    @property
+    def bottleneck(self) -> str:
+        """Name of the largest part besides products and attention."""
+        parts = {name: x for name, x in vars(self).items() if name not in ("products", "attention")}
+        return max(parts, key=lambda name: parts[name])
+
+
+def estimate_step_time(config: RunConfig, model: Qwen3, world_size: int) -> StepTime | None:
+    """Estimate the time of a step of a compiled run in bf16.
+
+    Args:
+        config: The run.
+        model: Its model, on any device.
+        world_size: Number of H200s, 8 per node.
+
+    Returns:
+        The parts; None for attention whose kernels have not been measured.
+
+    Raises:
+        UserError: The batch or the degrees of parallelism do not fit the number of ranks.
+    """
+    if not isinstance(config.model.attention, SoftmaxConfig | ParallaxConfig):
+        return None
+    num_micro_batches = config.gradient_accumulation_steps(world_size)
+    seq_len, tokens = config.training.seq_len, config.tokens_per_micro_batch
+    num_weights = model.num_parameters()["total"]
+    # a row of one token has no pairs but its own: what is left are the products of tokens and weights
+    product_flops = model.num_flops_per_token(1)
+    attention_flops = model.num_flops_per_token(seq_len) - product_flops
+    share, excess = _visible_shares(config, world_size)
+    elements = sum(model.num_saved_elements_per_token()) + config.model.vocab_size
+    products = tokens * product_flops / _PRODUCT_FLOPS
+    whole_rows = tokens * attention_flops / _ATTENTION_FLOPS
+    attention, waiting = share * whole_rows, excess * whole_rows
+    num_bytes = 2 * _ACTIVATION_PASSES * tokens * elements + _WEIGHT_BYTES * num_weights
+    memory_bound = num_bytes / _MEMORY_BANDWIDTH
+    busy = products + attention + memory_bound
+    launch_bound = max(0.0, _HOST_SECONDS_PER_LAYER * model.config.dimensions.num_layers - busy)
+    return StepTime(
+        products=num_micro_batches * products,
+        attention=num_micro_batches * attention,
+        memory_bound=num_micro_batches * memory_bound,
+        launch_bound=num_micro_batches * launch_bound,
+        waiting=num_micro_batches * waiting,
+        communication=num_micro_batches * _exposed_seconds(config, model, world_size, busy + launch_bound),
+        optimizer=_optimizer_seconds(config, model, world_size),
+        host=_HOST_SECONDS_PER_STEP,
+    )
+
+
+def _visible_shares(config: RunConfig, world_size: int) -> tuple[float, float]:
+    """Return the visible share of pairs in a mean micro-batch, and how much more the largest rank's has.
+
+    The largest of N normal shares is expected at the quantile (N - 3/8) / (N + 1/4) (Blom 1958).
+    """
+    if not config.data.mask_documents:
+        return 1.0, 0.0
+    share = min(1.0, _VISIBLE_SHARE * (config.training.seq_len / 4096) ** _VISIBLE_EXPONENT)
+    quantile = (world_size - 0.375) / (world_size + 0.25)
+    deviation = _VISIBLE_DEVIATION / math.sqrt(config.training.local_batch_size)
+    return share, deviation * max(0.0, statistics.NormalDist().inv_cdf(quantile))
+
+
+def _bandwidth(num_ranks: int) -> float:
+    return _NVLINK_BANDWIDTH if num_ranks <= GPUS_PER_NODE else _NETWORK_BANDWIDTH
+
+
+def _exposed_seconds(config: RunConfig, model: Qwen3, world_size: int, micro_batch: float) -> float:
+    """Return the communication of a micro-batch that is not hidden behind it."""
+    replicas, shard = config.parallelism.degrees(world_size)
+    counts = model.num_parameters()
+    sent = (shard - 1) / shard / _bandwidth(shard)  # seconds per byte of an all-gather or a reduce-scatter
+    gathers = 2 if config.parallelism.reshard_after_forward else 1
+    total = counts["total"] * (2 * gathers + FP32) * sent
+    edges = counts["embedding"] * (2 + FP32) * sent
+    summed = 2 * (replicas - 1) / replicas * FP32 / shard / _bandwidth(world_size)
+    total += counts["total"] * summed
+    edges += counts["embedding"] * summed
+    return edges + max(0.0, total - edges - micro_batch)
+
+
+def _optimizer_seconds(config: RunConfig, model: Qwen3, world_size: int) -> float:
+    groups = config.optimizer.groups
+    _, shard = config.parallelism.degrees(world_size)
+    adamw = orthogonalization = exchange = 0.0
+    for name, parameters in assign_parameters(model.named_parameters(), groups).items():
+        group = groups[name]
+        num_weights = sum(p.numel() for p in parameters)
+        if group.kind == "adamw":
+            adamw += num_weights * _ADAMW_BYTES / shard / _MEMORY_BANDWIDTH
+            continue
+        iterations = group.num_iterations or DEFAULT_ITERATIONS[group.orthogonalization]
+        for p in parameters:
+            short, long = sorted(p.shape)
+            # X X^T and its square are symmetric: half of their products; then a product with X
+            flops = iterations * (3.0 * short * short * long + short**3)
+            orthogonalization += flops / world_size / _ORTHOGONALIZATION_FLOPS
+        if world_size > 1:
+            # 16-bit shards to the matrix's owner and back
+            exchange += 4.0 * num_weights / shard / _bandwidth(world_size)
+    return adamw + max(orthogonalization, exchange)
