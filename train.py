@@ -36,7 +36,9 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="TABLE",
         help="print every key of the config, or of one table of it, with type, default and meaning, and exit",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print parameters, FLOPs, time and memory and exit")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print parameters, FLOPs, time and memory and exit"
+    )
     parser.add_argument("--world-size", type=int, default=1, help="ranks that --dry-run plans for (1)")
     parser.add_argument("--checkpoint", metavar="FOLDER", help="short for --checkpoint.start_from")
     options, overrides = parser.parse_known_args(arguments)

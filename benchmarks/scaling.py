@@ -147,7 +147,7 @@ def measure_all(
 def _print_table(rows: Sequence[dict[str, Any]]) -> None:
     one = {r["config"]: r["tokens_per_second_per_gpu"] for r in reversed(rows) if r["num_gpus"] == 1}
     columns = (
-        "config | GPUs | rows | replicas | tokens/s | per GPU | efficiency | MFU % "
+        "config | GPUs | rows | replicas | tokens/s | per GPU | efficiency | MFU % (whole rows) "
         "| communication ms (exposed) | idle ms | peak GiB"
     )
     print(f"| {columns} |\n|" + "---|" * 11)
@@ -161,7 +161,7 @@ def _print_table(rows: Sequence[dict[str, Any]]) -> None:
             f"{r['tokens_per_second']:,.0f}",
             f"{r['tokens_per_second_per_gpu']:,.0f}",
             f"{efficiency:.3f}",
-            f"{r['mfu_percent']:.1f}",
+            f"{r['mfu_percent']:.1f} ({r['mfu_whole_rows_percent']:.1f})",
             f"{r['communication_ms']:.1f} ({r['exposed_communication_ms']:.1f})",
             f"{r['idle_ms']:.1f}",
             f"{r['peak_memory_gib']:.1f}",

@@ -30,6 +30,10 @@ from training.run_config import RunConfig
 
 WARMUP_STEPS = 5
 FINAL_STEPS = 20
+_MEDIANS = (
+    *("tokens_per_second", "mfu_percent", "mfu_whole_rows_percent"),
+    *("step_seconds", "data_wait_percent"),
+)
 
 
 def launch(path: str, gpus: Sequence[str], num_ranks: int, arguments: Sequence[str]) -> None:
@@ -72,7 +76,7 @@ def medians(records: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Return medians of tokens/s, MFU in percent, seconds per step and percentage of waiting for data."""
     return {
         name: statistics.median([record[name] for record in records])
-        for name in ("tokens_per_second", "mfu_percent", "step_seconds", "data_wait_percent")
+        for name in _MEDIANS
         if records[0][name] is not None
     }
 
@@ -231,14 +235,15 @@ def main() -> None:
     failed = _measure_all(options, overrides, command, rows)
     print(describe())
     columns = (
-        "config | tokens/s | MFU % | step s | data wait % | peak GiB (dry run) | first loss | final loss"
+        "config | tokens/s | MFU % (whole rows) | step s | data wait % | peak GiB (dry run) "
+        "| first loss | final loss"
     )
     print(f"| {columns} |\n|" + "---|" * 8)
     for r in rows:
         cells = [
             Path(r["config"]).stem,
             f"{r['tokens_per_second']:,.0f}",
-            f"{r.get('mfu_percent', 0):.1f}",
+            f"{r.get('mfu_percent', 0):.1f} ({r.get('mfu_whole_rows_percent', 0):.1f})",
             f"{r['step_seconds']:.3f}",
             f"{r['data_wait_percent']:.2f}",
             f"{r['peak_memory_gib']:.1f} ({r['dry_run_peak_gib']:.1f})",

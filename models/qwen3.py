@@ -276,11 +276,25 @@ class Qwen3(nn.Module):
         The head counts 6 V D, tied or not; the embedding's look-up counts nothing.
 
         Args:
-            seq_len: Length of a row; attention is counted as causal over whole rows.
+            seq_len: Length of the documents, or of rows without document masks.
         """
-        attention = sum(module.num_flops_per_token(seq_len) for module in self.attention_modules())
+        products = sum(module.product_flops_per_token(seq_len) for module in self.attention_modules())
+        return self.weight_flops_per_token() + products
+
+    def weight_flops_per_token(self) -> float:
+        """Count the part of num_flops_per_token that no document's length changes: products with weights."""
+        attention = sum(module.projection_flops_per_token() for module in self.attention_modules())
         mlp = sum(p.numel() for m in self.modules() if isinstance(m, SwiGLU) for p in m.parameters())
         return attention + 6.0 * (mlp + self.output.weight.numel())
+
+    def document_flops(self, max_seqlen: int) -> torch.Tensor:
+        """Count the training FLOPs of documents of 0, 1, ..., max_seqlen tokens, fp64 `[max_seqlen + 1]`."""
+        modules, weights = list(self.attention_modules()), self.weight_flops_per_token()
+        flops = [0.0]
+        for length in range(1, max_seqlen + 1):
+            products = sum(module.product_flops_per_token(length) for module in modules)
+            flops.append(length * (weights + products))
+        return torch.tensor(flops, dtype=torch.float64)
 
     def num_saved_elements_per_token(self) -> list[int]:
         """Count the elements per token that each compiled block saves for the backward.

@@ -172,13 +172,16 @@ class RunMetrics(MetricsProcessor):
         self.time_last_log = time.perf_counter()
         self.device_memory_monitor.reset_peak_stats()
 
-    def throughput(self) -> dict[str, float | None]:
+    def throughput(self, flops: float) -> dict[str, float | None]:
         """Measure the step that ends now, and start the next interval.
 
+        Args:
+            flops: Training FLOPs of the step over all ranks, by the lengths of its documents.
+
         Returns:
-            tokens/s over all ranks; model FLOPs utilization in percent of the bf16 peak (None without a GPU);
-            seconds; percentage of the time spent waiting for data; peak of allocated and of reserved memory
-            in GiB (None without a GPU).
+            tokens/s over all ranks; model FLOPs utilization in percent of the bf16 peak, by `flops` and as if
+            no documents were masked (None without a GPU); seconds; percentage of the time spent waiting for
+            data; peak of allocated and of reserved memory in GiB (None without a GPU).
         """
         now = time.perf_counter()
         seconds = now - self.time_last_log
@@ -187,10 +190,13 @@ class RunMetrics(MetricsProcessor):
             self._first_step_end = now
         tokens_per_second = self.ntokens_since_last_log * self.world_size / seconds
         on_gpu = torch.cuda.is_available()
-        flops = self.num_flops_per_token * tokens_per_second / self.world_size
+        whole_rows = self.num_flops_per_token * tokens_per_second
+        # of the peak of all ranks, in percent per FLOP/s
+        utilization = 100 / (self.gpu_peak_flops * self.world_size) if on_gpu else None
         record = {
             "tokens_per_second": tokens_per_second,
-            "mfu_percent": 100 * flops / self.gpu_peak_flops if on_gpu else None,
+            "mfu_percent": utilization and utilization * flops / seconds,
+            "mfu_whole_rows_percent": utilization and utilization * whole_rows,
             "step_seconds": seconds,
             "data_wait_percent": 100 * sum(self.data_loading_times) / seconds,
             "peak_memory_gib": torch.cuda.max_memory_allocated() / GIB if on_gpu else None,
@@ -218,7 +224,7 @@ class RunMetrics(MetricsProcessor):
             self.jsonl.write({"step": step, "launch": facts})
 
     def progress(self, tokens: int) -> dict[str, float]:
-        """Return the tokens trained on and the training FLOPs spent, which every record has."""
+        """Return the tokens trained on and the FLOPs spent, by whole rows, which every record has."""
         return {"tokens": tokens, "flops": float(tokens) * self.num_flops_per_token}
 
     def record_samples(self, step: int, samples: list[dict[str, str]], progress: Mapping[str, float]) -> None:
@@ -269,13 +275,14 @@ class RunMetrics(MetricsProcessor):
     def log_step(self, step: int, metrics: Mapping[str, Any], last_step: int) -> None:
         """Log a line with progress, loss, throughput and the time left until last_step."""
         step_seconds = self.mean_step_seconds()
-        mfu, memory = metrics["mfu_percent"], metrics["peak_memory_gib"]
+        mfu, whole_rows = metrics["mfu_percent"], metrics["mfu_whole_rows_percent"]
+        memory = metrics["peak_memory_gib"]
         parts = [
             f"{format_progress(step, self.total_steps)} step {step}/{self.total_steps}",
             f"loss {metrics['loss']:.4f}",
             f"grad_norm {metrics['grad_norm']:.3f}",
             f"{metrics['tokens_per_second']:,.0f} tokens/s",
-            f"MFU {mfu:.1f}%" if mfu is not None else "",
+            f"MFU {mfu:.1f}% ({whole_rows:.1f}% by whole rows)" if mfu is not None else "",
             f"{memory:.1f} GiB" if memory is not None else "",
             f"{format_duration((last_step - step) * step_seconds)} left" if step_seconds is not None else "",
         ]

@@ -98,8 +98,7 @@ def estimate_step_time(config: RunConfig, model: Qwen3, world_size: int) -> Step
     num_micro_batches = config.gradient_accumulation_steps(world_size)
     seq_len, tokens = config.training.seq_len, config.tokens_per_micro_batch
     num_weights = model.num_parameters()["total"]
-    # a row of one token has no pairs but its own: what is left are the products of tokens and weights
-    product_flops = model.num_flops_per_token(1)
+    product_flops = model.weight_flops_per_token()
     attention_flops = model.num_flops_per_token(seq_len) - product_flops
     share, excess = _visible_shares(config, world_size)
     elements = sum(model.num_saved_elements_per_token()) + config.model.vocab_size

@@ -22,6 +22,7 @@ from errors import UserError
 from eval.distributed import run_on_main_rank
 from eval.held_out import HeldOutLoss
 from models.checkpoint import load_weights
+from models.qwen3 import Qwen3
 from models.run_folder import RunFolder
 from optimizers.titan import ParamGroupOptimizers, ParamGroupScheduler
 from tokens import IGNORE_INDEX
@@ -58,6 +59,7 @@ class _RankSums(NamedTuple):
     """Sums over all ranks, from one all-reduce per step."""
 
     loss: float
+    flops: float
     num_stop_requests: float
     num_finished_writes: float
     update_mean_squares: dict[str, float]
@@ -91,6 +93,8 @@ class Trainer(TitanTrainer):
         self.stop = StopRequest()
         self.tokens = 0
         self.evaluator = Evaluator(config, tokenizer, self.model, self.metrics_processor, self.device)
+        assert isinstance(self.model, Qwen3)
+        self.document_flops = self.model.document_flops(config.training.seq_len)
 
     def state_dict(self) -> dict[str, Any]:
         """Return step, tokens and random generators, which are equal on all ranks."""
@@ -203,8 +207,8 @@ class Trainer(TitanTrainer):
 
         Returns:
             The result. Its metrics: loss in nats/token over the global batch, gradient norm before clipping,
-            learning rate and weight decay of each group, predicted tokens, and at some steps the size of each
-            group's update.
+            learning rate and weight decay of each group, predicted tokens, FLOPs by the lengths of the
+            documents, and at some steps the size of each group's update.
 
         Raises:
             NonFiniteLossError: The loss or the gradient norm is NaN or Inf. Nothing is saved; a gradient norm
@@ -220,7 +224,7 @@ class Trainer(TitanTrainer):
         self.checkpointer.maybe_wait_for_staging()
         mean_squares = self._update(grad_norm)
         self.lr_schedulers.step()
-        sums = self._sum_over_ranks(loss, mean_squares)
+        sums = self._sum_over_ranks(loss, sum(self._flops(inputs) for inputs, _ in batch), mean_squares)
         norm = float(grad_norm)
         check_step(self.step, sums.loss, norm, self.folder)
         metrics = {
@@ -231,6 +235,7 @@ class Trainer(TitanTrainer):
             **{f"update_rms/{name}": math.sqrt(x) for name, x in sums.update_mean_squares.items()},
             **self._update_singular_values(),
             "predicted_tokens": int(num_predicted),
+            "step_flops": sums.flops,
         }
         write_finished = sums.num_finished_writes == dist.get_world_size()
         return StepResult(metrics, sums.num_stop_requests > 0, write_finished)
@@ -275,14 +280,24 @@ class Trainer(TitanTrainer):
         self.optimizers.step(found_inf=(~grad_norm.isfinite()).float())
         return self.optimizers.local_update_mean_squares() if has_mean_squares else {}
 
-    def _sum_over_ranks(self, loss: torch.Tensor, mean_squares: Mapping[str, torch.Tensor]) -> _RankSums:
-        """Sum loss, flags and update sizes; the only synchronization with the device in most steps."""
-        flags = loss.new_tensor([self.stop.requested, self.checkpointer.has_finished_write])
-        packed = torch.stack([value.double() for value in (loss, *flags, *mean_squares.values())])
+    def _flops(self, inputs: Mapping[str, torch.Tensor]) -> float:
+        """Count the FLOPs of a micro-batch of this rank, by the lengths of its documents."""
+        cu_seqlens = inputs.get("cu_seqlens")
+        if cu_seqlens is None:
+            return len(inputs["input"]) * float(self.document_flops[-1])
+        return float(self.document_flops[cu_seqlens.diff()].sum())
+
+    def _sum_over_ranks(
+        self, loss: torch.Tensor, flops: float, mean_squares: Mapping[str, torch.Tensor]
+    ) -> _RankSums:
+        """Sum loss, FLOPs, flags and update sizes; the only synchronization with the device in most steps."""
+        from_host = [flops, self.stop.requested, self.checkpointer.has_finished_write]
+        values = torch.tensor(from_host, dtype=torch.float64, device=loss.device)
+        packed = torch.stack([value.double() for value in (loss, *values, *mean_squares.values())])
         dist.all_reduce(packed)
-        total_loss, num_stop_requests, num_finished_writes, *squares = packed.tolist()
+        total_loss, total_flops, num_stop_requests, num_finished_writes, *squares = packed.tolist()
         by_group = dict(zip(mean_squares, squares, strict=True))
-        return _RankSums(total_loss, num_stop_requests, num_finished_writes, by_group)
+        return _RankSums(total_loss, total_flops, num_stop_requests, num_finished_writes, by_group)
 
     def _update_singular_values(self) -> dict[str, float]:
         # the main rank writes metrics.jsonl: the values are those of the matrices that it orthogonalizes
@@ -301,7 +316,7 @@ class Trainer(TitanTrainer):
             **result.metrics,
             **self.metrics_processor.progress(self.tokens),
             "skipped_documents": sum(self.dataloader.loader.skipped.values()),
-            **self.metrics_processor.throughput(),
+            **self.metrics_processor.throughput(result.metrics["step_flops"]),
         }
         self.metrics_processor.record(self.step, record)
         if self.step == 1 or self._is_due(self.config.metrics.console_every):

@@ -194,6 +194,11 @@ def _median(run: RunRecord, key: str) -> float | None:
     return statistics.median(found) if found else None
 
 
+def _counts_whole_rows(run: RunRecord) -> bool:
+    last = run.steps[-1]
+    return last.get("mfu_percent") is not None and "mfu_whole_rows_percent" not in last
+
+
 def _peak_memory(run: RunRecord) -> float | None:
     found = [s["peak_memory_gib"] for s in run.steps if s.get("peak_memory_gib") is not None]
     return max(found) if found else None
@@ -239,4 +244,7 @@ def cost_table(rows: Sequence[Row]) -> list[str]:
         "steps times ranks. They include the run that a branch started from, but not evaluations, "
         "checkpoints, and steps that were lost and repeated after a resume."
     )
+    old = [row.name for row in rows if any(map(_counts_whole_rows, row.runs))]
+    if old:
+        notes += f" MFU counts every row as one document in runs of an earlier version: {', '.join(old)}."
     return [notes, "", *_table(head, body)]

@@ -66,9 +66,13 @@ class ValueAverage(Attention):
             outputs.append(state["v"] / (lengths_B - num_tokens + index + 1)[:, None, None])
         return self.wo(torch.stack(outputs, 1).to(x_BTD.dtype).flatten(2))
 
-    def num_flops_per_token(self, seq_len: int) -> float:
-        """See Attention.num_flops_per_token: the projections only, since a running sum is not a product."""
+    def projection_flops_per_token(self) -> float:
+        """See Attention.projection_flops_per_token."""
         return 6.0 * sum(p.numel() for p in self.parameters())
+
+    def product_flops_per_token(self, seq_len: int) -> float:
+        """See Attention.product_flops_per_token: none, since a running sum is not a product."""
+        return 0.0
 
     def num_saved_elements_per_token(self) -> int:
         """See Attention: the means."""
@@ -130,7 +134,7 @@ class _RunningSumAttention(HeadProjections):
         """Count the FLOPs per token of chunked causal products: state updates and reads, scores in chunks."""
         size = self.size
         states = 2.0 * num_products * (size.num_heads + size.num_kv_heads) * size.head_dim**2
-        return states + self.product_flops_per_token(2 * num_products, min(seq_len, CHUNK_TOKENS), None)
+        return states + self.causal_flops_per_token(2 * num_products, min(seq_len, CHUNK_TOKENS), None)
 
     def num_saved_elements_per_token(self) -> int:
         """See Attention: also q, k, v in fp32 (two 16-bit elements each), q and k with one more column."""
@@ -176,9 +180,9 @@ class LinearAttention(_RunningSumAttention):
         attend = affine_output if self.is_affine else linear_output
         return attend(sums, counts_B, q_BHK * self.size.head_dim**-0.5)
 
-    def num_flops_per_token(self, seq_len: int) -> float:
-        """See Attention.num_flops_per_token: one causal product forward, two backward."""
-        return self.projection_flops_per_token() + self.causal_product_flops_per_token(3, seq_len)
+    def product_flops_per_token(self, seq_len: int) -> float:
+        """See Attention.product_flops_per_token: one causal product forward, two backward."""
+        return self.causal_product_flops_per_token(3, seq_len)
 
     def num_cache_elements(self, seq_len: int) -> int:
         """See Attention.num_cache_elements: the sum of v k^T; with an intercept also those of v and k."""
@@ -222,14 +226,14 @@ class AffineMesaNet(_RunningSumAttention):
         """See _RunningSumAttention.attend_sums."""
         return mesanet_output(sums, counts_B, q_BHK, self.config.ridge, self.config.num_iterations)
 
-    def num_flops_per_token(self, seq_len: int) -> float:
-        """See Attention.num_flops_per_token.
+    def product_flops_per_token(self, seq_len: int) -> float:
+        """See Attention.product_flops_per_token.
 
         One causal product for the output and one per iteration in either direction, as if no query converged
         early; two for the gradient of the output, two for that of the probe.
         """
         num_products = 2 * self.config.num_iterations + 5
-        return self.projection_flops_per_token() + self.causal_product_flops_per_token(num_products, seq_len)
+        return self.causal_product_flops_per_token(num_products, seq_len)
 
     def num_saved_elements_per_token(self) -> int:
         """See Attention: also the probe, in fp32."""

@@ -110,8 +110,12 @@ class Attention(nn.Module, ABC):
         raise UnsupportedError(f"{type(self).__name__} does not support decoding")
 
     @abstractmethod
-    def num_flops_per_token(self, seq_len: int) -> float:
-        """Count the training FLOPs per token, forward and backward, in documents of seq_len tokens.
+    def projection_flops_per_token(self) -> float:
+        """Count the training FLOPs per token of products with weights: 6 per weight, 2 of them forward."""
+
+    @abstractmethod
+    def product_flops_per_token(self, seq_len: int) -> float:
+        """Count the training FLOPs per token of the other products, in documents of seq_len tokens.
 
         Only matrix products count, two FLOPs per multiply-add, causal ones without their masked part;
         recomputation in the backward is not counted.
@@ -195,7 +199,7 @@ class HeadProjections(Attention):
         return q_BTHK, k_BTGK, self.split_heads(self.wv(x_BTD))
 
     def projection_flops_per_token(self) -> float:
-        """Count the training FLOPs per token of all projections: per weight 2 forward and 4 backward."""
+        """See Attention.projection_flops_per_token."""
         return 6.0 * sum(p.numel() for p in self.parameters() if p.ndim == 2)
 
     def num_saved_elements_per_token(self) -> int:
@@ -203,7 +207,7 @@ class HeadProjections(Attention):
         size = self.size
         return (3 * size.num_heads + 3 * size.num_kv_heads) * size.head_dim
 
-    def product_flops_per_token(self, num_products: int, seq_len: int, window_size: int | None) -> float:
+    def causal_flops_per_token(self, num_products: int, seq_len: int, window_size: int | None) -> float:
         """Count the FLOPs per token of num_products causal T x T x K products in every query head."""
         heads = self.size.num_heads * self.size.head_dim
         return 2.0 * num_products * heads * mean_visible_keys(seq_len, window_size)

@@ -84,7 +84,7 @@ class _DeltaNet(RecurrentAttention):
         return super().initial_value(name, shape, generator)
 
     def product_flops_per_token(self, seq_len: int) -> float:
-        """See RecurrentAttention.product_flops_per_token.
+        """See Attention.product_flops_per_token.
 
         Multiply-adds per head forward: 3 K V for the state's prediction, its update and its read, and
         3 K + 2 V per visible token of the chunk: k.k, q.k, the system's right-hand sides (K and V), the sum

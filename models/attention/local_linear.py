@@ -63,8 +63,8 @@ class LocalLinearAttention(KeyValueAttention):
             num_iterations=config.num_iterations if config.solver == "cg" else self.size.head_dim,
         )
 
-    def num_flops_per_token(self, seq_len: int) -> float:
-        """See Attention.num_flops_per_token.
+    def product_flops_per_token(self, seq_len: int) -> float:
+        """See Attention.product_flops_per_token.
 
         4 products forward (two scores, mean key, values) and 11 backward, 6 for the output and 5 for the
         probe; 2 per iteration in either direction, as if no query converged early, or K for the matrices of
@@ -72,9 +72,7 @@ class LocalLinearAttention(KeyValueAttention):
         """
         config = self.config
         num_products = 15 + (4 * config.num_iterations if config.solver == "cg" else self.size.head_dim)
-        return self.projection_flops_per_token() + self.product_flops_per_token(
-            num_products, seq_len, config.window_size
-        )
+        return self.causal_flops_per_token(num_products, seq_len, config.window_size)
 
     def num_saved_elements_per_token(self) -> int:
         """See Attention: q, k, v, the probe, o and vbar in fp32, counted as two 16-bit elements each."""

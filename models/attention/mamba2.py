@@ -83,7 +83,7 @@ class Mamba2(RecurrentAttention):
         return super().initial_value(name, shape, generator)
 
     def product_flops_per_token(self, seq_len: int) -> float:
-        """See RecurrentAttention.product_flops_per_token.
+        """See Attention.product_flops_per_token.
 
         Multiply-adds per head with a state of S x K forward: 2 S K for its update and its read, and S + K per
         visible token of the chunk, for the score and the sum of values. The kernels compute the scores in

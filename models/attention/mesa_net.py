@@ -74,7 +74,7 @@ class MesaNet(RecurrentAttention):
         return super().initial_value(name, shape, generator)
 
     def product_flops_per_token(self, seq_len: int) -> float:
-        """See RecurrentAttention.product_flops_per_token.
+        """See Attention.product_flops_per_token.
 
         Multiply-adds per head: a product with a state (K K) and a chunk (2 K per visible token) per iteration
         in either direction, as if no query converged early, and one for the output; two state updates. The

@@ -75,15 +75,13 @@ class ParallaxAttention(KeyValueAttention):
         """See KeyValueAttention.attend_cached."""
         return parallax_decode(q_BTHK, r_BTHK, state["k"], state["v"], cache_seqlens=num_keys_B)
 
-    def num_flops_per_token(self, seq_len: int) -> float:
-        """See Attention.num_flops_per_token.
+    def product_flops_per_token(self, seq_len: int) -> float:
+        """See Attention.product_flops_per_token.
 
         4 products forward (scores of q and r, two sums of values) and 6 backward: dO V^T, dV, dQ, dR and two
         for dK. The kernels compute them in every query head, even if query heads share a probe.
         """
-        return self.projection_flops_per_token() + self.product_flops_per_token(
-            10, seq_len, self.config.window_size
-        )
+        return self.causal_flops_per_token(10, seq_len, self.config.window_size)
 
     def num_saved_elements_per_token(self) -> int:
         """See Attention: those of HeadProjections, vbar, and those of the probe.

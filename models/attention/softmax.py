@@ -50,8 +50,6 @@ class SoftmaxAttention(KeyValueAttention):
         """See KeyValueAttention.attend_cached."""
         return parallax_decode(q_BTHK, None, state["k"], state["v"], cache_seqlens=num_keys_B)
 
-    def num_flops_per_token(self, seq_len: int) -> float:
-        """See Attention.num_flops_per_token: 2 products forward, 4 backward, without what is recomputed."""
-        return self.projection_flops_per_token() + self.product_flops_per_token(
-            6, seq_len, self.config.window_size
-        )
+    def product_flops_per_token(self, seq_len: int) -> float:
+        """See Attention.product_flops_per_token: 2 products forward, 4 backward."""
+        return self.causal_flops_per_token(6, seq_len, self.config.window_size)

@@ -211,6 +211,13 @@ def test_flops_of_softmax_and_parallax_by_hand() -> None:
     assert mean_visible_keys(10, 3) == pytest.approx((1 + 2 + 3 * 8) / 10)
 
 
+@pytest.mark.parametrize("attention", [SoftmaxConfig(window_size=7), ParallaxConfig(), GatedDeltaNetConfig()])
+def test_flops_of_documents_of_every_length(attention: AttentionConfig) -> None:
+    model = build(attention)
+    flops = model.document_flops(80)
+    assert flops.tolist() == [n * model.num_flops_per_token(n) if n else 0 for n in range(81)]
+
+
 def test_flops_and_cache_of_linear_variants_by_hand() -> None:
     length, width, heads, kv, head = 10, 48, 4 * 16, 2 * 16, 16
     pairs = sum(range(1, length + 1)) / length
@@ -218,7 +225,7 @@ def test_flops_and_cache_of_linear_variants_by_hand() -> None:
     def flops(attention: AttentionConfig) -> float:
         module = build(attention).layers[0].get_submodule("attention")
         assert isinstance(module, Attention)
-        return module.num_flops_per_token(length)
+        return module.projection_flops_per_token() + module.product_flops_per_token(length)
 
     projections = 6 * width * (2 * heads + 2 * kv)
     product = 2 * heads * pairs

@@ -91,7 +91,8 @@ def test_every_step_is_recorded_with_its_metrics(straight: dict[int, Path]) -> N
     for line in steps:
         assert line["tokens_per_second"] > 0
         assert 0 <= line["data_wait_percent"] <= 100
-        assert line["mfu_percent"] is None
+        assert line["mfu_percent"] is line["mfu_whole_rows_percent"] is None
+        assert 0 < line["step_flops"] <= line["flops"] / line["step"]
     # warm-up over 5 steps, decay over the last 5 of 20
     rates = [line["lr/hidden"] / 0.01 for line in steps]
     assert rates[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
@@ -104,6 +105,12 @@ def test_every_step_is_recorded_with_its_metrics(straight: dict[int, Path]) -> N
         assert line["validation_perplexity"] == pytest.approx(math.exp(line["validation_loss"]))
     assert held_out[1]["validation_loss"] < held_out[0]["validation_loss"] - 0.5
     assert (straight[2] / "config.toml").exists()
+
+
+def test_flops_by_documents_are_equal_on_one_and_two_ranks(straight: dict[int, Path]) -> None:
+    one, two = ([line["step_flops"] for line in records(straight[n]) if "loss" in line] for n in (1, 2))
+    assert one == two
+    assert min(one) < max(one)
 
 
 def test_update_sizes_are_recorded_every_ten_steps_and_equal_on_one_and_two_ranks(

@@ -175,10 +175,6 @@ class RecurrentAttention(Attention):
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every state of one sequence by name; a convolution's is conv_state_shape."""
 
-    @abstractmethod
-    def product_flops_per_token(self, seq_len: int) -> float:
-        """Count the training FLOPs per token of the recurrence, as num_flops_per_token counts them."""
-
     def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor | None:
         """See Attention.initial_value.
 
@@ -212,10 +208,9 @@ class RecurrentAttention(Attention):
         """See Attention.extend."""
         return self.mix(x_BTD, StepScan(state))
 
-    def num_flops_per_token(self, seq_len: int) -> float:
-        """See Attention.num_flops_per_token: the projections and the recurrence."""
-        linear = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
-        return 6.0 * linear + self.product_flops_per_token(seq_len)
+    def projection_flops_per_token(self) -> float:
+        """See Attention.projection_flops_per_token."""
+        return 6.0 * sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
 
     def num_cache_elements(self, seq_len: int) -> int:
         """See Attention.num_cache_elements: states and inputs of the convolutions, independent of seq_len."""

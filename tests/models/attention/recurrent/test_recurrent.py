@@ -296,7 +296,8 @@ def test_flops_by_hand() -> None:
         module = build(attention).layers[0].get_submodule("attention")
         assert isinstance(module, Attention)
         linear = sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
-        return module.num_flops_per_token(length) - 6 * linear
+        assert module.projection_flops_per_token() == 6 * linear
+        return module.product_flops_per_token(length)
 
     by_value = {1: 3 * width * width + seen * 5 * width, 2: 3 * width * 16 + seen * (3 * width + 2 * 16)}
     assert flops(GatedDeltaNetConfig()) == pytest.approx(6 * heads * by_value[2])
