@@ -31,6 +31,7 @@ from data.sources.shard_format import (
     read_manifest,
     shard_folder,
 )
+from data.tokenizer_content import describe_other_tokenizer, is_older_fingerprint, same_tokenizer
 from errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -185,11 +186,18 @@ class ShardDocuments:
         self._folder = Path(source.folder)
         settings = read_manifest(self._folder).settings
         fingerprint = settings["tokenizer"]["fingerprint"]
-        if fingerprint != tokenizer_fingerprint:
+        if not same_tokenizer(fingerprint, tokenizer_fingerprint):
+            reason = describe_other_tokenizer(fingerprint, tokenizer_fingerprint)
             raise UserError(
                 f"{self._folder} was prepared with tokenizer {settings['tokenizer']['name']} (fingerprint "
-                f"{fingerprint}), but this run's has fingerprint {tokenizer_fingerprint}: set data.tokenizer "
-                "to that one, or prepare the shards again"
+                f"{fingerprint}), but this run's has fingerprint {tokenizer_fingerprint}: {reason}; set "
+                "data.tokenizer to that one, or prepare the shards again"
+            )
+        if is_older_fingerprint(fingerprint) and log_skipped:
+            logger.warning(
+                "%s was prepared by an earlier version: only the vocabulary of its tokenizer was compared, "
+                "and text that spells an added token has its id there; prepare the shards again to be sure",
+                self._folder,
             )
         self._splits: list[ShardSplit] = [each for each in SPLITS if split in ("all", each)]
         self._readers = [SplitReader(self._folder, each) for each in self._splits]

@@ -164,9 +164,12 @@ def test_a_complete_folder_is_not_touched_and_other_settings_are_rejected(
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")}
     _prepare(tmp_path, list_source(FILES), byte_tokenizer, num_processes=0)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")} == before
+    lowercase = train_byte_level_bpe([], 257)
+    lowercase.normalizer = tokenizers.normalizers.Lowercase()
     for source, tokenizer, options, named in (
         (list_source(FILES[:1]), byte_tokenizer, {}, "source was"),
         (list_source(FILES), Tokenizer(_backend("a"), name="other"), {}, "tokenizer was .* and other"),
+        (list_source(FILES), Tokenizer(lowercase), {}, "tokenizer was"),
         (list_source(FILES), byte_tokenizer, {"shard_tokens": 800}, "shard_tokens was 700 and is 800"),
         (list_source(FILES), byte_tokenizer, {"max_tokens": 800}, "max_tokens was None and is 800"),
     ):
