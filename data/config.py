@@ -39,7 +39,8 @@ class ColumnOptions(TextOptions):
     """Columns (or JSON keys) of a source, and the filter by quality score.
 
     Attributes:
-        text_column: The column of the text.
+        text_column: The column of the text; "data.text" is the field text of the column data, unless a column
+            has that name.
         score_column: The column of the quality score; read only if `min_score` is set.
         min_score: Skip rows with a lower score; None for no limit. Scores of any type are converted to float.
     """
@@ -79,12 +80,15 @@ class ParquetSource(ColumnOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class JsonlSource(ColumnOptions):
-    """Local files of JSON objects, one document per line; .gz, .bz2 and .zst are decompressed while reading.
+    """Local files of JSON objects, one document per line; gzip, bzip2, Zstandard, LZ4 and xz are read too.
+
+    Compression is told by a file's first bytes, not by its name.
 
     Attributes:
         kind: Always "jsonl".
         files: Paths or globs, relative to the working directory, in this order; a glob's matches are sorted.
-        text_column: The key of the text.
+        text_column: The key of the text; "data.text" is the key text of the object at data, unless a key has
+            that name.
     """
 
     kind: Literal["jsonl"] = "jsonl"

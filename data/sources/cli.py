@@ -1,19 +1,22 @@
 """Command-line options that describe a source of text, for commands that run without a config."""
 
 import argparse
+import re
 
 from data.config import HubSource, JsonlSource, ParquetSource, TextSource
 from data.ultra_fineweb import REPOSITORY, REVISION
 from errors import UserError
 
-_JSONL_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".jsonl.bz2")
+_JSONL_NAME = re.compile(r".*\.(jsonl|json|ndjson)(\.(gz|bz2|zst|zstd|lz4|xz))?", re.DOTALL)
 
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of a source of text to a parser."""
     group = parser.add_argument_group("source (one of the first four)")
     kinds = group.add_mutually_exclusive_group(required=True)
-    kinds.add_argument("--files", nargs="+", metavar="GLOB", help="local .parquet or .jsonl[.gz|.zst] files")
+    kinds.add_argument(
+        "--files", nargs="+", metavar="GLOB", help="local .parquet or .jsonl[.gz|.zst|..] files"
+    )
     kinds.add_argument("--folder", help="a folder of text files, one document per file")
     kinds.add_argument("--parts", help='parts of Ultra-FineWeb on the hub, such as "1-20" or "1-4,9"')
     kinds.add_argument(
@@ -26,7 +29,9 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--repository", default=REPOSITORY, help="dataset on the hub (default %(default)s)")
     group.add_argument("--revision", default=REVISION, help="its commit (default: one of Ultra-FineWeb)")
     group = parser.add_argument_group("columns and filters")
-    group.add_argument("--text-column", help='column or key (default "content", for JSONL "text")')
+    group.add_argument(
+        "--text-column", help='column or key, as text or data.text (default "content", for JSONL "text")'
+    )
     group.add_argument("--score-column", help='column or key of the quality score (default "score")')
     group.add_argument("--min-score", type=float, help="skip rows with a lower score")
     group.add_argument("--min-characters", type=int, help="skip shorter documents")
@@ -59,9 +64,11 @@ def source_from(options: argparse.Namespace) -> ParquetSource | JsonlSource | Te
         return HubSource(**repository, **files, **limits, **columns)
     if all(name.endswith(".parquet") for name in options.files):
         return ParquetSource(files=options.files, **limits, **columns)
-    if all(name.endswith(_JSONL_SUFFIXES) for name in options.files):
+    if all(_JSONL_NAME.fullmatch(name) for name in options.files):
         return JsonlSource(files=options.files, **limits, **columns)
-    raise UserError(f"--files is {options.files}: want all of them .parquet, or all of them .jsonl[.gz|.zst]")
+    raise UserError(
+        f"--files is {options.files}: want all of them .parquet, or all of them .jsonl[.gz|.zst|..]"
+    )
 
 
 def _given(options: argparse.Namespace, *names: str) -> dict:

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import lzma
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import pyarrow as pa
 
-from data.config import Split, TextOptions
+from data.config import ColumnOptions, Split, TextOptions
 from data.permutation import Permutation
 from data.sources.base import Position, Row
 from data.sources.filters import DEFECTS, Filter
@@ -180,9 +181,13 @@ class FileDocuments:
             is_whole_epoch = (first_file, row, taken) == (0, 0, 0)
             for index in range(first_file, len(self.files)):
                 self._prefetch_next(epoch, index, repeat)
+                in_file: Counter[str | None] = Counter()
                 for each in self._read_file(epoch, index, row, taken):
-                    counts[each.skipped] += 1
+                    in_file[each.skipped] += 1
                     yield each
+                if (row, taken) == (0, 0):
+                    self._judge_file(self._file(epoch, index), in_file)
+                counts += in_file
                 row = taken = 0
             self._end_epoch(epoch, counts, is_whole_epoch)
             if not repeat:
@@ -238,20 +243,37 @@ class FileDocuments:
         text, reason = self._filter.apply(raw.value, raw.score)
         return Row(after._asdict(), text=text, skipped=reason)
 
+    def _judge_file(self, file: DocumentFile, counts: Counter[str | None]) -> None:
+        """Raise or log if a file has rows, and none is a document: it has other columns or another format.
+
+        Rows that the config leaves out, by length or split, are documents. A text file is one row, which is
+        judged as a row.
+        """
+        has_columns = isinstance(self._options, ColumnOptions)
+        if not has_columns or not counts or any(reason not in DEFECTS for reason in counts):
+            return
+        if self._options.on_damaged_file == "stop":
+            raise UserError(self._no_document(str(file), counts, ' or set on_damaged_file to "skip"'))
+        if self._log_skipped:
+            logger.warning("%s holds no document: its %d rows were skipped", file, counts.total())
+
+    def _no_document(self, name: str, counts: Counter[str | None], remedy: str) -> str:
+        column = getattr(self._options, "text_column", None)
+        column_hint = "" if column is None else f"; text_column is {column!r}"
+        return (
+            f"{name} holds no document (rows skipped: {_listed(counts)}{column_hint}): name other files or "
+            f"another column,{remedy}"
+        )
+
     def _end_epoch(self, epoch: int, counts: Counter[str | None], is_whole_epoch: bool) -> None:
         """Log the skipped rows of an epoch, and raise if a whole one has no document."""
         num_documents = counts.pop(None, 0)
-        listed = ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "none"
         if is_whole_epoch and not num_documents:
-            column = getattr(self._options, "text_column", None)
-            column_hint = "" if column is None else f"; text_column is {column!r}"
-            raise UserError(
-                f"{self} holds no document (rows skipped: {listed}{column_hint}): name other files or "
-                "another column, or relax the filters"
-            )
+            raise UserError(self._no_document(str(self), counts, " or relax the filters"))
         if self._log_skipped and any(counts[reason] for reason in DEFECTS):
+            skipped = _listed(counts)
             logger.warning(
-                "epoch %d of %s: %d documents, rows skipped: %s", epoch, self, num_documents, listed
+                "epoch %d of %s: %d documents, rows skipped: %s", epoch, self, num_documents, skipped
             )
 
 
@@ -268,7 +290,7 @@ def convert_read_errors(name: Path | str) -> Iterator[None]:
     """
     try:
         yield
-    except (pa.ArrowException, OSError, EOFError) as error:
+    except (pa.ArrowException, OSError, EOFError, lzma.LZMAError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         # an error of the operating system has an errno, a decoder's OSError has none
         if isinstance(error, OSError) and error.errno:
@@ -277,6 +299,10 @@ def convert_read_errors(name: Path | str) -> Iterator[None]:
             f"cannot read {name} ({reason}): the file is damaged; download or write it again, or set "
             'on_damaged_file to "skip"'
         ) from error
+
+
+def _listed(counts: Counter[str | None]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items(), key=str)) or "none"
 
 
 def _position_after(epoch: int, index: int, raw: RawRow) -> FilePosition:

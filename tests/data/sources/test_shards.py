@@ -209,9 +209,7 @@ def test_shards_of_another_tokenizer_are_rejected(shards: Path) -> None:
         _open(shards, other)
     backend = train_byte_level_bpe([], 257)
     backend.normalizer = tokenizers.normalizers.Lowercase()
-    with pytest.raises(
-        ValueError, match=r"the vocabulary is the same, but normalizer, .*set data\.tokenizer"
-    ):
+    with pytest.raises(ValueError, match=r"the vocabulary is the same, but normalizer, .*data\.tokenizer"):
         _open(shards, Tokenizer(backend))
 
 
@@ -227,9 +225,7 @@ def test_shards_of_an_earlier_version_open_with_a_warning(
             text.replace(byte_tokenizer.fingerprint, byte_tokenizer.fingerprint[:16])
         )
     _open(tmp_path, byte_tokenizer)
-    assert (
-        "was prepared by an earlier version: only the vocabulary of its tokenizer was compared" in caplog.text
-    )
+    assert "was prepared by an earlier version: only the vocabulary of its tokenizer was" in caplog.text
     with pytest.raises(ValueError, match=r"was prepared with tokenizer .*set data\.tokenizer"):
         _open(tmp_path, Tokenizer(train_byte_level_bpe(["abab"], 258)))
 
