@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data.fingerprint import describe_changes, is_older, parts_of
 from data.shards.encode import Encode, EncodedDocument, encoder
 from data.shards.writer import ShardWriter, write_manifest
 from data.sources.base import Position, Row, batches
@@ -264,7 +265,7 @@ def _settings(
     """Return the content of prepare.json, which determines every byte of the shards."""
     return {
         "format": FORMAT,
-        "source": {**(description or {}), "fingerprint": source.fingerprint},
+        "source": {**(description or {}), "fingerprint": parts_of(source.fingerprint)},
         "tokenizer": {
             "name": tokenizer.name,
             "fingerprint": tokenizer.fingerprint,
@@ -285,12 +286,20 @@ def _start(folder: Path, settings: dict[str, Any]) -> None:
     saved_settings = read_json(path)
     saved, now = _compared(saved_settings), _compared(settings)
     names = [each.get("tokenizer", {}).get("name") for each in (saved_settings, settings)]
-    differences = [
-        f"{key} was {saved.get(key)!r} and is {now[key]!r}"
-        + (f", the fingerprints of {names[0]} and {names[1]}" if key == "tokenizer" else "")
-        for key in now
-        if saved.get(key) != now[key]
-    ]
+    differences = []
+    for key in now:
+        if saved.get(key) == now[key]:
+            continue
+        differences.append(f"{key} was {saved.get(key)!r} and is {now[key]!r}")
+        if key == "tokenizer":
+            differences[-1] += f", the fingerprints of {names[0]} and {names[1]}"
+        elif key == "source":
+            differences[-1] = f"source was another: {', '.join(describe_changes(saved[key], now[key]))}"
+    if is_older(saved["source"], now["source"]):
+        raise UserError(
+            f"{folder} was prepared by an earlier version, which knew the source by less than its content: a "
+            "complete folder can be read as it is, but not be continued; prepare into another folder"
+        )
     if differences:
         raise UserError(
             f"{folder} was prepared with other settings ({'; '.join(differences)}): restore them, or prepare "

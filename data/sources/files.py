@@ -8,12 +8,12 @@ else is kept.
 """
 
 import contextlib
-import hashlib
-import json
+import functools
 import logging
 import lzma
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from data.config import ColumnOptions, Split, TextOptions
+from data.fingerprint import fingerprint_files, join_parts
 from data.permutation import Permutation
 from data.sources.base import Position, Row
 from data.sources.filters import DEFECTS, Filter
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 BLOCK_ROWS = 8192
 BLOCK_CHARACTERS = 1 << 26
+
+_IDENTIFY_THREADS = 16
 
 # left out of the fingerprint: files count by their identity, and a damaged file's rows keep their positions
 _NOT_FINGERPRINTED = ("files", "folder", "on_damaged_file")
@@ -60,11 +63,15 @@ class DocumentFile(Protocol):
 
     @property
     def identity(self) -> list[Any]:
-        """Plain JSON that distinguishes this file from others, independent of the dataset's location."""
+        """Plain JSON: the file's name, then what else distinguishes it from others, whatever their folder.
+
+        Raises:
+            UserError: The file cannot be read.
+        """
         ...
 
     def check(self) -> None:
-        """Check what can be checked without reading the rows, and read what `identity` needs.
+        """Check what can be checked without reading the rows.
 
         Raises:
             DamagedFileError: The file is damaged.
@@ -156,14 +163,16 @@ class FileDocuments:
     def __str__(self) -> str:
         return self._description
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
-        """Hash of the files (not of their folders: a dataset may move), the filters and the order."""
+        """The files (not their folders: a dataset may move) by their content, the filters and the order."""
         options = {
             name: value for name, value in vars(self._options).items() if name not in _NOT_FINGERPRINTED
         }
-        parts = [options, self._filter.split, self._shuffle_seed, [file.identity for file in self.files]]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+        with ThreadPoolExecutor(_IDENTIFY_THREADS) as pool:
+            identities = list(pool.map(lambda file: file.identity, self.files))
+        order = {"split": self._filter.split, "shuffle_seed": self._shuffle_seed}
+        return join_parts({**options, **order, **fingerprint_files(identities)})
 
     def read(self, position: Position | None = None, *, repeat: bool) -> Iterator[Row]:
         """Yield rows in order from a position.
@@ -302,7 +311,7 @@ def convert_read_errors(name: Path | str) -> Iterator[None]:
 
 
 def _listed(counts: Counter[str | None]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items(), key=str)) or "none"
+    return ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "none"
 
 
 def _position_after(epoch: int, index: int, raw: RawRow) -> FilePosition:

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from data.config import ColumnOptions
+from data.sources.content import content_hash
 from data.sources.files import RawRow, convert_read_errors
 
 _MAX_LINE_BYTES = 1 << 28
@@ -42,8 +43,9 @@ class JsonlDocumentFile:
 
     @property
     def identity(self) -> list[Any]:
-        """The file's name and its size in bytes."""
-        return [self.path.name, self._num_bytes]
+        """The file's name and a hash of its content."""
+        with convert_read_errors(self.path):
+            return [self.path.name, content_hash(self.path)]
 
     def check(self) -> None:
         """Read the file's size.

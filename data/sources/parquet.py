@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data.config import ColumnOptions
+from data.sources.content import content_hash
 from data.sources.files import RawRow, convert_read_errors
 from errors import UserError
 
@@ -43,8 +44,9 @@ class ParquetDocumentFile:
 
     @property
     def identity(self) -> list[Any]:
-        """The file's name and its number of rows, None if it is damaged."""
-        return [self.path.name, self.num_rows]
+        """The file's name and a hash of its content."""
+        with convert_read_errors(self.path):
+            return [self.path.name, content_hash(self.path)]
 
     def check(self) -> None:
         """Read the footer.
