@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data.config import ColumnOptions
@@ -107,7 +106,10 @@ class ParquetDocumentFile:
         path = _column_path(batch.schema, column, self.path)
         assert path is not None
         first, *rest = path
-        return pc.struct_field(batch.column(first), rest) if rest else batch.column(first)
+        values = batch.column(first)
+        for name in rest:
+            values = values.flatten()[values.type.get_field_index(name)]
+        return values
 
     def _batches(self, parquet: pq.ParquetFile, first: int) -> Iterator[tuple[pa.RecordBatch, int]]:
         """Yield batches from a row, each with the index of its first row."""

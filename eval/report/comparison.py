@@ -175,9 +175,9 @@ def _origin(run: RunRecord, key: str) -> str:
 
 def _tokenizers(a: RunRecord, b: RunRecord) -> str | None:
     """Compare tokenizers: by fingerprint where both runs recorded one, else by path; None if equal."""
-    fingerprints = [run.steps[-1].get("tokenizer_fingerprint") for run in (a, b)]
+    fingerprints = one, other = [run.steps[-1].get("tokenizer_fingerprint") for run in (a, b)]
     paths = [run.config.get("data.tokenizer") for run in (a, b)]
-    if paths[0] == paths[1] if None in fingerprints else same_tokenizer(*fingerprints):
+    if paths[0] == paths[1] if one is None or other is None else same_tokenizer(one, other):
         return None
     first, second = (f"{p!r} ({f or 'not recorded'})" for p, f in zip(paths, fingerprints, strict=True))
     return f"data.tokenizer is {first} in {a.folder.name} and {second} in {b.folder.name}"
