@@ -2,6 +2,7 @@
 
     python -m data.shards prepare --parts 1-4 --tokenizer Qwen/Qwen3-0.6B-Base --out .cache/ultra_fineweb
     python -m data.shards verify .cache/ultra_fineweb
+    python -m data.shards verify --sources .cache/own_text
     python -m data.shards info .cache/ultra_fineweb
 
 `prepare` may be stopped or killed at any time; the same command resumes it.
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from data.config import HubSource
 from data.shards.encode import num_cores
 from data.shards.prepare import PrepareOptions, Progress, prepare
+from data.shards.source_files import verify_sources
 from data.shards.verify import length_histogram, verify
 from data.sources.cli import add_source_arguments, source_from
 from data.sources.files import FileDocuments
@@ -111,6 +113,12 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text)
         command.set_defaults(run=run)
         command.add_argument("folder", type=Path, help="a prepared folder")
+        if run is _verify:
+            command.add_argument(
+                "--sources",
+                action="store_true",
+                help="check the local files that it was prepared from too",
+            )
     return parser
 
 
@@ -155,6 +163,18 @@ def _verify(options: argparse.Namespace) -> int:
         return 1
     _print(options.folder, read_manifest(options.folder))
     print("  all hashes and counts match")
+    return _verify_sources(options.folder) if options.sources else 0
+
+
+def _verify_sources(folder: Path) -> int:
+    found = [problem for _, problem in verify_sources(folder)]
+    problems = [problem for problem in found if problem is not None]
+    for problem in problems:
+        print(problem)
+    if problems:
+        print(f"{len(problems)} of {len(found)} source files have changed since {folder} was prepared")
+        return 1
+    print(f"  all {len(found)} source files match their hashes")
     return 0
 
 

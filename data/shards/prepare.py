@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from data.fingerprint import describe_changes, is_older, parts_of
 from data.shards.encode import Encode, EncodedDocument, encoder
+from data.shards.source_files import hash_sources
 from data.shards.writer import ShardWriter, write_manifest
 from data.sources.base import Position, Row, batches
 from data.sources.files import FileDocuments
@@ -133,7 +134,8 @@ def prepare(
                 preparation.run()
         finally:
             _remove_partial(folder)  # an interrupt may come before a writer can clean up
-        return write_manifest(folder, preparation.num_shards, settings)
+        sources = hash_sources(source, preparation.num_files)
+        return write_manifest(folder, preparation.num_shards, settings, sources)
 
 
 class _Preparation:
@@ -156,6 +158,13 @@ class _Preparation:
         self._num_tokens = self._num_documents = 0
         self._is_done = False
         self.num_shards = 0
+
+    @property
+    def num_files(self) -> int:
+        """Number of files of the source that were read, at least in part."""
+        if self._options.max_tokens is None or self._position is None:
+            return len(self._source.files)
+        return self._position["file"] + 1
 
     def run(self) -> None:
         """Write every missing shard."""
@@ -281,9 +290,12 @@ def _settings(
 def _start(folder: Path, settings: dict[str, Any]) -> None:
     """Write the settings, or check those of an earlier run, and delete incomplete shards."""
     path = folder / SETTINGS_FILE
-    if not path.exists():
-        write_json(path, settings)
-    saved_settings = read_json(path)
+    if path.exists():
+        saved_settings = read_json(path)
+    elif (folder / MANIFEST_FILE).exists():
+        saved_settings = read_manifest(folder).settings
+    else:
+        saved_settings = settings
     saved, now = _compared(saved_settings), _compared(settings)
     names = [each.get("tokenizer", {}).get("name") for each in (saved_settings, settings)]
     differences = []
@@ -305,6 +317,8 @@ def _start(folder: Path, settings: dict[str, Any]) -> None:
             f"{folder} was prepared with other settings ({'; '.join(differences)}): restore them, or prepare "
             "into another folder"
         )
+    if not path.exists():
+        write_json(path, saved_settings)
     _remove_partial(folder)
     for path in (folder / SHARDS_FOLDER).glob("*"):
         if path.name.isdigit() and not _is_complete(folder, int(path.name)):

@@ -169,10 +169,8 @@ class FileDocuments:
         options = {
             name: value for name, value in vars(self._options).items() if name not in _NOT_FINGERPRINTED
         }
-        with ThreadPoolExecutor(_IDENTIFY_THREADS) as pool:
-            identities = list(pool.map(lambda file: file.identity, self.files))
         order = {"split": self._filter.split, "shuffle_seed": self._shuffle_seed}
-        return join_parts({**options, **order, **fingerprint_files(identities)})
+        return join_parts({**options, **order, **identify(self.files)})
 
     def read(self, position: Position | None = None, *, repeat: bool) -> Iterator[Row]:
         """Yield rows in order from a position.
@@ -284,6 +282,19 @@ class FileDocuments:
             logger.warning(
                 "epoch %d of %s: %d documents, rows skipped: %s", epoch, self, num_documents, skipped
             )
+
+
+def identify(files: Sequence[DocumentFile]) -> dict[str, Any]:
+    """Identify files by their content and order, as `data.fingerprint.fingerprint_files` describes it.
+
+    Args:
+        files: The files.
+
+    Raises:
+        UserError: A file cannot be read.
+    """
+    with ThreadPoolExecutor(_IDENTIFY_THREADS) as pool:
+        return fingerprint_files(list(pool.map(lambda file: file.identity, files)))
 
 
 @contextlib.contextmanager

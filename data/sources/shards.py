@@ -92,7 +92,8 @@ class SplitReader:
         ]
         # index of each shard's first token, then the total number of tokens
         self._firsts = [0, *accumulate(shard[split].tokens for shard in manifest.shards)]
-        self._index = _map_index(index_file(folder, split), self.num_documents)
+        self._index_path = index_file(folder, split)
+        self._index = _map_index(self._index_path, self.num_documents)
         self._descriptors: OrderedDict[int, int] = OrderedDict()
 
     def __del__(self) -> None:
@@ -117,8 +118,16 @@ class SplitReader:
 
         Args:
             number: The document's number in stored order, from 0.
+
+        Raises:
+            UserError: The index is damaged; names it.
         """
         (start, crc32), (stop, _) = self._index[number : number + 2].tolist()
+        if not start < stop <= self._firsts[-1]:
+            raise UserError(
+                f"{self._index_path} is damaged: document {number} has tokens {start} to {stop - 1} of "
+                f"{self._firsts[-1]}; {_remedy(self._index_path)}"
+            )
         return LazyTokens(self, start, stop - start, crc32)
 
     def read(self, start: int, length: int, crc32: int) -> np.ndarray:
@@ -270,13 +279,14 @@ class ShardDocuments:
             if number < reader.num_documents:
                 break
             number -= reader.num_documents
-        tokens = reader.document(number)
-        if self._skip_damaged:
+        if not self._skip_damaged:
+            return reader.document(number), None
+        try:
+            tokens = reader.document(number)
             # every rank must read every document, since a skipped one shifts all that follow
-            try:
-                _ = tokens[:]
-            except UserError as error:
-                return None, error
+            _ = tokens[:]
+        except UserError as error:
+            return None, error
         return tokens, None
 
 

@@ -1,6 +1,9 @@
 """Preparing shards: what is written, resuming after any interrupt, and finding damage."""
 
+import hashlib
 import itertools
+import json
+import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,17 +15,19 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.config import ShardsSource, TextOptions
+from data.config import JsonlSource, ShardsSource, TextOptions
 from data.shards import __main__ as shards
 from data.shards.prepare import PrepareOptions, Progress, prepare
+from data.shards.source_files import verify_sources
 from data.shards.verify import length_histogram
 from data.sources.files import FileDocuments
-from data.sources.shard_format import read_manifest, read_shard, shard_folder
+from data.sources.open import open_text
+from data.sources.shard_format import INDEX, read_manifest, read_shard, shard_folder
 from data.sources.shards import ShardDocuments
 from data.sources.split import is_held_out
 from data.tokenizer import Tokenizer
 from data.train_tokenizer import train_byte_level_bpe
-from errors import run_command
+from errors import UserError, run_command
 from tests.data.shards.folders import bytes_of, problems_of
 
 FILES: list[list[object]] = [
@@ -249,6 +254,17 @@ DAMAGE: list[tuple[str, Callable[[bytes], bytes], str]] = [
         "shard.json does not match",
     ),
     ("train.index", lambda data: data[:30] + b"\7" + data[31:], "SHA-256"),
+    (
+        "prepare.json",
+        lambda data: data.replace(b'"vocab_size": 257', b'"vocab_size": 258'),
+        "other settings: tokenizer.vocab_size was 258 and is 257",
+    ),
+    ("prepare.json", lambda data: data[:-20], "cannot read"),
+    (
+        "manifest.json",
+        lambda data: data.replace(b'"not_text": 1', b'"not_text": 2'),
+        "counts of skipped rows do not match",
+    ),
 ]
 
 
@@ -270,7 +286,7 @@ def test_verify_names_the_file_that_is_damaged_and_what_to_delete(
     assert shards.main(["verify", str(tmp_path)]) == 1
     printed = "".join(capsys.readouterr())
     assert message in printed
-    assert str(path if message == "SHA-256" else path.parent) in printed
+    assert str(path if message == "SHA-256" or name == "prepare.json" else path.parent) in printed
     named = printed.split("delete these, and run the same `prepare` again\n", 1)[1].split()
     assert set(named) >= {str(path.parent if name.startswith("shards/") else path)}
     for each in map(Path, named):
@@ -328,3 +344,105 @@ def test_the_command_line_ends_a_user_error_in_one_line(
     assert "correct the folder" in capsys.readouterr().err
     words = ["--files", str(tmp_path / "a.jsonl"), "--text-column", "body", "--out", str(tmp_path / "good")]
     assert shards.main([*start, *words]) == 0
+
+
+def _prepare_files(paths: list[Path], tokenizer: Tokenizer, folder: Path, **options: Any) -> Path:
+    source = open_text(JsonlSource(files=[str(path) for path in paths]))
+    prepare(folder, source, tokenizer, PrepareOptions(**options), description={"kind": "jsonl"})
+    return folder
+
+
+def _jsonl(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def test_the_hashes_of_the_source_files_are_in_the_manifest_and_verified(
+    byte_tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [_jsonl(tmp_path / f"{name}.jsonl", [f"{name} {text}" for text in TEXTS]) for name in "abc"]
+    out = _prepare_files(paths, byte_tokenizer, tmp_path / "out")
+    sources = read_manifest(out).sources
+    assert {path: each.sha256 for path, each in sources.items()} == {
+        str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths
+    }
+    assert shards.main(["verify", str(out), "--sources"]) == 0
+    assert "all 3 source files match their hashes" in capsys.readouterr().out
+    # not in a block of a large file
+    paths[1].write_bytes(paths[1].read_bytes().replace(b"document 7 ", b"DOCUMENT 7 "))
+    paths[2].unlink()
+    assert shards.main(["verify", str(out)]) == 0
+    assert shards.main(["verify", str(out), "--sources"]) == 1
+    printed = capsys.readouterr().out
+    assert f"{paths[1]}: its SHA-256 does not match" in printed
+    assert f"cannot read {paths[2]}" in printed
+    assert "2 of 3 source files have changed" in printed
+
+
+def test_only_the_files_that_were_read_are_hashed(
+    list_source: Any, byte_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    paths = [_jsonl(tmp_path / f"{name}.jsonl", [f"{name} {text}" for text in TEXTS]) for name in "abc"]
+    some = _prepare_files(paths, byte_tokenizer, tmp_path / "some", max_tokens=50)
+    assert [*read_manifest(some).sources] == [str(paths[0])]
+    _prepare(tmp_path / "none", list_source(FILES), byte_tokenizer)
+    with pytest.raises(ValueError, match="has no hash of a source file"):
+        next(verify_sources(tmp_path / "none"))
+
+
+def test_a_file_that_changes_while_it_is_tokenized_is_named(
+    byte_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    path = _jsonl(tmp_path / "a.jsonl", TEXTS)
+    source = open_text(JsonlSource(files=[str(path)]))
+    with pytest.raises(ValueError, match=r"a\.jsonl changed while it was tokenized"):
+        prepare(
+            tmp_path / "out",
+            source,
+            byte_tokenizer,
+            PrepareOptions(),
+            report=lambda progress: _jsonl(path, TEXTS[::-1]) and None,
+        )
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_lost_prepare_json_is_restored_for_the_same_settings_alone(
+    list_source: Any, byte_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    _prepare(tmp_path, list_source(FILES), byte_tokenizer)
+    before = bytes_of(tmp_path)
+    (tmp_path / "prepare.json").unlink()
+    with pytest.raises(ValueError, match="shard_tokens was 700 and is 800"):
+        _prepare(tmp_path, list_source(FILES), byte_tokenizer, shard_tokens=800)
+    _prepare(tmp_path, list_source(FILES), byte_tokenizer)
+    assert bytes_of(tmp_path) == before
+    table = json.loads((tmp_path / "prepare.json").read_text())
+    table["source"]["fingerprint"] = "0123456789abcdef"
+    (tmp_path / "prepare.json").write_text(json.dumps(table))
+    with pytest.raises(ValueError, match="was prepared by an earlier version"):
+        _prepare(tmp_path, list_source(FILES), byte_tokenizer)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_wild_start_in_an_index_is_an_error_that_names_it(
+    list_source: Any, byte_tokenizer: Tokenizer, tmp_path: Path, seed: int
+) -> None:
+    draw = random.Random(seed)
+    _prepare(tmp_path, list_source(FILES), byte_tokenizer)
+    path = tmp_path / "train.index"
+    index = np.fromfile(path, dtype=INDEX)
+    number = draw.randrange(len(index))
+    index["start"][number] = draw.choice([0, 1 << 40, 1 << 63, (1 << 64) - 1, draw.randrange(1 << 64)])
+    if number == 0:
+        index["start"][0] = 1 << 40
+    path.write_bytes(index.tobytes())
+    settings: Any = {"tokenizer_fingerprint": byte_tokenizer.fingerprint, "split": "train"}
+    source = ShardDocuments(ShardsSource(folder=str(tmp_path)), **settings)
+    with pytest.raises(UserError, match=r"train\.index is damaged|is damaged in tokens"):
+        _ = [row.tokens[:] for row in source.read(repeat=False) if row.tokens is not None]
+    with pytest.raises(UserError, match=r"train\.index is damaged"):
+        length_histogram(tmp_path, "train")
+    tolerant = ShardDocuments(ShardsSource(folder=str(tmp_path), on_damaged_file="skip"), **settings)
+    skipped = [row.skipped for row in tolerant.read(repeat=False)]
+    assert 1 <= skipped.count("damaged_document") <= 2
+    assert any("train.index" in problem for problem in problems_of(tmp_path))
