@@ -1,6 +1,5 @@
 """Preparing shards: what is written, resuming after any interrupt, and finding damage."""
 
-import hashlib
 import itertools
 import json
 import random
@@ -15,13 +14,11 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.config import JsonlSource, ShardsSource, TextOptions
+from data.config import ShardsSource, TextOptions
 from data.shards import __main__ as shards
 from data.shards.prepare import PrepareOptions, Progress, prepare
-from data.shards.source_files import verify_sources
 from data.shards.verify import length_histogram
 from data.sources.files import FileDocuments
-from data.sources.open import open_text
 from data.sources.shard_format import INDEX, read_manifest, read_shard, shard_folder
 from data.sources.shards import ShardDocuments
 from data.sources.split import is_held_out
@@ -344,66 +341,6 @@ def test_the_command_line_ends_a_user_error_in_one_line(
     assert "correct the folder" in capsys.readouterr().err
     words = ["--files", str(tmp_path / "a.jsonl"), "--text-column", "body", "--out", str(tmp_path / "good")]
     assert shards.main([*start, *words]) == 0
-
-
-def _prepare_files(paths: list[Path], tokenizer: Tokenizer, folder: Path, **options: Any) -> Path:
-    source = open_text(JsonlSource(files=[str(path) for path in paths]))
-    prepare(folder, source, tokenizer, PrepareOptions(**options), description={"kind": "jsonl"})
-    return folder
-
-
-def _jsonl(path: Path, texts: list[str]) -> Path:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
-
-
-def test_the_hashes_of_the_source_files_are_in_the_manifest_and_verified(
-    byte_tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    paths = [_jsonl(tmp_path / f"{name}.jsonl", [f"{name} {text}" for text in TEXTS]) for name in "abc"]
-    out = _prepare_files(paths, byte_tokenizer, tmp_path / "out")
-    sources = read_manifest(out).sources
-    assert {path: each.sha256 for path, each in sources.items()} == {
-        str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths
-    }
-    assert shards.main(["verify", str(out), "--sources"]) == 0
-    assert "all 3 source files match their hashes" in capsys.readouterr().out
-    # not in a block of a large file
-    paths[1].write_bytes(paths[1].read_bytes().replace(b"document 7 ", b"DOCUMENT 7 "))
-    paths[2].unlink()
-    assert shards.main(["verify", str(out)]) == 0
-    assert shards.main(["verify", str(out), "--sources"]) == 1
-    printed = capsys.readouterr().out
-    assert f"{paths[1]}: its SHA-256 does not match" in printed
-    assert f"cannot read {paths[2]}" in printed
-    assert "2 of 3 source files have changed" in printed
-
-
-def test_only_the_files_that_were_read_are_hashed(
-    list_source: Any, byte_tokenizer: Tokenizer, tmp_path: Path
-) -> None:
-    paths = [_jsonl(tmp_path / f"{name}.jsonl", [f"{name} {text}" for text in TEXTS]) for name in "abc"]
-    some = _prepare_files(paths, byte_tokenizer, tmp_path / "some", max_tokens=50)
-    assert [*read_manifest(some).sources] == [str(paths[0])]
-    _prepare(tmp_path / "none", list_source(FILES), byte_tokenizer)
-    with pytest.raises(ValueError, match="has no hash of a source file"):
-        next(verify_sources(tmp_path / "none"))
-
-
-def test_a_file_that_changes_while_it_is_tokenized_is_named(
-    byte_tokenizer: Tokenizer, tmp_path: Path
-) -> None:
-    path = _jsonl(tmp_path / "a.jsonl", TEXTS)
-    source = open_text(JsonlSource(files=[str(path)]))
-    with pytest.raises(ValueError, match=r"a\.jsonl changed while it was tokenized"):
-        prepare(
-            tmp_path / "out",
-            source,
-            byte_tokenizer,
-            PrepareOptions(),
-            report=lambda progress: _jsonl(path, TEXTS[::-1]) and None,
-        )
-    assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_a_lost_prepare_json_is_restored_for_the_same_settings_alone(
