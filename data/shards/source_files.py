@@ -35,7 +35,10 @@ def hash_sources(source: FileDocuments, num_files: int) -> dict[str, SourceFile]
     ]
     # hashing releases the GIL, so that threads run in parallel
     with ThreadPoolExecutor(num_cores()) as pool:
-        hashes = {str(path): each for path, each in zip(paths, pool.map(_hash, paths), strict=True)}
+        # from any working directory
+        hashes = {
+            str(path.absolute()): each for path, each in zip(paths, pool.map(_hash, paths), strict=True)
+        }
     changes = describe_changes(
         parts_of(source.fingerprint)["files"], identify(source.files)["files"], "files"
     )
@@ -78,4 +81,5 @@ def verify_sources(folder: Path) -> Iterator[tuple[str, str | None]]:
 
 def _hash(path: Path) -> SourceFile:
     with convert_read_errors(path):
-        return SourceFile(sha256=file_sha256(path), content=content_hash(path))
+        size = path.stat().st_size
+        return SourceFile(num_bytes=size, sha256=file_sha256(path), content=content_hash(path))

@@ -89,10 +89,12 @@ class SourceFile:
     """Hashes of a local file that shards were made from.
 
     Attributes:
+        num_bytes: Size of the file.
         sha256: SHA-256 of the whole file.
         content: The hash of data/sources/content.py, by which a run recognizes the file.
     """
 
+    num_bytes: int
     sha256: str
     content: str
 
