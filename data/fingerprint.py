@@ -86,13 +86,14 @@ def describe_changes(saved: Any, current: Any, key: str = "fingerprint") -> list
     ]
 
 
-def check_fingerprint(part: str, saved: Any, current: Any) -> None:
+def check_fingerprint(part: str, saved: Any, current: Any, *, log: bool) -> None:
     """Check that a saved data position belongs to this run's data; logs a warning about one that cannot tell.
 
     Args:
         part: "source", "tokenizer" or another part of a position's fingerprint.
         saved: Its fingerprint when the position was saved.
         current: Its fingerprint in this run.
+        log: Whether this process logs the warning.
 
     Raises:
         UserError: It has changed; names what.
@@ -108,7 +109,8 @@ def check_fingerprint(part: str, saved: Any, current: Any) -> None:
     else:
         older, changes = False, describe_changes(saved, current)
     if older:
-        logger.warning("the checkpoint is of an earlier version: its %s was compared only in part", part)
+        if log:
+            logger.warning("the checkpoint is of an earlier version: its %s was compared only in part", part)
         return
     raise UserError(
         f"the saved data position belongs to another {part} ({'; '.join(changes)}): restore the {part}, or "

@@ -28,7 +28,10 @@ def tokenizer_fingerprint(backend: tokenizers.Tokenizer, end_of_document: str) -
     """
     vocabulary = sorted(backend.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
     table = json.loads(backend.to_str())
+    # the largest lists as they are; names and ids are in the first hash, Unigram's scores are not
+    pieces, merges = table["model"].pop("vocab"), table["model"].pop("merges", None)
     parts = {name: _without_defaults(table[name]) for name in _PARTS}
+    parts |= {"merges": merges, "scores": pieces if isinstance(pieces, list) else None}
     return f"{_digest([end_of_document, vocabulary])}-{_digest([_ENCODING, parts])}"
 
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from data.tokenizer import Tokenizer, check_vocabulary
 from data.tokenizer_content import describe_other_tokenizer, is_older_fingerprint, same_tokenizer
 from errors import UserError
+from eval.distributed import is_main_rank
 from eval.report.run_records import tokenizer_fingerprint
 from eval.scoring.language_model import Qwen3Model
 from models.checkpoint import load_model
@@ -124,7 +125,7 @@ def _open_tokenizer(chosen: str | None, data: dict[str, Any], run: RunFolder) ->
             f"{tokenizer.name} has fingerprint {tokenizer.fingerprint}, but {run.path} was trained with "
             f"another ({reason}) of fingerprint {recorded}: restore that one, or choose one with --tokenizer"
         )
-    if is_older_fingerprint(recorded):
+    if is_older_fingerprint(recorded) and is_main_rank():
         logger.warning(
             "%s was trained by an earlier version: only its tokenizer's vocabulary was compared",
             run.path,

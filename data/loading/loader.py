@@ -157,7 +157,8 @@ class PackedLoader:
                 f"{_STATE_VERSION}: load the checkpoint with the code that wrote it"
             )
         for part, fingerprint in self._fingerprint.items():
-            check_fingerprint(part, state_dict["fingerprint"][part], fingerprint)
+            saved = state_dict["fingerprint"][part]
+            check_fingerprint(part, saved, fingerprint, log=self._rank_rows.start == 0)
         self.close()
         self._state = StreamState.from_dict(state_dict["position"])
 

@@ -143,9 +143,9 @@ def _check_settings(folder: Path, manifest: Manifest) -> list[str]:
         settings = read_json(path)
     except UserError as error:
         return [str(error)]
-    differing = describe_changes(settings, manifest.settings)
-    if not differing:
+    if settings == manifest.settings:
         return []
+    differing = describe_changes(settings, manifest.settings) or ["a key has another name"]
     return [f"{path} and {MANIFEST_FILE} have other settings: {'; '.join(differing)}"]
 
 

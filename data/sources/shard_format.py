@@ -153,6 +153,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(f"{folder} holds no complete set of shards ({MANIFEST_FILE} is missing): {remedy}")
     table = read_json(path)
     try:
+        for key in ("name", "fingerprint", "vocab_size", "end_of_document_id"):
+            _ = table["settings"]["tokenizer"][key]
         return Manifest(
             settings=table["settings"],
             skipped=table["skipped"],

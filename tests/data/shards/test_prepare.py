@@ -257,6 +257,7 @@ DAMAGE: list[tuple[str, Callable[[bytes], bytes], str]] = [
         "other settings: tokenizer.vocab_size was 258 and is 257",
     ),
     ("prepare.json", lambda data: data[:-20], "cannot read"),
+    ("prepare.json", lambda data: data.replace(b"max_tokens", b"m0x_tokens"), "another name"),
     (
         "manifest.json",
         lambda data: data.replace(b'"not_text": 1', b'"not_text": 2'),
