@@ -1,7 +1,8 @@
 """From a file on disk to the batch on a rank, in six steps.
 
 1. Open. The `[data]` table of a run is a `DataConfig` (config.py). `open_source` (sources/open.py) opens a
-   `DocumentSource` (sources/base.py) of one of six kinds: parquet, jsonl, text, hub, shards, mixture.
+   `DocumentSource` (sources/base.py) of one of seven kinds: parquet, jsonl, text, hub, datasets, shards,
+   mixture.
 2. Read. `DocumentSource.read` yields `Row`s in stored or shuffled order (permutation.py), each with the
    `Position` of the next row. A `Filter` (sources/filters.py) skips rows that are not documents, and the
    split by content (sources/split.py) keeps training and held-out documents apart.

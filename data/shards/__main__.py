@@ -21,7 +21,7 @@ from typing import Any
 from huggingface_hub.utils import disable_progress_bars
 from tqdm import tqdm
 
-from data.config import HubSource
+from data.config import DatasetsSource, HubSource
 from data.shards.encode import num_cores
 from data.shards.prepare import PrepareOptions, Progress, prepare
 from data.shards.source_files import verify_sources
@@ -192,8 +192,14 @@ def _info(options: argparse.Namespace) -> int:
 
 def _description(config: Any, source: FileDocuments) -> dict[str, Any]:
     """Return the manifest's entries about the source."""
-    files = {} if isinstance(config, HubSource) else {"files": [str(file) for file in source.files]}
-    return {**asdict(config), **files}
+    match config:
+        case HubSource():
+            return asdict(config)
+        case DatasetsSource():
+            # the commit that "the newest one" was
+            return {**asdict(config), "identity": source.files[0].identity}
+        case _:
+            return {**asdict(config), "files": [str(file) for file in source.files]}
 
 
 def _print(folder: Path, manifest: Manifest) -> None:
@@ -201,7 +207,8 @@ def _print(folder: Path, manifest: Manifest) -> None:
     source, tokenizer = settings["source"], settings["tokenizer"]
     print(f"{folder}: {len(manifest.shards)} shards of {source['kind']} files")
     if "revision" in source:
-        print(f"  {'source':<11}{source['repository']} at revision {source['revision']}")
+        name = source["repository"] if "repository" in source else source["path"]
+        print(f"  {'source':<11}{name} at revision {source['revision'] or 'none'}")
     print(f"  {'tokenizer':<11}{tokenizer['name']}, {tokenizer['vocab_size']:,} ids")
     for split, summary in manifest.splits.items():
         print(f"  {split:<11}{summary.documents:>13,} documents {summary.tokens:>17,} tokens")

@@ -4,7 +4,7 @@ Without a seed, rows come in the order of the files. With a seed, each epoch per
 within blocks of 8,192 consecutive rows (fewer where rows are long: a block ends with the row that brings it
 to 64M characters). This approximates a full shuffle: rows of one block stay close to each other. A position
 then names the block and the number of its rows already read; on resume the block is read again, and nothing
-else is kept.
+else is kept. A file whose rows can be read in any order is permuted as a whole.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -35,7 +35,7 @@ BLOCK_CHARACTERS = 1 << 26
 _IDENTIFY_THREADS = 16
 
 # left out of the fingerprint: files count by their identity, and a damaged file's rows keep their positions
-_NOT_FINGERPRINTED = ("files", "folder", "on_damaged_file")
+_NOT_FINGERPRINTED = ("files", "folder", "path", "name", "revision", "on_damaged_file")
 
 
 class DamagedFileError(UserError):
@@ -97,6 +97,19 @@ class DocumentFile(Protocol):
 
     def prefetch(self) -> None:
         """Start downloading the file in the background, if it is remote."""
+        ...
+
+
+@runtime_checkable
+class PermutableFile(DocumentFile, Protocol):
+    """A file whose rows can be read in any order; a shuffle permutes all of them instead of blocks."""
+
+    def permuted(self, *key: int | str) -> DocumentFile:
+        """Return the file with its rows in the order of a permutation.
+
+        Args:
+            key: Seeds the permutation.
+        """
         ...
 
 
@@ -222,7 +235,10 @@ class FileDocuments:
 
     def _read_file(self, epoch: int, index: int, row: int, taken: int) -> Iterator[Row]:
         file = self._file(epoch, index)
-        if self._shuffle_seed is None:
+        is_permutable = isinstance(file, PermutableFile)
+        if self._shuffle_seed is not None and is_permutable:
+            file = file.permuted(self._shuffle_seed, "rows", epoch, index)
+        if self._shuffle_seed is None or is_permutable:
             for raw in self._raw_rows(file, row):
                 yield self._row(_position_after(epoch, index, raw), raw)
             return

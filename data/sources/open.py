@@ -2,6 +2,7 @@
 
 from data.config import (
     DataConfig,
+    DatasetsSource,
     HubSource,
     JsonlSource,
     LeafSource,
@@ -10,6 +11,7 @@ from data.config import (
     ShardsSource,
     Source,
     Split,
+    TextKind,
     TextSource,
 )
 from data.sources.base import DocumentSource
@@ -25,7 +27,7 @@ from errors import UserError
 
 
 def open_text(
-    source: ParquetSource | JsonlSource | TextSource | HubSource,
+    source: TextKind,
     *,
     split: Split = "all",
     shuffle_seed: int | None = None,
@@ -52,6 +54,11 @@ def open_text(
             files = [*text_files(source)]
         case HubSource():
             files = [*hub_files(source)]
+        case DatasetsSource():
+            # imported here: the library takes a second to import, and few runs need it
+            from data.sources.hf_datasets import dataset_files
+
+            files = dataset_files(source)
     return FileDocuments(
         files,
         source,

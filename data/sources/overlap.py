@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from data.config import (
     DataConfig,
+    DatasetsSource,
     HubSource,
     JsonlSource,
     LeafSource,
@@ -78,6 +79,8 @@ def _locations(source: Source) -> set[str]:
                 found |= {str(file.path.resolve()) for file in text_files(leaf)}
             case HubSource():
                 found |= {f"{leaf.repository}/{name}" for name in leaf.file_names}
+            case DatasetsSource():
+                found.add(_dataset(leaf.path, leaf.name, leaf.split))
             case ShardsSource():
                 folder = Path(leaf.folder)
                 found |= {str(folder.resolve()), *_sources_of(read_manifest(folder))}
@@ -91,8 +94,17 @@ def _sources_of(manifest: Manifest) -> Iterator[str]:
         names = source.get("files") or part_files(source["language"], source["parts"])
         yield from (f"{source['repository']}/{name}" for name in names)
         return
+    if source.get("kind") == "datasets":
+        yield _dataset(source["path"], source["name"], source["split"])
+        return
     # folders of earlier versions have no hashes
     yield from (str(Path(path).resolve()) for path in manifest.sources or source.get("files", []))
+
+
+def _dataset(path: str, name: str | None, split: str) -> str:
+    """Name a split of a dataset, whatever its revision."""
+    where = str(Path(path).resolve()) if Path(path).is_dir() else path
+    return f"{where} ({name or 'default'}, {split})"
 
 
 def _copies(train: Source, validation: Source) -> list[str]:
