@@ -15,6 +15,6 @@
 5. Divide. `PackedLoader` (loading/loader.py) takes its rank's rows of each micro-step
    (loading/global_batch.py) and collates them into a `MicroBatch`: `{"input", "cu_seqlens"}` and labels. The
    state does not depend on the rank, so a run resumes on any number of ranks.
-6. Prefetch. A `Prefetcher` (loading/prefetch.py) prepares micro-batches ahead in a background thread.
+6. Prefetch. A `Prefetcher` (loading/prefetch.py) prepares micro-batches ahead in a thread of torchdata.
    `TitanLoader` (titan.py) is the loader that torchtitan's trainer iterates over and checkpoints.
 """
