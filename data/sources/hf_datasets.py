@@ -10,7 +10,9 @@ as the same state: two readers at one row may report different ones, so that che
 """
 
 import contextlib
+import hashlib
 import itertools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from huggingface_hub import constants
 
 from data.config import DatasetsSource
 from data.permutation import Permutation
+from data.sources.content import content_hash
 from data.sources.files import DamagedFileError, DocumentFile, RawRow
 from errors import UserError
 
@@ -39,7 +42,7 @@ class IndexedDataset:
     Args:
         dataset: Yields the columns to read as arrow tables.
         source: Names the columns.
-        identity: Plain JSON that determines the rows.
+        identity: The dataset's name without its folder, and plain JSON that determines the rows.
         order: Order of the rows; None for the stored one.
     """
 
@@ -102,7 +105,7 @@ class StreamedShard:
     Args:
         dataset: All shards.
         source: Names the columns.
-        identity: Plain JSON that determines the dataset.
+        identity: The dataset's name without its folder, and plain JSON that determines the rows.
         index: Index of the shard.
     """
 
@@ -112,7 +115,8 @@ class StreamedShard:
         self._dataset = dataset
         self._source = source
         self._index = index
-        self.identity = [*identity, index, dataset.num_shards]
+        name, *content = identity
+        self.identity = [f"shard {index + 1} of {dataset.num_shards} of {name}", *content]
 
     def __str__(self) -> str:
         return f"shard {self._index + 1} of {self._dataset.num_shards} of {_name(self._source)}"
@@ -193,7 +197,7 @@ def _saved(source: DatasetsSource) -> tuple[datasets.Dataset, list[Any]]:
         saved = saved[source.split]
     elif saved.split is not None and str(saved.split) != source.split:
         raise UserError(f"split is {source.split!r}, but {source.path} has {str(saved.split)!r}")
-    return saved, ["saved", saved._fingerprint]
+    return saved, [f"saved dataset ({source.split})", saved._fingerprint]
 
 
 def _loaded(source: DatasetsSource) -> tuple[datasets.Dataset | datasets.IterableDataset, list[Any]]:
@@ -226,11 +230,12 @@ def _loaded(source: DatasetsSource) -> tuple[datasets.Dataset | datasets.Iterabl
         dataset = builder.as_dataset(split=source.split)
     assert isinstance(dataset, datasets.Dataset | datasets.IterableDataset), "one split"
     if not is_local:
-        return dataset, [source.path, builder.config.name, source.split, builder.hash]
+        return dataset, [f"{source.path} ({builder.config.name}, {source.split}) at {builder.hash}"]
     files = [Path(file) for file in data_files[source.split]]
     names = [file.relative_to(folder.resolve()).as_posix() for file in files]
-    sizes = [file.stat().st_size for file in files]
-    return dataset, [builder.config.name, source.split, list(zip(names, sizes, strict=True))]
+    content = json.dumps([names, [content_hash(file) for file in files]])
+    name = f"folder of data files ({builder.config.name}, {source.split})"
+    return dataset, [name, hashlib.sha256(content.encode()).hexdigest()]
 
 
 def _needed_columns(columns: list[str], source: DatasetsSource) -> list[str]:

@@ -18,10 +18,12 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
-from data.config import DataConfig, DatasetsSource, ParquetSource
+from data.config import DataConfig, DatasetsSource, ParquetSource, ShardsSource
+from data.fingerprint import check_fingerprint
 from data.shards.prepare import PrepareOptions, prepare
 from data.sources.files import FileDocuments
 from data.sources.open import check_data, open_text
+from data.sources.overlap import check_overlap
 from data.sources.shard_format import read_manifest
 from data.sources.split import is_held_out
 from data.tokenizer import Tokenizer
@@ -212,7 +214,7 @@ def test_rows_of_a_streamed_text_format_may_lack_the_column(tmp_path: Path) -> N
     for index, part in enumerate((rows[:2], rows[1:2], rows[2:])):
         lines = "".join(json.dumps(row) + "\n" for row in part)
         (tmp_path / "folder" / f"train-{index}.jsonl").write_text(lines)
-    source = _open(path=str(tmp_path / "folder"), streaming=True)
+    source = _open(path=str(tmp_path / "folder"), streaming=True, on_damaged_file="skip")
     skipped = [row.text or row.skipped for row in source.read(repeat=False)]
     assert skipped == ["first", "null", "null", "null", "last"]
 
@@ -223,7 +225,9 @@ def test_a_revision_is_part_of_the_fingerprint_and_the_head_of_main_is_not_assum
     assert _texts(head) == TEXTS
     assert _texts(other) == TEXTS[:50]
     assert _open(path=REPOSITORY, revision=COMMIT).fingerprint == head.fingerprint != other.fingerprint
-    assert COMMIT in head.files[0].identity
+    message = rf"org/set \(default, train\) at {COMMIT} left out; .* at {OTHER_COMMIT} added"
+    with pytest.raises(ValueError, match=message):
+        check_fingerprint("source", head.fingerprint, other.fingerprint)
     hub.heads[f"datasets/{REPOSITORY}"] = OTHER_COMMIT
     assert _open(path=REPOSITORY).fingerprint == other.fingerprint
 
@@ -235,11 +239,13 @@ def test_a_folder_may_move_and_other_files_are_another_dataset(tmp_path: Path) -
         moved = folder.rename(tmp_path / f"there{streaming}")
         assert _open(path=str(moved), streaming=streaming).fingerprint == before
         folder = moved
-    before = _open(path=str(folder)).fingerprint
-    (folder / "train-0.parquet").write_bytes(_parquet([*FILES[0], "one more"]))
-    changed = _open(path=str(folder))
-    assert changed.fingerprint != before
-    assert _texts(changed) == [*FILES[0], "one more", *FILES[1]]
+    before = [_open(path=str(folder), streaming=streaming).fingerprint for streaming in (False, True)]
+    (folder / "train-1.parquet").write_bytes(_parquet(["other"]))
+    for saved, streaming in zip(before, (False, True), strict=True):
+        changed = _open(path=str(folder), streaming=streaming)
+        with pytest.raises(ValueError, match=r"folder of data files \(default, train\).* changed"):
+            check_fingerprint("source", saved, changed.fingerprint)
+        assert _texts(changed) == [*FILES[0], "other"]
 
 
 def test_ultra_fineweb_is_refused_before_any_request(hub: HubServer) -> None:
@@ -325,7 +331,7 @@ def test_a_stream_whose_network_fails_is_not_taken_for_damaged(
         list(rows)
 
 
-def test_a_run_resumed_on_held_out_documents_of_the_same_dataset(
+def test_validating_on_the_training_split_is_refused_unless_held_out(
     source_of: Make, byte_tokenizer: Tokenizer
 ) -> None:
     source = DatasetsSource(**source_of("saved"))
@@ -368,6 +374,9 @@ def test_the_command_line_prepares_online_and_reads_its_cache_offline(
     done = run("out", "--revision", COMMIT)
     assert done.returncode == 0, done.stderr
     assert f"{REPOSITORY} at revision {COMMIT}" in done.stdout
+    shards, dataset = ShardsSource(folder=str(tmp_path / "out")), DatasetsSource(path=REPOSITORY)
+    with pytest.raises(ValueError, match=r'is "all", but data\.train reads org/set \(default, train\) too'):
+        check_overlap(DataConfig(tokenizer="given", train=shards, validation=dataset))
     environment["HF_HUB_OFFLINE"] = "1"
     num_requests = len(hub.log)
     done = run("again", "--revision", COMMIT)
