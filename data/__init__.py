@@ -1,7 +1,8 @@
 """From a file on disk to the batch on a rank, in six steps.
 
 1. Open. The `[data]` table of a run is a `DataConfig` (config.py). `open_source` (sources/open.py) opens a
-   `DocumentSource` (sources/base.py) of one of six kinds: parquet, jsonl, text, hub, shards, mixture.
+   `DocumentSource` (sources/base.py) of one of seven kinds: parquet, jsonl, text, hub, datasets, shards,
+   mixture.
 2. Read. `DocumentSource.read` yields `Row`s in stored or shuffled order (permutation.py), each with the
    `Position` of the next row. A `Filter` (sources/filters.py) skips rows that are not documents, and the
    split by content (sources/split.py) keeps training and held-out documents apart.
@@ -14,6 +15,6 @@
 5. Divide. `PackedLoader` (loading/loader.py) takes its rank's rows of each micro-step
    (loading/global_batch.py) and collates them into a `MicroBatch`: `{"input", "cu_seqlens"}` and labels. The
    state does not depend on the rank, so a run resumes on any number of ranks.
-6. Prefetch. A `Prefetcher` (loading/prefetch.py) prepares micro-batches ahead in a background thread.
+6. Prefetch. A `Prefetcher` (loading/prefetch.py) prepares micro-batches ahead in a thread of torchdata.
    `TitanLoader` (titan.py) is the loader that torchtitan's trainer iterates over and checkpoints.
 """

@@ -1,5 +1,6 @@
 """The `[data]` table of a run: the sources of documents, the tokenizer and the packing."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -39,7 +40,8 @@ class ColumnOptions(TextOptions):
     """Columns (or JSON keys) of a source, and the filter by quality score.
 
     Attributes:
-        text_column: The column of the text.
+        text_column: The column of the text; "data.text" is the field text of the column data, unless a column
+            has that name.
         score_column: The column of the quality score; read only if `min_score` is set.
         min_score: Skip rows with a lower score; None for no limit. Scores of any type are converted to float.
     """
@@ -79,12 +81,15 @@ class ParquetSource(ColumnOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class JsonlSource(ColumnOptions):
-    """Local files of JSON objects, one document per line; .gz, .bz2 and .zst are decompressed while reading.
+    """Local files of JSON objects, one document per line; gzip, bzip2, Zstandard, LZ4 and xz are read too.
+
+    Compression is told by a file's first bytes, not by its name.
 
     Attributes:
         kind: Always "jsonl".
         files: Paths or globs, relative to the working directory, in this order; a glob's matches are sorted.
-        text_column: The key of the text.
+        text_column: The key of the text; "data.text" is the key text of the object at data, unless a key has
+            that name.
     """
 
     kind: Literal["jsonl"] = "jsonl"
@@ -168,6 +173,48 @@ class HubSource(ColumnOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DatasetsSource(ColumnOptions):
+    """A dataset that the Hugging Face `datasets` library opens; the keys are arguments of `load_dataset`.
+
+    Not for Ultra-FineWeb, whose tens of thousands of files the library lists first: use kind "hub".
+
+    Attributes:
+        kind: Always "datasets".
+        path: A dataset's name on the hub, a folder of data files, or a folder that `save_to_disk` wrote.
+        name: The dataset's config; None for its only or default one.
+        split: A split of the dataset, whole: held-out documents are split off by `validation_documents`.
+        revision: Commit, tag or branch on the hub; None for the newest commit, with which a run cannot be
+            reproduced once there is a newer one.
+        streaming: Whether to read the files while training, in the order of shards and blocks of rows. If
+            not, the library downloads and prepares the whole dataset first, and the shuffle is a full one.
+        text_column: The column of the text.
+        on_damaged_file: "skip" skips the rest of a damaged shard while streaming; the library never prepares
+            a dataset with a damaged file.
+    """
+
+    kind: Literal["datasets"] = "datasets"
+    path: str
+    name: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    streaming: bool = False
+    text_column: str = "text"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.path.rstrip("/").lower() == REPOSITORY.lower():
+            raise UserError(
+                f"path of a datasets source is {self.path!r}, whose tens of thousands of files the library "
+                'would list first: use kind = "hub" and parts, such as "1-20"'
+            )
+        if not re.fullmatch(r"\w[\w.-]*", self.split) or self.split == "all":
+            raise UserError(
+                f"split is {self.split!r}: want the name of one split, whole; to validate on held-out "
+                'documents of it, set data.validation_documents to "held_out"'
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ShardsSource:
     """Token shards that `python -m data.shards prepare` wrote.
 
@@ -183,7 +230,8 @@ class ShardsSource:
     on_damaged_file: Literal["stop", "skip"] = "stop"
 
 
-LeafSource: TypeAlias = ParquetSource | JsonlSource | TextSource | HubSource | ShardsSource
+TextKind: TypeAlias = ParquetSource | JsonlSource | TextSource | HubSource | DatasetsSource
+LeafSource: TypeAlias = TextKind | ShardsSource
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +260,7 @@ class MixtureSource:
                 raise UserError(f"weights.{name} of a mixture is {weight}: must be positive and finite")
 
 
-Source: TypeAlias = ParquetSource | JsonlSource | TextSource | HubSource | ShardsSource | MixtureSource
+Source: TypeAlias = LeafSource | MixtureSource
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,6 @@
 """Text to token ids and back: a thin wrapper around a `tokenizer.json` of the `tokenizers` library."""
 
 import functools
-import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -11,6 +9,7 @@ from pathlib import Path
 import tokenizers
 
 from data.hub_client import download
+from data.tokenizer_content import tokenizer_fingerprint, without_added_tokens
 from errors import UserError
 from tokens import END_OF_DOCUMENT, TOKENIZER_FILE
 
@@ -30,9 +29,9 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 class Tokenizer:
     """Encode plain text to token ids and decode them, with the id that ends a document.
 
-    A special token that is spelled out in a text is encoded as ordinary characters, so that no document can
-    forge a document boundary. Nothing is added to the text, truncated or padded, whatever the file's own
-    settings are.
+    An added token, special or not, that is spelled out in a document is encoded as ordinary characters, so
+    that no document can forge a document boundary; in a prompt it is that token, as in transformers. Nothing
+    is added to the text, truncated or padded, whatever the file's own settings are.
 
     Args:
         backend: The tokenizer of the `tokenizers` library; its settings are changed.
@@ -67,7 +66,7 @@ class Tokenizer:
             )
         backend.no_truncation()
         backend.no_padding()
-        backend.encode_special_tokens = True
+        backend.encode_special_tokens = False
         self._backend = backend
         self.name = name
         self.file: Path | None = None
@@ -122,36 +121,47 @@ class Tokenizer:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Hash of the vocabulary and of the end-of-document token, 16 hexadecimal digits."""
-        # not of the serialized file, which changes with the library's release
-        vocabulary = sorted(self._backend.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
-        return hashlib.sha256(json.dumps([self.end_of_document, vocabulary]).encode()).hexdigest()[:16]
+        """Hash of all that changes ids, as `data.tokenizer_content.tokenizer_fingerprint` describes it."""
+        return tokenizer_fingerprint(self._backend, self.end_of_document)
+
+    @functools.cached_property
+    def _document_backend(self) -> tokenizers.Tokenizer:
+        """The tokenizer of documents, made on first use: it takes two seconds for Qwen3's vocabulary."""
+        return without_added_tokens(self._backend, self.end_of_document, self.name)
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text, without special tokens."""
+        """Return the token ids of a document, without the end-of-document token."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each text, without special tokens; multithreaded.
+        """Return the token ids of each document, without the end-of-document token; multithreaded.
+
+        None of them is the id of an added token, whatever the text.
+
+        Raises:
+            UserError: The end-of-document token is that of unknown words, or a character cannot be written
+                without an added token.
+        """
+        return self._encode(self._document_backend, texts)
+
+    def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of prompts and of task text, as transformers gives them; multithreaded.
+
+        An added token that is spelled out in the text is that token.
+        """
+        return self._encode(self._backend, texts)
+
+    def _encode(self, backend: tokenizers.Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+        """Encode texts.
 
         A text of more than 262,144 characters is encoded in pieces, split at the end of a line, else before a
         space, else anywhere. The first two do not change the ids of a byte-level tokenizer.
         """
         pieces = [_split(text) for text in texts]
-        ids = self._encode_pieces([piece for each in pieces for piece in each])
+        ids = _encode_pieces(backend, [piece for each in pieces for piece in each])
         return [
             next(ids) if len(each) == 1 else [token for _ in each for token in next(ids)] for each in pieces
         ]
-
-    def _encode_pieces(self, pieces: list[str]) -> Iterator[list[int]]:
-        """Encode in batches of bounded size, which bounds memory."""
-        first = characters = 0
-        for stop, piece in enumerate(pieces, 1):
-            characters += len(piece)
-            if characters >= _BATCH_CHARACTERS or stop == len(pieces):
-                for encoding in self._backend.encode_batch_fast(pieces[first:stop], add_special_tokens=False):
-                    yield encoding.ids
-                first, characters = stop, 0
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids, special tokens included."""
@@ -202,6 +212,17 @@ def _download(name: str) -> Path:
 
 def _restore(backend: str, end_of_document: str, name: str) -> Tokenizer:
     return Tokenizer(tokenizers.Tokenizer.from_str(backend), end_of_document=end_of_document, name=name)
+
+
+def _encode_pieces(backend: tokenizers.Tokenizer, pieces: list[str]) -> Iterator[list[int]]:
+    """Encode in batches of bounded size, which bounds memory."""
+    first = characters = 0
+    for stop, piece in enumerate(pieces, 1):
+        characters += len(piece)
+        if characters >= _BATCH_CHARACTERS or stop == len(pieces):
+            for encoding in backend.encode_batch_fast(pieces[first:stop], add_special_tokens=False):
+                yield encoding.ids
+            first, characters = stop, 0
 
 
 def _split(text: str) -> list[str]:

@@ -54,8 +54,8 @@ class HarnessModel(TemplateLM):
         return self._tokenizer.end_of_document_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Encode a text, without special tokens."""
-        return self._tokenizer.encode(string)
+        """Encode a text, without adding special tokens."""
+        return self._tokenizer.encode_prompts([string])[0]
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
@@ -80,7 +80,7 @@ class HarnessModel(TemplateLM):
             at = len(stripped) if stripped else len(context)
             pairs.append((context[:at], context[at:] + continuation))
         texts = list(dict.fromkeys(text for a, b in pairs for text in (a, a + b)))
-        ids = dict(zip(texts, self._tokenizer.encode_batch(texts), strict=True))
+        ids = dict(zip(texts, self._tokenizer.encode_prompts(texts), strict=True))
         split: list[tuple[list[int], list[int]]] = []
         for context, continuation in pairs:
             whole, first = ids[context + continuation], len(ids[context])
@@ -99,7 +99,8 @@ class HarnessModel(TemplateLM):
         """
         split: list[tuple[list[int], list[int]]] = []
         owners: list[int] = []
-        for owner, ids in enumerate(self._tokenizer.encode_batch([request.args[0] for request in requests])):
+        texts = [request.args[0] for request in requests]
+        for owner, ids in enumerate(self._tokenizer.encode_prompts(texts)):
             tokens = [self.eot_token_id, *ids]
             for start, predicted, end in windows(len(tokens), self._model.max_length):
                 split.append((tokens[start:predicted], tokens[predicted:end]))
@@ -147,7 +148,7 @@ class HarnessModel(TemplateLM):
         until = [_as_list(options.get("until")) for _, options in arguments]
         prompts = [
             (ids or [self.eot_token_id])[-room:]
-            for ids in self._tokenizer.encode_batch([text for text, _ in arguments])
+            for ids in self._tokenizer.encode_prompts([text for text, _ in arguments])
         ]
 
         # a token is at least one byte, and a stop string may begin inside a token

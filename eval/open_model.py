@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,13 +14,17 @@ import torch
 import torch.distributed as dist
 
 from data.tokenizer import Tokenizer, check_vocabulary
+from data.tokenizer_content import describe_other_tokenizer, is_older_fingerprint, same_tokenizer
 from errors import UserError
+from eval.distributed import is_main_rank
 from eval.report.run_records import tokenizer_fingerprint
 from eval.scoring.language_model import Qwen3Model
 from models.checkpoint import load_model
 from models.run_folder import RunFolder, find_checkpoint, metadata_file, read_run_table
 from models.run_tokenizer import find_tokenizer
 from tokens import END_OF_DOCUMENT
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,10 +117,18 @@ def _open_tokenizer(chosen: str | None, data: dict[str, Any], run: RunFolder) ->
         raise UserError(f"the config of {run.path} names no tokenizer; give --tokenizer")
     tokenizer = Tokenizer.load(place, end_of_document=data.get("end_of_document", END_OF_DOCUMENT))
     recorded = tokenizer_fingerprint(run)
-    if chosen is None and recorded is not None and recorded != tokenizer.fingerprint:
+    if chosen is not None or recorded is None:
+        return tokenizer
+    if not same_tokenizer(recorded, tokenizer.fingerprint):
+        reason = describe_other_tokenizer(recorded, tokenizer.fingerprint)
         raise UserError(
-            f"{tokenizer.name} has fingerprint {tokenizer.fingerprint}, but {run.path} was trained with a "
-            f"tokenizer of fingerprint {recorded}: restore that one, or choose one with --tokenizer"
+            f"{tokenizer.name} has fingerprint {tokenizer.fingerprint}, but {run.path} was trained with "
+            f"another ({reason}) of fingerprint {recorded}: restore that one, or choose one with --tokenizer"
+        )
+    if is_older_fingerprint(recorded) and is_main_rank():
+        logger.warning(
+            "%s was trained by an earlier version: only its tokenizer's vocabulary was compared",
+            run.path,
         )
     return tokenizer
 

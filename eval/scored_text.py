@@ -102,7 +102,9 @@ def held_out_source(data: dict[str, Any]) -> tuple[Source, Split]:
 
 
 def _encode(batch: Sequence[Row], tokenizer: Tokenizer, mode: Mode) -> Iterator[ScoredText]:
-    encoded = iter(tokenizer.encode_batch([row.text for row in batch if row.text is not None]))
+    # documents as in training; the other modes score task text as the harness does
+    encode = tokenizer.encode_batch if mode == "documents" else tokenizer.encode_prompts
+    encoded = iter(encode([row.text for row in batch if row.text is not None]))
     for row in batch:
         if row.text is None:
             assert row.tokens is not None
@@ -139,5 +141,5 @@ def _last_word(tokenizer: Tokenizer, text: str, ids: list[int]) -> ScoredText:
     context, space, word = text.rpartition(" ")
     if not context:
         raise UserError(f"a document is {text[:40]!r}: last-word mode needs a space with text before it")
-    first, num_bytes = len(tokenizer.encode(context)), len((space + word).encode())
+    first, num_bytes = len(tokenizer.encode_prompts([context])[0]), len((space + word).encode())
     return ScoredText(ids, first_predicted=first, num_end_tokens=0, num_bytes=num_bytes, num_words=1)

@@ -177,7 +177,7 @@ class Evaluator:
         def sample() -> list[str]:
             found = generate(
                 model,
-                self.tokenizer.encode_batch(settings.sample_prompts),
+                self.tokenizer.encode_prompts(settings.sample_prompts),
                 max_new_tokens=settings.sample_tokens,
                 temperature=TEMPERATURE,
                 top_p=TOP_P,

@@ -1,5 +1,6 @@
 """Check a run before anything is built: batch, model, data, tokenizer, tasks, and what it starts from."""
 
+import os
 import secrets
 import time
 from pathlib import Path
@@ -8,12 +9,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from data.sources.count import count_not_held_out
 from data.sources.open import check_data
 from data.tokenizer import Tokenizer, check_vocabulary
 from errors import UserError
 from models.qwen3 import Qwen3
 from optimizers.param_groups import assign_parameters
 from optimizers.schedule import lr_factor
+from training.log import logger
 from training.resume import check_start, tokenizer_source
 from training.run_config import RunConfig
 
@@ -44,8 +47,30 @@ def check_run(config: RunConfig, world_size: int) -> Tokenizer:
     tokenizer = Tokenizer.load(tokenizer_source(config), end_of_document=config.data.end_of_document)
     check_vocabulary(tokenizer, config.model.vocab_size)
     check_data(config.data, tokenizer.fingerprint)
+    # before the process group exists, and by one rank: it reads documents
+    if os.environ.get("RANK", "0") == "0":
+        log_validation_documents(config)
     check_tasks(config)
     return tokenizer
+
+
+def log_validation_documents(config: RunConfig) -> None:
+    """Log how many documents of a validation source of its own are not held out from training.
+
+    Args:
+        config: The run.
+
+    Raises:
+        UserError: A file cannot be read.
+    """
+    if config.data.validation is None or config.data.validation_documents == "held_out":
+        return
+    num_trained, num_counted = count_not_held_out(config.data.validation)
+    if num_counted:
+        logger.info(
+            f"{num_trained} of {num_counted} documents of data.validation are not held out by their content: "
+            "where data.train has the same documents, it trains on them"
+        )
 
 
 def build_meta_model(config: RunConfig) -> Qwen3:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from data.fingerprint import check_fingerprint
 from data.loading.best_fit import BestFitPacker
 from data.loading.global_batch import gradient_accumulation_steps, rank_rows, rows_per_micro_step
 from data.loading.packing import ConcatenatePacker, MicroBatch, PackedRow, Packer, collate, padding_row
@@ -157,11 +158,7 @@ class PackedLoader:
             )
         for part, fingerprint in self._fingerprint.items():
             saved = state_dict["fingerprint"][part]
-            if saved != fingerprint:
-                raise UserError(
-                    f"the saved data position belongs to another {part} (fingerprint {saved}, this run has "
-                    f"{fingerprint}): restore the {part}, or set another run.folder to start a new run"
-                )
+            check_fingerprint(part, saved, fingerprint, log=self._rank_rows.start == 0)
         self.close()
         self._state = StreamState.from_dict(state_dict["position"])
 

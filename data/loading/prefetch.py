@@ -1,61 +1,32 @@
-"""A bounded prefetch queue, filled in order by one background thread."""
+"""Items prepared ahead by the thread of torchdata's `Prefetcher` node, which ends when it is told to.
+
+torchdata supplies the thread and the bounded queue. It leaves three things open that a run needs, and that
+are added here without its private parts (docs/data.md has the measurements):
+
+* An exception keeps its type and its message. It travels as an item: torchdata itself raises another one,
+  whose message is a traceback.
+* No thread survives. Closing makes the items end and reads to their end, however long the item in preparation
+  takes; torchdata waits half a second, and an interpreter that exits in the meantime may abort.
+* A position is that of the items consumed, and the same on every number of ranks: it travels with its item.
+  torchdata's states count what this rank has read, and asking for one starts the threads.
+"""
 
 import threading
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
+
+from torchdata.nodes import IterableWrapper
+from torchdata.nodes import Prefetcher as PrefetcherNode
 
 Item = TypeVar("Item")
 
 
-class _Channel(Generic[Item]):
-    """A bounded queue between thread and consumer that either side can close."""
+class _Failure:
+    """An exception in place of an item."""
 
-    def __init__(self, depth: int) -> None:
-        self.changed = threading.Condition()
-        self.items: deque[Item] = deque()
-        self.depth = depth
-        self.is_closed = False
-        self.is_done = False
-        self.error: BaseException | None = None
-
-    def put(self, item: Item) -> bool:
-        """Add an item, waiting for space; return False once the consumer has closed the queue."""
-        with self.changed:
-            self.changed.wait_for(lambda: self.is_closed or len(self.items) < self.depth)
-            if not self.is_closed:
-                self.items.append(item)
-                self.changed.notify_all()
-            return not self.is_closed
-
-    def finish(self, error: BaseException | None) -> None:
-        """Mark the end of the items, with the exception that caused it, if any."""
-        with self.changed:
-            self.is_done, self.error = True, error
-            self.changed.notify_all()
-
-    def get(self) -> Item:
-        """Return the next item; at the end raise the thread's exception once, then StopIteration."""
-        with self.changed:
-            self.changed.wait_for(lambda: self.is_closed or self.is_done or bool(self.items))
-            if self.is_closed:
-                raise StopIteration
-            if self.items:
-                item = self.items.popleft()
-                self.changed.notify_all()
-                return item
-            error, self.error = self.error, None
-        if error is not None:
-            raise error
-        raise StopIteration
-
-    def close(self) -> None:
-        """Drop all items and wake both sides, which then stop."""
-        with self.changed:
-            self.is_closed = True
-            self.items.clear()
-            self.changed.notify_all()
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
 
 
 class Prefetcher(Iterator[Item]):
@@ -72,36 +43,59 @@ class Prefetcher(Iterator[Item]):
 
     def __init__(self, make_items: Callable[[], Iterator[Item]], depth: int) -> None:
         assert depth >= 1
-        self._channel: _Channel[Item] = _Channel(depth)
-        # a daemon, since the interpreter joins other threads before any exit handler could stop this one
-        thread = threading.Thread(
-            target=_fill, args=(self._channel, make_items), name="prefetch", daemon=True
-        )
-        self._close = weakref.finalize(self, _stop, self._channel, thread)
-        thread.start()
+        self._running = _Running(make_items, depth)
+        self._close = weakref.finalize(self, self._running.stop)
 
     def __next__(self) -> Item:
         """Return the next item; blocks until it is ready."""
-        return self._channel.get()
+        return self._running.next()
 
     def close(self) -> None:
         """End the thread and drop the prefetched items; idempotent."""
         self._close()
 
 
-def _fill(channel: _Channel[Item], make_items: Callable[[], Iterator[Item]]) -> None:
-    try:
-        for item in make_items():
-            if not channel.put(item):
-                break
-    except BaseException as error:
-        channel.finish(error)
-    else:
-        channel.finish(None)
+class _Running(Generic[Item]):
+    """The thread of a prefetcher, which does not refer to the prefetcher."""
 
+    def __init__(self, make_items: Callable[[], Iterator[Item]], depth: int) -> None:
+        self._make_items = make_items
+        self._is_stopped = False
+        self._thread: int | None = None
+        # a position travels with its item: no snapshots
+        self._node: PrefetcherNode[Item | _Failure] | None
+        self._node = PrefetcherNode(IterableWrapper(self._items()), depth, snapshot_frequency=0)
+        self._node.reset()
 
-def _stop(channel: _Channel[Item], thread: threading.Thread) -> None:
-    channel.close()
-    # garbage collection may run in the thread itself
-    if thread is not threading.current_thread() and thread.ident is not None:
-        thread.join()
+    def next(self) -> Item:
+        if self._node is None:
+            raise StopIteration
+        item = next(self._node)
+        if isinstance(item, _Failure):
+            raise item.error
+        return item
+
+    def stop(self) -> None:
+        """Make the items end, and read to their end."""
+        self._is_stopped = True
+        # garbage collection may run in the thread, which cannot wait for itself
+        if self._node is not None and threading.get_ident() != self._thread:
+            for _ in self._node:
+                pass
+        # joins the thread, which is about to return
+        self._node = None
+
+    def _items(self) -> Iterator[Item | _Failure]:
+        """Yield the items, in the thread."""
+        self._thread = threading.get_ident()
+        items: Iterator[Item] | None = None
+        while not self._is_stopped:
+            try:
+                items = self._make_items() if items is None else items
+                item = next(items)
+            except StopIteration:
+                return
+            except BaseException as error:
+                yield _Failure(error)
+                return
+            yield item

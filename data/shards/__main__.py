@@ -2,6 +2,7 @@
 
     python -m data.shards prepare --parts 1-4 --tokenizer Qwen/Qwen3-0.6B-Base --out .cache/ultra_fineweb
     python -m data.shards verify .cache/ultra_fineweb
+    python -m data.shards verify --sources .cache/own_text
     python -m data.shards info .cache/ultra_fineweb
 
 `prepare` may be stopped or killed at any time; the same command resumes it.
@@ -20,9 +21,10 @@ from typing import Any
 from huggingface_hub.utils import disable_progress_bars
 from tqdm import tqdm
 
-from data.config import HubSource
+from data.config import DatasetsSource, HubSource
 from data.shards.encode import num_cores
 from data.shards.prepare import PrepareOptions, Progress, prepare
+from data.shards.source_files import verify_sources
 from data.shards.verify import length_histogram, verify
 from data.sources.cli import add_source_arguments, source_from
 from data.sources.files import FileDocuments
@@ -111,6 +113,12 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text)
         command.set_defaults(run=run)
         command.add_argument("folder", type=Path, help="a prepared folder")
+        if run is _verify:
+            command.add_argument(
+                "--sources",
+                action="store_true",
+                help="check the local files that it was prepared from too",
+            )
     return parser
 
 
@@ -155,6 +163,18 @@ def _verify(options: argparse.Namespace) -> int:
         return 1
     _print(options.folder, read_manifest(options.folder))
     print("  all hashes and counts match")
+    return _verify_sources(options.folder) if options.sources else 0
+
+
+def _verify_sources(folder: Path) -> int:
+    found = [problem for _, problem in verify_sources(folder)]
+    problems = [problem for problem in found if problem is not None]
+    for problem in problems:
+        print(problem)
+    if problems:
+        print(f"{len(problems)} of {len(found)} source files have changed since {folder} was prepared")
+        return 1
+    print(f"  all {len(found)} source files match their hashes")
     return 0
 
 
@@ -172,8 +192,14 @@ def _info(options: argparse.Namespace) -> int:
 
 def _description(config: Any, source: FileDocuments) -> dict[str, Any]:
     """Return the manifest's entries about the source."""
-    files = {} if isinstance(config, HubSource) else {"files": [str(file) for file in source.files]}
-    return {**asdict(config), **files}
+    match config:
+        case HubSource():
+            return asdict(config)
+        case DatasetsSource():
+            # the commit that "the newest one" was
+            return {**asdict(config), "identity": source.files[0].identity}
+        case _:
+            return {**asdict(config), "files": [str(file) for file in source.files]}
 
 
 def _print(folder: Path, manifest: Manifest) -> None:
@@ -181,7 +207,8 @@ def _print(folder: Path, manifest: Manifest) -> None:
     source, tokenizer = settings["source"], settings["tokenizer"]
     print(f"{folder}: {len(manifest.shards)} shards of {source['kind']} files")
     if "revision" in source:
-        print(f"  {'source':<11}{source['repository']} at revision {source['revision']}")
+        name = source["repository"] if "repository" in source else source["path"]
+        print(f"  {'source':<11}{name} at revision {source['revision'] or 'none'}")
     print(f"  {'tokenizer':<11}{tokenizer['name']}, {tokenizer['vocab_size']:,} ids")
     for split, summary in manifest.splits.items():
         print(f"  {split:<11}{summary.documents:>13,} documents {summary.tokens:>17,} tokens")

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data.fingerprint import describe_changes, is_older, parts_of
 from data.shards.encode import Encode, EncodedDocument, encoder
+from data.shards.source_files import hash_sources
 from data.shards.writer import ShardWriter, write_manifest
 from data.sources.base import Position, Row, batches
 from data.sources.files import FileDocuments
@@ -132,7 +134,8 @@ def prepare(
                 preparation.run()
         finally:
             _remove_partial(folder)  # an interrupt may come before a writer can clean up
-        return write_manifest(folder, preparation.num_shards, settings)
+        sources = hash_sources(source, preparation.num_files)
+        return write_manifest(folder, preparation.num_shards, settings, sources)
 
 
 class _Preparation:
@@ -155,6 +158,13 @@ class _Preparation:
         self._num_tokens = self._num_documents = 0
         self._is_done = False
         self.num_shards = 0
+
+    @property
+    def num_files(self) -> int:
+        """Number of files of the source that were read, at least in part."""
+        if self._options.max_tokens is None or self._position is None:
+            return len(self._source.files)
+        return self._position["file"] + 1
 
     def run(self) -> None:
         """Write every missing shard."""
@@ -264,7 +274,7 @@ def _settings(
     """Return the content of prepare.json, which determines every byte of the shards."""
     return {
         "format": FORMAT,
-        "source": {**(description or {}), "fingerprint": source.fingerprint},
+        "source": {**(description or {}), "fingerprint": parts_of(source.fingerprint)},
         "tokenizer": {
             "name": tokenizer.name,
             "fingerprint": tokenizer.fingerprint,
@@ -280,22 +290,35 @@ def _settings(
 def _start(folder: Path, settings: dict[str, Any]) -> None:
     """Write the settings, or check those of an earlier run, and delete incomplete shards."""
     path = folder / SETTINGS_FILE
-    if not path.exists():
-        write_json(path, settings)
-    saved_settings = read_json(path)
+    if path.exists():
+        saved_settings = read_json(path)
+    elif (folder / MANIFEST_FILE).exists():
+        saved_settings = read_manifest(folder).settings
+    else:
+        saved_settings = settings
     saved, now = _compared(saved_settings), _compared(settings)
     names = [each.get("tokenizer", {}).get("name") for each in (saved_settings, settings)]
-    differences = [
-        f"{key} was {saved.get(key)!r} and is {now[key]!r}"
-        + (f", the fingerprints of {names[0]} and {names[1]}" if key == "tokenizer" else "")
-        for key in now
-        if saved.get(key) != now[key]
-    ]
+    differences = []
+    for key in now:
+        if saved.get(key) == now[key]:
+            continue
+        differences.append(f"{key} was {saved.get(key)!r} and is {now[key]!r}")
+        if key == "tokenizer":
+            differences[-1] += f", the fingerprints of {names[0]} and {names[1]}"
+        elif key == "source":
+            differences[-1] = f"source was another: {', '.join(describe_changes(saved[key], now[key]))}"
+    if is_older(saved["source"], now["source"]):
+        raise UserError(
+            f"{folder} was prepared by an earlier version, which knew the source by less than its content: a "
+            "complete folder can be read as it is, but not be continued; prepare into another folder"
+        )
     if differences:
         raise UserError(
             f"{folder} was prepared with other settings ({'; '.join(differences)}): restore them, or prepare "
             "into another folder"
         )
+    if not path.exists():
+        write_json(path, saved_settings)
     _remove_partial(folder)
     for path in (folder / SHARDS_FOLDER).glob("*"):
         if path.name.isdigit() and not _is_complete(folder, int(path.name)):

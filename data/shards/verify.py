@@ -1,6 +1,7 @@
 """Verify a folder of shards against its hashes and counts, and count its documents by length."""
 
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -8,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
+from data.fingerprint import describe_changes
 from data.shards.encode import num_cores
 from data.shards.writer import index_records
 from data.sources.shard_format import (
     DOCUMENT,
     INDEX,
     MANIFEST_FILE,
+    SETTINGS_FILE,
     SPLITS,
     TOKEN,
     Manifest,
@@ -21,6 +24,7 @@ from data.sources.shard_format import (
     SplitSummary,
     file_sha256,
     index_file,
+    read_json,
     read_manifest,
     read_shard,
     shard_folder,
@@ -34,14 +38,15 @@ def verify(folder: Path) -> Iterator[tuple[Path, list[str]]]:
     """Read all files of a folder and yield their problems.
 
     Checks every file's SHA-256, each document's CRC-32 and last token, that every id is in the vocabulary,
-    the counts, that each shard starts where the previous one ends, and the indices.
+    the counts, that each shard starts where the previous one ends, the indices, and that prepare.json has the
+    manifest's settings.
 
     Args:
         folder: The prepared folder.
 
     Yields:
-        A checked path (a shard's folder, an index or the manifest), to be deleted if it is damaged, and the
-        list of its problems.
+        A checked path (a shard's folder, an index, prepare.json or the manifest), to be deleted if it is
+        damaged, and the list of its problems.
 
     Raises:
         UserError: The manifest is missing or damaged.
@@ -54,7 +59,9 @@ def verify(folder: Path) -> Iterator[tuple[Path, list[str]]]:
             pool.map(lambda number: _check_shard(folder, manifest, number), numbers)
         ):
             yield shard_folder(folder, number), problems
-    yield folder / MANIFEST_FILE, _check_order(folder, manifest)
+    settings_problems = _check_settings(folder, manifest)
+    yield folder / SETTINGS_FILE, settings_problems
+    yield folder / MANIFEST_FILE, [*settings_problems, *_check_order(folder, manifest)]
     for split in SPLITS:
         yield index_file(folder, split), _check_index(folder, manifest, split)
 
@@ -77,6 +84,12 @@ def length_histogram(folder: Path, split: ShardSplit) -> list[tuple[int, int, in
     for first in range(0, summary.documents, _CHUNK_DOCUMENTS):
         starts = index["start"][first : min(first + _CHUNK_DOCUMENTS, summary.documents) + 1]
         lengths = np.diff(starts).astype(np.int64)
+        if lengths.min() < 1:
+            path = index_file(folder, split)
+            raise UserError(
+                f"{path} is damaged near document {first + int(lengths.argmin())}: delete it and run the "
+                "same `python -m data.shards prepare` again, which rewrites it"
+            )
         bins = np.log2(lengths).astype(np.int64)
         documents += np.bincount(bins, minlength=64)
         tokens += np.bincount(bins, weights=lengths, minlength=64).astype(np.int64)
@@ -124,6 +137,18 @@ def _check_split(stem: Path, summary: SplitSummary, vocab_size: int, end_of_docu
     return []
 
 
+def _check_settings(folder: Path, manifest: Manifest) -> list[str]:
+    path = folder / SETTINGS_FILE
+    try:
+        settings = read_json(path)
+    except UserError as error:
+        return [str(error)]
+    if settings == manifest.settings:
+        return []
+    differing = describe_changes(settings, manifest.settings) or ["a key has another name"]
+    return [f"{path} and {MANIFEST_FILE} have other settings: {'; '.join(differing)}"]
+
+
 def _check_order(folder: Path, manifest: Manifest) -> list[str]:
     try:
         shards = [read_shard(folder, number) for number in range(len(manifest.shards))]
@@ -136,6 +161,9 @@ def _check_order(folder: Path, manifest: Manifest) -> list[str]:
     ]
     if shards[0].first is not None or not shards[-1].is_last:
         problems.append(f"{folder}: the shards do not span the source from start to end")
+    skipped = sum((Counter(shard.skipped) for shard in shards), Counter[str]())
+    if skipped != Counter(manifest.skipped):
+        problems.append(f"{folder}: the manifest's counts of skipped rows do not match the shards")
     for split, summary in manifest.splits.items():
         num_documents = sum(shard.splits[split].documents for shard in shards)
         num_tokens = sum(shard.splits[split].tokens for shard in shards)

@@ -23,6 +23,7 @@ from data.sources.shard_format import (
     Manifest,
     ShardSplit,
     ShardSummary,
+    SourceFile,
     SplitSummary,
     file_sha256,
     index_file,
@@ -131,13 +132,16 @@ class _HashedFile:
         return self._hash.hexdigest()
 
 
-def write_manifest(folder: Path, num_shards: int, settings: dict[str, Any]) -> Manifest:
+def write_manifest(
+    folder: Path, num_shards: int, settings: dict[str, Any], sources: dict[str, SourceFile]
+) -> Manifest:
     """Write the indices, then the manifest, which marks the folder complete.
 
     Args:
         folder: The prepared folder.
         num_shards: Number of its shards.
         settings: The settings in prepare.json.
+        sources: Hashes of the local files that were read, by path.
 
     Raises:
         UserError: A shard.json cannot be read.
@@ -166,6 +170,7 @@ def write_manifest(folder: Path, num_shards: int, settings: dict[str, Any]) -> M
         skipped=dict(sorted(skipped.items())),
         splits=splits,
         shards=[shard.splits for shard in shards],
+        sources=sources,
     )
     write_json(folder / MANIFEST_FILE, manifest)
     return manifest

@@ -42,7 +42,10 @@ class DocumentSource(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the documents and their order; a saved position is valid for a source of the same one."""
+        """What determines the documents and their order, from `data.fingerprint.join_parts`, or a hash of it.
+
+        A saved position is valid for a source of the same fingerprint.
+        """
         ...
 
     def read(self, position: Position | None = None, *, repeat: bool) -> Iterator[Row]:

@@ -1,32 +1,48 @@
 """Command-line options that describe a source of text, for commands that run without a config."""
 
 import argparse
+import re
 
-from data.config import HubSource, JsonlSource, ParquetSource, TextSource
+from data.config import DatasetsSource, HubSource, JsonlSource, ParquetSource, TextKind, TextSource
 from data.ultra_fineweb import REPOSITORY, REVISION
 from errors import UserError
 
-_JSONL_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".jsonl.bz2")
+_JSONL_NAME = re.compile(r".*\.(jsonl|json|ndjson)(\.(gz|bz2|zst|zstd|lz4|xz))?", re.DOTALL)
 
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of a source of text to a parser."""
-    group = parser.add_argument_group("source (one of the first four)")
+    group = parser.add_argument_group("source (one of the first five)")
     kinds = group.add_mutually_exclusive_group(required=True)
-    kinds.add_argument("--files", nargs="+", metavar="GLOB", help="local .parquet or .jsonl[.gz|.zst] files")
+    kinds.add_argument(
+        "--files", nargs="+", metavar="GLOB", help="local .parquet or .jsonl[.gz|.zst|..] files"
+    )
     kinds.add_argument("--folder", help="a folder of text files, one document per file")
     kinds.add_argument("--parts", help='parts of Ultra-FineWeb on the hub, such as "1-20" or "1-4,9"')
     kinds.add_argument(
         "--hub-files", nargs="+", metavar="PATH", help="parquet files of a dataset on the Hugging Face hub"
+    )
+    kinds.add_argument(
+        "--dataset",
+        metavar="NAME",
+        help="a dataset of the `datasets` library: its name on the hub, or a folder",
     )
     group.add_argument("--pattern", help='glob of the files in --folder (default "**/*.txt")')
     group.add_argument(
         "--language", choices=("en", "zh"), default="en", help="Ultra-FineWeb's language for --parts"
     )
     group.add_argument("--repository", default=REPOSITORY, help="dataset on the hub (default %(default)s)")
-    group.add_argument("--revision", default=REVISION, help="its commit (default: one of Ultra-FineWeb)")
+    group.add_argument("--revision", help="its commit (default: one of Ultra-FineWeb, or --dataset's newest)")
+    group.add_argument("--name", help="config of --dataset (default: its only or default one)")
+    group.add_argument("--split", help='split of --dataset (default "train")')
+    group.add_argument(
+        "--streaming", action="store_true", default=None, help="read --dataset without downloading it first"
+    )
     group = parser.add_argument_group("columns and filters")
-    group.add_argument("--text-column", help='column or key (default "content", for JSONL "text")')
+    group.add_argument(
+        "--text-column",
+        help='column or key, as text or data.text (default "content", for JSONL and --dataset "text")',
+    )
     group.add_argument("--score-column", help='column or key of the quality score (default "score")')
     group.add_argument("--min-score", type=float, help="skip rows with a lower score")
     group.add_argument("--min-characters", type=int, help="skip shorter documents")
@@ -34,7 +50,7 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--on-damaged-file", choices=("stop", "skip"), default="stop")
 
 
-def source_from(options: argparse.Namespace) -> ParquetSource | JsonlSource | TextSource | HubSource:
+def source_from(options: argparse.Namespace) -> TextKind:
     """Build the source that command-line options describe.
 
     Args:
@@ -49,19 +65,28 @@ def source_from(options: argparse.Namespace) -> ParquetSource | JsonlSource | Te
         if columns:
             raise UserError(f"{', '.join(columns)} given with --folder: text files have no columns")
         return TextSource(folder=options.folder, **_given(options, "pattern"), **limits)
+    dataset = _given(options, "name", "split", "streaming")
+    if options.dataset is not None:
+        return DatasetsSource(
+            path=options.dataset, **dataset, **_given(options, "revision"), **limits, **columns
+        )
+    if dataset:
+        raise UserError(f"{', '.join(dataset)} given without --dataset: other sources have none")
     if options.pattern is not None:
         raise UserError("--pattern given without --folder: --files takes globs")
     if options.files is None:
         files = {"language": options.language, "parts": options.parts}
         if options.hub_files is not None:
             files = {"files": options.hub_files}
-        repository = {"repository": options.repository, "revision": options.revision}
+        repository = {"repository": options.repository, "revision": options.revision or REVISION}
         return HubSource(**repository, **files, **limits, **columns)
     if all(name.endswith(".parquet") for name in options.files):
         return ParquetSource(files=options.files, **limits, **columns)
-    if all(name.endswith(_JSONL_SUFFIXES) for name in options.files):
+    if all(_JSONL_NAME.fullmatch(name) for name in options.files):
         return JsonlSource(files=options.files, **limits, **columns)
-    raise UserError(f"--files is {options.files}: want all of them .parquet, or all of them .jsonl[.gz|.zst]")
+    raise UserError(
+        f"--files is {options.files}: want all of them .parquet, or all of them .jsonl[.gz|.zst|..]"
+    )
 
 
 def _given(options: argparse.Namespace, *names: str) -> dict:

@@ -4,22 +4,24 @@ Without a seed, rows come in the order of the files. With a seed, each epoch per
 within blocks of 8,192 consecutive rows (fewer where rows are long: a block ends with the row that brings it
 to 64M characters). This approximates a full shuffle: rows of one block stay close to each other. A position
 then names the block and the number of its rows already read; on resume the block is read again, and nothing
-else is kept.
+else is kept. A file whose rows can be read in any order is permuted as a whole.
 """
 
 import contextlib
-import hashlib
-import json
+import functools
 import logging
+import lzma
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
 
-from data.config import Split, TextOptions
+from data.config import ColumnOptions, Split, TextOptions
+from data.fingerprint import fingerprint_files, join_parts
 from data.permutation import Permutation
 from data.sources.base import Position, Row
 from data.sources.filters import DEFECTS, Filter
@@ -30,8 +32,10 @@ logger = logging.getLogger(__name__)
 BLOCK_ROWS = 8192
 BLOCK_CHARACTERS = 1 << 26
 
+_IDENTIFY_THREADS = 16
+
 # left out of the fingerprint: files count by their identity, and a damaged file's rows keep their positions
-_NOT_FINGERPRINTED = ("files", "folder", "on_damaged_file")
+_NOT_FINGERPRINTED = ("files", "folder", "path", "name", "revision", "on_damaged_file")
 
 
 class DamagedFileError(UserError):
@@ -59,11 +63,15 @@ class DocumentFile(Protocol):
 
     @property
     def identity(self) -> list[Any]:
-        """Plain JSON that distinguishes this file from others, independent of the dataset's location."""
+        """Plain JSON: the file's name, then what else distinguishes it from others, whatever their folder.
+
+        Raises:
+            UserError: The file cannot be read.
+        """
         ...
 
     def check(self) -> None:
-        """Check what can be checked without reading the rows, and read what `identity` needs.
+        """Check what can be checked without reading the rows.
 
         Raises:
             DamagedFileError: The file is damaged.
@@ -89,6 +97,19 @@ class DocumentFile(Protocol):
 
     def prefetch(self) -> None:
         """Start downloading the file in the background, if it is remote."""
+        ...
+
+
+@runtime_checkable
+class PermutableFile(DocumentFile, Protocol):
+    """A file whose rows can be read in any order; a shuffle permutes all of them instead of blocks."""
+
+    def permuted(self, *key: int | str) -> DocumentFile:
+        """Return the file with its rows in the order of a permutation.
+
+        Args:
+            key: Seeds the permutation.
+        """
         ...
 
 
@@ -155,14 +176,14 @@ class FileDocuments:
     def __str__(self) -> str:
         return self._description
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
-        """Hash of the files (not of their folders: a dataset may move), the filters and the order."""
+        """The files (not their folders: a dataset may move) by their content, the filters and the order."""
         options = {
             name: value for name, value in vars(self._options).items() if name not in _NOT_FINGERPRINTED
         }
-        parts = [options, self._filter.split, self._shuffle_seed, [file.identity for file in self.files]]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+        order = {"split": self._filter.split, "shuffle_seed": self._shuffle_seed}
+        return join_parts({**options, **order, **identify(self.files)})
 
     def read(self, position: Position | None = None, *, repeat: bool) -> Iterator[Row]:
         """Yield rows in order from a position.
@@ -180,9 +201,13 @@ class FileDocuments:
             is_whole_epoch = (first_file, row, taken) == (0, 0, 0)
             for index in range(first_file, len(self.files)):
                 self._prefetch_next(epoch, index, repeat)
+                in_file: Counter[str | None] = Counter()
                 for each in self._read_file(epoch, index, row, taken):
-                    counts[each.skipped] += 1
+                    in_file[each.skipped] += 1
                     yield each
+                if (row, taken) == (0, 0):
+                    self._judge_file(self._file(epoch, index), in_file)
+                counts += in_file
                 row = taken = 0
             self._end_epoch(epoch, counts, is_whole_epoch)
             if not repeat:
@@ -210,7 +235,10 @@ class FileDocuments:
 
     def _read_file(self, epoch: int, index: int, row: int, taken: int) -> Iterator[Row]:
         file = self._file(epoch, index)
-        if self._shuffle_seed is None:
+        is_permutable = isinstance(file, PermutableFile)
+        if self._shuffle_seed is not None and is_permutable:
+            file = file.permuted(self._shuffle_seed, "rows", epoch, index)
+        if self._shuffle_seed is None or is_permutable:
             for raw in self._raw_rows(file, row):
                 yield self._row(_position_after(epoch, index, raw), raw)
             return
@@ -238,21 +266,51 @@ class FileDocuments:
         text, reason = self._filter.apply(raw.value, raw.score)
         return Row(after._asdict(), text=text, skipped=reason)
 
+    def _judge_file(self, file: DocumentFile, counts: Counter[str | None]) -> None:
+        """Raise or log if a file has rows, and none is a document: it has other columns or another format.
+
+        Rows that the config leaves out, by length or split, are documents. A text file is one row, which is
+        judged as a row.
+        """
+        has_columns = isinstance(self._options, ColumnOptions)
+        if not has_columns or not counts or any(reason not in DEFECTS for reason in counts):
+            return
+        if self._options.on_damaged_file == "stop":
+            raise UserError(self._no_document(str(file), counts, ' or set on_damaged_file to "skip"'))
+        if self._log_skipped:
+            logger.warning("%s holds no document: its %d rows were skipped", file, counts.total())
+
+    def _no_document(self, name: str, counts: Counter[str | None], remedy: str) -> str:
+        column = getattr(self._options, "text_column", None)
+        column_hint = "" if column is None else f"; text_column is {column!r}"
+        return (
+            f"{name} holds no document (rows skipped: {_listed(counts)}{column_hint}): name other files or "
+            f"another column,{remedy}"
+        )
+
     def _end_epoch(self, epoch: int, counts: Counter[str | None], is_whole_epoch: bool) -> None:
         """Log the skipped rows of an epoch, and raise if a whole one has no document."""
         num_documents = counts.pop(None, 0)
-        listed = ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "none"
         if is_whole_epoch and not num_documents:
-            column = getattr(self._options, "text_column", None)
-            column_hint = "" if column is None else f"; text_column is {column!r}"
-            raise UserError(
-                f"{self} holds no document (rows skipped: {listed}{column_hint}): name other files or "
-                "another column, or relax the filters"
-            )
+            raise UserError(self._no_document(str(self), counts, " or relax the filters"))
         if self._log_skipped and any(counts[reason] for reason in DEFECTS):
+            skipped = _listed(counts)
             logger.warning(
-                "epoch %d of %s: %d documents, rows skipped: %s", epoch, self, num_documents, listed
+                "epoch %d of %s: %d documents, rows skipped: %s", epoch, self, num_documents, skipped
             )
+
+
+def identify(files: Sequence[DocumentFile]) -> dict[str, Any]:
+    """Identify files by their content and order, as `data.fingerprint.fingerprint_files` describes it.
+
+    Args:
+        files: The files.
+
+    Raises:
+        UserError: A file cannot be read.
+    """
+    with ThreadPoolExecutor(_IDENTIFY_THREADS) as pool:
+        return fingerprint_files(list(pool.map(lambda file: file.identity, files)))
 
 
 @contextlib.contextmanager
@@ -268,7 +326,7 @@ def convert_read_errors(name: Path | str) -> Iterator[None]:
     """
     try:
         yield
-    except (pa.ArrowException, OSError, EOFError) as error:
+    except (pa.ArrowException, OSError, EOFError, lzma.LZMAError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         # an error of the operating system has an errno, a decoder's OSError has none
         if isinstance(error, OSError) and error.errno:
@@ -277,6 +335,10 @@ def convert_read_errors(name: Path | str) -> Iterator[None]:
             f"cannot read {name} ({reason}): the file is damaged; download or write it again, or set "
             'on_damaged_file to "skip"'
         ) from error
+
+
+def _listed(counts: Counter[str | None]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "none"
 
 
 def _position_after(epoch: int, index: int, raw: RawRow) -> FilePosition:

@@ -1,7 +1,9 @@
 """The "jsonl" source: files of JSON objects, one document per line, compressed or not."""
 
+import contextlib
 import io
 import json
+import lzma
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,16 +11,25 @@ from typing import Any
 import pyarrow as pa
 
 from data.config import ColumnOptions
+from data.sources.content import content_hash
 from data.sources.files import RawRow, convert_read_errors
 
 _MAX_LINE_BYTES = 1 << 28
+# compression by a file's first bytes, whatever its name
+_MAGIC = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bz2",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x04\x22\x4d\x18": "lz4",
+    b"\xfd7zXZ\x00": "xz",
+}
 
 
 class JsonlDocumentFile:
     """A JSONL file; a row's number is its line's byte offset in the uncompressed text.
 
     Args:
-        path: The file; .gz, .bz2, .zst and .lz4 are decompressed while reading.
+        path: The file; gzip, bzip2, Zstandard, LZ4 and xz are decompressed while reading.
         options: The keys of the text and its score.
     """
 
@@ -32,8 +43,9 @@ class JsonlDocumentFile:
 
     @property
     def identity(self) -> list[Any]:
-        """The file's name and its size in bytes."""
-        return [self.path.name, self._num_bytes]
+        """The file's name and a hash of its content."""
+        with convert_read_errors(self.path):
+            return [self.path.name, content_hash(self.path)]
 
     def check(self) -> None:
         """Read the file's size.
@@ -54,11 +66,7 @@ class JsonlDocumentFile:
             DamagedFileError: The compressed data is damaged or truncated.
             UserError: The file is gone.
         """
-        with (
-            convert_read_errors(self.path),
-            pa.input_stream(str(self.path), compression="detect") as stream,
-        ):
-            lines = io.BufferedReader(stream, 1 << 20)
+        with convert_read_errors(self.path), _open(self.path) as lines:
             offset = _skip(lines, row)
             while line := lines.readline(_MAX_LINE_BYTES):
                 is_whole = line.endswith(b"\n") or len(line) < _MAX_LINE_BYTES
@@ -85,7 +93,31 @@ class JsonlDocumentFile:
             return RawRow(next_row, skipped="malformed")
         if not isinstance(record, dict):
             return RawRow(next_row, skipped="malformed")
-        return RawRow(next_row, record.get(self._options.text_column), record.get(self._options.score_column))
+        score = None if self._options.min_score is None else _value(record, self._options.score_column)
+        return RawRow(next_row, _value(record, self._options.text_column), score)
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[io.BufferedReader]:
+    """Open a file for reading, decompressed."""
+    with path.open("rb") as file:
+        start = file.read(max(map(len, _MAGIC)))
+    compression = next((name for magic, name in _MAGIC.items() if start.startswith(magic)), None)
+    with (
+        # pyarrow reads all of them but xz
+        lzma.open(path) if compression == "xz" else pa.input_stream(str(path), compression=compression)
+    ) as stream:
+        yield io.BufferedReader(stream, 1 << 20)
+
+
+def _value(record: dict[str, Any], key: str) -> object:
+    """Return the value of a key, which may name the keys of nested objects, separated by dots."""
+    if key in record:
+        return record[key]
+    value: Any = record
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
 
 
 def _skip(lines: io.BufferedReader, num_bytes: int) -> int:

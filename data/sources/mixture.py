@@ -5,10 +5,9 @@ divided by its weight. Every source's proportion is thus exact to within about o
 without random numbers, and a position is each source's position and its amount of text.
 """
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 
+from data.fingerprint import join_parts, parts_of
 from data.sources.base import DocumentSource, Position, Row
 
 # to weigh shards against text: English text has about 4.5 characters per token
@@ -32,9 +31,9 @@ class MixtureDocuments:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the sources and their weights."""
-        parts = {name: [source.fingerprint, self._weights[name]] for name, source in self._sources.items()}
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+        """The sources' fingerprints and their weights."""
+        sources = {name: parts_of(source.fingerprint) for name, source in self._sources.items()}
+        return join_parts({"weights": dict(self._weights), "sources": sources})
 
     def read(self, position: Position | None = None, *, repeat: bool) -> Iterator[Row]:
         """Yield rows in order from a position.

@@ -1,9 +1,8 @@
 """Open the sources of a config's `[data]` table, and check them before a run is built."""
 
-from pathlib import Path
-
 from data.config import (
     DataConfig,
+    DatasetsSource,
     HubSource,
     JsonlSource,
     LeafSource,
@@ -12,6 +11,7 @@ from data.config import (
     ShardsSource,
     Source,
     Split,
+    TextKind,
     TextSource,
 )
 from data.sources.base import DocumentSource
@@ -19,6 +19,7 @@ from data.sources.files import DocumentFile, FileDocuments
 from data.sources.hub import hub_files
 from data.sources.jsonl import JsonlDocumentFile
 from data.sources.mixture import MixtureDocuments
+from data.sources.overlap import check_overlap
 from data.sources.parquet import ParquetDocumentFile, local_files
 from data.sources.shards import ShardDocuments
 from data.sources.text import text_files
@@ -26,7 +27,7 @@ from errors import UserError
 
 
 def open_text(
-    source: ParquetSource | JsonlSource | TextSource | HubSource,
+    source: TextKind,
     *,
     split: Split = "all",
     shuffle_seed: int | None = None,
@@ -53,6 +54,11 @@ def open_text(
             files = [*text_files(source)]
         case HubSource():
             files = [*hub_files(source)]
+        case DatasetsSource():
+            # imported here: the library takes a second to import, and few runs need it
+            from data.sources.hf_datasets import dataset_files
+
+            files = dataset_files(source)
     return FileDocuments(
         files,
         source,
@@ -129,34 +135,12 @@ def check_data(config: DataConfig, tokenizer_fingerprint: str) -> None:
                 next((row for row in opened.read(repeat=False) if row.skipped is None), None)
         except UserError as error:
             raise UserError(f"data.{name}: {error}") from error
-    if config.validation is None:
-        return
-    shared = _locations(config.train) & _locations(config.validation)
-    if shared and config.validation_documents == "all":
-        raise UserError(
-            f'data.validation_documents is "all", but data.train reads {min(shared)} too: set it to '
-            '"held_out" to validate on the documents that are held out from training'
-        )
+    check_overlap(config)
 
 
 def _reads_hub(source: Source) -> bool:
     leaves = source.sources.values() if isinstance(source, MixtureSource) else (source,)
     return any(isinstance(leaf, HubSource) for leaf in leaves)
-
-
-def _locations(source: Source) -> set[str]:
-    """Return the files and folders that a source reads."""
-    match source:
-        case MixtureSource():
-            return set[str]().union(*map(_locations, source.sources.values()))
-        case ParquetSource() | JsonlSource():
-            return {str(path.resolve()) for path in local_files(source.files, source.kind)}
-        case TextSource():
-            return {str(file.path.resolve()) for file in text_files(source)}
-        case HubSource():
-            return {f"{source.repository}/{name}" for name in source.file_names}
-        case ShardsSource():
-            return {str(Path(source.folder).resolve())}
 
 
 def _describe(files: list[DocumentFile]) -> str:

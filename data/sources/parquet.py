@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.config import ColumnOptions
+from data.sources.content import content_hash
 from data.sources.files import RawRow, convert_read_errors
 from errors import UserError
 
@@ -42,8 +43,9 @@ class ParquetDocumentFile:
 
     @property
     def identity(self) -> list[Any]:
-        """The file's name and its number of rows, None if it is damaged."""
-        return [self.path.name, self.num_rows]
+        """The file's name and a hash of its content."""
+        with convert_read_errors(self.path):
+            return [self.path.name, content_hash(self.path)]
 
     def check(self) -> None:
         """Read the footer.
@@ -68,8 +70,10 @@ class ParquetDocumentFile:
         with convert_read_errors(self.path), self._open() as parquet:
             self.num_rows = parquet.metadata.num_rows
             for batch, first in self._batches(parquet, row):
-                texts = _values(batch.column(0))
-                scores = [None] * len(texts) if batch.num_columns < 2 else batch.column(1).to_pylist()
+                texts = _values(self._column(batch, self._text_column))
+                scores: list[object] = [None] * len(texts)
+                if self._score_column is not None:
+                    scores = self._column(batch, self._score_column).to_pylist()
                 for next_row, (text, score) in enumerate(zip(texts, scores, strict=True), first + 1):
                     yield RawRow(next_row, text, score)
 
@@ -82,15 +86,30 @@ class ParquetDocumentFile:
 
     def _open(self) -> pq.ParquetFile:
         with convert_read_errors(self.path):
-            parquet = pq.ParquetFile(self.path, pre_buffer=False, buffer_size=_READ_BUFFER_BYTES)
-        columns = parquet.schema_arrow.names
+            parquet = pq.ParquetFile(
+                self.path,
+                pre_buffer=False,
+                buffer_size=_READ_BUFFER_BYTES,
+                page_checksum_verification=True,  # of the pages that have one
+            )
         for key, column in (("text_column", self._text_column), ("score_column", self._score_column)):
-            if column is not None and column not in columns:
+            schema = parquet.schema_arrow
+            if column is not None and _column_path(schema, column, self.path) is None:
                 raise UserError(
-                    f"{self.path} has no column {column!r} (it has {', '.join(columns) or 'none'}): "
+                    f"{self.path} has no column {column!r} (it has {', '.join(schema.names) or 'none'}): "
                     f"set {key} to the one that holds the {key.partition('_')[0]}"
                 )
         return parquet
+
+    def _column(self, batch: pa.RecordBatch, column: str) -> pa.Array:
+        """Return a column, which may be a field of a struct, and is null where the struct is."""
+        path = _column_path(batch.schema, column, self.path)
+        assert path is not None
+        first, *rest = path
+        values = batch.column(first)
+        for name in rest:
+            values = values.flatten()[values.type.get_field_index(name)]
+        return values
 
     def _batches(self, parquet: pq.ParquetFile, first: int) -> Iterator[tuple[pa.RecordBatch, int]]:
         """Yield batches from a row, each with the index of its first row."""
@@ -112,8 +131,7 @@ class ParquetDocumentFile:
         for batch in batches:
             drop = max(first - position, 0)
             if drop < len(batch):
-                # iter_batches returns the columns in the file's order
-                yield batch.select(columns).slice(drop), position + drop
+                yield batch.slice(drop), position + drop
             position += len(batch)
 
 
@@ -153,6 +171,22 @@ def local_files(patterns: Sequence[str], kind: str) -> list[Path]:
             found[resolved] = pattern
             files.append(match)
     return files
+
+
+def _column_path(schema: pa.Schema, column: str, file: Path) -> list[str] | None:
+    """Return the names that lead to a column: its own, else those of the structs around it; None without."""
+    names = [column] if column in schema.names else column.split(".")
+    fields: list[pa.Field] = [*schema]
+    for name in names:
+        found = [field for field in fields if field.name == name]
+        if not found:
+            return None
+        if len(found) > 1:
+            raise UserError(
+                f"{file} has {len(found)} columns of the name {name!r}: write it again with one name for each"
+            )
+        fields = [*found[0].type] if pa.types.is_struct(found[0].type) else []
+    return names
 
 
 def _values(column: pa.Array) -> list[object]:

@@ -6,7 +6,8 @@
     shards/00000/held_out.*           the documents that data/sources/split.py holds out from training
     shards/00000/shard.json           counts, hashes, and the shard's first and next position in the source
     train.index, held_out.index       each document's first token, counted over all shards, and its CRC-32
-    manifest.json                     settings, counts and hashes; written last: a folder with it is complete
+    manifest.json                     settings, counts, and hashes, also of the local files that were read;
+                                      written last: a folder with it is complete
 
 A shard's folder appears complete or not at all, so that a killed preparation loses no finished shard and
 writes nothing twice.
@@ -84,6 +85,21 @@ class ShardSummary:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceFile:
+    """Hashes of a local file that shards were made from.
+
+    Attributes:
+        num_bytes: Size of the file.
+        sha256: SHA-256 of the whole file.
+        content: The hash of data/sources/content.py, by which a run recognizes the file.
+    """
+
+    num_bytes: int
+    sha256: str
+    content: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Content of manifest.json.
 
@@ -92,12 +108,14 @@ class Manifest:
         skipped: Number of skipped rows, by reason.
         splits: Counts and hashes of the whole folder.
         shards: Counts and hashes of each shard's splits, in order.
+        sources: The local files that were read, by path; none in folders of earlier versions.
     """
 
     settings: dict[str, Any]
     skipped: dict[str, int]
     splits: dict[ShardSplit, SplitSummary]
     shards: list[dict[ShardSplit, SplitSummary]]
+    sources: dict[str, SourceFile]
 
 
 def shard_folder(folder: Path, number: int) -> Path:
@@ -135,13 +153,16 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(f"{folder} holds no complete set of shards ({MANIFEST_FILE} is missing): {remedy}")
     table = read_json(path)
     try:
+        for key in ("name", "fingerprint", "vocab_size", "end_of_document_id"):
+            _ = table["settings"]["tokenizer"][key]
         return Manifest(
             settings=table["settings"],
             skipped=table["skipped"],
             splits=_splits(table["splits"]),
             shards=[_splits(shard) for shard in table["shards"]],
+            sources={path: SourceFile(**hashes) for path, hashes in table.get("sources", {}).items()},
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error!r}): delete it and prepare again") from error
 
 
@@ -191,12 +212,13 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         UserError: The file cannot be read or does not hold a JSON object; names it.
     """
+    remedy = f"delete {path.parent if path.name == SHARD_FILE else path} and prepare again"
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({error}): delete {path.parent} and prepare again") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {path} ({error}): {remedy}") from error
     if not isinstance(table, dict):
-        raise UserError(f"{path} is damaged: delete {path.parent} and prepare again")
+        raise UserError(f"{path} is damaged: {remedy}")
     return table
 
 

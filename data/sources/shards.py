@@ -6,8 +6,6 @@ index; a document's tokens are read, and checked against their CRC-32, on first 
 """
 
 import bisect
-import hashlib
-import json
 import logging
 import mmap
 import os
@@ -20,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from data.config import ShardsSource, Split
+from data.fingerprint import join_parts
 from data.permutation import Permutation
 from data.sources.base import Position, Row
 from data.sources.shard_format import (
@@ -31,6 +30,7 @@ from data.sources.shard_format import (
     read_manifest,
     shard_folder,
 )
+from data.tokenizer_content import describe_other_tokenizer, is_older_fingerprint, same_tokenizer
 from errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,8 @@ class SplitReader:
         ]
         # index of each shard's first token, then the total number of tokens
         self._firsts = [0, *accumulate(shard[split].tokens for shard in manifest.shards)]
-        self._index = _map_index(index_file(folder, split), self.num_documents)
+        self._index_path = index_file(folder, split)
+        self._index = _map_index(self._index_path, self.num_documents)
         self._descriptors: OrderedDict[int, int] = OrderedDict()
 
     def __del__(self) -> None:
@@ -117,8 +118,16 @@ class SplitReader:
 
         Args:
             number: The document's number in stored order, from 0.
+
+        Raises:
+            UserError: The index is damaged; names it.
         """
         (start, crc32), (stop, _) = self._index[number : number + 2].tolist()
+        if not start < stop <= self._firsts[-1]:
+            raise UserError(
+                f"{self._index_path} is damaged: document {number} has tokens {start} to {stop - 1} of "
+                f"{self._firsts[-1]}; {_remedy(self._index_path)}"
+            )
         return LazyTokens(self, start, stop - start, crc32)
 
     def read(self, start: int, length: int, crc32: int) -> np.ndarray:
@@ -185,11 +194,18 @@ class ShardDocuments:
         self._folder = Path(source.folder)
         settings = read_manifest(self._folder).settings
         fingerprint = settings["tokenizer"]["fingerprint"]
-        if fingerprint != tokenizer_fingerprint:
+        if not same_tokenizer(fingerprint, tokenizer_fingerprint):
+            reason = describe_other_tokenizer(fingerprint, tokenizer_fingerprint)
             raise UserError(
                 f"{self._folder} was prepared with tokenizer {settings['tokenizer']['name']} (fingerprint "
-                f"{fingerprint}), but this run's has fingerprint {tokenizer_fingerprint}: set data.tokenizer "
-                "to that one, or prepare the shards again"
+                f"{fingerprint}), but this run's has fingerprint {tokenizer_fingerprint}: {reason}; set "
+                "data.tokenizer to that one, or prepare the shards again"
+            )
+        if is_older_fingerprint(fingerprint) and log_skipped:
+            logger.warning(
+                "%s was prepared by an earlier version: only the vocabulary of its tokenizer was compared, "
+                "and text that spells an added token has its id there; prepare the shards again to be sure",
+                self._folder,
             )
         self._splits: list[ShardSplit] = [each for each in SPLITS if split in ("all", each)]
         self._readers = [SplitReader(self._folder, each) for each in self._splits]
@@ -208,11 +224,10 @@ class ShardDocuments:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the shards' content, the splits and the order."""
-        manifest = read_manifest(self._folder)
-        hashes = [manifest.splits[split].sha256 for split in self._splits]
-        parts = [self._splits, hashes, self._shuffle_seed]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+        """Hashes of the splits' indices, which have a checksum of each document, and the order."""
+        splits = read_manifest(self._folder).splits
+        hashes = {split: splits[split].sha256["index"][:16] for split in self._splits}
+        return join_parts({**hashes, "shuffle_seed": self._shuffle_seed})
 
     def read(self, position: Position | None = None, *, repeat: bool) -> Iterator[Row]:
         """Yield documents in order from a position.
@@ -264,13 +279,14 @@ class ShardDocuments:
             if number < reader.num_documents:
                 break
             number -= reader.num_documents
-        tokens = reader.document(number)
-        if self._skip_damaged:
+        if not self._skip_damaged:
+            return reader.document(number), None
+        try:
+            tokens = reader.document(number)
             # every rank must read every document, since a skipped one shifts all that follow
-            try:
-                _ = tokens[:]
-            except UserError as error:
-                return None, error
+            _ = tokens[:]
+        except UserError as error:
+            return None, error
         return tokens, None
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from data.config import TextSource
+from data.sources.content import content_hash
 from data.sources.files import RawRow, convert_read_errors
 from errors import UserError
 
@@ -20,24 +21,24 @@ class TextDocumentFile:
     def __init__(self, path: Path, folder: Path) -> None:
         self.path = path
         self._name = path.relative_to(folder).as_posix()
-        self._num_bytes = 0
 
     def __str__(self) -> str:
         return str(self.path)
 
     @property
     def identity(self) -> list[Any]:
-        """The file's path relative to the folder and its size in bytes."""
-        return [self._name, self._num_bytes]
+        """The file's path relative to the folder and a hash of its content."""
+        with convert_read_errors(self.path):
+            return [self._name, content_hash(self.path)]
 
     def check(self) -> None:
-        """Read the file's size.
+        """Check that the file exists.
 
         Raises:
             UserError: The file is missing.
         """
         with convert_read_errors(self.path):
-            self._num_bytes = self.path.stat().st_size
+            self.path.stat()
 
     def read(self, row: int) -> Iterator[RawRow]:
         """Yield the document if the row is 0.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.tokenizer_content import same_tokenizer
 from errors import UserError
 from eval.report.paper_numbers import PaperRow, paper_row
 from eval.report.run_records import RunRecord
@@ -174,10 +175,9 @@ def _origin(run: RunRecord, key: str) -> str:
 
 def _tokenizers(a: RunRecord, b: RunRecord) -> str | None:
     """Compare tokenizers: by fingerprint where both runs recorded one, else by path; None if equal."""
-    fingerprints = [run.steps[-1].get("tokenizer_fingerprint") for run in (a, b)]
+    fingerprints = one, other = [run.steps[-1].get("tokenizer_fingerprint") for run in (a, b)]
     paths = [run.config.get("data.tokenizer") for run in (a, b)]
-    compared = paths if None in fingerprints else fingerprints
-    if compared[0] == compared[1]:
+    if paths[0] == paths[1] if one is None or other is None else same_tokenizer(one, other):
         return None
     first, second = (f"{p!r} ({f or 'not recorded'})" for p, f in zip(paths, fingerprints, strict=True))
     return f"data.tokenizer is {first} in {a.folder.name} and {second} in {b.folder.name}"

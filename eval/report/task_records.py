@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from data.tokenizer_content import same_tokenizer
 from errors import UserError
 from eval.task_results import RESULTS_FILE, mean_accuracy
 from models.run_folder import RunFolder, step_of
@@ -62,7 +63,7 @@ def read_results(folder: Path, fingerprint: str | None) -> tuple[list[Record], l
             continue
         if not _wrote(folder, checkpoint):
             notes.append(f"{path} is of {checkpoint}, not a checkpoint of {folder}, and was skipped")
-        elif None not in (theirs, fingerprint) and theirs != fingerprint:
+        elif theirs is not None and fingerprint is not None and not same_tokenizer(theirs, fingerprint):
             notes.append(
                 f"{path} was made with another tokenizer (fingerprint {theirs}) than the run's "
                 f"({fingerprint}), and was skipped"

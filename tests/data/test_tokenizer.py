@@ -1,14 +1,22 @@
+import functools
+import hashlib
+import json
 import pickle
+import random
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 from data.tokenizer import Tokenizer, _split, check_vocabulary
+from data.tokenizer_content import describe_other_tokenizer, is_older_fingerprint, same_tokenizer
 from data.train_tokenizer import train_byte_level_bpe
 from tests.conftest import make_text
 
@@ -114,6 +122,160 @@ def test_the_fingerprint_distinguishes_vocabularies(byte_tokenizer: Tokenizer, t
     other = Tokenizer(train_byte_level_bpe(["abab abab"], 258))
     assert other.fingerprint != byte_tokenizer.fingerprint
     assert Tokenizer.load(tmp_path, end_of_document="a").fingerprint != byte_tokenizer.fingerprint
+
+
+Table = dict[str, Any]
+
+
+def _lowercase(table: Table) -> None:
+    table["normalizer"] = {"type": "Lowercase"}
+
+
+def _split_digits(table: Table) -> None:
+    digits = {"type": "Digits", "individual_digits": True}
+    table["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, table["pre_tokenizer"]]}
+
+
+def _swap_merges(table: Table) -> None:
+    merges = table["model"]["merges"]
+    merges[0], merges[1] = merges[1], merges[0]
+
+
+def _make_token_not_special(table: Table) -> None:
+    table["added_tokens"][0]["special"] = False
+
+
+def _add_template(table: Table) -> None:
+    end = {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}
+    first = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+    pieces = [first, {"Sequence": {"id": "A", "type_id": 0}}]
+    table["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": pieces,
+        "pair": pieces,
+        "special_tokens": {"<|endoftext|>": end},
+    }
+
+
+@pytest.mark.parametrize(
+    "change", [_lowercase, _split_digits, _swap_merges, _make_token_not_special, _add_template]
+)
+def test_the_fingerprint_covers_all_that_changes_ids(tmp_path: Path, change: Callable[[Table], None]) -> None:
+    tokenizer = Tokenizer(train_byte_level_bpe(["abab cdcd"] * 9, 262))
+    tokenizer.save(tmp_path / "tokenizer.json")
+    table = json.loads((tmp_path / "tokenizer.json").read_text())
+    change(table)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(table))
+    changed = Tokenizer.load(tmp_path).fingerprint
+    assert changed != tokenizer.fingerprint
+    assert not same_tokenizer(changed, tokenizer.fingerprint)
+    assert "the vocabulary is the same" in describe_other_tokenizer(changed, tokenizer.fingerprint)
+
+
+def test_a_fingerprint_of_an_earlier_version_is_recognized_by_the_vocabulary(
+    byte_tokenizer: Tokenizer,
+) -> None:
+    # as released before: the sorted vocabulary with the end-of-document token
+    vocabulary = sorted(byte_tokenizer._backend.get_vocab().items(), key=lambda item: item[1])
+    old = hashlib.sha256(json.dumps(["<|endoftext|>", vocabulary]).encode()).hexdigest()[:16]
+    assert is_older_fingerprint(old)
+    assert not is_older_fingerprint(byte_tokenizer.fingerprint)
+    assert same_tokenizer(old, byte_tokenizer.fingerprint)
+    assert same_tokenizer(byte_tokenizer.fingerprint, old)
+    other = Tokenizer(train_byte_level_bpe(["abab abab"], 258)).fingerprint
+    assert not same_tokenizer(old, other)
+    assert "the vocabulary or the end-of-document token is another" in describe_other_tokenizer(old, other)
+
+
+ADDED = ["<|endoftext|>", "<think>", "</think>", "<|fim_prefix|>", " the ", "\u4e2d", "ab"]
+PIECES = st.sampled_from([*ADDED, "one", " two", "a", "b", "<", "\n", "\u00e9", "<|", "think>", "the", "zz"])
+
+
+def _with_added_tokens(seed: int) -> Tokenizer:
+    """A tokenizer with added tokens of every kind: special or not, normalized or not, stripping spaces."""
+    draw = random.Random(seed)
+    backend = train_byte_level_bpe([make_text(seed, 100), "abab thinkthink"], 300)
+    for content in ADDED[1:]:
+        options = {
+            name: draw.random() < 0.3 for name in ("lstrip", "rstrip", "single_word", "normalized", "special")
+        }
+        backend.add_tokens([tokenizers.AddedToken(content, **options)])
+    return Tokenizer(backend)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@settings(deadline=None, max_examples=40)
+@given(text=st.lists(PIECES, max_size=12).map("".join))
+def test_no_document_gives_the_id_of_an_added_token_and_other_text_keeps_its_ids(
+    seed: int, text: str
+) -> None:
+    tokenizer = _tokenizers(seed)
+    ids = tokenizer.encode(text)
+    assert not {*ids} & {*tokenizer._backend.get_added_tokens_decoder()}
+    assert tokenizer.decode(ids) == text
+    if not any(token.strip() in text for token in ADDED):
+        assert tokenizer.encode_prompts([text])[0] == ids
+    assert pickle.loads(pickle.dumps(tokenizer)).encode(text) == ids
+
+
+_tokenizers = functools.cache(_with_added_tokens)
+
+
+def test_an_end_of_document_token_that_is_not_special_cannot_be_forged(tmp_path: Path) -> None:
+    Tokenizer(train_byte_level_bpe([], 257)).save(tmp_path / "tokenizer.json")
+    table = json.loads((tmp_path / "tokenizer.json").read_text())
+    _make_token_not_special(table)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(table))
+    tokenizer = Tokenizer.load(tmp_path)
+    forged = "one <|endoftext|> two"
+    assert tokenizer.end_of_document_id not in tokenizer.encode(forged)
+    assert tokenizer.decode(tokenizer.encode(forged)) == forged
+
+
+def test_prompts_have_the_ids_of_transformers(tmp_path: Path) -> None:
+    tokenizer = _with_added_tokens(0)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    for text in ("plain", "one <|endoftext|> two <think> x </think>", "a the b \u4e2d ab"):
+        expected = theirs.encode(text, add_special_tokens=False)
+        assert tokenizer.encode_prompts([text]) == [expected]
+    assert tokenizer.end_of_document_id in tokenizer.encode_prompts(["one <|endoftext|> two"])[0]
+
+
+MODELS: dict[str, Callable[[dict[str, int]], Any]] = {
+    "word level": lambda vocabulary: tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"),
+    "word piece": lambda vocabulary: tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"),
+    "unigram": lambda vocabulary: tokenizers.models.Unigram([(word, -1.0) for word in vocabulary], 0),
+    "bpe that looks words up": lambda vocabulary: tokenizers.models.BPE(
+        vocabulary, [("E", "N"), ("EN", "D")], unk_token="[UNK]", ignore_merges=True
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("is_added", [True, False])
+def test_the_end_in_the_vocabulary_of_any_model_is_not_reached_by_text(name: str, is_added: bool) -> None:
+    words = ["[UNK]", "END", "a", "##a", "E", "N", "D", "EN"]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    backend = tokenizers.Tokenizer(MODELS[name](vocabulary))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    if is_added:
+        backend.add_special_tokens(["END"])
+    tokenizer = Tokenizer(backend, end_of_document="END")
+    assert tokenizer.end_of_document_id == 1
+    ids = tokenizer.encode("a END aEND END")
+    assert 1 not in ids
+    assert vocabulary["a"] in ids
+    assert 1 in tokenizer.encode_prompts(["a END"])[0]
+
+
+def test_an_end_that_ordinary_text_needs_is_refused(byte_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    byte_tokenizer.save(tmp_path / "tokenizer.json")
+    with pytest.raises(ValueError, match=r"no other token for the character 'a'.*data\.end_of_document"):
+        Tokenizer.load(tmp_path, end_of_document="a").encode("ab")
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    with pytest.raises(ValueError, match=r"'\[UNK\]' is also the unk_token"):
+        Tokenizer(backend, end_of_document="[UNK]").encode("a")
 
 
 TEXTS_OF_MANY_PIECES = {

@@ -1,6 +1,8 @@
 """Preparing shards: what is written, resuming after any interrupt, and finding damage."""
 
 import itertools
+import json
+import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,12 +19,12 @@ from data.shards import __main__ as shards
 from data.shards.prepare import PrepareOptions, Progress, prepare
 from data.shards.verify import length_histogram
 from data.sources.files import FileDocuments
-from data.sources.shard_format import read_manifest, read_shard, shard_folder
+from data.sources.shard_format import INDEX, read_manifest, read_shard, shard_folder
 from data.sources.shards import ShardDocuments
 from data.sources.split import is_held_out
 from data.tokenizer import Tokenizer
 from data.train_tokenizer import train_byte_level_bpe
-from errors import run_command
+from errors import UserError, run_command
 from tests.data.shards.folders import bytes_of, problems_of
 
 FILES: list[list[object]] = [
@@ -164,9 +166,12 @@ def test_a_complete_folder_is_not_touched_and_other_settings_are_rejected(
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")}
     _prepare(tmp_path, list_source(FILES), byte_tokenizer, num_processes=0)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")} == before
+    lowercase = train_byte_level_bpe([], 257)
+    lowercase.normalizer = tokenizers.normalizers.Lowercase()
     for source, tokenizer, options, named in (
         (list_source(FILES[:1]), byte_tokenizer, {}, "source was"),
         (list_source(FILES), Tokenizer(_backend("a"), name="other"), {}, "tokenizer was .* and other"),
+        (list_source(FILES), Tokenizer(lowercase), {}, "tokenizer was"),
         (list_source(FILES), byte_tokenizer, {"shard_tokens": 800}, "shard_tokens was 700 and is 800"),
         (list_source(FILES), byte_tokenizer, {"max_tokens": 800}, "max_tokens was None and is 800"),
     ):
@@ -246,6 +251,18 @@ DAMAGE: list[tuple[str, Callable[[bytes], bytes], str]] = [
         "shard.json does not match",
     ),
     ("train.index", lambda data: data[:30] + b"\7" + data[31:], "SHA-256"),
+    (
+        "prepare.json",
+        lambda data: data.replace(b'"vocab_size": 257', b'"vocab_size": 258'),
+        "other settings: tokenizer.vocab_size was 258 and is 257",
+    ),
+    ("prepare.json", lambda data: data[:-20], "cannot read"),
+    ("prepare.json", lambda data: data.replace(b"max_tokens", b"m0x_tokens"), "another name"),
+    (
+        "manifest.json",
+        lambda data: data.replace(b'"not_text": 1', b'"not_text": 2'),
+        "counts of skipped rows do not match",
+    ),
 ]
 
 
@@ -267,7 +284,7 @@ def test_verify_names_the_file_that_is_damaged_and_what_to_delete(
     assert shards.main(["verify", str(tmp_path)]) == 1
     printed = "".join(capsys.readouterr())
     assert message in printed
-    assert str(path if message == "SHA-256" else path.parent) in printed
+    assert str(path if message == "SHA-256" or name == "prepare.json" else path.parent) in printed
     named = printed.split("delete these, and run the same `prepare` again\n", 1)[1].split()
     assert set(named) >= {str(path.parent if name.startswith("shards/") else path)}
     for each in map(Path, named):
@@ -325,3 +342,45 @@ def test_the_command_line_ends_a_user_error_in_one_line(
     assert "correct the folder" in capsys.readouterr().err
     words = ["--files", str(tmp_path / "a.jsonl"), "--text-column", "body", "--out", str(tmp_path / "good")]
     assert shards.main([*start, *words]) == 0
+
+
+def test_a_lost_prepare_json_is_restored_for_the_same_settings_alone(
+    list_source: Any, byte_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    _prepare(tmp_path, list_source(FILES), byte_tokenizer)
+    before = bytes_of(tmp_path)
+    (tmp_path / "prepare.json").unlink()
+    with pytest.raises(ValueError, match="shard_tokens was 700 and is 800"):
+        _prepare(tmp_path, list_source(FILES), byte_tokenizer, shard_tokens=800)
+    _prepare(tmp_path, list_source(FILES), byte_tokenizer)
+    assert bytes_of(tmp_path) == before
+    table = json.loads((tmp_path / "prepare.json").read_text())
+    table["source"]["fingerprint"] = "0123456789abcdef"
+    (tmp_path / "prepare.json").write_text(json.dumps(table))
+    with pytest.raises(ValueError, match="was prepared by an earlier version"):
+        _prepare(tmp_path, list_source(FILES), byte_tokenizer)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_wild_start_in_an_index_is_an_error_that_names_it(
+    list_source: Any, byte_tokenizer: Tokenizer, tmp_path: Path, seed: int
+) -> None:
+    draw = random.Random(seed)
+    _prepare(tmp_path, list_source(FILES), byte_tokenizer)
+    path = tmp_path / "train.index"
+    index = np.fromfile(path, dtype=INDEX)
+    number = draw.randrange(len(index))
+    index["start"][number] = draw.choice([0, 1 << 40, 1 << 63, (1 << 64) - 1, draw.randrange(1 << 64)])
+    if number == 0:
+        index["start"][0] = 1 << 40
+    path.write_bytes(index.tobytes())
+    settings: Any = {"tokenizer_fingerprint": byte_tokenizer.fingerprint, "split": "train"}
+    source = ShardDocuments(ShardsSource(folder=str(tmp_path)), **settings)
+    with pytest.raises(UserError, match=r"train\.index is damaged|is damaged in tokens"):
+        _ = [row.tokens[:] for row in source.read(repeat=False) if row.tokens is not None]
+    with pytest.raises(UserError, match=r"train\.index is damaged"):
+        length_histogram(tmp_path, "train")
+    tolerant = ShardDocuments(ShardsSource(folder=str(tmp_path), on_damaged_file="skip"), **settings)
+    skipped = [row.skipped for row in tolerant.read(repeat=False)]
+    assert 1 <= skipped.count("damaged_document") <= 2
+    assert any("train.index" in problem for problem in problems_of(tmp_path))

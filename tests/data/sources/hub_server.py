@@ -1,12 +1,15 @@
 """A loopback server with the hub's API: files by name, a CDN with range requests, and injected failures.
 
 The endpoint redirects requests for a parquet file to the CDN, as the hub does for large files; other files
-are served directly. Listing a repository fails and is recorded, since it takes too long on the real hub.
+are served directly. Listing a repository fails and is recorded, since it takes too long on the real hub for
+Ultra-FineWeb; the repositories in `listable` are small and may be listed.
 """
 
 import hashlib
+import json
 import re
 import threading
+import urllib.parse
 from collections import Counter, deque
 from collections.abc import Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,7 +24,10 @@ class HubServer:
     """Serve files and inject failures.
 
     Attributes:
-        files: Contents by repository path, such as "datasets/org/name", and by the file's path in it.
+        files: Contents by repository path, such as "datasets/org/name", and by the file's path in it. A path
+            with "@" and a commit holds that commit, without it COMMIT.
+        heads: Commit of the main branch by repository path, unless it is COMMIT.
+        listable: Repository paths that may be listed.
         failures: Failures of the next requests for a file's content, in order: a status such as 503,
             ("close", n) to close the connection after n bytes, ("stall", n, seconds) to pause there, or None.
         head_failures: Statuses of the next requests for a file's location.
@@ -32,6 +38,8 @@ class HubServer:
     def __init__(self) -> None:
         self.files: dict[str, dict[str, bytes]] = {f"datasets/{DATASET}": {}, MODEL: {}}
         self.decoys = [f"data/ultrafineweb_en_v1_4/CC-MAIN-{index}/part.parquet" for index in range(60_000)]
+        self.heads: dict[str, str] = {}
+        self.listable: set[str] = set()
         self.failures: deque[Any] = deque()
         self.head_failures: deque[int] = deque()
         self.log: list[tuple[str, str, str | None]] = []
@@ -63,6 +71,15 @@ class HubServer:
         whole = [path for path, span in self.requests("GET", "^/cdn/") if span is None]
         return Counter(names[path.removeprefix("/cdn/")] for path in whole)
 
+    def commit(self, repository: str, revision: str) -> str:
+        """The commit of a revision; a branch other than main is its own."""
+        return self.heads.get(repository, COMMIT) if revision == "main" else revision
+
+    def files_at(self, repository: str, revision: str) -> dict[str, bytes] | None:
+        """Files of a repository at a revision; None without the revision."""
+        commit = self.commit(repository, revision)
+        return self.files.get(repository if commit == COMMIT else f"{repository}@{commit}")
+
     def by_digest(self, digest: str) -> bytes | None:
         contents: Iterable[bytes] = (data for files in self.files.values() for data in files.values())
         return next((data for data in contents if _digest(data) == digest), None)
@@ -90,13 +107,21 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             self._respond()
 
+        def do_POST(self) -> None:
+            self._respond()
+
         def _respond(self) -> None:
             hub.log.append((self.command, self.path, self.headers.get("Range")))
             if self.path.startswith("/cdn/"):
                 self._content(hub.by_digest(self.path.removeprefix("/cdn/")))
                 return
             found = re.fullmatch(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.path)
-            if re.match("/api/(datasets|models)/", self.path):
+            listing = re.match(
+                r"/api/((?:datasets|models)/[^/]+/[^/?]+)/?([^/?]*)/?([^/?]*)/?([^?]*)", self.path
+            )
+            if listing is not None and listing[1] in hub.listable:
+                self._list(*listing.groups())
+            elif re.match("/api/(datasets|models)/", self.path):
                 hub.listed.append(self.path)
                 self._status(500)
             elif found is None:
@@ -106,24 +131,49 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             else:
                 self._file(*found.groups())
 
-        def _file(self, repository: str, revision: str, name: str) -> None:
-            files = hub.files.get(repository)
+        def _list(self, repository: str, what: str, revision: str, folder: str) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
+            revision = revision or "main"
+            files = hub.files_at(repository, revision)
             if files is None:
+                self._status(404, {"X-Error-Code": "RevisionNotFound"})
+                return
+            entries: list[dict[str, Any]] = []
+            paths = urllib.parse.parse_qs(body).get("paths", [])
+            for name, data in files.items():
+                is_wanted = (
+                    name in paths if what == "paths-info" else name.startswith(folder and folder + "/")
+                )
+                if is_wanted:
+                    entries.append(
+                        {"type": "file", "path": name, "size": len(data), "oid": _digest(data)[:40]}
+                    )
+            folders = {name.rpartition("/")[0] for name in files} - {""}
+            entries += [
+                {"type": "directory", "path": name, "oid": "0" * 40}
+                for name in sorted(folders)
+                if what == "tree" or name in paths
+            ]
+            answer: Any = {"id": repository.partition("/")[2], "sha": hub.commit(repository, revision)}
+            self._content(json.dumps(entries if what in ("tree", "paths-info") else answer).encode())
+
+        def _file(self, repository: str, revision: str, name: str) -> None:
+            commit = {"X-Repo-Commit": hub.commit(repository, revision)}
+            files = hub.files_at(repository, revision)
+            if repository not in hub.files:
                 self._status(404, {"X-Error-Code": "RepoNotFound"})
-            elif revision not in ("main", COMMIT):
+            elif files is None:
                 self._status(404, {"X-Error-Code": "RevisionNotFound"})
             elif name not in files:
-                self._status(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
+                self._status(404, {"X-Error-Code": "EntryNotFound", **commit})
             elif name.endswith(".parquet"):
                 data = files[name]
                 # another host than the endpoint, like the hub's CDN
                 location = f"http://localhost:{hub.port}/cdn/{_digest(data)}"
                 linked = {"X-Linked-Etag": f'"{_digest(data)}"', "X-Linked-Size": str(len(data))}
-                self._status(302, {"X-Repo-Commit": COMMIT, "Location": location, **linked})
+                self._status(302, {"Location": location, **commit, **linked})
             else:
-                self._content(
-                    files[name], {"X-Repo-Commit": COMMIT, "ETag": f'"{_digest(files[name])[:40]}"'}
-                )
+                self._content(files[name], {"ETag": f'"{_digest(files[name])[:40]}"', **commit})
 
         def _content(self, data: bytes | None, headers: dict[str, str] | None = None) -> None:
             if data is None:
@@ -133,21 +183,22 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             if isinstance(failure, int):
                 self._status(failure, {"Retry-After": "1"} if failure == 429 else {})
                 return
-            first, size = 0, len(data)
+            first, end, size = 0, len(data), len(data)
             self.close_connection = failure is not None
             if span := self.headers.get("Range"):
-                first = int(span.removeprefix("bytes=").rstrip("-"))
+                start, _, last = span.removeprefix("bytes=").partition("-")
+                first, end = int(start), min(int(last) + 1, size) if last else size
                 self.send_response(206)
-                self.send_header("Content-Range", f"bytes {first}-{size - 1}/{size}")
+                self.send_header("Content-Range", f"bytes {first}-{end - 1}/{size}")
             else:
                 self.send_response(200)
             for name, value in (headers or {}).items():
                 self.send_header(name, value)
-            self.send_header("Content-Length", str(size - first))
+            self.send_header("Content-Length", str(end - first))
             self.end_headers()
             if self.command == "HEAD":
                 return
-            body = data[first:]
+            body = data[first:end]
             if failure is None:
                 self.wfile.write(body)
                 return

@@ -1,5 +1,10 @@
+import argparse
+import bz2
+import functools
 import gzip
 import json
+import lzma
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +12,7 @@ import pyarrow as pa
 import pytest
 
 from data.config import JsonlSource
+from data.sources.cli import add_source_arguments, source_from
 from data.sources.files import FileDocuments
 from data.sources.open import open_text
 
@@ -105,6 +111,90 @@ def test_a_truncated_file_raises_with_its_name_or_its_rest_is_skipped_and_counte
         list(_open(path, good).read(repeat=False))
     rows = list(_open(path, good, on_damaged_file="skip").read(repeat=False))
     assert [(row.text, row.skipped) for row in rows[-2:]] == [(None, "damaged_file"), ("good", None)]
+
+
+COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    **{
+        suffix: functools.partial(pa.compress, codec=codec, asbytes=True)
+        for suffix, codec in (("zst", "zstd"), ("zstd", "zstd"), ("lz4", "lz4"))
+    },
+    "none": bytes,
+}
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zstd", ".xz"])
+def test_compression_is_told_by_the_first_bytes(tmp_path: Path, compression: str, suffix: str) -> None:
+    path = tmp_path / f"a.jsonl{suffix}"
+    texts = [f"{index} " + "text" * 9 for index in range(500)]
+    data = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    path.write_bytes(COMPRESSIONS[compression](data))
+    source = _open(path)
+    rows = list(source.read(repeat=False))
+    assert [row.text for row in rows] == texts
+    assert list(source.read(rows[300].next_position, repeat=False)) == rows[301:]
+    options = _parsed("--files", str(path))
+    assert options == JsonlSource(files=[str(path)])
+    if compression != "none":
+        path.write_bytes(COMPRESSIONS[compression](data)[:-20])
+        with pytest.raises(ValueError, match=r"cannot read .*damaged"):
+            list(source.read(repeat=False))
+
+
+def _parsed(*words: str) -> object:
+    parser = argparse.ArgumentParser()
+    add_source_arguments(parser)
+    return source_from(parser.parse_args(words))
+
+
+def test_a_nested_key_is_named_by_its_path(tmp_path: Path) -> None:
+    lines: list[object] = [
+        {"data": {"text": "a", "info": {"score": 1}}},
+        {"data": "b"},
+        {"data": {"text": None}},
+        {"data.text": "d", "data": {"text": "e"}},
+    ]
+    path = _write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, lines)).encode())
+    rows = list(_open(path, text_column="data.text").read(repeat=False))
+    assert [(row.text, row.skipped) for row in rows] == [
+        ("a", None),
+        (None, "null"),
+        (None, "null"),
+        ("d", None),
+    ]
+    scored = _open(path, text_column="data.text", score_column="data.info.score", min_score=0.5)
+    assert [row.skipped for row in scored.read(repeat=False)] == [None, "null", "null", "bad_score"]
+
+
+@pytest.mark.parametrize("seed", [None, 1])
+def test_a_file_without_a_document_is_named_beside_good_ones(
+    tmp_path: Path, seed: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = _write(tmp_path / "good.jsonl", b'{"text": "good"}\n{"other": "bad"}\n')
+    empty = _write(tmp_path / "empty.jsonl", b"")
+    short = _write(tmp_path / "short.jsonl", b'{"text": "no"}\n{"text": null}\n')
+    bad = {
+        "key.jsonl": (b'{"content": "text"}\n' * 3, "3 null"),
+        "zip.jsonl": (b"PK\x03\x04\n\xff\xfe\n", "1 .*, 1 .*"),
+        "blank.jsonl": (b"\n\n", "2 empty"),
+    }
+    limits: dict[str, Any] = {"min_characters": 3}
+    for name, (data, skipped) in bad.items():
+        files = [str(good), str(empty), str(short), str(_write(tmp_path / name, data))]
+        source = open_text(JsonlSource(files=files, **limits), shuffle_seed=seed)
+        message = rf"{name} holds no document \(rows skipped: {skipped}; text_column is 'text'\)"
+        with pytest.raises(ValueError, match=message):
+            list(source.read(repeat=False))
+        caplog.clear()
+        source = open_text(JsonlSource(files=files, on_damaged_file="skip", **limits), shuffle_seed=seed)
+        rows = list(source.read(repeat=False))
+        assert [row.text for row in rows if row.text] == ["good"]
+        assert f"{name} holds no document: its {data.count(10)} rows were skipped" in caplog.text
+        for index, row in enumerate(rows, 1):
+            assert list(source.read(row.next_position, repeat=False)) == rows[index:]
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

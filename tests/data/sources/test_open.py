@@ -5,10 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from data.config import (
     DataConfig,
+    DatasetsSource,
     HubSource,
     JsonlSource,
     MixtureSource,
@@ -36,10 +38,12 @@ def kinds(tmp_path: Path, write_parquet: Callable[..., Path], byte_tokenizer: To
     (tmp_path / "text").mkdir()
     for index, text in enumerate(TEXTS):
         (tmp_path / "text" / f"{index:03}.txt").write_text(text)
+    datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(tmp_path / "saved")
     sources: dict[str, Any] = {
         "parquet": ParquetSource(files=[str(tmp_path / "a.parquet")]),
         "jsonl": JsonlSource(files=[str(tmp_path / "a.jsonl")]),
         "text": TextSource(folder=str(tmp_path / "text")),
+        "datasets": DatasetsSource(path=str(tmp_path / "saved")),
         "shards": ShardsSource(folder=str(tmp_path / "shards")),
     }
     prepare(
@@ -49,7 +53,7 @@ def kinds(tmp_path: Path, write_parquet: Callable[..., Path], byte_tokenizer: To
     return sources
 
 
-@pytest.mark.parametrize("kind", ["parquet", "jsonl", "text", "shards", "mixture"])
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "text", "datasets", "shards", "mixture"])
 def test_every_kind_yields_the_same_documents_and_the_same_split(
     kinds: dict[str, Source], kind: str, byte_tokenizer: Tokenizer
 ) -> None:
@@ -71,7 +75,7 @@ def test_every_kind_yields_the_same_documents_and_the_same_split(
         assert sorted(map(str, texts)) == sorted(expected)
 
 
-@pytest.mark.parametrize("kind", ["parquet", "jsonl", "text", "shards", "mixture"])
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "text", "datasets", "shards", "mixture"])
 @pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
 def test_a_run_trains_on_every_kind_and_never_on_what_it_validates_on(
     kinds: dict[str, Source], kind: str, packing: Any, byte_tokenizer: Tokenizer

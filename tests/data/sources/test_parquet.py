@@ -73,7 +73,10 @@ def test_only_the_row_that_is_not_utf8_is_skipped(write_parquet: WriteParquet) -
 
 
 def test_rows_of_another_type_are_skipped(write_parquet: WriteParquet) -> None:
-    source = _open(write_parquet("a.parquet", [1, None, 3]), write_parquet("b.parquet", ["text"]))
+    paths = write_parquet("a.parquet", [1, None, 3]), write_parquet("b.parquet", ["text"])
+    with pytest.raises(ValueError, match=r"a\.parquet holds no document \(rows skipped: 2 not_text, 1 null"):
+        list(_open(*paths).read(repeat=False))
+    source = _open(*paths, on_damaged_file="skip")
     skipped = [row.skipped for row in source.read(repeat=False)]
     assert skipped == ["not_text", "null", "not_text", None]
 
@@ -180,6 +183,62 @@ def test_a_file_named_by_two_patterns_is_rejected(write_parquet: WriteParquet) -
         with pytest.raises(ValueError, match="is named twice") as raised:
             _open(path, other)
         assert f"by {str(path)!r} and by {str(other)!r}" in str(raised.value)
+
+
+def test_two_columns_of_one_name_are_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    columns = [pa.array(["a"]), pa.array(["b"]), pa.array([1.0]), pa.array([1]), pa.array([2])]
+    names = ["content", "content", "score", "other", "other"]
+    pq.write_table(pa.Table.from_arrays(columns, names=names), path)
+    with pytest.raises(ValueError, match=r"a\.parquet has 2 columns of the name 'content'"):
+        _open(path)
+    # those that are not read do not matter
+    pq.write_table(pa.Table.from_arrays(columns[1:], names=names[1:]), path)
+    assert _texts(_open(path, min_score=0.5)) == ["b"]
+    twice = pa.StructArray.from_arrays([columns[0], columns[1]], names=["text", "text"])
+    pq.write_table(pa.table({"data": twice}), path)
+    with pytest.raises(ValueError, match=r"a\.parquet has 2 columns of the name 'text'"):
+        _open(path, text_column="data.text")
+
+
+def test_a_field_of_a_struct_is_named_by_its_path(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    rows = [
+        {"data": {"text": "a", "info": {"score": 1.0}}, "own.text": "plain"},
+        {"data": None, "own.text": None},
+        {"data": {"text": None, "info": None}, "own.text": "b"},
+        {"data": {"text": "d", "info": {"score": 0.1}}, "own.text": "c"},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=3)
+    source = _open(path, text_column="data.text")
+    read = list(source.read(repeat=False))
+    assert [(row.text, row.skipped) for row in read] == [
+        ("a", None),
+        (None, "null"),
+        (None, "null"),
+        ("d", None),
+    ]
+    assert list(source.read(read[1].next_position, repeat=False)) == read[2:]
+    scored = _open(path, text_column="own.text", score_column="data.info.score", min_score=0.5)
+    assert [row.skipped for row in scored.read(repeat=False)] == [None, "null", "bad_score", "low_score"]
+    for column in ("data.nothing", "data.text.deeper", "nothing.text"):
+        with pytest.raises(
+            ValueError, match=rf"a\.parquet has no column '{column}' \(it has data, own\.text"
+        ):
+            _open(path, text_column=column)
+
+
+def test_a_flipped_bit_is_found_where_pages_have_checksums(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    texts = [f"{index} " + "x" * 50 for index in range(300)]
+    table = pa.table({"content": texts})
+    pq.write_table(table, path, compression="none", use_dictionary=False, write_page_checksum=True)
+    assert _texts(_open(path)) == texts
+    data = bytearray(path.read_bytes())
+    data[data.index(b"150 xxxx") + 20] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(ValueError, match=r"cannot read .*a\.parquet \(.*the file is damaged"):
+        list(_open(path).read(repeat=False))
 
 
 def test_a_missing_column_names_the_file_and_its_columns(write_parquet: WriteParquet) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -206,6 +207,27 @@ def test_shards_of_another_tokenizer_are_rejected(shards: Path) -> None:
     other = Tokenizer(train_byte_level_bpe(["abab"], 258))
     with pytest.raises(ValueError, match=r"was prepared with tokenizer .*set data\.tokenizer"):
         _open(shards, other)
+    backend = train_byte_level_bpe([], 257)
+    backend.normalizer = tokenizers.normalizers.Lowercase()
+    with pytest.raises(ValueError, match=r"the vocabulary is the same, but normalizer, .*data\.tokenizer"):
+        _open(shards, Tokenizer(backend))
+
+
+def test_shards_of_an_earlier_version_open_with_a_warning(
+    list_source: Any, byte_tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prepare(tmp_path, list_source([TEXTS]), byte_tokenizer, PrepareOptions())
+    _open(tmp_path, byte_tokenizer)
+    assert not caplog.text
+    for name in ("prepare.json", "manifest.json"):
+        text = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(
+            text.replace(byte_tokenizer.fingerprint, byte_tokenizer.fingerprint[:16])
+        )
+    _open(tmp_path, byte_tokenizer)
+    assert "was prepared by an earlier version: only the vocabulary of its tokenizer was" in caplog.text
+    with pytest.raises(ValueError, match=r"was prepared with tokenizer .*set data\.tokenizer"):
+        _open(tmp_path, Tokenizer(train_byte_level_bpe(["abab"], 258)))
 
 
 @pytest.fixture

@@ -1,0 +1,41 @@
+"""Count the validation documents that are not held out from training, and may be trained on."""
+
+import itertools
+from pathlib import Path
+
+from data.config import JsonlSource, ParquetSource, ShardsSource, Source, TextSource
+from data.sources.open import open_text
+from data.sources.overlap import leaves
+from data.sources.shard_format import read_manifest
+from data.sources.split import is_held_out
+
+# of a source of text; counting 100,000 documents takes seconds
+_MAX_COUNTED = 100_000
+
+
+def count_not_held_out(source: Source) -> tuple[int, int]:
+    """Count the documents of a validation source that are not held out from training by their content.
+
+    Args:
+        source: The validation source.
+
+    Returns:
+        The documents that are not held out, and all that were counted: those of shards and at most the first
+        100,000 of each local source of text, but none of the hub, which would have to be downloaded.
+
+    Raises:
+        UserError: A file cannot be read.
+    """
+    num_trained = num_counted = 0
+    for leaf in leaves(source):
+        if isinstance(leaf, ShardsSource):
+            splits = read_manifest(Path(leaf.folder)).splits
+            num_trained += splits["train"].documents
+            num_counted += sum(split.documents for split in splits.values())
+        elif isinstance(leaf, ParquetSource | JsonlSource | TextSource):
+            rows = open_text(leaf, log_skipped=False).read(repeat=False)
+            texts = (row.text for row in rows if row.text is not None)
+            held_out = [is_held_out(text) for text in itertools.islice(texts, _MAX_COUNTED)]
+            num_trained += len(held_out) - sum(held_out)
+            num_counted += len(held_out)
+    return num_trained, num_counted
