@@ -106,7 +106,13 @@ def _row_key(run: RunRecord) -> str:
     kept = {k: v for k, v in run.config.items() if not k.startswith(_FREE_PREFIXES) and k not in _FREE_KEYS}
     start, weights = (run.config.get(f"checkpoint.{key}") for key in ("start_from", "initial_weights"))
     # the seeds of a branch start from different trunks, at the same step
-    return repr((sorted(kept.items()), run.budget, start and Path(start).name, weights))
+    origin = start and (Path(start).name, _restarts_data(run))
+    return repr((sorted(kept.items()), run.budget, origin, weights))
+
+
+def _restarts_data(run: RunRecord) -> bool:
+    """Return whether a run read its data from the beginning after a trunk that may have read other data."""
+    return run.config.get("checkpoint.restart_data", False)
 
 
 def make_rows(runs: Sequence[RunRecord]) -> list[Row]:
@@ -158,7 +164,7 @@ def _compared(run: RunRecord) -> dict[str, Any]:
     """Return the keys that must be equal for losses to be comparable."""
     keys = {k: v for k, v in run.config.items() if k.startswith("data.") and k not in _FREE_DATA_KEYS}
     keys |= {key: run.config[key] for key in ("training.seq_len", "eval.max_tokens") if key in run.config}
-    return keys | {"token budget": run.budget}
+    return keys | {"token budget": run.budget, "checkpoint.restart_data": _restarts_data(run)}
 
 
 def _num_documents(run: RunRecord) -> dict[str, Any]:
@@ -220,7 +226,7 @@ def differing_keys(rows: Sequence[Row]) -> dict[str, list[Any]]:
     """Return the config keys in which rows differ, seeds excepted: one value per row, "none" where unset."""
     configs = [row.runs[0].config for row in rows]
     keys = sorted({key for config in configs for key in config})
-    starts = ("checkpoint.start_from", "checkpoint.initial_weights")
+    starts = ("checkpoint.start_from", "checkpoint.restart_data", "checkpoint.initial_weights")
     free = ("run.", "checkpoint.", "metrics.", "parallelism.")
     values = {
         key: [config.get(key, "none") for config in configs]
