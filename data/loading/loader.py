@@ -160,8 +160,8 @@ class PackedLoader:
             if saved != fingerprint:
                 raise UserError(
                     f"the saved data position belongs to another {part} (fingerprint {saved}, this run has "
-                    f"{fingerprint}): restore the {part}, or read the new data from its beginning in a "
-                    "branch with a run.folder of its own: checkpoint.start_from and checkpoint.restart_data = true"
+                    f"{fingerprint}): restore the {part}, or start the new data from its beginning in a "
+                    "branch: another run.folder, checkpoint.start_from, checkpoint.restart_data = true"
                 )
         self.close()
         self._state = StreamState.from_dict(state_dict["position"])

@@ -89,6 +89,11 @@ def held_out_loss(run: RunRecord) -> float | None:
     return run.held_out[-1]["validation_loss"]
 
 
+def held_out_error(run: RunRecord) -> float | None:
+    """Return the standard error over documents of held_out_loss in nats/token; None where there is none."""
+    return None if held_out_loss(run) is None else run.held_out[-1].get("validation_stderr")
+
+
 def task_metric(run: RunRecord, task: str, metric: str) -> float | None:
     """Return a task's metric after the last step; None where there is none.
 
@@ -169,7 +174,11 @@ def _compared(run: RunRecord) -> dict[str, Any]:
 
 def _num_documents(run: RunRecord) -> dict[str, Any]:
     last = run.tasks[-1] if run.tasks else {}
-    return {key: value for key, value in last.items() if key.endswith("/num_documents")}
+    held_out = run.held_out[-1] if run.held_out else {}
+    return {
+        **{key: value for key, value in last.items() if key.endswith("/num_documents")},
+        **{key: held_out[key] for key in ("validation_documents", "validation_tokens") if key in held_out},
+    }
 
 
 def _origin(run: RunRecord, key: str) -> str:
@@ -213,7 +222,7 @@ def incomparable(rows: Sequence[Row]) -> list[str]:
             a, b = one.get(key, "none"), two.get(key, "none")
             if a != b:
                 text = f"{key} is {a!r} in {first.folder.name} and {b!r} in {other.folder.name}"
-                if key in shared:
+                if key in shared and key.startswith("tasks/"):
                     text += f" (from {_origin(first, key)} and {_origin(other, key)})"
                 found.setdefault(key, text)
         text = _tokenizers(first, other)
