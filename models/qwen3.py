@@ -167,7 +167,7 @@ class Head(nn.Module):
             return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def forward(
-        self, x_BTD: torch.Tensor, labels_BT: torch.Tensor | None, reduction: Reduction
+        self, x_BTD: torch.Tensor, labels_BT: torch.Tensor | None, reduction: Reduction = "sum"
     ) -> torch.Tensor:
         """Compute the logits `[B, T, V]` without labels, the loss in nats with them: the sum, or `[B, T]`."""
         if labels_BT is None:
