@@ -114,7 +114,8 @@ def check_fingerprint(part: str, saved: Any, current: Any, *, log: bool) -> None
         return
     raise UserError(
         f"the saved data position belongs to another {part} ({'; '.join(changes)}): restore the {part}, or "
-        "set another run.folder to start a new run"
+        "start the new data from its beginning in a branch: another run.folder, checkpoint.start_from, "
+        "checkpoint.restart_data = true"
     )
 
 

@@ -1,16 +1,18 @@
 """The data loaders of torchtitan's trainer, which its checkpoints can save."""
 
 import json
-import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from torchtitan.components.dataloader import BaseDataLoader
 
 from data.config import DataConfig
-from data.loading.global_batch import gradient_accumulation_steps, rows_per_micro_step
+from data.loading.global_batch import gradient_accumulation_steps
+from data.loading.held_out import HeldOutLoader
 from data.loading.loader import PackedLoader
 from data.loading.packing import MicroBatch
+from data.sources.held_out import open_held_out
 from data.sources.open import open_source
 from data.tokenizer import Tokenizer
 from errors import UserError
@@ -119,9 +121,10 @@ def build_validation_loader(
     seq_len: int,
     local_batch_size: int,
     max_tokens: int | None,
+    kept_in: Path,
     dp_rank: int,
     dp_world_size: int,
-) -> TitanLoader:
+) -> HeldOutLoader:
     """Build the validation loader: one epoch of `config.validation` per iterator, equally long on all ranks.
 
     Args:
@@ -129,8 +132,8 @@ def build_validation_loader(
         tokenizer: Tokenizes text.
         seq_len: Tokens per sequence, T.
         local_batch_size: Sequences per micro-batch.
-        max_tokens: Truncate the epoch to this many tokens over all ranks, rounded up to whole sequences; None
-            for all.
+        max_tokens: Sample documents of this many tokens, over all ranks; None for all documents.
+        kept_in: Folder where a sample of text is kept, shared by all ranks.
         dp_rank: Index of this data-parallel rank.
         dp_world_size: Number of data-parallel ranks.
 
@@ -141,22 +144,13 @@ def build_validation_loader(
         raise UserError(
             "data.validation is none, but the run validates: name held-out files, or turn validation off"
         )
-    loader = PackedLoader(
-        open_source(
-            config.validation,
-            tokenizer_fingerprint=tokenizer.fingerprint,
-            split=config.validation_documents,
-            log_skipped=dp_rank == 0,
-        ),
+    return HeldOutLoader(
+        open_held_out(config, tokenizer, max_tokens=max_tokens, kept_in=kept_in, is_main_rank=dp_rank == 0),
         tokenizer,
         seq_len=seq_len,
         local_batch_size=local_batch_size,
-        global_batch_size=rows_per_micro_step(local_batch_size, dp_world_size),
         dp_rank=dp_rank,
         dp_world_size=dp_world_size,
         mask_documents=config.mask_documents,
-        repeat=False,
-        max_sequences=None if max_tokens is None else math.ceil(max_tokens / seq_len),
         prefetch_batches=config.prefetch_batches,
     )
-    return TitanLoader(loader)

@@ -5,16 +5,18 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+import torch
 
 from data.sources.base import DocumentSource
 from data.tokenizer import Tokenizer
 from errors import UserError
 from eval.distributed import rank_and_world_size
-from eval.held_out import perplexity
+from eval.held_out import format_loss, perplexity
 from eval.scored_text import Mode, Window, read_texts, windows_of
 from eval.scoring.groups import Scores
 from eval.scoring.language_model import LanguageModel
 from eval.scoring.scorer import score_groups
+from eval.standard_error import ratio_standard_error
 
 # batches per rank whose windows are sorted by length together: more fill the batches better but take memory
 _SORTED_BATCHES = 16
@@ -46,6 +48,7 @@ class TextLoss:
         num_documents: Documents with at least one predicted token.
         num_tokens: Predicted tokens.
         loss: Their mean loss in nats/token, each token weighted equally.
+        standard_error: Standard error of the loss over documents in nats/token; None for a single document.
         perplexity: exp(loss).
         bits_per_byte: Loss of the predicted tokens that are text, in bits per byte of their UTF-8.
         word_perplexity: exp of the loss per word (words are separated by white space; the last word alone in
@@ -58,6 +61,7 @@ class TextLoss:
     num_documents: int
     num_tokens: int
     loss: float
+    standard_error: float | None
     perplexity: float
     bits_per_byte: float
     word_perplexity: float | None
@@ -69,21 +73,30 @@ class _LossSums:
     """Sums over predicted tokens.
 
     Attributes:
-        num_documents: Documents with at least one predicted token.
-        num_bytes: UTF-8 bytes of their predicted text.
-        num_words: Words of their predicted text.
+        num_bytes: UTF-8 bytes of the predicted text.
+        num_words: Words of the predicted text.
         text_nats: Loss of the predicted text in nats, without end-of-document tokens.
         nats: Loss of all predicted tokens in nats, by context length.
         counts: Number of all predicted tokens, by context length.
+        document_nats: Loss of all predicted tokens in nats, by document.
+        document_tokens: Number of all predicted tokens, by document.
         not_greedy: Documents with a predicted token that is not greedy.
     """
 
     def __init__(self, max_length: int) -> None:
-        self.num_documents = self.num_bytes = self.num_words = 0
+        self.num_bytes = self.num_words = 0
         self.text_nats = 0.0
         self.nats = np.zeros(max_length + 1)
         self.counts = np.zeros(max_length + 1, dtype=np.int64)
+        self.document_nats: list[float] = []
+        self.document_tokens: list[int] = []
         self.not_greedy: set[int] = set()
+
+    def add_document(self) -> int:
+        """Add a document with at least one predicted token, and return its number."""
+        self.document_nats.append(0.0)
+        self.document_tokens.append(0)
+        return len(self.document_nats) - 1
 
     def add(self, window: Window, scores: Scores, document: int) -> None:
         """Add the scores of a window's continuation.
@@ -91,12 +104,14 @@ class _LossSums:
         Args:
             window: The window.
             scores: Its scores.
-            document: Number of the document that the window is a part of.
+            document: Number of the document that the window is a part of, from 0.
         """
         nats = -np.asarray(scores.log_probs)
         first = len(window.group.context)
         self.nats[first : first + len(nats)] += nats
         self.counts[first : first + len(nats)] += 1
+        self.document_nats[document] += float(nats.sum())
+        self.document_tokens[document] += len(nats)
         self.text_nats += float(nats[: len(nats) - window.num_end_tokens].sum())
         if not all(scores.greedy):
             self.not_greedy.add(document)
@@ -111,11 +126,15 @@ class _LossSums:
         if not num_tokens:
             raise UserError("the text has no token to predict; give a longer one")
         loss = float(self.nats.sum()) / num_tokens
-        accuracy = (self.num_documents - len(self.not_greedy)) / self.num_documents
+        num_documents = len(self.document_nats)
+        accuracy = (num_documents - len(self.not_greedy)) / num_documents
         return TextLoss(
-            num_documents=self.num_documents,
+            num_documents=num_documents,
             num_tokens=num_tokens,
             loss=loss,
+            standard_error=ratio_standard_error(
+                torch.tensor(self.document_nats, dtype=torch.float64), torch.tensor(self.document_tokens)
+            ),
             perplexity=perplexity(loss),
             bits_per_byte=self.text_nats / math.log(2) / max(self.num_bytes, 1),
             word_perplexity=perplexity(self.text_nats / self.num_words) if self.num_words else None,
@@ -171,11 +190,11 @@ def text_loss(
     for text in read_texts(source, tokenizer, mode):
         if len(text.tokens) <= text.first_predicted:
             continue
-        sums.num_documents += 1
+        number = sums.add_document()
         sums.num_bytes += text.num_bytes
         sums.num_words += text.num_words
         for window in windows_of(text, model.max_length, stride):
-            pending.append((window, sums.num_documents))
+            pending.append((window, number))
             num_pending += len(window.group.context) + len(window.group.continuations[0])
             if num_pending > max_pending:
                 score_pending()
@@ -186,8 +205,9 @@ def text_loss(
 
 def format_result(result: TextLoss) -> str:
     """Format a result in a few lines."""
+    loss = format_loss(result.loss, result.standard_error)
     lines = [
-        f"{result.loss:.4f} nats/token, perplexity {result.perplexity:.3f}, {result.bits_per_byte:.4f} "
+        f"{loss}, perplexity {result.perplexity:.3f}, {result.bits_per_byte:.4f} "
         f"bits/byte ({result.num_tokens:,} tokens of {result.num_documents:,} documents)"
     ]
     if result.word_perplexity is not None:

@@ -21,23 +21,36 @@ def autocast_disabled(x: torch.Tensor) -> AbstractContextManager[Any]:
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
+def _token_losses(
+    logits_TV: torch.Tensor, labels_T: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Compute each token's loss, `[T, 1]`; returns wide logits, their logsumexp, targets and validity too."""
+    wide = logits_TV.double() if logits_TV.dtype == torch.float64 else logits_TV.float()
+    lse = torch.logsumexp(wide, dim=-1, keepdim=True)
+    valid = (labels_T != IGNORE_INDEX).unsqueeze(1)
+    # an invalid label other than IGNORE_INDEX fails in the gather, as in F.cross_entropy
+    target = torch.where(valid, labels_T.unsqueeze(1), 0)
+    return torch.where(valid, lse - wide.gather(1, target), 0.0), wide, lse, target, valid
+
+
+def _chunk_token_losses(x_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
+    """Compute the loss of each token of a chunk, `[T]`."""
+    return _token_losses(x_TD @ weight_VD.T, labels_T)[0].squeeze(1)
+
+
 def _chunk_loss(
     x_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the summed loss of a chunk and the gradient of its logits, `[T, V]` in x's dtype."""
     logits = x_TD @ weight_VD.T
-    wide = logits.double() if logits.dtype == torch.float64 else logits.float()
-    lse = torch.logsumexp(wide, dim=-1, keepdim=True)
-    valid = (labels_T != IGNORE_INDEX).unsqueeze(1)
-    # an invalid label other than IGNORE_INDEX fails in the gather, as in F.cross_entropy
-    target = torch.where(valid, labels_T.unsqueeze(1), 0)
-    loss = torch.where(valid, lse - wide.gather(1, target), 0.0).sum()
+    losses, wide, lse, target, valid = _token_losses(logits, labels_T)
     columns = torch.arange(wide.shape[1], device=wide.device)
     grad = torch.where(valid, torch.exp(wide - lse) - (columns == target).to(wide.dtype), 0.0)
-    return loss, grad.to(logits.dtype)
+    return losses.sum(), grad.to(logits.dtype)
 
 
 _compiled_chunk_loss = torch.compile(_chunk_loss)
+_compiled_chunk_token_losses = torch.compile(_chunk_token_losses)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -103,6 +116,31 @@ def linear_cross_entropy(
         return _LinearCrossEntropy.apply(
             x_BTD.flatten(0, 1), weight_VD, labels_BT.flatten(), chunk_tokens, torch.is_grad_enabled()
         )
+
+
+@torch.no_grad()
+def linear_token_losses(
+    x_BTD: torch.Tensor, weight_VD: torch.Tensor, labels_BT: torch.Tensor, chunk_tokens: int = CHUNK_TOKENS
+) -> torch.Tensor:
+    """Compute the cross-entropy of `x @ weight.T` for each token, for evaluation: without a gradient.
+
+    Args:
+        x_BTD: As for linear_cross_entropy.
+        weight_VD: As for linear_cross_entropy.
+        labels_BT: As for linear_cross_entropy.
+        chunk_tokens: Tokens per chunk.
+
+    Returns:
+        Losses in nats, 0 where the label is IGNORE_INDEX, `[B, T]` in fp32 (fp64 for fp64 input).
+    """
+    x_BTD, weight_VD = cast_under_autocast(x_BTD, weight_VD)
+    token_losses = _compiled_chunk_token_losses if x_BTD.is_cuda else _chunk_token_losses
+    with autocast_disabled(x_BTD):
+        chunks = zip(
+            x_BTD.flatten(0, 1).split(chunk_tokens), labels_BT.flatten().split(chunk_tokens), strict=True
+        )
+        losses = torch.cat([token_losses(x_TD, weight_VD, labels_T) for x_TD, labels_T in chunks])
+    return losses.view(labels_BT.shape)
 
 
 def cross_entropy(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:

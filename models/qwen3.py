@@ -4,7 +4,7 @@ Letters: B batch, T tokens, D width, F MLP width, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, Self
+from typing import Any, Literal, Self, TypeAlias
 
 import torch
 from torch import nn
@@ -33,8 +33,10 @@ from models.config import (
     SoftmaxConfig,
     ValueAverageConfig,
 )
-from models.loss import autocast_disabled, linear_cross_entropy
+from models.loss import autocast_disabled, linear_cross_entropy, linear_token_losses
 from parallax.validation import check_cu_seqlens
+
+Reduction: TypeAlias = Literal["sum", "none"]
 
 
 def build_attention(config: ModelConfig, layer: int) -> Attention:
@@ -165,10 +167,14 @@ class Head(nn.Module):
             logits = F.linear(x, self.weight)
             return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def forward(self, x_BTD: torch.Tensor, labels_BT: torch.Tensor | None) -> torch.Tensor:
-        """Compute the logits `[B, T, V]` without labels, the summed loss in nats with them."""
+    def forward(
+        self, x_BTD: torch.Tensor, labels_BT: torch.Tensor | None, reduction: Reduction = "sum"
+    ) -> torch.Tensor:
+        """Compute the logits `[B, T, V]` without labels, the loss in nats with them: the sum, or `[B, T]`."""
         if labels_BT is None:
             return self.logits(x_BTD)
+        if reduction == "none":
+            return linear_token_losses(x_BTD, self.weight, labels_BT)
         return linear_cross_entropy(x_BTD, self.weight, labels_BT)
 
 
@@ -237,6 +243,7 @@ class Qwen3(nn.Module):
         cu_seqlens: torch.Tensor | None = None,
         max_seqlen: int | None = None,
         labels_BT: torch.Tensor | None = None,
+        reduction: Reduction = "sum",
     ) -> torch.Tensor:
         """Compute the logits, or the loss if labels are given.
 
@@ -246,9 +253,11 @@ class Qwen3(nn.Module):
                 each; None for B rows of one document each.
             max_seqlen: An upper bound on the length of a document; None for T.
             labels_BT: Token ids to predict `[B, T]`, int64; tokens.IGNORE_INDEX is skipped.
+            reduction: "sum" for the loss of training; "none" for that of each token, without a gradient.
 
         Returns:
-            Logits `[B, T, V]` as in Head.logits, or the summed loss in nats, a scalar.
+            Logits `[B, T, V]` as in Head.logits; or the summed loss in nats, a scalar, or the loss of each
+            token `[B, T]`, 0 where it is skipped.
 
         Raises:
             ValueError: T is 0, B > 1 with cu_seqlens, or cu_seqlens is invalid (its values are checked on CPU
@@ -264,7 +273,7 @@ class Qwen3(nn.Module):
         x_BTD = self.tok_embeddings(tokens_BT)
         for layer in self.layers:
             x_BTD = layer(x_BTD, rope, cu_seqlens, max_seqlen or num_tokens)
-        return self.output(self.norm(x_BTD), labels_BT)
+        return self.output(self.norm(x_BTD), labels_BT, reduction)
 
     def attention_modules(self) -> Iterator[Attention]:
         """Iterate over the attention modules, from the first block to the last."""

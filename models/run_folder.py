@@ -4,6 +4,7 @@ runs/NAME/
 config.toml         the resolved config
 tokenizer/          the run's own tokenizer (models/run_tokenizer.py)
 metrics.jsonl       every step
+held_out/           samples of held-out text (data/sources/held_out.py)
 checkpoint/step-N/  the state after optimizer step N; complete once it has .metadata
 tensorboard/, profile/, wandb_id
 """
@@ -50,6 +51,11 @@ class RunFolder:
     def tokenizer(self) -> Path:
         """The folder of the run's own tokenizer."""
         return self.path / "tokenizer"
+
+    @property
+    def held_out(self) -> Path:
+        """The folder of samples of held-out text."""
+        return self.path / "held_out"
 
     @property
     def tensorboard(self) -> Path:

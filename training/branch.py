@@ -1,7 +1,8 @@
 """Branches: runs that start from a checkpoint of another run, with a schedule of their own.
 
 One run at a constant learning rate serves several token budgets this way: each budget is a branch that starts
-from one of its checkpoints and decays the learning rate.
+from one of its checkpoints and decays the learning rate. With checkpoint.restart_data a branch reads other
+data, or longer rows, from their beginning.
 """
 
 from pathlib import Path
@@ -10,7 +11,12 @@ from errors import UserError
 from models.run_folder import RunFolder, is_whole, nearby_checkpoints, step_of
 from optimizers.schedule import decay_start
 from training.run_config import RunConfig
-from training.saved_config import check_compatible, sequence_differences, training_differences
+from training.saved_config import (
+    check_compatible,
+    data_differences,
+    sequence_differences,
+    training_differences,
+)
 
 
 def checkpoint_step(checkpoint: Path) -> int:
@@ -45,7 +51,8 @@ def check_branch(config: RunConfig, checkpoint: Path) -> None:
 
     Raises:
         UserError: The checkpoint is missing, is after the start of the branch's decay or its last step, or
-            its model, optimizer groups, sequence length or document masking differ.
+            its model or optimizer groups differ, or, without checkpoint.restart_data, its sequence length
+            or document masking.
     """
     _check_step(config, checkpoint_step(checkpoint))
     saved = RunFolder.of_checkpoint(checkpoint).read_config()
@@ -53,10 +60,11 @@ def check_branch(config: RunConfig, checkpoint: Path) -> None:
         return
     check_compatible(config, saved, checkpoint, "Start from another checkpoint")
     differing = sequence_differences(config, saved)
-    if differing:
+    if differing and not config.checkpoint.restart_data:
         raise UserError(
-            f"{checkpoint} was trained on other sequences: {'; '.join(differing)}. Start from another "
-            "checkpoint, or restore these keys"
+            f"{checkpoint} was trained on other sequences: {'; '.join(differing)}. Set "
+            "checkpoint.restart_data to true to read the new ones from the beginning of data.train, or "
+            "restore these keys"
         )
 
 
@@ -74,7 +82,12 @@ def branch_warnings(config: RunConfig, checkpoint: Path) -> list[str]:
     saved = run.read_config()
     if saved is None:
         return [f"{checkpoint} has no config.toml beside it: its schedule, model and batch were not compared"]
-    differing = training_differences(config, saved, checkpoint_step(checkpoint), run.config_file)
+    differing = [
+        *sequence_differences(config, saved),
+        *training_differences(config, saved, checkpoint_step(checkpoint), run.config_file),
+    ]
+    if config.checkpoint.restart_data:
+        differing += data_differences(config, saved)
     return [f"the steps before {checkpoint} had another config: {'; '.join(differing)}"] if differing else []
 
 

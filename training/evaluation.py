@@ -5,7 +5,6 @@ of the model on every rank, in the run's precision, which is freed afterwards. I
 are stopped on all ranks, the error is recorded, and training continues.
 """
 
-import contextlib
 import gc
 import math
 from collections.abc import Collection
@@ -26,6 +25,7 @@ from eval.scoring.language_model import Qwen3Model
 from eval.task_results import TaskResults, format_table
 from models.generation.generate import generate
 from models.qwen3 import Qwen3
+from models.run_folder import RunFolder
 from training.log import logger
 from training.metrics import RunMetrics
 from training.non_finite import NonFiniteLossError
@@ -105,28 +105,33 @@ class Evaluator:
             seq_len=training.seq_len,
             local_batch_size=training.local_batch_size,
             max_tokens=self.config.eval.max_tokens,
+            kept_in=RunFolder(Path(self.config.run.folder)).held_out,
             dp_rank=dist.get_rank(),
             dp_world_size=dist.get_world_size(),
         )
         self.model.eval()
-        with contextlib.closing(loader):
-            result = held_out_loss(
-                self.model,
-                loader,
-                vocab_size=self.config.model.vocab_size,
-                max_seqlen=training.seq_len,
-                device=self.device,
-            )
+        result = held_out_loss(
+            self.model,
+            loader,
+            vocab_size=self.config.model.vocab_size,
+            max_seqlen=training.seq_len,
+            device=self.device,
+        )
         self.model.train()
         if not math.isfinite(result.loss):
             raise NonFiniteLossError(
                 f"step {step}: the held-out loss is {result.loss}; lower the learning rate"
             )
-        names = {"loss": "validation_loss", "num_tokens": "validation_tokens"}
+        names = {
+            "loss": "validation_loss",
+            "standard_error": "validation_stderr",
+            "num_tokens": "validation_tokens",
+            "num_documents": "validation_documents",
+        }
         record = {names.get(k, k): v for k, v in asdict(result).items()}
         self.metrics.record(step, {**record, "validation_perplexity": result.perplexity, **progress})
-        loss = f"{result.loss:.4f} nats/token  perplexity {result.perplexity:.2f}"
-        logger.info(f"step {step}  held-out loss {loss}  ({result.num_tokens:,} tokens)")
+        counts = f"{result.num_tokens:,} tokens of {result.num_documents:,} documents"
+        logger.info(f"step {step}  held-out loss {result} ({counts})")
         return result
 
     def _evaluate_unsharded(self, step: int, progress: Record, *, has_samples: bool, has_tasks: bool) -> None:

@@ -205,15 +205,19 @@ class RunMetrics(MetricsProcessor):
         self.reset_throughput()
         return record
 
-    def record_launch(self, step: int, *, num_parameters: int, tokenizer_fingerprint: str) -> None:
+    def record_launch(
+        self, step: int, *, start: Mapping[str, Any], num_parameters: int, tokenizer_fingerprint: str
+    ) -> None:
         """Write a record of the launch to metrics.jsonl: ranks, device, model and tokenizer, for eval.report.
 
         Args:
             step: Optimizer steps completed before the launch.
+            start: What the launch started from, by name.
             num_parameters: Parameters of the whole model.
             tokenizer_fingerprint: Fingerprint of the run's tokenizer.
         """
         facts = {
+            **start,
             "num_ranks": self.world_size,
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU process",
             "flops_per_token": self.num_flops_per_token,

@@ -4,9 +4,9 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from config import Table
+from config import Table, to_table
 from data.tokenizer import Tokenizer
 from errors import UserError
 from models.run_folder import RunFolder, find_checkpoint, read_run_table, step_of
@@ -34,11 +34,19 @@ class StartPoint:
             weights from the seed. The first that exists, in this order.
         checkpoint: The checkpoint to load; None for "scratch".
         step: Optimizer steps completed before the launch.
+        restarts_data: Whether a branch reads data.train from its beginning (checkpoint.restart_data).
     """
 
     kind: Literal["resume", "branch", "weights", "scratch"]
     checkpoint: Path | None
     step: int
+    restarts_data: bool = False
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The fields that the record of a launch has, by name."""
+        checkpoint = None if self.checkpoint is None else str(self.checkpoint)
+        return {"start": self.kind, "start_checkpoint": checkpoint, "restarts_data": self.restarts_data}
 
 
 def find_start(config: RunConfig) -> StartPoint:
@@ -57,7 +65,8 @@ def find_start(config: RunConfig) -> StartPoint:
         return StartPoint("resume", newest, step)
     if config.checkpoint.start_from is not None:
         checkpoint = Path(config.checkpoint.start_from)
-        return StartPoint("branch", checkpoint, checkpoint_step(checkpoint))
+        step = checkpoint_step(checkpoint)
+        return StartPoint("branch", checkpoint, step, restarts_data=config.checkpoint.restart_data)
     if config.checkpoint.initial_weights is not None:
         return StartPoint("weights", find_checkpoint(Path(config.checkpoint.initial_weights)), 0)
     return StartPoint("scratch", None, 0)
@@ -101,12 +110,14 @@ def start_warnings(config: RunConfig, start: StartPoint, fingerprint: str) -> li
 
     Returns:
         Sentences: the keys of the config that changed since the checkpoint was trained, or another tokenizer
-        than the one of the initial weights.
+        than the one that the weights were trained with.
     """
     if start.checkpoint is None:
         return []
     if start.kind == "branch":
-        return branch_warnings(config, start.checkpoint)
+        # without restart_data the loader refuses another tokenizer
+        others = tokenizer_warnings(start.checkpoint, fingerprint) if start.restarts_data else []
+        return [*branch_warnings(config, start.checkpoint), *others]
     if start.kind == "weights":
         return tokenizer_warnings(start.checkpoint, fingerprint)
     return resume_warnings(config, start.step)
@@ -211,10 +222,12 @@ def remove_partial_checkpoints(folder: RunFolder) -> None:
 
 def _check_same_origin(config: RunConfig, saved: Table) -> None:
     """Raise if the run in the folder started from another checkpoint than this config names."""
-    for key in ("initial_weights", "start_from"):
-        before = saved.get("checkpoint", {}).get(key, "none")
-        now = getattr(config.checkpoint, key) or "none"
-        if os.path.abspath(before) != os.path.abspath(now):
+    unset = {"initial_weights": "none", "start_from": "none", "restart_data": False}
+    saved_table, table = unset | saved.get("checkpoint", {}), to_table(config.checkpoint)
+    for key, default in unset.items():
+        before, now = saved_table[key], table[key]
+        is_path = isinstance(default, str)
+        if os.path.abspath(before) != os.path.abspath(now) if is_path else before != now:
             difference = describe_difference(f"checkpoint.{key}", before, now)
             raise UserError(
                 f"{config.run.folder} holds checkpoints of a run with another start ({difference}); restore "

@@ -127,6 +127,8 @@ class CheckpointConfig:
         start_from: Checkpoint of another run, runs/<name>/checkpoint/step-N, to start a branch from: loads
             model, optimizer state, step, data position and random generators; the schedule is this run's own.
             Not loaded once the run folder has a checkpoint. None for no branch.
+        restart_data: Whether a branch reads its own `data.train` from the beginning instead of continuing at
+            the checkpoint's data position: for a branch on other data, another mixture or longer rows.
         initial_weights: Checkpoint (a folder step-N, or a run folder for its newest) whose weights alone are
             loaded: the run starts at step 0 with a new optimizer state, for example from the weights that
             `python -m models.convert from-hf` writes. Not loaded once the run folder has a checkpoint. None
@@ -137,6 +139,7 @@ class CheckpointConfig:
     keep: int | None = 3
     async_save: bool = False
     start_from: str | None = None
+    restart_data: bool = False
     initial_weights: str | None = None
 
     def __post_init__(self) -> None:
@@ -146,6 +149,11 @@ class CheckpointConfig:
             raise UserError(
                 "start_from loads the whole state of a run and initial_weights the weights alone; set one of "
                 "them to none"
+            )
+        if self.restart_data and self.start_from is None:
+            raise UserError(
+                "restart_data is true, but start_from is none: a run that is no branch starts its data from "
+                "the beginning anyway; set start_from to a checkpoint, or restart_data to false"
             )
 
 

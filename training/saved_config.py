@@ -24,6 +24,8 @@ KeyPath = tuple[str, ...]
 
 # keys that decide what a token of a sequence attends to
 SEQUENCE_KEYS: tuple[KeyPath, ...] = (("training", "seq_len"), ("data", "mask_documents"))
+# keys that decide which tokens a run reads, and in which order
+_DATA_KEYS: tuple[KeyPath, ...] = (("data", "train"), ("data", "packing"), ("data", "shuffle_seed"))
 _TRAINING_KEYS: tuple[KeyPath, ...] = (
     *(("training", "global_batch_size"), ("training", "max_grad_norm"), ("training", "precision")),
     *(("run", "seed"), ("data", "validation_documents"), ("eval", "max_tokens"), ("data", "validation")),
@@ -85,6 +87,11 @@ def check_compatible(config: RunConfig, saved: Table, source: Path, remedy: str)
 def sequence_differences(config: RunConfig, saved: Table) -> list[str]:
     """Describe the differences in the sequences: their length, and document masking."""
     return _differences_at(config, saved, SEQUENCE_KEYS)
+
+
+def data_differences(config: RunConfig, saved: Table) -> list[str]:
+    """Describe the differences in the training documents, their packing and their order."""
+    return _differences_at(config, saved, _DATA_KEYS)
 
 
 def training_differences(config: RunConfig, saved: Table, step: int, source: Path) -> list[str]:

@@ -36,10 +36,11 @@ def format_summary(
     lines = [end, f"training loss        {loss:.4f} nats/token"]
     evaluated = {when: each for when, each in held_out.items() if each is not None}
     for when, each in evaluated.items():
-        text = f"{each.loss:.4f} nats/token, perplexity {each.perplexity:.2f}"
-        lines.append(f"held-out loss        {text} ({when})")
+        lines.append(f"held-out loss        {each} ({when})")
     if "after training" in evaluated:
         after = evaluated["after training"]
+        counts = f"{after.num_tokens:,} tokens of {after.num_documents:,} documents"
+        lines.append(f"measured on          {counts}, +/- is the standard error over documents")
         difference = after.unigram_entropy - after.loss
         side = f"{difference:.4f} below" if difference >= 0 else f"{-difference:.4f} above"
         entropy = f"{after.unigram_entropy:.4f} nats/token"

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torchtitan.train
 from torch import nn
-from torchtitan.components.checkpoint import CheckpointManager
+from torchtitan.components.checkpoint import DATALOADER, CheckpointManager
 from torchtitan.config import JobConfig
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 from torchtitan.tools.utils import GarbageCollection, device_type
@@ -143,16 +143,19 @@ def set_checkpoint_manager(manager: type[CheckpointManager]) -> None:
     torchtitan.train.CheckpointManager = manager
 
 
-def load_checkpoint(manager: CheckpointManager, checkpoint: Path) -> None:
-    """Load the whole state of a checkpoint in any folder.
+def load_checkpoint(manager: CheckpointManager, checkpoint: Path, *, with_data: bool) -> None:
+    """Load the state of a checkpoint in any folder.
 
     torchtitan's own initial_load_path is ignored once the run has a checkpoint folder, even an empty one.
 
     Args:
         manager: The run's checkpoint manager; model, optimizers and other states are loaded in place.
         checkpoint: Folder step-N.
+        with_data: Whether to load the data position; if not, the data loader stays at its beginning.
     """
     states = manager._states_to_load(model_only=False)
+    if not with_data:
+        del states[DATALOADER]
     manager.dcp_load(states, checkpoint_id=str(checkpoint), from_hf=False, from_quantized=False)
     GarbageCollection.collect("checkpoint loaded")
 

@@ -175,6 +175,7 @@ class Trainer(TitanTrainer):
             self.metrics_processor.start_recording(None)
         self.metrics_processor.record_launch(
             self.step,
+            start=start.facts,
             num_parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             tokenizer_fingerprint=self.run_tokenizer.fingerprint,
         )
@@ -189,14 +190,15 @@ class Trainer(TitanTrainer):
             load_weights(self.model, start.checkpoint)
             logger.info(f"starting with the weights of {start.checkpoint}")
         else:
-            titan.load_checkpoint(self.checkpointer, start.checkpoint)
+            titan.load_checkpoint(self.checkpointer, start.checkpoint, with_data=not start.restarts_data)
         if start.kind == "branch":
             if self.step != start.step:
                 raise UserError(
                     f"checkpoint.start_from is {str(start.checkpoint)!r}, but it is a checkpoint of step "
                     f"{self.step}; rename the folder back, or start from another checkpoint"
                 )
-            logger.info(f"starting from {start.checkpoint}")
+            data = ", with data.train from its beginning" if start.restarts_data else ""
+            logger.info(f"starting from {start.checkpoint}{data}")
         return start
 
     def optimizer_step(self, micro_batches: Iterator[MicroBatch]) -> StepResult:

@@ -90,6 +90,11 @@ def held_out_loss(run: RunRecord) -> float | None:
     return run.held_out[-1]["validation_loss"]
 
 
+def held_out_error(run: RunRecord) -> float | None:
+    """Return the standard error over documents of held_out_loss in nats/token; None where there is none."""
+    return None if held_out_loss(run) is None else run.held_out[-1].get("validation_stderr")
+
+
 def task_metric(run: RunRecord, task: str, metric: str) -> float | None:
     """Return a task's metric after the last step; None where there is none.
 
@@ -107,7 +112,13 @@ def _row_key(run: RunRecord) -> str:
     kept = {k: v for k, v in run.config.items() if not k.startswith(_FREE_PREFIXES) and k not in _FREE_KEYS}
     start, weights = (run.config.get(f"checkpoint.{key}") for key in ("start_from", "initial_weights"))
     # the seeds of a branch start from different trunks, at the same step
-    return repr((sorted(kept.items()), run.budget, start and Path(start).name, weights))
+    origin = start and (Path(start).name, _restarts_data(run))
+    return repr((sorted(kept.items()), run.budget, origin, weights))
+
+
+def _restarts_data(run: RunRecord) -> bool:
+    """Return whether a run read its data from the beginning after a trunk that may have read other data."""
+    return run.config.get("checkpoint.restart_data", False)
 
 
 def make_rows(runs: Sequence[RunRecord]) -> list[Row]:
@@ -159,12 +170,16 @@ def _compared(run: RunRecord) -> dict[str, Any]:
     """Return the keys that must be equal for losses to be comparable."""
     keys = {k: v for k, v in run.config.items() if k.startswith("data.") and k not in _FREE_DATA_KEYS}
     keys |= {key: run.config[key] for key in ("training.seq_len", "eval.max_tokens") if key in run.config}
-    return keys | {"token budget": run.budget}
+    return keys | {"token budget": run.budget, "checkpoint.restart_data": _restarts_data(run)}
 
 
 def _num_documents(run: RunRecord) -> dict[str, Any]:
     last = run.tasks[-1] if run.tasks else {}
-    return {key: value for key, value in last.items() if key.endswith("/num_documents")}
+    held_out = run.held_out[-1] if run.held_out else {}
+    return {
+        **{key: value for key, value in last.items() if key.endswith("/num_documents")},
+        **{key: held_out[key] for key in ("validation_documents", "validation_tokens") if key in held_out},
+    }
 
 
 def _origin(run: RunRecord, key: str) -> str:
@@ -207,7 +222,7 @@ def incomparable(rows: Sequence[Row]) -> list[str]:
             a, b = one.get(key, "none"), two.get(key, "none")
             if a != b:
                 text = f"{key} is {a!r} in {first.folder.name} and {b!r} in {other.folder.name}"
-                if key in shared:
+                if key in shared and key.startswith("tasks/"):
                     text += f" (from {_origin(first, key)} and {_origin(other, key)})"
                 found.setdefault(key, text)
         text = _tokenizers(first, other)
@@ -220,7 +235,7 @@ def differing_keys(rows: Sequence[Row]) -> dict[str, list[Any]]:
     """Return the config keys in which rows differ, seeds excepted: one value per row, "none" where unset."""
     configs = [row.runs[0].config for row in rows]
     keys = sorted({key for config in configs for key in config})
-    starts = ("checkpoint.start_from", "checkpoint.initial_weights")
+    starts = ("checkpoint.start_from", "checkpoint.restart_data", "checkpoint.initial_weights")
     free = ("run.", "checkpoint.", "metrics.", "parallelism.")
     values = {
         key: [config.get(key, "none") for config in configs]

@@ -155,16 +155,19 @@ def _read_folder(folder: Path, seen: tuple[Path, ...] = ()) -> tuple[Record, lis
 
 def _add_costs(steps: list[Record]) -> None:
     """Add cumulative seconds, rank-seconds and FLOPs to training records."""
-    seconds, rank_seconds = 0.0, 0.0
-    known = True
+    seconds, rank_seconds, flops, tokens = 0.0, 0.0, 0.0, 0
+    known = has_flops = True
     for record in steps:
         seconds += record["step_seconds"]
         known = known and "num_ranks" in record
         rank_seconds += record["step_seconds"] * record.get("num_ranks", 0)
         record["seconds"] = seconds
         record["rank_seconds"] = rank_seconds if known else None
-        flops = record.get("flops_per_token")
-        record["flops"] = None if flops is None else flops * record["tokens"]
+        # not times all tokens: a branch with longer rows spends more per token than its trunk
+        has_flops = has_flops and "flops_per_token" in record
+        flops += record.get("flops_per_token", 0) * (record["tokens"] - tokens)
+        tokens = record["tokens"]
+        record["flops"] = flops if has_flops else None
 
 
 def _add_progress(records: list[Record], steps: list[Record]) -> None:

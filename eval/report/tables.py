@@ -11,6 +11,7 @@ from eval.report.comparison import (
     Row,
     difference,
     differing_keys,
+    held_out_error,
     held_out_loss,
     task_metric,
     training_loss,
@@ -34,9 +35,11 @@ class _Column(NamedTuple):
     paper_value: Callable[[PaperRow], float | None] | None
 
 
+_HELD_OUT_ERROR = _Column("s.e. over documents", held_out_error, 4, None)
 _RESULTS = (
     _Column("training loss", training_loss, 4, None),
     _Column("held-out loss", held_out_loss, 4, None),
+    _HELD_OUT_ERROR,
     _Column(
         "LAMBADA ppl",
         lambda run: task_metric(run, "lambada_openai", "perplexity"),
@@ -144,7 +147,8 @@ def results_table(rows: Sequence[Row]) -> list[str]:
     notes = [
         "After the last step: mean +/- standard error over seeds, with (n of m) where only n of a row's m "
         "seeds have a value. Losses are in nats/token, the training loss averaged over the last "
-        f"{' or '.join(map(str, sorted(averaged)))} steps. {source}",
+        f"{' or '.join(map(str, sorted(averaged)))} steps. s.e. over documents: of one run's "
+        f"held-out loss, over the documents it was measured on, which runs share. {source}",
         "",
     ]
     return notes + _table(head, body)
@@ -172,11 +176,12 @@ def tasks_table(rows: Sequence[Row]) -> list[str]:
 
 def differences_table(rows: Sequence[Row], baseline: Row) -> list[str]:
     """Format the differences of results, row - baseline."""
-    head = ["row", "seeds of row / baseline", *(column.heading for column in _RESULTS)]
+    columns = [column for column in _RESULTS if column is not _HELD_OUT_ERROR]
+    head = ["row", "seeds of row / baseline", *(column.heading for column in columns)]
     body = []
     for row in rows:
         if row is not baseline:
-            deltas = (_difference_cell(row, baseline, each.value, each.digits) for each in _RESULTS)
+            deltas = (_difference_cell(row, baseline, each.value, each.digits) for each in columns)
             body.append([row.name, f"{len(row.runs)} / {len(baseline.runs)}", *deltas])
     lines = [
         f"Row - `{baseline.name}` +/- sqrt(s1^2/n1 + s2^2/n2), with sample variances s^2 over n seeds.",

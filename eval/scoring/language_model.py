@@ -135,13 +135,13 @@ class Qwen3Model(LanguageModel):
                 scored.add(starts[row], continuation)
         scorer = TokenScorer(scored, self._device)
 
-        def score(head: nn.Module, args: tuple[Any, ...]) -> tuple[torch.Tensor, None]:
-            (x_BTD, _) = args
+        def score(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            x_BTD, *others = args
             assert isinstance(head, Head)
             x_PD = x_BTD[0, scorer.positions]
             scorer.score(lambda chunk: head.logits(x_PD[chunk]))
             # the head itself computes the logits of one position only
-            return x_BTD[:, :1], None
+            return (x_BTD[:, :1], *others)
 
         with head_input_hook(self._model.output, score):
             self._model(

@@ -10,6 +10,7 @@ import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 
 from data.config import DataConfig, ParquetSource
+from data.loading.held_out import HeldOutLoader
 from data.titan import TitanLoader, build_dataloader, build_validation_loader
 from data.tokenizer import Tokenizer
 
@@ -104,57 +105,32 @@ def test_a_state_of_another_loader_is_rejected(config: DataConfig) -> None:
         loader.load_state_dict({"dp_rank_0": b"", "world_size": 1})
 
 
+def _validation(config: DataConfig, folder: Path, **changes: Any) -> HeldOutLoader:
+    sizes: dict[str, Any] = {"seq_len": 4, "local_batch_size": 1, "max_tokens": None}
+    ranks = {"dp_rank": 0, "dp_world_size": 1}
+    tokenizer = Tokenizer.load(config.tokenizer)
+    return build_validation_loader(
+        config, tokenizer=tokenizer, kept_in=folder, **{**sizes, **ranks, **changes}
+    )
+
+
 def test_validation_reads_its_own_files_once(
-    config: DataConfig, write_parquet: Callable[..., Path], byte_tokenizer: Tokenizer
+    config: DataConfig, write_parquet: Callable[..., Path], byte_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     held_out = str(write_parquet("held_out.parquet", ["held out"]))
     changed = DataConfig(
         tokenizer=config.tokenizer, train=config.train, validation=ParquetSource(files=[held_out])
     )
-    ranks = {"dp_rank": 0, "dp_world_size": 1}
-    sizes: dict[str, Any] = {"seq_len": 4, "local_batch_size": 1, "max_tokens": None, **ranks}
-    loader = build_validation_loader(changed, tokenizer=byte_tokenizer, **sizes)
+    loader = _validation(changed, tmp_path)
     for _ in range(2):
-        labels = torch.cat([labels[0] for _, labels in loader])
+        labels = torch.cat([batch.labels[0] for batch in loader])
         assert byte_tokenizer.decode(labels[labels != -100].tolist()) == "eld out<|endoftext|>"
 
 
-def test_max_tokens_reads_the_same_text_on_any_number_of_ranks(
-    config: DataConfig, byte_tokenizer: Tokenizer
-) -> None:
-    held_out = DataConfig(tokenizer=config.tokenizer, train=config.train, validation=config.train)
-    totals = []
-    for ranks, batch in ((1, 1), (1, 3), (2, 2), (4, 1)):
-        labels = []
-        for rank in range(ranks):
-            loader = build_validation_loader(
-                held_out,
-                tokenizer=byte_tokenizer,
-                seq_len=4,
-                local_batch_size=batch,
-                max_tokens=18,
-                dp_rank=rank,
-                dp_world_size=ranks,
-            )
-            labels += [label for _, row in loader for label in row.flatten().tolist() if label != -100]
-            loader.close()
-        totals.append(sorted(labels))
-    assert 0 < len(totals[0]) <= 5 * 4
-    assert all(total == totals[0] for total in totals)
-
-
-def test_validation_without_a_source_is_rejected(config: DataConfig, byte_tokenizer: Tokenizer) -> None:
+def test_validation_without_a_source_is_rejected(config: DataConfig, tmp_path: Path) -> None:
     none = DataConfig(tokenizer=config.tokenizer, train=config.train)
     with pytest.raises(ValueError, match=r"data\.validation is none"):
-        build_validation_loader(
-            none,
-            tokenizer=byte_tokenizer,
-            seq_len=4,
-            local_batch_size=1,
-            max_tokens=None,
-            dp_rank=0,
-            dp_world_size=1,
-        )
+        _validation(none, tmp_path)
 
 
 def test_a_negative_prefetch_is_rejected(config: DataConfig) -> None:

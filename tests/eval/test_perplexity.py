@@ -40,7 +40,7 @@ def test_the_command_reads_the_run_s_held_out_text_or_the_named_one(
     own = json.loads((tmp_path / "out" / "perplexity.json").read_text())
     assert (tmp_path / "out" / "perplexity.png").read_bytes().startswith(b"\x89PNG")
     assert own["stride"] == own["max_length"] == 48
-    assert f"{own['loss']:.4f} nats/token" in capsys.readouterr().out
+    assert f"{own['loss']:.4f} +/- {own['standard_error']:.4f} nats/token" in capsys.readouterr().out
     main(["--checkpoint", f"{run}", "--files", f"{corpus}/train.parquet", "--stride", "16"])
     assert "of 200 documents" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"nothing.parquet"):

@@ -15,7 +15,7 @@ from tokenizers.models import BPE
 from torch import multiprocessing as mp
 
 from data.config import JsonlSource, ParquetSource
-from data.loading.loader import PackedLoader
+from data.loading.held_out import HeldOutLoader
 from data.sources.base import DocumentSource
 from data.sources.open import open_source
 from data.tokenizer import Tokenizer
@@ -48,23 +48,15 @@ def test_documents_that_fit_have_the_held_out_loss_of_training(corpus: Path, tok
     opened = open_source(source, tokenizer_fingerprint=tokenizer.fingerprint, split="all")
     model = build()
     found = text_loss(Qwen3Model(model, max_length=4096), tokenizer, opened, token_budget=300)
-    loader = PackedLoader(
-        opened,
-        tokenizer,
-        seq_len=4096,
-        local_batch_size=1,
-        global_batch_size=1,
-        dp_rank=0,
-        dp_world_size=1,
-        repeat=False,
-        prefetch_batches=0,
-    )
+    loader = HeldOutLoader(opened, tokenizer, seq_len=4096, local_batch_size=1)
     device = torch.device("cpu")
     wanted = held_out_loss(model, loader, vocab_size=320, max_seqlen=4096, device=device)
     assert found.num_documents == 10
     assert found.num_tokens == wanted.num_tokens
     assert found.loss == pytest.approx(wanted.loss, rel=1e-5)
     assert found.perplexity == pytest.approx(wanted.perplexity, rel=1e-4)
+    assert wanted.num_documents == 10
+    assert found.standard_error == pytest.approx(wanted.standard_error, rel=1e-4)
 
 
 def test_bits_per_byte_count_the_predicted_bytes(tmp_path: Path, tokenizer: Tokenizer) -> None:

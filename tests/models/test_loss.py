@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from models.loss import cross_entropy, linear_cross_entropy
+from models.loss import cross_entropy, linear_cross_entropy, linear_token_losses
 from tokens import IGNORE_INDEX
 
 
@@ -19,6 +20,19 @@ def test_chunked_loss_and_gradients_equal_the_plain_ones(chunk_tokens: int) -> N
     torch.testing.assert_close(loss, expected)
     gradients = torch.autograd.grad(loss / 7, (x, weight))
     torch.testing.assert_close(gradients, torch.autograd.grad(expected / 7, (x, weight)))
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 64])
+def test_losses_of_tokens_equal_the_plain_ones_and_add_up_to_the_training_loss(chunk_tokens: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 15, 8, dtype=torch.float64, generator=generator)
+    weight = torch.randn(33, 8, dtype=torch.float64, generator=generator)
+    labels = torch.randint(0, 33, (2, 15), generator=generator)
+    labels[0, 3:9] = IGNORE_INDEX
+    losses = linear_token_losses(x, weight, labels, chunk_tokens)
+    expected = F.cross_entropy((x @ weight.T).mT, labels, reduction="none", ignore_index=IGNORE_INDEX)
+    torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(losses.sum(), linear_cross_entropy(x, weight, labels))
 
 
 def test_only_ignored_labels_give_zero() -> None:

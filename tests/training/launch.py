@@ -26,10 +26,14 @@ EXACT = ["--optimizer.groups.hidden.dtype", "float32"]
 def arguments(
     config: str, corpus: Path, folder: Path, *overrides: str, program: Sequence[str] = ("train.py",)
 ) -> list[str]:
-    """Return the command line of train.py, or of a program with the same options, for the small corpus."""
+    """Return the command line of train.py, or of a program with the same options.
+
+    It trains on the small corpus unless the overrides have another "--data.train".
+    """
+    files = ("--data.train.files", json.dumps([str(corpus / "train.parquet")]))
     data = [
         *("--data.tokenizer", str(corpus)),
-        *("--data.train.files", json.dumps([str(corpus / "train.parquet")])),
+        *(() if "--data.train" in overrides else files),
         *("--data.validation.files", json.dumps([str(corpus / "validation.parquet")])),
     ]
     return [

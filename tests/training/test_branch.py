@@ -87,6 +87,7 @@ def test_a_branch_that_differs_from_its_source_is_refused_or_warned_of(
     other = ["--data.train.files", f'["{tmp_path / "other.parquet"}"]', "--training.steps", "10"]
     printed = train("debug_parallax_muon", corpus, folder, *words, *other, code=2)
     assert "belongs to another source" in printed
+    assert "checkpoint.restart_data" in printed
     assert "Traceback" not in printed
     printed = train("debug_parallax_muon", corpus, folder, *words, "--training.steps", "9", code=2)
     assert "a checkpoint of step 6, but the decay of this run begins after step 5" in printed

@@ -159,17 +159,25 @@ def test_an_evaluation_interrupted_by_a_kill_is_repeated_by_the_next_launch(
     corpus: Path, tmp_path: Path
 ) -> None:
     words = ("--eval.every", "1", "--eval.sample_prompts", '["the model"]', "--eval.sample_tokens", "3")
-    train("debug_parallax_muon", corpus, tmp_path, *EXACT, *words, "--training.stop_at_step", "2", ranks=1)
+    words = (*words, "--training.stop_at_step", "2", "--eval.max_tokens", "999")
+    printed = train("debug_parallax_muon", corpus, tmp_path, *EXACT, *words)
+    assert printed.count("drawing 999 held-out tokens in one pass") == 1
     file = tmp_path / "metrics.jsonl"
     lines = file.read_text().splitlines()
     cut = [line for line in lines if not (json.loads(line)["step"] == 2 and "validation_loss" in line)]
     assert len(cut) == len(lines) - 1
     file.write_text("\n".join(cut) + "\n")
-    train("debug_parallax_muon", corpus, tmp_path, *EXACT, *words, "--training.stop_at_step", "2", ranks=1)
+    printed = train("debug_parallax_muon", corpus, tmp_path, *EXACT, *words)
+    # of the sample that the first launch kept
+    assert "drawing" not in printed
     again = records(tmp_path)
     assert again[:-1] == [json.loads(line) for line in cut]
     (lost,) = (json.loads(line) for line in lines if line not in cut)
     assert again[-1] == lost
+    assert 0 < lost["validation_documents"] < 10
+    assert lost["validation_tokens"] == 999 - lost["validation_documents"]
+    assert lost["validation_stderr"] > 0
+    assert f"held-out loss {lost['validation_loss']:.4f} +/- {lost['validation_stderr']:.4f}" in printed
     # not repeated once it is recorded
-    train("debug_parallax_muon", corpus, tmp_path, *EXACT, *words, "--training.stop_at_step", "2", ranks=1)
+    train("debug_parallax_muon", corpus, tmp_path, *EXACT, *words)
     assert records(tmp_path) == again

@@ -78,7 +78,7 @@ def test_every_kind_yields_the_same_documents_and_the_same_split(
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "text", "datasets", "shards", "mixture"])
 @pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
 def test_a_run_trains_on_every_kind_and_never_on_what_it_validates_on(
-    kinds: dict[str, Source], kind: str, packing: Any, byte_tokenizer: Tokenizer
+    kinds: dict[str, Source], kind: str, packing: Any, byte_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     config = DataConfig(
         tokenizer="given",
@@ -91,7 +91,13 @@ def test_a_run_trains_on_every_kind_and_never_on_what_it_validates_on(
     check_data(config, byte_tokenizer.fingerprint)
     sizes: Any = {"seq_len": 64, "local_batch_size": 1, "dp_rank": 0, "dp_world_size": 1}
     training = build_dataloader(config, tokenizer=byte_tokenizer, global_batch_size=2, **sizes)
-    validation = build_validation_loader(config, tokenizer=byte_tokenizer, max_tokens=None, **sizes)
+    # all of them, and a sample of more tokens than there are
+    validations = [
+        build_validation_loader(
+            config, tokenizer=byte_tokenizer, max_tokens=max_tokens, kept_in=tmp_path, **sizes
+        )
+        for max_tokens in (None, 1 << 20)
+    ]
     seen = ""
     # a best-fit row ends with a document, whose last token is a label only
     end = "<|endoftext|>" if packing == "best_fit" else ""
@@ -101,8 +107,9 @@ def test_a_run_trains_on_every_kind_and_never_on_what_it_validates_on(
     documents = set(seen.split("<|endoftext|>")[1:-1])
     assert set(TEXTS) - set(HELD_OUT) <= documents
     assert not documents & set(HELD_OUT)
-    held_out = "".join(byte_tokenizer.decode(batch["input"][0].tolist()) for batch, _ in validation)
-    assert set(held_out.split("<|endoftext|>")) - {""} == set(HELD_OUT)
+    for validation in validations:
+        held_out = "".join(byte_tokenizer.decode(batch.inputs["input"][0].tolist()) for batch in validation)
+        assert set(held_out.split("<|endoftext|>")) - {""} == set(HELD_OUT)
 
 
 def test_validating_on_the_training_documents_is_rejected(

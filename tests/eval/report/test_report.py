@@ -16,6 +16,7 @@ from eval.report.comparison import Row
 from eval.report.paper_numbers import paper_row
 from eval.report.plots import running_mean, smoothed_loss
 from eval.report.run_records import flatten, read_run
+from eval.report.writer import write_report
 from tests.eval.report.run_folders import (
     CONFIGS,
     STEP_TOKENS,
@@ -37,6 +38,8 @@ def test_means_and_standard_errors_over_seeds_equal_a_calculation_by_hand(tmp_pa
     text = report(folders, tmp_path, baseline="softmax_1")
     # s / sqrt(2) = |a - b| / 2; the last 20 steps lie 0.95 above the last one
     assert cells(text, "Results", "softmax_0")[1:4] == ["2", "3.9700 +/- 0.0200", "2.5200 +/- 0.0200"]
+    # recorded by neither run
+    assert cells(text, "Results", "softmax_0")[4] == "-"
     assert cells(text, "Results", "parallax_0")[1:4] == ["2", "3.8550 +/- 0.0050", "2.4050 +/- 0.0050"]
     error = math.sqrt(0.02**2 + 0.005**2)
     expected = ["2 / 2", *[f"-0.1150 +/- {error:.4f}"] * 2, "-", "-", "-"]
@@ -262,3 +265,27 @@ def test_every_config_of_the_paper_has_its_row_and_no_other_config_has_one() -> 
         "1.7b_parallax_muon": (10.80, 62.45),
     }
     assert found == matched
+
+
+def test_losses_of_other_held_out_documents_are_not_compared(tmp_path: Path) -> None:
+    counts = ({}, {"validation_documents": 40, "validation_stderr": 0.0123}, {"validation_documents": 50})
+    folders = [
+        make_run(tmp_path / str(n), [launch(), *training(2.0), {**held_out(STEPS, 2.0), **each}])
+        for n, each in enumerate(counts)
+    ]
+    # a run of an earlier version did not record its number of documents
+    text = write_report(folders[:2], baseline=None, out=tmp_path / "out").read_text()
+    assert cells(text, "Results", "1")[3:5] == ["2.0000", "0.0123"]
+    with pytest.raises(ValueError, match="validation_documents is 40 in 1 and 50 in 2"):
+        write_report(folders[1:], baseline=None, out=tmp_path / "out")
+
+
+def test_a_branch_that_restarts_its_data_is_not_compared_with_a_run_on_one_data_set(tmp_path: Path) -> None:
+    trunk = make_run(tmp_path / "trunk", [launch(), *training(2.0)])
+    start = ("--checkpoint.start_from", str(trunk / "checkpoint" / "step-20"))
+    # longer rows cost more FLOPs per token
+    own = [launch(20, flops_per_token=200.0), *training(1.0, first=21)]
+    branch = make_run(tmp_path / "branch", own, *start, "--checkpoint.restart_data", "true")
+    assert read_run(branch).steps[-1]["flops"] == 100.0 * 20 * STEP_TOKENS + 200.0 * 10 * STEP_TOKENS
+    with pytest.raises(ValueError, match=r"checkpoint\.restart_data is False in trunk and True in branch"):
+        write_report([trunk, branch], baseline=None, out=tmp_path / "out")

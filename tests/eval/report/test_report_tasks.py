@@ -25,8 +25,8 @@ def test_results_are_shown_beside_the_paper_s(tmp_path: Path) -> None:
         folders.append(make_run(tmp_path / name, records, name=f"0.6b_{name}_muon"))
     text = report(folders, tmp_path, baseline="softmax")
     numbers = ["19.00", "18.56", "22.00", "22.25", "56.00", "55.99"]
-    assert cells(text, "Results", "parallax")[4:] == numbers
-    assert cells(text, "Results", "softmax")[5::2] == ["22.15", "23.43", "54.54"]
+    assert cells(text, "Results", "parallax")[5:] == numbers
+    assert cells(text, "Results", "softmax")[6::2] == ["22.15", "23.43", "54.54"]
     assert cells(text, "All tasks", "sciq/acc")[1:] == ["0.9000", "0.9000"]
     assert "stderr" not in text
     assert cells(text, "Difference to softmax", "parallax")[4:] == ["+0.00", "+0.00", "+2.00"]
@@ -45,8 +45,8 @@ def test_a_task_is_not_confused_with_one_whose_name_it_begins(tmp_path: Path) ->
     text = report(folders, tmp_path)
     assert cells(text, "All tasks", "mmlu/acc")[1:] == ["0.3000", "-"]
     assert cells(text, "All tasks", "mmlu_pro/acc")[1:] == ["-", "0.1000"]
-    assert cells(text, "Results", "parallax")[4] == "19.00"
-    assert cells(text, "Results", "softmax")[4] == "-"
+    assert cells(text, "Results", "parallax")[5] == "19.00"
+    assert cells(text, "Results", "softmax")[5] == "-"
 
 
 def test_results_of_a_later_evaluation_of_a_checkpoint_are_included(tmp_path: Path) -> None:
@@ -114,13 +114,13 @@ def test_the_mean_accuracy_is_recomputed_over_the_shown_accuracies(tmp_path: Pat
     for task in ACCURACIES:
         write_results(folder / f"whole_{task}" / "results.json", checkpoint, {task: 0.5}, 1000)
     text = report([folder], tmp_path)
-    assert cells(text, "Results", "a")[6] == "50.00"
+    assert cells(text, "Results", "a")[7] == "50.00"
     for name in ("mean_accuracy", "mean_plain_accuracy", "sciq/acc_norm"):
         assert cells(text, "All tasks", name)[1] == "0.5000"
     (folder / "quick" / "results.json").unlink()
-    assert cells(report([folder], tmp_path), "Results", "a")[6] == "50.00"
+    assert cells(report([folder], tmp_path), "Results", "a")[7] == "50.00"
     (folder / "whole_sciq" / "results.json").unlink()
-    assert cells(report([folder], tmp_path), "Results", "a")[6] == "-"
+    assert cells(report([folder], tmp_path), "Results", "a")[7] == "-"
 
 
 def test_results_with_another_tokenizer_are_skipped_and_noted(tmp_path: Path) -> None:

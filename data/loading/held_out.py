@@ -1,0 +1,160 @@
+"""One rank's micro-batches of held-out documents, each label with the number of its document.
+
+Rows are concatenated documents, in order, whatever the packing of training, so that losses are comparable
+across packings: a document that does not fit into its row continues in the next one, where its context starts
+anew. The last row is padded, and rows of padding give every rank equally many micro-batches. Every token but
+the first (with document masking, but the first of each document) is a label exactly once over all ranks.
+"""
+
+import itertools
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from data.loading.global_batch import rank_rows, rows_per_micro_step
+from data.loading.packing import ConcatenatePacker, Document, PackedRow, PackerState, collate, padding_row
+from data.loading.prefetch import Prefetcher
+from data.sources.base import DocumentSource, TokenSequence, batches
+from data.tokenizer import Tokenizer
+
+_BATCH_ROWS = 256
+_BATCH_CHARACTERS = 1 << 18
+
+
+class HeldOutBatch(NamedTuple):
+    """A micro-batch; its tensors are in pinned memory if CUDA is available.
+
+    Attributes:
+        inputs: Ids and document boundaries, as `data.loading.packing.collate` returns them.
+        labels: Ids to predict, int64, of the shape of the input ids; IGNORE_INDEX is no label.
+        documents: Number of each label's document, from 0 over all ranks, int64, of the same shape.
+        num_documents: Documents up to this micro-batch's last row on any rank, the same on all ranks.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    labels: torch.Tensor
+    documents: torch.Tensor
+    num_documents: int
+
+
+class HeldOutLoader:
+    """One rank's micro-batches of one pass over held-out documents; restarts with each iterator.
+
+    Args:
+        source: The documents.
+        tokenizer: Tokenizes text.
+        seq_len: Tokens per row, T.
+        local_batch_size: Rows per micro-batch, b.
+        dp_rank: Index of this data-parallel rank.
+        dp_world_size: Number of data-parallel ranks.
+        mask_documents: Whether a token attends only to its own document.
+        prefetch_batches: Micro-batches that a background thread prepares ahead; 0 for no thread.
+
+    Raises:
+        UserError: A size is below 1.
+    """
+
+    def __init__(
+        self,
+        source: DocumentSource,
+        tokenizer: Tokenizer,
+        *,
+        seq_len: int,
+        local_batch_size: int,
+        dp_rank: int = 0,
+        dp_world_size: int = 1,
+        mask_documents: bool = True,
+        prefetch_batches: int = 0,
+    ) -> None:
+        self._source = source
+        self._tokenizer = tokenizer
+        self._packer = ConcatenatePacker(seq_len, tokenizer.end_of_document_id)
+        self._padding_row = padding_row(seq_len, tokenizer.end_of_document_id)
+        self._rank_rows = rank_rows(local_batch_size, dp_rank, dp_world_size)
+        self._micro_step_rows = rows_per_micro_step(local_batch_size, dp_world_size)
+        self._mask_documents = mask_documents
+        self._prefetch_batches = prefetch_batches
+
+    def __iter__(self) -> Iterator[HeldOutBatch]:
+        """Yield this rank's micro-batches, from the start.
+
+        Raises:
+            UserError: The source is damaged.
+        """
+        pin_device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        if not self._prefetch_batches:
+            yield from self._produce(pin_device)
+            return
+        prefetcher = Prefetcher(partial(self._produce, pin_device), self._prefetch_batches)
+        try:
+            yield from prefetcher
+        finally:
+            prefetcher.close()
+
+    def _produce(self, pin_device: int | None) -> Iterator[HeldOutBatch]:
+        if pin_device is not None:
+            # a new thread would pin memory on device 0 and create a context there for every rank of the node
+            torch.cuda.set_device(pin_device)
+        num_documents = 0
+        rows = (row for row, _ in self._packer.pack(self._documents(), PackerState(None, 0, {})))
+        while step_rows := list(itertools.islice(rows, self._micro_step_rows)):
+            num_documents = max(num_documents, *(1 + _last_document(row) for row in step_rows))
+            step_rows += [self._padding_row] * (self._micro_step_rows - len(step_rows))
+            own = [step_rows[index] for index in self._rank_rows]
+            inputs, labels = collate(own, mask_documents=self._mask_documents)
+            documents = torch.from_numpy(np.stack([_document_of_label(row) for row in own]))
+            batch = HeldOutBatch(inputs, labels, documents.reshape(labels.shape), num_documents)
+            yield batch if pin_device is None else _pin(batch)
+
+    def _documents(self) -> Iterator[Document]:
+        number = 0
+        for batch in batches(self._source.read(repeat=False), _BATCH_ROWS, _BATCH_CHARACTERS):
+            encoded = iter(self._tokenizer.encode_batch([row.text for row in batch if row.text is not None]))
+            for row in batch:
+                if row.skipped is not None:
+                    continue
+                tokens = row.tokens
+                if tokens is None:
+                    tokens = np.array([*next(encoded), self._tokenizer.end_of_document_id], dtype=np.int32)
+                numbered = _NumberedTokens(number, tokens)
+                yield Document(tokens=numbered, position=None, next_position=row.next_position, skipped={})
+                number += 1
+
+
+class _NumberedTokens:
+    """Tokens of a document that know its number."""
+
+    def __init__(self, number: int, tokens: TokenSequence) -> None:
+        self.number = number
+        self._tokens = tokens
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def __getitem__(self, which: slice, /) -> np.ndarray:
+        return self._tokens[which]
+
+
+def _number(tokens: TokenSequence) -> int:
+    assert isinstance(tokens, _NumberedTokens)
+    return tokens.number
+
+
+def _last_document(row: PackedRow) -> int:
+    return _number(row.segments[-1].tokens)
+
+
+def _document_of_label(row: PackedRow) -> np.ndarray:
+    """Return the number of the document of each label, int64 `[T]`; 0 for padding."""
+    lengths = [segment.stop - segment.start for segment in row.segments]
+    numbers = np.zeros(row.seq_len + 1, dtype=np.int64)
+    numbers[: sum(lengths)] = np.repeat([_number(each.tokens) for each in row.segments], lengths)
+    return numbers[1:]
+
+
+def _pin(batch: HeldOutBatch) -> HeldOutBatch:
+    inputs = {name: tensor.pin_memory() for name, tensor in batch.inputs.items()}
+    return HeldOutBatch(inputs, batch.labels.pin_memory(), batch.documents.pin_memory(), batch.num_documents)
