@@ -90,7 +90,7 @@ def test_weight_decay_is_annealed_over_the_decay_phase(shape: Any) -> None:
 def test_decay_ratio_and_decay_steps_exclude_each_other() -> None:
     with pytest.raises(UserError, match=r'decay_ratio \(0.25\) and decay_steps \(500\).*"none"'):
         ScheduleConfig(decay_ratio=0.25, decay_steps=500)
-    with pytest.raises(UserError, match=r"decay_steps \(-1\) must not be negative"):
+    with pytest.raises(UserError, match=r"decay_steps must be at least 0 .* got -1"):
         ScheduleConfig(decay_steps=-1)
     with pytest.raises(UserError, match=r"decay \(500 steps\).*100 steps.*schedule.decay_steps"):
         lr_factor(0, ScheduleConfig(decay_steps=500), 100)

@@ -159,10 +159,14 @@ def test_documents_are_split_into_train_and_held_out_by_content(list_source: Any
     )
 
 
-@pytest.mark.parametrize("limits", [{"min_characters": 5, "max_characters": 4}, {"min_characters": -1}])
+@pytest.mark.parametrize(
+    "limits", [{"min_characters": 5, "max_characters": 4}, {"min_characters": -1}, {"max_characters": 0}]
+)
 def test_contradicting_limits_are_rejected(limits: dict[str, int]) -> None:
     options: dict[str, Any] = {**limits}
-    with pytest.raises(ValueError, match=r"min_characters is (5|-1) and max_characters"):
+    with pytest.raises(
+        ValueError, match=r"min_characters (is 5 and|must be at least 0)|max_characters must be at least 1"
+    ):
         TextOptions(**options)
 
 

@@ -171,7 +171,7 @@ def test_a_hub_source_takes_either_files_or_parts() -> None:
     for arguments, message in (
         ({}, "either files or parts"),
         ({"files": ["a.parquet"], "parts": "1"}, "either files or parts"),
-        ({"files": []}, "files of a hub source is an empty list"),
+        ({"files": []}, r"files of a hub source is \[\]: name at least one"),
         ({"files": ["a.csv"]}, r"'a\.csv': want parquet"),
         ({"parts": "1", "repository": "own/set"}, "parts names files of openbmb/Ultra-FineWeb"),
         ({"files": ["a.parquet"], "repository": "own/set"}, "give a commit of that repository"),
