@@ -27,6 +27,8 @@ Key = tuple[str | int, ...]
 T = TypeVar("T")
 
 COMMAND_LINE = "command line"
+_MAX_DEPTH = 32
+_LONGEST_SHOWN = 200
 
 
 class ConfigError(UserError):
@@ -50,10 +52,6 @@ class _Layer(NamedTuple):
 
     source: str
     table: Table
-
-
-_MAX_DEPTH = 32
-_LONGEST_SHOWN = 200
 
 
 def load(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:

@@ -119,6 +119,14 @@ def test_error_is_only_rounding(dtype: torch.dtype, solver: Solver) -> None:
         assert relative_error(actual[name], truth[name]) < bound, name
 
 
+def test_the_direct_solver_centres_its_moments() -> None:
+    inputs = make_inputs(1, 130, 4, 2, 32, dtype=torch.float32, key_offset=30.0)
+    o = local_linear_attention(inputs.q, inputs.k, inputs.v, solver="direct")
+    wide = inputs.to(torch.float64)
+    # raw moments, of keys 30 standard deviations off, are a thousand times the covariance
+    assert relative_error(o, local_linear_reference(wide.q, wide.k, wide.v, ridge=10.0)) < 1e-4
+
+
 def test_autocast_is_disabled_in_the_solver() -> None:
     inputs = make_inputs(1, 40, 2, 1, 16, dtype=torch.float32)
     expected = output_and_gradients(local_linear_attention, inputs)
