@@ -75,7 +75,9 @@ def test_loss_on_the_meta_device() -> None:
     x, weight = torch.empty(1, 4, 8, device="meta", requires_grad=True), torch.empty(5, 8, device="meta")
     loss = linear_cross_entropy(x, weight, torch.zeros(1, 4, dtype=torch.int64, device="meta"))
     loss.backward()
-    assert loss.is_meta
+    assert (loss.is_meta, loss.shape, loss.dtype) == (True, (), torch.float32)
+    assert x.grad is not None
+    assert (x.grad.is_meta, x.grad.shape) == (True, x.shape)
 
 
 def test_bfloat16_gradients_are_within_the_error_budget() -> None:

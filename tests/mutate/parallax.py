@@ -57,10 +57,25 @@ MUTANTS = [
         "(torch.zeros(k_ZSK.shape, dtype=k_ZSK.dtype, device=k_ZSK.device)",
         EAGER,
     ),
-    Mutant("parallax/eager_decode.py", "o_key > last_BT1 - window_size", "o_key >= last_BT1 - window_size", DECODE),
+    Mutant(
+        "parallax/eager_decode.py",
+        "o_key > last_BT1 - window_size",
+        "o_key >= last_BT1 - window_size",
+        DECODE,
+    ),
     Mutant("parallax/eager_decode.py", ".clamp(0, cache.shape[0] - 1)", "", DECODE),
-    Mutant("parallax/eager_decode.py", "torch.where(exists_BS[..., None, None], x, 0).to(dtype)", "x.to(dtype)", DECODE),
-    Mutant("parallax/conjugate_gradients.py", "dtype.itemsize == 2 else 4)", "dtype.itemsize == 2 else 400)", SOLVER),
+    Mutant(
+        "parallax/eager_decode.py",
+        "torch.where(exists_BS[..., None, None], x, 0).to(dtype)",
+        "x.to(dtype)",
+        DECODE,
+    ),
+    Mutant(
+        "parallax/conjugate_gradients.py",
+        "dtype.itemsize == 2 else 4)",
+        "dtype.itemsize == 2 else 400)",
+        SOLVER,
+    ),
     Mutant("parallax/conjugate_gradients.py", "return max(torch", "return min(torch", SOLVER),
     Mutant(
         "parallax/causal_product.py",
@@ -68,9 +83,24 @@ MUTANTS = [
         "z.flip(3), ids",
         AFFINE,
     ),
-    Mutant("parallax/causal_product.py", "(ids_NC != last_N1)[..., None], 0.0)", "(ids_NC != first_N1)[..., None], 0.0)", AFFINE),
-    Mutant("parallax/causal_product.py", "torch.autocast(x.device.type, enabled=False)", "torch.autocast(x.device.type, enabled=True)", AFFINE),
-    Mutant("parallax/affine.py", "residual_tolerance(q.dtype, k.dtype)", "residual_tolerance(q_BGRTK.dtype)", SOLVER),
+    Mutant(
+        "parallax/causal_product.py",
+        "(ids_NC != last_N1)[..., None], 0.0)",
+        "(ids_NC != first_N1)[..., None], 0.0)",
+        AFFINE,
+    ),
+    Mutant(
+        "parallax/causal_product.py",
+        "torch.autocast(x.device.type, enabled=False)",
+        "torch.autocast(x.device.type, enabled=True)",
+        AFFINE,
+    ),
+    Mutant(
+        "parallax/affine.py",
+        "residual_tolerance(q.dtype, k.dtype)",
+        "residual_tolerance(q_BGRTK.dtype)",
+        SOLVER,
+    ),
     Mutant("parallax/affine_state.py", "vbar_BG1K * (1 + tbar_BGR1)", "vbar_BG1K * (1 - tbar_BGR1)", CACHE),
     Mutant(
         "parallax/local_linear.py",
@@ -91,6 +121,10 @@ MUTANTS = [
         CACHE,
     ),
     Mutant("parallax/validation.py", "        if stop < start:", "        if stop <= start:", API),
-    Mutant("parallax/validation.py", "if not 0 <= page < num_pages:", "if not 0 <= page <= num_pages:", DECODE),
-    Mutant("parallax/validation.py", "if not 0 <= length <= capacity:", "if not 0 <= length < capacity:", DECODE),
+    Mutant(
+        "parallax/validation.py", "if not 0 <= page < num_pages:", "if not 0 <= page <= num_pages:", DECODE
+    ),
+    Mutant(
+        "parallax/validation.py", "if not 0 <= length <= capacity:", "if not 0 <= length < capacity:", DECODE
+    ),
 ]

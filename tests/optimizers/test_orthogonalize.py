@@ -133,3 +133,11 @@ def test_polar_express_applies_one_polynomial_after_another(num_iterations: int)
         expected = a * expected + b * expected**3 + c * expected**5
     actual = polar_express(u @ torch.diag(s) @ vh, num_iterations)
     torch.testing.assert_close(actual, u @ torch.diag(expected) @ vh, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_frobenius_norm_beyond_the_range_of_fp16_does_not_matter(method: Method) -> None:
+    # each element is below 65504, the norm is not
+    matrix = (3000 * torch.randn(96, 40)).clamp(-6e4, 6e4).half()
+    assert matrix.double().norm() > 65504
+    torch.testing.assert_close(method(matrix).float(), method(matrix.float()), rtol=0, atol=0.02)
