@@ -2,8 +2,8 @@
 
 `python -m tests.mutate [PACKAGE ...] [--only TEXT] [--list]`; packages are the tables beside this file. The
 copy is a temporary folder: the working tree is only read. The test that sees a fault is run once more without
-it; if it fails then too, it tells nothing. Each run of pytest is a fork of this process, which has imported the
-large libraries already, and nothing of the project that it tests.
+it; if it fails then too, it tells nothing. Each run of pytest is a fork of this process, which has imported
+the large libraries already, and nothing of the project that it tests.
 """
 
 import argparse
@@ -101,7 +101,7 @@ def _first_failure(folder: Path, tests: str) -> str | None:
 
 
 def _judge(mutant: Mutant, folder: Path) -> str:
-    """Return "caught", "survived", "stale" without the text in the code, or "broken" if the test fails anyway."""
+    """Return "caught", "survived", "stale" (the text is gone), or "broken" (the test fails anyway)."""
     path = folder / mutant.file
     text = path.read_text(encoding="utf-8")
     if text.count(mutant.old) != 1 or mutant.old == mutant.new:

@@ -14,13 +14,14 @@ PREPARE = "tests/data/shards/test_prepare.py"
 SHARDS = "tests/data/sources/test_shards.py"
 TITAN = "tests/data/test_titan.py"
 TOKENIZER = "tests/data/test_tokenizer.py"
+VERIFY = "tests/data/shards/test_verify.py"
 
 MUTANTS = [
     Mutant(
         "data/shards/verify.py",
         "if previous.next != shard.first or previous.is_last",
         "if previous.next != shard.first",
-        PREPARE,
+        VERIFY,
     ),
     Mutant(
         "data/shards/verify.py", "int(tokens.max()) >= vocab_size", "int(tokens.max()) > vocab_size", PREPARE
@@ -29,19 +30,19 @@ MUTANTS = [
         "data/shards/verify.py",
         "(tokens[ends - 1] != end_of_document_id).any()",
         "(tokens[ends[-1:] - 1] != end_of_document_id).any()",
-        PREPARE,
+        VERIFY,
     ),
     Mutant(
         "data/shards/verify.py",
         "if index[first:].tolist() != [(start, 0)]:",
         "if index[first:].tolist()[:1] != [(start, 0)]:",
-        PREPARE,
+        VERIFY,
     ),
     Mutant(
         "data/shards/verify.py",
         "if shards[0].first is not None or not shards[-1].is_last:",
         "if not shards[-1].is_last:",
-        PREPARE,
+        VERIFY,
     ),
     Mutant(
         "data/sources/mixture.py",
@@ -69,7 +70,9 @@ MUTANTS = [
     ),
     Mutant(
         "data/titan.py",
-        "        dp_world_size=dp_world_size,\n        mask_documents=config.mask_documents,\n        prefetch_batches=config.prefetch_batches,\n",
+        "        dp_world_size=dp_world_size,\n"
+        "        mask_documents=config.mask_documents,\n"
+        "        prefetch_batches=config.prefetch_batches,\n",
         "        dp_world_size=dp_world_size,\n        prefetch_batches=config.prefetch_batches,\n",
         TITAN,
     ),
@@ -120,7 +123,8 @@ MUTANTS = [
     ),
     Mutant(
         "data/sources/shard_format.py",
-        "    for each in [*sorted(partial.iterdir()), partial] if partial.is_dir() else [partial]:\n        _sync(each)\n",
+        "    for each in [*sorted(partial.iterdir()), partial] if partial.is_dir() else [partial]:\n"
+        "        _sync(each)\n",
         "",
         PREPARE,
     ),

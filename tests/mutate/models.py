@@ -47,8 +47,18 @@ MUTANTS = [
     Mutant("models/init.py", 'f"{seed}/{name}".encode()', 'f"{seed}/{name[:8]}".encode()', QWEN3),
     Mutant(
         "models/attention/parallax.py",
-        "        if config.r_norm:\n            r_BTHK = self.r_norm(r_BTHK)\n        if config.r_scale != 1.0:\n            r_BTHK = r_BTHK * config.r_scale\n        if config.rope_on_r:\n            r_BTHK = rope(r_BTHK)\n",
-        "        if config.rope_on_r:\n            r_BTHK = rope(r_BTHK)\n        if config.r_norm:\n            r_BTHK = self.r_norm(r_BTHK)\n        if config.r_scale != 1.0:\n            r_BTHK = r_BTHK * config.r_scale\n",
+        "        if config.r_norm:\n"
+        "            r_BTHK = self.r_norm(r_BTHK)\n"
+        "        if config.r_scale != 1.0:\n"
+        "            r_BTHK = r_BTHK * config.r_scale\n"
+        "        if config.rope_on_r:\n"
+        "            r_BTHK = rope(r_BTHK)\n",
+        "        if config.rope_on_r:\n"
+        "            r_BTHK = rope(r_BTHK)\n"
+        "        if config.r_norm:\n"
+        "            r_BTHK = self.r_norm(r_BTHK)\n"
+        "        if config.r_scale != 1.0:\n"
+        "            r_BTHK = r_BTHK * config.r_scale\n",
         QWEN3,
     ),
     Mutant("models/attention/base.py", "positions.to(torch.float32)", "positions.to(torch.bfloat16)", QWEN3),

@@ -23,7 +23,7 @@ MUTANTS = [
         "parallax/ops.py",
         "    with torch.autocast(q.device.type, enabled=False):\n        return eager.backward(",
         "    with torch.autocast(q.device.type, enabled=True):\n        return eager.backward(",
-        API,
+        EAGER,
     ),
     Mutant(
         "parallax/eager.py",

@@ -20,7 +20,10 @@ MUTANTS = [
     Mutant(
         "training/signals.py",
         "        if self._first_signal is None:\n            self._first_signal = now\n        elif",
-        "        first, self._first_signal = self._first_signal, now\n        if first is not None and now - first > GRACE_SECONDS:\n            os._exit(128 + number)\n        elif",
+        "        first, self._first_signal = self._first_signal, now\n"
+        "        if first is not None and now - first > GRACE_SECONDS:\n"
+        "            os._exit(128 + number)\n"
+        "        elif",
         STATE,
     ),
     Mutant(

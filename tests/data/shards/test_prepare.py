@@ -293,17 +293,6 @@ def test_verify_names_the_file_that_is_damaged_and_what_to_delete(
     assert problems_of(tmp_path) == []
 
 
-def test_verify_finds_a_shard_in_the_middle_that_says_it_is_the_last(
-    list_source: Any, byte_tokenizer: Tokenizer, tmp_path: Path
-) -> None:
-    _prepare(tmp_path, list_source(FILES), byte_tokenizer)
-    path = shard_folder(tmp_path, 1) / "shard.json"
-    assert len(read_manifest(tmp_path).shards) > 2
-    path.write_text(path.read_text().replace('"is_last": false', '"is_last": true'))
-    assert read_shard(tmp_path, 1).is_last
-    assert any("does not start where the previous shard ends" in each for each in problems_of(tmp_path))
-
-
 def test_info_prints_counts_and_lengths(
     list_source: Any, byte_tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
