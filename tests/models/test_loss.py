@@ -127,3 +127,14 @@ def test_the_weights_gradient_is_summed_over_chunks_in_fp32() -> None:
         errors.append(float((actual - truth).norm() / truth.norm()))
     # in bf16 the sum of 4096 terms is off by 0.08
     assert errors[0] < 2 * errors[1] < 0.01
+
+
+def test_the_softmax_of_bfloat16_logits_is_computed_in_fp32() -> None:
+    loss, (x, weight), labels = low_precision_loss(256, 64)
+    logits = x @ weight.T
+    expected = F.cross_entropy(logits[0].float(), labels[0], reduction="none")
+    torch.testing.assert_close(linear_token_losses(x, weight, labels, 64)[0], expected)
+    torch.testing.assert_close(loss, expected.sum())
+    (dx,) = torch.autograd.grad(loss, x)
+    dlogits = logits[0].float().softmax(-1) - F.one_hot(labels[0], 100)
+    torch.testing.assert_close(dx[0], dlogits.bfloat16() @ weight)

@@ -282,6 +282,14 @@ def test_initial_weights_depend_on_seed_and_name_only() -> None:
     assert torch.all(attention.r_norm.weight == 0.25)
 
 
+def test_far_positions_are_rotated_by_their_own_angles() -> None:
+    rope = Rope(torch.tensor([[1000, 1001, 40001]]), 8, 1e4)
+    exponents = torch.arange(4, dtype=torch.float64) / 4
+    angles = torch.tensor([1000.0, 1001.0, 40001.0], dtype=torch.float64)[:, None] * 1e4**-exponents
+    torch.testing.assert_close(rope.cos[0, :, 0].double(), angles.cos(), rtol=0, atol=5e-3)
+    torch.testing.assert_close(rope.sin[0, :, 0].double(), angles.sin(), rtol=0, atol=5e-3)
+
+
 @torch.no_grad()
 def test_the_probe_is_normalized_scaled_and_then_rotated() -> None:
     model = build(ParallaxConfig(r_scale=0.5), torch.float64)

@@ -63,7 +63,7 @@ def _copy(folder: Path) -> None:
             shutil.copyfile(ROOT / name, folder / name)
 
 
-def _pytest(folder: Path, tests: str, failed: Path) -> int:
+def _pytest(folder: Path, tests: list[str], failed: Path) -> int:
     """Run pytest in this process, in the copy; returns its exit code."""
     os.chdir(folder)
     os.environ.update(PYTHONPATH=str(folder), PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1")
@@ -72,10 +72,10 @@ def _pytest(folder: Path, tests: str, failed: Path) -> int:
     for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
         del sys.modules[name]
     options = ["-x", "-q", "-p", "no:cacheprovider", "-m", UNMARKED]
-    return pytest.main([*options, *tests.split()], plugins=[_FirstFailure(failed)])
+    return pytest.main([*options, *tests], plugins=[_FirstFailure(failed)])
 
 
-def _first_failure(folder: Path, tests: str) -> str | None:
+def _first_failure(folder: Path, tests: list[str]) -> str | None:
     """Run tests in a fork; returns the first that fails, None if all pass."""
     failed = folder.with_name("failed")
     failed.unlink(missing_ok=True)
@@ -108,12 +108,14 @@ def _judge(mutant: Mutant, folder: Path) -> str:
         return "stale"
     path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
     try:
-        failed = _first_failure(folder, mutant.tests)
+        failed = _first_failure(folder, mutant.tests.split())
     finally:
         path.write_text(text, encoding="utf-8")
     if failed is None:
         return "survived"
-    return "caught" if failed == "(hangs)" or _first_failure(folder, failed) is None else "broken"
+    # without its parameters, whose names may not survive the command line
+    again = failed.partition("[")[0]
+    return "caught" if failed == "(hangs)" or _first_failure(folder, [again]) is None else "broken"
 
 
 def _run(package: str, mutants: Sequence[Mutant], folder: Path) -> list[str]:

@@ -24,7 +24,7 @@ MUTANTS = [
         VERIFY,
     ),
     Mutant(
-        "data/shards/verify.py", "int(tokens.max()) >= vocab_size", "int(tokens.max()) > vocab_size", PREPARE
+        "data/shards/verify.py", "int(tokens.max()) >= vocab_size", "int(tokens.max()) > vocab_size", VERIFY
     ),
     Mutant(
         "data/shards/verify.py",
@@ -114,7 +114,7 @@ MUTANTS = [
     ),
     Mutant("data/loading/packing.py", "if end <= self.seq_len)", "if end < self.seq_len)", PACKING),
     Mutant("data/loading/packing.py", "if num_tokens >= 2:", "if num_tokens >= 1:", PACKING),
-    Mutant("data/loading/best_fit.py", "spaces[0][0] < -1:", "spaces[0][0] < 0:", BEST_FIT),
+    Mutant("data/loading/best_fit.py", "if length < min(2, span.length):", "if length < 1:", BEST_FIT),
     Mutant(
         "data/loading/best_fit.py",
         "            start += self._seq_len\n",
@@ -126,7 +126,7 @@ MUTANTS = [
         "    for each in [*sorted(partial.iterdir()), partial] if partial.is_dir() else [partial]:\n"
         "        _sync(each)\n",
         "",
-        PREPARE,
+        SHARDS,
     ),
     Mutant("data/sources/shards.py", " or zlib.crc32(data) != crc32", "", SHARDS),
 ]

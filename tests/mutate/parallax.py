@@ -50,7 +50,12 @@ MUTANTS = [
         EAGER,
     ),
     Mutant("parallax/eager.py", "query - window_size + 1)", "query - window_size)", EAGER),
-    Mutant("parallax/eager.py", "do_BTHK.to(q_BTHK.dtype), lse", "do_BTHK, lse", f"{EAGER} {API}"),
+    Mutant(
+        "parallax/eager.py",
+        "lse_BTH = torch.empty(q_BTHK.shape[:3], dtype=dtype",
+        "lse_BTH = torch.empty(q_BTHK.shape[:3], dtype=q_BTHK.dtype",
+        EAGER,
+    ),
     Mutant(
         "parallax/eager.py",
         "(torch.zeros(k_ZSK.shape, dtype=dtype, device=k_ZSK.device)",
@@ -118,7 +123,7 @@ MUTANTS = [
         "parallax/local_linear.py",
         "cache_seqlens=cache_seqlens, window_size=window_size, scale=scale",
         "cache_seqlens=cache_seqlens, scale=scale",
-        CACHE,
+        LOCAL_LINEAR,
     ),
     Mutant("parallax/validation.py", "        if stop < start:", "        if stop <= start:", API),
     Mutant(

@@ -126,3 +126,8 @@ def test_warmup_and_decay_longer_than_the_run_are_an_error() -> None:
         lr_factor(0, ScheduleConfig(kind="constant", warmup_steps=30), 20)
     with pytest.raises(UserError, match=r"warmup_steps \(30\)"):
         lr_factor(0, ScheduleConfig(kind="cosine", warmup_steps=30), 20)
+
+
+@pytest.mark.parametrize(("total_steps", "start"), [(7, 6), (8, 6), (12, 10), (13, 10)])
+def test_the_decay_takes_the_nearest_number_of_steps(total_steps: int, start: int) -> None:
+    assert decay_start(ScheduleConfig(decay_ratio=0.2), total_steps) == start

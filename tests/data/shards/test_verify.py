@@ -42,10 +42,8 @@ def test_verify_finds_a_first_shard_that_starts_later(folder: Path) -> None:
 def _seal(folder: Path, number: int, split: str) -> None:
     """Write the checksums of a shard's files anew, as a faulty writer would have."""
     stem = shard_folder(folder, number) / split
-    tokens, documents = (
-        np.fromfile(stem.with_suffix(each), dtype)
-        for each, dtype in ((".tokens", TOKEN), (".documents", DOCUMENT))
-    )
+    tokens = np.fromfile(stem.with_suffix(".tokens"), TOKEN)
+    documents: Any = np.fromfile(stem.with_suffix(".documents"), DOCUMENT)
     bounds = itertools.pairwise([0, *np.cumsum(documents["length"]).tolist()])
     documents["crc32"] = [zlib.crc32(tokens[first:last].tobytes()) for first, last in bounds]
     documents.tofile(stem.with_suffix(".documents"))

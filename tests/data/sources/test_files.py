@@ -125,6 +125,7 @@ CASES: list[tuple[dict[str, Any], object, object, str | None]] = [
     ({"min_score": 0.5}, "text", "0.7", None),
     ({"min_score": 0.5}, "text", "n/a", "bad_score"),
     ({"min_score": 0.5}, "text", None, "bad_score"),
+    ({"min_score": 0.5}, "text", float("nan"), "bad_score"),
     ({"min_score": 0.5}, None, 0.1, "null"),
     ({"min_characters": 4, "max_characters": 4}, "text", None, None),
     ({"min_characters": 5}, "text", None, "too_short"),
