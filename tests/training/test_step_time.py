@@ -64,3 +64,15 @@ def test_whole_rows_cost_more_attention_and_no_waiting() -> None:
 def test_no_estimate_for_kernels_that_were_not_measured() -> None:
     config = load(RunConfig, "configs/60m_lla_muon.toml", [])
     assert estimate_step_time(config, build_meta_model(config), 1) is None
+
+
+def test_a_larger_micro_batch_hides_more_communication() -> None:
+    path, layout = "configs/1.7b_parallax_muon.toml", ["--training.global_batch_size", "1024"]
+    exposed = []
+    for rows in (1, 4, 16):
+        num_micro_batches = 1024 // (64 * rows)
+        words = [*layout, "--training.local_batch_size", str(rows)]
+        exposed.append(estimate(path, 64, words).communication / num_micro_batches)
+    # the embedding's weights and gradients come first and last: nothing hides them
+    assert exposed[0] > exposed[1] == pytest.approx(exposed[2])
+    assert exposed[2] > 0

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing as mp
 
-from eval.scoring.groups import Group, Scores
+from eval.scoring.groups import Group, Scores, rows_of
 from eval.scoring.language_model import LanguageModel, Qwen3Model
 from eval.scoring.saved_results import SavedResults
 from eval.scoring.scorer import Scorer, group_requests, plan_batches, truncate, windows
@@ -261,3 +261,10 @@ def test_the_windows_drawn_in_the_docstring() -> None:
     rows = [line.split("  ") for line in (windows.__doc__ or "").splitlines() if line.endswith(")")]
     drawn = [tuple(map(int, row[-1].strip(" ()").split(", "))) for row in rows if "(" in row[-1]]
     assert drawn == [*windows(11, 4), *windows(11, 4, 2)]
+
+
+def test_continuations_whose_inputs_begin_another_s_share_its_row() -> None:
+    # the last token of each is no input
+    tails, row_of = rows_of(Group((5,), ((1, 2, 3), (1, 2), (9,), (1, 4, 5))))
+    assert tails == [(1, 4), (1, 2)]
+    assert row_of == [1, 1, 1, 0]
