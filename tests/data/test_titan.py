@@ -166,5 +166,5 @@ def test_validation_without_a_source_is_rejected(config: DataConfig, tmp_path: P
 
 
 def test_a_negative_prefetch_is_rejected(config: DataConfig) -> None:
-    with pytest.raises(ValueError, match=r"prefetch_batches is -1"):
+    with pytest.raises(ValueError, match=r"prefetch_batches must be at least 0 .* got -1"):
         DataConfig(tokenizer=config.tokenizer, train=config.train, prefetch_batches=-1)
