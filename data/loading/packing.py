@@ -132,7 +132,7 @@ class RowBlock:
         ends_epoch: Whether their last row holds the last token of an epoch.
     """
 
-    rows: Sequence[PackedRow]
+    rows: Rows
     next: PackerState
     rows_left: float = math.inf
     ends_epoch: bool = False

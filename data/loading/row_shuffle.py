@@ -28,6 +28,9 @@ from errors import UserError
 # windows of rows of which only the layout is held
 LAYOUT_WINDOW_ROWS = 1 << 16
 
+# the number of rows left in an epoch is an estimate, and the last window must not be too small
+_MARGIN = 1.25
+
 
 class RowSource(Protocol):
     """Rows in order, without end."""
@@ -124,7 +127,8 @@ class _Window:
         self.rows_left = 0.0
         self._min_rows = min_rows
         self._num_rows = num_rows
-        self._expected_rows = min_rows if expected_rows >= 2 * min_rows else expected_rows
+        is_last = expected_rows < (1 + _MARGIN) * min_rows
+        self._expected_rows = expected_rows if is_last else min_rows
         self._is_full = False
         self._blocks: list[Rows | None] = []
         self._ends: list[int] = []
@@ -164,7 +168,7 @@ class _Window:
         if self._num_rows:
             self._is_full = len(self) >= self._num_rows
         else:
-            is_large = len(self) >= self._min_rows and block.rows_left >= self._min_rows
+            is_large = len(self) >= self._min_rows and block.rows_left >= _MARGIN * self._min_rows
             self._is_full = is_large or block.ends_epoch
         if self._is_full and self._num_rows not in (0, len(self)):
             raise UserError(

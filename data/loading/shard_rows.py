@@ -85,7 +85,7 @@ class ShardRows:
             ends = np.cumsum(lengths)
             num_read = int(np.searchsorted(ends, next_token, side="right"))
             next_offset = next_token - int(ends[num_read] - lengths[num_read])
-            ends_epoch = bool(len(epoch_rows)) and num_rows == epoch_rows[0]
+            ends_epoch = num_rows in epoch_rows[:1].tolist()
             yield self._block(documents, layout, num_read, next_offset, ends_epoch=ends_epoch)
             offset = next_offset
 
@@ -103,7 +103,7 @@ class ShardRows:
         numbers = documents.pending["number"][layout.documents]
         rows = LaidOutRows(
             replace(layout, documents=numbers),
-            lambda number: _StoredTokens(self._source, number),
+            lambda number: StoredTokens(self._source, number),
             seq_len=self._seq_len,
             padding_id=self._padding_id,
         )
@@ -117,24 +117,35 @@ class ShardRows:
         )
 
 
-class _StoredTokens:
-    """Tokens of a stored document, looked up on first access: a rank makes the rows of all ranks."""
+class StoredTokens:
+    """Tokens of a stored document, looked up on first access: a rank makes the rows of all ranks.
 
-    __slots__ = ("_number", "_source", "_tokens")
+    Args:
+        source: The documents.
+        number: The document's number in stored order.
+    """
+
+    __slots__ = ("_source", "_tokens", "number")
 
     def __init__(self, source: ShardDocuments, number: int) -> None:
-        self._source, self._number = source, number
+        self._source, self.number = source, number
         self._tokens: LazyTokens | None = None
 
     def __len__(self) -> int:
+        """Return the number of tokens."""
         return len(self._looked_up())
 
     def __getitem__(self, which: slice, /) -> np.ndarray:
+        """Return consecutive tokens, uint32 `[n]`.
+
+        Raises:
+            UserError: The stored document is damaged; names the file.
+        """
         return self._looked_up()[which]
 
     def _looked_up(self) -> LazyTokens:
         if self._tokens is None:
-            self._tokens = self._source.tokens(self._number)
+            self._tokens = self._source.tokens(self.number)
         return self._tokens
 
 
