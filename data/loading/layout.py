@@ -3,7 +3,7 @@
 It is held as arrays, about 16 bytes per piece of a document, so that a large window of rows takes a few MB.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 
@@ -110,13 +110,32 @@ class LaidOutRows:
 
     def __getitem__(self, index: int, /) -> PackedRow:
         """Return a row, whose tokens are not read yet."""
-        layout = self._layout
-        pieces = slice(*layout.firsts[index : index + 2].tolist())
-        bounds = zip(
-            layout.documents[pieces].tolist(),
-            layout.starts[pieces].tolist(),
-            layout.stops[pieces].tolist(),
-            strict=True,
-        )
-        segments = tuple(Segment(self._tokens(document), start, stop) for document, start, stop in bounds)
+        segments = _LaidOutSegments(self._layout, self._tokens, index)
         return PackedRow(segments=segments, seq_len=self._seq_len, padding_id=self._padding_id)
+
+
+class _LaidOutSegments:
+    """Segments of a row, made on first use: a rank goes through the rows of all ranks, and uses its own.
+
+    Args:
+        layout: The layout.
+        tokens: Returns the tokens of a document of the layout, not read yet.
+        row: The row's index.
+    """
+
+    __slots__ = ("_layout", "_row", "_segments", "_tokens")
+
+    def __init__(self, layout: RowLayout, tokens: Callable[[int], TokenSequence], row: int) -> None:
+        self._layout, self._tokens, self._row = layout, tokens, row
+        self._segments: list[Segment] | None = None
+
+    def __iter__(self) -> Iterator[Segment]:
+        if self._segments is None:
+            layout = self._layout
+            pieces = slice(*layout.firsts[self._row : self._row + 2].tolist())
+            columns = (each[pieces].tolist() for each in (layout.documents, layout.starts, layout.stops))
+            self._segments = [
+                Segment(self._tokens(document), start, stop)
+                for document, start, stop in zip(*columns, strict=True)
+            ]
+        return iter(self._segments)

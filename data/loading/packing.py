@@ -79,7 +79,7 @@ class PackedRow:
         padding_id: Token id that fills the rest of the T + 1 tokens.
     """
 
-    segments: tuple[Segment, ...]
+    segments: Iterable[Segment]
     seq_len: int
     padding_id: int
 

@@ -16,6 +16,7 @@ held at any time.
 
 import bisect
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -137,9 +138,10 @@ class _Window:
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    @property
+    @cached_property
     def skipped(self) -> dict[str, int]:
-        """Source rows skipped in the window, by reason."""
+        """Source rows skipped in the full window, by reason."""
+        assert self._is_full
         before = self.start.skipped
         counts = {reason: count - before.get(reason, 0) for reason, count in self.next.skipped.items()}
         return {reason: count for reason, count in counts.items() if count}

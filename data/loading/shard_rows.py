@@ -17,7 +17,7 @@ import numpy as np
 from data.loading.layout import LaidOutRows, RowLayout, best_fit_layout, concatenated_layout
 from data.loading.packing import PackerState, RowBlock, check_seq_len
 from data.sources.base import Position
-from data.sources.shards import LazyTokens, ShardDocuments
+from data.sources.shards import ShardDocuments
 from errors import UserError
 
 BLOCK_ROWS = 512
@@ -103,7 +103,7 @@ class ShardRows:
         numbers = documents.pending["number"][layout.documents]
         rows = LaidOutRows(
             replace(layout, documents=numbers),
-            lambda number: StoredTokens(self._source, number),
+            self._source.tokens,
             seq_len=self._seq_len,
             padding_id=self._padding_id,
         )
@@ -115,38 +115,6 @@ class ShardRows:
             rows_left=tokens_left / self._seq_len,
             ends_epoch=ends_epoch,
         )
-
-
-class StoredTokens:
-    """Tokens of a stored document, looked up on first access: a rank makes the rows of all ranks.
-
-    Args:
-        source: The documents.
-        number: The document's number in stored order.
-    """
-
-    __slots__ = ("_source", "_tokens", "number")
-
-    def __init__(self, source: ShardDocuments, number: int) -> None:
-        self._source, self.number = source, number
-        self._tokens: LazyTokens | None = None
-
-    def __len__(self) -> int:
-        """Return the number of tokens."""
-        return len(self._looked_up())
-
-    def __getitem__(self, which: slice, /) -> np.ndarray:
-        """Return consecutive tokens, uint32 `[n]`.
-
-        Raises:
-            UserError: The stored document is damaged; names the file.
-        """
-        return self._looked_up()[which]
-
-    def _looked_up(self) -> LazyTokens:
-        if self._tokens is None:
-            self._tokens = self._source.tokens(self.number)
-        return self._tokens
 
 
 class _Documents:

@@ -21,6 +21,7 @@ from data.sources.base import DocumentSource
 from data.sources.mixture import MixtureDocuments
 from data.sources.shards import ShardDocuments
 from data.tokenizer import Tokenizer
+from tests.data.loading.test_shard_rows import first_token
 
 SEQ_LEN = 16
 BATCH = 32
@@ -44,7 +45,7 @@ def folder(list_source: Any, byte_tokenizer: Tokenizer, tmp_path_factory: pytest
 
 def shards(folder: Path, tokenizer: Tokenizer, seed: int | None = 0) -> ShardDocuments:
     source = ShardsSource(folder=str(folder))
-    return ShardDocuments(source, tokenizer_fingerprint=tokenizer.fingerprint, split="all", shuffle_seed=seed)
+    return ShardDocuments(source, tokenizer_fingerprint=tokenizer.fingerprint, split="train", shuffle_seed=seed)
 
 
 def shuffled(source: DocumentSource, tokenizer: Tokenizer, packing: Packing, **changes: Any) -> Any:
@@ -59,8 +60,8 @@ def mean_largest_share(rows: Sequence[PackedRow]) -> float:
     for first in range(0, len(rows) - BATCH + 1, BATCH):
         tokens: Counter[int] = Counter()
         for segment in itertools.chain.from_iterable(row.segments for row in rows[first : first + BATCH]):
-            number = getattr(segment.tokens, "number", id(segment.tokens))
-            tokens[number] += segment.stop - segment.start
+            document = getattr(segment.tokens, "_start", -id(segment.tokens))
+            tokens[document] += segment.stop - segment.start
         shares.append(max(tokens.values()) / tokens.total())
     return float(np.mean(shares))
 
@@ -112,8 +113,7 @@ def labels_of(rows: Sequence[PackedRow]) -> Counter[tuple[int, int]]:
     """Number of times that each token of each document of shards is a label within its document."""
     counts: Counter[tuple[int, int]] = Counter()
     for tokens, start, stop in itertools.chain.from_iterable(row.segments for row in rows):
-        number = tokens.number  # pyrefly: ignore [missing-attribute]
-        counts.update((number, label) for label in range(start + 1, stop))
+        counts.update((first_token(tokens), label) for label in range(start + 1, stop))
     return counts
 
 
@@ -129,8 +129,8 @@ def test_every_pair_of_input_and_label_is_served_once_per_epoch_of_shards(
     monkeypatch.setattr("data.loading.rows.LAYOUT_WINDOW_ROWS", window_rows)
     monkeypatch.setattr("data.loading.shard_rows.BLOCK_ROWS", 20)
     source = shards(folder, byte_tokenizer)
-    lengths = source.lengths(np.arange(source.num_documents)).tolist()
-    labels = Counter((number, label) for number, length in enumerate(lengths) for label in range(1, length))
+    stored = [source.tokens(number) for number in range(source.num_documents)]
+    labels = {(first_token(each), label) for each in stored for label in range(1, len(each))}
     served: list[PackedRow] = []
     orders: list[list[Any]] = []
     window_sizes: list[int] = []
@@ -142,12 +142,12 @@ def test_every_pair_of_input_and_label_is_served_once_per_epoch_of_shards(
         # the last row of a concatenated epoch holds the first tokens of the next one, which is counted there
         epoch, place = state.position["epoch"], state.position["place"]
         begun = next(source.chunks({"epoch": epoch, "place": 0}, repeat=False)).numbers.tolist()[: place + 1]
-        early = {(number, label) for number in begun[:place] for label in range(1, lengths[number])}
-        early |= {(begun[-1], label) for label in range(1, state.offset + 1)}
+        early = [(number, len(stored[number])) for number in begun[:place]] + [(begun[-1], state.offset + 1)]
+        early = {(first_token(stored[number]), label) for number, stop in early for label in range(1, stop)}
         expected = Counter(dict.fromkeys(labels, epoch)) + Counter(early)
         assert labels_of(served) == expected
         assert (packing == "concatenate") or not early
-        orders.append([[(each.tokens.number, each.start) for each in row.segments] for row in served])
+        orders.append([[(first_token(each.tokens), each.start) for each in row.segments] for row in served])
         if len(orders) == 3:
             break
     first, second = orders[0], orders[1][len(orders[0]) :]
@@ -290,5 +290,5 @@ def test_a_window_of_shards_is_held_in_little_memory(folder: Path, byte_tokenize
     block = next(layout.blocks(PackerState(None, 0, {})))
     arrays = vars(block.rows)["_layout"]
     num_bytes = sum(getattr(arrays, name).nbytes for name in ("documents", "starts", "stops", "firsts"))
-    num_pieces = sum(len(block.rows[index].segments) for index in range(len(block.rows)))
+    num_pieces = sum(len([*block.rows[index].segments]) for index in range(len(block.rows)))
     assert num_bytes <= 16 * num_pieces + 8 * (len(block.rows) + 1)

@@ -45,11 +45,13 @@ def documents_of(
 
 
 def pieces(rows: Sequence[PackedRow]) -> list[list[tuple[int, int, int]]]:
-    """Document number, start and stop of each row's segments."""
-    return [
-        [(each.tokens.number, each.start, each.stop) for each in row.segments]  # pyrefly: ignore [missing-attribute]
-        for row in rows
-    ]
+    """First stored token of the document, start and stop of each row's segments."""
+    return [[(first_token(each.tokens), each.start, each.stop) for each in row.segments] for row in rows]
+
+
+def first_token(tokens: Any) -> int:
+    """Index of a stored document's first token, which identifies it."""
+    return tokens._start
 
 
 def rows_of(blocks: Sequence[RowBlock]) -> list[PackedRow]:
@@ -104,7 +106,7 @@ def test_concatenated_rows_of_shards_are_those_of_the_stream_of_documents(
     while sum(len(block.rows) for block in blocks) < num_rows:
         blocks = list(itertools.islice(rows.blocks(START), 2 * len(blocks) + 1))
     found = [row.tokens.tolist() for row in rows_of(blocks)][:num_rows]
-    documents = itertools.islice(source.read(repeat=True), 120 * (4 + 13 * seq_len // source.num_tokens))
+    documents = itertools.islice(source.read(repeat=True), 120 * (5 + 13 * seq_len // source.num_tokens))
     stream = np.concatenate([row.tokens[:] for row in documents if row.tokens is not None]).tolist()
     assert found == [stream[row * seq_len : (row + 1) * seq_len + 1] for row in range(num_rows)]
 
@@ -137,12 +139,14 @@ def test_best_fit_rows_of_an_epoch_hold_each_document_once_and_no_other_epoch(
         held: list[tuple[int, int]] = []
         for block in blocks:
             for row in pieces(rows_of([block])):
-                held += [(number, label) for number, start, stop in row for label in range(start + 1, stop)]
+                held += [
+                    (document, label) for document, start, stop in row for label in range(start + 1, stop)
+                ]
             if block.ends_epoch:
                 break
-        lengths = source.lengths(np.arange(source.num_documents)).tolist()
-        labels = [(number, label) for number, length in enumerate(lengths) for label in range(1, length)]
-        assert sorted(held) == labels
+        stored = [source.tokens(number) for number in range(source.num_documents)]
+        labels = [(first_token(each), label) for each in stored for label in range(1, len(each))]
+        assert sorted(held) == sorted(labels)
         orders.append(held)
     assert orders[0] != orders[1] != orders[2]
 
