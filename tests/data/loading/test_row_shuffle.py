@@ -45,7 +45,9 @@ def folder(list_source: Any, byte_tokenizer: Tokenizer, tmp_path_factory: pytest
 
 def shards(folder: Path, tokenizer: Tokenizer, seed: int | None = 0) -> ShardDocuments:
     source = ShardsSource(folder=str(folder))
-    return ShardDocuments(source, tokenizer_fingerprint=tokenizer.fingerprint, split="train", shuffle_seed=seed)
+    return ShardDocuments(
+        source, tokenizer_fingerprint=tokenizer.fingerprint, split="train", shuffle_seed=seed
+    )
 
 
 def shuffled(source: DocumentSource, tokenizer: Tokenizer, packing: Packing, **changes: Any) -> Any:
