@@ -88,9 +88,11 @@ class RowShuffle:
         while True:
             following = self._window(window.next, expected_rows=window.rows_left)
             order = Permutation(len(window), self._seed, "rows", state.window)
-            items = order(np.arange(first, len(window))).tolist()
-            for served, item in enumerate(items, first + 1):
-                following.fill(blocks, (served - first) / len(items))
+            items = order(np.arange(len(window))).tolist()
+            for item in items[:first]:
+                window.take(item)
+            for served, item in enumerate(items[first:], first + 1):
+                following.fill(blocks, (served - first) / (len(window) - first))
                 state = self._after(window, state, served)
                 yield window.take(item), state
             window, first = following, 0

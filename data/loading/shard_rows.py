@@ -59,11 +59,9 @@ class ShardRows:
                 was saved.
         """
         documents = _Documents(self._source, start)
-        return (
-            self._concatenate(documents, start)
-            if self._packing == "concatenate"
-            else self._best_fit(documents)
-        )
+        if self._packing == "concatenate":
+            return self._concatenate(documents, start)
+        return self._best_fit(documents)
 
     def _concatenate(self, documents: "_Documents", start: PackerState) -> Iterator[RowBlock]:
         offset = start.offset
