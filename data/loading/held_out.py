@@ -144,7 +144,8 @@ def _number(tokens: TokenSequence) -> int:
 
 
 def _last_document(row: PackedRow) -> int:
-    return _number(row.segments[-1].tokens)
+    *_, last = row.segments
+    return _number(last.tokens)
 
 
 def _document_of_label(row: PackedRow) -> np.ndarray:

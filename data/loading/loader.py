@@ -7,22 +7,27 @@ GPUs as the cores of a node can tokenize for.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 
 from data.fingerprint import check_fingerprint
-from data.loading.best_fit import BestFitPacker
 from data.loading.global_batch import gradient_accumulation_steps, rank_rows, rows_per_micro_step
-from data.loading.packing import ConcatenatePacker, MicroBatch, PackedRow, Packer, collate, padding_row
+from data.loading.packing import MicroBatch, PackedRow, collate, padding_row
 from data.loading.prefetch import Prefetcher
-from data.loading.stream import RowStream, StreamState
+from data.loading.rows import open_rows
+from data.loading.shard_rows import Packing
+from data.loading.stream import StreamState
 from data.sources.base import DocumentSource
 from data.tokenizer import Tokenizer
 from errors import UserError
 
-_STATE_VERSION = 2
+_STATE_VERSION = 3
+
+# of the shuffle, where none is set; below the second, documents longer than a few rows show in a batch
+DEFAULT_WINDOW_BATCHES = 16
+MIN_WINDOW_BATCHES = 4
 
 
 class PackedLoader:
@@ -41,6 +46,10 @@ class PackedLoader:
         dp_rank: Index of this data-parallel rank.
         dp_world_size: Number of data-parallel ranks, W.
         packing: Packer of documents into sequences (data/loading/packing.py, data/loading/best_fit.py).
+        shuffle_seed: Seed of the shuffle of sequences (data/loading/row_shuffle.py), for `repeat`; None for
+            their order.
+        shuffle_window: Sequences that are shuffled together, of sources other than shards; None for 16 times
+            the global batch.
         mask_documents: Whether a token attends only to its own document.
         repeat: Whether to repeat the source, epoch after epoch.
         max_sequences: End each iterator after this many sequences over all ranks; None for no limit.
@@ -60,7 +69,9 @@ class PackedLoader:
         global_batch_size: int,
         dp_rank: int,
         dp_world_size: int,
-        packing: Literal["concatenate", "best_fit"] = "concatenate",
+        packing: Packing = "concatenate",
+        shuffle_seed: int | None = None,
+        shuffle_window: int | None = None,
         mask_documents: bool = True,
         repeat: bool = True,
         max_sequences: int | None = None,
@@ -69,12 +80,16 @@ class PackedLoader:
         gradient_accumulation_steps(
             global_batch_size=global_batch_size, local_batch_size=local_batch_size, num_ranks=dp_world_size
         )
-        padding_id = tokenizer.end_of_document_id
-        packers: dict[str, Callable[[int, int], Packer]]
-        packers = {"concatenate": ConcatenatePacker, "best_fit": BestFitPacker}
-        packer = packers[packing](seq_len, padding_id)
-        self._stream = RowStream(source, tokenizer, packer, repeat=repeat)
-        self._padding_row = padding_row(seq_len, padding_id)
+        self._stream = open_rows(
+            source,
+            tokenizer,
+            packing=packing,
+            seq_len=seq_len,
+            repeat=repeat,
+            shuffle_seed=shuffle_seed,
+            window_rows=shuffle_window or DEFAULT_WINDOW_BATCHES * global_batch_size,
+        )
+        self._padding_row = padding_row(seq_len, tokenizer.end_of_document_id)
         self._rank_rows = rank_rows(local_batch_size, dp_rank, dp_world_size)
         self._micro_step_rows = rows_per_micro_step(local_batch_size, dp_world_size)
         self._mask_documents = mask_documents
@@ -84,7 +99,7 @@ class PackedLoader:
         self._fingerprint = {
             "source": source.fingerprint,
             "tokenizer": tokenizer.fingerprint,
-            "packing": packer.fingerprint,
+            "packing": self._stream.fingerprint,
         }
         self._state = StreamState()
         self._generation = 0
@@ -93,7 +108,7 @@ class PackedLoader:
     @property
     def skipped(self) -> Mapping[str, int]:
         """Source rows skipped before the next sequence since the start of the run, by reason."""
-        return self._state.skipped
+        return self._state.num_skipped
 
     def __iter__(self) -> Iterator[MicroBatch]:
         """Yield this rank's micro-batches; ends an earlier iterator of this loader.
@@ -151,10 +166,12 @@ class PackedLoader:
         assert self._repeat, (
             "a loader with repeat=False restarts with each iterator: it has no position to load"
         )
-        if state_dict.get("version") != _STATE_VERSION:
+        version = state_dict.get("version")
+        if version != _STATE_VERSION:
+            why = " (it was saved before rows were shuffled)" if version == 2 else ""
             raise UserError(
-                f"the saved data position has version {state_dict.get('version')!r}, expected "
-                f"{_STATE_VERSION}: load the checkpoint with the code that wrote it"
+                f"the saved data position has version {version!r}, expected {_STATE_VERSION}{why}: resume "
+                "the run with the code that wrote it, or set another run.folder to start a new run"
             )
         for part, fingerprint in self._fingerprint.items():
             saved = state_dict["fingerprint"][part]

@@ -13,6 +13,7 @@ data/loading/best_fit.py is the other packer. Both need only the lengths of docu
 row is collated, so that each rank reads stored tokens of its own rows only.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ class PackedRow:
         padding_id: Token id that fills the rest of the T + 1 tokens.
     """
 
-    segments: tuple[Segment, ...]
+    segments: Iterable[Segment]
     seq_len: int
     padding_id: int
 
@@ -106,6 +107,35 @@ class PackedRow:
             row[filled : filled + stop - start] = tokens[start:stop]
             filled += stop - start
         return row
+
+
+class Rows(Protocol):
+    """Rows that may be made on access; a list is one."""
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        ...
+
+    def __getitem__(self, index: int, /) -> PackedRow:
+        """Return a row."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowBlock:
+    """Consecutive rows.
+
+    Attributes:
+        rows: The rows.
+        next: State of the row after them.
+        rows_left: Estimate of the rows from there to the end of the epoch; infinite if not known.
+        ends_epoch: Whether their last row holds the last token of an epoch.
+    """
+
+    rows: Rows
+    next: PackerState
+    rows_left: float = math.inf
+    ends_epoch: bool = False
 
 
 class Packer(Protocol):

@@ -263,8 +263,22 @@ def test_a_state_of_other_files_or_another_tokenizer_is_rejected(
         make_loader(list_source(FILES, shuffle_seed=1), byte_tokenizer).load_state_dict(state)
     with pytest.raises(ValueError, match="version 0"):
         loader.load_state_dict({**state, "version": 0})
+    for changes in ({"shuffle_seed": 0}, {"shuffle_seed": 0, "seq_len": 16}):
+        with pytest.raises(ValueError, match=r"another packing .*concatenate into rows of .* shuffled rows"):
+            make_loader(list_source(FILES), byte_tokenizer, **changes).load_state_dict(state)
     with pytest.raises(AssertionError, match="no position to load"):
         make_loader(list_source(FILES), byte_tokenizer, repeat=False).load_state_dict(state)
+
+
+def test_a_state_saved_before_rows_were_shuffled_is_rejected_with_the_remedy(
+    byte_tokenizer: Tokenizer, list_source: Any
+) -> None:
+    loader = make_loader(list_source(FILES), byte_tokenizer, shuffle_seed=0)
+    position = {"position": None, "offset": 0, "sequence": 4, "skipped": {}}
+    saved = {**loader.state_dict(), "version": 2, "position": position}
+    message = r"version 2, expected 3 \(it was saved before rows were shuffled\): .* another run.folder"
+    with pytest.raises(ValueError, match=message):
+        loader.load_state_dict(saved)
 
 
 def test_a_state_whose_document_no_longer_exists_is_rejected(

@@ -49,7 +49,8 @@ def test_resuming_at_every_step_is_bit_identical_to_no_interruption(
 
     def new() -> PackedLoader:
         changes = {"mask_documents": mask, "prefetch_batches": prefetch, "packing": packing}
-        return make_loader(source, byte_tokenizer, seq_len=7, **changes)
+        shuffle = {"shuffle_seed": seed, "shuffle_window": 9}
+        return make_loader(source, byte_tokenizer, seq_len=7, **changes, **shuffle)
 
     whole_loader = new()
     states = [json.dumps(whole_loader.state_dict())]
@@ -115,7 +116,8 @@ def test_a_state_resumes_on_another_number_of_ranks(
     seed: int | None,
 ) -> None:
     source = list_source(FILES, shuffle_seed=seed)
-    sizes = {"global_batch_size": 16, "mask_documents": False, "packing": packing}
+    sizes: dict[str, Any] = {"global_batch_size": 16, "mask_documents": False, "packing": packing}
+    sizes |= {"shuffle_seed": seed, "shuffle_window": 37}
     whole = take_steps([make_loader(source, byte_tokenizer, **sizes)], 16, sum(num_steps))
     legs: list[torch.Tensor] = []
     state: str | None = None
