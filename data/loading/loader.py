@@ -14,7 +14,7 @@ import torch
 
 from data.fingerprint import check_fingerprint
 from data.loading.global_batch import gradient_accumulation_steps, rank_rows, rows_per_micro_step
-from data.loading.packing import MicroBatch, PackedRow, collate, padding_row
+from data.loading.packing import MicroBatch, PackedRow, collate
 from data.loading.prefetch import Prefetcher
 from data.loading.rows import open_rows
 from data.loading.shard_rows import Packing
@@ -33,9 +33,7 @@ MIN_WINDOW_BATCHES = 4
 class PackedLoader:
     """One rank's micro-batches of packed documents; its state is the same on all ranks.
 
-    A training loader (`repeat=True`) is infinite, and each iterator resumes where the previous one stopped. A
-    validation loader (`repeat=False`) restarts with each iterator and drops no token: the last row is padded,
-    and rows of padding give every rank the same number of micro-batches. Padding is never a label.
+    It is infinite, epoch after epoch, and each iterator resumes where the previous one stopped.
 
     Args:
         source: The documents.
@@ -46,13 +44,10 @@ class PackedLoader:
         dp_rank: Index of this data-parallel rank.
         dp_world_size: Number of data-parallel ranks, W.
         packing: Packer of documents into sequences (data/loading/packing.py, data/loading/best_fit.py).
-        shuffle_seed: Seed of the shuffle of sequences (data/loading/row_shuffle.py), for `repeat`; None for
-            their order.
+        shuffle_seed: Seed of the shuffle of sequences (data/loading/row_shuffle.py); None for their order.
         shuffle_window: Sequences that are shuffled together, of sources other than shards; None for 16 times
             the global batch.
         mask_documents: Whether a token attends only to its own document.
-        repeat: Whether to repeat the source, epoch after epoch.
-        max_sequences: End each iterator after this many sequences over all ranks; None for no limit.
         prefetch_batches: Micro-batches that a background thread prepares ahead; 0 for no thread.
 
     Raises:
@@ -73,8 +68,6 @@ class PackedLoader:
         shuffle_seed: int | None = None,
         shuffle_window: int | None = None,
         mask_documents: bool = True,
-        repeat: bool = True,
-        max_sequences: int | None = None,
         prefetch_batches: int = 4,
     ) -> None:
         gradient_accumulation_steps(
@@ -85,16 +78,12 @@ class PackedLoader:
             tokenizer,
             packing=packing,
             seq_len=seq_len,
-            repeat=repeat,
             shuffle_seed=shuffle_seed,
             window_rows=shuffle_window or DEFAULT_WINDOW_BATCHES * global_batch_size,
         )
-        self._padding_row = padding_row(seq_len, tokenizer.end_of_document_id)
         self._rank_rows = rank_rows(local_batch_size, dp_rank, dp_world_size)
         self._micro_step_rows = rows_per_micro_step(local_batch_size, dp_world_size)
         self._mask_documents = mask_documents
-        self._repeat = repeat
-        self._max_sequences = max_sequences
         self._prefetch_batches = prefetch_batches
         self._fingerprint = {
             "source": source.fingerprint,
@@ -122,13 +111,9 @@ class PackedLoader:
         """
         self.close()
         generation = self._generation
-        if not self._repeat:
-            self._state = StreamState()
         pin_device = torch.cuda.current_device() if torch.cuda.is_available() else None
-        rows = itertools.islice(self._stream.rows(self._state), self._max_sequences)
         produce = _Producer(
-            rows,
-            padding_row=self._padding_row,
+            self._stream.rows(self._state),
             rank_rows=self._rank_rows,
             micro_step_rows=self._micro_step_rows,
             mask_documents=self._mask_documents,
@@ -163,15 +148,13 @@ class PackedLoader:
         Raises:
             UserError: The position belongs to another source, tokenizer or packing, or to another version.
         """
-        assert self._repeat, (
-            "a loader with repeat=False restarts with each iterator: it has no position to load"
-        )
         version = state_dict.get("version")
         if version != _STATE_VERSION:
             why = " (it was saved before rows were shuffled)" if version == 2 else ""
             raise UserError(
                 f"the saved data position has version {version!r}, expected {_STATE_VERSION}{why}: resume "
-                "the run with the code that wrote it, or set another run.folder to start a new run"
+                "the run with the code that wrote it, or start the data from its beginning in a branch: "
+                "another run.folder, checkpoint.start_from, checkpoint.restart_data = true"
             )
         for part, fingerprint in self._fingerprint.items():
             saved = state_dict["fingerprint"][part]
@@ -203,14 +186,12 @@ class _Producer:
         self,
         rows: Iterator[tuple[PackedRow, StreamState]],
         *,
-        padding_row: PackedRow,
         rank_rows: range,
         micro_step_rows: int,
         mask_documents: bool,
         pin_device: int | None,
     ) -> None:
         self._rows = rows
-        self._padding_row = padding_row
         self._rank_rows = rank_rows
         self._micro_step_rows = micro_step_rows
         self._mask_documents = mask_documents
@@ -222,18 +203,14 @@ class _Producer:
             # a new thread would pin memory on device 0 and create a context there for every rank of the node
             torch.cuda.set_device(self._pin_device)
         own: list[PackedRow] = []
-        num_rows = 0
-        state = StreamState()
-        for row, state in self._rows:
-            if num_rows in self._rank_rows:
+        for index, (row, state) in zip(
+            itertools.cycle(range(self._micro_step_rows)), self._rows, strict=False
+        ):
+            if index in self._rank_rows:
                 own.append(row)
-            num_rows += 1
-            if num_rows == self._micro_step_rows:
+            if index + 1 == self._micro_step_rows:
                 yield self._collate(own), state
-                own, num_rows = [], 0
-        if num_rows:
-            padding = [self._padding_row] * (len(self._rank_rows) - len(own))
-            yield self._collate(own + padding), state
+                own = []
 
     def _collate(self, rows: list[PackedRow]) -> MicroBatch:
         inputs, labels = collate(rows, mask_documents=self._mask_documents)

@@ -39,19 +39,17 @@ def open_rows(
     *,
     packing: Packing,
     seq_len: int,
-    repeat: bool,
     shuffle_seed: int | None,
     window_rows: int,
 ) -> ResumableRows:
-    """Pack a source's documents into rows.
+    """Pack a source's documents into rows, epoch after epoch.
 
     Args:
         source: The documents.
         tokenizer: Tokenizes text.
         packing: Packer of documents into rows.
         seq_len: Tokens per row, T.
-        repeat: Whether to repeat the source, epoch after epoch.
-        shuffle_seed: Seed of the shuffle of rows, where the source repeats; None for their order.
+        shuffle_seed: Seed of the shuffle of rows; None for their order.
         window_rows: Rows that are shuffled together, of sources other than shards.
 
     Raises:
@@ -60,10 +58,9 @@ def open_rows(
     padding_id = tokenizer.end_of_document_id
     packers: dict[str, Callable[[int, int], Packer]]
     packers = {"concatenate": ConcatenatePacker, "best_fit": BestFitPacker}
-    in_order = RowStream(source, tokenizer, packers[packing](seq_len, padding_id), repeat=repeat)
+    in_order = RowStream(source, tokenizer, packers[packing](seq_len, padding_id))
     if shuffle_seed is None:
         return in_order
-    assert repeat, "only training shuffles rows"
     name = f"{packing} into rows of {seq_len}"
     if isinstance(source, ShardDocuments):
         laid_out = ShardRows(source, packing=packing, seq_len=seq_len, padding_id=padding_id)

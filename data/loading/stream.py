@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from data.loading.packing import Document, PackedRow, Packer, PackerState, RowBlock
-from data.sources.base import DocumentSource, Position, batches
+from data.sources.base import DocumentSource, Position, Row, TokenSequence, batches
 from data.tokenizer import Tokenizer
 from errors import UserError
 
@@ -84,14 +84,12 @@ class RowStream:
         source: The documents.
         tokenizer: Tokenizes text.
         packer: Packs documents into rows.
-        repeat: Whether to start another epoch at the end of the source; if not, the last row is padded.
     """
 
-    def __init__(self, source: DocumentSource, tokenizer: Tokenizer, packer: Packer, *, repeat: bool) -> None:
+    def __init__(self, source: DocumentSource, tokenizer: Tokenizer, packer: Packer) -> None:
         self._source = source
         self._tokenizer = tokenizer
         self._packer = packer
-        self._repeat = repeat
 
     @property
     def fingerprint(self) -> str:
@@ -108,37 +106,43 @@ class RowStream:
             UserError: A whole epoch holds no document, or the documents have changed since the state was
                 saved.
         """
-        skipped = dict(start.skipped)
-        packed = self._pack(start.packer_state, skipped)
+        packed = self._pack(start.packer_state)
         for sequence, (row, state) in enumerate(packed, start.sequence + 1):
-            if state is None:
-                yield row, StreamState(sequence=sequence, skipped=dict(skipped))
-            else:
-                yield row, StreamState(sequence=sequence, **state._asdict())
+            yield row, StreamState(sequence=sequence, **state._asdict())
 
     def blocks(self, start: PackerState) -> Iterator[RowBlock]:
         """Yield each row as a block, as `data.loading.row_shuffle.RowSource` does."""
-        for row, state in self._pack(start, dict(start.skipped)):
-            assert state is not None, "rows are shuffled only where the source repeats"
+        for row, state in self._pack(start):
             yield RowBlock(rows=[row], next=state)
 
-    def _pack(
-        self, start: PackerState, skipped: dict[str, int]
-    ) -> Iterator[tuple[PackedRow, PackerState | None]]:
-        return self._packer.pack(self._documents(start.position, skipped), start)
+    def _pack(self, start: PackerState) -> Iterator[tuple[PackedRow, PackerState]]:
+        for row, state in self._packer.pack(self._documents(start), start):
+            assert state is not None, "the source repeats"
+            yield row, state
 
-    def _documents(self, position: Position | None, skipped: dict[str, int]) -> Iterator[Document]:
-        """Tokenize text, and count skipped rows in `skipped`."""
-        for batch in batches(
-            self._source.read(position, repeat=self._repeat), _BATCH_ROWS, _BATCH_CHARACTERS
-        ):
-            encoded = iter(self._tokenizer.encode_batch([row.text for row in batch if row.text is not None]))
-            for row in batch:
-                start, position = position, row.next_position
-                if row.skipped is not None:
-                    skipped[row.skipped] = skipped.get(row.skipped, 0) + 1
-                    continue
-                tokens = row.tokens
-                if tokens is None:
-                    tokens = np.array([*next(encoded), self._tokenizer.end_of_document_id], dtype=np.int32)
-                yield Document(tokens=tokens, position=start, next_position=position, skipped=dict(skipped))
+    def _documents(self, start: PackerState) -> Iterator[Document]:
+        """Yield tokenized documents, each with the rows skipped before it."""
+        position, skipped = start.position, dict(start.skipped)
+        for row, tokens in tokenize(self._source.read(position, repeat=True), self._tokenizer):
+            first, position = position, row.next_position
+            if row.skipped is not None:
+                skipped[row.skipped] = skipped.get(row.skipped, 0) + 1
+            else:
+                assert tokens is not None
+                yield Document(tokens=tokens, position=first, next_position=position, skipped=dict(skipped))
+
+
+def tokenize(rows: Iterator[Row], tokenizer: Tokenizer) -> Iterator[tuple[Row, TokenSequence | None]]:
+    """Yield each row of a source with its tokens, the end-of-document token included; None if it is skipped.
+
+    Args:
+        rows: Rows of text or of tokens.
+        tokenizer: Tokenizes batches of text, in parallel.
+    """
+    for batch in batches(rows, _BATCH_ROWS, _BATCH_CHARACTERS):
+        encoded = iter(tokenizer.encode_batch([row.text for row in batch if row.text is not None]))
+        for row in batch:
+            tokens = row.tokens
+            if row.text is not None:
+                tokens = np.array([*next(encoded), tokenizer.end_of_document_id], dtype=np.int32)
+            yield row, tokens

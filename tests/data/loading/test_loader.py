@@ -16,7 +16,6 @@ from data.sources.open import open_text
 from data.tokenizer import Tokenizer
 from tests.data.loading.loaders import (
     FILES,
-    are_equal,
     epoch_of,
     make_loader,
     make_ranks,
@@ -46,79 +45,6 @@ def test_training_repeats_every_token_in_order(
     covered = num_rows * seq_len
     assert torch.cat([batch["input"][0] for batch, _ in batches]).tolist() == expected[:covered]
     assert torch.cat([labels[0] for _, labels in batches]).tolist() == expected[1 : covered + 1]
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=10),
-    seq_len=st.integers(1, 13),
-    world=st.integers(1, 4),
-    local=st.integers(1, 3),
-    mask=st.booleans(),
-)
-def test_validation_predicts_each_token_once_in_equally_many_micro_batches_per_rank(
-    byte_tokenizer: Tokenizer,
-    list_source: Any,
-    lengths: list[int],
-    seq_len: int,
-    world: int,
-    local: int,
-    mask: bool,
-) -> None:
-    texts = ["abcdefghijklmnopqrstuvwxyz0123456789ABCDEF"[:length] for length in lengths]
-    loaders = make_ranks(
-        list_source([texts]),
-        byte_tokenizer,
-        world,
-        seq_len=seq_len,
-        local_batch_size=local,
-        global_batch_size=local * world,
-        mask_documents=mask,
-        repeat=False,
-    )
-    ranks = [list(loader) for loader in loaders]
-    assert len({len(batches) for batches in ranks}) == 1
-    targets = torch.cat([labels.flatten() for step in zip(*ranks, strict=True) for _, labels in step])
-    documents = [[*byte_tokenizer.encode(text), byte_tokenizer.end_of_document_id] for text in texts]
-    expected = [token for document in documents for token in document[1:]]
-    if not mask:
-        expected = list(itertools.chain.from_iterable(documents))[1:]
-    assert targets[targets != -100].tolist() == expected
-
-
-def test_validation_restarts_with_each_iterator_even_after_a_break(
-    byte_tokenizer: Tokenizer, list_source: Any
-) -> None:
-    loader = make_loader(list_source(FILES), byte_tokenizer, repeat=False, prefetch_batches=2)
-    whole = list(loader)
-    assert are_equal(take(loader, 3), whole[:3])
-    assert are_equal(list(loader), whole)
-
-
-@settings(max_examples=30, deadline=None)
-@given(
-    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=10),
-    seq_len=st.integers(1, 13),
-    world=st.integers(1, 3),
-)
-def test_best_fit_predicts_each_token_but_a_documents_first_once_per_epoch(
-    byte_tokenizer: Tokenizer, list_source: Any, lengths: list[int], seq_len: int, world: int
-) -> None:
-    texts = ["abcdefghijklmnopqrstuvwxyz0123456789ABCDEF"[:length] for length in lengths]
-    loaders = make_ranks(
-        list_source([texts]),
-        byte_tokenizer,
-        world,
-        seq_len=seq_len,
-        global_batch_size=world,
-        repeat=False,
-        packing="best_fit",
-        mask_documents=True,
-    )
-    labels = [label for loader in loaders for _, row in loader for label in row.flatten().tolist()]
-    documents = [[*byte_tokenizer.encode(text), byte_tokenizer.end_of_document_id] for text in texts]
-    expected = [token for document in documents for token in document[1:]]
-    assert sorted(label for label in labels if label != -100) == sorted(expected)
 
 
 def test_masked_rows_of_a_micro_batch_are_concatenated_with_their_boundaries(
@@ -157,10 +83,6 @@ def test_skipped_rows_are_counted_once_per_epoch_and_across_a_resume(
     byte_tokenizer: Tokenizer, list_source: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = list_source(FILES)
-    loader = make_loader(source, byte_tokenizer, repeat=False)
-    list(loader)
-    assert loader.skipped == {"null": 3, "empty": 2, "not_text": 1}
-    assert "rows skipped: 3 null, 2 empty, 1 not_text" in caplog.text
     training = make_loader(source, byte_tokenizer)
     while epoch_of(training) < 2:
         state = json.loads(json.dumps(training.state_dict()))
@@ -169,17 +91,15 @@ def test_skipped_rows_are_counted_once_per_epoch_and_across_a_resume(
         take(training, 1)
     # two epochs, and the null at the start of the third
     assert training.skipped == {"null": 7, "empty": 4, "not_text": 2}
+    assert "rows skipped: 3 null, 2 empty, 1 not_text" in caplog.text
 
 
 def test_a_source_without_a_document_raises_instead_of_looping(
     byte_tokenizer: Tokenizer, list_source: Any
 ) -> None:
-    for repeat in (True, False):
-        loader = make_loader(
-            list_source([[None, ""], [" "]]), byte_tokenizer, repeat=repeat, prefetch_batches=2
-        )
-        with pytest.raises(ValueError, match=r"a list holds no document \(rows skipped: 1 null, 2 empty\)"):
-            next(iter(loader))
+    loader = make_loader(list_source([[None, ""], [" "]]), byte_tokenizer, prefetch_batches=2)
+    with pytest.raises(ValueError, match=r"a list holds no document \(rows skipped: 1 null, 2 empty\)"):
+        next(iter(loader))
 
 
 def test_a_damaged_file_is_raised_from_the_thread_after_the_batches_before_it(
@@ -266,8 +186,6 @@ def test_a_state_of_other_files_or_another_tokenizer_is_rejected(
     for changes in ({"shuffle_seed": 0}, {"shuffle_seed": 0, "seq_len": 16}):
         with pytest.raises(ValueError, match=r"another packing .*concatenate into rows of .* shuffled rows"):
             make_loader(list_source(FILES), byte_tokenizer, **changes).load_state_dict(state)
-    with pytest.raises(AssertionError, match="no position to load"):
-        make_loader(list_source(FILES), byte_tokenizer, repeat=False).load_state_dict(state)
 
 
 def test_a_state_saved_before_rows_were_shuffled_is_rejected_with_the_remedy(

@@ -53,7 +53,7 @@ def shards(folder: Path, tokenizer: Tokenizer, seed: int | None = 0) -> ShardDoc
 def shuffled(source: DocumentSource, tokenizer: Tokenizer, packing: Packing, **changes: Any) -> Any:
     """Rows of a source; `changes` override the arguments."""
     settings: dict[str, Any] = {"seq_len": SEQ_LEN, "shuffle_seed": 0, "window_rows": 16 * BATCH}
-    return open_rows(source, tokenizer, packing=packing, repeat=True, **{**settings, **changes})
+    return open_rows(source, tokenizer, packing=packing, **{**settings, **changes})
 
 
 def mean_largest_share(rows: Sequence[PackedRow]) -> float:
