@@ -18,7 +18,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.loading.packing import Document, PackedRow, PackerState, Segment, check_seq_len
+from data.loading.packing import (
+    Document,
+    PackedRow,
+    PackerState,
+    Segment,
+    SegmentTuple,
+    check_seq_len,
+)
 from data.permutation import Permutation
 from errors import UserError
 
@@ -204,7 +211,7 @@ class BestFitPacker:
     def _rows(self, block: Sequence[Document]) -> list[PackedRow]:
         return [
             PackedRow(
-                segments=tuple(
+                segments=SegmentTuple(
                     Segment(block[document].tokens, start, stop) for document, start, stop in spans
                 ),
                 seq_len=self._seq_len,

@@ -3,7 +3,7 @@
 It is held as arrays, about 16 bytes per piece of a document, so that a large window of rows takes a few MB.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -129,10 +129,17 @@ class _LaidOutSegments:
         self._layout, self._tokens, self._row = layout, tokens, row
         self._segments: list[Segment] | None = None
 
+    @property
+    def lengths(self) -> Sequence[int]:
+        pieces = self._pieces()
+        return (self._layout.stops[pieces] - self._layout.starts[pieces]).tolist()
+
+    def _pieces(self) -> slice:
+        return slice(*self._layout.firsts[self._row : self._row + 2].tolist())
+
     def __iter__(self) -> Iterator[Segment]:
         if self._segments is None:
-            layout = self._layout
-            pieces = slice(*layout.firsts[self._row : self._row + 2].tolist())
+            layout, pieces = self._layout, self._pieces()
             columns = (each[pieces].tolist() for each in (layout.documents, layout.starts, layout.stops))
             self._segments = [
                 Segment(self._tokens(document), start, stop)

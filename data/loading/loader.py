@@ -7,13 +7,18 @@ GPUs as the cores of a node can tokenize for.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from data.fingerprint import check_fingerprint
-from data.loading.global_batch import gradient_accumulation_steps, rank_rows, rows_per_micro_step
+from data.loading.global_batch import (
+    balance_rows,
+    gradient_accumulation_steps,
+    rank_rows,
+    rows_per_micro_step,
+)
 from data.loading.packing import MicroBatch, PackedRow, collate
 from data.loading.prefetch import Prefetcher
 from data.loading.rows import open_rows
@@ -81,8 +86,8 @@ class PackedLoader:
             shuffle_seed=shuffle_seed,
             window_rows=shuffle_window or DEFAULT_WINDOW_BATCHES * global_batch_size,
         )
-        self._rank_rows = rank_rows(local_batch_size, dp_rank, dp_world_size)
-        self._micro_step_rows = rows_per_micro_step(local_batch_size, dp_world_size)
+        self._local_batch_size = local_batch_size
+        self._rank, self._num_ranks = dp_rank, dp_world_size
         self._mask_documents = mask_documents
         self._prefetch_batches = prefetch_batches
         self._fingerprint = {
@@ -114,8 +119,9 @@ class PackedLoader:
         pin_device = torch.cuda.current_device() if torch.cuda.is_available() else None
         produce = _Producer(
             self._stream.rows(self._state),
-            rank_rows=self._rank_rows,
-            micro_step_rows=self._micro_step_rows,
+            local_batch_size=self._local_batch_size,
+            rank=self._rank,
+            num_ranks=self._num_ranks,
             mask_documents=self._mask_documents,
             pin_device=pin_device,
         )
@@ -158,7 +164,7 @@ class PackedLoader:
             )
         for part, fingerprint in self._fingerprint.items():
             saved = state_dict["fingerprint"][part]
-            check_fingerprint(part, saved, fingerprint, log=self._rank_rows.start == 0)
+            check_fingerprint(part, saved, fingerprint, log=self._rank == 0)
         self.close()
         self._state = StreamState.from_dict(state_dict["position"])
 
@@ -186,14 +192,15 @@ class _Producer:
         self,
         rows: Iterator[tuple[PackedRow, StreamState]],
         *,
-        rank_rows: range,
-        micro_step_rows: int,
+        local_batch_size: int,
+        rank: int,
+        num_ranks: int,
         mask_documents: bool,
         pin_device: int | None,
     ) -> None:
         self._rows = rows
-        self._rank_rows = rank_rows
-        self._micro_step_rows = micro_step_rows
+        self._local_batch_size = local_batch_size
+        self._rank, self._num_ranks = rank, num_ranks
         self._mask_documents = mask_documents
         self._pin_device = pin_device
 
@@ -202,15 +209,17 @@ class _Producer:
         if self._pin_device is not None:
             # a new thread would pin memory on device 0 and create a context there for every rank of the node
             torch.cuda.set_device(self._pin_device)
-        own: list[PackedRow] = []
-        for index, (row, state) in zip(
-            itertools.cycle(range(self._micro_step_rows)), self._rows, strict=False
-        ):
-            if index in self._rank_rows:
-                own.append(row)
-            if index + 1 == self._micro_step_rows:
-                yield self._collate(own), state
-                own = []
+        size = rows_per_micro_step(self._local_batch_size, self._num_ranks)
+        while micro_step := list(itertools.islice(self._rows, size)):
+            rows = [row for row, _ in micro_step]
+            _, state = micro_step[-1]
+            yield self._collate([rows[index] for index in self._own(rows)]), state
+
+    def _own(self, rows: Sequence[PackedRow]) -> Sequence[int]:
+        """Return the rows of a micro-step that this rank takes."""
+        if self._mask_documents:
+            return balance_rows([row.num_pairs for row in rows], self._num_ranks)[self._rank]
+        return rank_rows(self._local_batch_size, self._rank, self._num_ranks)
 
     def _collate(self, rows: list[PackedRow]) -> MicroBatch:
         inputs, labels = collate(rows, mask_documents=self._mask_documents)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.loading.packing import PackedRow, Segment, collate
+from data.loading.packing import PackedRow, Segment, SegmentTuple, collate
 from data.shards.__main__ import main
 from data.shards.context import mean_context, measure_context
 from data.shards.prepare import PrepareOptions, prepare
@@ -21,7 +21,7 @@ def test_the_mean_context_counts_the_tokens_of_the_document_before_each_input(ro
     seq_len = max(1, max(sum(lengths) for lengths in rows) - 1)
     packed = [
         PackedRow(
-            segments=tuple(Segment(np.zeros(length, dtype=np.int32), 0, length) for length in lengths),
+            segments=SegmentTuple(Segment(np.zeros(length, dtype=np.int32), 0, length) for length in lengths),
             seq_len=seq_len,
             padding_id=0,
         )
