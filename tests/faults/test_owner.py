@@ -101,6 +101,23 @@ def test_the_tasks_of_a_slurm_step_train_one_run(corpus: Path, tmp_path: Path, t
 
 
 @SLOW
+def test_a_port_that_is_taken_is_one_line(corpus: Path, tmp_path: Path, tally: Tally) -> None:
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+        run = Run(corpus, tmp_path / "run", launcher=command(1), variables={**variables, "MASTER_PORT": port})
+        assert run.wait() == 1
+    (line,) = run.printed.splitlines()[-1:]
+    assert line.startswith(f"error: rank 0 did not find all 2 ranks at localhost:{port} (")
+    assert line.endswith("start all of them, or set another MASTER_ADDR or MASTER_PORT")
+    assert "Traceback" not in run.printed
+    assert not (tmp_path / "run").exists()
+    tally("main port in use", "one line with the address")
+
+
+@SLOW
 def test_a_worker_that_waits_for_a_stopped_one_ends_after_torchrun(
     corpus: Path, tmp_path: Path, tally: Tally
 ) -> None:
