@@ -6,6 +6,8 @@ tokenizer/          the run's own tokenizer (models/run_tokenizer.py)
 metrics.jsonl       every step
 held_out/           samples of held-out text (data/sources/held_out.py)
 checkpoint/step-N/  the state after optimizer step N; complete once it has .metadata
+run.lock            held by the main rank of the launch that uses the folder (data/folder_lock.py)
+ranks.lock          shared by its other ranks (training/run_lock.py)
 tensorboard/, profile/, wandb_id
 """
 
@@ -71,6 +73,16 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """The folder of all checkpoints."""
         return self.path / "checkpoint"
+
+    @property
+    def lock_file(self) -> Path:
+        """The lock of the launch that uses the folder."""
+        return self.path / "run.lock"
+
+    @property
+    def ranks_lock_file(self) -> Path:
+        """The lock that all ranks but the main one share."""
+        return self.path / "ranks.lock"
 
     def checkpoint(self, step: int) -> Path:
         """Return the folder of the checkpoint after a step."""

@@ -213,7 +213,13 @@ def prepare_folder(config: RunConfig, start: StartPoint, tokenizer: Tokenizer) -
 
 
 def remove_partial_checkpoints(folder: RunFolder) -> None:
-    """Delete the step-N folders that a killed write left incomplete, which checkpoint.keep does not count."""
+    """Delete the step-N folders that a killed write left incomplete, which checkpoint.keep does not count.
+
+    The caller holds the folder's lock: no other process is writing them.
+
+    Args:
+        folder: The run folder.
+    """
     whole = folder.whole_checkpoints()
     for step, path in folder.step_folders().items():
         if step not in whole:

@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.profiling import maybe_enable_profiling
 from torchtitan.train import Trainer as TitanTrainer
 
 from data.titan import TitanLoader
 from data.tokenizer import Tokenizer
-from errors import UserError
+from errors import RunError, UserError
 from eval.distributed import run_on_main_rank
 from eval.held_out import HeldOutLoss
 from models.checkpoint import load_weights
@@ -35,6 +36,7 @@ from training.non_finite import check_step, check_weights
 from training.preflight import check_shared
 from training.resume import StartPoint, find_start, prepare_folder, remove_partial_checkpoints
 from training.run_config import RunConfig
+from training.run_lock import RunLock
 from training.signals import StopRequest
 from training.summary import format_summary
 
@@ -69,8 +71,9 @@ class Trainer(TitanTrainer):
     """Trains one run. torchtitan's constructor sets up processes, meshes, model and optimizers.
 
     Args:
-        config: The run; RANK, WORLD_SIZE and LOCAL_RANK are in the environment, as torchrun sets them.
+        config: The run; RANK, WORLD_SIZE and LOCAL_RANK are in the environment (training/launcher.py).
         tokenizer: From training.preflight.check_run.
+        stop: Asks the run to stop with a checkpoint.
     """
 
     # what the TrainSpec's builders return
@@ -80,21 +83,41 @@ class Trainer(TitanTrainer):
     dataloader: TitanLoader  # pyrefly: ignore [bad-override-mutable-attribute]
     checkpointer: RunCheckpoints  # pyrefly: ignore [bad-override-mutable-attribute]
 
-    def __init__(self, config: RunConfig, tokenizer: Tokenizer) -> None:
+    def __init__(self, config: RunConfig, tokenizer: Tokenizer, stop: StopRequest) -> None:
         self.config = config
+        self.stop = stop
+        self.folder = RunFolder(Path(config.run.folder))
         self.run_tokenizer = tokenizer  # self.tokenizer is torchtitan's
         world_size = int(os.environ["WORLD_SIZE"])
         titan.register_run(config, tokenizer)
         titan.set_checkpoint_manager(RunCheckpoints)
         super().__init__(titan.to_job_config(config, world_size))
         self.model = self.model_parts[0]
-        self.folder = RunFolder(Path(config.run.folder))
         self.num_micro_batches = config.gradient_accumulation_steps(world_size)
-        self.stop = StopRequest()
         self.tokens = 0
         self.evaluator = Evaluator(config, tokenizer, self.model, self.metrics_processor, self.device)
         assert isinstance(self.model, Qwen3)
         self.document_flops = self.model.document_flops(config.training.seq_len)
+
+    def init_distributed(self) -> ParallelDims:
+        """Connect the ranks, and take the run folder's lock before anything is written there.
+
+        Raises:
+            RunError: Not all ranks have started, or the main rank's address does not answer.
+            UserError: Another launch uses the run folder.
+        """
+        try:
+            dims = super().init_distributed()
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
+            rank, size, address, port = (
+                os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+            )
+            raise RunError(
+                f"rank {rank} did not find all {size} ranks at {address}:{port} ("
+                f"{str(error).splitlines()[0]}); start all of them, or set another MASTER_ADDR or MASTER_PORT"
+            ) from error
+        self.lock = RunLock(self.folder)
+        return dims
 
     def state_dict(self) -> dict[str, Any]:
         """Return step, tokens and random generators, which are equal on all ranks."""
@@ -114,7 +137,7 @@ class Trainer(TitanTrainer):
         """Train to the last step of this launch, or until a signal.
 
         Raises:
-            UserError: The ranks do not share the run folder.
+            UserError: See start.
             NonFiniteLossError: See optimizer_step and save.
         """
         before = self.start()
@@ -140,7 +163,8 @@ class Trainer(TitanTrainer):
                     profiler.step()
         held_out = {"before training": before, "after training": after}
         skipped = self.dataloader.loader.skipped
-        logger.info(format_summary(self.config, self.step, loss, held_out, stopped=stopped, skipped=skipped))
+        cause = self.stop.cause if stopped else None
+        logger.info(format_summary(self.config, self.step, loss, held_out, stopped=cause, skipped=skipped))
 
     def start(self) -> HeldOutLoss | None:
         """Load what the launch starts from, and write config, tokenizer and a record of the launch.
@@ -149,11 +173,12 @@ class Trainer(TitanTrainer):
             The held-out loss before training, for a launch that starts at step 0.
 
         Raises:
-            UserError: The ranks do not share the run folder.
+            UserError: The ranks do not share the run folder, or another launch has taken it.
         """
         self.stop.install()
         check_shared(self.folder.path)
         start = self._load_start()
+        self.lock.confirm()
         is_finished = self.step >= self.config.training.last_step
         if dist.get_rank() == 0:
             remove_partial_checkpoints(self.folder)
@@ -340,6 +365,7 @@ class Trainer(TitanTrainer):
             self.metrics_processor.reset_throughput()
 
     def close(self) -> None:
-        """Wait for background writes, stop the data loader's thread and close the metrics' sinks."""
+        """Wait for background writes, stop the data loader, close the metrics, release the run folder."""
         self.dataloader.close()
         super().close()
+        self.lock.release()
