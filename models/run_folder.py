@@ -9,6 +9,7 @@ checkpoint/step-N/  the state after optimizer step N; complete once it has .meta
 tensorboard/, profile/, wandb_id
 """
 
+import itertools
 import os
 import re
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from config import Table, read_toml, to_toml
 from errors import UserError
 
 _METADATA = ".metadata"
-_STEP = re.compile(r"step-(\d+)")
+_STEP = re.compile(r"step-(0|[1-9]\d*)", re.ASCII)
+_LIKE_A_STEP = re.compile(r"step-\d+")
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,24 @@ class RunFolder:
     def step_folders(self) -> dict[int, Path]:
         """Return the folders step-N by step; other names, such as step-5.before, are ignored."""
         found = ((step_of(path), path) for path in self.checkpoints.glob("step-*"))
-        return {step: path for step, path in found if step is not None}
+        return {step: path for step, path in found if step is not None and path.is_dir()}
+
+    def odd_names(self) -> list[str]:
+        """Describe what is named like a checkpoint and cannot be one; it is neither read nor deleted."""
+        paths = [path for path in sorted(self.checkpoints.glob("step-*")) if _LIKE_A_STEP.fullmatch(path.name)]
+        return [f"{path} {_oddity(path)}" for path in paths if not path.is_dir() or step_of(path) is None]
+
+    def set_aside(self, path: Path, why: str) -> Path:
+        """Rename what is in the way of a checkpoint or damaged; return the first free name step-N.<why>.
+
+        Args:
+            path: A file, link or folder in `checkpoints`.
+            why: The ending of the new name.
+        """
+        names = (path.with_name(f"{path.name}.{why}{n}") for n in ("", *map(str, itertools.count(2))))
+        free = next(name for name in names if not os.path.lexists(name))
+        path.rename(free)
+        return free
 
     def whole_checkpoints(self) -> dict[int, Path]:
         """Return the complete checkpoints by step."""
@@ -110,6 +129,12 @@ def step_of(checkpoint: Path) -> int | None:
     """Return N of a folder step-N; None for any other name."""
     name = _STEP.fullmatch(checkpoint.name)
     return None if name is None else int(name.group(1))
+
+
+def _oddity(path: Path) -> str:
+    if step_of(path) is None:
+        return "is not named as checkpoints are, without leading zeros"
+    return "is a link to nowhere" if path.is_symlink() else "is no folder"
 
 
 def metadata_file(checkpoint: Path) -> Path:

@@ -21,7 +21,7 @@ from data.tokenizer import Tokenizer
 from errors import UserError
 from eval.distributed import run_on_main_rank
 from eval.held_out import HeldOutLoss
-from models.checkpoint import load_weights
+from models.checkpoint.load import load_weights
 from models.qwen3 import Qwen3
 from models.run_folder import RunFolder
 from optimizers.titan import ParamGroupOptimizers, ParamGroupScheduler

@@ -9,7 +9,7 @@ import torch.distributed.checkpoint as dcp
 
 from config import to_table, to_toml
 from errors import UserError
-from models.checkpoint import find_checkpoint, load_model, load_weights
+from models.checkpoint.load import find_checkpoint, load_model, load_weights
 from models.config import AttentionConfig, ModelConfig, ParallaxConfig
 from models.init import init_weights
 from models.qwen3 import Qwen3
