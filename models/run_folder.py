@@ -17,9 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from config import Table, read_toml, to_toml
+from disk import write_text
 from errors import UserError
 
 _METADATA = ".metadata"
+# of a config.toml that a run writes, and of one that models.convert writes
+_TRAINING_TABLES = ("run", "model", "optimizer", "schedule", "training", "data", "checkpoint")
+_WEIGHTS_TABLES = ("model",)
 _STEP = re.compile(r"step-(0|[1-9]\d*)", re.ASCII)
 _LIKE_A_STEP = re.compile(r"step-\d+")
 
@@ -85,7 +89,9 @@ class RunFolder:
 
     def odd_names(self) -> list[str]:
         """Describe what is named like a checkpoint and cannot be one; it is neither read nor deleted."""
-        paths = [path for path in sorted(self.checkpoints.glob("step-*")) if _LIKE_A_STEP.fullmatch(path.name)]
+        paths = [
+            path for path in sorted(self.checkpoints.glob("step-*")) if _LIKE_A_STEP.fullmatch(path.name)
+        ]
         return [f"{path} {_oddity(path)}" for path in paths if not path.is_dir() or step_of(path) is None]
 
     def set_aside(self, path: Path, why: str) -> Path:
@@ -95,7 +101,8 @@ class RunFolder:
             path: A file, link or folder in `checkpoints`.
             why: The ending of the new name.
         """
-        names = (path.with_name(f"{path.name}.{why}{n}") for n in ("", *map(str, itertools.count(2))))
+        endings = itertools.chain([""], map(str, itertools.count(2)))
+        names = (path.with_name(f"{path.name}.{why}{ending}") for ending in endings)
         free = next(name for name in names if not os.path.lexists(name))
         path.rename(free)
         return free
@@ -113,16 +120,25 @@ class RunFolder:
         """Read the resolved config as tables, in which "none" stands for None; None if the file is missing.
 
         Raises:
-            ConfigError: The file is damaged.
+            UserError: The file is damaged: empty, cut short, or no TOML.
         """
-        return read_toml(self.config_file) if self.config_file.exists() else None
+        if not self.config_file.exists():
+            return None
+        remedy = "restore it, or delete it to resume without comparing configs (evaluation needs it)"
+        try:
+            table = read_toml(self.config_file)
+        except UserError as error:
+            raise UserError(f"{error}; {remedy}") from error
+        wanted = _TRAINING_TABLES if "optimizer" in table else _WEIGHTS_TABLES
+        missing = [f"[{name}]" for name in wanted if not isinstance(table.get(name), dict)]
+        if missing:
+            raise UserError(f"{self.config_file} is damaged, it has no {' and no '.join(missing)}; {remedy}")
+        return table
 
     def write_config(self, config: Any) -> None:
         """Write the resolved config, a dataclass or a dict of them by table, atomically."""
         self.path.mkdir(parents=True, exist_ok=True)
-        temporary = self.config_file.with_name("config.toml.tmp")
-        temporary.write_text(to_toml(config), encoding="utf-8")
-        os.replace(temporary, self.config_file)
+        write_text(self.config_file, to_toml(config))
 
 
 def step_of(checkpoint: Path) -> int | None:

@@ -65,6 +65,16 @@ def _activation_bytes(config: RunConfig, model: Qwen3) -> float:
     return config.tokens_per_micro_batch * element * (saved + 2 * width)
 
 
+def checkpoint_bytes(config: RunConfig, model: Qwen3) -> int:
+    """Return the bytes of a checkpoint over all ranks: fp32 weights and optimizer state, without headers.
+
+    Args:
+        config: The run.
+        model: Its model, on any device.
+    """
+    return round(FP32 * model.num_parameters()["total"] + _optimizer_bytes(config, model))
+
+
 def estimate_memory(config: RunConfig, model: Qwen3, world_size: int) -> MemoryEstimate:
     """Estimate the peak memory of an optimizer step on each rank.
 

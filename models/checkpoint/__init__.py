@@ -1,1 +1,1 @@
-"""Reading checkpoints, and checking every byte of them; `python -m models.checkpoint verify` is the command."""
+"""Checkpoints, read with every byte checked; `python -m models.checkpoint verify` is the command."""

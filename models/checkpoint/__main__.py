@@ -24,7 +24,9 @@ def _parse() -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     verify = commands.add_parser("verify", help="read all and check all", allow_abbrev=False)
-    verify.add_argument("path", type=Path, metavar="RUN", help="a run folder, or one of its checkpoint/step-N")
+    verify.add_argument(
+        "path", type=Path, metavar="RUN", help="a run folder, or one of its checkpoint/step-N"
+    )
     return parser.parse_args()
 
 

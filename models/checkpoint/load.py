@@ -136,7 +136,9 @@ def _load(state: dict[str, Any], reader: CheckpointReader) -> None:
             dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
         except CheckpointException as error:
             # by rank, the same on all ranks; any other kind is a fault of the code
-            damages = (each for each, _ in error.failures.values() if isinstance(each, DamagedCheckpointError))
+            damages = (
+                each for each, _ in error.failures.values() if isinstance(each, DamagedCheckpointError)
+            )
             damage = next(damages, None)
             if damage is None:
                 raise

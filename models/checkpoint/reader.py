@@ -1,8 +1,8 @@
 """The one reader of checkpoints, for resume, evaluation, generation and conversion.
 
 Every entry is a zip archive with a CRC-32 per record, which torch does not look at. The reader compares the
-files' sizes with .metadata, reads each entry once into memory, checks its checksums, decodes it without running
-code from it, and compares shape and dtype. Threads read and check ahead of the decoding.
+files' sizes with .metadata, reads each entry once into memory, checks its checksums, decodes it without
+running code from it, and compares shape and dtype. Threads read and check ahead of the decoding.
 """
 
 import io
@@ -43,7 +43,8 @@ class CheckpointReader(StorageReader):
         index: Its entries.
 
     Raises:
-        DamagedCheckpointError: Its .metadata is damaged, or the folder is step-N and its state of another step.
+        DamagedCheckpointError: Its .metadata is damaged, or the folder is step-N and its state is of
+            another step.
     """
 
     def __init__(self, checkpoint: Path) -> None:
@@ -181,8 +182,8 @@ class CheckpointReader(StorageReader):
         ((_, step),) = self.values([_STEP])
         if step != named:
             raise DamagedCheckpointError(
-                f"{self.checkpoint} is a checkpoint of step {step}; rename the folder back to step-{step}, or "
-                "to a name other than step-N to keep it unused"
+                f"{self.checkpoint} is a checkpoint of step {step}; rename the folder back to step-{step}, "
+                "or to a name other than step-N to keep it unused"
             )
 
 
