@@ -38,7 +38,7 @@ def check_space(config: RunConfig, checkpoint_bytes: int) -> None:
     step = max(whole, default=0)
     if step >= config.training.last_step:
         return
-    free = free_bytes(run.path)
+    free = free_bytes(run.checkpoints)
     if free < checkpoint_bytes:
         raise UserError(
             f"run.folder ({run.path}) has {format_bytes(free)} free, and a checkpoint needs "

@@ -34,7 +34,7 @@ def dry_run(config: RunConfig, world_size: int) -> str:
     memory = estimate_memory(config, model, world_size)
     seq_len, steps, step_tokens = config.training.seq_len, config.training.steps, config.tokens_per_step
     flops = model.num_flops_per_token(seq_len)
-    size, kept = checkpoint_bytes(config, model), num_checkpoints(config)
+    size, kept = checkpoint_bytes(config, model, world_size), num_checkpoints(config)
     rows = [
         ("run", f"{config.run.name}: {config.model.size}, {config.model.attention.kind}"),
         *((f"parameters, {part}", f"{count / 1e6:.2f}M") for part, count in counts.items()),

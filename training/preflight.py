@@ -47,7 +47,7 @@ def check_run(config: RunConfig, world_size: int) -> Tokenizer:
     config.parallelism.degrees(world_size)
     model = build_meta_model(config)
     check_start(config)
-    check_space(config, checkpoint_bytes(config, model))
+    check_space(config, checkpoint_bytes(config, model, world_size))
     tokenizer = Tokenizer.load(tokenizer_source(config), end_of_document=config.data.end_of_document)
     check_vocabulary(tokenizer, config.model.vocab_size)
     check_data(config.data, tokenizer.fingerprint)

@@ -97,7 +97,7 @@ class Trainer(TitanTrainer):
         self.tokens = 0
         self.evaluator = Evaluator(config, tokenizer, self.model, self.metrics_processor, self.device)
         assert isinstance(self.model, Qwen3)
-        self.checkpointer.checkpoint_bytes = checkpoint_bytes(config, self.model)
+        self.checkpointer.checkpoint_bytes = checkpoint_bytes(config, self.model, world_size)
         self.document_flops = self.model.document_flops(config.training.seq_len)
 
     def state_dict(self) -> dict[str, Any]:
