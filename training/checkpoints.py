@@ -120,7 +120,7 @@ class RunCheckpoints(CheckpointManager):
             logger.warning(f"{path} is in the way of a checkpoint: renamed it to {name}")
         deadline = time.monotonic() + _SECONDS_TO_DELETE
         while (free := free_bytes(path)) < self.checkpoint_bytes:
-            if time.monotonic() > deadline:
+            if self.purge_thread is None or time.monotonic() > deadline:
                 return self._describe(step, "no checkpoint could be written: no space left on device", free)
             time.sleep(0.2)
         return None

@@ -69,7 +69,7 @@ def _activation_bytes(config: RunConfig, model: Qwen3) -> float:
 
 
 def checkpoint_bytes(config: RunConfig, model: Qwen3, world_size: int) -> int:
-    """Return the bytes of a checkpoint on disk, over all ranks: fp32 weights and optimizer state, and headers.
+    """Return the bytes of a checkpoint over all ranks: fp32 weights and optimizer state, with headers.
 
     Args:
         config: The run.

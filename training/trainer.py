@@ -159,10 +159,9 @@ class Trainer(TitanTrainer):
         check_shared(self.folder.path)
         start = self._load_start()
         is_finished = self.step >= self.config.training.last_step
-        if dist.get_rank() == 0:
-            remove_partial_checkpoints(self.folder)
-            if not is_finished:
-                prepare_folder(self.config, start, self.run_tokenizer)
+        run_on_main_rank(lambda: remove_partial_checkpoints(self.folder))
+        if not is_finished:
+            run_on_main_rank(lambda: prepare_folder(self.config, start, self.run_tokenizer))
         if self.step > 0:
             first_step = branch_step(self.config) + 1
             self.metrics_processor.start_recording(self.step, first_step)

@@ -135,14 +135,22 @@ def _load(state: dict[str, Any], reader: CheckpointReader) -> None:
         try:
             dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
         except CheckpointException as error:
-            # by rank, the same on all ranks; any other kind is a fault of the code
-            damages = (
-                each for each, _ in error.failures.values() if isinstance(each, DamagedCheckpointError)
-            )
-            damage = next(damages, None)
+            # by rank, the same on all ranks
+            found = (_as_damage(failure, reader.checkpoint) for failure, _ in error.failures.values())
+            damage = next((each for each in found if each is not None), None)
             if damage is None:
                 raise
             raise _with_good(damage, reader.checkpoint) from None
+
+
+def _as_damage(failure: BaseException, checkpoint: Path) -> DamagedCheckpointError | None:
+    """Return the damage that made a load fail; None for a fault of the code."""
+    if isinstance(failure, DamagedCheckpointError):
+        return failure
+    # of torch's planner; the configs of run and launch have been compared before
+    if str(failure).startswith(("Missing key in checkpoint", "Size mismatch between saved")):
+        return DamagedCheckpointError(f"{checkpoint} holds another state: {str(failure).splitlines()[0]}")
+    return None
 
 
 def _with_good(damage: DamagedCheckpointError, checkpoint: Path) -> DamagedCheckpointError:
