@@ -45,8 +45,8 @@ def dry_run(config: RunConfig, world_size: int) -> str:
                       f"{steps * step_tokens * flops:.3e} FLOPs"),
         *((f"memory, {part}", f"{size / GIB:.2f} GiB") for part, size in vars(memory).items()),
         *_time_rows(config, model, world_size),
-        ("memory per rank, peak", f"{memory.peak / GIB:.2f} GiB"),
         ("checkpoint", f"{format_bytes(size)}, up to {kept} at a time: {format_bytes(kept * size)} of disk"),
+        ("memory per rank, peak", f"{memory.peak / GIB:.2f} GiB"),
     ]  # fmt: skip
     return "\n".join(f"{name:<24}{value}" for name, value in rows)
 
