@@ -32,16 +32,18 @@ def test_a_file_is_synced_before_it_is_renamed_and_its_folder_after(
     assert (tmp_path / "config.toml").read_text() == "a = 1\n"
 
 
+def write_half(path: Path, error: Exception) -> None:
+    with replacing(path) as file:
+        file.write_text("half")
+        raise error
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_leaves_the_file_as_it_was(number: int, tmp_path: Path) -> None:
     path = tmp_path / "wandb_id"
     write_text(path, "before")
-    with (
-        pytest.raises(DiskFullError, match=rf"{path} cannot be written: .*B are free"),
-        replacing(path) as file,
-    ):
-        file.write_text("half")
-        raise OSError(number, os.strerror(number))
+    with pytest.raises(DiskFullError, match=rf"{path} cannot be written: .*B are free"):
+        write_half(path, OSError(number, os.strerror(number)))
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -49,9 +51,8 @@ def test_a_full_disk_leaves_the_file_as_it_was(number: int, tmp_path: Path) -> N
 def test_another_error_leaves_the_file_as_it_was_and_is_not_hidden(tmp_path: Path) -> None:
     path = tmp_path / "wandb_id"
     write_text(path, "before")
-    with pytest.raises(ZeroDivisionError), replacing(path) as file:
-        file.write_text("half")
-        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError):
+        write_half(path, ZeroDivisionError())
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
 
