@@ -8,13 +8,14 @@ running code from it, and compares shape and dtype. Threads read and check ahead
 import io
 import os
 import struct
+import warnings
 import zipfile
 import zlib
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.checkpoint import StorageReader
@@ -110,7 +111,7 @@ class CheckpointReader(StorageReader):
         for name in sorted({items[index].relative_path for index in ordered}):
             self._check_size(name)
         with ThreadPoolExecutor(_NUM_THREADS) as pool:
-            pending: deque[tuple[MetadataIndex, Future[bytes]]] = deque()
+            pending: deque[tuple[MetadataIndex, Future[_Entry]]] = deque()
             for index in ordered:
                 pending.append((index, pool.submit(self._read, index)))
                 if len(pending) > _NUM_AHEAD:
@@ -118,10 +119,10 @@ class CheckpointReader(StorageReader):
             while pending:
                 yield self._next(pending)
 
-    def _next(self, pending: deque[tuple[MetadataIndex, Future[bytes]]]) -> tuple[MetadataIndex, Any]:
-        index, data = pending.popleft()
+    def _next(self, pending: deque[tuple[MetadataIndex, "Future[_Entry]"]]) -> tuple[MetadataIndex, Any]:
+        index, entry = pending.popleft()
         try:
-            return index, self._decode(index, data.result())
+            return index, self._decode(index, entry.result())
         except BaseException:
             for _, other in pending:
                 other.cancel()
@@ -139,7 +140,7 @@ class CheckpointReader(StorageReader):
         if size != wanted:
             raise DamagedCheckpointError(f"{path} is damaged: it has {size:,} bytes, wanted {wanted:,}")
 
-    def _read(self, index: MetadataIndex) -> bytes:
+    def _read(self, index: MetadataIndex) -> "_Entry":
         """Read the bytes of an entry, and compare them with their checksums."""
         name, offset = self._place(index)
         length, parts = self.index.items[index].length, list[bytes]()
@@ -154,14 +155,13 @@ class CheckpointReader(StorageReader):
             raise DamagedCheckpointError(f"{self.checkpoint / name} cannot be read: {error}") from error
         data = parts[0] if len(parts) == 1 else b"".join(parts)
         try:
-            check_archive(data)
+            return _Entry(data, check_archive(data))
         except Exception as error:  # zipfile raises errors of many kinds for damaged archives
             raise self._damage(index, "its checksum does not match") from error
-        return data
 
-    def _decode(self, index: MetadataIndex, data: bytes) -> Any:
+    def _decode(self, index: MetadataIndex, entry: "_Entry") -> Any:
         try:
-            value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            value = decode(entry.data, entry.records)
         except Exception as error:  # of many kinds
             raise self._damage(index, "it is not plain data, and nothing else is read from it") from error
         chunk = self.index.chunks.get(index)
@@ -187,16 +187,26 @@ class CheckpointReader(StorageReader):
             )
 
 
-def check_archive(data: bytes) -> None:
+class _Entry(NamedTuple):
+    """The bytes of an entry, and the places of its records."""
+
+    data: bytes
+    records: dict[str, slice]
+
+
+def check_archive(data: bytes) -> dict[str, slice]:
     """Compare every record of a zip archive with its CRC-32, without copying it.
 
     Args:
         data: The archive, as torch.save writes it: nothing is compressed.
 
+    Returns:
+        The place of each record, by its name without the folder.
+
     Raises:
         Exception: Of any kind, if the archive is damaged.
     """
-    view = memoryview(data)
+    view, records = memoryview(data), dict[str, slice]()
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         for record in archive.infolist():
             lengths = struct.unpack_from("<HH", data, record.header_offset + _LOCAL_NAME_OFFSET)
@@ -206,6 +216,36 @@ def check_archive(data: bytes) -> None:
             # torch returns uninitialized memory for a record whose attributes say that it is a folder
             if not is_stored or record.external_attr or zlib.crc32(content) != record.CRC:
                 raise zipfile.BadZipFile(record.filename)
+            records[record.filename.partition("/")[2]] = slice(start, start + record.file_size)
+    return records
+
+
+def decode(data: bytes, records: Mapping[str, slice]) -> Any:
+    """Decode what torch.save wrote, without running code from it.
+
+    Args:
+        data: The archive.
+        records: From check_archive.
+
+    Returns:
+        The value. A contiguous tensor shares the memory of data and is read-only.
+
+    Raises:
+        Exception: Of any kind, if it holds anything but tensors and plain values.
+    """
+    with torch.serialization.skip_data():
+        value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    if not isinstance(value, torch.Tensor):
+        return value
+    place = records.get("data/0")
+    if place is None or not value.numel() or not value.is_contiguous() or value.storage_offset():
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    if place.stop - place.start != value.nbytes:
+        raise ValueError(f"{place.stop - place.start} bytes for a tensor of {value.nbytes}")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable")
+        flat = torch.frombuffer(data, dtype=value.dtype, count=value.numel(), offset=place.start)
+    return flat.view(value.shape)
 
 
 def _encode(value: Any) -> io.BytesIO:
