@@ -11,6 +11,7 @@ ranks.lock          shared by its other ranks (training/run_lock.py)
 tensorboard/, profile/, wandb_id
 """
 
+import itertools
 import os
 import re
 from dataclasses import dataclass
@@ -18,10 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from config import Table, read_toml, to_toml
+from disk import write_text
 from errors import UserError
 
 _METADATA = ".metadata"
-_STEP = re.compile(r"step-(\d+)")
+# of a config.toml that a run writes, and of one that models.convert writes
+_TRAINING_TABLES = ("run", "model", "optimizer", "schedule", "training", "data", "checkpoint")
+_WEIGHTS_TABLES = ("model",)
+_STEP = re.compile(r"step-(0|[1-9]\d*)", re.ASCII)
+_LIKE_A_STEP = re.compile(r"step-\d+")
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,27 @@ class RunFolder:
     def step_folders(self) -> dict[int, Path]:
         """Return the folders step-N by step; other names, such as step-5.before, are ignored."""
         found = ((step_of(path), path) for path in self.checkpoints.glob("step-*"))
-        return {step: path for step, path in found if step is not None}
+        return {step: path for step, path in found if step is not None and path.is_dir()}
+
+    def odd_names(self) -> list[str]:
+        """Describe what is named like a checkpoint and cannot be one; it is neither read nor deleted."""
+        paths = [
+            path for path in sorted(self.checkpoints.glob("step-*")) if _LIKE_A_STEP.fullmatch(path.name)
+        ]
+        return [f"{path} {_oddity(path)}" for path in paths if not path.is_dir() or step_of(path) is None]
+
+    def set_aside(self, path: Path, why: str) -> Path:
+        """Rename what is in the way of a checkpoint or damaged; return the first free name step-N.<why>.
+
+        Args:
+            path: A file, link or folder in `checkpoints`.
+            why: The ending of the new name.
+        """
+        endings = itertools.chain([""], map(str, itertools.count(2)))
+        names = (path.with_name(f"{path.name}.{why}{ending}") for ending in endings)
+        free = next(name for name in names if not os.path.lexists(name))
+        path.rename(free)
+        return free
 
     def whole_checkpoints(self) -> dict[int, Path]:
         """Return the complete checkpoints by step."""
@@ -106,22 +132,37 @@ class RunFolder:
         """Read the resolved config as tables, in which "none" stands for None; None if the file is missing.
 
         Raises:
-            ConfigError: The file is damaged.
+            UserError: The file is damaged: empty, cut short, or no TOML.
         """
-        return read_toml(self.config_file) if self.config_file.exists() else None
+        if not self.config_file.exists():
+            return None
+        remedy = "restore it, or delete it to resume without comparing configs (evaluation needs it)"
+        try:
+            table = read_toml(self.config_file)
+        except UserError as error:
+            raise UserError(f"{error}; {remedy}") from error
+        wanted = _TRAINING_TABLES if "optimizer" in table else _WEIGHTS_TABLES
+        missing = [f"[{name}]" for name in wanted if not isinstance(table.get(name), dict)]
+        if missing:
+            raise UserError(f"{self.config_file} is damaged, it has no {' and no '.join(missing)}; {remedy}")
+        return table
 
     def write_config(self, config: Any) -> None:
         """Write the resolved config, a dataclass or a dict of them by table, atomically."""
         self.path.mkdir(parents=True, exist_ok=True)
-        temporary = self.config_file.with_name("config.toml.tmp")
-        temporary.write_text(to_toml(config), encoding="utf-8")
-        os.replace(temporary, self.config_file)
+        write_text(self.config_file, to_toml(config))
 
 
 def step_of(checkpoint: Path) -> int | None:
     """Return N of a folder step-N; None for any other name."""
     name = _STEP.fullmatch(checkpoint.name)
     return None if name is None else int(name.group(1))
+
+
+def _oddity(path: Path) -> str:
+    if step_of(path) is None:
+        return "is not named as checkpoints are, without leading zeros"
+    return "is a link to nowhere" if path.is_symlink() else "is no folder"
 
 
 def metadata_file(checkpoint: Path) -> Path:

@@ -131,12 +131,12 @@ def resume_warnings(config: RunConfig, step: int) -> list[str]:
         step: Step of the checkpoint.
 
     Returns:
-        At most one sentence; none where the folder has no config.
+        At most one sentence.
     """
     run = RunFolder(Path(config.run.folder))
     saved = run.read_config()
     if saved is None:
-        return []
+        return [f"{run.config_file} is missing: the first {step} steps may have had another config"]
     differing = [
         *sequence_differences(config, saved),
         *training_differences(config, saved, step, run.config_file),
@@ -215,15 +215,27 @@ def prepare_folder(config: RunConfig, start: StartPoint, tokenizer: Tokenizer) -
 def remove_partial_checkpoints(folder: RunFolder) -> None:
     """Delete the step-N folders that a killed write left incomplete, which checkpoint.keep does not count.
 
-    The caller holds the folder's lock: no other process is writing them.
+    The caller holds the folder's lock: no other process is writing them. Names that only resemble a
+    checkpoint's are reported and left.
 
     Args:
         folder: The run folder.
     """
+    for line in folder.odd_names():
+        logger.warning(f"{line}: it is neither loaded nor deleted")
     whole = folder.whole_checkpoints()
     for step, path in folder.step_folders().items():
-        if step not in whole:
-            shutil.rmtree(path)
+        if step in whole:
+            continue
+        if path.is_symlink():
+            logger.warning(
+                f"{path} is a link to a folder without .metadata: it is neither loaded nor deleted"
+            )
+            continue
+        logger.warning(
+            f"deleting {path}: it has no .metadata, which is written last, so its write was cut short"
+        )
+        shutil.rmtree(path)
 
 
 def _check_same_origin(config: RunConfig, saved: Table) -> None:

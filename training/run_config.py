@@ -122,6 +122,8 @@ class CheckpointConfig:
     Attributes:
         every: Steps between two checkpoints; None for the last step only.
         keep: Number of newest checkpoints to keep, at least 2; None for all.
+        fall_back: Whether a resume whose newest checkpoint is damaged takes the newest good one, with a
+            warning, and renames the damaged ones to step-N.damaged; if not, it ends there and names both.
         async_save: Write checkpoints in the background while training continues (one more copy of the state
             in host memory).
         start_from: Checkpoint of another run, runs/<name>/checkpoint/step-N, to start a branch from: loads
@@ -137,6 +139,7 @@ class CheckpointConfig:
 
     every: int | None = None
     keep: int | None = 3
+    fall_back: bool = False
     async_save: bool = False
     start_from: str | None = None
     restart_data: bool = False

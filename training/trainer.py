@@ -19,18 +19,22 @@ from torchtitan.train import Trainer as TitanTrainer
 
 from data.titan import TitanLoader
 from data.tokenizer import Tokenizer
-from errors import RunError, UserError
+from errors import RunError
 from eval.distributed import run_on_main_rank
 from eval.held_out import HeldOutLoss
-from models.checkpoint import load_weights
+from models.checkpoint.load import load_weights
+from models.checkpoint.metadata import DamagedCheckpointError
 from models.qwen3 import Qwen3
 from models.run_folder import RunFolder
 from optimizers.titan import ParamGroupOptimizers, ParamGroupScheduler
 from tokens import IGNORE_INDEX
 from training import titan
+from training.branch import branch_step
 from training.checkpoints import RunCheckpoints
 from training.evaluation import Evaluator
+from training.fall_back import fall_back
 from training.log import logger
+from training.memory import checkpoint_bytes
 from training.metrics import RunMetrics
 from training.non_finite import check_step, check_weights
 from training.preflight import check_shared
@@ -97,6 +101,7 @@ class Trainer(TitanTrainer):
         self.tokens = 0
         self.evaluator = Evaluator(config, tokenizer, self.model, self.metrics_processor, self.device)
         assert isinstance(self.model, Qwen3)
+        self.checkpointer.checkpoint_bytes = checkpoint_bytes(config, self.model, world_size)
         self.document_flops = self.model.document_flops(config.training.seq_len)
 
     def init_distributed(self) -> ParallelDims:
@@ -180,12 +185,12 @@ class Trainer(TitanTrainer):
         start = self._load_start()
         self.lock.confirm()
         is_finished = self.step >= self.config.training.last_step
-        if dist.get_rank() == 0:
-            remove_partial_checkpoints(self.folder)
-            if not is_finished:
-                prepare_folder(self.config, start, self.run_tokenizer)
+        run_on_main_rank(lambda: remove_partial_checkpoints(self.folder))
+        if not is_finished:
+            run_on_main_rank(lambda: prepare_folder(self.config, start, self.run_tokenizer))
         if self.step > 0:
-            self.metrics_processor.start_recording(self.step)
+            first_step = branch_step(self.config) + 1
+            self.metrics_processor.start_recording(self.step, first_step)
         if start.kind == "resume":
             # the launch before may have been killed between a checkpoint and its evaluation
             recorded = self.metrics_processor.names_at(self.step)
@@ -215,15 +220,24 @@ class Trainer(TitanTrainer):
             load_weights(self.model, start.checkpoint)
             logger.info(f"starting with the weights of {start.checkpoint}")
         else:
-            titan.load_checkpoint(self.checkpointer, start.checkpoint, with_data=not start.restarts_data)
+            start = self._load_checkpoint(start, start.checkpoint)
         if start.kind == "branch":
-            if self.step != start.step:
-                raise UserError(
-                    f"checkpoint.start_from is {str(start.checkpoint)!r}, but it is a checkpoint of step "
-                    f"{self.step}; rename the folder back, or start from another checkpoint"
-                )
             data = ", with data.train from its beginning" if start.restarts_data else ""
             logger.info(f"starting from {start.checkpoint}{data}")
+        return start
+
+    def _load_checkpoint(self, start: StartPoint, checkpoint: Path) -> StartPoint:
+        """Load a checkpoint, or the good one before it (checkpoint.fall_back); return what was loaded."""
+        try:
+            titan.load_checkpoint(self.checkpointer, checkpoint, with_data=not start.restarts_data)
+            return start
+        except DamagedCheckpointError as error:
+            if start.kind != "resume":
+                raise
+            damage = error
+        start = run_on_main_rank(lambda: fall_back(self.config, damage))
+        assert start.checkpoint is not None
+        titan.load_checkpoint(self.checkpointer, start.checkpoint, with_data=True)
         return start
 
     def optimizer_step(self, micro_batches: Iterator[MicroBatch]) -> StepResult:

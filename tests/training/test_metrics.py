@@ -20,7 +20,8 @@ from torchtitan.distributed import ParallelDims
 from eval.report.run_records import read_run
 from training import log
 from training.log import logger
-from training.metrics import JsonlWriter, RunMetrics, format_duration, format_progress
+from training.metrics import RunMetrics, format_duration, format_progress
+from training.metrics_file import JsonlWriter
 from training.run_config import MetricsConfig
 
 
