@@ -33,6 +33,7 @@ from training.log import logger
 from training.metrics import RunMetrics
 from training.non_finite import check_step, check_weights
 from training.preflight import check_shared
+from training.rank_monitor import DATA_SECONDS, RankMonitor
 from training.resume import StartPoint, find_start, prepare_folder, remove_partial_checkpoints
 from training.run_config import RunConfig
 from training.signals import StopRequest
@@ -71,6 +72,7 @@ class Trainer(TitanTrainer):
     Args:
         config: The run; RANK, WORLD_SIZE and LOCAL_RANK are in the environment, as torchrun sets them.
         tokenizer: From training.preflight.check_run.
+        monitor: Told of each step and phase; started here.
     """
 
     # what the TrainSpec's builders return
@@ -80,19 +82,23 @@ class Trainer(TitanTrainer):
     dataloader: TitanLoader  # pyrefly: ignore [bad-override-mutable-attribute]
     checkpointer: RunCheckpoints  # pyrefly: ignore [bad-override-mutable-attribute]
 
-    def __init__(self, config: RunConfig, tokenizer: Tokenizer) -> None:
+    def __init__(self, config: RunConfig, tokenizer: Tokenizer, monitor: RankMonitor) -> None:
         self.config = config
         self.run_tokenizer = tokenizer  # self.tokenizer is torchtitan's
         world_size = int(os.environ["WORLD_SIZE"])
         titan.register_run(config, tokenizer)
         titan.set_checkpoint_manager(RunCheckpoints)
         super().__init__(titan.to_job_config(config, world_size))
+        self.monitor = monitor
+        monitor.start()
         self.model = self.model_parts[0]
         self.folder = RunFolder(Path(config.run.folder))
         self.num_micro_batches = config.gradient_accumulation_steps(world_size)
         self.stop = StopRequest()
         self.tokens = 0
-        self.evaluator = Evaluator(config, tokenizer, self.model, self.metrics_processor, self.device)
+        self.evaluator = Evaluator(
+            config, tokenizer, self.model, self.metrics_processor, monitor, self.device
+        )
         assert isinstance(self.model, Qwen3)
         self.document_flops = self.model.document_flops(config.training.seq_len)
 
@@ -130,6 +136,7 @@ class Trainer(TitanTrainer):
             self.metrics_processor.reset_throughput()
             while self.step < last_step and not stopped:
                 self.step += 1
+                self.monitor.begin_step(self.step)
                 titan.collect_garbage(self, self.step)
                 result = self.optimizer_step(data)
                 self.record(result)
@@ -137,6 +144,7 @@ class Trainer(TitanTrainer):
                 loss, stopped = result.metrics["loss"], result.stop_requested
                 after = None if stopped else self.evaluator.evaluate(self.step, self.tokens)
                 if profiler:
+                    self.monitor.enter_slow("profile")
                     profiler.step()
         held_out = {"before training": before, "after training": after}
         skipped = self.dataloader.loader.skipped
@@ -183,6 +191,7 @@ class Trainer(TitanTrainer):
 
     def _load_start(self) -> StartPoint:
         """Load the checkpoint or the weights that the main rank finds."""
+        self.monitor.enter_slow("loading")
         start = run_on_main_rank(lambda: find_start(self.config))
         if start.checkpoint is None:
             return start
@@ -218,14 +227,17 @@ class Trainer(TitanTrainer):
         """
         self.optimizers.zero_grad()
         rates, decays = self.lr_schedulers.lr_by_group(), self.lr_schedulers.weight_decay_by_group()
+        self.monitor.enter("data", limit=DATA_SECONDS)
         batch = [next(micro_batches) for _ in range(self.num_micro_batches)]
         loss, num_predicted = self._accumulate_gradients(batch)
+        self.monitor.enter("update")
         grad_norm = dist_utils.clip_grad_norm_(
             self.model.parameters(), self.config.training.max_grad_norm, foreach=True
         )
         self.checkpointer.maybe_wait_for_staging()
         mean_squares = self._update(grad_norm)
         self.lr_schedulers.step()
+        self.monitor.enter("sum over ranks")
         sums = self._sum_over_ranks(loss, sum(self._flops(inputs) for inputs, _ in batch), mean_squares)
         norm = float(grad_norm)
         check_step(self.step, sums.loss, norm, self.folder)
@@ -248,11 +260,13 @@ class Trainer(TitanTrainer):
         Returns:
             This rank's part of the loss in nats/token, and the number of predicted tokens over all ranks.
         """
+        self.monitor.enter("token count")
         num_predicted = sum((labels != IGNORE_INDEX).sum() for _, labels in batch)
         num_predicted = torch.as_tensor(num_predicted, device=self.device)
         dist.all_reduce(num_predicted)
         loss = torch.zeros((), device=self.device)
-        for inputs, labels in batch:
+        for index, (inputs, labels) in enumerate(batch, start=1):
+            self.monitor.enter(f"micro-batch {index} of {len(batch)}")
             part = self._loss_sum(inputs, labels) / num_predicted
             part.backward()
             loss += part.detach()
@@ -313,6 +327,7 @@ class Trainer(TitanTrainer):
 
     def record(self, result: StepResult) -> None:
         """Record the metrics of a step."""
+        self.monitor.enter("metrics")
         self.tokens += self.config.tokens_per_step
         record = {
             **result.metrics,
@@ -330,6 +345,7 @@ class Trainer(TitanTrainer):
         Raises:
             NonFiniteLossError: A weight is NaN or Inf. The previous checkpoint remains the newest.
         """
+        self.monitor.enter_slow("checkpoint")
         write_failed = result.write_finished and not self.checkpointer.finish_background_write()
         is_last = result.stop_requested or self.step == self.config.training.last_step
         # not in the background: the checkpoint is on disk before the tasks are evaluated
@@ -340,6 +356,8 @@ class Trainer(TitanTrainer):
             self.metrics_processor.reset_throughput()
 
     def close(self) -> None:
-        """Wait for background writes, stop the data loader's thread and close the metrics' sinks."""
+        """Wait for background writes, stop the threads of monitor and loader, close the metrics' sinks."""
+        self.monitor.lift_limit()
         self.dataloader.close()
         super().close()
+        self.monitor.close()
