@@ -208,11 +208,11 @@ class RunMetrics(MetricsProcessor):
     def record_launch(
         self, step: int, *, start: Mapping[str, Any], num_parameters: int, tokenizer_fingerprint: str
     ) -> None:
-        """Write a record of the launch to metrics.jsonl: ranks, device, model and tokenizer, for eval.report.
+        """Write a record of the launch to metrics.jsonl: start, code, ranks, device, model and tokenizer.
 
         Args:
             step: Optimizer steps completed before the launch.
-            start: What the launch started from, by name.
+            start: What the launch started from and of which code and config it is, by name.
             num_parameters: Parameters of the whole model.
             tokenizer_fingerprint: Fingerprint of the run's tokenizer.
         """
@@ -306,9 +306,9 @@ class RunMetrics(MetricsProcessor):
 def _start_wandb(folder: Path, name: str, resolved_config: Mapping[str, Any]) -> Any:
     import wandb
 
-    # kept in the run folder, so that a resumed run continues the same wandb run
+    # kept in the run folder: a resumed run continues its wandb run, one that starts over gets a new one
     id_file = RunFolder(folder).wandb_id_file
-    if not id_file.exists():
+    if not id_file.exists() or RunFolder(folder).newest_checkpoint() is None:
         id_file.write_text(secrets.token_hex(4), encoding="utf-8")
     run = wandb.init(
         project=os.environ.get("WANDB_PROJECT", "parallax"),

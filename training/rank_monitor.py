@@ -156,9 +156,9 @@ class RankMonitor:
         resume = f"The same command resumes from the newest checkpoint in {self._checkpoints}"
         if silent:
             return (
-                f"{name_ranks(dict(enumerate(self._states)), silent)} stopped answering, and {self.place} lost "
-                "a connection. Look there for a killed process (dmesg tells of a host out of memory), a failed "
-                f"GPU or network. {resume}"
+                f"{name_ranks(dict(enumerate(self._states)), silent)} stopped answering, and {self.place} "
+                "lost a connection. Look there for a killed process (dmesg tells of a host out of memory), a "
+                f"failed GPU or network. {resume}"
             )
         reason = str(error).strip().splitlines()[0]
         return f"{self.place} lost a connection: {reason}. Look for the rank that failed first. {resume}"
@@ -185,9 +185,9 @@ class RankMonitor:
     def _describe_lost_store(self) -> str:
         state, since = self._current
         return (
-            f"rank {self._rank} has waited for {time.monotonic() - since:.0f} s in {state.phase}, and the "
-            f"store on {os.environ.get('MASTER_ADDR')} does not answer: torchrun there, or rank 0, is stopped or "
-            f"gone. The same command resumes from the newest checkpoint in {self._checkpoints}"
+            f"rank {self._rank} has waited for {time.monotonic() - since:.0f} s in {state.phase}, and "
+            f"the store on {os.environ.get('MASTER_ADDR')} does not answer: torchrun there, or rank 0, is "
+            f"stopped or gone. The same command resumes from the newest checkpoint in {self._checkpoints}"
         )
 
     def _write(self) -> None:

@@ -29,12 +29,19 @@ from tokens import IGNORE_INDEX
 from training import titan
 from training.checkpoints import RunCheckpoints
 from training.evaluation import Evaluator
+from training.launch_record import command_line, launch_facts
 from training.log import logger
 from training.metrics import RunMetrics
 from training.non_finite import check_step, check_weights
 from training.preflight import check_shared
 from training.rank_monitor import DATA_SECONDS, RankMonitor
-from training.resume import StartPoint, find_start, prepare_folder, remove_partial_checkpoints
+from training.resume import (
+    StartPoint,
+    describe_finished,
+    find_start,
+    prepare_folder,
+    remove_partial_checkpoints,
+)
 from training.run_config import RunConfig
 from training.signals import StopRequest
 from training.summary import format_summary
@@ -163,9 +170,11 @@ class Trainer(TitanTrainer):
         check_shared(self.folder.path)
         start = self._load_start()
         is_finished = self.step >= self.config.training.last_step
+        facts = start.facts
         if dist.get_rank() == 0:
             remove_partial_checkpoints(self.folder)
             if not is_finished:
+                facts |= launch_facts(self.config, command_line())  # before the config is replaced
                 prepare_folder(self.config, start, self.run_tokenizer)
         if self.step > 0:
             self.metrics_processor.start_recording(self.step)
@@ -174,16 +183,13 @@ class Trainer(TitanTrainer):
             recorded = self.metrics_processor.names_at(self.step)
             self.evaluator.evaluate(self.step, self.tokens, recorded)
         if is_finished:
-            logger.info(
-                f"{self.folder.path} has finished at step {self.step}; raise training.steps or "
-                "training.stop_at_step to resume it, or give another run.folder"
-            )
+            logger.info(describe_finished(self.config, self.step))
             return None
         if self.step == 0:
             self.metrics_processor.start_recording(None)
         self.metrics_processor.record_launch(
             self.step,
-            start=start.facts,
+            start=facts,
             num_parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             tokenizer_fingerprint=self.run_tokenizer.fingerprint,
         )
