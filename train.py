@@ -60,16 +60,20 @@ def _train(run_config: RunConfig) -> None:
     import torch.distributed as dist
 
     from training import log
+    from training.failures import one_line_failures
     from training.preflight import check_run
+    from training.rank_monitor import RankMonitor
     from training.trainer import Trainer
 
-    rank = int(os.environ["RANK"])
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     log.setup(rank)
-    trainer = Trainer(run_config, check_run(run_config, int(os.environ["WORLD_SIZE"])), stop)
-    try:
-        trainer.train()
-    finally:
-        trainer.close()
+    monitor = RankMonitor(run_config)
+    with one_line_failures(run_config, monitor, world_size):
+        trainer = Trainer(run_config, check_run(run_config, world_size), stop, monitor)
+        try:
+            trainer.train()
+        finally:
+            trainer.close()
     dist.destroy_process_group()
 
 

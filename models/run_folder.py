@@ -1,7 +1,7 @@
 """The layout of a run folder, known here and nowhere else.
 
 runs/NAME/
-config.toml         the resolved config
+config.toml         the resolved config; config.1.toml, config.2.toml, ... are those of earlier launches
 tokenizer/          the run's own tokenizer (models/run_tokenizer.py)
 metrics.jsonl       every step
 held_out/           samples of held-out text (data/sources/held_out.py)
@@ -146,6 +146,26 @@ class RunFolder:
         if missing:
             raise UserError(f"{self.config_file} is damaged, it has no {' and no '.join(missing)}; {remedy}")
         return table
+
+    def keep_config(self, config: Any) -> None:
+        """Keep the config of the launch before as config.N.toml, N = 1, 2, ..., unless it is the same.
+
+        Args:
+            config: The resolved config that is to replace it.
+        """
+        if not self.config_file.exists():
+            return
+        text = self.config_file.read_text(encoding="utf-8")
+        last = None  # a launch may have been killed after it kept the config
+        for number in itertools.count(1):
+            kept = self.path / f"config.{number}.toml"
+            if not kept.exists():
+                break
+            last = kept.read_text(encoding="utf-8")
+        if text not in (last, to_toml(config)):
+            temporary = kept.with_name(f"{kept.name}.tmp")
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, kept)
 
     def write_config(self, config: Any) -> None:
         """Write the resolved config, a dataclass or a dict of them by table, atomically."""

@@ -91,14 +91,18 @@ class ParallelismConfig:
         replicate: Number of replicas of the sharded model (HSDP); 1 for FSDP.
         shard: Number of ranks that shard one replica; None for all ranks / replicate.
         reshard_after_forward: Free the gathered weights of a block between its forward and its backward.
+        timeout_seconds: How long ranks wait in a step for one that hangs or is gone, before the run ends and
+            names it; three mean steps where these are longer. Loading, the first three steps of a launch,
+            checkpoints and evaluations may take 30 minutes, data 15.
     """
 
     replicate: int = 1
     shard: int | None = None
     reshard_after_forward: bool = True
+    timeout_seconds: int = 120
 
     def __post_init__(self) -> None:
-        _check_at_least(self, 1, "replicate", "shard")
+        _check_at_least(self, 1, "replicate", "shard", "timeout_seconds")
 
     def degrees(self, world_size: int) -> tuple[int, int]:
         """Return (replicate, shard) for a number of ranks.
