@@ -132,6 +132,38 @@ def test_validation_reads_its_own_files_once(
         assert byte_tokenizer.decode(labels[labels != -100].tolist()) == "eld out<|endoftext|>"
 
 
+def test_a_number_of_held_out_tokens_fills_exactly_their_rows(
+    config: DataConfig, write_parquet: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = str(write_parquet("held_out.parquet", ["abcdefghij" * 3] * 4))
+    changed = DataConfig(
+        tokenizer=config.tokenizer, train=config.train, validation=ParquetSource(files=[path])
+    )
+    batches = list(_validation(changed, tmp_path, max_tokens=18))
+    # 17 predicted tokens in rows of 4
+    assert len(batches) == 5
+    assert sum(int((batch.labels != -100).sum()) for batch in batches) == 17
+
+
+def test_validation_without_document_masks_attends_and_predicts_across_documents(
+    config: DataConfig, write_parquet: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = str(write_parquet("held_out.parquet", ["abc", "de", "f"]))
+    numbers = {}
+    for masked in (True, False):
+        changed = DataConfig(
+            tokenizer=config.tokenizer,
+            train=config.train,
+            validation=ParquetSource(files=[path]),
+            mask_documents=masked,
+        )
+        batches = list(_validation(changed, tmp_path))
+        assert all(("cu_seqlens" in batch.inputs) == masked for batch in batches)
+        numbers[masked] = sum(int((batch.labels != -100).sum()) for batch in batches)
+    # 9 tokens: the first of all is no label, with masks the first of each document
+    assert numbers == {True: 6, False: 8}
+
+
 def test_validation_without_a_source_is_rejected(config: DataConfig, tmp_path: Path) -> None:
     none = DataConfig(tokenizer=config.tokenizer, train=config.train)
     with pytest.raises(ValueError, match=r"data\.validation is none"):

@@ -17,7 +17,7 @@ from data.config import ShardsSource, Split
 from data.loading.loader import PackedLoader
 from data.shards.prepare import PrepareOptions, prepare
 from data.sources.mixture import MixtureDocuments
-from data.sources.shard_format import shard_folder
+from data.sources.shard_format import replace, shard_folder, write_json
 from data.sources.shards import ShardDocuments
 from data.tokenizer import Tokenizer
 from data.train_tokenizer import train_byte_level_bpe
@@ -371,3 +371,20 @@ def test_many_shards_need_few_open_files(
     assert len(os.listdir("/proc/self/fd")) <= before + 2 * 3
     del source
     assert len(os.listdir("/proc/self/fd")) < before
+
+
+def test_a_file_and_a_folder_are_on_disk_before_they_get_their_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[object] = []
+    rename = os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: events.append(os.fstat(descriptor).st_ino))
+    monkeypatch.setattr(os, "replace", lambda *paths: (events.append("renamed"), rename(*paths)))
+    write_json(tmp_path / "a.json", {"a": 1})
+    assert events == [(tmp_path / "a.json").stat().st_ino, "renamed", tmp_path.stat().st_ino]
+    events.clear()
+    (tmp_path / "x.partial").mkdir()
+    (tmp_path / "x.partial" / "b").touch()
+    replace(tmp_path / "x.partial", tmp_path / "x")
+    inodes = [path.stat().st_ino for path in (tmp_path / "x" / "b", tmp_path / "x", tmp_path)]
+    assert events == [*inodes[:2], "renamed", inodes[2]]
