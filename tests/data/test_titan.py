@@ -199,5 +199,5 @@ def test_training_is_shuffled_unless_the_run_says_none(config: DataConfig, byte_
 
 
 def test_a_negative_prefetch_is_rejected(config: DataConfig) -> None:
-    with pytest.raises(ValueError, match=r"prefetch_batches is -1"):
+    with pytest.raises(ValueError, match="prefetch_batches must be at least 0"):
         DataConfig(tokenizer=config.tokenizer, train=config.train, prefetch_batches=-1)
