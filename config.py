@@ -27,6 +27,8 @@ Key = tuple[str | int, ...]
 T = TypeVar("T")
 
 COMMAND_LINE = "command line"
+_MAX_DEPTH = 32
+_LONGEST_SHOWN = 200
 
 
 class ConfigError(UserError):
@@ -127,13 +129,15 @@ def read_toml(path: Path) -> Table:
         ConfigError: It is missing, can't be read, or is not valid TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: can't be read as a config file: {error}") from None
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError itself: an integer of thousands of digits
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    _check_values(table, path)
+    return table
 
 
 def type_name(hint: Any) -> str:
@@ -169,8 +173,30 @@ def _is_union(hint: Any) -> bool:
 
 
 def _dotted(key: Key) -> str:
-    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in key)
+    plain = (part if isinstance(part, int) or part.isprintable() else json.dumps(part) for part in key)
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in plain)
     return "".join(parts).removeprefix(".")
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
+
+
+def _check_values(table: Table, source: str | Path) -> None:
+    """Raise ConfigError where a table is nested too deeply to be walked, or holds what TOML can't."""
+    pending: list[tuple[Key, Any]] = [((), table)]
+    while pending:
+        key, value = pending.pop()
+        if len(key) > _MAX_DEPTH:
+            raise ConfigError(f"{source}: {_dotted(key[:3])}...: nested more than {_MAX_DEPTH} deep")
+        if type(value) is int and not -(2**63) <= value < 2**63:
+            raise ConfigError(
+                f"{source}: {_dotted(key)}: got {str(value)[:20]}..., an integer beyond 64 bits"
+            )
+        if isinstance(value, dict | list):
+            children = value.items() if isinstance(value, dict) else enumerate(value)
+            pending += [((*key, name), child) for name, child in children]
 
 
 def _read_layers(path: Path, chain: tuple[Path, ...] = ()) -> list[_Layer]:
@@ -199,14 +225,24 @@ def _parse_overrides(arguments: Sequence[str]) -> Table:
                 raise ConfigError(f"--{key} has no value; write --{key} VALUE")
             text = words.pop(0)
         try:
-            value: Any = tomllib.loads(f"value = {text}")["value"]
-        except (tomllib.TOMLDecodeError, RecursionError):
-            value = text
+            f"{key}{text}".encode()
+        except UnicodeEncodeError:
+            raise ConfigError(f"{COMMAND_LINE}: {key!a}: got {text!a}, which is not UTF-8") from None
+        value = _parse_value(text)
         for part in reversed(key.split(".")):
             value = {part: value}
         # all overrides belong together: a kind among them drops none of their keys
+        _check_values(typing.cast(Table, value), COMMAND_LINE)
         table = _merge(table, typing.cast(Table, value), None)
     return table
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
+        return text
+    return parsed["value"] if len(parsed) == 1 else text
 
 
 def _merge(below: Table, above: Table, hint: Any) -> Table:
@@ -254,7 +290,9 @@ def _blame(layers: Sequence[_Layer], keys: Sequence[Key]) -> str | None:
 
 
 def _all_keys(hint: Any, prefix: str = "") -> Iterable[str]:
-    """Return every dotted key of a schema; names that a run chooses are not known."""
+    """Return every dotted key of a schema, with NAME for the names that a run chooses."""
+    if get_origin(hint) is dict:
+        yield from _all_keys(get_args(hint)[1], f"{prefix}.NAME")
     for variant in variants(hint):
         hints = typing.get_type_hints(variant)
         for field in dataclasses.fields(variant):
@@ -276,8 +314,7 @@ class _Decoder:
     def convert(self, hint: Any, value: Any, key: Key) -> Any:
         """Return a TOML value as a value of a type."""
         origin, args = get_origin(hint), get_args(hint)
-        got = json.dumps(value, default=str)
-        wrong = _TypeMismatchError(f"{_dotted(key)}: got {got}, want {type_name(hint)}", [key])
+        wrong = _TypeMismatchError(f"{_dotted(key)}: got {_shown(value)}, want {type_name(hint)}", [key])
         if _is_union(hint):
             return self._convert_union(hint, value, key, wrong)
         if origin is Literal:
@@ -329,8 +366,8 @@ class _Decoder:
         fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, cls))}
         for name in value:
             if name not in fields:
-                nearest = self._nearest(name, key, list(fields))
-                raise ConfigError(f"{_dotted((*key, name))}: unknown key; {nearest}", [(*key, name)])
+                remedy = self._remedy(name, key, list(fields))
+                raise ConfigError(f"{_dotted((*key, name))}: unknown key; {remedy}", [(*key, name)])
         for name, field in fields.items():
             has_default = (field.default, field.default_factory) != (dataclasses.MISSING, dataclasses.MISSING)
             if name not in value and not has_default:
@@ -342,12 +379,18 @@ class _Decoder:
             return cls(**arguments)
         except ValueError as error:
             named = [(*key, word) for word in re.findall(r"\w+", str(error)) if word in fields]
-            raise ConfigError(_dotted((*key, str(error))), named) from None
+            raise ConfigError(".".join(filter(None, [_dotted(key), str(error)])), named) from None
 
-    def _nearest(self, name: str, key: Key, allowed: Sequence[str]) -> str:
-        close = difflib.get_close_matches(name, allowed, n=1, cutoff=0.6)
+    def _remedy(self, name: str, key: Key, allowed: Sequence[str]) -> str:
+        """Return what to write instead of an unknown key."""
+        names = getattr(self.schema, "OTHER_NAMES", {})
+        other = names.get(_dotted((*key, name)), names.get(name))
+        if other is not None:
+            own = other.rpartition(".")[2]
+            return f"here it is {_dotted((*key, own)) if own in allowed else other}"
+        if close := difflib.get_close_matches(name, allowed, n=1, cutoff=0.6):
+            return f"nearest is {_dotted((*key, close[0]))}"
         elsewhere = [k for k in _all_keys(self.schema) if k.rpartition(".")[2] == name]
-        if not close and elsewhere:
+        if elsewhere:
             return f"nearest is {elsewhere[0]}"
-        close = close or difflib.get_close_matches(name, allowed, n=1, cutoff=0.0)
-        return f"nearest is {_dotted((*key, close[0]))}" if close else "no key is allowed here"
+        return f"want one of {', '.join(allowed)}" if allowed else "no key is allowed here"

@@ -1,6 +1,7 @@
 """What a user got wrong, and how every command line ends with it: one line, exit code 2."""
 
 import sys
+import typing
 from collections.abc import Callable
 
 RUN_ERROR_CODE = 1
@@ -24,6 +25,37 @@ class UnsupportedError(UserError, NotImplementedError):
 
 class RunError(RuntimeError):
     """A run that cannot continue though neither its config nor the code is wrong, such as a loss of NaN."""
+
+
+def check_range(config: object, low: float, high: float, *names: str) -> None:
+    """Raise unless fields of a config lie in the range in which a run makes sense.
+
+    Args:
+        config: A dataclass.
+        low: The smallest value.
+        high: The largest value.
+        names: The fields. None passes where a field may be None; NaN never does.
+
+    Raises:
+        UserError: Names the first field that is outside.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
+            may_be_none = type(None) in typing.get_args(typing.get_type_hints(type(config))[name])
+            none = ', or "none"' if may_be_none else ""
+            raise UserError(f"{name} must be at least {low} and at most {high}{none}; got {value}")
+
+
+def check_not_empty(config: object, *names: str) -> None:
+    """Raise unless strings of a config have a character; None passes.
+
+    Raises:
+        UserError: Names the first field that is empty.
+    """
+    for name in names:
+        if getattr(config, name) == "":
+            raise UserError(f'{name} is empty (""): give it a value, or leave the key out')
 
 
 def is_user_error(error: BaseException) -> bool:

@@ -5,11 +5,14 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from data.ultra_fineweb import PARTS, REPOSITORY, REVISION, part_files
-from errors import UserError
+from errors import UserError, check_not_empty, check_range
 from tokens import END_OF_DOCUMENT
 
 # documents of a source to keep; data/sources/split.py splits them by content
 Split: TypeAlias = Literal["all", "train", "held_out"]
+
+
+_MAX_CHARACTERS = 10**12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +30,11 @@ class TextOptions:
     on_damaged_file: Literal["stop", "skip"] = "stop"
 
     def __post_init__(self) -> None:
-        minimum, maximum = self.min_characters or 0, self.max_characters
-        if minimum < 0 or (maximum is not None and maximum < max(minimum, 1)):
+        check_range(self, 0, _MAX_CHARACTERS, "min_characters")
+        check_range(self, 1, _MAX_CHARACTERS, "max_characters")
+        if self.max_characters is not None and self.max_characters < (self.min_characters or 0):
             raise UserError(
-                f"min_characters is {self.min_characters} and max_characters {maximum}: want 0 <= "
+                f"min_characters is {self.min_characters} and max_characters {self.max_characters}: want "
                 'min_characters <= max_characters, or "none"'
             )
 
@@ -52,14 +56,13 @@ class ColumnOptions(TextOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("text_column", "score_column"):
-            if not getattr(self, name):
-                raise UserError(f'{name} is "": name the column')
+        check_not_empty(self, "text_column", "score_column")
+        check_range(self, -1e30, 1e30, "min_score")
 
 
 def _check_files(kind: str, files: list[str]) -> None:
-    if not files:
-        raise UserError(f"files of a {kind} source is an empty list: name at least one path or glob")
+    if not all(files) or not files:
+        raise UserError(f"files of a {kind} source is {files}: name at least one path or glob")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +118,10 @@ class TextSource(TextOptions):
     folder: str
     pattern: str = "**/*.txt"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_not_empty(self, "folder", "pattern")
+
 
 @dataclass(frozen=True, kw_only=True)
 class HubSource(ColumnOptions):
@@ -140,6 +147,7 @@ class HubSource(ColumnOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_not_empty(self, "repository", "revision")
         if (self.files is None) == (self.parts is None):
             raise UserError(
                 "a hub source needs either files or parts: give a list of paths, or for Ultra-FineWeb parts "
@@ -202,6 +210,7 @@ class DatasetsSource(ColumnOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_not_empty(self, "path", "name", "revision")
         if self.path.rstrip("/").lower() == REPOSITORY.lower():
             raise UserError(
                 f"path of a datasets source is {self.path!r}, whose tens of thousands of files the library "
@@ -228,6 +237,9 @@ class ShardsSource:
     kind: Literal["shards"] = "shards"
     folder: str
     on_damaged_file: Literal["stop", "skip"] = "stop"
+
+    def __post_init__(self) -> None:
+        check_not_empty(self, "folder")
 
 
 TextKind: TypeAlias = ParquetSource | JsonlSource | TextSource | HubSource | DatasetsSource
@@ -256,8 +268,10 @@ class MixtureSource:
                 f"{sorted(self.sources)}: give each source one weight"
             )
         for name, weight in self.weights.items():
-            if not 0 < weight < float("inf"):
-                raise UserError(f"weights.{name} of a mixture is {weight}: must be positive and finite")
+            if not 1e-18 <= weight <= 1e18:
+                raise UserError(
+                    f"weights.{name} of a mixture is {weight}: must be at least 1e-18 and at most 1e18"
+                )
 
 
 Source: TypeAlias = LeafSource | MixtureSource
@@ -278,8 +292,12 @@ class DataConfig:
             into rows with at most 1% padding and splits few that fit into a row; it tokenizes 512 rows of
             documents at a time, for which a step may wait (shards are tokenized already). Validation always
             concatenates, so that losses are comparable across packings.
-        shuffle_seed: Seed of the shuffle of `train`, reshuffled each epoch; None for the stored order.
-            Validation is never shuffled.
+        shuffle_seed: Seed of the shuffle of `train`: its documents, anew each epoch, and the rows that they
+            are packed into. None for the order of the files. Validation is never shuffled.
+        shuffle_window: Rows that are shuffled together, for a `train` other than shards; None for 16 times
+            the global batch. They are held in memory, and a start or a resume reads them before its first
+            step. The rows of shards are shuffled in windows of 65,536 or more, of which only the layout is
+            held.
         mask_documents: Whether a token attends only to its own document. If not, rows are plain causal
             sequences.
         end_of_document: The token that ends each document; must be in the tokenizer's vocabulary.
@@ -291,13 +309,22 @@ class DataConfig:
     validation: Source | None = None
     validation_documents: Literal["all", "held_out"] = "all"
     packing: Literal["concatenate", "best_fit"] = "concatenate"
-    shuffle_seed: int | None = None
+    shuffle_seed: int | None = 0
+    shuffle_window: int | None = None
     mask_documents: bool = True
     end_of_document: str = END_OF_DOCUMENT
     prefetch_batches: int = 4
 
     def __post_init__(self) -> None:
-        if self.prefetch_batches < 0:
+        check_not_empty(self, "tokenizer", "end_of_document")
+        check_range(self, 0, 2**63 - 1, "shuffle_seed")
+        check_range(self, 0, 100_000, "prefetch_batches")
+        check_range(self, 1, 1 << 30, "shuffle_window")
+        if self.shuffle_window is None:
+            return
+        if self.shuffle_seed is None or isinstance(self.train, ShardsSource):
+            unused = "shuffle_seed is none" if self.shuffle_seed is None else "train reads shards alone"
             raise UserError(
-                f"prefetch_batches is {self.prefetch_batches}, must be 0 (no background thread) or more"
+                f"shuffle_window is {self.shuffle_window}, but {unused}, for which no window is held: set it "
+                'to "none"'
             )

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from errors import UserError
+from errors import UserError, check_not_empty, check_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,15 +36,9 @@ class EvalConfig:
     sample_tokens: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("every", "max_tokens", "tasks_every", "tasks_limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f'{name} must be at least 1, or "none"; got {value}')
-        if self.sample_tokens < 1:
-            raise UserError(
-                f"sample_tokens must be at least 1, got {self.sample_tokens}; for no samples leave "
-                "sample_prompts empty"
-            )
+        check_range(self, 1, 10**15, "every", "max_tokens", "tasks_every", "tasks_limit")
+        check_range(self, 1, 1_000_000, "sample_tokens")
+        check_not_empty(self, "tasks_data")
         for name in ("tasks", "sample_prompts"):
             if "" in getattr(self, name):
                 raise UserError(f'{name} has an empty string ("") in it; leave it out')

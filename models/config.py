@@ -1,26 +1,16 @@
 """The [model] table of a config."""
 
-import math
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from errors import UserError
+from errors import UserError, check_range
 from models.sizes import SIZES, ModelSize
 
-
-def _check_window(window_size: int | None) -> None:
-    if window_size is not None and window_size < 1:
-        raise UserError(f'window_size must be at least 1, or "none" for no window; got {window_size}')
-
-
-def _check_solver(ridge: float, num_iterations: int) -> None:
-    if not 0.0 < ridge < float("inf"):
-        raise UserError(
-            f"ridge must be positive and finite, got {ridge}; an infinite ridge means no correction: "
-            'set kind to "softmax" or "value-average"'
-        )
-    if num_iterations < 1:
-        raise UserError(f"num_iterations must be at least 1, got {num_iterations} (default 32)")
+_MAX_DIMENSION = 1_000_000
+_MAX_WINDOW = 2**31 - 1
+_MAX_ITERATIONS = 10_000
+# beyond it there is no correction: softmax attention, or the value average
+_MAX_RIDGE = 1e8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +29,7 @@ class SoftmaxConfig:
     impl: Literal["reference", "eager", "triton", "torch"] | None = None
 
     def __post_init__(self) -> None:
-        _check_window(self.window_size)
+        check_range(self, 1, _MAX_WINDOW, "window_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,14 +65,10 @@ class ParallaxConfig:
     impl: Literal["reference", "eager", "triton"] | None = None
 
     def __post_init__(self) -> None:
-        _check_window(self.window_size)
-        if self.r_rank is not None and self.r_rank < 1:
-            raise UserError(f'r_rank must be at least 1, or "none" for full rank; got {self.r_rank}')
-        for name in ("r_gain_init", "r_scale"):
-            if not math.isfinite(getattr(self, name)):
-                raise UserError(f"{name} must be finite, got {getattr(self, name)}")
-        if self.num_plain_layers < 0:
-            raise UserError(f"num_plain_layers must be at least 0, got {self.num_plain_layers}")
+        check_range(self, 1, _MAX_WINDOW, "window_size")
+        check_range(self, 1, _MAX_DIMENSION, "r_rank")
+        check_range(self, -1e4, 1e4, "r_gain_init", "r_scale")
+        check_range(self, 0, _MAX_DIMENSION, "num_plain_layers")
 
 
 def _check_probe(config: ParallaxConfig, size: ModelSize) -> None:
@@ -118,8 +104,9 @@ class LocalLinearConfig:
     num_iterations: int = 32
 
     def __post_init__(self) -> None:
-        _check_window(self.window_size)
-        _check_solver(self.ridge, self.num_iterations)
+        check_range(self, 1, _MAX_WINDOW, "window_size")
+        check_range(self, 1e-8, _MAX_RIDGE, "ridge")
+        check_range(self, 1, _MAX_ITERATIONS, "num_iterations")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +157,8 @@ class AffineMesaNetConfig:
     num_iterations: int = 32
 
     def __post_init__(self) -> None:
-        _check_solver(self.ridge, self.num_iterations)
+        check_range(self, 1e-8, _MAX_RIDGE, "ridge")
+        check_range(self, 1, _MAX_ITERATIONS, "num_iterations")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,8 +174,7 @@ class GatedDeltaNetConfig:
     expand_v: int = 2
 
     def __post_init__(self) -> None:
-        if self.expand_v < 1:
-            raise UserError(f"expand_v must be at least 1, got {self.expand_v} (default 2)")
+        check_range(self, 1, 64, "expand_v")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,8 +201,7 @@ class MesaNetConfig:
     num_iterations: int = 30
 
     def __post_init__(self) -> None:
-        if self.num_iterations < 1:
-            raise UserError(f"num_iterations must be at least 1, got {self.num_iterations} (default 30)")
+        check_range(self, 1, _MAX_ITERATIONS, "num_iterations")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,8 +217,7 @@ class Mamba2Config:
     state_size: int = 128
 
     def __post_init__(self) -> None:
-        if self.state_size < 1:
-            raise UserError(f"state_size must be at least 1, got {self.state_size} (default 128)")
+        check_range(self, 1, _MAX_DIMENSION, "state_size")
 
 
 AttentionConfig = (
@@ -259,8 +244,10 @@ def _check_size(size: str, custom_size: ModelSize | None) -> None:
         raise UserError(f'custom_size requires size = "custom", got size {size!r}; set custom_size to "none"')
     for dimension in () if custom_size is None else fields(custom_size):
         value = getattr(custom_size, dimension.name)
-        if value < 1:
-            raise UserError(f"custom_size.{dimension.name} must be at least 1, got {value}")
+        if not 1 <= value <= _MAX_DIMENSION:
+            raise UserError(
+                f"custom_size.{dimension.name} must be at least 1 and at most {_MAX_DIMENSION}; got {value}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,11 +277,10 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check_size(self.size, self.custom_size)
-        if self.vocab_size < 1:
-            raise UserError(f"vocab_size must be at least 1, got {self.vocab_size}")
-        for name in ("rope_theta", "norm_eps", "init_std"):
-            if not 0.0 < getattr(self, name) < float("inf"):
-                raise UserError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        check_range(self, 1, 100_000_000, "vocab_size")
+        check_range(self, 1.0, 1e15, "rope_theta")
+        check_range(self, 1e-20, 1.0, "norm_eps")
+        check_range(self, 1e-8, 10.0, "init_std")
         if isinstance(self.attention, ParallaxConfig):
             _check_probe(self.attention, self.dimensions)
 

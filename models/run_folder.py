@@ -1,11 +1,13 @@
 """The layout of a run folder, known here and nowhere else.
 
 runs/NAME/
-config.toml         the resolved config
+config.toml         the resolved config; config.1.toml, config.2.toml, ... are those of earlier launches
 tokenizer/          the run's own tokenizer (models/run_tokenizer.py)
 metrics.jsonl       every step
 held_out/           samples of held-out text (data/sources/held_out.py)
 checkpoint/step-N/  the state after optimizer step N; complete once it has .metadata
+run.lock            held by the main rank of the launch that uses the folder (data/folder_lock.py)
+ranks.lock          shared by its other ranks (training/run_lock.py)
 tensorboard/, profile/, wandb_id
 """
 
@@ -78,6 +80,16 @@ class RunFolder:
         """The folder of all checkpoints."""
         return self.path / "checkpoint"
 
+    @property
+    def lock_file(self) -> Path:
+        """The lock of the launch that uses the folder."""
+        return self.path / "run.lock"
+
+    @property
+    def ranks_lock_file(self) -> Path:
+        """The lock that all ranks but the main one share."""
+        return self.path / "ranks.lock"
+
     def checkpoint(self, step: int) -> Path:
         """Return the folder of the checkpoint after a step."""
         return self.checkpoints / f"step-{step}"
@@ -134,6 +146,26 @@ class RunFolder:
         if missing:
             raise UserError(f"{self.config_file} is damaged, it has no {' and no '.join(missing)}; {remedy}")
         return table
+
+    def keep_config(self, config: Any) -> None:
+        """Keep the config of the launch before as config.N.toml, N = 1, 2, ..., unless it is the same.
+
+        Args:
+            config: The resolved config that is to replace it.
+        """
+        if not self.config_file.exists():
+            return
+        text = self.config_file.read_text(encoding="utf-8")
+        last = None  # a launch may have been killed after it kept the config
+        for number in itertools.count(1):
+            kept = self.path / f"config.{number}.toml"
+            if not kept.exists():
+                break
+            last = kept.read_text(encoding="utf-8")
+        if text not in (last, to_toml(config)):
+            temporary = kept.with_name(f"{kept.name}.tmp")
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, kept)
 
     def write_config(self, config: Any) -> None:
         """Write the resolved config, a dataclass or a dict of them by table, atomically."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
-from errors import UserError
+from errors import UserError, check_range
 
 Orthogonalization = Literal["newton_schulz5", "polar_express"]
 UpdateScale = Literal["match_rms_adamw", "spectral", "unit"]
@@ -61,14 +61,12 @@ class MuonGroup:
 
     def __post_init__(self) -> None:
         _check_patterns(self.parameters)
-        _check_rates(self.lr, self.weight_decay, self.weight_decay_gamma)
+        _check_rates(self)
         _check_coefficient("momentum", self.momentum)
         if self.row_beta2 is not None:
             _check_coefficient("row_beta2", self.row_beta2)
-        if self.block_rows is not None and self.block_rows < 1:
-            raise UserError(f'block_rows ({self.block_rows}) must be at least 1, or "none"')
-        if self.num_iterations is not None and self.num_iterations < 1:
-            raise UserError(f'num_iterations ({self.num_iterations}) must be at least 1, or "none"')
+        check_range(self, 1, 1_000_000, "block_rows")
+        check_range(self, 1, 100, "num_iterations")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,11 +99,10 @@ class AdamWGroup:
 
     def __post_init__(self) -> None:
         _check_patterns(self.parameters)
-        _check_rates(self.lr, self.weight_decay, self.weight_decay_gamma)
+        _check_rates(self)
         _check_coefficient("beta1", self.beta1)
         _check_coefficient("beta2", self.beta2)
-        if not self.eps > 0.0:
-            raise UserError(f"eps ({self.eps}) must be positive")
+        check_range(self, 1e-30, 1.0, "eps")
 
 
 ParameterGroup = MuonGroup | AdamWGroup
@@ -161,13 +158,8 @@ class ScheduleConfig:
                     f"{key} is {value!r}, which a {self.kind} schedule does not read; remove it, or set "
                     'kind to "wsd"'
                 )
-        if self.warmup_steps < 0:
-            raise UserError(f"warmup_steps ({self.warmup_steps}) must not be negative")
-        for name, value in (("decay_ratio", self.decay_ratio), ("min_lr_ratio", self.min_lr_ratio)):
-            if value is not None and not 0.0 <= value <= 1.0:
-                raise UserError(f"{name} ({value}) must be in [0, 1]")
-        if self.decay_steps is not None and self.decay_steps < 0:
-            raise UserError(f"decay_steps ({self.decay_steps}) must not be negative")
+        check_range(self, 0, 10**9, "warmup_steps", "decay_steps")
+        check_range(self, 0.0, 1.0, "decay_ratio", "min_lr_ratio")
         if self.decay_ratio is not None and self.decay_steps is not None:
             raise UserError(
                 f"decay_ratio ({self.decay_ratio}) and decay_steps ({self.decay_steps}) are both given; "
@@ -185,13 +177,14 @@ def _check_patterns(patterns: Sequence[str]) -> None:
             raise UserError(f"parameters: {pattern!r} is not a regular expression: {error}") from error
 
 
-def _check_rates(lr: float, weight_decay: float, weight_decay_gamma: float | None) -> None:
-    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-        if not 0.0 <= value < float("inf"):
-            raise UserError(f"{name} ({value}) must be finite and not negative")
-    if weight_decay_gamma is not None and not 0.0 <= weight_decay_gamma < float("inf"):
+def _check_rates(group: MuonGroup | AdamWGroup) -> None:
+    check_range(group, 0.0, 10.0, "lr")
+    check_range(group, 0.0, 10_000.0, "weight_decay")
+    check_range(group, 0.0, 100.0, "weight_decay_gamma")
+    if group.lr * group.weight_decay > 1.0:
         raise UserError(
-            f'weight_decay_gamma ({weight_decay_gamma}) must be finite and not negative, or "none"'
+            f"lr ({group.lr}) times weight_decay ({group.weight_decay}) must be at most 1: every step "
+            "multiplies the parameters by 1 - lr * weight_decay"
         )
 
 

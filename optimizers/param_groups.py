@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from errors import UserError
-from optimizers.config import ParameterGroup
+from optimizers.config import MuonGroup, ParameterGroup
 
 _NUM_NAMES_SHOWN = 8
 
@@ -43,7 +43,7 @@ def assign_parameters(
 
     Raises:
         UserError: No group or several groups match a parameter, a group matches nothing, or a Muon group
-            matches a parameter that is not a matrix.
+            matches a parameter that is not a matrix or whose rows block_rows does not divide.
     """
     patterns = {
         group_name: [re.compile(pattern) for pattern in group.parameters]
@@ -53,6 +53,7 @@ def assign_parameters(
     unmatched: list[str] = []
     ambiguous: list[str] = []
     not_matrices: list[str] = []
+    not_divided: list[str] = []
     for name, parameter in named_parameters:
         if not parameter.requires_grad:
             continue
@@ -63,13 +64,23 @@ def assign_parameters(
             ambiguous.append(f"{name} ({', '.join(matching)})")
         else:
             assigned[matching[0]].append(parameter)
-            if groups[matching[0]].kind == "muon" and parameter.ndim != 2:
-                not_matrices.append(f"{name} {list(parameter.shape)} ({matching[0]})")
+            group = groups[matching[0]]
+            if isinstance(group, MuonGroup):
+                described = f"{name} {list(parameter.shape)} ({matching[0]})"
+                if parameter.ndim != 2:
+                    not_matrices.append(described)
+                elif parameter.shape[0] % (group.block_rows or 1):
+                    not_divided.append(f"{described}, block_rows = {group.block_rows}")
     empty = [group_name for group_name, members in assigned.items() if not members]
     _raise_if("no group matches these parameters", unmatched, "add a pattern, or freeze them")
     _raise_if("several groups match these parameters", ambiguous, "make the patterns exclude each other")
     _raise_if(
         "Muon groups match parameters that are not matrices", not_matrices, "move them to an adamw group"
+    )
+    _raise_if(
+        "block_rows does not divide the number of rows",
+        not_divided,
+        'set it to a divisor, such as the head width, or to "none"',
     )
     _raise_if("these groups match no trainable parameter", empty, "correct their patterns or remove them")
     return assigned

@@ -177,8 +177,8 @@ def test_toml_of_a_run_loads_to_the_same_run(tmp_path: Path) -> None:
         ),
         (["--training", "3"], ["training:", "a table"]),
         (["--steps", "3"], ["steps:", "nearest is training.steps"]),
-        (["--training.max_grad_norm", "-1"], ["training.max_grad_norm", "positive"]),
-        (["--model.init_std", "nan"], ["model.init_std", "positive"]),
+        (["--training.max_grad_norm", "-1"], ["training.max_grad_norm", "at least 1e-06"]),
+        (["--model.init_std", "nan"], ["model.init_std", "at least 1e-08", "got nan"]),
     ],
 )
 def test_refusals_name_key_value_and_remedy(tmp_path: Path, overrides: list[str], said: list[str]) -> None:

@@ -46,6 +46,7 @@ def dry_run(config: RunConfig, world_size: int) -> str:
         *((f"memory, {part}", f"{size / GIB:.2f} GiB") for part, size in vars(memory).items()),
         *_time_rows(config, model, world_size),
         ("checkpoint", f"{format_bytes(size)}, up to {kept} at a time: {format_bytes(kept * size)} of disk"),
+        *(("note", sentence) for sentence in config.unread_keys()),
         ("memory per rank, peak", f"{memory.peak / GIB:.2f} GiB"),
     ]  # fmt: skip
     return "\n".join(f"{name:<24}{value}" for name, value in rows)

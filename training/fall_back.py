@@ -2,11 +2,42 @@
 
 from pathlib import Path
 
+from eval.distributed import run_on_main_rank
 from models.checkpoint.metadata import DamagedCheckpointError
 from models.run_folder import RunFolder, step_of
+from training import titan
+from training.checkpoints import RunCheckpoints
 from training.log import logger
 from training.resume import StartPoint, find_start
 from training.run_config import RunConfig
+
+
+def load_or_fall_back(checkpointer: RunCheckpoints, config: RunConfig, start: StartPoint) -> StartPoint:
+    """Load a checkpoint, or the good one before it.
+
+    Args:
+        checkpointer: Loads on all ranks.
+        config: The run.
+        start: A resume or a branch.
+
+    Returns:
+        What was loaded.
+
+    Raises:
+        DamagedCheckpointError: The checkpoint is damaged; see fall_back.
+    """
+    assert start.checkpoint is not None
+    try:
+        titan.load_checkpoint(checkpointer, start.checkpoint, with_data=not start.restarts_data)
+        return start
+    except DamagedCheckpointError as error:
+        if start.kind != "resume":
+            raise
+        damage = error
+    start = run_on_main_rank(lambda: fall_back(config, damage))
+    assert start.checkpoint is not None
+    titan.load_checkpoint(checkpointer, start.checkpoint, with_data=True)
+    return start
 
 
 def fall_back(config: RunConfig, damage: DamagedCheckpointError) -> StartPoint:

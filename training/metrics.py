@@ -181,11 +181,11 @@ class RunMetrics(MetricsProcessor):
     def record_launch(
         self, step: int, *, start: Mapping[str, Any], num_parameters: int, tokenizer_fingerprint: str
     ) -> None:
-        """Write a record of the launch to metrics.jsonl: ranks, device, model and tokenizer, for eval.report.
+        """Write a record of the launch to metrics.jsonl: start, code, ranks, device, model and tokenizer.
 
         Args:
             step: Optimizer steps completed before the launch.
-            start: What the launch started from, by name.
+            start: What the launch started from and of which code and config it is, by name.
             num_parameters: Parameters of the whole model.
             tokenizer_fingerprint: Fingerprint of the run's tokenizer.
         """
@@ -304,14 +304,14 @@ def _ignore_tensorboard_thread(failure: threading.ExceptHookArgs) -> None:
 def _start_wandb(folder: Path, name: str, resolved_config: Mapping[str, Any]) -> Any:
     import wandb
 
-    # kept in the run folder, so that a resumed run continues the same wandb run
+    # kept in the run folder: a resumed run continues its wandb run, one that starts over gets a new one
     id_file = RunFolder(folder).wandb_id_file
     if id_file.exists() and not id_file.read_text(encoding="utf-8", errors="replace").strip():
         logger.warning(
             f"{id_file} is empty: starting a new wandb run; to continue the former, write its id there"
         )
         id_file.unlink()
-    if not id_file.exists():
+    if not id_file.exists() or RunFolder(folder).newest_checkpoint() is None:
         write_text(id_file, secrets.token_hex(4))
     run = wandb.init(
         project=os.environ.get("WANDB_PROJECT", "parallax"),

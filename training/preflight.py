@@ -43,6 +43,9 @@ def check_run(config: RunConfig, world_size: int) -> Tokenizer:
             vocabulary; a data file is missing or has no text column, or shards are of another tokenizer; a
             task is unknown or has no documents.
     """
+    if os.environ.get("RANK", "0") == "0":
+        for sentence in config.unread_keys():
+            logger.warning(sentence)
     config.gradient_accumulation_steps(world_size)
     config.parallelism.degrees(world_size)
     model = build_meta_model(config)

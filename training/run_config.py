@@ -2,21 +2,19 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from data.config import DataConfig
 from data.loading.global_batch import gradient_accumulation_steps
-from errors import UserError
+from errors import UserError, check_not_empty, check_range
 from eval.config import EvalConfig
 from models.config import ModelConfig
 from optimizers.config import OptimizerConfig, ScheduleConfig
+from training.other_names import OTHER_NAMES
 
-
-def _check_at_least(config: object, minimum: int, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and value < minimum:
-            raise UserError(f"{name} must be at least {minimum}, got {value}")
+_MAX_STEPS = 10**9
+_MAX_TOKENS = 2**31 - 1  # of a row, or rows of a batch
+_MAX_NAME_BYTES = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +33,17 @@ class RunSection:
     folder: str
     seed: int = 0
     deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        is_path = "/" in self.name or "\0" in self.name or self.name in ("", ".", "..")
+        if is_path or len(self.name.encode()) > _MAX_NAME_BYTES:
+            raise UserError(
+                f"name must be the name of one folder in runs/, of 1 to {_MAX_NAME_BYTES} bytes without a "
+                f"slash, got {self.name!r}; for a folder elsewhere set run.folder"
+            )
+        if not self.folder or "\0" in self.folder:
+            raise UserError(f"folder must be the path of a folder, got {self.folder!r}")
+        check_range(self, 0, 2**63 - 1, "seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,14 +77,14 @@ class TrainingConfig:
     activation_checkpointing: Literal["selective", "full"] | None = None
 
     def __post_init__(self) -> None:
-        _check_at_least(self, 1, "steps", "stop_at_step", "seq_len", "global_batch_size", "local_batch_size")
+        check_range(self, 1, _MAX_STEPS, "steps", "stop_at_step")
+        check_range(self, 1, _MAX_TOKENS, "seq_len", "global_batch_size", "local_batch_size")
+        check_range(self, 1e-6, 1e12, "max_grad_norm")
         if self.global_batch_size % self.local_batch_size:
             raise UserError(
                 f"global_batch_size ({self.global_batch_size}) must be a multiple of local_batch_size "
                 f"({self.local_batch_size})"
             )
-        if not 0.0 < self.max_grad_norm < float("inf"):
-            raise UserError(f"max_grad_norm must be positive and finite, got {self.max_grad_norm}")
 
     @property
     def last_step(self) -> int:
@@ -91,14 +100,19 @@ class ParallelismConfig:
         replicate: Number of replicas of the sharded model (HSDP); 1 for FSDP.
         shard: Number of ranks that shard one replica; None for all ranks / replicate.
         reshard_after_forward: Free the gathered weights of a block between its forward and its backward.
+        timeout_seconds: How long ranks wait in a step for one that hangs or is gone, before the run ends and
+            names it; three mean steps where these are longer. Loading, the first three steps of a launch,
+            checkpoints and evaluations may take 30 minutes, data 15.
     """
 
     replicate: int = 1
     shard: int | None = None
     reshard_after_forward: bool = True
+    timeout_seconds: int = 120
 
     def __post_init__(self) -> None:
-        _check_at_least(self, 1, "replicate", "shard")
+        check_range(self, 1, 1_000_000, "replicate", "shard")
+        check_range(self, 1, 7 * 86400, "timeout_seconds")
 
     def degrees(self, world_size: int) -> tuple[int, int]:
         """Return (replicate, shard) for a number of ranks.
@@ -146,8 +160,9 @@ class CheckpointConfig:
     initial_weights: str | None = None
 
     def __post_init__(self) -> None:
-        _check_at_least(self, 1, "every")
-        _check_at_least(self, 2, "keep")
+        check_range(self, 1, _MAX_STEPS, "every")
+        check_range(self, 2, _MAX_STEPS, "keep")
+        check_not_empty(self, "start_from", "initial_weights")
         if self.start_from is not None and self.initial_weights is not None:
             raise UserError(
                 "start_from loads the whole state of a run and initial_weights the weights alone; set one of "
@@ -185,8 +200,8 @@ class MetricsConfig:
     spectrum_every: int | None = None
 
     def __post_init__(self) -> None:
-        _check_at_least(self, 1, "console_every", "update_every", "spectrum_every")
-        _check_at_least(self, 10, "profile_every")
+        check_range(self, 1, _MAX_STEPS, "console_every", "update_every", "spectrum_every")
+        check_range(self, 10, _MAX_STEPS, "profile_every")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +221,8 @@ class RunConfig:
         metrics: Metrics and profiles.
     """
 
+    OTHER_NAMES: ClassVar[dict[str, str]] = OTHER_NAMES
+
     run: RunSection
     model: ModelConfig
     optimizer: OptimizerConfig
@@ -224,6 +241,22 @@ class RunConfig:
         if isinstance(run, dict):
             run.setdefault("name", path.stem)
             run.setdefault("folder", f"runs/{run['name']}")
+
+    def unread_keys(self) -> list[str]:
+        """Return a sentence about each key of [eval] that is set and that this run does not read."""
+        told = []
+        has_loss, has_tasks = self.data.validation is not None, bool(self.eval.tasks)
+        for name, is_read, reason in (
+            ("every", has_loss or bool(self.eval.sample_prompts), "data.validation is none"),
+            ("max_tokens", has_loss, "data.validation is none"),
+            ("tasks_every", has_tasks, "eval.tasks is empty"),
+            ("tasks_limit", has_tasks, "eval.tasks is empty"),
+            ("tasks_data", has_tasks, "eval.tasks is empty"),
+        ):
+            value = getattr(self.eval, name)
+            if value is not None and not is_read:
+                told.append(f"eval.{name} is {value}, but {reason}: it has no effect")
+        return told
 
     @property
     def tokens_per_step(self) -> int:

@@ -18,6 +18,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from data.tokenizer import Tokenizer
+from errors import UserError
 from eval.harness import HarnessModel, evaluate_tasks, load_tasks
 from eval.scoring.groups import Group, Scores
 from eval.scoring.language_model import Qwen3Model
@@ -132,6 +133,17 @@ def test_empty_contexts_and_continuations(tokenizer: Tokenizer) -> None:
     assert found[3][0] < 0
 
 
+def test_an_added_token_in_task_text_is_that_token(tokenizer: Tokenizer) -> None:
+    model = Qwen3Model(build(vocab_size=tokenizer.vocab_size), max_length=96)
+    lm = HarnessModel(model, tokenizer, Scorer(model, token_budget=100))
+    end, (before, after) = tokenizer.end_of_document_id, tokenizer.encode_batch(["the", "model"])
+    assert lm.tok_encode("the<|endoftext|>model") == [*before, end, *after]
+    pair = ("the<|endoftext|>", "model")
+    (found,) = lm.loglikelihood([Instance("loglikelihood", {}, pair, 0)])
+    (scores,) = model.score([Group((*before, end), (tuple(after),))])[0]
+    assert found[0] == pytest.approx(sum(scores.log_probs), abs=1e-4)
+
+
 def test_the_mean_of_the_paper_s_accuracies_and_standard_errors(
     tasks_folder: Path, tokenizer: Tokenizer
 ) -> None:
@@ -148,6 +160,41 @@ def test_the_mean_of_the_paper_s_accuracies_and_standard_errors(
     assert results.metrics["wikitext"]["word_perplexity"] > 1
     assert "word_perplexity_stderr" not in results.metrics["wikitext"]
     assert results.metrics["lambada_openai"]["perplexity_stderr"] > 0
+
+
+def test_the_standard_error_of_a_perplexity_is_that_of_its_logarithm_times_itself(
+    tasks_folder: Path, tokenizer: Tokenizer
+) -> None:
+    model = Qwen3Model(build(), max_length=96)
+    results = evaluate_tasks(model, tokenizer, ["lambada_openai"], data=tasks_folder)
+    metrics = results.metrics["lambada_openai"]
+    lm = HarnessModel(model, tokenizer, Scorer(model, token_budget=2000))
+    lines = (tasks_folder / "lambada_openai.jsonl").read_text().splitlines()
+    pairs = [json.loads(line)["text"].rsplit(" ", 1) for line in lines]
+    requests = [Instance("loglikelihood", {}, (a, f" {b}"), i) for i, (a, b) in enumerate(pairs)]
+    log_probs = np.array([log_prob for log_prob, _ in lm.loglikelihood(requests)])
+    assert metrics["perplexity"] == pytest.approx(np.exp(-log_probs.mean()), rel=1e-5)
+    error = metrics["perplexity"] * log_probs.std(ddof=1) / len(pairs) ** 0.5
+    assert metrics["perplexity_stderr"] == pytest.approx(error, rel=1e-4)
+    assert metrics["acc_stderr"] == pytest.approx(
+        (metrics["acc"] * (1 - metrics["acc"]) / (len(pairs) - 1)) ** 0.5
+    )
+
+
+def test_saved_results_are_of_one_model_one_max_length_and_one_tokenizer(
+    tasks_folder: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    def run(max_length: int = 96, identity: str = "debug") -> int:
+        model = Qwen3Model(build(), max_length=max_length, identity=identity)
+        file = tmp_path / "requests.jsonl"
+        found = evaluate_tasks(model, tokenizer, ["sciq"], data=tasks_folder, limit=2, cache_file=file)
+        return found.num_reused
+
+    assert run() == 0
+    assert run() > 0
+    for changes in ({"max_length": 64}, {"identity": "other"}):
+        with pytest.raises(UserError, match="holds results of another checkpoint or tokenizer"):
+            run(**changes)  # pyrefly: ignore [bad-argument-type]
 
 
 def test_an_interrupted_evaluation_resumes(tasks_folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -143,6 +143,21 @@ def test_wikitext_and_last_words_have_the_metrics_of_the_harness(
     assert lambada.last_word_accuracy == metrics["acc"]
 
 
+def test_white_space_around_a_page_counts_as_in_the_harness(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    pytest.importorskip("lm_eval", reason="needs the extra `eval`")
+    from eval.harness import evaluate_tasks
+
+    # the harness removes spaces beside line ends: its text would be another one
+    pages = [f"  {make_text(1, 20)} \t ", f"{make_text(2, 9)}  ", f"\n{make_text(3, 5)}\n"]
+    lines = [json.dumps({"page": page}) + "\n" for page in pages]
+    (tmp_path / "wikitext.jsonl").write_text("".join(lines))
+    model = Qwen3Model(build(), max_length=96)
+    theirs = evaluate_tasks(model, tokenizer, ["wikitext"], data=tmp_path).metrics["wikitext"]
+    ours = text_loss(model, tokenizer, documents(tmp_path, pages, tokenizer), mode="wikitext")
+    assert ours.word_perplexity == pytest.approx(theirs["word_perplexity"], rel=1e-4)
+    assert ours.bits_per_byte == pytest.approx(theirs["bits_per_byte"], rel=1e-5)
+
+
 class GreedyModel(Qwen3Model):
     """A model for which every token but one is greedy, at 1 nat."""
 
@@ -165,6 +180,20 @@ def test_a_last_word_in_several_windows_counts_once(tmp_path: Path, tokenizer: T
     found = text_loss(GreedyModel(unexpected), tokenizer, opened, mode="last-word", stride=1, token_budget=10)
     assert found.num_tokens > 3 * 3
     assert found.last_word_accuracy == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("stride", [None, 1, 5])
+def test_bits_per_byte_over_several_windows_leave_out_one_end_of_document_token(
+    tmp_path: Path, tokenizer: Tokenizer, stride: int | None
+) -> None:
+    texts = [make_text(seed, 12) for seed in (3, 4)]
+    found = text_loss(GreedyModel(0), tokenizer, documents(tmp_path, texts, tokenizer), stride=stride)
+    ids = [tokenizer.encode(text) for text in texts]
+    num_bytes = sum(map(len, texts)) - sum(tokenizer.num_bytes(each[0]) for each in ids)
+    # each token has 1 nat; a document's first is not predicted, and its end is predicted but no text
+    assert found.num_tokens == sum(map(len, ids)) > 4 * 8
+    num_text_tokens = sum(map(len, ids)) - len(ids)
+    assert found.bits_per_byte == pytest.approx(num_text_tokens / math.log(2) / num_bytes)
 
 
 def test_pending_windows_of_a_long_document_are_bounded(

@@ -11,7 +11,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from errors import UserError
 from models import sizes
-from models.attention.base import Attention, mean_visible_keys
+from models.attention.base import Attention, Rope, mean_visible_keys
 from models.attention.parallax import ParallaxAttention
 from models.attention.torch_softmax import torch_softmax_attention
 from models.config import (
@@ -255,9 +255,9 @@ def test_linear_variants_have_the_parameters_of_softmax() -> None:
 
 def test_invalid_solver_options_raise() -> None:
     for kind in (LocalLinearConfig, AffineMesaNetConfig):
-        with pytest.raises(UserError, match="ridge must be positive and finite"):
+        with pytest.raises(UserError, match=r"ridge must be at least 1e-08 .* got 0.0"):
             kind(ridge=0.0)
-        with pytest.raises(UserError, match="num_iterations must be at least 1, got 0"):
+        with pytest.raises(UserError, match=r"num_iterations must be at least 1 .* got 0"):
             kind(num_iterations=0)
     with pytest.raises(UserError, match="window_size must be at least 1"):
         LocalLinearConfig(window_size=0)
@@ -280,6 +280,46 @@ def test_initial_weights_depend_on_seed_and_name_only() -> None:
     assert not torch.equal(attention.wq.weight, attention.wr.weight)
     assert float(attention.wr.weight.detach().std()) == pytest.approx(0.2, rel=0.1)
     assert torch.all(attention.r_norm.weight == 0.25)
+
+
+def test_far_positions_are_rotated_by_their_own_angles() -> None:
+    rope = Rope(torch.tensor([[1000, 1001, 40001]]), 8, 1e4)
+    exponents = torch.arange(4, dtype=torch.float64) / 4
+    angles = torch.tensor([1000.0, 1001.0, 40001.0], dtype=torch.float64)[:, None] * 1e4**-exponents
+    torch.testing.assert_close(rope.cos[0, :, 0].double(), angles.cos(), rtol=0, atol=5e-3)
+    torch.testing.assert_close(rope.sin[0, :, 0].double(), angles.sin(), rtol=0, atol=5e-3)
+
+
+@torch.no_grad()
+def test_the_probe_is_normalized_scaled_and_then_rotated() -> None:
+    model = build(ParallaxConfig(r_scale=0.5), torch.float64)
+    attention = model.layers[0].attention
+    assert isinstance(attention, ParallaxAttention)
+    generator = torch.Generator().manual_seed(4)
+    # with gains that differ between channels, norm and rotation do not commute
+    gain = torch.rand(attention.r_norm.weight.shape, generator=generator, dtype=torch.float64) + 0.5
+    attention.r_norm.weight.copy_(gain)
+    x = torch.randn(1, 9, TINY.width, generator=generator, dtype=torch.float64)
+    r = attention.wr(x).unflatten(-1, (TINY.num_heads, TINY.head_dim))
+    r = 0.5 * gain * r / (r.square().mean(-1, keepdim=True) + attention.r_norm.eps).sqrt()
+    half = TINY.head_dim // 2
+    angles = torch.arange(9.0)[:, None] * 1e6 ** (-torch.arange(half) / half)
+    turn = torch.polar(torch.ones_like(angles), angles).to(torch.complex128)[:, None]
+    turned = torch.complex(r[..., :half], r[..., half:]) * turn
+    expected = torch.cat((turned.real, turned.imag), -1)
+    rope = Rope(torch.arange(9)[None], TINY.head_dim, 1e6)
+    torch.testing.assert_close(attention.probe(x, rope), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_matrices_that_write_to_the_residual_stream_start_smaller() -> None:
+    model = build(ParallaxConfig())
+    init_weights(model, 0)
+    expected = {"wo": 0.2 / (2 * model.config.dimensions.num_layers) ** 0.5}
+    expected |= {"down": expected["wo"], "wq": 0.2, "wr": 0.2, "up": 0.2, "tok_embeddings": 0.2}
+    for part, std in expected.items():
+        weights = [w for name, w in model.named_parameters() if name.endswith(f"{part}.weight")]
+        pooled = torch.cat([w.detach().flatten() for w in weights])
+        assert float(pooled.std()) == pytest.approx(std, rel=0.05), part
 
 
 def test_wrappers_of_activation_checkpointing_are_not_in_parameter_names() -> None:

@@ -41,14 +41,14 @@ def round_trip(layout: Layout, local: torch.Tensor, whole: torch.Tensor, num_own
     assert torch.equal(exchange.to_shards(owned + 1.0).wait(), factors * local + 1.0)
 
 
-def check_strided_shards() -> None:
+def check_strided_shards(num_fsdp: int, num_tp: int, num_owned: list[int]) -> None:
     """FSDP2 over tensor parallelism by rows: the second mesh dimension shards first."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tp"))
-    whole = torch.arange(48.0).view(8, 6)
+    mesh = init_device_mesh("cpu", (num_fsdp, num_tp), mesh_dim_names=("fsdp", "tp"))
+    whole = torch.arange(72.0).view(12, 6)
     fsdp, tp = mesh.get_local_rank("fsdp"), mesh.get_local_rank("tp")
-    local = whole.chunk(2)[tp].chunk(2)[fsdp]
-    layout = Layout((8, 6), mesh, (_StridedShard(0, split_factor=2), Shard(0)))
-    round_trip(layout, local, whole, [1, 0, 2, 1])
+    local = whole.chunk(num_tp)[tp].chunk(num_fsdp)[fsdp]
+    layout = Layout((12, 6), mesh, (_StridedShard(0, split_factor=num_tp), Shard(0)))
+    round_trip(layout, local, whole, num_owned)
 
 
 def check_bucket_plan(mesh: DeviceMesh) -> None:
@@ -74,10 +74,14 @@ def check_bucket_plan(mesh: DeviceMesh) -> None:
     assert {id(p) for p in planned} == {id(p) for p in [*params, tall]}
 
 
-def worker(rank: int, folder: str) -> None:
+def join(rank: int, folder: str, world_size: int) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=4)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=world_size)
+
+
+def worker(rank: int, folder: str) -> None:
+    join(rank, folder, 4)
     for mesh_shape, placements, shape in CASES:
         mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=("a", "b")[: len(mesh_shape)])
         whole = torch.arange(float(shape[0] * shape[1])).view(shape)
@@ -86,7 +90,7 @@ def worker(rank: int, folder: str) -> None:
         layout = Layout.of(sharded)
         for num_owned in ([1, 1, 1, 1], [0, 3, 1, 0]):
             round_trip(layout, sharded.to_local(), whole, num_owned)
-    check_strided_shards()
+    check_strided_shards(2, 2, [1, 0, 2, 1])
     check_bucket_plan(init_device_mesh("cpu", (4,)))
     dist.destroy_process_group()
 
@@ -94,6 +98,16 @@ def worker(rank: int, folder: str) -> None:
 def test_round_trip_from_shards_to_owners_and_back(tmp_path: Path) -> None:
     multiprocessing.get_context("forkserver").set_forkserver_preload(["optimizers.exchange"])
     mp.start_processes(worker, args=(str(tmp_path),), nprocs=4, start_method="forkserver")
+
+
+def strided_worker(rank: int, folder: str) -> None:
+    join(rank, folder, 6)
+    check_strided_shards(2, 3, [1, 0, 2, 1, 0, 1])
+    dist.destroy_process_group()
+
+
+def test_an_order_of_shards_that_is_not_its_own_inverse(tmp_path: Path) -> None:
+    mp.start_processes(strided_worker, args=(str(tmp_path),), nprocs=6, start_method="forkserver")
 
 
 def test_other_placements_are_unsupported() -> None:

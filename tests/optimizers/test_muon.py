@@ -228,3 +228,11 @@ def test_update_stats_are_those_of_the_step() -> None:
 def test_a_vector_is_an_error() -> None:
     with pytest.raises(UserError, match=r"shape \[7\]; use AdamW"):
         Muon([torch.nn.Parameter(torch.zeros(7))], lr=0.1)
+
+
+def test_a_refused_group_is_not_added() -> None:
+    muon = Muon([torch.nn.Parameter(torch.zeros(4, 4))], lr=0.1)
+    vector = torch.nn.Parameter(torch.zeros(7))
+    with pytest.raises(UserError, match="Muon updates matrices only"):
+        muon.add_param_group({"params": [vector]})
+    assert len(muon.param_groups) == 1

@@ -114,8 +114,30 @@ def test_input_is_not_modified(method: Method) -> None:
     assert torch.equal(matrix, before)
 
 
-def test_polar_express_with_fewer_iterations_than_coefficients() -> None:
-    s = torch.tensor([[0.5]], dtype=torch.float64)
-    x = 1 / 1.02
-    expected = 8.156554524902461 * x - 22.48329292557795 * x**3 + 15.878769915207462 * x**5
-    assert polar_express(s, 1).item() == pytest.approx(expected, rel=1e-12)
+# of arXiv 2505.16932 for singular values of 1e-3 to 1, divided by the safety factor: a, b, c of each step
+POLAR_STEPS = [
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+    *[(15 / 8, -10 / 8, 3 / 8)] * 2,
+]
+
+
+@pytest.mark.parametrize("num_iterations", range(1, 8))
+def test_polar_express_applies_one_polynomial_after_another(num_iterations: int) -> None:
+    u, s, vh = torch.linalg.svd(gaussian(30, 20), full_matrices=False)
+    expected = s / (1.02 * s.norm())
+    for a, b, c in POLAR_STEPS[:num_iterations]:
+        expected = a * expected + b * expected**3 + c * expected**5
+    actual = polar_express(u @ torch.diag(s) @ vh, num_iterations)
+    torch.testing.assert_close(actual, u @ torch.diag(expected) @ vh, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_frobenius_norm_beyond_the_range_of_fp16_does_not_matter(method: Method) -> None:
+    # each element is below 65504, the norm is not
+    matrix = (3000 * torch.randn(96, 40)).clamp(-6e4, 6e4).half()
+    assert matrix.double().norm() > 65504
+    torch.testing.assert_close(method(matrix).float(), method(matrix.float()), rtol=0, atol=0.02)

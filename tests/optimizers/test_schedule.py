@@ -90,7 +90,7 @@ def test_weight_decay_is_annealed_over_the_decay_phase(shape: Any) -> None:
 def test_decay_ratio_and_decay_steps_exclude_each_other() -> None:
     with pytest.raises(UserError, match=r'decay_ratio \(0.25\) and decay_steps \(500\).*"none"'):
         ScheduleConfig(decay_ratio=0.25, decay_steps=500)
-    with pytest.raises(UserError, match=r"decay_steps \(-1\) must not be negative"):
+    with pytest.raises(UserError, match=r"decay_steps must be at least 0 .* got -1"):
         ScheduleConfig(decay_steps=-1)
     with pytest.raises(UserError, match=r"decay \(500 steps\).*100 steps.*schedule.decay_steps"):
         lr_factor(0, ScheduleConfig(decay_steps=500), 100)
@@ -126,3 +126,8 @@ def test_warmup_and_decay_longer_than_the_run_are_an_error() -> None:
         lr_factor(0, ScheduleConfig(kind="constant", warmup_steps=30), 20)
     with pytest.raises(UserError, match=r"warmup_steps \(30\)"):
         lr_factor(0, ScheduleConfig(kind="cosine", warmup_steps=30), 20)
+
+
+@pytest.mark.parametrize(("total_steps", "start"), [(7, 6), (8, 6), (12, 10), (13, 10)])
+def test_the_decay_takes_the_nearest_number_of_steps(total_steps: int, start: int) -> None:
+    assert decay_start(ScheduleConfig(decay_ratio=0.2), total_steps) == start

@@ -243,8 +243,9 @@ def test_compiled_call_raises_for_wrong_document_bounds(compiled: Callable[..., 
 
 
 @pytest.mark.parametrize("masking", [(None, None), (cu_seqlens_of((3, 0, 6)), 2)], ids=["rows", "packed"])
-def test_operators_pass_opcheck(masking: tuple) -> None:
-    q, r, k, v, do = make_inputs(1, 9, 4, 2, 16, dtype=torch.float32, layout="fused")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_operators_pass_opcheck(masking: tuple, dtype: torch.dtype) -> None:
+    q, r, k, v, do = make_inputs(1, 9, 4, 2, 16, dtype=dtype, layout="fused")
     cu_seqlens, window_size = masking
     leaves = [x.requires_grad_() for x in (q, r, k, v)]
     torch.library.opcheck(ops.eager_forward, (*leaves, cu_seqlens, 0.25, window_size, 4))

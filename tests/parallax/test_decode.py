@@ -72,8 +72,14 @@ def test_wrong_input_raises() -> None:
     check_raises(
         ValueError, r"cache_seqlens\[1\] is 99, the cache holds 52", cache_seqlens=torch.tensor([5, 99]).int()
     )
+    parallax_decode(*good.values(), cache_seqlens=torch.tensor([5, 52]).int(), page_table=x.page_table)
+    check_raises(
+        ValueError, r"cache_seqlens\[1\] is 53, the cache holds 52", cache_seqlens=torch.tensor([5, 53]).int()
+    )
     assert x.page_table is not None
     table = x.page_table.clone()
+    table[1, 2] = x.k_cache.shape[0]
+    check_raises(ValueError, r"page_table\[1, 2\] is 29, wanted a page from 0 to 28", page_table=table)
     table[1, 2] = 1000
     check_raises(ValueError, r"page_table\[1, 2\] is 1000, wanted a page from 0", page_table=table)
     table[1, 2], table[1, 5] = 0, 1000  # past the last page of the sequence: never read

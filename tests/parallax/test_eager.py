@@ -182,8 +182,12 @@ def test_overflow_of_a_masked_probe_score_has_no_effect() -> None:
     q, r, k, v, _ = make_inputs(1, 12, 2, 1, 8, dtype=torch.float32)
     k[:, 7] = 1e38
     r[:, 3] = 1e5
-    o = attend_default(q, r, k, v)
+    leaves = [x.requires_grad_() for x in (q, r, k, v)]
+    o = attend_default(*leaves)
     assert bool(o[:, :7].isfinite().all())
+    dq, dr, *_ = torch.autograd.grad(o[:, :7].sum(), leaves)
+    assert bool(dq[:, :7].isfinite().all())
+    assert bool(dr[:, :7].isfinite().all())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -233,3 +237,17 @@ def test_wrong_document_bounds_raise() -> None:
     q, r, k, v, _ = make_inputs(1, 12, 2, 1, 8, dtype=torch.float32)
     with pytest.raises(ValueError, match="ends at 11, wanted the number of tokens 12"):
         eager.forward(q, r, k, v, cu_seqlens_of((4, 7)), 1.0, None)
+
+
+def test_autocast_is_disabled_in_forward_and_backward() -> None:
+    q, r, k, v, do = make_inputs(1, 9, 4, 2, 16, dtype=torch.float32)
+    leaves = [x.requires_grad_() for x in (q, r, k, v)]
+
+    def run() -> tuple[Tensor, ...]:
+        o = eager_attention(q, r, k, v, scale=0.25)
+        return o, *torch.autograd.grad(o, leaves, do)
+
+    expected = run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = run()
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))

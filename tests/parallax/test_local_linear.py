@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallax import affine_mesanet, local_linear, local_linear_attention, parallax_attention
 from parallax.conjugate_gradients import conjugate_gradients
-from parallax.local_linear import local_linear_probe
+from parallax.local_linear import local_linear_decode, local_linear_probe
 from parallax.reference import local_linear_reference
 from parallax.testing import CASES, Case, Inputs, cu_seqlens_of, make_inputs, relative_error
 
@@ -119,6 +119,14 @@ def test_error_is_only_rounding(dtype: torch.dtype, solver: Solver) -> None:
         assert relative_error(actual[name], truth[name]) < bound, name
 
 
+def test_the_direct_solver_centres_its_moments() -> None:
+    inputs = make_inputs(1, 130, 4, 2, 32, dtype=torch.float32, key_offset=30.0)
+    o = local_linear_attention(inputs.q, inputs.k, inputs.v, solver="direct")
+    wide = inputs.to(torch.float64)
+    # raw moments, of keys 30 standard deviations off, are a thousand times the covariance
+    assert relative_error(o, local_linear_reference(wide.q, wide.k, wide.v, ridge=10.0)) < 1e-4
+
+
 def test_autocast_is_disabled_in_the_solver() -> None:
     inputs = make_inputs(1, 40, 2, 1, 16, dtype=torch.float32)
     expected = output_and_gradients(local_linear_attention, inputs)
@@ -156,6 +164,27 @@ def test_memory_grows_linearly_with_the_length(solver: Solver, monkeypatch: pyte
     assert largest[1] <= 2 * largest[0]
     # a tile of 64 queries in two heads, or the direct solver's buffers
     assert largest[1] <= max(64 * 2 * 1024, 2**15 * 2)
+
+
+def test_memory_of_the_direct_solver_does_not_grow_with_the_squared_head_width(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(local_linear, "_DIRECT_ELEMENTS", 2**13)
+    inputs = make_inputs(1, 64, 2, 1, 32, dtype=torch.float32)
+    with LargestTensor() as mode:
+        output_and_gradients(local_linear_attention, inputs, solver="direct")
+    # four queries at a time; 64 matrices of both heads would have 2**17 elements
+    assert mode.num_elements <= 2**14
+
+
+@pytest.mark.parametrize("window_size", [None, 1, 4])
+def test_decoding_equals_the_last_rows_of_the_whole(window_size: int | None) -> None:
+    q, _, k, v, _ = make_inputs(2, 12, 4, 2, 8, dtype=torch.float64)
+    options = {"ridge": 0.3, "window_size": window_size, "num_iterations": 100}
+    whole = local_linear_attention(q, k, v, **options)  # pyrefly: ignore [bad-argument-type]
+    lengths = torch.tensor([12, 12], dtype=torch.int32)
+    last = local_linear_decode(q[:, -3:], k, v, cache_seqlens=lengths, **options)  # pyrefly: ignore [bad-argument-type]
+    torch.testing.assert_close(last, whole[:, -3:])
 
 
 def test_conjugate_gradients_stop_by_row() -> None:

@@ -115,9 +115,11 @@ class FakeWandb:
         self.history: list[dict[str, Any]] = []
         self.axes: dict[str, str | None] = {}
         self.exit_code: int | None = None
+        self.ids: list[str] = []
         self._last_step = -1
 
-    def init(self, **_: Any) -> "FakeWandb":
+    def init(self, **options: Any) -> "FakeWandb":
+        self.ids.append(options["id"])
         return self
 
     def define_metric(self, name: str, step_metric: str | None = None) -> None:
@@ -152,6 +154,19 @@ def test_wandb_lost_the_steps_repeated_by_a_resumed_run(launch: Launch, wandb: F
     assert [line["step"] for line in wandb.history if "loss" in line] == [*range(1, 10), 6, 7]
     assert [line["step"] for line in wandb.history if "samples" in line] == [9, 7]
     assert wandb.axes == {"step": None, "*": "step"}
+
+
+def test_a_run_that_started_over_continued_the_wandb_run_before(
+    launch: Launch, wandb: FakeWandb, tmp_path: Path
+) -> None:
+    for _ in range(2):
+        launch(wandb=True).close()
+    add_checkpoint(tmp_path / "run", 5)
+    for _ in range(2):
+        launch(wandb=True).close()
+    first, second, *resumed = wandb.ids
+    assert first != second
+    assert resumed == [second, second]
 
 
 def test_wandb_showed_a_failed_run_as_finished(launch: Launch, wandb: FakeWandb) -> None:

@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+import config
+from models.run_folder import RunFolder
 from tests.training.launch import EXACT, losses, records, train
+from training.run_config import RunConfig
 
 RANKS = pytest.mark.parametrize("ranks", [1, 2])
 
@@ -104,7 +107,10 @@ def test_every_step_is_recorded_with_its_metrics(straight: dict[int, Path]) -> N
     for line in held_out:
         assert line["validation_perplexity"] == pytest.approx(math.exp(line["validation_loss"]))
     assert held_out[1]["validation_loss"] < held_out[0]["validation_loss"] - 0.5
-    assert (straight[2] / "config.toml").exists()
+    saved = RunFolder(straight[2]).read_config()
+    assert saved is not None
+    assert saved["optimizer"]["groups"]["hidden"]["dtype"] == "float32"
+    assert config.from_table(RunConfig, saved, "config.toml").run.folder == str(straight[2])
 
 
 def test_flops_by_documents_are_equal_on_one_and_two_ranks(straight: dict[int, Path]) -> None:
@@ -169,8 +175,14 @@ def test_unmasked_sequences_give_the_same_losses_on_one_and_two_ranks(corpus: Pa
 
 def test_tensorboard_and_wandb_offline(corpus: Path, tmp_path: Path) -> None:
     pytest.importorskip("wandb")
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     folder = tmp_path / "run"
     words = ["--metrics.tensorboard", "true", "--metrics.wandb", "true", "--training.stop_at_step", "2"]
     train("debug_softmax_adamw", corpus, folder, *words)
-    assert list((folder / "tensorboard").glob("events.*"))
-    assert list((folder / "wandb").glob("offline-run-*/*.wandb"))
+    events = event_accumulator.EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    curve = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert curve == [(step, pytest.approx(loss, rel=1e-6)) for step, loss, _ in losses(folder)]
+    (offline,) = (folder / "wandb").glob("offline-run-*/*.wandb")
+    assert (folder / "wandb_id").read_text().strip() in offline.name
+    assert b"grad_norm" in offline.read_bytes()

@@ -19,6 +19,7 @@ from tests.training.launch import ROOT, arguments, command, environment, losses,
 from training.run_config import RunConfig
 from training.titan import to_job_config
 
+ANY_RATE = ("-m", "tests.training.any_rate")
 LONG = ["--training.steps", "100000", "--data.validation", "none"]
 
 
@@ -83,14 +84,14 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(
     printed = train("debug_softmax_adamw", corpus, folder, "--training.stop_at_step", "3")
     assert re.search(r"stopped after step 3 of \d+ \(training\.stop_at_step\)", printed)
     diverging = [f"--optimizer.groups.{group}.lr=1e36" for group in ("hidden", "embedding", "vectors")]
-    printed = train("debug_softmax_adamw", corpus, folder, *diverging, code=1)
+    printed = train("debug_softmax_adamw", corpus, folder, *diverging, code=1, program=ANY_RATE)
     assert "stopped without saving" in printed
     assert "Traceback" not in printed
     bad_step = len(losses(folder)) + 1
     assert f"step {bad_step}: loss " in printed
     assert [p.name for p in (folder / "checkpoint").iterdir()] == ["step-3"]
     # the last good state is resumed
-    train("debug_softmax_adamw", corpus, folder, "--training.stop_at_step", "5")
+    train("debug_softmax_adamw", corpus, folder, "--training.stop_at_step", "5", program=ANY_RATE)
     assert [step for step, *_ in losses(folder)] == [1, 2, 3, 4, 5]
 
 
@@ -113,7 +114,8 @@ def test_a_non_finite_gradient_leaves_weights_and_state_unchanged(
 def test_non_finite_weights_are_not_saved(corpus: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     diverging = [f"--optimizer.groups.{group}.lr=1e36" for group in ("hidden", "embedding", "vectors")]
-    printed = train("debug_softmax_adamw", corpus, folder, *diverging, "--training.stop_at_step", "1", code=1)
+    words = [*diverging, "--training.stop_at_step", "1"]
+    printed = train("debug_softmax_adamw", corpus, folder, *words, code=1, program=ANY_RATE)
     assert "step 1: the norm of the weights is inf; stopped without saving" in printed
     assert not list(folder.glob("checkpoint/step-*"))
 
@@ -122,8 +124,15 @@ def test_a_finished_run_is_reported_and_keeps_its_metrics(corpus: Path, tmp_path
     folder = tmp_path / "run"
     train("debug_softmax_adamw", corpus, folder, "--training.stop_at_step", "2")
     before, saved = records(folder), (folder / "config.toml").read_text()
-    printed = train("debug_softmax_adamw", corpus, folder, "--training.stop_at_step", "2", "--run.seed", "7")
+    printed = train("debug_softmax_adamw", corpus, folder, "--training.stop_at_step", "2")
     assert "has finished at step 2; raise training.steps" in printed
+    words = ("--run.seed", "7", "--metrics.update_every", "3")
+    printed = train("debug_softmax_adamw", corpus, folder, "--training.stop_at_step", "2", *words, code=2)
+    (line,) = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert "has finished at step 2 with another config: " in line
+    assert "run.seed: saved 0, now 7" in line
+    assert "metrics.update_every: saved 10, now 3" in line
+    assert "Traceback" not in printed
     assert records(folder) == before
     assert (folder / "config.toml").read_text() == saved
 

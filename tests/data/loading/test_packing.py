@@ -82,6 +82,11 @@ def test_cu_seqlens_are_the_document_and_row_boundaries(
         assert batch["cu_seqlens"].dtype == torch.int32
 
 
+def test_a_last_token_that_is_the_last_label_already_makes_no_row() -> None:
+    for num_tokens, num_rows in ((8, 2), (9, 2), (10, 3)):
+        assert len(_pack(_documents([num_tokens]), 4)) == num_rows
+
+
 def test_a_worked_example() -> None:
     documents = [[11, 12, END], [21, END], [31, 32, 33, 34, END]]
     packed = _pack(

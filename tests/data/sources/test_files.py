@@ -125,6 +125,7 @@ CASES: list[tuple[dict[str, Any], object, object, str | None]] = [
     ({"min_score": 0.5}, "text", "0.7", None),
     ({"min_score": 0.5}, "text", "n/a", "bad_score"),
     ({"min_score": 0.5}, "text", None, "bad_score"),
+    ({"min_score": 0.5}, "text", float("nan"), "bad_score"),
     ({"min_score": 0.5}, None, 0.1, "null"),
     ({"min_characters": 4, "max_characters": 4}, "text", None, None),
     ({"min_characters": 5}, "text", None, "too_short"),
@@ -159,10 +160,14 @@ def test_documents_are_split_into_train_and_held_out_by_content(list_source: Any
     )
 
 
-@pytest.mark.parametrize("limits", [{"min_characters": 5, "max_characters": 4}, {"min_characters": -1}])
+@pytest.mark.parametrize(
+    "limits", [{"min_characters": 5, "max_characters": 4}, {"min_characters": -1}, {"max_characters": 0}]
+)
 def test_contradicting_limits_are_rejected(limits: dict[str, int]) -> None:
     options: dict[str, Any] = {**limits}
-    with pytest.raises(ValueError, match=r"min_characters is (5|-1) and max_characters"):
+    with pytest.raises(
+        ValueError, match=r"min_characters (is 5 and|must be at least 0)|max_characters must be at least 1"
+    ):
         TextOptions(**options)
 
 

@@ -56,6 +56,14 @@ def test_the_sample_is_the_same_prefix_of_one_order_whatever_the_files(
         assert (sample.num_tokens, sample.num_documents) == (max_tokens, len(found))
 
 
+def test_a_sample_that_ends_with_a_document_has_no_empty_one(
+    byte_tokenizer: Tokenizer, list_source: Any
+) -> None:
+    source = list_source([[f"{number:04}" for number in range(50)]])
+    sample = draw_sample([source], byte_tokenizer, 7 * 5, "")
+    assert [len(tokens) for tokens in documents_of(sample)] == [5] * 7
+
+
 def test_documents_are_drawn_from_the_whole_set(byte_tokenizer: Tokenizer, list_source: Any) -> None:
     # uniform over documents: the mean place of 400 of 4,000 is within 4 standard errors of the middle
     texts = make_texts(0, 4000)

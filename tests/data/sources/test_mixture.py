@@ -1,13 +1,16 @@
 import itertools
 import json
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.config import MixtureSource, TextSource
+from data.sources.base import Row
 from data.sources.mixture import MixtureDocuments
 
 WEB = [[f"web {index} " + "x" * (index % 7) for index in range(9)], [None, "web last"]]
@@ -32,6 +35,24 @@ def test_each_source_has_its_proportion_of_the_text_to_within_a_document(
         total = sum(drawn.values())
         # at most one document of each source ahead or behind
         assert abs(drawn["web"] - total * web / (web + books)) <= 40 * 2
+
+
+class _TokenDocuments:
+    """A source of documents as tokens, like shards."""
+
+    fingerprint = "tokens"
+
+    def read(self, position: Any = None, *, repeat: bool) -> Iterator[Row]:
+        for number in itertools.count():
+            yield Row(tokens=np.zeros(10, dtype=np.int32), next_position={"n": number})
+
+
+def test_a_token_of_shards_weighs_four_characters_of_text(list_source: Any) -> None:
+    text = list_source([["x" * 40] * 9])
+    mixture = MixtureDocuments({"text": text, "shards": _TokenDocuments()}, {"text": 3.0, "shards": 1.0})
+    rows = list(itertools.islice(mixture.read(repeat=True), 400))
+    # documents of 40 characters and of 10 tokens count the same: 3 of 4 are text
+    assert sum(row.text is not None for row in rows) == 300
 
 
 def test_each_source_repeats_at_its_own_rate(list_source: Any) -> None:

@@ -113,6 +113,18 @@ def test_unsupported_values_are_listed(change: dict[str, Any], message: str) -> 
         from_config_json(QWEN3_06B | change)
 
 
+def test_keys_left_out_have_the_defaults_of_transformers() -> None:
+    without = {k: v for k, v in QWEN3_06B.items() if k not in ("tie_word_embeddings", "initializer_range")}
+    found = from_config_json(without)
+    assert (found.model.tie_embeddings, found.model.init_std) == (False, 0.02)
+    assert from_config_json(without | {"tie_word_embeddings": True}).model.tie_embeddings is True
+
+
+def test_the_first_of_several_end_of_sequence_tokens_is_the_one() -> None:
+    for eos, first in ((7, 7), ([8, 9], 8), (None, None)):
+        assert from_config_json(QWEN3_06B | {"eos_token_id": eos}).eos_token_id == first
+
+
 def test_missing_dimensions_are_listed() -> None:
     table = {k: v for k, v in QWEN3_06B.items() if k not in ("head_dim", "vocab_size")}
     with pytest.raises(UserError, match="head_dim is missing; vocab_size is missing"):
@@ -155,7 +167,7 @@ def test_a_custom_size_is_a_table_of_the_config(tmp_path: Path) -> None:
         (
             ["[model.custom_size]", *CUSTOM[:-1], "mlp_width = 0"],
             "custom",
-            "mlp_width must be at least 1, got 0",
+            "mlp_width must be at least 1 and at most 1000000; got 0",
         ),
         (["custom_size = 3"], "custom", "model.custom_size: got 3, want a table"),
     ):

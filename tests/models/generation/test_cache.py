@@ -5,7 +5,6 @@ import torch
 
 from errors import UserError
 from models import sizes
-from models.attention.key_values import KeyValueAttention
 from models.config import AttentionConfig, ParallaxConfig, SoftmaxConfig
 from models.generation.cache import Cache, extend, prefill
 from models.qwen3 import Qwen3
@@ -82,10 +81,6 @@ def test_selected_rows_are_independent_copies_and_reset_empties_the_cache(attent
     cache.reset()
     x_BTD = extend(model, new[:2], cache)
     torch.testing.assert_close(model.output(x_BTD, None), model(new[:2]), atol=1e-4, rtol=1e-4)
-
-
-def test_every_attention_defines_its_own_decoding() -> None:
-    assert {"attend", "attend_cached"} <= KeyValueAttention.__abstractmethods__
 
 
 def test_empty_and_too_long_prompts_raise() -> None:

@@ -1,0 +1,131 @@
+"""Mutants of eval/."""
+
+from tests.mutate.mutant import Mutant
+
+DISTRIBUTED = "tests/eval/test_distributed.py"
+HARNESS = "tests/eval/test_harness.py"
+HELD_OUT = "tests/eval/test_held_out.py"
+REPORT = "tests/eval/report/test_report.py"
+REPORT_TASKS = "tests/eval/report/test_report_tasks.py"
+SCORER = "tests/eval/scoring/test_scorer.py"
+TEXT_LOSS = "tests/eval/test_text_loss.py"
+
+MUTANTS = [
+    Mutant(
+        "eval/scored_text.py",
+        'num_words = len(re.split(r"\\s+", text))',
+        "num_words = len(text.split())",
+        TEXT_LOSS,
+    ),
+    Mutant(
+        "eval/scored_text.py",
+        "text.num_end_tokens if end == len(tokens) else 0",
+        "text.num_end_tokens",
+        TEXT_LOSS,
+    ),
+    Mutant("eval/scored_text.py", "- tokenizer.num_bytes(tokens[0])", "- 1", TEXT_LOSS),
+    Mutant(
+        "eval/scored_text.py",
+        'encode = tokenizer.encode_batch if mode == "documents" else tokenizer.encode_prompts',
+        "encode = tokenizer.encode_batch",
+        TEXT_LOSS,
+    ),
+    Mutant(
+        "eval/text_loss.py",
+        "            self.not_greedy.add(document)",
+        "            self.not_greedy.add(len(self.not_greedy))",
+        TEXT_LOSS,
+    ),
+    Mutant(
+        "eval/text_loss.py", "        first = len(window.group.context)\n", "        first = 1\n", TEXT_LOSS
+    ),
+    Mutant("eval/text_loss.py", "                num_pending = 0\n", "", TEXT_LOSS),
+    Mutant(
+        "eval/text_loss.py",
+        "        self.document_tokens[document] += len(nats)\n",
+        "        self.document_tokens[document] = len(nats)\n",
+        TEXT_LOSS,
+    ),
+    Mutant("eval/standard_error.py", "len(tokens) / (len(tokens) - 1) * ", "", HELD_OUT),
+    Mutant(
+        "eval/standard_error.py", "nats - nats.sum() / tokens.sum() * tokens", "nats - nats.mean()", HELD_OUT
+    ),
+    Mutant(
+        "eval/held_out.py", "num_documents=int((tokens > 0).sum())", "num_documents=len(tokens)", HELD_OUT
+    ),
+    Mutant(
+        "eval/held_out.py",
+        "self._id_counts.index_add_(0, ids.clamp(min=0), valid)",
+        "self._id_counts.index_add_(0, ids.clamp(min=0), torch.ones_like(valid))",
+        HELD_OUT,
+    ),
+    Mutant("eval/held_out.py", "math.exp(loss) if loss < 700 else math.inf", "math.exp(loss)", HELD_OUT),
+    Mutant(
+        "eval/harness.py", "error * (values[name] if aggregation is perplexity else 1.0)", "error", HARNESS
+    ),
+    Mutant(
+        "eval/harness.py",
+        "SavedResults.key(model.identity, model.max_length, tokenizer.fingerprint)",
+        "SavedResults.key(model.identity, tokenizer.fingerprint)",
+        HARNESS,
+    ),
+    Mutant(
+        "eval/harness.py",
+        "            pairs.append((context[:at], context[at:] + continuation))",
+        "            pairs.append((context, continuation))",
+        HARNESS,
+    ),
+    Mutant("eval/harness.py", "len(end.encode()) for end in ends", "len(end) for end in ends", HARNESS),
+    Mutant(
+        "eval/harness.py",
+        "(ids or [self.eot_token_id])[-room:]",
+        "(ids or [self.eot_token_id])[:room]",
+        HARNESS,
+    ),
+    Mutant("eval/harness.py", "        random.setstate(states[0])\n", "", HARNESS),
+    Mutant(
+        "eval/scoring/scorer.py",
+        "context[-(max_length + 1 - len(continuation)) :]",
+        "context[-(max_length - len(continuation)) :]",
+        SCORER,
+    ),
+    Mutant("eval/scoring/scorer.py", "rows * longest if model.is_padded else tokens", "tokens", SCORER),
+    Mutant("eval/scoring/scorer.py", "gathered = gathered[: len(batches) - first]\n", "pass\n", SCORER),
+    Mutant(
+        "eval/scoring/scorer.py",
+        "yield max(end - 1 - max_length, 0), predicted, end",
+        "yield max(end - max_length, 0), predicted, end",
+        SCORER,
+    ),
+    Mutant("eval/scoring/scorer.py", "all(each.greedy))", "each.greedy[0])", SCORER),
+    Mutant(
+        "eval/scoring/groups.py",
+        "rows.tails[-1][: len(tails[index])] != tails[index]",
+        "rows.tails[-1] != tails[index]",
+        SCORER,
+    ),
+    Mutant(
+        "eval/scoring/saved_results.py",
+        "    complete = lines[:-1]\n",
+        "    complete = [line for line in lines if line]\n",
+        HARNESS,
+    ),
+    Mutant(
+        "eval/task_results.py",
+        '"acc_norm" if normalized and task in NORMALIZED else "acc"',
+        '"acc_norm" if normalized else "acc"',
+        HARNESS,
+    ),
+    Mutant(
+        "eval/report/task_records.py",
+        "if num < most.get((step, task), 0):",
+        "if num <= most.get((step, task), 0):",
+        REPORT_TASKS,
+    ),
+    Mutant(
+        "eval/report/task_records.py",
+        "            for key in _by_task(found).get(task, ()):\n                del found[key]\n",
+        "",
+        REPORT_TASKS,
+    ),
+]

@@ -1,0 +1,151 @@
+"""Mutants of models/."""
+
+from tests.mutate.mutant import Mutant
+
+CACHE = "tests/models/generation/test_cache.py"
+CHECKPOINT = "tests/models/test_checkpoint.py"
+CONVERT = "tests/models/convert/test_convert.py"
+FORMAT = "tests/models/convert/test_format.py"
+GENERATION = "tests/models/generation/test_generation.py"
+LOSS = "tests/models/test_loss.py"
+QWEN3 = "tests/models/test_qwen3.py"
+SIZES = "tests/models/test_sizes.py"
+TOKENIZER = "tests/models/convert/test_tokenizer.py"
+
+MUTANTS = [
+    Mutant(
+        "models/loss.py",
+        "dx = (dx.to(dloss.dtype) * dloss).to(dx.dtype)",
+        "dx = dx * dloss.to(dx.dtype)",
+        LOSS,
+    ),
+    Mutant(
+        "models/loss.py",
+        "dweight = torch.zeros_like(weight_VD, dtype=accumulator) if needs_grad else None",
+        "dweight = torch.zeros_like(weight_VD) if needs_grad else None",
+        LOSS,
+    ),
+    Mutant(
+        "models/loss.py",
+        "target = torch.where(valid, labels_T.unsqueeze(1), 0)",
+        "target = labels_T.unsqueeze(1).clamp(min=0)",
+        LOSS,
+    ),
+    Mutant(
+        "models/loss.py",
+        "logits_TV.double() if logits_TV.dtype == torch.float64 else logits_TV.float()",
+        "logits_TV",
+        LOSS,
+    ),
+    Mutant("models/init.py", "config.init_std / (2 * config", "config.init_std / (1 * config", QWEN3),
+    Mutant(
+        "models/init.py",
+        "shape[1] ** -0.5, seed)",
+        "shape[0] ** -0.5, seed)",
+        "tests/models/attention/test_parallax_variants.py",
+    ),
+    Mutant("models/init.py", 'f"{seed}/{name}".encode()', 'f"{seed}/{name[:8]}".encode()', QWEN3),
+    Mutant(
+        "models/attention/parallax.py",
+        "        if config.r_norm:\n"
+        "            r_BTHK = self.r_norm(r_BTHK)\n"
+        "        if config.r_scale != 1.0:\n"
+        "            r_BTHK = r_BTHK * config.r_scale\n"
+        "        if config.rope_on_r:\n"
+        "            r_BTHK = rope(r_BTHK)\n",
+        "        if config.rope_on_r:\n"
+        "            r_BTHK = rope(r_BTHK)\n"
+        "        if config.r_norm:\n"
+        "            r_BTHK = self.r_norm(r_BTHK)\n"
+        "        if config.r_scale != 1.0:\n"
+        "            r_BTHK = r_BTHK * config.r_scale\n",
+        QWEN3,
+    ),
+    Mutant("models/attention/base.py", "positions.to(torch.float32)", "positions.to(torch.bfloat16)", QWEN3),
+    Mutant(
+        "models/attention/base.py",
+        "window * (2 * seq_len - window + 1) / (2 * seq_len)",
+        "window * (2 * seq_len - window) / (2 * seq_len)",
+        QWEN3,
+    ),
+    Mutant("models/qwen3.py", "positions = positions - cu_seqlens[document]", "pass", QWEN3),
+    Mutant("models/qwen3.py", "            x = x.to(self.weight.dtype)\n", "", QWEN3),
+    Mutant(
+        "models/qwen3.py",
+        "        self.to_empty(device=device)\n        self._tie_weights()\n",
+        "        self.to_empty(device=device)\n",
+        QWEN3,
+    ),
+    Mutant(
+        "models/convert/format.py",
+        'table.get("tie_word_embeddings", False)',
+        'table.get("tie_word_embeddings", True)',
+        FORMAT,
+    ),
+    Mutant("models/convert/format.py", "eos[0] if", "eos[-1] if", FORMAT),
+    Mutant(
+        "models/convert/format.py",
+        "window_size is None or layer < num_full",
+        "window_size is None or layer <= num_full",
+        FORMAT,
+    ),
+    Mutant("models/convert/format.py", "if found is not None and theta != found:", "if False:", FORMAT),
+    Mutant(
+        "models/convert/format.py",
+        'if rope_type != "default" or values:',
+        'if rope_type != "default":',
+        FORMAT,
+    ),
+    Mutant(
+        "models/convert/from_hf.py",
+        "r_gain_init=0.0, window_size=softmax.window_size",
+        "r_gain_init=0.0",
+        f"{CONVERT} {FORMAT}",
+    ),
+    Mutant(
+        "models/convert/tokenizer.py", "return eos, eos if pad is None else pad", "return eos, eos", TOKENIZER
+    ),
+    Mutant(
+        "models/checkpoint.py", "    if wrong:\n        raise", "    if False:\n        raise", CHECKPOINT
+    ),
+    Mutant(
+        "models/checkpoint.py",
+        ".eval().requires_grad_(False)",
+        ".requires_grad_(False)",
+        f"{CHECKPOINT} {GENERATION}",
+    ),
+    Mutant("models/run_folder.py", "whole[max(whole)] if whole", "whole[min(whole)] if whole", CHECKPOINT),
+    Mutant(
+        "models/run_folder.py",
+        "name = _STEP.fullmatch(checkpoint.name)",
+        "name = _STEP.match(checkpoint.name)",
+        f"{CHECKPOINT} tests/training/test_branch.py",
+    ),
+    Mutant(
+        "models/generation/sampling.py",
+        "sorted_BV.cumsum(-1) - sorted_BV >= sampling.top_p",
+        "sorted_BV.cumsum(-1) >= sampling.top_p",
+        GENERATION,
+    ),
+    Mutant(
+        "models/generation/sampling.py", "scaled_BV < smallest_B1", "scaled_BV <= smallest_B1", GENERATION
+    ),
+    Mutant(
+        "models/generation/sampling.py",
+        "logits_BV.gather(1, tokens_B[:, None]).squeeze(1) - logits_BV.logsumexp(-1)",
+        "(logits_BV / (sampling.temperature or 1.0)).log_softmax(-1).gather(1, tokens_B[:, None]).squeeze(1)",
+        GENERATION,
+    ),
+    Mutant(
+        "models/generation/generate.py",
+        "    if first == 0:\n        return sampling\n    return",
+        "    return sampling\n    return",
+        GENERATION,
+    ),
+    Mutant(
+        "models/generation/generate.py",
+        "                del unfinished[row]\n",
+        "                pass\n",
+        GENERATION,
+    ),
+]

@@ -1,0 +1,137 @@
+"""Mutants of optimizers/."""
+
+from tests.mutate.mutant import Mutant
+
+DISTRIBUTED = "tests/optimizers/test_distributed.py"
+EXCHANGE = "tests/optimizers/test_exchange.py"
+GROUPS = "tests/optimizers/test_param_groups.py"
+MUON = "tests/optimizers/test_muon.py"
+ORTHOGONALIZE = "tests/optimizers/test_orthogonalize.py"
+SCHEDULE = "tests/optimizers/test_schedule.py"
+SKIPPED = "tests/optimizers/test_skipped_step.py"
+TITAN = "tests/optimizers/test_titan.py"
+
+MUTANTS = [
+    Mutant(
+        "optimizers/orthogonalize.py",
+        "(3.285753657755655, -2.3681294933425376, 0.46449024233003106)",
+        "(3.285753657755655, -2.3681294933425376, 0.56449024233003106)",
+        ORTHOGONALIZE,
+    ),
+    Mutant(
+        "optimizers/orthogonalize.py",
+        "torch.promote_types(batch.dtype, torch.float32)",
+        "batch.dtype",
+        ORTHOGONALIZE,
+    ),
+    Mutant("optimizers/orthogonalize.py", "MAX_GROWTH = 50.0", "MAX_GROWTH = 1e9", ORTHOGONALIZE),
+    Mutant(
+        "optimizers/orthogonalize.py",
+        "0.0 if x.dtype == torch.bfloat16 else MAX_GROWTH",
+        "MAX_GROWTH",
+        ORTHOGONALIZE,
+    ),
+    Mutant("optimizers/orthogonalize.py", ".clamp(min=eps)", "", ORTHOGONALIZE),
+    Mutant(
+        "optimizers/exchange.py",
+        "layout.row_chunks[senders].argsort())",
+        "layout.row_chunks[senders])",
+        EXCHANGE,
+    ),
+    Mutant(
+        "optimizers/exchange.py",
+        "size = -(-len(span) // self.mesh.shape[d])",
+        "size = len(span) // self.mesh.shape[d]",
+        EXCHANGE,
+    ),
+    Mutant(
+        "optimizers/buckets.py",
+        "            load[owner] += _cost(layout.shape)\n",
+        "            load[owner] += 1\n",
+        EXCHANGE,
+    ),
+    Mutant("optimizers/buckets.py", "key=lambda item: -_cost(", "key=lambda item: _cost(", EXCHANGE),
+    Mutant("optimizers/muon.py", 'weight=1.0 - group["momentum"]', 'weight=group["momentum"]', MUON),
+    Mutant(
+        "optimizers/muon.py",
+        "new_means = torch.where(self.found_inf != 0, torch.stack(means), new_means)",
+        "pass",
+        MUON,
+    ),
+    Mutant(
+        "optimizers/muon.py",
+        "updates / (new_means.sqrt() + 1e-8)",
+        "updates / (new_means.sqrt() + 1e-2)",
+        MUON,
+    ),
+    Mutant(
+        "optimizers/muon.py",
+        '_SCALES[group["scale"]](*_block_shape(bucket, group))',
+        '_SCALES[group["scale"]](*bucket.layout.shape)',
+        MUON,
+    ),
+    Mutant("optimizers/muon.py", "if bucket.layout.num_ranks > 1:", "if False:", DISTRIBUTED),
+    Mutant("optimizers/muon.py", "        self._sampled_blocks.clear()\n", "", SKIPPED),
+    Mutant("optimizers/muon.py", "            self.param_groups.pop()\n", "", MUON),
+    Mutant(
+        "optimizers/param_groups.py",
+        "any(p.fullmatch(name) for p in own)",
+        "any(p.match(name) for p in own)",
+        GROUPS,
+    ),
+    Mutant(
+        "optimizers/param_groups.py",
+        "        if not parameter.requires_grad:\n            continue\n",
+        "",
+        GROUPS,
+    ),
+    Mutant(
+        "optimizers/schedule.py",
+        "return round(total_steps * ratio)",
+        "return int(total_steps * ratio)",
+        SCHEDULE,
+    ),
+    Mutant(
+        "optimizers/schedule.py",
+        "return max(total_steps - config.warmup_steps, 0)",
+        "return total_steps - config.warmup_steps",
+        SCHEDULE,
+    ),
+    Mutant(
+        "optimizers/schedule.py",
+        "return (step + 1) / config.warmup_steps",
+        "return step / config.warmup_steps",
+        SCHEDULE,
+    ),
+    Mutant(
+        "optimizers/update_size.py", "(1.0 - beta1**num_steps).square()", "(1.0 - beta1**num_steps)", SKIPPED
+    ),
+    Mutant(
+        "optimizers/update_size.py", "torch.where(num_steps > 0, squared_norm, 0.0)", "squared_norm", SKIPPED
+    ),
+    Mutant(
+        "optimizers/titan.py",
+        "            optimizer.found_inf = None  # pyrefly: ignore [missing-attribute]\n",
+        "",
+        SKIPPED,
+    ),
+    Mutant("optimizers/titan.py", "        if differing:\n", "        if False:\n", TITAN),
+    Mutant(
+        "optimizers/titan.py",
+        'squared_norms[name] / num_replicas(group["params"][0])',
+        "squared_norms[name]",
+        SKIPPED,
+    ),
+    Mutant(
+        "optimizers/titan.py",
+        'group["weight_decay"] = group["base_weight_decay"] * self',
+        'group["weight_decay"] = group["weight_decay"] * self',
+        TITAN,
+    ),
+    Mutant(
+        "optimizers/titan.py",
+        '        self._step = int(state_dict["step"])\n        self._apply()\n',
+        '        self._step = int(state_dict["step"])\n',
+        f"{TITAN} {SCHEDULE}",
+    ),
+]

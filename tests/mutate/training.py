@@ -1,0 +1,130 @@
+"""Mutants of training/, config.py and errors.py, with tests that launch no run where there are some."""
+
+from tests.mutate.mutant import Mutant
+
+BRANCH = "tests/training/test_branch.py"
+CONFIG = "tests/test_config.py tests/training/test_config_values.py"
+DRY_RUN = "tests/training/test_dry_run.py"
+METRICS = "tests/training/test_metrics.py"
+STATE = "tests/training/test_state.py"
+STEP_TIME = "tests/training/test_step_time.py"
+
+MUTANTS = [
+    Mutant("training/trainer.py", '        torch.set_rng_state(state_dict["rng"]["cpu"])\n', "", STATE),
+    Mutant(
+        "training/trainer.py",
+        "StepResult(metrics, sums.num_stop_requests > 0, write_finished)",
+        "StepResult(metrics, sums.num_stop_requests == dist.get_world_size(), write_finished)",
+        "tests/training/test_stop_of_one_rank.py",
+    ),
+    Mutant(
+        "training/signals.py",
+        "        if self._first_signal is None:\n            self._first_signal = now\n        elif",
+        "        first, self._first_signal = self._first_signal, now\n"
+        "        if first is not None and now - first > GRACE_SECONDS:\n"
+        "            os._exit(128 + number)\n"
+        "        elif",
+        STATE,
+    ),
+    Mutant(
+        "training/signals.py",
+        "now - self._first_signal > GRACE_SECONDS",
+        "now - self._first_signal > 10 * GRACE_SECONDS",
+        STATE,
+    ),
+    Mutant(
+        "training/signals.py",
+        "for number in (signal.SIGINT, signal.SIGTERM):",
+        "for number in (signal.SIGTERM,):",
+        STATE,
+    ),
+    Mutant("training/run_config.py", "_MAX_STEPS = 10**9", "_MAX_STEPS = 10**19", CONFIG),
+    Mutant("training/run_config.py", 'self.name in ("", ".", "..")', 'self.name in ("", ".")', CONFIG),
+    Mutant("training/run_config.py", "has_loss or bool(self.eval.sample_prompts)", "has_loss", CONFIG),
+    Mutant(
+        "config.py",
+        "        if type(value) is int and not -(2**63) <= value < 2**63:",
+        "        if type(value) is int and value < -(2**63):",
+        CONFIG,
+    ),
+    Mutant("config.py", "if len(key) > _MAX_DEPTH:", "if len(key) > 10**9:", CONFIG),
+    Mutant(
+        "config.py", 'return parsed["value"] if len(parsed) == 1 else text', 'return parsed["value"]', CONFIG
+    ),
+    Mutant(
+        "config.py",
+        "        if hint is float and type(value) is int:\n            return float(value)\n",
+        "",
+        CONFIG,
+    ),
+    Mutant(
+        "config.py", "        if type(value) is not hint:", "        if not isinstance(value, hint):", CONFIG
+    ),
+    Mutant("config.py", "if path.resolve() in chain:", "if path in chain:", CONFIG),
+    Mutant("config.py", "in reversed(layers) if", "in layers if", CONFIG),
+    Mutant(
+        "config.py",
+        "other = names.get(_dotted((*key, name)), names.get(name))",
+        "other = names.get(name)",
+        CONFIG,
+    ),
+    Mutant(
+        "config.py",
+        '        yield from _all_keys(get_args(hint)[1], f"{prefix}.NAME")\n',
+        "        pass\n",
+        CONFIG,
+    ),
+    Mutant(
+        "errors.py",
+        "    return USER_ERROR_CODE if is_user_error(error) else None",
+        "    return USER_ERROR_CODE",
+        "tests/test_errors.py",
+    ),
+    Mutant(
+        "errors.py",
+        "    while frame is not None and frame.tb_next is not None:\n        frame = frame.tb_next\n",
+        "",
+        "tests/test_errors.py",
+    ),
+    Mutant("errors.py", "not low <= value <= high", "(value < low or value > high)", CONFIG),
+    Mutant(
+        "training/branch.py",
+        "    if step >= training.last_step:",
+        "    if step > training.last_step:",
+        BRANCH,
+    ),
+    Mutant("training/branch.py", "    if step > start:", "    if step >= start:", BRANCH),
+    Mutant(
+        "training/branch.py",
+        "    if differing and not config.checkpoint.restart_data:",
+        "    if False:",
+        BRANCH,
+    ),
+    Mutant(
+        "training/saved_config.py",
+        "sorted({*saved, *current} - {*ignored})",
+        "sorted({*current} - {*ignored})",
+        BRANCH,
+    ),
+    Mutant(
+        "training/saved_config.py",
+        "causes = _differences_at(config, saved, _schedule_keys(config)) if rates else []",
+        "causes = _differences_at(config, saved, _schedule_keys(config))",
+        f"{BRANCH} tests/training/test_resume.py",
+    ),
+    Mutant(
+        "training/memory.py",
+        "    if not config.parallelism.reshard_after_forward:\n        gathered_blocks = float(blocks)\n",
+        "",
+        DRY_RUN,
+    ),
+    Mutant("training/memory.py", "if accumulates else 0.0", "", DRY_RUN),
+    Mutant("training/memory.py", '{"muon": 1, "adamw": 2}', '{"muon": 1, "adamw": 1}', DRY_RUN),
+    Mutant(
+        "training/step_time.py",
+        "    if not config.data.mask_documents:\n        return 1.0, 0.0\n",
+        "",
+        STEP_TIME,
+    ),
+    Mutant("training/step_time.py", "max(0.0, total - edges - micro_batch)", "total - edges", STEP_TIME),
+]
