@@ -7,12 +7,8 @@ running code from it, and compares shape and dtype. Threads read and check ahead
 
 import io
 import os
-import struct
-import warnings
-import zipfile
-import zlib
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,15 +18,16 @@ from torch.distributed.checkpoint import StorageReader
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 
+from models.checkpoint.archive import check_archive, decode
 from models.checkpoint.metadata import DamagedCheckpointError, read_index
 from models.run_folder import step_of
 
 # per rank; checksums take 0.3 s per GiB and thread, decoding more than that
 _NUM_THREADS = 4
-_NUM_AHEAD = 8
+_NUM_AHEAD = 4
+_MAX_BUFFER_BYTES = 2**28
 # as the trainer's state dict names it; converted weights have none
 _STEP = MetadataIndex("train_state.step")
-_LOCAL_HEADER_BYTES, _LOCAL_NAME_OFFSET = 30, 26
 
 
 class CheckpointReader(StorageReader):
@@ -52,6 +49,8 @@ class CheckpointReader(StorageReader):
         super().__init__()
         self.checkpoint = checkpoint
         self.index = read_index(checkpoint)
+        # warm: to read into fresh memory takes four times as long, for its page faults
+        self._buffers: list[bytearray] = []
         self._check_step()
 
     def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
@@ -100,6 +99,8 @@ class CheckpointReader(StorageReader):
     def values(self, indices: Iterable[MetadataIndex] | None = None) -> Iterator[tuple[MetadataIndex, Any]]:
         """Yield entries in the order of the files, each checked and decoded.
 
+        A tensor is valid until the next entry: it lies in a buffer that is used again.
+
         Args:
             indices: The entries to read; None for all.
 
@@ -115,18 +116,23 @@ class CheckpointReader(StorageReader):
             for index in ordered:
                 pending.append((index, pool.submit(self._read, index)))
                 if len(pending) > _NUM_AHEAD:
-                    yield self._next(pending)
+                    yield from self._next(pending)
             while pending:
-                yield self._next(pending)
+                yield from self._next(pending)
 
-    def _next(self, pending: deque[tuple[MetadataIndex, "Future[_Entry]"]]) -> tuple[MetadataIndex, Any]:
-        index, entry = pending.popleft()
+    def _next(
+        self, pending: deque[tuple[MetadataIndex, "Future[_Entry]"]]
+    ) -> Iterator[tuple[MetadataIndex, Any]]:
+        index, future = pending.popleft()
         try:
-            return index, self._decode(index, entry.result())
+            entry = future.result()
+            yield index, self._decode(index, entry)
         except BaseException:
             for _, other in pending:
                 other.cancel()
             raise
+        if len(entry.buffer) <= _MAX_BUFFER_BYTES:
+            self._buffers.append(entry.buffer)
 
     def _place(self, index: MetadataIndex) -> tuple[str, int]:
         return self.index.items[index].relative_path, self.index.items[index].offset
@@ -143,25 +149,28 @@ class CheckpointReader(StorageReader):
     def _read(self, index: MetadataIndex) -> "_Entry":
         """Read the bytes of an entry, and compare them with their checksums."""
         name, offset = self._place(index)
-        length, parts = self.index.items[index].length, list[bytes]()
+        length, num_read = self.index.items[index].length, 0
+        buffer = self._buffers.pop() if self._buffers else bytearray()
+        if len(buffer) < length:
+            buffer = bytearray(length)
+        view = memoryview(buffer)[:length]
         try:
             with (self.checkpoint / name).open("rb", buffering=0) as file:
-                while length:  # one call reads 2 GiB at most
-                    parts.append(os.pread(file.fileno(), length, offset))
-                    if not parts[-1]:
+                while num_read < length:  # one call reads 2 GiB at most
+                    count = os.preadv(file.fileno(), [view[num_read:]], offset + num_read)
+                    if not count:
                         raise self._damage(index, "the file ends in it")
-                    offset, length = offset + len(parts[-1]), length - len(parts[-1])
+                    num_read += count
         except OSError as error:
             raise DamagedCheckpointError(f"{self.checkpoint / name} cannot be read: {error}") from error
-        data = parts[0] if len(parts) == 1 else b"".join(parts)
         try:
-            return _Entry(data, check_archive(data))
+            return _Entry(view, check_archive(view), buffer)
         except Exception as error:  # zipfile raises errors of many kinds for damaged archives
             raise self._damage(index, "its checksum does not match") from error
 
     def _decode(self, index: MetadataIndex, entry: "_Entry") -> Any:
         try:
-            value = decode(entry.data, entry.records)
+            value = decode(entry.view, entry.records)
         except Exception as error:  # of many kinds
             raise self._damage(index, "it is not plain data, and nothing else is read from it") from error
         chunk = self.index.chunks.get(index)
@@ -188,64 +197,11 @@ class CheckpointReader(StorageReader):
 
 
 class _Entry(NamedTuple):
-    """The bytes of an entry, and the places of its records."""
+    """The bytes of an entry, the places of its records, and the buffer to give back."""
 
-    data: bytes
+    view: memoryview
     records: dict[str, slice]
-
-
-def check_archive(data: bytes) -> dict[str, slice]:
-    """Compare every record of a zip archive with its CRC-32, without copying it.
-
-    Args:
-        data: The archive, as torch.save writes it: nothing is compressed.
-
-    Returns:
-        The place of each record, by its name without the folder.
-
-    Raises:
-        Exception: Of any kind, if the archive is damaged.
-    """
-    view, records = memoryview(data), dict[str, slice]()
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        for record in archive.infolist():
-            lengths = struct.unpack_from("<HH", data, record.header_offset + _LOCAL_NAME_OFFSET)
-            start = record.header_offset + _LOCAL_HEADER_BYTES + sum(lengths)
-            content = view[start : start + record.file_size]
-            is_stored = record.compress_type == zipfile.ZIP_STORED and len(content) == record.file_size
-            # torch returns uninitialized memory for a record whose attributes say that it is a folder
-            if not is_stored or record.external_attr or zlib.crc32(content) != record.CRC:
-                raise zipfile.BadZipFile(record.filename)
-            records[record.filename.partition("/")[2]] = slice(start, start + record.file_size)
-    return records
-
-
-def decode(data: bytes, records: Mapping[str, slice]) -> Any:
-    """Decode what torch.save wrote, without running code from it.
-
-    Args:
-        data: The archive.
-        records: From check_archive.
-
-    Returns:
-        The value. A contiguous tensor shares the memory of data and is read-only.
-
-    Raises:
-        Exception: Of any kind, if it holds anything but tensors and plain values.
-    """
-    with torch.serialization.skip_data():
-        value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    if not isinstance(value, torch.Tensor):
-        return value
-    place = records.get("data/0")
-    if place is None or not value.numel() or not value.is_contiguous() or value.storage_offset():
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    if place.stop - place.start != value.nbytes:
-        raise ValueError(f"{place.stop - place.start} bytes for a tensor of {value.nbytes}")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given buffer is not writable")
-        flat = torch.frombuffer(data, dtype=value.dtype, count=value.numel(), offset=place.start)
-    return flat.view(value.shape)
+    buffer: bytearray
 
 
 def _encode(value: Any) -> io.BytesIO:

@@ -233,3 +233,52 @@ def test_the_first_time_left_after_a_resume_was_far_too_long(
     first, second = (message for message in caplog.messages if "/1000" in message)
     assert "left" not in first
     assert "3m00s left" in second
+
+
+def test_a_full_disk_ends_a_sink_with_one_warning_and_not_the_training(
+    launch: Launch, wandb: FakeWandb, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics = launch(tensorboard=True, wandb=True)
+    metrics.start_recording(None)
+    metrics.record(1, {"loss": 1.0})
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    assert metrics.jsonl is not None
+    assert metrics.tensorboard is not None
+    monkeypatch.setattr(metrics.jsonl, "write", fail)
+    monkeypatch.setattr(metrics.tensorboard, "add_scalar", fail)
+    monkeypatch.setattr(wandb, "log", fail)
+    for step in (2, 3):
+        metrics.record(step, {"loss": 1.0})
+    metrics.close()
+    lines = [record.getMessage() for record in caplog.records if "ends here" in record.getMessage()]
+    assert [line.split(" ")[0] for line in lines] == ["metrics.jsonl", "tensorboard", "wandb"]
+    assert all("training continues: [Errno 28] No space left on device" in line for line in lines)
+
+
+def test_steps_that_are_missing_at_a_resume_are_named(
+    launch: Launch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    add_checkpoint(tmp_path / "run", 9)
+    launch().start_recording(9)
+    assert "metrics.jsonl has no record of steps 1 to 9, which were trained" in caplog.text
+    caplog.clear()
+    # a branch from step 9 has none of its own before it
+    launch().start_recording(9, 10)
+    assert "no record" not in caplog.text
+
+
+def test_an_empty_wandb_id_is_replaced(
+    launch: Launch, wandb: FakeWandb, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "run").mkdir()
+    id_file = tmp_path / "run" / "wandb_id"
+    id_file.write_text("\n")
+    launch(wandb=True).close()
+    assert "wandb_id is empty: starting a new wandb run" in caplog.text
+    assert len(id_file.read_text()) == 8
+    before = id_file.read_text()
+    launch(wandb=True).close()
+    assert id_file.read_text() == before
