@@ -15,6 +15,8 @@ import torch._utils
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from errors import UserError
+
 
 def _cpu_module() -> ModuleType:
     """Return torch.cpu with the functions of an accelerator's module that torchtitan calls."""
@@ -39,8 +41,17 @@ def prepare() -> str:
 
     Returns:
         "cuda" or "cpu", the type of the devices that training uses.
+
+    Raises:
+        UserError: This host has GPUs, but none for this process.
     """
     if torch.cuda.is_available():
+        local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local_rank >= num_gpus:
+            raise UserError(
+                f"LOCAL_RANK is {local_rank}, but this host shows {num_gpus} GPUs: start at most {num_gpus} "
+                "processes per node (--nproc-per-node), or look at CUDA_VISIBLE_DEVICES"
+            )
         return "cuda"
     module = _cpu_module()
     torch._utils._get_available_device_type = lambda: "cpu"

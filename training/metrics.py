@@ -16,6 +16,7 @@ from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 
 from disk import DiskFullError, describe_free, write_text
+from errors import UserError
 from models.run_folder import RunFolder
 from training.log import logger
 from training.memory import GIB
@@ -50,6 +51,9 @@ class RunMetrics(MetricsProcessor):
         parallel_dims: Degrees of parallelism.
         config: The [metrics] table.
         resolved_config: The whole config of the run, for wandb.
+
+    Raises:
+        UserError: The run folder cannot be written, or wandb cannot be started.
     """
 
     def __init__(
@@ -72,8 +76,13 @@ class RunMetrics(MetricsProcessor):
         self.tensorboard: SummaryWriter | None = None  # set by start_recording
         self._ended: set[str] = set()  # sinks that a full disk has ended
         if self.is_main_rank:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.jsonl = JsonlWriter(RunFolder(self.folder).metrics_file)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self.jsonl = JsonlWriter(RunFolder(self.folder).metrics_file)
+            except OSError as error:
+                raise UserError(
+                    f"run.folder is {str(self.folder)!r}, which cannot be written ({error}); give another one"
+                ) from error
             if config.wandb:
                 self._guard("wandb", lambda: self._start_wandb(job_config.job.description, resolved_config))
 
@@ -313,14 +322,20 @@ def _start_wandb(folder: Path, name: str, resolved_config: Mapping[str, Any]) ->
         id_file.unlink()
     if not id_file.exists() or RunFolder(folder).newest_checkpoint() is None:
         write_text(id_file, secrets.token_hex(4))
-    run = wandb.init(
-        project=os.environ.get("WANDB_PROJECT", "parallax"),
-        name=name,
-        id=id_file.read_text(encoding="utf-8").strip(),
-        resume="allow",
-        dir=str(folder),
-        config=dict(resolved_config),
-    )
+    try:
+        run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "parallax"),
+            name=name,
+            id=id_file.read_text(encoding="utf-8").strip(),
+            resume="allow",
+            dir=str(folder),
+            config=dict(resolved_config),
+        )
+    except wandb.Error as error:
+        raise UserError(
+            f"metrics.wandb is true, but wandb does not start ({' '.join(str(error).split())}); log in with "
+            "`wandb login`, set WANDB_MODE=offline in the environment, or metrics.wandb to false"
+        ) from error
     # wandb's own steps only increase: it would drop the steps that a resumed run repeats
     run.define_metric("step")
     run.define_metric("*", step_metric="step")

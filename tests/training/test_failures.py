@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from config import load as load_config
-from errors import RunError
+from errors import RunError, UserError
 from tests.training.launch import ROOT, train
+from training import device
 from training.failures import MemoryUse, describe_out_of_memory, is_lost_connection, one_line_failures
 from training.memory import GIB, estimate_memory
 from training.preflight import build_meta_model
@@ -103,3 +104,13 @@ def test_out_of_memory_ends_a_run_in_one_line(corpus: Path, tmp_path: Path) -> N
     assert f"error: rank 0 ({os.uname().nodename}, process " in errors[0]
     assert "in step 2: micro-batch 1 of 4: the GPU is out of memory: of 79.00 GiB" in errors[0]
     assert "Traceback" not in printed
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert device.prepare() == "cuda"
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(UserError, match="LOCAL_RANK is 4, but this host shows 4 GPUs: start at most 4 proc"):
+        device.prepare()

@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 
+from errors import UserError
 from eval.report.run_records import read_run
 from training import log
 from training.log import logger
@@ -167,6 +168,28 @@ def test_a_run_that_started_over_continued_the_wandb_run_before(
     first, second, *resumed = wandb.ids
     assert first != second
     assert resumed == [second, second]
+
+
+def test_wandb_that_does_not_start_ended_in_a_traceback(
+    launch: Launch, wandb: FakeWandb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Error(Exception):
+        pass
+
+    def init(**_: Any) -> None:
+        raise Error("no API key configured.\nUse `wandb login`")
+
+    monkeypatch.setattr(sys.modules["wandb"], "init", init)
+    monkeypatch.setattr(sys.modules["wandb"], "Error", Error, raising=False)
+    message = r"metrics\.wandb is true, but wandb does not start \(no API key configured\. Use .*offline"
+    with pytest.raises(UserError, match=message):
+        launch(wandb=True)
+
+
+def test_a_folder_that_cannot_be_written_ended_in_a_traceback(launch: Launch, tmp_path: Path) -> None:
+    (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"run\.folder is '.*run', which cannot be written \(.*directory"):
+        launch()
 
 
 def test_wandb_showed_a_failed_run_as_finished(launch: Launch, wandb: FakeWandb) -> None:
