@@ -10,11 +10,9 @@ import os
 import time
 from collections.abc import Callable
 
-import torch.distributed as dist
-
 from data.folder_lock import FolderLock, LockedError, try_flock
 from errors import UserError
-from eval.distributed import run_on_main_rank
+from eval.distributed import is_main_rank, run_on_main_rank
 from models.run_folder import RunFolder
 from training.log import logger
 
@@ -24,7 +22,7 @@ _POLL_SECONDS = 0.5
 
 
 class RunLock:
-    """The lock of a run folder on all ranks; the constructor is a collective call.
+    """The lock of a run folder; the constructor is a collective call.
 
     Args:
         folder: The run folder; created if it is missing.
@@ -38,17 +36,20 @@ class RunLock:
         self._lock = FolderLock(folder.lock_file)
         self._ranks_fd: int | None = None
         run_on_main_rank(self._acquire)
-        if dist.get_rank() != 0:
-            self._ranks_fd = self._open_ranks()
-            try_flock(self._ranks_fd, fcntl.LOCK_SH)
 
     def confirm(self) -> None:
-        """Raise on all ranks if another launch has started at the same time; a collective call.
+        """Check that no other launch has started at the same time, and lock the folder on the other ranks.
+
+        A collective call, before the first write, once all ranks see the folder (check_shared).
 
         Raises:
-            UserError: The folder is another launch's, on a file system whose flock does not reach its host.
+            UserError: On all ranks: the folder is another launch's, on a file system whose flock does not
+                reach its host.
         """
         run_on_main_rank(lambda: self._refuse(self._lock.confirm))
+        if not is_main_rank():
+            self._ranks_fd = self._open_ranks()
+            try_flock(self._ranks_fd, fcntl.LOCK_SH)
 
     def release(self) -> None:
         """Release the lock, once this rank writes nothing more."""
