@@ -111,6 +111,26 @@ def test_stop_strings_are_searched_in_the_last_tokens_alone(
     assert max(sizes) == len("never") + 1
 
 
+def test_a_stop_string_of_several_bytes_per_character_is_found(tokenizer: Tokenizer) -> None:
+    text = "the model \u00e9t\u00e9\u00e9\u00e9 reads"
+    tokens = tokenizer.encode(text)
+
+    class Written(Scorer):
+        """Writes the text until it is stopped."""
+
+        def generate(self, prompts: Any, until: Any, max_new_tokens: int, stop_ids: Any, stop: Any) -> Any:
+            num = next(n for n in range(1, len(tokens) + 1) if n == len(tokens) or stop(0, tokens[:n]))
+            self.num_tokens = num
+            return [tokens[:num]]
+
+    model = Qwen3Model(build(vocab_size=tokenizer.vocab_size), max_length=96)
+    scorer = Written(model, token_budget=150)
+    options = {"until": ["\u00e9t\u00e9\u00e9\u00e9"], "max_gen_toks": 40}
+    lm = HarnessModel(model, tokenizer, scorer)
+    assert lm.generate_until([Instance("generate_until", {}, ("a", options), 0)]) == ["the model "]
+    assert scorer.num_tokens == len(tokenizer.encode("the model \u00e9t\u00e9\u00e9\u00e9"))
+
+
 def test_rolling_windows_are_those_of_the_harness() -> None:
     for num_tokens in (1, 7, 8, 9, 30):
         tokens = list(range(100, 100 + num_tokens))

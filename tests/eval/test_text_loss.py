@@ -21,6 +21,7 @@ from data.sources.open import open_source
 from data.tokenizer import Tokenizer
 from eval import text_loss as text_loss_module
 from eval.held_out import held_out_loss
+from eval.scored_text import Mode, read_texts
 from eval.scoring.groups import Group, Scores
 from eval.scoring.language_model import Qwen3Model
 from eval.text_loss import text_loss
@@ -176,10 +177,32 @@ class GreedyModel(Qwen3Model):
 def test_a_last_word_in_several_windows_counts_once(tmp_path: Path, tokenizer: Tokenizer) -> None:
     context = make_text(1, 12)
     (unexpected,) = tokenizer.encode("7")
-    opened = documents(tmp_path, [f"{context} 0123456", f"{context} 01234567", context + " 8"], tokenizer)
+    opened = documents(tmp_path, [f"{context} 0123456", f"{context} 07234567", context + " 8"], tokenizer)
     found = text_loss(GreedyModel(unexpected), tokenizer, opened, mode="last-word", stride=1, token_budget=10)
     assert found.num_tokens > 3 * 3
     assert found.last_word_accuracy == pytest.approx(2 / 3)
+
+
+def test_a_first_token_of_several_bytes_is_not_counted(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    text = " the model reads"
+    ids = tokenizer.encode(text)
+    assert tokenizer.num_bytes(ids[0]) > 1
+    found = text_loss(GreedyModel(0), tokenizer, documents(tmp_path, [text], tokenizer))
+    num_bytes = len(text) - tokenizer.num_bytes(ids[0])
+    assert found.bits_per_byte == pytest.approx((len(ids) - 1) / math.log(2) / num_bytes)
+
+
+def test_the_end_of_document_written_out_is_text_in_documents_and_a_token_in_tasks(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    text, end = "a <|endoftext|> b", tokenizer.end_of_document_id
+    opened = documents(tmp_path, [text], tokenizer)
+    modes: tuple[Mode, ...] = ("documents", "wikitext", "last-word")
+    counts = {
+        mode: [each.tokens.count(end) for each in read_texts(opened, tokenizer, mode)] for mode in modes
+    }
+    # a document ends with one, a page begins with one
+    assert counts == {"documents": [1], "wikitext": [2], "last-word": [1]}
 
 
 @pytest.mark.parametrize("stride", [None, 1, 5])

@@ -346,6 +346,8 @@ def test_logits_are_at_least_fp32_whatever_the_dtype_and_autocast() -> None:
         model = build(SoftmaxConfig(), dtype)
         assert model(tokens(2, 5)).dtype == torch.promote_types(dtype, torch.float32)
     x = torch.randn(3, TINY.width)
+    head = build(SoftmaxConfig(), torch.bfloat16).output
+    assert torch.equal(head.logits(x), head.logits(x.bfloat16()))
     expected = build(SoftmaxConfig()).output.logits(x)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(build(SoftmaxConfig()).output(x, None), expected)

@@ -18,7 +18,7 @@ from torchtitan.distributed.utils import clip_grad_norm_
 
 from optimizers.config import AdamWGroup, MuonGroup, OptimizerConfig
 from optimizers.titan import ParamGroupOptimizers, build_optimizers
-from optimizers.update_size import num_replicas
+from optimizers.update_size import adamw_update_squared_norm, num_replicas
 
 WIDTH = 6
 # 5 elements or rows are sharded unevenly over 2 ranks; of 1, one rank has nothing
@@ -214,3 +214,40 @@ def test_found_inf_and_mean_squares_do_not_synchronize_with_the_device() -> None
         finally:
             torch.cuda.set_sync_debug_mode("default")
     check_equal(local_state(model, optimizers), before)
+
+
+def test_a_first_step_that_is_skipped_has_no_update() -> None:
+    parameter = torch.nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=True)
+    parameter.grad = torch.ones(4)
+    optimizer.found_inf = torch.ones(())  # pyrefly: ignore [missing-attribute]
+    optimizer.step()
+    # no step has been counted, so that the bias corrections are 0
+    assert adamw_update_squared_norm(optimizer, optimizer.param_groups[0]) == 0
+    optimizer.found_inf = torch.zeros(())  # pyrefly: ignore [missing-attribute]
+    optimizer.step()
+    # of the first step each element's update is 1
+    assert float(adamw_update_squared_norm(optimizer, optimizer.param_groups[0])) == pytest.approx(
+        4.0, rel=1e-4
+    )
+
+
+def test_a_step_after_a_skipped_one_is_not_skipped() -> None:
+    model = nn.Linear(4, 4)
+    groups: dict[str, MuonGroup | AdamWGroup] = {
+        "matrices": MuonGroup(parameters=["weight"], lr=0.1),
+        "vectors": AdamWGroup(parameters=["bias"], lr=0.1),
+    }
+    optimizers = build_optimizers([model], OptimizerConfig(groups=groups))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizers.step(found_inf=torch.ones(()))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    # by an optimizer itself, which keeps no flag of the step before
+    for optimizer in optimizers:
+        optimizer.step()
+    assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

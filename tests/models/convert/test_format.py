@@ -9,8 +9,9 @@ import torch
 import config as loader
 from config import from_table, to_table, to_toml
 from errors import UserError
-from models.config import ModelConfig
+from models.config import ModelConfig, ParallaxConfig, SoftmaxConfig
 from models.convert.format import from_config_json, to_config_json
+from models.convert.from_hf import _with_attention
 from models.qwen3 import Qwen3
 from models.sizes import SIZES, ModelSize
 from training.run_config import RunConfig
@@ -113,6 +114,26 @@ def test_unsupported_values_are_listed(change: dict[str, Any], message: str) -> 
         from_config_json(QWEN3_06B | change)
 
 
+def test_the_window_is_that_of_all_layers() -> None:
+    table = QWEN3_06B | {"use_sliding_window": True, "sliding_window": 128}
+    for num_full, window_size in ((0, 128), (28, None)):
+        attention = from_config_json(table | {"max_window_layers": num_full}).model.attention
+        assert isinstance(attention, SoftmaxConfig)
+        assert attention.window_size == window_size
+    for num_full in (1, 27):
+        with pytest.raises(
+            UserError, match=rf"max_window_layers \({num_full}\) mixes {num_full} full_attention"
+        ):
+            from_config_json(table | {"max_window_layers": num_full})
+
+
+def test_factors_of_rope_are_refused_whatever_its_type() -> None:
+    for scaling in ({"rope_type": "default", "factor": 2.0}, {"type": "linear"}):
+        with pytest.raises(UserError, match=r"rope_scaling is .*, wanted rope_type 'default' and no factors"):
+            from_config_json(QWEN3_06B | {"rope_scaling": scaling})
+    assert from_config_json(QWEN3_06B | {"rope_scaling": {"rope_type": "default", "factor": None}})
+
+
 def test_keys_left_out_have_the_defaults_of_transformers() -> None:
     without = {k: v for k, v in QWEN3_06B.items() if k not in ("tie_word_embeddings", "initializer_range")}
     found = from_config_json(without)
@@ -177,3 +198,9 @@ def test_a_custom_size_is_a_table_of_the_config(tmp_path: Path) -> None:
     assert (
         loader.load(RunConfig, write('custom_size = "none"', size="debug")).model.dimensions == SIZES["debug"]
     )
+
+
+def test_a_probe_keeps_the_window_of_the_softmax_model() -> None:
+    model = ModelConfig(size="debug", vocab_size=8, attention=SoftmaxConfig(window_size=7))
+    attention = _with_attention(model, "parallax").attention
+    assert attention == ParallaxConfig(r_gain_init=0.0, window_size=7)
