@@ -131,6 +131,24 @@ def test_a_stop_string_of_several_bytes_per_character_is_found(tokenizer: Tokeni
     assert scorer.num_tokens == len(tokenizer.encode("the model \u00e9t\u00e9\u00e9\u00e9"))
 
 
+def test_a_long_prompt_keeps_its_end_for_generation(tokenizer: Tokenizer) -> None:
+    seen: list[list[int]] = []
+
+    class Recorded(Scorer):
+        """Records the prompts, and writes nothing."""
+
+        def generate(self, prompts: Any, until: Any, max_new_tokens: int, stop_ids: Any, stop: Any) -> Any:
+            seen.extend(prompts)
+            return [[] for _ in prompts]
+
+    model = Qwen3Model(build(vocab_size=tokenizer.vocab_size), max_length=20)
+    lm = HarnessModel(model, tokenizer, Recorded(model, token_budget=150))
+    text = "the model reads keys and values " * 9
+    options = {"until": [], "max_gen_toks": 15}
+    lm.generate_until([Instance("generate_until", {}, (text, options), 0)])
+    assert seen == [tokenizer.encode(text)[-5:]]
+
+
 def test_rolling_windows_are_those_of_the_harness() -> None:
     for num_tokens in (1, 7, 8, 9, 30):
         tokens = list(range(100, 100 + num_tokens))

@@ -24,6 +24,7 @@ from eval.held_out import held_out_loss
 from eval.scored_text import Mode, read_texts
 from eval.scoring.groups import Group, Scores
 from eval.scoring.language_model import Qwen3Model
+from eval.standard_error import ratio_standard_error
 from eval.text_loss import text_loss
 from models.qwen3 import Qwen3
 from tests.conftest import make_text
@@ -219,6 +220,18 @@ def test_bits_per_byte_over_several_windows_leave_out_one_end_of_document_token(
     assert found.bits_per_byte == pytest.approx(num_text_tokens / math.log(2) / num_bytes)
 
 
+def test_the_standard_error_counts_a_document_of_several_windows_once(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    texts = [make_text(seed, 4 + 7 * seed) for seed in range(4)]
+    model = Qwen3Model(build(), max_length=8)
+    found = text_loss(model, tokenizer, documents(tmp_path, texts, tokenizer))
+    alone = [text_loss(model, tokenizer, documents(tmp_path, [text], tokenizer)) for text in texts]
+    tokens = torch.tensor([each.num_tokens for each in alone])
+    nats = torch.tensor([each.loss for each in alone], dtype=torch.float64) * tokens
+    assert found.standard_error == pytest.approx(ratio_standard_error(nats, tokens), rel=1e-4)
+
+
 def test_pending_windows_of_a_long_document_are_bounded(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,6 +248,8 @@ def test_pending_windows_of_a_long_document_are_bounded(
     assert found.loss == 1.0
     assert sum(pending) > 8 * 160
     assert max(pending) <= 16 * 10 + 9
+    # and each call but the last has as many as may wait
+    assert min(pending[:-1]) > 16 * 10
 
 
 def test_a_text_without_a_last_word_and_a_stride_that_does_not_fit_are_refused(

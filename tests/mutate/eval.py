@@ -2,10 +2,8 @@
 
 from tests.mutate.mutant import Mutant
 
-DISTRIBUTED = "tests/eval/test_distributed.py"
 HARNESS = "tests/eval/test_harness.py"
 HELD_OUT = "tests/eval/test_held_out.py"
-REPORT = "tests/eval/report/test_report.py"
 REPORT_TASKS = "tests/eval/report/test_report_tasks.py"
 SCORER = "tests/eval/scoring/test_scorer.py"
 TEXT_LOSS = "tests/eval/test_text_loss.py"
@@ -15,36 +13,49 @@ MUTANTS = [
         "eval/scored_text.py",
         'num_words = len(re.split(r"\\s+", text))',
         "num_words = len(text.split())",
-        TEXT_LOSS,
+        f"{TEXT_LOSS}::test_white_space_around_a_page_counts_as_in_the_harness",
     ),
     Mutant(
         "eval/scored_text.py",
         "text.num_end_tokens if end == len(tokens) else 0",
         "text.num_end_tokens",
-        TEXT_LOSS,
+        f"{TEXT_LOSS}::test_bits_per_byte_over_several_windows_leave_out_one_end_of_document_token",
     ),
-    Mutant("eval/scored_text.py", "- tokenizer.num_bytes(tokens[0])", "- 1", TEXT_LOSS),
+    Mutant(
+        "eval/scored_text.py",
+        "- tokenizer.num_bytes(tokens[0])",
+        "- 1",
+        f"{TEXT_LOSS}::test_a_first_token_of_several_bytes_is_not_counted",
+    ),
     Mutant(
         "eval/scored_text.py",
         'encode = tokenizer.encode_batch if mode == "documents" else tokenizer.encode_prompts',
         "encode = tokenizer.encode_batch",
-        TEXT_LOSS,
+        f"{TEXT_LOSS}::test_the_end_of_document_written_out_is_text_in_documents_and_a_token_in_tasks",
     ),
     Mutant(
         "eval/text_loss.py",
         "            self.not_greedy.add(document)",
         "            self.not_greedy.add(len(self.not_greedy))",
-        TEXT_LOSS,
+        f"{TEXT_LOSS}::test_a_last_word_in_several_windows_counts_once",
     ),
     Mutant(
-        "eval/text_loss.py", "        first = len(window.group.context)\n", "        first = 1\n", TEXT_LOSS
+        "eval/text_loss.py",
+        "        first = len(window.group.context)\n",
+        "        first = 1\n",
+        f"{TEXT_LOSS}::test_sliding_windows_give_each_token_the_stated_context",
     ),
-    Mutant("eval/text_loss.py", "                num_pending = 0\n", "", TEXT_LOSS),
+    Mutant(
+        "eval/text_loss.py",
+        "                num_pending = 0\n",
+        "",
+        f"{TEXT_LOSS}::test_pending_windows_of_a_long_document_are_bounded",
+    ),
     Mutant(
         "eval/text_loss.py",
         "        self.document_tokens[document] += len(nats)\n",
         "        self.document_tokens[document] = len(nats)\n",
-        TEXT_LOSS,
+        f"{TEXT_LOSS}::test_the_standard_error_counts_a_document_of_several_windows_once",
     ),
     Mutant("eval/standard_error.py", "len(tokens) / (len(tokens) - 1) * ", "", HELD_OUT),
     Mutant(
@@ -61,28 +72,41 @@ MUTANTS = [
     ),
     Mutant("eval/held_out.py", "math.exp(loss) if loss < 700 else math.inf", "math.exp(loss)", HELD_OUT),
     Mutant(
-        "eval/harness.py", "error * (values[name] if aggregation is perplexity else 1.0)", "error", HARNESS
+        "eval/harness.py",
+        "error * (values[name] if aggregation is perplexity else 1.0)",
+        "error",
+        f"{HARNESS}::test_the_standard_error_of_a_perplexity_is_that_of_its_logarithm_times_itself",
     ),
     Mutant(
         "eval/harness.py",
         "SavedResults.key(model.identity, model.max_length, tokenizer.fingerprint)",
         "SavedResults.key(model.identity, tokenizer.fingerprint)",
-        HARNESS,
+        f"{HARNESS}::test_saved_results_are_of_one_model_one_max_length_and_one_tokenizer",
     ),
     Mutant(
         "eval/harness.py",
         "            pairs.append((context[:at], context[at:] + continuation))",
         "            pairs.append((context, continuation))",
-        HARNESS,
+        f"{HARNESS}::test_empty_contexts_and_continuations",
     ),
-    Mutant("eval/harness.py", "len(end.encode()) for end in ends", "len(end) for end in ends", HARNESS),
+    Mutant(
+        "eval/harness.py",
+        "len(end.encode()) for end in ends",
+        "len(end) for end in ends",
+        f"{HARNESS}::test_a_stop_string_of_several_bytes_per_character_is_found",
+    ),
     Mutant(
         "eval/harness.py",
         "(ids or [self.eot_token_id])[-room:]",
         "(ids or [self.eot_token_id])[:room]",
-        HARNESS,
+        f"{HARNESS}::test_a_long_prompt_keeps_its_end_for_generation",
     ),
-    Mutant("eval/harness.py", "        random.setstate(states[0])\n", "", HARNESS),
+    Mutant(
+        "eval/harness.py",
+        "        random.setstate(states[0])\n",
+        "",
+        f"{HARNESS}::test_shuffled_answers_keep_their_order_within_an_evaluation_and_between_processes",
+    ),
     Mutant(
         "eval/scoring/scorer.py",
         "context[-(max_length + 1 - len(continuation)) :]",
@@ -108,13 +132,13 @@ MUTANTS = [
         "eval/scoring/saved_results.py",
         "    complete = lines[:-1]\n",
         "    complete = [line for line in lines if line]\n",
-        HARNESS,
+        f"{SCORER}::test_an_interrupted_evaluation_resumes",
     ),
     Mutant(
         "eval/task_results.py",
         '"acc_norm" if normalized and task in NORMALIZED else "acc"',
         '"acc_norm" if normalized else "acc"',
-        HARNESS,
+        f"{HARNESS}::test_the_mean_of_the_paper_s_accuracies_and_standard_errors",
     ),
     Mutant(
         "eval/report/task_records.py",

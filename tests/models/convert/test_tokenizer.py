@@ -12,6 +12,7 @@ from errors import UserError
 from models.config import ModelConfig
 from models.convert.from_hf import convert_from_hf
 from models.convert.to_hf import convert_to_hf
+from models.convert.tokenizer import export_tokenizer
 from models.run_folder import read_run_table
 from models.run_tokenizer import copy_tokenizer
 from models.sizes import ModelSize
@@ -111,6 +112,10 @@ def test_a_chat_model_keeps_its_template_and_its_two_end_tokens(corpus: Path, tm
     convert_from_hf(tmp_path / "hf", tmp_path / "again")
     data = read_run_table(tmp_path / "again" / "checkpoint" / "step-0")["data"]
     assert data["end_of_document"] == "<|im_end|>"
+    options = {"end_of_document": "<|im_end|>", "num_positions": None, "vocab_size": 310}
+    exported = export_tokenizer(tmp_path / "chat", tmp_path / "exported", **options)
+    # the pad_token of the folder stays
+    assert exported == (end_of_turn, end_of_document)
 
 
 def test_a_tokenizer_with_ids_beyond_the_vocab_size_raises(corpus: Path, tmp_path: Path) -> None:
