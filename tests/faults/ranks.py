@@ -22,9 +22,9 @@ def break_rank(fault: str, step: int, rank: int) -> None:
     from training.memory import GIB
     from training.trainer import Trainer
 
-    rank_monitor.BEAT_SECONDS = 0.5
-    rank_monitor.STORE_SECONDS = 3.0
-    trainer.DATA_SECONDS = 6.0
+    rank_monitor.BEAT_SECONDS = 1.0
+    rank_monitor.STORE_SECONDS = 5.0
+    trainer.DATA_SECONDS = 12.0
     full = failures.MemoryUse(70 * GIB, 71 * GIB, 72.5 * GIB, 0.25 * GIB, 79 * GIB)
     failures.memory_use = lambda: full
     signals = {"stop": signal.SIGSTOP, "kill": signal.SIGKILL}
