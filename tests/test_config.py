@@ -142,7 +142,8 @@ def test_later_files_win_and_cycles_are_found(tmp_path: Path) -> None:
     write(tmp_path, RUN, "a.toml")
     write(tmp_path, "[training]\nsteps = 5\n", "b.toml")
     assert load(write(tmp_path, 'extends = ["a.toml", "b.toml"]')).training.steps == 5
-    assert "extends itself" in refusal(write(tmp_path, 'extends = "run.toml"'))
+    for name in ("run.toml", "./run.toml", f"../{tmp_path.name}/run.toml"):
+        assert "extends itself" in refusal(write(tmp_path, f'extends = "{name}"'))
 
 
 def test_toml_of_a_run_loads_to_the_same_run(tmp_path: Path) -> None:

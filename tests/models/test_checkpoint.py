@@ -32,6 +32,8 @@ def test_a_loaded_model_is_bit_identical(tmp_path: Path, attention: AttentionCon
     loaded = load_model(tmp_path)
     ids = torch.arange(20).unsqueeze(0)
     assert loaded.config == config
+    assert not loaded.training
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
     assert torch.equal(loaded(ids), model(ids))
     low = load_model(tmp_path, dtype=torch.bfloat16)
     assert {p.dtype for p in low.parameters()} == {torch.bfloat16}

@@ -112,7 +112,7 @@ MUTANTS = [
         "models/checkpoint.py",
         ".eval().requires_grad_(False)",
         ".requires_grad_(False)",
-        f"{CHECKPOINT} {GENERATION}",
+        CHECKPOINT,
     ),
     Mutant("models/run_folder.py", "whole[max(whole)] if whole", "whole[min(whole)] if whole", CHECKPOINT),
     Mutant(

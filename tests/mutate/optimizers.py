@@ -71,7 +71,7 @@ MUTANTS = [
         MUON,
     ),
     Mutant("optimizers/muon.py", "if bucket.layout.num_ranks > 1:", "if False:", DISTRIBUTED),
-    Mutant("optimizers/muon.py", "        self._sampled_blocks.clear()\n", "", SKIPPED),
+    Mutant("optimizers/muon.py", "        self._sampled_blocks.clear()\n", "", MUON),
     Mutant("optimizers/muon.py", "            self.param_groups.pop()\n", "", MUON),
     Mutant(
         "optimizers/param_groups.py",

@@ -21,7 +21,7 @@ WIDTHS = (8, 5, 7, 7, 7, 1)
 STEPS = 5
 
 
-def make_config(orthogonalization: str) -> OptimizerConfig:
+def make_config(orthogonalization: str, row_beta2: float | None = None) -> OptimizerConfig:
     assert orthogonalization in ("newton_schulz5", "polar_express")
     hidden = MuonGroup(
         parameters=[r"layers\.\d+\.weight"],
@@ -29,6 +29,7 @@ def make_config(orthogonalization: str) -> OptimizerConfig:
         weight_decay=0.1,
         dtype="float32",
         orthogonalization=orthogonalization,
+        row_beta2=row_beta2,
     )
     return OptimizerConfig(
         groups={"hidden": hidden, "rest": AdamWGroup(parameters=[r"(norm|output)\..*"], lr=0.01)}
@@ -85,11 +86,13 @@ def full_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def check_equals_one_rank(shape: tuple[int, ...], orthogonalization: str) -> None:
-    unsharded = Model()
-    train(unsharded, build_optimizers([unsharded], make_config(orthogonalization)), 0, 1, range(STEPS))
+def check_equals_one_rank(
+    shape: tuple[int, ...], orthogonalization: str, row_beta2: float | None = None
+) -> None:
+    config, unsharded = make_config(orthogonalization, row_beta2), Model()
+    train(unsharded, build_optimizers([unsharded], config), 0, 1, range(STEPS))
     model = sharded_model(shape)
-    optimizers = build_optimizers([model], make_config(orthogonalization))
+    optimizers = build_optimizers([model], config)
     train(model, optimizers, dist.get_rank(), dist.get_world_size(), range(STEPS))
     torch.testing.assert_close(full_tensors(model), full_tensors(unsharded), rtol=0, atol=1e-6)
     start = Model()
@@ -134,10 +137,12 @@ def worker(rank: int, num_ranks: int, folder: str) -> None:
     if num_ranks == 2:
         check_equals_one_rank((2,), "newton_schulz5")
         check_equals_one_rank((2,), "polar_express")
+        check_equals_one_rank((2,), "newton_schulz5", row_beta2=0.9)
         check_resume_is_bit_identical((2,), f"{folder}/checkpoint")
     else:
         check_equals_one_rank((2, 2), "newton_schulz5")
         check_equals_one_rank((4,), "newton_schulz5")
+        check_equals_one_rank((2, 2), "newton_schulz5", row_beta2=0.9)
     dist.destroy_process_group()
 
 

@@ -223,6 +223,7 @@ def test_update_stats_are_those_of_the_step() -> None:
     muon.record_update_stats = False
     muon.step()
     assert muon.local_update_squared_norms() == {}
+    assert muon.update_singular_values() == {}
 
 
 def test_a_vector_is_an_error() -> None:
