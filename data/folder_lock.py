@@ -85,7 +85,7 @@ class FolderLock:
         self._thread.start()
 
     def confirm(self) -> None:
-        """Raise if another process has written its record since.
+        """Give the lock up and raise if another process has written its record since.
 
         Without flock, two processes that start at the same time both pass acquire, and the first to write its
         record finds the other's here.
@@ -94,6 +94,7 @@ class FolderLock:
             LockedError: The lock is another's.
         """
         if self._fd is not None and self._is_taken_over():
+            self.release()  # else its thread would end this process in the middle of the refusal
             raise LockedError(describe_holder(_read(self._path)))
 
     def release(self) -> None:

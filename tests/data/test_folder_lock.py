@@ -175,6 +175,10 @@ def test_without_flock_one_of_two_that_start_together_is_refused(
     second.confirm()
     with pytest.raises(LockedError, match=f"process {os.getpid()} on"):
         first.confirm()
+    # a refused lock is not renewed, and does not end its process later
+    assert not first._thread.is_alive()
+    second.confirm()
+    second.release()
 
 
 def test_a_flock_that_does_not_reach_the_other_host(tmp_path: Path) -> None:
