@@ -63,7 +63,9 @@ class RunCheckpoints(CheckpointManager):
             super().save(curr_step, last_step=last_step or not succeeded)
         except CheckpointException as error:
             reason = _last_line(error)
-            raise CheckpointWriteError(run_on_main_rank(lambda: self._discard(curr_step, reason))) from None
+            raise CheckpointWriteError(
+                run_on_main_rank(lambda: self._discard(curr_step, reason, ""))
+            ) from None
         self._saved_step = curr_step
         if self.save_future is None:
             self._finish_save()
@@ -92,7 +94,7 @@ class RunCheckpoints(CheckpointManager):
             self._finish_save()
             return True
         if dist.get_rank() == 0:
-            problem = self._discard(self._saved_step, failures[0])
+            problem = self._discard(self._saved_step, failures[0], "in the background ")
             logger.warning(f"{problem}; writing another one in the foreground")
         return False
 
@@ -125,14 +127,14 @@ class RunCheckpoints(CheckpointManager):
             time.sleep(0.2)
         return None
 
-    def _discard(self, step: int, reason: str) -> str:
+    def _discard(self, step: int, reason: str, where: str) -> str:
         """Delete what a failed write has left, on the main rank; return a line about the failure."""
         path = self._run_folder.checkpoint(step)
         shutil.rmtree(path, ignore_errors=True)
         free = free_bytes(path)
         if free < 1.1 * self.checkpoint_bytes:  # headers take some, and torch masks the system's error
             reason = "no space left on device"
-        return self._describe(step, f"writing the checkpoint failed: {reason}", free)
+        return self._describe(step, f"writing the checkpoint {where}failed: {reason}", free)
 
     def _describe(self, step: int, problem: str, free: int) -> str:
         newest = self._run_folder.newest_checkpoint()

@@ -302,6 +302,7 @@ def test_an_empty_wandb_id_is_replaced(
     launch(wandb=True).close()
     assert "wandb_id is empty: starting a new wandb run" in caplog.text
     assert len(id_file.read_text()) == 8
+    add_checkpoint(tmp_path / "run", 9)
     before = id_file.read_text()
     launch(wandb=True).close()
     assert id_file.read_text() == before
