@@ -2,7 +2,17 @@
 
 from tests.mutate.mutant import Mutant
 
-BRANCH = "tests/training/test_branch.py"
+# those that launch no run
+BRANCH = " ".join(
+    f"tests/training/test_branch.py::{name}"
+    for name in (
+        "test_a_checkpoint_after_the_start_of_the_decay_or_the_last_step_is_refused",
+        "test_a_checkpoint_of_another_model_or_sequence_length_is_refused",
+        "test_differing_rates_and_batch_sizes_are_warned_of",
+        "test_changed_keys_other_than_rates_are_warned_of",
+        "test_another_start_for_a_run_folder_with_checkpoints_is_refused",
+    )
+)
 CONFIG = "tests/test_config.py tests/training/test_config_values.py"
 DRY_RUN = "tests/training/test_dry_run.py"
 METRICS = "tests/training/test_metrics.py"
@@ -104,7 +114,7 @@ MUTANTS = [
         "training/saved_config.py",
         "sorted({*saved, *current} - {*ignored})",
         "sorted({*current} - {*ignored})",
-        BRANCH,
+        "tests/training/test_resume.py",
     ),
     Mutant(
         "training/saved_config.py",

@@ -164,6 +164,8 @@ def test_every_string_survives_the_saved_config(name: str) -> None:
         ("--bf16", "here it is training.precision"),
         ("--output_dir", "here it is run.folder"),
         ("--lr_scheduler.warmup_steps", "here it is schedule"),
+        ("--optimizer.name", "here it is optimizer.groups.NAME.kind"),
+        ("--checkpoint.folder", "here it is run.folder"),
         ("--checkpoint.colour", "want one of every, keep, "),
     ],
 )

@@ -10,7 +10,10 @@ from errors import UserError
 from models.config import ParallaxConfig
 from models.size_table import build_row
 from models.sizes import split_size
+from optimizers.param_groups import assign_parameters
 from training.dry_run import dry_run
+from training.memory import MemoryEstimate, estimate_memory
+from training.preflight import build_meta_model
 from training.run_config import RunConfig
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
@@ -125,6 +128,34 @@ def test_the_dry_run_raises_the_errors_of_the_run() -> None:
         dry_run(load(RunConfig, path), 0)
     with pytest.raises(UserError, match="number of ranks"):
         dry_run(load(RunConfig, path, ["--parallelism.replicate", "3"]), 2)
+
+
+def test_memory_of_weights_gradients_and_optimizer_by_hand() -> None:
+    path = next(p for p in CONFIGS if p.stem == "0.6b_parallax_muon")
+    # in fp32: one momentum for Muon, two moments for AdamW
+    counts = count_groups(load(RunConfig, path))
+    weights, states = (
+        4 * sum(counts.values()),
+        4 * (counts["hidden"] + 2 * (counts["embedding"] + counts["vectors"])),
+    )
+
+    def memory(*words: str) -> MemoryEstimate:
+        config = load(RunConfig, path, words)
+        return estimate_memory(config, build_meta_model(config), 8)
+
+    found = memory("--training.local_batch_size", "8")
+    assert (found.weights, found.gradients, found.optimizer) == (weights / 8, weights / 8, states / 8)
+    # without accumulation gradients take the place of activations that are no longer needed
+    assert memory("--training.local_batch_size", "128").gradients == 0.0
+    # all blocks, in bf16, stay gathered
+    kept = memory("--parallelism.reshard_after_forward", "false")
+    assert kept.gathered == weights / 2 > 2 * found.gathered
+
+
+def count_groups(config: RunConfig) -> dict[str, int]:
+    """Count the parameters of each optimizer group."""
+    groups = assign_parameters(build_meta_model(config).named_parameters(), config.optimizer.groups)
+    return {name: sum(p.numel() for p in parameters) for name, parameters in groups.items()}
 
 
 def test_memory_falls_with_ranks_and_activation_checkpointing_and_grows_with_the_batch() -> None:

@@ -2,10 +2,14 @@
 
 from pathlib import Path
 
+import pytest
+
 import config
+from errors import UserError
 from models.run_folder import RunFolder
 from training.resume import resume_warnings, tokenizer_source
 from training.run_config import RunConfig
+from training.saved_config import check_model
 
 CONFIG = Path(__file__).parents[2] / "configs" / "debug_softmax_muon.toml"
 
@@ -40,3 +44,11 @@ def test_a_moved_decay_did_not_name_the_key_that_moved_it(tmp_path: Path) -> Non
     assert "training.steps: saved 20, now 30; lr of group" in warning
     # steps after the checkpoint may differ without a word
     assert resume_warnings(load(tmp_path, "--training.steps", "20"), 20) == []
+
+
+def test_a_key_that_this_version_no_longer_has_is_a_difference(tmp_path: Path) -> None:
+    saved = config.to_table(load(tmp_path))
+    check_model(load(tmp_path), saved, tmp_path, "Give another folder")
+    saved["model"]["attention"]["soft_cap"] = 30
+    with pytest.raises(UserError, match=r"model\.attention\.soft_cap: saved 30, now nothing"):
+        check_model(load(tmp_path), saved, tmp_path, "Give another folder")

@@ -1,3 +1,4 @@
+import random
 from collections.abc import Sequence
 
 import numpy as np
@@ -5,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.loading.best_fit import BestFitPacker, best_fit_decreasing
+from data.loading.best_fit import BestFitPacker, Span, best_fit_decreasing, dissolve_emptiest
 from data.loading.packing import Document, PackedRow, PackerState, collate
 
 END = 0
@@ -152,3 +153,14 @@ def test_padding_is_at_most_1_percent_for_adversarial_lengths(name: str) -> None
     kept = sum(row.num_tokens for row in rows)
     assert kept >= sum(lengths)
     assert kept - sum(lengths) == sum(1 for row in rows for _, start, _ in row.segments if start > 0)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_split_leaves_no_part_of_a_single_token(seed: int) -> None:
+    # such a part would have no label, and the next one would begin with the same token
+    generator = random.Random(seed)
+    capacity = 12
+    bins = [[Span(n, 0, generator.randint(2, capacity))] for n in range(60)]
+    spans = [span for each in dissolve_emptiest(bins, capacity, 0.01) for span in each]
+    assert len(spans) > len(bins), "some are split"
+    assert min(span.length for span in spans) >= 2
