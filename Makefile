@@ -7,7 +7,7 @@ NPROC := $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c ^GPU); [ "$${n:-0}" -g
 ROWS := $(shell echo $$((4 * $(NPROC) * ((8 + $(NPROC) - 1) / $(NPROC)))))
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test test-training test-others lint clean
+.PHONY: train test test-training test-others test-faults lint clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -37,6 +37,10 @@ test-training: .venv/installed
 
 test-others: .venv/installed
 	$(PYTEST) tests --ignore tests/training
+
+# kills, two launches, damaged checkpoints, full disks: all of tests/faults, the slow ones too
+test-faults: .venv/installed
+	$(BIN)/pytest -m "not gpu and not multi_gpu and not network" tests/faults
 
 clean:
 	rm -rf .venv .cache runs

@@ -17,7 +17,9 @@ from collections.abc import Sequence
 
 import config
 from errors import INTERRUPT_CODE, exit_code
+from training.launcher import complete_environment
 from training.run_config import RunConfig
+from training.signals import StopRequest
 
 # torchrun ends the other ranks as soon as one has failed: the main rank is to print what all of them would
 _SECONDS_TO_PRINT = 5.0
@@ -50,24 +52,28 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _train(run_config: RunConfig) -> None:
-    one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-    os.environ.update(one | os.environ)  # one process, started without torchrun
+    stop = StopRequest()
+    stop.watch_torchrun()
     from training import device
 
     device.prepare()  # before the first import of torchtitan
     import torch.distributed as dist
 
     from training import log
+    from training.failures import one_line_failures
     from training.preflight import check_run
+    from training.rank_monitor import RankMonitor
     from training.trainer import Trainer
 
-    rank = int(os.environ["RANK"])
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     log.setup(rank)
-    trainer = Trainer(run_config, check_run(run_config, int(os.environ["WORLD_SIZE"])))
-    try:
-        trainer.train()
-    finally:
-        trainer.close()
+    monitor = RankMonitor(run_config)
+    with one_line_failures(run_config, monitor, world_size):
+        trainer = Trainer(run_config, check_run(run_config, world_size), stop, monitor)
+        try:
+            trainer.train()
+        finally:
+            trainer.close()
     dist.destroy_process_group()
 
 
@@ -77,6 +83,8 @@ def _run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
 
         print(describe_config(options.help_config or None))
         return
+    if not (options.print_config or options.dry_run):
+        complete_environment(os.environ)  # first: an error is printed by rank
     run_config = config.load(RunConfig, options.config, overrides)
     if options.print_config:
         print(config.to_toml(run_config), end="", flush=True)

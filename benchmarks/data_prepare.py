@@ -166,6 +166,7 @@ def _read_back(folder: Path, tokenizer: Tokenizer, packing: Any) -> dict[str, fl
             dp_rank=0,
             dp_world_size=world,
             packing=packing,
+            shuffle_seed=0,
             prefetch_batches=0,
         )
         batches = iter(loader)

@@ -22,7 +22,7 @@ from eval.harness import HarnessModel, load_tasks, quiet
 from eval.scoring.language_model import LanguageModel, Qwen3Model
 from eval.scoring.scorer import Scorer
 from eval.scoring.transformers_model import TransformersModel
-from models.checkpoint import load_model
+from models.checkpoint.load import load_model
 from models.config import ModelConfig
 from models.convert.format import to_config_json, to_hugging_face
 from models.init import init_weights

@@ -292,8 +292,12 @@ class DataConfig:
             into rows with at most 1% padding and splits few that fit into a row; it tokenizes 512 rows of
             documents at a time, for which a step may wait (shards are tokenized already). Validation always
             concatenates, so that losses are comparable across packings.
-        shuffle_seed: Seed of the shuffle of `train`, reshuffled each epoch; None for the stored order.
-            Validation is never shuffled.
+        shuffle_seed: Seed of the shuffle of `train`: its documents, anew each epoch, and the rows that they
+            are packed into. None for the order of the files. Validation is never shuffled.
+        shuffle_window: Rows that are shuffled together, for a `train` other than shards; None for 16 times
+            the global batch. They are held in memory, and a start or a resume reads them before its first
+            step. The rows of shards are shuffled in windows of 65,536 or more, of which only the layout is
+            held.
         mask_documents: Whether a token attends only to its own document. If not, rows are plain causal
             sequences.
         end_of_document: The token that ends each document; must be in the tokenizer's vocabulary.
@@ -305,7 +309,8 @@ class DataConfig:
     validation: Source | None = None
     validation_documents: Literal["all", "held_out"] = "all"
     packing: Literal["concatenate", "best_fit"] = "concatenate"
-    shuffle_seed: int | None = None
+    shuffle_seed: int | None = 0
+    shuffle_window: int | None = None
     mask_documents: bool = True
     end_of_document: str = END_OF_DOCUMENT
     prefetch_batches: int = 4
@@ -314,3 +319,12 @@ class DataConfig:
         check_not_empty(self, "tokenizer", "end_of_document")
         check_range(self, 0, 2**63 - 1, "shuffle_seed")
         check_range(self, 0, 100_000, "prefetch_batches")
+        check_range(self, 1, 1 << 30, "shuffle_window")
+        if self.shuffle_window is None:
+            return
+        if self.shuffle_seed is None or isinstance(self.train, ShardsSource):
+            unused = "shuffle_seed is none" if self.shuffle_seed is None else "train reads shards alone"
+            raise UserError(
+                f"shuffle_window is {self.shuffle_window}, but {unused}, for which no window is held: set it "
+                'to "none"'
+            )

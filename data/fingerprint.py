@@ -57,21 +57,20 @@ def is_older(saved: Any, current: Any) -> bool:
     return isinstance(saved, str) and isinstance(current, dict)
 
 
-def describe_changes(saved: Any, current: Any, key: str = "fingerprint") -> list[str]:
+def describe_changes(saved: Any, current: Any, key: str = "") -> list[str]:
     """Say key by key what differs between the parts of two fingerprints; nothing if they are equal.
 
     Args:
         saved: The earlier parts, or one of them.
         current: The same of this run.
-        key: Dotted name of the part.
+        key: Dotted name of the part; empty for all of them.
     """
     if saved == current:
         return []
     name = key.rpartition(".")[2]
     if not (isinstance(saved, dict) and isinstance(current, dict)):
-        return [
-            "the files are in another order" if name == "order" else f"{key} was {saved!r} and is {current!r}"
-        ]
+        change = f"{key or 'fingerprint'} was {saved!r} and is {current!r}"
+        return ["the files are in another order" if name == "order" else change]
     if name == "files":
         return _file_changes(saved, current)
     names = {**saved, **current}
@@ -80,9 +79,7 @@ def describe_changes(saved: Any, current: Any, key: str = "fingerprint") -> list
     return [
         line
         for each in names
-        for line in describe_changes(
-            saved.get(each), current.get(each), each if key == "fingerprint" else f"{key}.{each}"
-        )
+        for line in describe_changes(saved.get(each), current.get(each), f"{key}.{each}" if key else each)
     ]
 
 
@@ -107,7 +104,7 @@ def check_fingerprint(part: str, saved: Any, current: Any, *, log: bool) -> None
         saved_parts, parts = parts_of(saved), parts_of(current)
         older, changes = is_older(saved_parts, parts), describe_changes(saved_parts, parts)
     else:
-        older, changes = False, describe_changes(saved, current)
+        older, changes = False, describe_changes(saved, current, part)
     if older:
         if log:
             logger.warning("the checkpoint is of an earlier version: its %s was compared only in part", part)

@@ -1,6 +1,7 @@
 """The data loaders of torchtitan's trainer, which its checkpoints can save."""
 
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ from torchtitan.components.dataloader import BaseDataLoader
 from data.config import DataConfig
 from data.loading.global_batch import gradient_accumulation_steps
 from data.loading.held_out import HeldOutLoader
-from data.loading.loader import PackedLoader
+from data.loading.loader import DEFAULT_WINDOW_BATCHES, MIN_WINDOW_BATCHES, PackedLoader
 from data.loading.packing import MicroBatch
 from data.sources.held_out import open_held_out
 from data.sources.open import open_source
 from data.tokenizer import Tokenizer
 from errors import UserError
+
+logger = logging.getLogger(__name__)
 
 _STATE_KEY = "packed_loader"
 
@@ -92,6 +95,8 @@ def build_dataloader(
     num_micro_batches = gradient_accumulation_steps(
         global_batch_size=global_batch_size, local_batch_size=local_batch_size, num_ranks=dp_world_size
     )
+    if dp_rank == 0:
+        _log_order(config, global_batch_size)
     loader = PackedLoader(
         open_source(
             config.train,
@@ -107,11 +112,33 @@ def build_dataloader(
         dp_rank=dp_rank,
         dp_world_size=dp_world_size,
         packing=config.packing,
+        shuffle_seed=config.shuffle_seed,
+        shuffle_window=config.shuffle_window,
         mask_documents=config.mask_documents,
         # a step takes all its micro-batches at once
         prefetch_batches=config.prefetch_batches and max(config.prefetch_batches, num_micro_batches),
     )
     return TitanLoader(loader)
+
+
+def _log_order(config: DataConfig, global_batch_size: int) -> None:
+    """Warn of training data that is not shuffled, or too little."""
+    window = config.shuffle_window
+    if config.shuffle_seed is None:
+        logger.warning(
+            "data.shuffle_seed is none: neither documents nor rows are shuffled, and training reads the "
+            "files in order"
+        )
+    elif window is not None and window < MIN_WINDOW_BATCHES * global_batch_size:
+        logger.warning(
+            "data.shuffle_window is %d rows, less than %d times the global batch (%d): rows of one long "
+            'document will fill much of a batch; set it to %d, or to "none" for %d times the global batch',
+            window,
+            MIN_WINDOW_BATCHES,
+            global_batch_size,
+            MIN_WINDOW_BATCHES * global_batch_size,
+            DEFAULT_WINDOW_BATCHES,
+        )
 
 
 def build_validation_loader(

@@ -19,7 +19,7 @@ from errors import UserError
 from eval.distributed import is_main_rank
 from eval.report.run_records import tokenizer_fingerprint
 from eval.scoring.language_model import Qwen3Model
-from models.checkpoint import load_model
+from models.checkpoint.load import load_model
 from models.run_folder import RunFolder, find_checkpoint, metadata_file, read_run_table
 from models.run_tokenizer import find_tokenizer
 from tokens import END_OF_DOCUMENT

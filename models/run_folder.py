@@ -1,14 +1,17 @@
 """The layout of a run folder, known here and nowhere else.
 
 runs/NAME/
-config.toml         the resolved config
+config.toml         the resolved config; config.1.toml, config.2.toml, ... are those of earlier launches
 tokenizer/          the run's own tokenizer (models/run_tokenizer.py)
 metrics.jsonl       every step
 held_out/           samples of held-out text (data/sources/held_out.py)
 checkpoint/step-N/  the state after optimizer step N; complete once it has .metadata
+run.lock            held by the main rank of the launch that uses the folder (data/folder_lock.py)
+ranks.lock          shared by its other ranks (training/run_lock.py)
 tensorboard/, profile/, wandb_id
 """
 
+import itertools
 import os
 import re
 from dataclasses import dataclass
@@ -16,10 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from config import Table, read_toml, to_toml
+from disk import write_text
 from errors import UserError
 
 _METADATA = ".metadata"
-_STEP = re.compile(r"step-(\d+)")
+# of a config.toml that a run writes, and of one that models.convert writes
+_TRAINING_TABLES = ("run", "model", "optimizer", "schedule", "training", "data", "checkpoint")
+_WEIGHTS_TABLES = ("model",)
+_STEP = re.compile(r"step-(0|[1-9]\d*)", re.ASCII)
+_LIKE_A_STEP = re.compile(r"step-\d+")
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,16 @@ class RunFolder:
         """The folder of all checkpoints."""
         return self.path / "checkpoint"
 
+    @property
+    def lock_file(self) -> Path:
+        """The lock of the launch that uses the folder."""
+        return self.path / "run.lock"
+
+    @property
+    def ranks_lock_file(self) -> Path:
+        """The lock that all ranks but the main one share."""
+        return self.path / "ranks.lock"
+
     def checkpoint(self, step: int) -> Path:
         """Return the folder of the checkpoint after a step."""
         return self.checkpoints / f"step-{step}"
@@ -79,7 +97,27 @@ class RunFolder:
     def step_folders(self) -> dict[int, Path]:
         """Return the folders step-N by step; other names, such as step-5.before, are ignored."""
         found = ((step_of(path), path) for path in self.checkpoints.glob("step-*"))
-        return {step: path for step, path in found if step is not None}
+        return {step: path for step, path in found if step is not None and path.is_dir()}
+
+    def odd_names(self) -> list[str]:
+        """Describe what is named like a checkpoint and cannot be one; it is neither read nor deleted."""
+        paths = [
+            path for path in sorted(self.checkpoints.glob("step-*")) if _LIKE_A_STEP.fullmatch(path.name)
+        ]
+        return [f"{path} {_oddity(path)}" for path in paths if not path.is_dir() or step_of(path) is None]
+
+    def set_aside(self, path: Path, why: str) -> Path:
+        """Rename what is in the way of a checkpoint or damaged; return the first free name step-N.<why>.
+
+        Args:
+            path: A file, link or folder in `checkpoints`.
+            why: The ending of the new name.
+        """
+        endings = itertools.chain([""], map(str, itertools.count(2)))
+        names = (path.with_name(f"{path.name}.{why}{ending}") for ending in endings)
+        free = next(name for name in names if not os.path.lexists(name))
+        path.rename(free)
+        return free
 
     def whole_checkpoints(self) -> dict[int, Path]:
         """Return the complete checkpoints by step."""
@@ -94,22 +132,57 @@ class RunFolder:
         """Read the resolved config as tables, in which "none" stands for None; None if the file is missing.
 
         Raises:
-            ConfigError: The file is damaged.
+            UserError: The file is damaged: empty, cut short, or no TOML.
         """
-        return read_toml(self.config_file) if self.config_file.exists() else None
+        if not self.config_file.exists():
+            return None
+        remedy = "restore it, or delete it to resume without comparing configs (evaluation needs it)"
+        try:
+            table = read_toml(self.config_file)
+        except UserError as error:
+            raise UserError(f"{error}; {remedy}") from error
+        wanted = _TRAINING_TABLES if "optimizer" in table else _WEIGHTS_TABLES
+        missing = [f"[{name}]" for name in wanted if not isinstance(table.get(name), dict)]
+        if missing:
+            raise UserError(f"{self.config_file} is damaged, it has no {' and no '.join(missing)}; {remedy}")
+        return table
+
+    def keep_config(self, config: Any) -> None:
+        """Keep the config of the launch before as config.N.toml, N = 1, 2, ..., unless it is the same.
+
+        Args:
+            config: The resolved config that is to replace it.
+        """
+        if not self.config_file.exists():
+            return
+        text = self.config_file.read_text(encoding="utf-8")
+        last = None  # a launch may have been killed after it kept the config
+        for number in itertools.count(1):
+            kept = self.path / f"config.{number}.toml"
+            if not kept.exists():
+                break
+            last = kept.read_text(encoding="utf-8")
+        if text not in (last, to_toml(config)):
+            temporary = kept.with_name(f"{kept.name}.tmp")
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, kept)
 
     def write_config(self, config: Any) -> None:
         """Write the resolved config, a dataclass or a dict of them by table, atomically."""
         self.path.mkdir(parents=True, exist_ok=True)
-        temporary = self.config_file.with_name("config.toml.tmp")
-        temporary.write_text(to_toml(config), encoding="utf-8")
-        os.replace(temporary, self.config_file)
+        write_text(self.config_file, to_toml(config))
 
 
 def step_of(checkpoint: Path) -> int | None:
     """Return N of a folder step-N; None for any other name."""
     name = _STEP.fullmatch(checkpoint.name)
     return None if name is None else int(name.group(1))
+
+
+def _oddity(path: Path) -> str:
+    if step_of(path) is None:
+        return "is not named as checkpoints are, without leading zeros"
+    return "is a link to nowhere" if path.is_symlink() else "is no folder"
 
 
 def metadata_file(checkpoint: Path) -> Path:

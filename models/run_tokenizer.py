@@ -3,13 +3,13 @@
 `data.tokenizer` of the config names its source, which may be on the hub, or may no longer exist.
 """
 
-import os
 import shutil
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from config import Table
+from disk import replacing
 from errors import UserError
 from models.run_folder import RunFolder
 from tokens import TOKENIZER_FILE
@@ -35,9 +35,8 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
         if not file.is_file():
             continue
         name = TOKENIZER_FILE if file == source else file.name
-        temporary = folder / f"{name}.tmp"
-        shutil.copyfile(file, temporary)
-        os.replace(temporary, folder / name)
+        with replacing(folder / name) as temporary:
+            shutil.copyfile(file, temporary)
 
 
 def find_tokenizer(run: RunFolder, data: Table, given: Path | None = None) -> Path | None:

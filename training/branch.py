@@ -42,6 +42,12 @@ def checkpoint_step(checkpoint: Path) -> int:
     raise UserError(f"checkpoint.start_from is {str(checkpoint)!r}, but {problem}; checkpoints: {near}")
 
 
+def branch_step(config: RunConfig) -> int:
+    """Return the step that a run branches from; 0 for one that is no branch. Its checkpoint may be gone."""
+    start_from = config.checkpoint.start_from
+    return 0 if start_from is None else step_of(Path(start_from)) or 0
+
+
 def check_branch(config: RunConfig, checkpoint: Path) -> None:
     """Raise unless this run can be a branch from a checkpoint.
 

@@ -1,9 +1,11 @@
 """Parameters, FLOPs, time and memory of a run, from its model on the meta device."""
 
+from disk import format_bytes
 from errors import UserError
 from models.qwen3 import Qwen3
 from optimizers.param_groups import assign_parameters
-from training.memory import GIB, estimate_memory
+from training.disk_space import num_checkpoints
+from training.memory import GIB, checkpoint_bytes, estimate_memory
 from training.preflight import build_meta_model
 from training.run_config import RunConfig
 from training.step_time import estimate_step_time
@@ -32,6 +34,7 @@ def dry_run(config: RunConfig, world_size: int) -> str:
     memory = estimate_memory(config, model, world_size)
     seq_len, steps, step_tokens = config.training.seq_len, config.training.steps, config.tokens_per_step
     flops = model.num_flops_per_token(seq_len)
+    size, kept = checkpoint_bytes(config, model, world_size), num_checkpoints(config)
     rows = [
         ("run", f"{config.run.name}: {config.model.size}, {config.model.attention.kind}"),
         *((f"parameters, {part}", f"{count / 1e6:.2f}M") for part, count in counts.items()),
@@ -42,6 +45,7 @@ def dry_run(config: RunConfig, world_size: int) -> str:
                       f"{steps * step_tokens * flops:.3e} FLOPs"),
         *((f"memory, {part}", f"{size / GIB:.2f} GiB") for part, size in vars(memory).items()),
         *_time_rows(config, model, world_size),
+        ("checkpoint", f"{format_bytes(size)}, up to {kept} at a time: {format_bytes(kept * size)} of disk"),
         *(("note", sentence) for sentence in config.unread_keys()),
         ("memory per rank, peak", f"{memory.peak / GIB:.2f} GiB"),
     ]  # fmt: skip

@@ -29,6 +29,7 @@ from models.run_folder import RunFolder
 from training.log import logger
 from training.metrics import RunMetrics
 from training.non_finite import NonFiniteLossError
+from training.rank_monitor import RankMonitor
 from training.run_config import RunConfig
 
 # of the sampled continuations; our choice
@@ -44,6 +45,7 @@ class Evaluator:
         tokenizer: Its tokenizer.
         model: The parallelized model.
         metrics: Where results are recorded.
+        monitor: Told of each phase.
         device: Device of the model.
     """
 
@@ -53,12 +55,14 @@ class Evaluator:
         tokenizer: Tokenizer,
         model: nn.Module,
         metrics: RunMetrics,
+        monitor: RankMonitor,
         device: torch.device,
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
         self.model = model
         self.metrics = metrics
+        self.monitor = monitor
         self.device = device
 
     def are_tasks_due(self, step: int) -> bool:
@@ -98,6 +102,7 @@ class Evaluator:
     def _evaluate_held_out(self, step: int, progress: Record) -> HeldOutLoss | None:
         if self.config.data.validation is None:
             return None
+        self.monitor.enter_slow("held-out loss")
         training = self.config.training
         loader = build_validation_loader(
             self.config.data,
@@ -138,6 +143,7 @@ class Evaluator:
         """Generate samples and evaluate tasks; each is attempted if the other fails."""
         work = {"sample_prompts": self._sample} if has_samples else {}
         work |= {"tasks": self._evaluate_tasks} if has_tasks else {}
+        self.monitor.enter_slow("gathering the model")
         # evaluation draws and seeds random numbers; training must not depend on it
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             try:
@@ -146,6 +152,7 @@ class Evaluator:
                 self._record_failure(step, "a copy of the whole model", error, progress)
                 return
             for name, evaluate in work.items():
+                self.monitor.enter_slow(f"eval.{name}")
                 try:
                     evaluate(model, step, progress)
                 except EvaluationError as error:

@@ -17,6 +17,10 @@ from training.run_config import RunConfig
 
 GIB = 2**30
 FP32 = 4
+# tensors of a parameter's shape
+_NUM_STATES = {"muon": 1, "adamw": 2}
+# of a checkpoint: an entry's zip archive around its values, and its part of .metadata
+_ENTRY_BYTES = 1900
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,7 @@ class MemoryEstimate:
 def _optimizer_bytes(config: RunConfig, model: Qwen3) -> float:
     groups = config.optimizer.groups
     assigned = assign_parameters(model.named_parameters(), groups)
-    num_states = {"muon": 1, "adamw": 2}
-    return sum(FP32 * num_states[groups[name].kind] * p.numel() for name, ps in assigned.items() for p in ps)
+    return sum(FP32 * _NUM_STATES[groups[name].kind] * p.numel() for name, ps in assigned.items() for p in ps)
 
 
 def _activation_bytes(config: RunConfig, model: Qwen3) -> float:
@@ -63,6 +66,22 @@ def _activation_bytes(config: RunConfig, model: Qwen3) -> float:
     if config.training.activation_checkpointing is not None:
         saved += max(by_block)  # the block that is being recomputed
     return config.tokens_per_micro_batch * element * (saved + 2 * width)
+
+
+def checkpoint_bytes(config: RunConfig, model: Qwen3, world_size: int) -> int:
+    """Return the bytes of a checkpoint over all ranks: fp32 weights and optimizer state, with headers.
+
+    Args:
+        config: The run.
+        model: Its model, on any device.
+        world_size: Number of ranks.
+    """
+    _, shard = config.parallelism.degrees(world_size)
+    groups = assign_parameters(model.named_parameters(), config.optimizer.groups)
+    num_states = sum(_NUM_STATES[config.optimizer.groups[name].kind] * len(ps) for name, ps in groups.items())
+    num_entries = (sum(map(len, groups.values())) + num_states) * shard
+    values = FP32 * model.num_parameters()["total"] + _optimizer_bytes(config, model)
+    return round(values + _ENTRY_BYTES * num_entries)
 
 
 def estimate_memory(config: RunConfig, model: Qwen3, world_size: int) -> MemoryEstimate:

@@ -1,12 +1,11 @@
 """Metrics of a run: metrics.jsonl, progress lines on the console, and optionally TensorBoard and wandb."""
 
-import itertools
-import json
 import os
 import secrets
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,12 @@ from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 
+from disk import DiskFullError, describe_free, write_text
+from errors import UserError
 from models.run_folder import RunFolder
 from training.log import logger
 from training.memory import GIB
+from training.metrics_file import JsonlWriter
 from training.run_config import MetricsConfig
 
 BAR_WIDTH = 20
@@ -41,67 +43,6 @@ def format_progress(step: int, steps: int) -> str:
     return f"[{'#' * filled}{'.' * (BAR_WIDTH - filled)}] {100 * step // steps:3}%"
 
 
-class JsonlWriter:
-    """Appends records to a JSONL file: one JSON object per line, each with a "step".
-
-    Args:
-        path: The file; created if it is missing.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file = path.open("a", encoding="utf-8")
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Append a record and flush the file."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-
-    def _lines(self) -> Iterator[tuple[str, int | None]]:
-        """Yield (line, step); the step of a damaged line is None."""
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                yield line, int(json.loads(line)["step"])
-            except (ValueError, KeyError, TypeError):
-                yield line, None
-
-    def truncate_after(self, step: int) -> None:
-        """Delete the records of later steps, and damaged lines."""
-        self._file.close()
-        kept = []
-        for line, line_step in self._lines():
-            if line_step is None:
-                logger.warning(f"{self.path}: deleted a damaged line: {line[:80]}")
-            elif line_step <= step:
-                kept.append(line + "\n")
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, self.path)
-        self._file = self.path.open("a", encoding="utf-8")
-
-    def has_records_after(self, step: int) -> bool:
-        """Return whether the file has a record of a later step."""
-        return any(line_step is not None and line_step > step for _, line_step in self._lines())
-
-    def rotate(self) -> Path:
-        """Start an empty file; return the first free name <file>.1, <file>.2, ... that the old one gets."""
-        self._file.close()
-        names = (self.path.with_name(f"{self.path.name}.{n}") for n in itertools.count(1))
-        rotated = next(path for path in names if not path.exists())
-        os.replace(self.path, rotated)
-        self._file = self.path.open("a", encoding="utf-8")
-        return rotated
-
-    def names_at(self, step: int) -> set[str]:
-        """Return the names of the metrics recorded for a step."""
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        return {name for record in map(json.loads, lines) if record["step"] == step for name in record}
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-
 class RunMetrics(MetricsProcessor):
     """torchtitan's metrics processor with our sinks; the main rank writes.
 
@@ -110,6 +51,9 @@ class RunMetrics(MetricsProcessor):
         parallel_dims: Degrees of parallelism.
         config: The [metrics] table.
         resolved_config: The whole config of the run, for wandb.
+
+    Raises:
+        UserError: The run folder cannot be written, or wandb cannot be started.
     """
 
     def __init__(
@@ -130,19 +74,52 @@ class RunMetrics(MetricsProcessor):
         self._first_step_end = 0.0
         self.jsonl = self.wandb_run = None
         self.tensorboard: SummaryWriter | None = None  # set by start_recording
+        self._ended: set[str] = set()  # sinks that a full disk has ended
         if self.is_main_rank:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.jsonl = JsonlWriter(RunFolder(self.folder).metrics_file)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self.jsonl = JsonlWriter(RunFolder(self.folder).metrics_file)
+            except OSError as error:
+                raise UserError(
+                    f"run.folder is {str(self.folder)!r}, which cannot be written ({error}); give another one"
+                ) from error
             if config.wandb:
-                self.wandb_run = _start_wandb(self.folder, job_config.job.description, resolved_config)
+                self._guard("wandb", lambda: self._start_wandb(job_config.job.description, resolved_config))
 
-    def start_recording(self, last_step: int | None) -> None:
+    def _guard(self, sink: str, write: Callable[[], Any]) -> None:
+        """Write to a sink; a full disk ends this sink with a warning, and not the training."""
+        if sink in self._ended:
+            return
+        try:
+            write()
+        except (OSError, DiskFullError) as error:
+            self._ended.add(sink)
+            logger.warning(
+                f"{sink} ends here and training continues: {error}, {describe_free(self.folder)} in "
+                f"{self.folder}; it begins again at the next launch"
+            )
+
+    def _write_record(self, record: Mapping[str, Any]) -> None:
+        jsonl = self.jsonl
+        if jsonl is not None:
+            self._guard(jsonl.path.name, lambda: jsonl.write(record))
+
+    def _start_wandb(self, name: str, resolved_config: Mapping[str, Any]) -> None:
+        self.wandb_run = _start_wandb(self.folder, name, resolved_config)
+
+    def _start_tensorboard(self, first_step: int) -> None:
+        threading.excepthook = _ignore_tensorboard_thread
+        self.tensorboard = SummaryWriter(str(RunFolder(self.folder).tensorboard), purge_step=first_step)
+
+    def start_recording(self, last_step: int | None, first_step: int = 1) -> None:
         """Delete the records after the step that a launch resumes from, and start recording.
 
         A record without a checkpoint to resume from is kept under another name.
 
         Args:
             last_step: The last completed step; None for a run that starts at step 0, and evaluates there.
+            first_step: First step of this run, which a branch takes after its checkpoint's; a warning names
+                the steps since then that have no record.
         """
         if self.jsonl is not None:
             has_checkpoint = RunFolder(self.folder).newest_checkpoint() is not None
@@ -153,10 +130,15 @@ class RunMetrics(MetricsProcessor):
                     f"kept in {rotated}"
                 )
             self.jsonl.truncate_after(-1 if last_step is None else last_step)
+            missing = self.jsonl.missing_steps(first_step, last_step or 0)
+            if missing:
+                logger.warning(
+                    f"{self.jsonl.path} has no record of {_format_ranges(missing)}, which were trained: "
+                    "reports will show a gap; stop now and copy the file back if you have it elsewhere"
+                )
             if self.config.tensorboard:
-                first_step = 0 if last_step is None else last_step + 1
-                folder = RunFolder(self.folder).tensorboard
-                self.tensorboard = SummaryWriter(str(folder), purge_step=first_step)
+                purge_step = 0 if last_step is None else last_step + 1
+                self._guard("tensorboard", lambda: self._start_tensorboard(purge_step))
         self.reset_throughput()
 
     def names_at(self, step: int) -> set[str]:
@@ -208,11 +190,11 @@ class RunMetrics(MetricsProcessor):
     def record_launch(
         self, step: int, *, start: Mapping[str, Any], num_parameters: int, tokenizer_fingerprint: str
     ) -> None:
-        """Write a record of the launch to metrics.jsonl: ranks, device, model and tokenizer, for eval.report.
+        """Write a record of the launch to metrics.jsonl: start, code, ranks, device, model and tokenizer.
 
         Args:
             step: Optimizer steps completed before the launch.
-            start: What the launch started from, by name.
+            start: What the launch started from and of which code and config it is, by name.
             num_parameters: Parameters of the whole model.
             tokenizer_fingerprint: Fingerprint of the run's tokenizer.
         """
@@ -224,8 +206,7 @@ class RunMetrics(MetricsProcessor):
             "num_parameters": num_parameters,
             "tokenizer_fingerprint": tokenizer_fingerprint,
         }
-        if self.jsonl is not None:
-            self.jsonl.write({"step": step, "launch": facts})
+        self._write_record({"step": step, "launch": facts})
 
     def progress(self, tokens: int) -> dict[str, float]:
         """Return the tokens trained on and the FLOPs spent, by whole rows, which every record has."""
@@ -239,20 +220,11 @@ class RunMetrics(MetricsProcessor):
             samples: The "prompt" and the "text" that continues it, for each sample.
             progress: From progress().
         """
-        if self.jsonl is not None:
-            self.jsonl.write({"step": step, "samples": samples, **progress})
+        self._write_record({"step": step, "samples": samples, **progress})
         if self.tensorboard is not None:
-            for index, sample in enumerate(samples):
-                # indented: Markdown shows the text verbatim
-                text = (sample["prompt"] + "|" + sample["text"]).replace("\n", "\n    ")
-                self.tensorboard.add_text(f"samples/{index}", "    " + text, step)
+            self._guard("tensorboard", lambda: _add_texts(self.tensorboard, step, samples))
         if self.wandb_run is not None:
-            import wandb
-
-            table = wandb.Table(["step", "prompt", "text"])
-            for sample in samples:
-                table.add_data(step, sample["prompt"], sample["text"])
-            self.wandb_run.log({"step": step, "samples": table})
+            self._guard("wandb", lambda: _log_samples(self.wandb_run, step, samples))
 
     def record(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Write metrics of a step to every sink.
@@ -261,14 +233,12 @@ class RunMetrics(MetricsProcessor):
             step: Completed optimizer steps.
             metrics: Numbers, None for one that is not available, and texts; metrics.jsonl alone gets these.
         """
-        if self.jsonl is not None:
-            self.jsonl.write({"step": step, **metrics})
+        self._write_record({"step": step, **metrics})
         numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
         if self.tensorboard is not None:
-            for name, value in numbers.items():
-                self.tensorboard.add_scalar(name, value, step)
+            self._guard("tensorboard", lambda: _add_scalars(self.tensorboard, step, numbers))
         if self.wandb_run is not None:
-            self.wandb_run.log({"step": step, **numbers})
+            self._guard("wandb", lambda: self.wandb_run.log({"step": step, **numbers}))
 
     def mean_step_seconds(self) -> float | None:
         """Return the mean seconds per step without the first, which compiles; None before the second."""
@@ -295,29 +265,77 @@ class RunMetrics(MetricsProcessor):
     def close(self) -> None:
         """Flush and close every sink."""
         super().close()
-        for sink in (self.jsonl, self.tensorboard):
-            if sink is not None:
-                sink.close()
+        if self.jsonl is not None:
+            self.jsonl.close()
+        if self.tensorboard is not None:
+            self._guard("tensorboard", self.tensorboard.close)
         if self.wandb_run is not None:
             # closed while an exception propagates: mark the run as failed
-            self.wandb_run.finish(exit_code=0 if sys.exc_info()[0] is None else 1)
+            exit_code = 0 if sys.exc_info()[0] is None else 1
+            self._guard("wandb", lambda: self.wandb_run.finish(exit_code=exit_code))
+
+
+def _format_ranges(ranges: Iterable[tuple[int, int]]) -> str:
+    """Format ranges of steps: "step 3", "steps 1 to 9 and 12 to 14"."""
+    parts = [str(first) if first == last else f"{first} to {last}" for first, last in ranges]
+    plural = "s" if len(parts) > 1 or "to" in parts[0] else ""
+    return f"step{plural} " + " and ".join(parts[:3]) + (", and others" if len(parts) > 3 else "")
+
+
+def _add_scalars(writer: Any, step: int, numbers: Mapping[str, float]) -> None:
+    for name, value in numbers.items():
+        writer.add_scalar(name, value, step)
+
+
+def _add_texts(writer: Any, step: int, samples: list[dict[str, str]]) -> None:
+    for index, sample in enumerate(samples):
+        # indented: Markdown shows the text verbatim
+        text = (sample["prompt"] + "|" + sample["text"]).replace("\n", "\n    ")
+        writer.add_text(f"samples/{index}", "    " + text, step)
+
+
+def _log_samples(run: Any, step: int, samples: list[dict[str, str]]) -> None:
+    import wandb
+
+    table = wandb.Table(["step", "prompt", "text"])
+    for sample in samples:
+        table.add_data(step, sample["prompt"], sample["text"])
+    run.log({"step": step, "samples": table})
+
+
+def _ignore_tensorboard_thread(failure: threading.ExceptHookArgs) -> None:
+    """Print the traceback of a thread, unless it is TensorBoard's, whose error its next write raises."""
+    if type(failure.thread).__module__.startswith("tensorboard.") and failure.exc_type is not SystemExit:
+        return
+    threading.__excepthook__(failure)
 
 
 def _start_wandb(folder: Path, name: str, resolved_config: Mapping[str, Any]) -> Any:
     import wandb
 
-    # kept in the run folder, so that a resumed run continues the same wandb run
+    # kept in the run folder: a resumed run continues its wandb run, one that starts over gets a new one
     id_file = RunFolder(folder).wandb_id_file
-    if not id_file.exists():
-        id_file.write_text(secrets.token_hex(4), encoding="utf-8")
-    run = wandb.init(
-        project=os.environ.get("WANDB_PROJECT", "parallax"),
-        name=name,
-        id=id_file.read_text(encoding="utf-8"),
-        resume="allow",
-        dir=str(folder),
-        config=dict(resolved_config),
-    )
+    if id_file.exists() and not id_file.read_text(encoding="utf-8", errors="replace").strip():
+        logger.warning(
+            f"{id_file} is empty: starting a new wandb run; to continue the former, write its id there"
+        )
+        id_file.unlink()
+    if not id_file.exists() or RunFolder(folder).newest_checkpoint() is None:
+        write_text(id_file, secrets.token_hex(4))
+    try:
+        run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "parallax"),
+            name=name,
+            id=id_file.read_text(encoding="utf-8").strip(),
+            resume="allow",
+            dir=str(folder),
+            config=dict(resolved_config),
+        )
+    except wandb.Error as error:
+        raise UserError(
+            f"metrics.wandb is true, but wandb does not start ({' '.join(str(error).split())}); log in with "
+            "`wandb login`, set WANDB_MODE=offline in the environment, or metrics.wandb to false"
+        ) from error
     # wandb's own steps only increase: it would drop the steps that a resumed run repeats
     run.define_metric("step")
     run.define_metric("*", step_metric="step")

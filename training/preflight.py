@@ -16,7 +16,9 @@ from errors import UserError
 from models.qwen3 import Qwen3
 from optimizers.param_groups import assign_parameters
 from optimizers.schedule import lr_factor
+from training.disk_space import check_space
 from training.log import logger
+from training.memory import checkpoint_bytes
 from training.resume import check_start, tokenizer_source
 from training.run_config import RunConfig
 
@@ -37,16 +39,18 @@ def check_run(config: RunConfig, world_size: int) -> Tokenizer:
     Raises:
         UserError: The batch size or the degrees of parallelism do not fit the ranks; the optimizer groups do
             not fit the model, or the schedule the steps; the checkpoint to start from is missing or does not
-            fit; the tokenizer is missing or has ids beyond the vocabulary; a data file is missing or has no
-            text column, or shards are of another tokenizer; a task is unknown or has no documents.
+            fit; the disk has no room for a checkpoint; the tokenizer is missing or has ids beyond the
+            vocabulary; a data file is missing or has no text column, or shards are of another tokenizer; a
+            task is unknown or has no documents.
     """
     if os.environ.get("RANK", "0") == "0":
         for sentence in config.unread_keys():
             logger.warning(sentence)
     config.gradient_accumulation_steps(world_size)
     config.parallelism.degrees(world_size)
-    build_meta_model(config)
+    model = build_meta_model(config)
     check_start(config)
+    check_space(config, checkpoint_bytes(config, model, world_size))
     tokenizer = Tokenizer.load(tokenizer_source(config), end_of_document=config.data.end_of_document)
     check_vocabulary(tokenizer, config.model.vocab_size)
     check_data(config.data, tokenizer.fingerprint)

@@ -18,6 +18,7 @@ from training.run_config import RunConfig
 from training.saved_config import (
     check_compatible,
     check_model,
+    config_differences,
     describe_difference,
     sequence_differences,
     training_differences,
@@ -81,7 +82,8 @@ def check_start(config: RunConfig) -> None:
     Raises:
         UserError: The run folder can't be a folder; the checkpoint to start from is missing, has another
             architecture or other optimizer groups, names the keys that differ; a branch does not fit the
-            schedule; or the run folder has checkpoints of a run that started from elsewhere.
+            schedule; the run folder has checkpoints of a run that started from elsewhere, or of one that has
+            finished with another config.
     """
     folder = Path(config.run.folder)
     if any(path.exists() and not path.is_dir() for path in (folder, *folder.parents)):
@@ -98,6 +100,7 @@ def check_start(config: RunConfig) -> None:
         if saved is not None:
             check_compatible(config, saved, folder, "Give this run another run.folder")
             _check_same_origin(config, saved)
+            _check_unfinished(config, saved, start.step)
 
 
 def start_warnings(config: RunConfig, start: StartPoint, fingerprint: str) -> list[str]:
@@ -123,6 +126,16 @@ def start_warnings(config: RunConfig, start: StartPoint, fingerprint: str) -> li
     return resume_warnings(config, start.step)
 
 
+def describe_finished(config: RunConfig, step: int) -> str:
+    """Describe a run that has nothing left to train, and the keys of [eval] that its config has otherwise."""
+    saved = RunFolder(Path(config.run.folder)).read_config()
+    differing = [] if saved is None else config_differences(config, saved)
+    return (
+        f"{config.run.folder} has finished at step {step}; raise training.steps or training.stop_at_step to "
+        f"resume it, or give another run.folder{''.join(f'; {each}' for each in differing)}"
+    )
+
+
 def resume_warnings(config: RunConfig, step: int) -> list[str]:
     """Return what makes a resumed run differ from one trained with this config from the first step.
 
@@ -131,12 +144,12 @@ def resume_warnings(config: RunConfig, step: int) -> list[str]:
         step: Step of the checkpoint.
 
     Returns:
-        At most one sentence; none where the folder has no config.
+        At most one sentence.
     """
     run = RunFolder(Path(config.run.folder))
     saved = run.read_config()
     if saved is None:
-        return []
+        return [f"{run.config_file} is missing: the first {step} steps may have had another config"]
     differing = [
         *sequence_differences(config, saved),
         *training_differences(config, saved, step, run.config_file),
@@ -206,6 +219,7 @@ def prepare_folder(config: RunConfig, start: StartPoint, tokenizer: Tokenizer) -
     for warning in start_warnings(config, start, tokenizer.fingerprint):
         logger.warning(warning)
     folder = RunFolder(Path(config.run.folder))
+    folder.keep_config(config)
     folder.write_config(config)
     is_kept = start.kind == "resume" and folder.tokenizer.is_dir()
     if tokenizer.file is not None and not is_kept:
@@ -213,11 +227,29 @@ def prepare_folder(config: RunConfig, start: StartPoint, tokenizer: Tokenizer) -
 
 
 def remove_partial_checkpoints(folder: RunFolder) -> None:
-    """Delete the step-N folders that a killed write left incomplete, which checkpoint.keep does not count."""
+    """Delete the step-N folders that a killed write left incomplete, which checkpoint.keep does not count.
+
+    The caller holds the folder's lock: no other process is writing them. Names that only resemble a
+    checkpoint's are reported and left.
+
+    Args:
+        folder: The run folder.
+    """
+    for line in folder.odd_names():
+        logger.warning(f"{line}: it is neither loaded nor deleted")
     whole = folder.whole_checkpoints()
     for step, path in folder.step_folders().items():
-        if step not in whole:
-            shutil.rmtree(path)
+        if step in whole:
+            continue
+        if path.is_symlink():
+            logger.warning(
+                f"{path} is a link to a folder without .metadata: it is neither loaded nor deleted"
+            )
+            continue
+        logger.warning(
+            f"deleting {path}: it has no .metadata, which is written last, so its write was cut short"
+        )
+        shutil.rmtree(path)
 
 
 def _check_same_origin(config: RunConfig, saved: Table) -> None:
@@ -233,6 +265,22 @@ def _check_same_origin(config: RunConfig, saved: Table) -> None:
                 f"{config.run.folder} holds checkpoints of a run with another start ({difference}); restore "
                 "the key to resume that run, or give this run another run.folder"
             )
+
+
+def _check_unfinished(config: RunConfig, saved: Table, step: int) -> None:
+    """Raise if nothing is left to train, and the steps were trained with another config.
+
+    Other keys of [eval] are no reason: evaluations that are not on record are made up for.
+    """
+    if step < config.training.last_step:
+        return
+    differing = [each for each in config_differences(config, saved) if not each.startswith("eval.")]
+    if differing:
+        raise UserError(
+            f"{config.run.folder} has finished at step {step} with another config: {'; '.join(differing)}. "
+            "Restore these keys, raise training.steps or training.stop_at_step to resume it, or give another "
+            "run.folder"
+        )
 
 
 def _check_initial_weights(config: RunConfig, checkpoint: Path) -> None:

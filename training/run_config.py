@@ -100,14 +100,19 @@ class ParallelismConfig:
         replicate: Number of replicas of the sharded model (HSDP); 1 for FSDP.
         shard: Number of ranks that shard one replica; None for all ranks / replicate.
         reshard_after_forward: Free the gathered weights of a block between its forward and its backward.
+        timeout_seconds: How long ranks wait in a step for one that hangs or is gone, before the run ends and
+            names it; three mean steps where these are longer. Loading, the first three steps of a launch,
+            checkpoints and evaluations may take 30 minutes, data 15.
     """
 
     replicate: int = 1
     shard: int | None = None
     reshard_after_forward: bool = True
+    timeout_seconds: int = 120
 
     def __post_init__(self) -> None:
         check_range(self, 1, 1_000_000, "replicate", "shard")
+        check_range(self, 1, 7 * 86400, "timeout_seconds")
 
     def degrees(self, world_size: int) -> tuple[int, int]:
         """Return (replicate, shard) for a number of ranks.
@@ -131,6 +136,8 @@ class CheckpointConfig:
     Attributes:
         every: Steps between two checkpoints; None for the last step only.
         keep: Number of newest checkpoints to keep, at least 2; None for all.
+        fall_back: Whether a resume whose newest checkpoint is damaged takes the newest good one, with a
+            warning, and renames the damaged ones to step-N.damaged; if not, it ends there and names both.
         async_save: Write checkpoints in the background while training continues (one more copy of the state
             in host memory).
         start_from: Checkpoint of another run, runs/<name>/checkpoint/step-N, to start a branch from: loads
@@ -146,6 +153,7 @@ class CheckpointConfig:
 
     every: int | None = None
     keep: int | None = 3
+    fall_back: bool = False
     async_save: bool = False
     start_from: str | None = None
     restart_data: bool = False

@@ -94,6 +94,17 @@ def data_differences(config: RunConfig, saved: Table) -> list[str]:
     return _differences_at(config, saved, _DATA_KEYS)
 
 
+def config_differences(config: RunConfig, saved: Table) -> list[str]:
+    """Describe all keys that differ, but for run.folder, whose path may be written in other ways."""
+    current = to_table(config)
+    run = {**current["run"], "folder": saved.get("run", {}).get("folder")}
+    return [
+        line
+        for name, table in (current | {"run": run}).items()
+        for line in _differences(saved.get(name), table, name, skip_missing=True)
+    ]
+
+
 def training_differences(config: RunConfig, saved: Table, step: int, source: Path) -> list[str]:
     """Describe the differences between the steps that a checkpoint has taken and those of this config.
 

@@ -4,12 +4,10 @@ A micro-batch takes what its matrix products, its attention and its memory-bound
 host needs to launch them, whichever is longer. FSDP gathers bf16 weights before the forward and, if they
 were freed, before the backward, and scatters fp32 gradients; HSDP then sums them over the replicas. This is
 hidden behind the micro-batch except for the embedding's weights and gradients, which come first and last.
-Ranks wait in every micro-batch for the one whose documents are longest. Every step adds the optimizer and
+Ranks wait in every micro-batch for the one with the most attention. Every step adds the optimizer and
 host work that nothing hides. docs/performance.md compares estimates with measurements.
 """
 
-import math
-import statistics
 from dataclasses import dataclass
 
 from models.config import ParallaxConfig, SoftmaxConfig
@@ -30,9 +28,12 @@ _NVLINK_BANDWIDTH = 200e9
 # assumed: 80% of one 400 Gb/s adapter per GPU
 _NETWORK_BANDWIDTH = 40e9
 
-# share of a causal row's pairs that are visible where documents are masked, its exponent in the length, and
-# its standard deviation over rows: English text, 0.52 at length 4096 and 0.78 at 1024
-_VISIBLE_SHARE, _VISIBLE_EXPONENT, _VISIBLE_DEVIATION = 0.52, -0.3, 0.3
+# share of a causal row's pairs that are visible where documents are masked, and its exponent in the length:
+# English text, 0.52 at length 4096 and 0.78 at 1024
+_VISIBLE_SHARE, _VISIBLE_EXPONENT = 0.52, -0.3
+# by how much the largest rank's share exceeds the mean, over the inverse square of the rows per micro-batch:
+# rows of the same text at length 4096, divided by data.loading.global_batch.balance_rows
+_UNBALANCED_SHARE = 0.4
 # reads and writes of each saved element, of each logit and, in bytes, per weight and micro-batch
 _ACTIVATION_PASSES = 5.5
 _WEIGHT_BYTES = 40
@@ -122,16 +123,12 @@ def estimate_step_time(config: RunConfig, model: Qwen3, world_size: int) -> Step
 
 
 def _visible_shares(config: RunConfig, world_size: int) -> tuple[float, float]:
-    """Return the visible share of pairs in a mean micro-batch, and how much more the largest rank's has.
-
-    The largest of N normal shares is expected at the quantile (N - 3/8) / (N + 1/4) (Blom 1958).
-    """
+    """Return the visible share of pairs in a mean micro-batch, and how much more the largest rank's has."""
     if not config.data.mask_documents:
         return 1.0, 0.0
     share = min(1.0, _VISIBLE_SHARE * (config.training.seq_len / 4096) ** _VISIBLE_EXPONENT)
-    quantile = (world_size - 0.375) / (world_size + 0.25)
-    deviation = _VISIBLE_DEVIATION / math.sqrt(config.training.local_batch_size)
-    return share, deviation * max(0.0, statistics.NormalDist().inv_cdf(quantile))
+    excess = _UNBALANCED_SHARE / config.training.local_batch_size**2
+    return share, min(1.0 - share, excess) if world_size > 1 else 0.0
 
 
 def _bandwidth(num_ranks: int) -> float:

@@ -14,7 +14,7 @@ def format_summary(
     loss: float,
     held_out: Mapping[str, HeldOutLoss | None],
     *,
-    stopped: bool,
+    stopped: str | None,
     skipped: Mapping[str, int],
 ) -> str:
     """Describe how a launch ended.
@@ -24,11 +24,11 @@ def format_summary(
         step: The last step of the launch.
         loss: Training loss of that step, in nats/token.
         held_out: Held-out losses "before training" and "after training"; None for one not evaluated.
-        stopped: Whether a signal stopped the launch.
+        stopped: What stopped the launch, such as "by a signal"; None if it went to its last step.
         skipped: Number of documents skipped, by reason.
     """
-    if stopped:
-        end = f"stopped by a signal after step {step}"
+    if stopped is not None:
+        end = f"stopped {stopped} after step {step}"
     elif step < config.training.steps:
         end = f"stopped after step {step} of {config.training.steps} (training.stop_at_step)"
     else:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torchtitan.train
 from torch import nn
-from torchtitan.components.checkpoint import DATALOADER, CheckpointManager
+from torchtitan.components.checkpoint import DATALOADER, MODEL, CheckpointManager
 from torchtitan.config import JobConfig
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 from torchtitan.tools.utils import GarbageCollection, device_type
@@ -18,6 +18,7 @@ from config import to_table
 from data.titan import build_dataloader
 from data.tokenizer import Tokenizer
 from errors import UserError
+from models.checkpoint.load import load_state
 from models.loss import cross_entropy
 from models.titan import TitanModelArgs, TitanQwen3, device_mesh, parallelize
 from optimizers.titan import build_lr_schedulers, build_optimizers
@@ -144,19 +145,25 @@ def set_checkpoint_manager(manager: type[CheckpointManager]) -> None:
 
 
 def load_checkpoint(manager: CheckpointManager, checkpoint: Path, *, with_data: bool) -> None:
-    """Load the state of a checkpoint in any folder.
+    """Load the state of a checkpoint in any folder, by the reader that checks it.
 
-    torchtitan's own initial_load_path is ignored once the run has a checkpoint folder, even an empty one.
+    torchtitan's own initial_load_path is ignored once the run has a checkpoint folder, even an empty one, and
+    its dcp_load takes no reader.
 
     Args:
         manager: The run's checkpoint manager; model, optimizers and other states are loaded in place.
         checkpoint: Folder step-N.
         with_data: Whether to load the data position; if not, the data loader stays at its beginning.
+
+    Raises:
+        DamagedCheckpointError: On all ranks, as models.checkpoint.load.load_state.
     """
     states = manager._states_to_load(model_only=False)
     if not with_data:
         del states[DATALOADER]
-    manager.dcp_load(states, checkpoint_id=str(checkpoint), from_hf=False, from_quantized=False)
+    load_state(states, checkpoint)
+    # its tensors are those of the state, flattened there
+    manager.states[MODEL].load_state_dict(states)
     GarbageCollection.collect("checkpoint loaded")
 
 

@@ -12,29 +12,43 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.profiling import maybe_enable_profiling
 from torchtitan.train import Trainer as TitanTrainer
 
 from data.titan import TitanLoader
 from data.tokenizer import Tokenizer
-from errors import UserError
+from errors import RunError
 from eval.distributed import run_on_main_rank
 from eval.held_out import HeldOutLoss
-from models.checkpoint import load_weights
+from models.checkpoint.load import load_weights
 from models.qwen3 import Qwen3
 from models.run_folder import RunFolder
 from optimizers.titan import ParamGroupOptimizers, ParamGroupScheduler
 from tokens import IGNORE_INDEX
 from training import titan
+from training.branch import branch_step
 from training.checkpoints import RunCheckpoints
 from training.evaluation import Evaluator
+from training.failures import describe_missing_ranks
+from training.fall_back import load_or_fall_back
+from training.launch_record import command_line, launch_facts
 from training.log import logger
+from training.memory import checkpoint_bytes
 from training.metrics import RunMetrics
 from training.non_finite import check_step, check_weights
 from training.preflight import check_shared
-from training.resume import StartPoint, find_start, prepare_folder, remove_partial_checkpoints
+from training.rank_monitor import DATA_SECONDS, RankMonitor
+from training.resume import (
+    StartPoint,
+    describe_finished,
+    find_start,
+    prepare_folder,
+    remove_partial_checkpoints,
+)
 from training.run_config import RunConfig
+from training.run_lock import RunLock
 from training.signals import StopRequest
 from training.summary import format_summary
 
@@ -69,8 +83,10 @@ class Trainer(TitanTrainer):
     """Trains one run. torchtitan's constructor sets up processes, meshes, model and optimizers.
 
     Args:
-        config: The run; RANK, WORLD_SIZE and LOCAL_RANK are in the environment, as torchrun sets them.
+        config: The run; RANK, WORLD_SIZE and LOCAL_RANK are in the environment (training/launcher.py).
         tokenizer: From training.preflight.check_run.
+        stop: Asks the run to stop with a checkpoint.
+        monitor: Told of each step and phase; started here.
     """
 
     # what the TrainSpec's builders return
@@ -80,21 +96,42 @@ class Trainer(TitanTrainer):
     dataloader: TitanLoader  # pyrefly: ignore [bad-override-mutable-attribute]
     checkpointer: RunCheckpoints  # pyrefly: ignore [bad-override-mutable-attribute]
 
-    def __init__(self, config: RunConfig, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, config: RunConfig, tokenizer: Tokenizer, stop: StopRequest, monitor: RankMonitor
+    ) -> None:
         self.config = config
+        self.stop = stop
+        self.folder = RunFolder(Path(config.run.folder))
         self.run_tokenizer = tokenizer  # self.tokenizer is torchtitan's
         world_size = int(os.environ["WORLD_SIZE"])
         titan.register_run(config, tokenizer)
         titan.set_checkpoint_manager(RunCheckpoints)
         super().__init__(titan.to_job_config(config, world_size))
+        self.monitor = monitor
+        monitor.start()
         self.model = self.model_parts[0]
-        self.folder = RunFolder(Path(config.run.folder))
         self.num_micro_batches = config.gradient_accumulation_steps(world_size)
-        self.stop = StopRequest()
         self.tokens = 0
-        self.evaluator = Evaluator(config, tokenizer, self.model, self.metrics_processor, self.device)
+        self.evaluator = Evaluator(
+            config, tokenizer, self.model, self.metrics_processor, monitor, self.device
+        )
         assert isinstance(self.model, Qwen3)
+        self.checkpointer.checkpoint_bytes = checkpoint_bytes(config, self.model, world_size)
         self.document_flops = self.model.document_flops(config.training.seq_len)
+
+    def init_distributed(self) -> ParallelDims:
+        """Connect the ranks, and take the run folder's lock before anything is written there.
+
+        Raises:
+            RunError: Not all ranks have started, or the main rank's address does not answer.
+            UserError: Another launch uses the run folder.
+        """
+        try:
+            dims = super().init_distributed()
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
+            raise RunError(describe_missing_ranks(error)) from error
+        self.lock = RunLock(self.folder)
+        return dims
 
     def state_dict(self) -> dict[str, Any]:
         """Return step, tokens and random generators, which are equal on all ranks."""
@@ -114,7 +151,7 @@ class Trainer(TitanTrainer):
         """Train to the last step of this launch, or until a signal.
 
         Raises:
-            UserError: The ranks do not share the run folder.
+            UserError: See start.
             NonFiniteLossError: See optimizer_step and save.
         """
         before = self.start()
@@ -130,6 +167,7 @@ class Trainer(TitanTrainer):
             self.metrics_processor.reset_throughput()
             while self.step < last_step and not stopped:
                 self.step += 1
+                self.monitor.begin_step(self.step)
                 titan.collect_garbage(self, self.step)
                 result = self.optimizer_step(data)
                 self.record(result)
@@ -137,10 +175,12 @@ class Trainer(TitanTrainer):
                 loss, stopped = result.metrics["loss"], result.stop_requested
                 after = None if stopped else self.evaluator.evaluate(self.step, self.tokens)
                 if profiler:
+                    self.monitor.enter_slow("profile")
                     profiler.step()
         held_out = {"before training": before, "after training": after}
         skipped = self.dataloader.loader.skipped
-        logger.info(format_summary(self.config, self.step, loss, held_out, stopped=stopped, skipped=skipped))
+        cause = self.stop.cause if stopped else None
+        logger.info(format_summary(self.config, self.step, loss, held_out, stopped=cause, skipped=skipped))
 
     def start(self) -> HeldOutLoss | None:
         """Load what the launch starts from, and write config, tokenizer and a record of the launch.
@@ -149,40 +189,46 @@ class Trainer(TitanTrainer):
             The held-out loss before training, for a launch that starts at step 0.
 
         Raises:
-            UserError: The ranks do not share the run folder.
+            UserError: The ranks do not share the run folder, or another launch has taken it.
         """
         self.stop.install()
         check_shared(self.folder.path)
         start = self._load_start()
+        self.lock.confirm()
         is_finished = self.step >= self.config.training.last_step
-        if dist.get_rank() == 0:
-            remove_partial_checkpoints(self.folder)
-            if not is_finished:
-                prepare_folder(self.config, start, self.run_tokenizer)
+        run_on_main_rank(lambda: remove_partial_checkpoints(self.folder))
+        facts = start.facts
+        if not is_finished:
+            facts |= run_on_main_rank(lambda: self._prepare_folder(start))
         if self.step > 0:
-            self.metrics_processor.start_recording(self.step)
+            first_step = branch_step(self.config) + 1
+            self.metrics_processor.start_recording(self.step, first_step)
         if start.kind == "resume":
             # the launch before may have been killed between a checkpoint and its evaluation
             recorded = self.metrics_processor.names_at(self.step)
             self.evaluator.evaluate(self.step, self.tokens, recorded)
         if is_finished:
-            logger.info(
-                f"{self.folder.path} has finished at step {self.step}; raise training.steps or "
-                "training.stop_at_step to resume it, or give another run.folder"
-            )
+            logger.info(describe_finished(self.config, self.step))
             return None
         if self.step == 0:
             self.metrics_processor.start_recording(None)
         self.metrics_processor.record_launch(
             self.step,
-            start=start.facts,
+            start=facts,
             num_parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             tokenizer_fingerprint=self.run_tokenizer.fingerprint,
         )
         return self.evaluator.evaluate(0, 0) if self.step == 0 else None
 
+    def _prepare_folder(self, start: StartPoint) -> dict[str, Any]:
+        """Prepare the run folder; return the facts of this launch."""
+        facts = launch_facts(self.config, command_line())  # before the config is replaced
+        prepare_folder(self.config, start, self.run_tokenizer)
+        return facts
+
     def _load_start(self) -> StartPoint:
         """Load the checkpoint or the weights that the main rank finds."""
+        self.monitor.enter_slow("loading")
         start = run_on_main_rank(lambda: find_start(self.config))
         if start.checkpoint is None:
             return start
@@ -190,13 +236,8 @@ class Trainer(TitanTrainer):
             load_weights(self.model, start.checkpoint)
             logger.info(f"starting with the weights of {start.checkpoint}")
         else:
-            titan.load_checkpoint(self.checkpointer, start.checkpoint, with_data=not start.restarts_data)
+            start = load_or_fall_back(self.checkpointer, self.config, start)
         if start.kind == "branch":
-            if self.step != start.step:
-                raise UserError(
-                    f"checkpoint.start_from is {str(start.checkpoint)!r}, but it is a checkpoint of step "
-                    f"{self.step}; rename the folder back, or start from another checkpoint"
-                )
             data = ", with data.train from its beginning" if start.restarts_data else ""
             logger.info(f"starting from {start.checkpoint}{data}")
         return start
@@ -218,14 +259,17 @@ class Trainer(TitanTrainer):
         """
         self.optimizers.zero_grad()
         rates, decays = self.lr_schedulers.lr_by_group(), self.lr_schedulers.weight_decay_by_group()
+        self.monitor.enter("data", limit=DATA_SECONDS)
         batch = [next(micro_batches) for _ in range(self.num_micro_batches)]
         loss, num_predicted = self._accumulate_gradients(batch)
+        self.monitor.enter("update")
         grad_norm = dist_utils.clip_grad_norm_(
             self.model.parameters(), self.config.training.max_grad_norm, foreach=True
         )
         self.checkpointer.maybe_wait_for_staging()
         mean_squares = self._update(grad_norm)
         self.lr_schedulers.step()
+        self.monitor.enter("sum over ranks")
         sums = self._sum_over_ranks(loss, sum(self._flops(inputs) for inputs, _ in batch), mean_squares)
         norm = float(grad_norm)
         check_step(self.step, sums.loss, norm, self.folder)
@@ -248,11 +292,13 @@ class Trainer(TitanTrainer):
         Returns:
             This rank's part of the loss in nats/token, and the number of predicted tokens over all ranks.
         """
+        self.monitor.enter("token count")
         num_predicted = sum((labels != IGNORE_INDEX).sum() for _, labels in batch)
         num_predicted = torch.as_tensor(num_predicted, device=self.device)
         dist.all_reduce(num_predicted)
         loss = torch.zeros((), device=self.device)
-        for inputs, labels in batch:
+        for index, (inputs, labels) in enumerate(batch, start=1):
+            self.monitor.enter(f"micro-batch {index} of {len(batch)}")
             part = self._loss_sum(inputs, labels) / num_predicted
             part.backward()
             loss += part.detach()
@@ -313,6 +359,7 @@ class Trainer(TitanTrainer):
 
     def record(self, result: StepResult) -> None:
         """Record the metrics of a step."""
+        self.monitor.enter("metrics")
         self.tokens += self.config.tokens_per_step
         record = {
             **result.metrics,
@@ -330,6 +377,7 @@ class Trainer(TitanTrainer):
         Raises:
             NonFiniteLossError: A weight is NaN or Inf. The previous checkpoint remains the newest.
         """
+        self.monitor.enter_slow("checkpoint")
         write_failed = result.write_finished and not self.checkpointer.finish_background_write()
         is_last = result.stop_requested or self.step == self.config.training.last_step
         # not in the background: the checkpoint is on disk before the tasks are evaluated
@@ -340,6 +388,9 @@ class Trainer(TitanTrainer):
             self.metrics_processor.reset_throughput()
 
     def close(self) -> None:
-        """Wait for background writes, stop the data loader's thread and close the metrics' sinks."""
+        """Wait for background writes, stop threads, close the metrics' sinks, release the run folder."""
+        self.monitor.lift_limit()
         self.dataloader.close()
         super().close()
+        self.monitor.close()
+        self.lock.release()

@@ -18,7 +18,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.loading.packing import Document, PackedRow, PackerState, Segment, check_seq_len
+from data.loading.packing import (
+    Document,
+    PackedRow,
+    PackerState,
+    Segment,
+    SegmentTuple,
+    check_seq_len,
+)
 from data.permutation import Permutation
 from errors import UserError
 
@@ -122,6 +129,34 @@ def _split_into(span: Span, targets: list[tuple[int, int]], bins: list[list[Span
     raise AssertionError("the gaps are too small for the span")
 
 
+def pack_block(lengths: Sequence[int], seq_len: int) -> list[list[Span]]:
+    """Pack the documents of a block into rows.
+
+    Args:
+        lengths: Length of each document in tokens.
+        seq_len: Tokens per row, T.
+
+    Returns:
+        The spans of each row, of at most T + 1 tokens, in the order of their documents; the rows are shuffled
+        by a fixed permutation.
+    """
+    capacity = seq_len + 1
+    spans = list(chain.from_iterable(_spans(*each, seq_len) for each in enumerate(lengths)))
+    bins = best_fit_decreasing([span.length for span in spans], capacity)
+    rows = dissolve_emptiest([[spans[item] for item in each] for each in bins], capacity, MAX_PADDING)
+    order = Permutation(len(rows), "rows of a block")(np.arange(len(rows)))
+    return [sorted(rows[which]) for which in order.tolist()]
+
+
+def _spans(document: int, length: int, seq_len: int) -> Iterator[Span]:
+    """Split a document into spans of T + 1 tokens, each of which shares its first token with the last one."""
+    start = 0
+    while length - start > seq_len + 1:
+        yield Span(document, start, start + seq_len + 1)
+        start += seq_len
+    yield Span(document, start, length)
+
+
 class BestFitPacker:
     """Pack documents into rows, block by block; a state's offset counts rows of its block.
 
@@ -174,27 +209,13 @@ class BestFitPacker:
             yield block
 
     def _rows(self, block: Sequence[Document]) -> list[PackedRow]:
-        capacity = self._seq_len + 1
-        lengths = [len(document.tokens) for document in block]
-        spans = list(chain.from_iterable(map(self._spans, range(len(block)), lengths)))
-        bins = best_fit_decreasing([span.length for span in spans], capacity)
-        rows = dissolve_emptiest([[spans[item] for item in each] for each in bins], capacity, MAX_PADDING)
-        order = Permutation(len(rows), "rows of a block")(np.arange(len(rows)))
         return [
             PackedRow(
-                segments=tuple(
-                    Segment(block[document].tokens, start, stop)
-                    for document, start, stop in sorted(rows[which])
+                segments=SegmentTuple(
+                    Segment(block[document].tokens, start, stop) for document, start, stop in spans
                 ),
                 seq_len=self._seq_len,
                 padding_id=self._padding_id,
             )
-            for which in order.tolist()
+            for spans in pack_block([len(document.tokens) for document in block], self._seq_len)
         ]
-
-    def _spans(self, document: int, length: int) -> Iterator[Span]:
-        start = 0
-        while length - start > self._seq_len + 1:
-            yield Span(document, start, start + self._seq_len + 1)
-            start += self._seq_len
-        yield Span(document, start, length)

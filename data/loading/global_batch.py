@@ -2,8 +2,12 @@
 
 A step takes G = global_batch_size consecutive rows. With W data-parallel ranks and b = local_batch_size, it
 has A = G / (W * b) micro-steps, the gradient accumulation steps. Micro-step m takes the step's rows from m *
-W * b to (m + 1) * W * b, of which rank w takes b, from m * W * b + w * b.
+W * b to (m + 1) * W * b, of which rank w takes b: those from m * W * b + w * b, or, where documents are
+masked, a choice that gives all ranks about as much attention to compute, since each waits for the slowest.
 """
+
+import heapq
+from collections.abc import Sequence
 
 from errors import UserError
 
@@ -47,3 +51,26 @@ def rank_rows(local_batch_size: int, rank: int, num_ranks: int) -> range:
     """
     assert 0 <= rank < num_ranks, f"rank {rank} of {num_ranks}"
     return range(rank * local_batch_size, (rank + 1) * local_batch_size)
+
+
+def balance_rows(costs: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """Divide the rows of a micro-step into equally many per rank, of about the same sums of costs.
+
+    The most expensive rows first, each goes to the rank with the least so far that has room (Graham 1969).
+
+    Args:
+        costs: Cost of each row of the micro-step, `[W * b]`.
+        num_ranks: Data-parallel ranks, W.
+
+    Returns:
+        The rows of each rank, ascending.
+    """
+    room = len(costs) // num_ranks
+    by_rank: list[list[int]] = [[] for _ in range(num_ranks)]
+    loads = [(0, rank) for rank in range(num_ranks)]
+    for row in sorted(range(len(costs)), key=lambda row: -costs[row]):
+        load, rank = heapq.heappop(loads)
+        by_rank[rank].append(row)
+        if len(by_rank[rank]) < room:
+            heapq.heappush(loads, (load + costs[row], rank))
+    return [sorted(rows) for rows in by_rank]

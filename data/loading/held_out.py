@@ -17,11 +17,9 @@ import torch
 from data.loading.global_batch import rank_rows, rows_per_micro_step
 from data.loading.packing import ConcatenatePacker, Document, PackedRow, PackerState, collate, padding_row
 from data.loading.prefetch import Prefetcher
-from data.sources.base import DocumentSource, TokenSequence, batches
+from data.loading.stream import tokenize
+from data.sources.base import DocumentSource, TokenSequence
 from data.tokenizer import Tokenizer
-
-_BATCH_ROWS = 256
-_BATCH_CHARACTERS = 1 << 18
 
 
 class HeldOutBatch(NamedTuple):
@@ -111,14 +109,8 @@ class HeldOutLoader:
 
     def _documents(self) -> Iterator[Document]:
         number = 0
-        for batch in batches(self._source.read(repeat=False), _BATCH_ROWS, _BATCH_CHARACTERS):
-            encoded = iter(self._tokenizer.encode_batch([row.text for row in batch if row.text is not None]))
-            for row in batch:
-                if row.skipped is not None:
-                    continue
-                tokens = row.tokens
-                if tokens is None:
-                    tokens = np.array([*next(encoded), self._tokenizer.end_of_document_id], dtype=np.int32)
+        for row, tokens in tokenize(self._source.read(repeat=False), self._tokenizer):
+            if tokens is not None:
                 numbered = _NumberedTokens(number, tokens)
                 yield Document(tokens=numbered, position=None, next_position=row.next_position, skipped={})
                 number += 1
@@ -144,7 +136,8 @@ def _number(tokens: TokenSequence) -> int:
 
 
 def _last_document(row: PackedRow) -> int:
-    return _number(row.segments[-1].tokens)
+    *_, last = row.segments
+    return _number(last.tokens)
 
 
 def _document_of_label(row: PackedRow) -> np.ndarray:

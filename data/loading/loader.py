@@ -7,30 +7,38 @@ GPUs as the cores of a node can tokenize for.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
 from data.fingerprint import check_fingerprint
-from data.loading.best_fit import BestFitPacker
-from data.loading.global_batch import gradient_accumulation_steps, rank_rows, rows_per_micro_step
-from data.loading.packing import ConcatenatePacker, MicroBatch, PackedRow, Packer, collate, padding_row
+from data.loading.global_batch import (
+    balance_rows,
+    gradient_accumulation_steps,
+    rank_rows,
+    rows_per_micro_step,
+)
+from data.loading.packing import MicroBatch, PackedRow, collate
 from data.loading.prefetch import Prefetcher
-from data.loading.stream import RowStream, StreamState
+from data.loading.rows import open_rows
+from data.loading.shard_rows import Packing
+from data.loading.stream import StreamState
 from data.sources.base import DocumentSource
 from data.tokenizer import Tokenizer
 from errors import UserError
 
-_STATE_VERSION = 2
+_STATE_VERSION = 3
+
+# of the shuffle, where none is set; below the second, documents longer than a few rows show in a batch
+DEFAULT_WINDOW_BATCHES = 16
+MIN_WINDOW_BATCHES = 4
 
 
 class PackedLoader:
     """One rank's micro-batches of packed documents; its state is the same on all ranks.
 
-    A training loader (`repeat=True`) is infinite, and each iterator resumes where the previous one stopped. A
-    validation loader (`repeat=False`) restarts with each iterator and drops no token: the last row is padded,
-    and rows of padding give every rank the same number of micro-batches. Padding is never a label.
+    It is infinite, epoch after epoch, and each iterator resumes where the previous one stopped.
 
     Args:
         source: The documents.
@@ -41,9 +49,10 @@ class PackedLoader:
         dp_rank: Index of this data-parallel rank.
         dp_world_size: Number of data-parallel ranks, W.
         packing: Packer of documents into sequences (data/loading/packing.py, data/loading/best_fit.py).
+        shuffle_seed: Seed of the shuffle of sequences (data/loading/row_shuffle.py); None for their order.
+        shuffle_window: Sequences that are shuffled together, of sources other than shards; None for 16 times
+            the global batch.
         mask_documents: Whether a token attends only to its own document.
-        repeat: Whether to repeat the source, epoch after epoch.
-        max_sequences: End each iterator after this many sequences over all ranks; None for no limit.
         prefetch_batches: Micro-batches that a background thread prepares ahead; 0 for no thread.
 
     Raises:
@@ -60,31 +69,31 @@ class PackedLoader:
         global_batch_size: int,
         dp_rank: int,
         dp_world_size: int,
-        packing: Literal["concatenate", "best_fit"] = "concatenate",
+        packing: Packing = "concatenate",
+        shuffle_seed: int | None = None,
+        shuffle_window: int | None = None,
         mask_documents: bool = True,
-        repeat: bool = True,
-        max_sequences: int | None = None,
         prefetch_batches: int = 4,
     ) -> None:
         gradient_accumulation_steps(
             global_batch_size=global_batch_size, local_batch_size=local_batch_size, num_ranks=dp_world_size
         )
-        padding_id = tokenizer.end_of_document_id
-        packers: dict[str, Callable[[int, int], Packer]]
-        packers = {"concatenate": ConcatenatePacker, "best_fit": BestFitPacker}
-        packer = packers[packing](seq_len, padding_id)
-        self._stream = RowStream(source, tokenizer, packer, repeat=repeat)
-        self._padding_row = padding_row(seq_len, padding_id)
-        self._rank_rows = rank_rows(local_batch_size, dp_rank, dp_world_size)
-        self._micro_step_rows = rows_per_micro_step(local_batch_size, dp_world_size)
+        self._stream = open_rows(
+            source,
+            tokenizer,
+            packing=packing,
+            seq_len=seq_len,
+            shuffle_seed=shuffle_seed,
+            window_rows=shuffle_window or DEFAULT_WINDOW_BATCHES * global_batch_size,
+        )
+        self._local_batch_size = local_batch_size
+        self._rank, self._num_ranks = dp_rank, dp_world_size
         self._mask_documents = mask_documents
-        self._repeat = repeat
-        self._max_sequences = max_sequences
         self._prefetch_batches = prefetch_batches
         self._fingerprint = {
             "source": source.fingerprint,
             "tokenizer": tokenizer.fingerprint,
-            "packing": packer.fingerprint,
+            "packing": self._stream.fingerprint,
         }
         self._state = StreamState()
         self._generation = 0
@@ -93,7 +102,7 @@ class PackedLoader:
     @property
     def skipped(self) -> Mapping[str, int]:
         """Source rows skipped before the next sequence since the start of the run, by reason."""
-        return self._state.skipped
+        return self._state.num_skipped
 
     def __iter__(self) -> Iterator[MicroBatch]:
         """Yield this rank's micro-batches; ends an earlier iterator of this loader.
@@ -107,15 +116,12 @@ class PackedLoader:
         """
         self.close()
         generation = self._generation
-        if not self._repeat:
-            self._state = StreamState()
         pin_device = torch.cuda.current_device() if torch.cuda.is_available() else None
-        rows = itertools.islice(self._stream.rows(self._state), self._max_sequences)
         produce = _Producer(
-            rows,
-            padding_row=self._padding_row,
-            rank_rows=self._rank_rows,
-            micro_step_rows=self._micro_step_rows,
+            self._stream.rows(self._state),
+            local_batch_size=self._local_batch_size,
+            rank=self._rank,
+            num_ranks=self._num_ranks,
             mask_documents=self._mask_documents,
             pin_device=pin_device,
         )
@@ -148,17 +154,17 @@ class PackedLoader:
         Raises:
             UserError: The position belongs to another source, tokenizer or packing, or to another version.
         """
-        assert self._repeat, (
-            "a loader with repeat=False restarts with each iterator: it has no position to load"
-        )
-        if state_dict.get("version") != _STATE_VERSION:
+        version = state_dict.get("version")
+        if version != _STATE_VERSION:
+            why = " (it was saved before rows were shuffled)" if version == 2 else ""
             raise UserError(
-                f"the saved data position has version {state_dict.get('version')!r}, expected "
-                f"{_STATE_VERSION}: load the checkpoint with the code that wrote it"
+                f"the saved data position has version {version!r}, expected {_STATE_VERSION}{why}: resume "
+                "the run with the code that wrote it, or start the data from its beginning in a branch: "
+                "another run.folder, checkpoint.start_from, checkpoint.restart_data = true"
             )
         for part, fingerprint in self._fingerprint.items():
             saved = state_dict["fingerprint"][part]
-            check_fingerprint(part, saved, fingerprint, log=self._rank_rows.start == 0)
+            check_fingerprint(part, saved, fingerprint, log=self._rank == 0)
         self.close()
         self._state = StreamState.from_dict(state_dict["position"])
 
@@ -186,16 +192,15 @@ class _Producer:
         self,
         rows: Iterator[tuple[PackedRow, StreamState]],
         *,
-        padding_row: PackedRow,
-        rank_rows: range,
-        micro_step_rows: int,
+        local_batch_size: int,
+        rank: int,
+        num_ranks: int,
         mask_documents: bool,
         pin_device: int | None,
     ) -> None:
         self._rows = rows
-        self._padding_row = padding_row
-        self._rank_rows = rank_rows
-        self._micro_step_rows = micro_step_rows
+        self._local_batch_size = local_batch_size
+        self._rank, self._num_ranks = rank, num_ranks
         self._mask_documents = mask_documents
         self._pin_device = pin_device
 
@@ -204,19 +209,17 @@ class _Producer:
         if self._pin_device is not None:
             # a new thread would pin memory on device 0 and create a context there for every rank of the node
             torch.cuda.set_device(self._pin_device)
-        own: list[PackedRow] = []
-        num_rows = 0
-        state = StreamState()
-        for row, state in self._rows:
-            if num_rows in self._rank_rows:
-                own.append(row)
-            num_rows += 1
-            if num_rows == self._micro_step_rows:
-                yield self._collate(own), state
-                own, num_rows = [], 0
-        if num_rows:
-            padding = [self._padding_row] * (len(self._rank_rows) - len(own))
-            yield self._collate(own + padding), state
+        size = rows_per_micro_step(self._local_batch_size, self._num_ranks)
+        while micro_step := list(itertools.islice(self._rows, size)):
+            rows = [row for row, _ in micro_step]
+            _, state = micro_step[-1]
+            yield self._collate([rows[index] for index in self._own(rows)]), state
+
+    def _own(self, rows: Sequence[PackedRow]) -> Sequence[int]:
+        """Return the rows of a micro-step that this rank takes."""
+        if self._mask_documents:
+            return balance_rows([row.num_pairs for row in rows], self._num_ranks)[self._rank]
+        return rank_rows(self._local_batch_size, self._rank, self._num_ranks)
 
     def _collate(self, rows: list[PackedRow]) -> MicroBatch:
         inputs, labels = collate(rows, mask_documents=self._mask_documents)

@@ -13,6 +13,7 @@ data/loading/best_fit.py is the other packer. Both need only the lengths of docu
 row is collated, so that each rank reads stored tokens of its own rows only.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -68,30 +69,58 @@ class Segment(NamedTuple):
     stop: int
 
 
+class RowSegments(Protocol):
+    """The segments of a row, of different documents, in order."""
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Number of tokens of each segment."""
+        ...
+
+    def __iter__(self) -> Iterator[Segment]:
+        """Iterate over the segments."""
+        ...
+
+
+class SegmentTuple(tuple[Segment, ...]):
+    """Segments that are made already."""
+
+    __slots__ = ()
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Number of tokens of each segment."""
+        return [segment.stop - segment.start for segment in self]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedRow:
     """A row of T + 1 tokens: T inputs and, shifted by one, T labels.
 
     Attributes:
-        segments: Segments of different documents, in order.
+        segments: What it holds of documents.
         seq_len: Length T of the sequence.
         padding_id: Token id that fills the rest of the T + 1 tokens.
     """
 
-    segments: tuple[Segment, ...]
+    segments: RowSegments
     seq_len: int
     padding_id: int
 
     @property
     def num_tokens(self) -> int:
         """Number of tokens that are not padding; padding is never a label."""
-        return sum(segment.stop - segment.start for segment in self.segments)
+        return sum(self.segments.lengths)
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs of tokens that attend to each other if documents are masked, without those of padding."""
+        return sum(length * (length + 1) // 2 for length in self.segments.lengths)
 
     @property
     def document_starts(self) -> tuple[int, ...]:
         """Indices from 1 to T at which a document starts, ascending; padding counts as a document."""
-        ends = accumulate(segment.stop - segment.start for segment in self.segments)
-        return tuple(end for end in ends if end <= self.seq_len)
+        return tuple(end for end in accumulate(self.segments.lengths) if end <= self.seq_len)
 
     @property
     def tokens(self) -> np.ndarray:
@@ -106,6 +135,35 @@ class PackedRow:
             row[filled : filled + stop - start] = tokens[start:stop]
             filled += stop - start
         return row
+
+
+class Rows(Protocol):
+    """Rows that may be made on access; a list is one."""
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        ...
+
+    def __getitem__(self, index: int, /) -> PackedRow:
+        """Return a row."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowBlock:
+    """Consecutive rows.
+
+    Attributes:
+        rows: The rows.
+        next: State of the row after them.
+        rows_left: Estimate of the rows from there to the end of the epoch; infinite if not known.
+        ends_epoch: Whether their last row holds the last token of an epoch.
+    """
+
+    rows: Rows
+    next: PackerState
+    rows_left: float = math.inf
+    ends_epoch: bool = False
 
 
 class Packer(Protocol):
@@ -182,7 +240,7 @@ class ConcatenatePacker:
             segments.append(Segment(document.tokens, offset, stop))
             length -= stop - offset
             offset = 0
-        return PackedRow(segments=tuple(segments), seq_len=self._seq_len, padding_id=self._padding_id)
+        return PackedRow(segments=SegmentTuple(segments), seq_len=self._seq_len, padding_id=self._padding_id)
 
 
 def check_seq_len(seq_len: int) -> None:
@@ -197,7 +255,7 @@ def check_seq_len(seq_len: int) -> None:
 
 def padding_row(seq_len: int, padding_id: int) -> PackedRow:
     """Return a row of padding without labels, which fills up the last micro-batch."""
-    return PackedRow(segments=(), seq_len=seq_len, padding_id=padding_id)
+    return PackedRow(segments=SegmentTuple(), seq_len=seq_len, padding_id=padding_id)
 
 
 def collate(rows: Sequence[PackedRow], *, mask_documents: bool) -> MicroBatch:

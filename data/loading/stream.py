@@ -1,4 +1,4 @@
-"""The stream of packed rows from a source and a tokenizer, resumable at any row."""
+"""The stream of packed rows from a source and a tokenizer in order, resumable at any row."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from data.loading.packing import Document, PackedRow, Packer, PackerState
-from data.sources.base import DocumentSource, Position, batches
+from data.loading.packing import Document, PackedRow, Packer, PackerState, RowBlock
+from data.sources.base import DocumentSource, Position, Row, TokenSequence, batches
 from data.tokenizer import Tokenizer
 from errors import UserError
 
@@ -20,20 +20,42 @@ _BATCH_ROWS = 256
 class StreamState:
     """State from which the stream resumes at a row; independent of the number of ranks.
 
-    The field names are keys of saved checkpoints.
+    The field names are keys of saved checkpoints. Shuffled rows resume from the start of their window
+    (data/loading/row_shuffle.py), rows in order from the row itself.
 
     Attributes:
-        position: Position in the source; None for the start.
+        position: Position in the source of the window, or of the row; None for the start.
         offset: What the packer drops from there: tokens of a document (concatenate) or rows of a block
             (best_fit).
-        sequence: Global index of the row.
         skipped: Source rows skipped before that position since the start of the run, by reason.
+        sequence: Global index of the row.
+        window: The window's number, from 0; 0 for rows in order.
+        window_rows: Rows of the window; 0 while none of them was served.
+        served: Rows of the window served.
+        window_skipped: Source rows skipped in the window, by reason.
     """
 
     position: Position | None = None
     offset: int = 0
-    sequence: int = 0
     skipped: Mapping[str, int] = field(default_factory=dict)
+    sequence: int = 0
+    window: int = 0
+    window_rows: int = 0
+    served: int = 0
+    window_skipped: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def packer_state(self) -> PackerState:
+        """State of the packer at that position."""
+        return PackerState(self.position, self.offset, self.skipped)
+
+    @property
+    def num_skipped(self) -> dict[str, int]:
+        """Source rows skipped before the row, by reason; those of its window in proportion to `served`."""
+        counts = dict(self.skipped)
+        for reason, count in self.window_skipped.items():
+            counts[reason] = counts.get(reason, 0) + count * self.served // self.window_rows
+        return {reason: count for reason, count in counts.items() if count}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the state as plain JSON values."""
@@ -62,14 +84,17 @@ class RowStream:
         source: The documents.
         tokenizer: Tokenizes text.
         packer: Packs documents into rows.
-        repeat: Whether to start another epoch at the end of the source; if not, the last row is padded.
     """
 
-    def __init__(self, source: DocumentSource, tokenizer: Tokenizer, packer: Packer, *, repeat: bool) -> None:
+    def __init__(self, source: DocumentSource, tokenizer: Tokenizer, packer: Packer) -> None:
         self._source = source
         self._tokenizer = tokenizer
         self._packer = packer
-        self._repeat = repeat
+
+    @property
+    def fingerprint(self) -> str:
+        """Name of the packing; a saved state is valid for a stream of the same one."""
+        return self._packer.fingerprint
 
     def rows(self, start: StreamState) -> Iterator[tuple[PackedRow, StreamState]]:
         """Yield each row from a state on, with the state of the next row.
@@ -81,27 +106,43 @@ class RowStream:
             UserError: A whole epoch holds no document, or the documents have changed since the state was
                 saved.
         """
-        skipped = dict(start.skipped)
-        documents = self._documents(start.position, skipped)
-        packed = self._packer.pack(documents, PackerState(start.position, start.offset, start.skipped))
+        packed = self._pack(start.packer_state)
         for sequence, (row, state) in enumerate(packed, start.sequence + 1):
-            if state is None:
-                yield row, StreamState(sequence=sequence, skipped=dict(skipped))
-            else:
-                yield row, StreamState(sequence=sequence, **state._asdict())
+            yield row, StreamState(sequence=sequence, **state._asdict())
 
-    def _documents(self, position: Position | None, skipped: dict[str, int]) -> Iterator[Document]:
-        """Tokenize text, and count skipped rows in `skipped`."""
-        for batch in batches(
-            self._source.read(position, repeat=self._repeat), _BATCH_ROWS, _BATCH_CHARACTERS
-        ):
-            encoded = iter(self._tokenizer.encode_batch([row.text for row in batch if row.text is not None]))
-            for row in batch:
-                start, position = position, row.next_position
-                if row.skipped is not None:
-                    skipped[row.skipped] = skipped.get(row.skipped, 0) + 1
-                    continue
-                tokens = row.tokens
-                if tokens is None:
-                    tokens = np.array([*next(encoded), self._tokenizer.end_of_document_id], dtype=np.int32)
-                yield Document(tokens=tokens, position=start, next_position=position, skipped=dict(skipped))
+    def blocks(self, start: PackerState) -> Iterator[RowBlock]:
+        """Yield each row as a block, as `data.loading.row_shuffle.RowSource` does."""
+        for row, state in self._pack(start):
+            yield RowBlock(rows=[row], next=state)
+
+    def _pack(self, start: PackerState) -> Iterator[tuple[PackedRow, PackerState]]:
+        for row, state in self._packer.pack(self._documents(start), start):
+            assert state is not None, "the source repeats"
+            yield row, state
+
+    def _documents(self, start: PackerState) -> Iterator[Document]:
+        """Yield tokenized documents, each with the rows skipped before it."""
+        position, skipped = start.position, dict(start.skipped)
+        for row, tokens in tokenize(self._source.read(position, repeat=True), self._tokenizer):
+            first, position = position, row.next_position
+            if row.skipped is not None:
+                skipped[row.skipped] = skipped.get(row.skipped, 0) + 1
+            else:
+                assert tokens is not None
+                yield Document(tokens=tokens, position=first, next_position=position, skipped=dict(skipped))
+
+
+def tokenize(rows: Iterator[Row], tokenizer: Tokenizer) -> Iterator[tuple[Row, TokenSequence | None]]:
+    """Yield each row of a source with its tokens, the end-of-document token included; None if it is skipped.
+
+    Args:
+        rows: Rows of text or of tokens.
+        tokenizer: Tokenizes batches of text, in parallel.
+    """
+    for batch in batches(rows, _BATCH_ROWS, _BATCH_CHARACTERS):
+        encoded = iter(tokenizer.encode_batch([row.text for row in batch if row.text is not None]))
+        for row in batch:
+            tokens = row.tokens
+            if row.text is not None:
+                tokens = np.array([*next(encoded), tokenizer.end_of_document_id], dtype=np.int32)
+            yield row, tokens

@@ -34,6 +34,8 @@ from data.tokenizer import Tokenizer
 from errors import run_command
 from tokens import END_OF_DOCUMENT
 
+# rows that `info` lays out for the mean context, of the whole set where it is smaller
+_CONTEXT_ROWS = 1 << 14
 _BAR = "{percentage:5.1f}%|{bar:20}| {elapsed}, {remaining} left{postfix}"
 
 
@@ -108,7 +110,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     for name, run, text in (
         ("verify", _verify, "check every file against its hashes and counts"),
-        ("info", _info, "print the counts of the shards, and documents by length"),
+        (
+            "info",
+            _info,
+            "print the counts of the shards, documents by length, and the mean context per token",
+        ),
     ):
         command = commands.add_parser(name, help=text)
         command.set_defaults(run=run)
@@ -118,6 +124,10 @@ def _parser() -> argparse.ArgumentParser:
                 "--sources",
                 action="store_true",
                 help="check the local files that it was prepared from too",
+            )
+        else:
+            command.add_argument(
+                "--seq-len", type=int, default=4096, help="tokens per row, for the mean context (4096)"
             )
     return parser
 
@@ -179,7 +189,8 @@ def _verify_sources(folder: Path) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
-    _print(options.folder, read_manifest(options.folder))
+    manifest = read_manifest(options.folder)
+    _print(options.folder, manifest)
     for split in SPLITS:
         print(f"  {split} documents by length in tokens:")
         rows = length_histogram(options.folder, split)
@@ -187,7 +198,22 @@ def _info(options: argparse.Namespace) -> int:
         for power, documents, tokens in rows:
             bar = "#" * round(30 * documents / largest)
             print(f"  {power:>11,} to {2 * power - 1:>11,} {documents:>13,} {tokens:>17,} tokens  {bar}")
+    if manifest.splits["train"].documents:
+        _print_context(options.folder, options.seq_len)
     return 0
+
+
+def _print_context(folder: Path, seq_len: int) -> None:
+    # it imports torch, which the worker processes of `prepare` would import too
+    from data.shards.context import measure_context
+
+    print(f"  mean context per token in rows of {seq_len:,} (tokens of its document before it in its row):")
+    for each in measure_context(folder, seq_len, _CONTEXT_ROWS):
+        sample = "all" if each.is_whole else "the first"
+        print(
+            f"  {each.packing:>14} {each.served:>11,.1f}, without the shuffle of rows {each.in_order:,.1f} "
+            f"({sample} {each.num_rows:,} rows of an epoch)"
+        )
 
 
 def _description(config: Any, source: FileDocuments) -> dict[str, Any]:

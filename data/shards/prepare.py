@@ -7,7 +7,6 @@ per process.
 """
 
 import contextlib
-import fcntl
 import shutil
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.fingerprint import describe_changes, is_older, parts_of
+from data.folder_lock import FolderLock, LockedError
 from data.shards.encode import Encode, EncodedDocument, encoder
 from data.shards.source_files import hash_sources
 from data.shards.writer import ShardWriter, write_manifest
@@ -369,10 +369,15 @@ def _complete_manifest(folder: Path) -> Manifest | None:
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """Exclude other preparations of the folder; the system releases the lock of a killed process."""
-    with (folder / "prepare.lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"another process is preparing {folder}: wait for it, or stop it") from error
+    """Exclude other preparations of the folder."""
+    lock = FolderLock(folder / "prepare.lock")
+    try:
+        lock.acquire()
+    except LockedError as holder:
+        raise UserError(
+            f"another process is preparing {folder} ({holder}): wait for it, or stop it"
+        ) from holder
+    try:
         yield
+    finally:
+        lock.release()

@@ -28,10 +28,10 @@ from data.sources.shard_format import (
     file_sha256,
     index_file,
     read_shard,
-    replace,
     shard_folder,
     write_json,
 )
+from disk import replace
 
 
 class ShardWriter:

@@ -8,7 +8,6 @@ of equal content are drawn together.
 
 import hashlib
 import heapq
-import os
 import zipfile
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
@@ -18,6 +17,7 @@ import numpy as np
 
 from data.sources.base import DocumentSource, Position, Row, TokenSequence, batches
 from data.tokenizer import Tokenizer
+from disk import replacing
 from errors import UserError
 
 # not that of data/sources/split.py: the split must not decide which of its documents are drawn
@@ -69,10 +69,8 @@ class DocumentSample:
     def save(self, path: Path) -> None:
         """Write the sample to a .npz file, atomically; creates its folder."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("wb") as file:
+        with replacing(path) as temporary, temporary.open("wb") as file:
             np.savez(file, tokens=self._tokens, ends=self._ends)
-        os.replace(temporary, path)
 
     @classmethod
     def load(cls, path: Path, fingerprint: str) -> "DocumentSample":

@@ -15,13 +15,13 @@ writes nothing twice.
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from disk import replace
 from errors import UserError
 
 FORMAT = 1
@@ -222,26 +222,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return table
 
 
-def replace(partial: Path, path: Path) -> None:
-    """Rename a file or a folder to its final path, after its content is synced to disk."""
-    for each in [*sorted(partial.iterdir()), partial] if partial.is_dir() else [partial]:
-        _sync(each)
-    os.replace(partial, path)
-    _sync(path.parent)
-
-
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _splits(table: dict[str, Any]) -> dict[ShardSplit, SplitSummary]:

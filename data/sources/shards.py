@@ -12,6 +12,7 @@ import os
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
@@ -79,6 +80,7 @@ class SplitReader:
 
     Attributes:
         num_documents: Number of documents in the split.
+        num_tokens: Number of their tokens.
 
     Raises:
         UserError: The folder is incomplete.
@@ -87,6 +89,7 @@ class SplitReader:
     def __init__(self, folder: Path, split: ShardSplit) -> None:
         manifest = read_manifest(folder)
         self.num_documents = manifest.splits[split].documents
+        self.num_tokens = manifest.splits[split].tokens
         self._files = [
             shard_folder(folder, number) / f"{split}.tokens" for number in range(len(manifest.shards))
         ]
@@ -130,6 +133,21 @@ class SplitReader:
             )
         return LazyTokens(self, start, stop - start, crc32)
 
+    def lengths(self, numbers: np.ndarray) -> np.ndarray:
+        """Look up the lengths of documents in tokens, int64 `[n]`.
+
+        Args:
+            numbers: The documents' numbers in stored order, int64 `[n]`.
+
+        Raises:
+            UserError: The index is damaged; names it.
+        """
+        starts, stops = self._index["start"][numbers], self._index["start"][numbers + 1]
+        is_damaged = (stops <= starts) | (stops > self._firsts[-1])
+        if is_damaged.any():
+            self.document(int(numbers[is_damaged][0]))  # raises
+        return (stops - starts).astype(np.int64)
+
     def read(self, start: int, length: int, crc32: int) -> np.ndarray:
         """Read a document's tokens and verify their checksum.
 
@@ -165,6 +183,23 @@ class SplitReader:
                 os.close(self._descriptors.popitem(last=False)[1])
         self._descriptors.move_to_end(shard)
         return self._descriptors[shard]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DocumentChunk:
+    """Numbers of consecutive documents of an epoch.
+
+    Attributes:
+        epoch: Epoch, from 0.
+        place: Place of the first document in the epoch's order.
+        numbers: Numbers of the documents in stored order, int64 `[n]`.
+        is_damaged: Whether each document is damaged and skipped, bool `[n]`.
+    """
+
+    epoch: int
+    place: int
+    numbers: np.ndarray
+    is_damaged: np.ndarray
 
 
 class ShardDocuments:
@@ -229,8 +264,39 @@ class ShardDocuments:
         hashes = {split: splits[split].sha256["index"][:16] for split in self._splits}
         return join_parts({**hashes, "shuffle_seed": self._shuffle_seed})
 
+    @property
+    def num_documents(self) -> int:
+        """Documents per epoch."""
+        return self._num_documents
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens per epoch."""
+        return sum(reader.num_tokens for reader in self._readers)
+
     def read(self, position: Position | None = None, *, repeat: bool) -> Iterator[Row]:
         """Yield documents in order from a position.
+
+        Args:
+            position: A row's `next_position`; None for the start.
+            repeat: Whether to start another epoch at the end of each.
+
+        Raises:
+            UserError: Every document of an epoch is damaged.
+        """
+        for chunk in self.chunks(position, repeat=repeat):
+            numbers, damaged = chunk.numbers.tolist(), chunk.is_damaged.tolist()
+            for next_place, (number, is_damaged) in enumerate(
+                zip(numbers, damaged, strict=True), chunk.place + 1
+            ):
+                yield Row(
+                    {"epoch": chunk.epoch, "place": next_place},
+                    tokens=None if is_damaged else self.tokens(number),
+                    skipped="damaged_document" if is_damaged else None,
+                )
+
+    def chunks(self, position: Position | None = None, *, repeat: bool) -> Iterator[DocumentChunk]:
+        """Yield the documents' numbers in order from a position, as `read` yields documents.
 
         Args:
             position: A row's `next_position`; None for the start.
@@ -242,18 +308,20 @@ class ShardDocuments:
         start = position or {"epoch": 0, "place": 0}
         epoch, place = start["epoch"], start["place"]
         while True:
-            num_good = num_damaged = 0
+            num_read = num_damaged = 0
             is_whole_epoch = place == 0
             for first in range(place, self._num_documents, _CHUNK_DOCUMENTS):
                 places = np.arange(first, min(first + _CHUNK_DOCUMENTS, self._num_documents))
-                for next_place, number in enumerate(self._shuffled(epoch, places).tolist(), first + 1):
-                    tokens, error = self._tokens(number)
-                    num_good += error is None
-                    num_damaged += error is not None
-                    if error is not None and num_damaged == 1 and self._log_skipped:
-                        logger.warning("skipped the first damaged document of epoch %d: %s", epoch, error)
-                    skipped = None if error is None else "damaged_document"
-                    yield Row({"epoch": epoch, "place": next_place}, tokens=tokens, skipped=skipped)
+                numbers = self._shuffled(epoch, places).astype(np.int64)
+                errors = self._errors(numbers)
+                if errors and not num_damaged and self._log_skipped:
+                    logger.warning(
+                        "skipped the first damaged document of epoch %d: %s", epoch, min(errors.items())[1]
+                    )
+                num_read, num_damaged = num_read + len(numbers), num_damaged + len(errors)
+                is_damaged = np.isin(np.arange(len(numbers)), [*errors])
+                yield DocumentChunk(epoch=epoch, place=first, numbers=numbers, is_damaged=is_damaged)
+            num_good = num_read - num_damaged
             if num_damaged and self._log_skipped:
                 logger.warning(
                     "epoch %d of %s: %d documents, %d damaged ones skipped",
@@ -268,26 +336,49 @@ class ShardDocuments:
                 return
             epoch, place = epoch + 1, 0
 
+    def tokens(self, number: int) -> LazyTokens:
+        """Look a document up, without reading its tokens.
+
+        Args:
+            number: The document's number in stored order, from 0.
+        """
+        for reader in self._readers:
+            if number < reader.num_documents:
+                break
+            number -= reader.num_documents
+        return reader.document(number)
+
+    def lengths(self, numbers: np.ndarray) -> np.ndarray:
+        """Look up the lengths of documents in tokens, int64 `[n]`.
+
+        Args:
+            numbers: Numbers of documents in stored order, int64 `[n]`.
+        """
+        lengths = np.empty(len(numbers), dtype=np.int64)
+        first = 0
+        for reader in self._readers:
+            which = (numbers >= first) & (numbers < first + reader.num_documents)
+            lengths[which] = reader.lengths(numbers[which] - first)
+            first += reader.num_documents
+        return lengths
+
     def _shuffled(self, epoch: int, places: np.ndarray) -> np.ndarray:
         """Map places in the epoch's order to document numbers."""
         if self._shuffle_seed is None:
             return places
         return Permutation(self._num_documents, self._shuffle_seed, "documents", epoch)(places)
 
-    def _tokens(self, number: int) -> tuple[LazyTokens | None, UserError | None]:
-        for reader in self._readers:
-            if number < reader.num_documents:
-                break
-            number -= reader.num_documents
-        if not self._skip_damaged:
-            return reader.document(number), None
-        try:
-            tokens = reader.document(number)
+    def _errors(self, numbers: np.ndarray) -> dict[int, UserError]:
+        """Return the errors of damaged documents by their index, if damaged documents are skipped."""
+        errors: dict[int, UserError] = {}
+        if self._skip_damaged:
             # every rank must read every document, since a skipped one shifts all that follow
-            _ = tokens[:]
-        except UserError as error:
-            return None, error
-        return tokens, None
+            for index, number in enumerate(numbers.tolist()):
+                try:
+                    _ = self.tokens(number)[:]
+                except UserError as error:
+                    errors[index] = error
+        return errors
 
 
 def _map_index(path: Path, num_documents: int) -> np.ndarray:

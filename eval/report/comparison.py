@@ -17,7 +17,7 @@ _SEED_KEYS = ("run.seed", "data.shuffle_seed")
 _FREE_PREFIXES = ("run.name", "run.folder", "checkpoint.", "metrics.", "parallelism.", "eval.")
 _FREE_KEYS = (*_SEED_KEYS, "data.prefetch_batches", "model.attention.impl", "training.stop_at_step")
 # data keys that do not determine which documents are read
-_FREE_DATA_KEYS = ("data.shuffle_seed", "data.prefetch_batches", "data.tokenizer")
+_FREE_DATA_KEYS = ("data.shuffle_seed", "data.shuffle_window", "data.prefetch_batches", "data.tokenizer")
 FINAL_STEPS = 20
 """Steps over which the final training loss is averaged."""
 

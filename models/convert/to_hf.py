@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from config import Table
 from errors import UserError
-from models.checkpoint import check_tensors, load_tensors, model_config
+from models.checkpoint.load import check_tensors, load_tensors, model_config
 from models.config import ParallaxConfig
 from models.convert.format import PARALLAX_FILE, to_config_json, to_hugging_face
 from models.convert.tokenizer import export_tokenizer

@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer
 
 from errors import UserError, run_command
-from models.checkpoint import load_model, model_config
+from models.checkpoint.load import load_model, model_config
 from models.generation.generate import stream
 from models.generation.sampling import Sampling
 from models.generation.text_stream import TextStream, stop_at

@@ -80,6 +80,15 @@ def test_a_run_names_every_kind_of_source_in_toml(tmp_path: Path) -> None:
         (["--data.train.sources.web.min_score", '"high"'], "data.train.sources.web.min_score"),
         (["--data.train.sources.own.on_damaged_file", "ask"], "data.train.sources.own.on_damaged_file"),
         (["--data.packing", "tight"], "data.packing"),
+        (["--data.shuffle_window", "0"], "shuffle_window must be at least 1 "),
+        (
+            ["--data.shuffle_window", "9", "--data.shuffle_seed", "none"],
+            "but shuffle_seed is none, for which",
+        ),
+        (
+            ["--data.shuffle_window", "9", "--data.train.kind", "shards", "--data.train.folder", "x"],
+            "shuffle_window is 9, but train reads shards alone, for which no window is held",
+        ),
     ],
 )
 def test_a_wrong_source_is_rejected_with_its_key(tmp_path: Path, words: list[str], message: str) -> None:
@@ -92,7 +101,7 @@ def test_every_config_of_the_project_reads_shards_or_the_sample() -> None:
     for path in sorted(Path("configs").glob("*.toml")):
         data = config.load(RunConfig, path).data
         assert data.train is not None
+        assert data.shuffle_seed == 0
         if not path.stem.startswith("debug"):
             assert isinstance(data.train, ShardsSource)
             assert data.validation_documents == "held_out"
-            assert data.shuffle_seed is not None

@@ -1,6 +1,8 @@
 import copy
 import itertools
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch.multiprocessing as mp
 
 from data.config import DataConfig, ParquetSource
 from data.loading.held_out import HeldOutLoader
+from data.sources.split import is_held_out
 from data.titan import TitanLoader, build_dataloader, build_validation_loader
 from data.tokenizer import Tokenizer
 
@@ -94,7 +97,9 @@ def test_a_checkpoint_of_two_ranks_resumes_on_one_and_on_four(config: DataConfig
         for loader in loaders:
             dcp.load({"dataloader": loader}, checkpoint_id=tmp_path / "checkpoint", no_dist=True)
         ranks = [_inputs(loader, 8 // world) for loader in loaders]
-        assert [row for micro_step in zip(*ranks, strict=True) for row in micro_step] == whole[12:20]
+        # the rows of a micro-step are divided by their attention
+        found = [sorted(micro_step) for micro_step in zip(*ranks, strict=True)]
+        assert found == [sorted(whole[first : first + world]) for first in range(12, 20, world)]
 
 
 def test_a_state_of_another_loader_is_rejected(config: DataConfig) -> None:
@@ -163,6 +168,34 @@ def test_validation_without_a_source_is_rejected(config: DataConfig, tmp_path: P
     none = DataConfig(tokenizer=config.tokenizer, train=config.train)
     with pytest.raises(ValueError, match=r"data\.validation is none"):
         _validation(none, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, ""),
+        ({"shuffle_window": 16}, ""),
+        ({"shuffle_window": 15}, r"data.shuffle_window is 15 rows, less than 4 times the global batch \(4\)"),
+        ({"shuffle_seed": None}, "data.shuffle_seed is none: neither documents nor rows are shuffled"),
+    ],
+)
+def test_a_launch_that_shuffles_little_or_nothing_says_so_once(
+    config: DataConfig, caplog: pytest.LogCaptureFixture, changes: dict[str, Any], message: str
+) -> None:
+    for rank in range(2):
+        _build(replace(config, **changes), rank, 2)
+    assert len(caplog.messages) == bool(message)
+    assert not message or re.match(message, caplog.messages[0])
+
+
+def test_training_is_shuffled_unless_the_run_says_none(config: DataConfig, byte_tokenizer: Tokenizer) -> None:
+    texts = [text for text in TEXTS if text and not is_held_out(text)]
+    stream = [token for text in texts for token in [*byte_tokenizer.encode(text), 0]]
+    in_order = [stream[first : first + 8] for first in range(0, len(stream) - 8, 8)]
+    assert _inputs(_build(replace(config, shuffle_seed=None)), len(in_order)) == in_order
+    shuffled = [_inputs(_build(replace(config, shuffle_seed=seed)), len(in_order)) for seed in (0, 1)]
+    assert shuffled[0] == _inputs(_build(config), len(in_order))
+    assert in_order != shuffled[0] != shuffled[1] != in_order
 
 
 def test_a_negative_prefetch_is_rejected(config: DataConfig) -> None:

@@ -171,6 +171,17 @@ def test_empty_contexts_and_continuations(tokenizer: Tokenizer) -> None:
     assert found[3][0] < 0
 
 
+def test_an_added_token_in_task_text_is_that_token(tokenizer: Tokenizer) -> None:
+    model = Qwen3Model(build(vocab_size=tokenizer.vocab_size), max_length=96)
+    lm = HarnessModel(model, tokenizer, Scorer(model, token_budget=100))
+    end, (before, after) = tokenizer.end_of_document_id, tokenizer.encode_batch(["the", "model"])
+    assert lm.tok_encode("the<|endoftext|>model") == [*before, end, *after]
+    pair = ("the<|endoftext|>", "model")
+    (found,) = lm.loglikelihood([Instance("loglikelihood", {}, pair, 0)])
+    (scores,) = model.score([Group((*before, end), (tuple(after),))])[0]
+    assert found[0] == pytest.approx(sum(scores.log_probs), abs=1e-4)
+
+
 def test_the_mean_of_the_paper_s_accuracies_and_standard_errors(
     tasks_folder: Path, tokenizer: Tokenizer
 ) -> None:

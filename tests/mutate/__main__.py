@@ -101,9 +101,9 @@ def _first_failure(folder: Path, tests: list[str]) -> str | None:
 
 
 def _judge(mutant: Mutant, folder: Path) -> str:
-    """Return "caught", "survived", "stale" (the text is gone), or "broken" (the test fails anyway)."""
+    """Return "caught", "survived", "stale" (the text is not there once), or "broken" (the test fails anyway)."""
     path = folder / mutant.file
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
     if text.count(mutant.old) != 1 or mutant.old == mutant.new:
         return "stale"
     path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")

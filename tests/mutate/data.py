@@ -1,4 +1,4 @@
-"""Mutants of data/."""
+"""Mutants of data/ and disk.py."""
 
 from tests.mutate.mutant import Mutant
 
@@ -117,12 +117,12 @@ MUTANTS = [
     Mutant("data/loading/best_fit.py", "if length < min(2, span.length):", "if length < 1:", BEST_FIT),
     Mutant(
         "data/loading/best_fit.py",
-        "            start += self._seq_len\n",
-        "            start += self._seq_len + 1\n",
+        "        start += seq_len\n",
+        "        start += seq_len + 1\n",
         BEST_FIT,
     ),
     Mutant(
-        "data/sources/shard_format.py",
+        "disk.py",
         "    for each in [*sorted(partial.iterdir()), partial] if partial.is_dir() else [partial]:\n"
         "        _sync(each)\n",
         "",

@@ -106,10 +106,13 @@ MUTANTS = [
         "models/convert/tokenizer.py", "return eos, eos if pad is None else pad", "return eos, eos", TOKENIZER
     ),
     Mutant(
-        "models/checkpoint.py", "    if wrong:\n        raise", "    if False:\n        raise", CHECKPOINT
+        "models/checkpoint/load.py",
+        "    if wrong:\n        raise",
+        "    if False:\n        raise",
+        CHECKPOINT,
     ),
     Mutant(
-        "models/checkpoint.py",
+        "models/checkpoint/load.py",
         ".eval().requires_grad_(False)",
         ".requires_grad_(False)",
         CHECKPOINT,

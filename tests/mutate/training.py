@@ -44,8 +44,8 @@ MUTANTS = [
     ),
     Mutant(
         "training/signals.py",
-        "for number in (signal.SIGINT, signal.SIGTERM):",
-        "for number in (signal.SIGTERM,):",
+        "for number in (*_INSISTING, *_ASKING):",
+        "for number in (signal.SIGTERM, *_ASKING):",
         STATE,
     ),
     Mutant("training/run_config.py", "_MAX_STEPS = 10**9", "_MAX_STEPS = 10**19", CONFIG),

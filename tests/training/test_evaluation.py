@@ -14,7 +14,7 @@ from eval.config import EvalConfig
 from eval.harness import evaluate_tasks
 from eval.report.writer import write_report
 from eval.scoring.language_model import Qwen3Model
-from models.checkpoint import load_model
+from models.checkpoint.load import load_model
 from tests.conftest import make_text
 from tests.training.launch import EXACT, ROOT, losses, records, train
 from training.preflight import check_tasks

@@ -16,7 +16,7 @@ from config import ConfigError
 from config import load as load_config
 from data.tokenizer import Tokenizer
 from errors import UserError
-from models.checkpoint import load_model
+from models.checkpoint.load import load_model
 from models.config import ModelConfig
 from models.convert.format import to_config_json, to_hugging_face
 from models.convert.from_hf import convert_from_hf

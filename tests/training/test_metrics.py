@@ -17,10 +17,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 
+from errors import UserError
 from eval.report.run_records import read_run
 from training import log
 from training.log import logger
-from training.metrics import JsonlWriter, RunMetrics, format_duration, format_progress
+from training.metrics import RunMetrics, format_duration, format_progress
+from training.metrics_file import JsonlWriter
 from training.run_config import MetricsConfig
 
 
@@ -114,9 +116,11 @@ class FakeWandb:
         self.history: list[dict[str, Any]] = []
         self.axes: dict[str, str | None] = {}
         self.exit_code: int | None = None
+        self.ids: list[str] = []
         self._last_step = -1
 
-    def init(self, **_: Any) -> "FakeWandb":
+    def init(self, **options: Any) -> "FakeWandb":
+        self.ids.append(options["id"])
         return self
 
     def define_metric(self, name: str, step_metric: str | None = None) -> None:
@@ -151,6 +155,41 @@ def test_wandb_lost_the_steps_repeated_by_a_resumed_run(launch: Launch, wandb: F
     assert [line["step"] for line in wandb.history if "loss" in line] == [*range(1, 10), 6, 7]
     assert [line["step"] for line in wandb.history if "samples" in line] == [9, 7]
     assert wandb.axes == {"step": None, "*": "step"}
+
+
+def test_a_run_that_started_over_continued_the_wandb_run_before(
+    launch: Launch, wandb: FakeWandb, tmp_path: Path
+) -> None:
+    for _ in range(2):
+        launch(wandb=True).close()
+    add_checkpoint(tmp_path / "run", 5)
+    for _ in range(2):
+        launch(wandb=True).close()
+    first, second, *resumed = wandb.ids
+    assert first != second
+    assert resumed == [second, second]
+
+
+def test_wandb_that_does_not_start_ended_in_a_traceback(
+    launch: Launch, wandb: FakeWandb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Error(Exception):
+        pass
+
+    def init(**_: Any) -> None:
+        raise Error("no API key configured.\nUse `wandb login`")
+
+    monkeypatch.setattr(sys.modules["wandb"], "init", init)
+    monkeypatch.setattr(sys.modules["wandb"], "Error", Error, raising=False)
+    message = r"metrics\.wandb is true, but wandb does not start \(no API key configured\. Use .*offline"
+    with pytest.raises(UserError, match=message):
+        launch(wandb=True)
+
+
+def test_a_folder_that_cannot_be_written_ended_in_a_traceback(launch: Launch, tmp_path: Path) -> None:
+    (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"run\.folder is '.*run', which cannot be written \(.*directory"):
+        launch()
 
 
 def test_wandb_showed_a_failed_run_as_finished(launch: Launch, wandb: FakeWandb) -> None:
@@ -217,3 +256,53 @@ def test_the_first_time_left_after_a_resume_was_far_too_long(
     first, second = (message for message in caplog.messages if "/1000" in message)
     assert "left" not in first
     assert "3m00s left" in second
+
+
+def test_a_full_disk_ends_a_sink_with_one_warning_and_not_the_training(
+    launch: Launch, wandb: FakeWandb, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics = launch(tensorboard=True, wandb=True)
+    metrics.start_recording(None)
+    metrics.record(1, {"loss": 1.0})
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    assert metrics.jsonl is not None
+    assert metrics.tensorboard is not None
+    monkeypatch.setattr(metrics.jsonl, "write", fail)
+    monkeypatch.setattr(metrics.tensorboard, "add_scalar", fail)
+    monkeypatch.setattr(wandb, "log", fail)
+    for step in (2, 3):
+        metrics.record(step, {"loss": 1.0})
+    metrics.close()
+    lines = [record.getMessage() for record in caplog.records if "ends here" in record.getMessage()]
+    assert [line.split(" ")[0] for line in lines] == ["metrics.jsonl", "tensorboard", "wandb"]
+    assert all("training continues: [Errno 28] No space left on device" in line for line in lines)
+
+
+def test_steps_that_are_missing_at_a_resume_are_named(
+    launch: Launch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    add_checkpoint(tmp_path / "run", 9)
+    launch().start_recording(9)
+    assert "metrics.jsonl has no record of steps 1 to 9, which were trained" in caplog.text
+    caplog.clear()
+    # a branch from step 9 has none of its own before it
+    launch().start_recording(9, 10)
+    assert "no record" not in caplog.text
+
+
+def test_an_empty_wandb_id_is_replaced(
+    launch: Launch, wandb: FakeWandb, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "run").mkdir()
+    id_file = tmp_path / "run" / "wandb_id"
+    id_file.write_text("\n")
+    launch(wandb=True).close()
+    assert "wandb_id is empty: starting a new wandb run" in caplog.text
+    assert len(id_file.read_text()) == 8
+    add_checkpoint(tmp_path / "run", 9)
+    before = id_file.read_text()
+    launch(wandb=True).close()
+    assert id_file.read_text() == before

@@ -32,8 +32,8 @@ def test_estimates_are_close_to_measured_steps(row: dict[str, Any]) -> None:
     keys = {"training.global_batch_size": row["rows"], "parallelism.replicate": row["replicas"]}
     overrides = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
     ratio = estimate(row["config"], row["num_gpus"], overrides).total / row["step_seconds"]
-    # on several GPUs the measured runs drew rows in the documents' order, which makes ranks wait longer
-    assert 0.86 < ratio < 1.05
+    # on several GPUs these runs drew rows in the documents' order and did not balance them over the ranks
+    assert (0.92 if row["num_gpus"] == 1 else 0.8) < ratio < 1.02
 
 
 def test_more_gpus_cost_more_gpu_hours_and_less_time() -> None:

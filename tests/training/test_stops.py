@@ -124,8 +124,15 @@ def test_a_finished_run_is_reported_and_keeps_its_metrics(corpus: Path, tmp_path
     folder = tmp_path / "run"
     train("debug_softmax_adamw", corpus, folder, "--training.stop_at_step", "2")
     before, saved = records(folder), (folder / "config.toml").read_text()
-    printed = train("debug_softmax_adamw", corpus, folder, "--training.stop_at_step", "2", "--run.seed", "7")
+    printed = train("debug_softmax_adamw", corpus, folder, "--training.stop_at_step", "2")
     assert "has finished at step 2; raise training.steps" in printed
+    words = ("--run.seed", "7", "--metrics.update_every", "3")
+    printed = train("debug_softmax_adamw", corpus, folder, "--training.stop_at_step", "2", *words, code=2)
+    (line,) = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert "has finished at step 2 with another config: " in line
+    assert "run.seed: saved 0, now 7" in line
+    assert "metrics.update_every: saved 10, now 3" in line
+    assert "Traceback" not in printed
     assert records(folder) == before
     assert (folder / "config.toml").read_text() == saved
 

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch._utils
+import torch.distributed as dist
 import torchtitan.train
+from torch.distributed import distributed_c10d
 from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.components.metrics import MetricsProcessor
@@ -113,3 +115,10 @@ def test_selective_activation_checkpointing_takes_a_list_of_operators() -> None:
 def test_torch_has_the_device_look_up_that_is_replaced() -> None:
     for name in ("_get_available_device_type", "_get_device_module"):
         assert callable(getattr(torch._utils, name)), f"training/device.py replaces torch._utils.{name}"
+
+
+def test_torch_has_the_names_of_process_groups_that_the_rank_monitor_needs() -> None:
+    assert callable(getattr(dist.PrefixStore, "clone", None)), "training/device.py clones the store"
+    for name in ("_get_default_store", "_set_pg_timeout"):
+        assert callable(getattr(distributed_c10d, name)), f"training/device.py calls {name}"
+    assert isinstance(distributed_c10d._world.pg_map, dict)

@@ -1,6 +1,13 @@
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from data.loading.global_batch import gradient_accumulation_steps, rank_rows, rows_per_micro_step
+from data.loading.global_batch import (
+    balance_rows,
+    gradient_accumulation_steps,
+    rank_rows,
+    rows_per_micro_step,
+)
 from errors import UserError
 
 
@@ -32,3 +39,16 @@ def test_a_global_batch_that_is_not_divisible_is_rejected_with_the_next_multiple
 def test_a_rank_beyond_the_number_of_ranks_is_a_fault() -> None:
     with pytest.raises(AssertionError, match="rank 2 of 2"):
         rank_rows(1, 2, 2)
+
+
+@given(data=st.data(), ranks=st.integers(1, 5), local=st.integers(1, 4))
+def test_ranks_get_equally_many_rows_and_about_the_same_cost(
+    data: st.DataObject, ranks: int, local: int
+) -> None:
+    size = ranks * local
+    costs = data.draw(st.lists(st.integers(0, 1000), min_size=size, max_size=size))
+    by_rank = balance_rows(costs, ranks)
+    assert sorted(row for rows in by_rank for row in rows) == list(range(size))
+    assert all(len(rows) == local and rows == sorted(rows) for rows in by_rank)
+    loads = [sum(costs[row] for row in rows) for rows in by_rank]
+    assert max(loads) - min(loads) <= max(costs)

@@ -49,7 +49,8 @@ def test_resuming_at_every_step_is_bit_identical_to_no_interruption(
 
     def new() -> PackedLoader:
         changes = {"mask_documents": mask, "prefetch_batches": prefetch, "packing": packing}
-        return make_loader(source, byte_tokenizer, seq_len=7, **changes)
+        shuffle = {"shuffle_seed": seed, "shuffle_window": 9}
+        return make_loader(source, byte_tokenizer, seq_len=7, **changes, **shuffle)
 
     whole_loader = new()
     states = [json.dumps(whole_loader.state_dict())]
@@ -115,7 +116,8 @@ def test_a_state_resumes_on_another_number_of_ranks(
     seed: int | None,
 ) -> None:
     source = list_source(FILES, shuffle_seed=seed)
-    sizes = {"global_batch_size": 16, "mask_documents": False, "packing": packing}
+    sizes: dict[str, Any] = {"global_batch_size": 16, "mask_documents": False, "packing": packing}
+    sizes |= {"shuffle_seed": seed, "shuffle_window": 37}
     whole = take_steps([make_loader(source, byte_tokenizer, **sizes)], 16, sum(num_steps))
     legs: list[torch.Tensor] = []
     state: str | None = None
@@ -129,3 +131,27 @@ def test_a_state_resumes_on_another_number_of_ranks(
         assert len(states) == 1, "every rank has the same state"
         (state,) = states
     assert all(torch.equal(leg, step) for leg, step in zip(legs, whole, strict=True))
+
+
+def test_masked_rows_are_the_same_on_any_number_of_ranks_and_balanced(
+    byte_tokenizer: Tokenizer, list_source: Any
+) -> None:
+    texts = ["ab" * (1 + 7 * (index % 5 == 0)) for index in range(60)]
+    source, sizes = list_source([texts]), {"seq_len": 16, "global_batch_size": 8, "shuffle_seed": 3}
+
+    def steps(world: int) -> list[list[list[int]]]:
+        """Each step's rows by rank."""
+        loaders = make_ranks(source, byte_tokenizer, world, local_batch_size=8 // world, **sizes)
+        batches = [take(loader, 6) for loader in loaders]
+        for loader in loaders:
+            loader.close()
+        return [
+            [inputs["input"].view(-1, 16).tolist() for inputs, _ in step]
+            for step in zip(*batches, strict=True)
+        ]
+
+    one, four = steps(1), steps(4)
+    for alone, ranks in zip(one, four, strict=True):
+        assert sorted(row for rows in ranks for row in rows) == sorted(alone[0])
+    # of eight rows on four ranks, the first two are not always the first rank's
+    assert any(ranks[0] != alone[0][:2] for alone, ranks in zip(one, four, strict=True))

@@ -121,6 +121,7 @@ COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
         suffix: functools.partial(pa.compress, codec=codec, asbytes=True)
         for suffix, codec in (("zst", "zstd"), ("zstd", "zstd"), ("lz4", "lz4"))
     },
+    "pzstd": lambda data: b"\x50\x2a\x4d\x18\x04\0\0\0size" + pa.compress(data, codec="zstd", asbytes=True),
     "none": bytes,
 }
 

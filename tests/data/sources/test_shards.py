@@ -92,9 +92,18 @@ def _loader(source: Any, tokenizer: Tokenizer, **changes: Any) -> PackedLoader:
     return PackedLoader(source, tokenizer, **{**sizes, **changes})
 
 
+@pytest.fixture
+def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks and windows of a few rows, so that a short test crosses many."""
+    monkeypatch.setattr("data.loading.best_fit.BLOCK_ROWS", 20)
+    monkeypatch.setattr("data.loading.shard_rows.BLOCK_ROWS", 20)
+    monkeypatch.setattr("data.loading.rows.LAYOUT_WINDOW_ROWS", 50)
+
+
+@pytest.mark.parametrize("row_seed", [None, 3], ids=["in_order", "shuffled"])
 @pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
-def test_a_run_on_4_ranks_resumes_on_2_and_then_on_8(
-    shards: Path, byte_tokenizer: Tokenizer, packing: str
+def test_a_run_on_4_ranks_resumes_on_2_3_and_then_on_8(
+    shards: Path, byte_tokenizer: Tokenizer, packing: str, row_seed: int | None, small_windows: None
 ) -> None:
     def steps(world: int, count: int, state: str | None) -> tuple[list[torch.Tensor], str]:
         loaders = [
@@ -104,6 +113,8 @@ def test_a_run_on_4_ranks_resumes_on_2_and_then_on_8(
                 dp_rank=rank,
                 dp_world_size=world,
                 packing=packing,
+                shuffle_seed=row_seed,
+                global_batch_size=48,
             )
             for rank in range(world)
         ]
@@ -112,16 +123,16 @@ def test_a_run_on_4_ranks_resumes_on_2_and_then_on_8(
                 loader.load_state_dict(json.loads(state))
         iterators = [iter(loader) for loader in loaders]
         rows = [
-            torch.cat([next(each)[0]["input"] for _ in range(16 // world) for each in iterators])
+            torch.cat([next(each)[0]["input"] for _ in range(48 // world) for each in iterators])
             for _ in range(count)
         ]
         (state,) = {json.dumps(loader.state_dict(), sort_keys=True) for loader in loaders}
         return rows, state
 
-    whole, _ = steps(1, 60, None)
+    whole, _ = steps(1, 22, None)
     legs: list[torch.Tensor] = []
     state: str | None = None
-    for world, count in ((4, 21), (2, 20), (8, 19)):
+    for world, count in ((4, 7), (2, 5), (3, 5), (8, 5)):
         rows, state = steps(world, count, state)
         legs += rows
     assert state is not None
@@ -129,27 +140,29 @@ def test_a_run_on_4_ranks_resumes_on_2_and_then_on_8(
     assert all(torch.equal(leg, step) for leg, step in zip(legs, whole, strict=True))
 
 
+@pytest.mark.parametrize("row_seed", [None, 1], ids=["in_order", "shuffled"])
 @pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
 def test_resuming_at_every_step_is_bit_identical_to_no_interruption(
-    shards: Path, byte_tokenizer: Tokenizer, packing: str, monkeypatch: pytest.MonkeyPatch
+    shards: Path, byte_tokenizer: Tokenizer, packing: str, row_seed: int | None, small_windows: None
 ) -> None:
-    monkeypatch.setattr("data.loading.best_fit.BLOCK_ROWS", 20)
     source = _open(shards, byte_tokenizer, seed=1)
-    loader = _loader(source, byte_tokenizer, packing=packing)
+    loader = _loader(source, byte_tokenizer, packing=packing, shuffle_seed=row_seed)
     states, rows = [json.dumps(loader.state_dict())], []
     for batch, _ in itertools.islice(loader, 700):
         rows.append(batch["input"])
         states.append(json.dumps(loader.state_dict()))
-    assert max(map(len, states)) < 400, "the state does not grow"
-    for step in range(0, 640, 7):
-        resumed = _loader(source, byte_tokenizer, packing=packing)
+    assert max(map(len, states)) < 420, "the state does not grow"
+    # every row of the first windows and of an epoch's end, then every seventh
+    for step in (*range(130), *range(330, 350), *range(350, 660, 7)):
+        resumed = _loader(source, byte_tokenizer, packing=packing, shuffle_seed=row_seed)
         resumed.load_state_dict(json.loads(states[step]))
         taken = [batch["input"] for batch, _ in itertools.islice(resumed, 40)]
         assert torch.equal(torch.cat(taken), torch.cat(rows[step : step + 40]))
 
 
+@pytest.mark.parametrize("row_seed", [None, 1], ids=["in_order", "shuffled"])
 def test_a_rank_reads_the_tokens_of_its_own_rows_only(
-    shards: Path, byte_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    shards: Path, byte_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, row_seed: int | None
 ) -> None:
     num_bytes: Counter[int] = Counter()
     reading_rank = 0
@@ -163,11 +176,13 @@ def test_a_rank_reads_the_tokens_of_its_own_rows_only(
     world = 8
     for reading_rank in range(world):
         source = _open(shards, byte_tokenizer, seed=1)
-        loader = _loader(source, byte_tokenizer, dp_rank=reading_rank, dp_world_size=world)
+        loader = _loader(
+            source, byte_tokenizer, dp_rank=reading_rank, dp_world_size=world, shuffle_seed=row_seed
+        )
         for _ in itertools.islice(loader, 20):
             pass
     used = 4 * 20 * 17
-    # whole documents are read, of at most 37 tokens
+    # whole documents are read, of at most 37 tokens, and none twice for rows in order
     assert all(used <= num_bytes[rank] < used + 20 * 4 * 2 * 37 for rank in range(world))
 
 
@@ -189,11 +204,12 @@ def test_a_mixture_of_shards_and_text_resumes(
         "text": list_source([["own text " * 3, "more of it"]], shuffle_seed=1),
     }
     mixture = MixtureDocuments(sources, {"shards": 3.0, "text": 1.0})
-    whole = _loader(mixture, byte_tokenizer)
+    shuffle = {"shuffle_seed": 2, "shuffle_window": 13}
+    whole = _loader(mixture, byte_tokenizer, **shuffle)
     rows = [batch["input"] for batch, _ in itertools.islice(whole, 30)]
     state = json.loads(json.dumps(whole.state_dict()))
     after = [batch["input"] for batch, _ in itertools.islice(whole, 10)]
-    resumed = _loader(mixture, byte_tokenizer)
+    resumed = _loader(mixture, byte_tokenizer, **shuffle)
     resumed.load_state_dict(state)
     assert torch.equal(
         torch.cat([batch["input"] for batch, _ in itertools.islice(resumed, 10)]), torch.cat(after)
@@ -260,6 +276,33 @@ def test_a_damaged_shard_is_named(damaged: Path, byte_tokenizer: Tokenizer) -> N
 def _number_of_first(reader: Any, shard: int) -> int:
     starts = reader._index["start"].tolist()
     return starts.index(reader._firsts[shard])
+
+
+@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
+def test_shuffled_rows_without_damaged_documents_resume_on_any_rank(
+    damaged: Path, byte_tokenizer: Tokenizer, small_windows: None, packing: str
+) -> None:
+    def new(rank: int = 0, world: int = 1) -> PackedLoader:
+        source = _open(damaged, byte_tokenizer, seed=2, skip_damaged=True)
+        ranks = {"dp_rank": rank, "dp_world_size": world}
+        return _loader(source, byte_tokenizer, shuffle_seed=2, packing=packing, **ranks)
+
+    rows, states = [], []
+    loader = new()
+    for batch, _ in itertools.islice(loader, 720):
+        rows.append(batch["input"])
+        states.append(json.dumps(loader.state_dict()))
+    assert json.loads(states[-1])["position"]["position"]["epoch"] >= 1, "the test must cross epochs"
+    counts = [json.loads(state)["position"]["skipped"].get("damaged_document", 0) for state in states]
+    assert 0 < counts[300] < counts[700]
+    for step in range(0, 690, 23):
+        ranks = [new(rank, 2) for rank in range(2)]
+        for each in ranks:
+            each.load_state_dict(json.loads(states[step]))
+        iterators = [iter(each) for each in ranks]
+        found = [next(each)[0]["input"] for _ in range(8) for each in iterators]
+        assert torch.equal(torch.cat(found), torch.cat(rows[step + 1 : step + 17]))
+        assert {json.dumps(each.state_dict()) for each in ranks} == {states[step + 16]}
 
 
 def test_damaged_documents_are_skipped_and_counted_identically_on_all_ranks(

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from config import from_table
 from errors import UnsupportedError, UserError, run_command
-from models.checkpoint import load_model
+from models.checkpoint.load import load_model
 from models.config import ModelConfig, ParallaxConfig, SoftmaxConfig
 from models.convert.__main__ import main
 from models.convert.format import to_config_json, to_hugging_face

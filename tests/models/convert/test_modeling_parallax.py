@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from config import to_table, to_toml
-from models.checkpoint import load_model
+from models.checkpoint.load import load_model
 from models.config import ModelConfig, ParallaxConfig, SoftmaxConfig
 from models.convert.format import to_config_json, to_hugging_face
 from models.convert.from_hf import convert_from_hf
