@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from models.checkpoint.metadata import DamagedCheckpointError, read_index
 from models.checkpoint.reader import CheckpointReader
 from models.run_folder import RunFolder
+from tests.faults.conftest import Tally
 from tests.training.launch import ROOT, environment, losses, train
 
 CONFIG = "debug_parallax_muon"
@@ -102,7 +103,7 @@ def command(*words: str, code: int) -> str:
 
 
 def check_refused_and_resumed(
-    damage: str, run: RunFolder, corpus: Path, finished: Path, ranks: int = 1
+    damage: str, run: RunFolder, corpus: Path, finished: Path, ranks: int, tally: Tally
 ) -> None:
     DAMAGES[damage](run.checkpoint(6))
     words = [*WORDS, "--training.stop_at_step", "8"]
@@ -121,23 +122,26 @@ def check_refused_and_resumed(
     assert (run.checkpoints / "step-6.damaged").is_dir()
     assert set(run.whole_checkpoints()) >= {4, 6, 8}
     assert not (run.path.parent / "executed").exists()
+    tally(
+        f"newest checkpoint: {damage}", "refused in one line; with fall_back the steps of the undamaged run"
+    )
 
 
 @pytest.mark.parametrize(
     "damage", [each if each == "bit_flipped" else pytest.param(each, marks=SLOW) for each in DAMAGES]
 )
 def test_a_damaged_newest_checkpoint_is_refused_and_fall_back_resumes_before_it(
-    damage: str, run: RunFolder, corpus: Path, finished: Path
+    damage: str, run: RunFolder, corpus: Path, finished: Path, tally: Tally
 ) -> None:
-    check_refused_and_resumed(damage, run, corpus, finished, ranks=1)
+    check_refused_and_resumed(damage, run, corpus, finished, 1, tally)
 
 
 @SLOW
 @pytest.mark.parametrize("damage", ["bit_flipped", "file_missing", "metadata_empty"])
 def test_two_ranks_refuse_and_fall_back_alike(
-    damage: str, run: RunFolder, corpus: Path, finished: Path
+    damage: str, run: RunFolder, corpus: Path, finished: Path, tally: Tally
 ) -> None:
-    check_refused_and_resumed(damage, run, corpus, finished, ranks=2)
+    check_refused_and_resumed(damage, run, corpus, finished, 2, tally)
 
 
 @SLOW
@@ -161,7 +165,9 @@ def test_verify_prints_a_table_and_exits_with_2_where_there_is_damage(run: RunFo
 
 
 @pytest.mark.parametrize("num_flips", [60, pytest.param(1000, marks=SLOW)])
-def test_no_flipped_bit_of_a_whole_checkpoint_goes_unseen(num_flips: int, finished: Path) -> None:
+def test_no_flipped_bit_of_a_whole_checkpoint_goes_unseen(
+    num_flips: int, finished: Path, tally: Tally
+) -> None:
     """A flip in a byte that holds no data, such as padding, is harmless; any other is found."""
     checkpoint = RunFolder(finished).checkpoint(6)
     generator, num_found = random.Random(0), 0
@@ -180,6 +186,7 @@ def test_no_flipped_bit_of_a_whole_checkpoint_goes_unseen(num_flips: int, finish
             same = (is_equal(found[each], value) for each, value in wanted.items())
             assert all(same), f"bit {bit} of {file.name}"
         flip(file, bit)
+        tally("a bit of a run's checkpoint flipped", "not loaded as another number")
     assert num_found > 0.9 * num_flips
 
 
