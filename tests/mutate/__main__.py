@@ -34,6 +34,7 @@ LIBRARIES = (
     "torch._dynamo",
 )
 SECONDS = 600  # a fault that makes the tests hang is seen
+_NO_TEST = "none: pytest hung, or was ended"
 UNMARKED = "not gpu and not multi_gpu and not slow and not network"
 
 
@@ -91,17 +92,18 @@ def _first_failure(folder: Path, tests: list[str]) -> str | None:
         if time.monotonic() > deadline:
             os.killpg(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            return "(hangs)"
+            return _NO_TEST
         time.sleep(0.05)
     if failed.exists():
         return failed.read_text(encoding="utf-8")
     log = folder.with_name("log").read_text(encoding="utf-8", errors="replace")
-    assert os.waitstatus_to_exitcode(ended[1]) == 0, f"pytest {tests}: {log[-2000:]}"
-    return None
+    code = os.waitstatus_to_exitcode(ended[1])
+    assert code not in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED), log[-2000:]
+    return _NO_TEST if code else None
 
 
 def _judge(mutant: Mutant, folder: Path) -> str:
-    """Return "caught", "survived", "stale" (the text is not there once), or "broken" (the test fails anyway)."""
+    """Return "caught", "survived", "stale" (the text is not there), or "broken" (the test fails anyway)."""
     path = folder / mutant.file
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     if text.count(mutant.old) != 1 or mutant.old == mutant.new:
@@ -115,7 +117,7 @@ def _judge(mutant: Mutant, folder: Path) -> str:
         return "survived"
     # without its parameters, whose names may not survive the command line
     again = failed.partition("[")[0]
-    return "caught" if failed == "(hangs)" or _first_failure(folder, [again]) is None else "broken"
+    return "caught" if failed == _NO_TEST or _first_failure(folder, [again]) is None else "broken"
 
 
 def _run(package: str, mutants: Sequence[Mutant], folder: Path) -> list[str]:
