@@ -38,7 +38,7 @@ from training.log import logger
 from training.memory import checkpoint_bytes
 from training.metrics import RunMetrics
 from training.non_finite import check_step, check_weights
-from training.preflight import check_shared
+from training.preflight import build_meta_model, check_shared
 from training.rank_monitor import DATA_SECONDS, RankMonitor
 from training.resume import (
     StartPoint,
@@ -116,7 +116,7 @@ class Trainer(TitanTrainer):
             config, tokenizer, self.model, self.metrics_processor, monitor, self.device
         )
         assert isinstance(self.model, Qwen3)
-        self.checkpointer.checkpoint_bytes = checkpoint_bytes(config, self.model, world_size)
+        self.checkpointer.checkpoint_bytes = checkpoint_bytes(config, build_meta_model(config), world_size)
         self.document_flops = self.model.document_flops(config.training.seq_len)
 
     def init_distributed(self) -> ParallelDims:

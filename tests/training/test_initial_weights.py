@@ -171,7 +171,7 @@ def test_weights_trained_with_another_tokenizer_are_warned_of(tmp_path: Path) ->
     checkpoint = tmp_path / "run" / "checkpoint" / "step-0"
     checkpoint.mkdir(parents=True)
     config_file = RunFolder.of_checkpoint(checkpoint).config_file
-    config_file.write_text(f'[data]\ntokenizer = "{paths[0]}"\n')
+    config_file.write_text(f'[model]\nsize = "debug"\n[data]\ntokenizer = "{paths[0]}"\n')
     ours, other = (Tokenizer.load(path).fingerprint for path in paths)
     assert tokenizer_warnings(checkpoint, ours) == []
     assert "every row of the embedding stands for another token" in tokenizer_warnings(checkpoint, other)[0]

@@ -37,6 +37,8 @@ def start(*words: str, launcher: tuple[str, ...] = (), **variables: str) -> subp
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
+        # the tests themselves may run under nohup
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
     assert read_line(process) == "ready"
     return process
