@@ -175,5 +175,5 @@ def test_weights_trained_with_another_tokenizer_are_warned_of(tmp_path: Path) ->
     ours, other = (Tokenizer.load(path).fingerprint for path in paths)
     assert tokenizer_warnings(checkpoint, ours) == []
     assert "every row of the embedding stands for another token" in tokenizer_warnings(checkpoint, other)[0]
-    config_file.write_text('[data]\ntokenizer = "gone.json"\n')
+    config_file.write_text('[model]\nsize = "debug"\n[data]\ntokenizer = "gone.json"\n')
     assert "cannot be compared" in tokenizer_warnings(checkpoint, ours)[0]
