@@ -39,6 +39,13 @@ class _BytesView(io.RawIOBase):
         self._position = start + offset
         return self._position
 
+    def read(self, size: int | None = -1) -> bytes:
+        # the base class allocates the size first, and a flipped bit may make it 512 GiB
+        stop = len(self._view) if size is None or size < 0 else self._position + size
+        part = bytes(self._view[self._position : stop])
+        self._position += len(part)
+        return part
+
     def readinto(self, buffer: Any) -> int:
         part = self._view[self._position : self._position + len(buffer)]
         buffer[: len(part)] = part

@@ -7,7 +7,13 @@ import pytest
 import config
 from errors import UserError
 from models.run_folder import RunFolder
-from training.resume import resume_warnings, tokenizer_source
+from training.resume import (
+    check_start,
+    find_start,
+    remove_partial_checkpoints,
+    resume_warnings,
+    tokenizer_source,
+)
 from training.run_config import RunConfig
 from training.saved_config import check_model
 
@@ -52,3 +58,43 @@ def test_a_key_that_this_version_no_longer_has_is_a_difference(tmp_path: Path) -
     saved["model"]["attention"]["soft_cap"] = 30
     with pytest.raises(UserError, match=r"model\.attention\.soft_cap: saved 30, now nothing"):
         check_model(load(tmp_path), saved, tmp_path, "Give another folder")
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.02, 0.5, 0.97])
+def test_a_config_that_was_cut_gave_a_traceback(kept: float, tmp_path: Path) -> None:
+    write_run(tmp_path)
+    file = RunFolder(tmp_path).config_file
+    text = file.read_text()
+    file.write_text(text[: round(kept * len(text))])
+    with pytest.raises(UserError, match=r"config\.toml.*restore it, or delete it") as error:
+        check_start(load(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_each_table_that_is_missing_in_a_config_is_named(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    file = RunFolder(tmp_path).config_file
+    whole = config.to_table(load(tmp_path))
+    for name in ("run", "model", "schedule", "training", "data", "checkpoint"):
+        file.write_text(config.to_toml({key: table for key, table in whole.items() if key != name}))
+        with pytest.raises(UserError, match=rf"config\.toml is damaged, it has no \[{name}\]; restore it"):
+            check_start(load(tmp_path))
+
+
+def test_only_the_folders_of_cut_writes_are_deleted_and_the_log_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = RunFolder(tmp_path)
+    write_run(tmp_path)
+    run.checkpoint(30).mkdir()
+    (run.checkpoints / "step-0012").mkdir()
+    (run.checkpoints / "step-5").write_text("")
+    (run.checkpoints / "step-7").symlink_to("nowhere")
+    (run.checkpoints / "step-8").symlink_to("step-0012")
+    remove_partial_checkpoints(run)
+    names = {path.name for path in run.checkpoints.iterdir()}
+    assert names == {"step-20", "step-0012", "step-5", "step-7", "step-8"}
+    assert f"deleting {run.checkpoint(30)}: it has no .metadata" in caplog.text
+    for name in ("step-0012", "step-5", "step-7", "step-8"):
+        assert f"{run.checkpoints / name} is " in caplog.text
+    assert find_start(load(tmp_path)).checkpoint == run.checkpoint(20)
