@@ -103,23 +103,19 @@ MUTANTS = [
         "return step / config.warmup_steps",
         SCHEDULE,
     ),
-    Mutant(
-        "optimizers/update_size.py", "(1.0 - beta1**num_steps).square()", "(1.0 - beta1**num_steps)", SKIPPED
-    ),
-    Mutant(
-        "optimizers/update_size.py", "torch.where(num_steps > 0, squared_norm, 0.0)", "squared_norm", SKIPPED
-    ),
+    Mutant("optimizers/adamw.py", "(1.0 - beta1**num_steps).square()", "(1.0 - beta1**num_steps)", SKIPPED),
+    Mutant("optimizers/adamw.py", "torch.where(num_steps > 0, squared_norm, 0.0)", "squared_norm", SKIPPED),
     Mutant(
         "optimizers/titan.py",
-        "            optimizer.found_inf = None  # pyrefly: ignore [missing-attribute]\n",
+        "            optimizer.found_inf = None\n",
         "",
         SKIPPED,
     ),
     Mutant("optimizers/titan.py", "        if differing:\n", "        if False:\n", TITAN),
     Mutant(
-        "optimizers/titan.py",
-        'squared_norms[name] / num_replicas(group["params"][0])',
-        "squared_norms[name]",
+        "optimizers/muon.py",
+        "            squared_norm /= num_replicas(bucket.params[0])\n",
+        "",
         SKIPPED,
     ),
     Mutant(

@@ -129,7 +129,7 @@ MUTANTS = [
         DRY_RUN,
     ),
     Mutant("training/memory.py", "if accumulates else 0.0", "", DRY_RUN),
-    Mutant("training/memory.py", '{"muon": 1, "adamw": 2}', '{"muon": 1, "adamw": 1}', DRY_RUN),
+    Mutant("optimizers/build.py", "isinstance(x, torch.Tensor) and x.ndim > 0", "True", DRY_RUN),
     Mutant(
         "training/step_time.py",
         "    if not config.data.mask_documents:\n        return 1.0, 0.0\n",
