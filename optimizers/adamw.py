@@ -4,9 +4,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
-from optimizers.base import GroupOptimizer
+from optimizers.base import GroupOptimizer, local
 from optimizers.update_size import num_replicas
 
 
@@ -44,14 +43,10 @@ class AdamW(GroupOptimizer, torch.optim.AdamW):
             state = self.state.get(p)
             if not state:
                 continue
-            mean, mean_square = _local(state["exp_avg"]), _local(state["exp_avg_sq"])
+            mean, mean_square = local(state["exp_avg"]), local(state["exp_avg_sq"])
             num_steps = state["step"]
             denominator = mean_square.sqrt().div_((1.0 - beta2**num_steps).sqrt()).add_(group["eps"])
             squared_norm = mean.div(denominator).square_().sum() / (1.0 - beta1**num_steps).square()
             # 0/0 before the first step
             total += torch.where(num_steps > 0, squared_norm, 0.0) / num_replicas(p)
         return total
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 
 class GroupOptimizer(torch.optim.Optimizer, ABC):
@@ -36,6 +37,12 @@ class GroupOptimizer(torch.optim.Optimizer, ABC):
             group: Its param group.
         """
 
+    def assign(self, target: torch.Tensor, value: torch.Tensor) -> None:
+        """Copy a value into a weight or state, both as `local` gives them, unless the step is skipped."""
+        if self.found_inf is not None:
+            value = torch.where(self.found_inf != 0, target, value)
+        target.copy_(value)
+
     def local_update_squared_norms(self) -> dict[str, torch.Tensor]:
         """Return this rank's part of the squared norm of the last recorded update, by group name.
 
@@ -54,3 +61,17 @@ class GroupOptimizer(torch.optim.Optimizer, ABC):
             Those of an optimizer that orthogonalizes; it may synchronize with the device.
         """
         return {}
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this rank's shard of a weight or of its state, or a plain tensor itself; it shares memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_gradient(p: torch.Tensor) -> torch.Tensor:
+    """Return the gradient of this rank's shard of a parameter that has one."""
+    gradient = p.grad
+    assert gradient is not None
+    if isinstance(p, DTensor) and isinstance(gradient, DTensor) and gradient.placements != p.placements:
+        gradient = gradient.redistribute(placements=p.placements)
+    return local(gradient)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from errors import UnsupportedError, UserError
-from optimizers.base import GroupOptimizer
+from optimizers.base import GroupOptimizer, local, local_gradient
 from optimizers.buckets import Bucket, plan_buckets
 from optimizers.config import DEFAULT_ITERATIONS, MuonDtype, Orthogonalization, UpdateScale
 from optimizers.exchange import AsyncResult, check_placements
@@ -212,8 +212,8 @@ class Muon(GroupOptimizer):
             if "momentum_buffer" not in self.state[p]:
                 self.create_state(p, group)
         shards = update_momentum(
-            [_local_gradient(p) for p in bucket.params],
-            [_local(self.state[p]["momentum_buffer"]) for p in bucket.params],
+            [local_gradient(p) for p in bucket.params],
+            [local(self.state[p]["momentum_buffer"]) for p in bucket.params],
             weight=1.0 - group["momentum"],
             nesterov=group["nesterov"],
             dtype=_EXCHANGE_DTYPES[_DTYPES[group["dtype"]]],
@@ -255,13 +255,13 @@ class Muon(GroupOptimizer):
             squared_norm = (torch.linalg.vector_norm(updates, dtype=torch.float32) * scale).square()
             squared_norm /= num_replicas(bucket.params[0])
             self._squared_norms[_name(group)] = self._squared_norms.get(_name(group), 0.0) + squared_norm
-        params = [_local(p) for p in bucket.params]
+        params = [local(p) for p in bucket.params]
         decay = 1.0 - lr * group["weight_decay"]
         apply_update(params, updates, decay=decay, alpha=-lr * scale, found_inf=self.found_inf)
 
     def _normalize_rows(self, bucket: Bucket, updates: torch.Tensor, beta2: float) -> torch.Tensor:
         """Normalize the rows of this rank's shards `[matrices, rows, cols]`, as in NorMuon."""
-        means = [_local(self.state[p]["row_mean_square"]) for p in bucket.params]
+        means = [local(self.state[p]["row_mean_square"]) for p in bucket.params]
         updates = updates.float()
         new_means = torch.stack(means).lerp(updates.square().mean(-1, keepdim=True), 1.0 - beta2)
         if self.found_inf is not None:
@@ -317,15 +317,3 @@ def _name(group: dict[str, Any]) -> str:
 def _block_shape(bucket: Bucket, group: dict[str, Any]) -> tuple[int, int]:
     rows, cols = bucket.layout.shape
     return group["block_rows"] or rows, cols
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _local_gradient(p: torch.Tensor) -> torch.Tensor:
-    gradient = p.grad
-    assert gradient is not None
-    if isinstance(p, DTensor) and isinstance(gradient, DTensor) and gradient.placements != p.placements:
-        gradient = gradient.redistribute(placements=p.placements)
-    return _local(gradient)

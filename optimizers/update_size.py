@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate
 
-from optimizers.base import GroupOptimizer
+from optimizers.base import GroupOptimizer, local
 
 
 class WeightChange:
@@ -20,7 +20,7 @@ class WeightChange:
         self.optimizer = optimizer
         # a learning rate of 0 says nothing about the update
         self._groups = [group for group in optimizer.param_groups if group["lr"] != 0.0]
-        self._before = [[_local(p).detach().clone() for p in group["params"]] for group in self._groups]
+        self._before = [[local(p).detach().clone() for p in group["params"]] for group in self._groups]
 
     def local_squared_norms(self, found_inf: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """Return what GroupOptimizer.local_update_squared_norms describes, after the step.
@@ -35,7 +35,7 @@ class WeightChange:
                 if p.grad is None:
                     continue
                 decayed = old.float().mul_(1.0 - group["lr"] * group["weight_decay"])
-                total += decayed.sub_(_local(p).detach()).square_().sum() / num_replicas(p)
+                total += decayed.sub_(local(p).detach()).square_().sum() / num_replicas(p)
             total /= group["lr"] ** 2
             norms[group["name"]] = total if found_inf is None else torch.where(found_inf != 0, 0.0, total)
         return norms
@@ -57,7 +57,3 @@ def num_replicas(parameter: torch.Tensor) -> int:
         if not isinstance(placement, Replicate):
             num_ranks //= parameter.device_mesh.size(axis)
     return num_ranks
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
