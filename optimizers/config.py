@@ -331,12 +331,11 @@ def _check_rates(group: Group) -> None:
         )
     if group.fixed_norm and group.weight_decay != 0.0:
         raise UserError(
-            f"weight_decay ({group.weight_decay}) changes norms, which fixed_norm keeps; set weight_decay to 0"
+            f"weight_decay ({group.weight_decay}) changes norms, which fixed_norm keeps; set it to 0"
         )
     if group.fixed_norm and group.lr >= 1.0:
         raise UserError(
-            f"lr ({group.lr}) must be less than 1 with fixed_norm: it is the size of an update relative to the "
-            "matrix"
+            f"lr ({group.lr}) must be less than 1 with fixed_norm: it is an update's size relative to its matrix"
         )
 
 

@@ -37,8 +37,8 @@ def refresh_basis(factor: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
         basis: Orthogonal, `[n, n]`.
 
     Returns:
-        The new basis `[n, n]`, and the order `[n]` of the old one's columns in it: by their Rayleigh quotients,
-        the largest first.
+        The new basis `[n, n]`, and the order `[n]` of the old one's columns in it: by their Rayleigh
+        quotients, the largest first.
     """
     product = factor @ basis
     order = (basis * product).sum(0).argsort(descending=True, stable=True)

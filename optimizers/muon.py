@@ -121,9 +121,7 @@ class Muon(OrthogonalizedOptimizer):
             found_inf=self.found_inf,
         )
 
-    def finish_updates(
-        self, updates: torch.Tensor, bucket: Bucket, group: dict[str, Any]
-    ) -> torch.Tensor:
+    def finish_updates(self, updates: torch.Tensor, bucket: Bucket, group: dict[str, Any]) -> torch.Tensor:
         """See OrthogonalizedOptimizer.finish_updates: NorMuon's normalization."""
         if group["row_beta2"] is None:
             return updates

@@ -39,7 +39,7 @@ _SCALES: dict[str, Callable[[int, int], float]] = {
 
 
 class OrthogonalizedOptimizer(GroupOptimizer):
-    """An optimizer of matrices that orthogonalizes a matrix U, which its subclass makes of gradient and state.
+    """An optimizer of matrices that orthogonalizes what its subclass makes of gradient and state, U.
 
         P <- (1 - lr weight_decay) P - lr scale(rows, cols) orthogonalize(U)
 
@@ -102,9 +102,7 @@ class OrthogonalizedOptimizer(GroupOptimizer):
             This rank's shards of U, `[N, *slice]`; undefined if the step is skipped.
         """
 
-    def finish_updates(
-        self, updates: torch.Tensor, bucket: Bucket, group: dict[str, Any]
-    ) -> torch.Tensor:
+    def finish_updates(self, updates: torch.Tensor, bucket: Bucket, group: dict[str, Any]) -> torch.Tensor:
         """Return what becomes of the orthogonalized shards `[N, *slice]` before they are scaled."""
         return updates
 

@@ -60,6 +60,7 @@ def schedules_by_group(
             raise UserError(f"optimizer.groups.{name}.schedule: {error}") from None
     return schedules
 
+
 def lr_factor(step: int, config: ScheduleConfig, total_steps: int) -> float:
     """Return the factor of the peak learning rate at an optimizer step.
 

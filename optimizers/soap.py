@@ -1,6 +1,6 @@
 """SOAP: Adam in the eigenbasis of Shampoo's factors, for plain tensors and sharded DTensors."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -99,7 +99,7 @@ class SOAP(GroupOptimizer):
         """Update the state of a bucket's parameters, and return this rank's shards of U."""
         states = [self.state[p] for p in bucket.params]
         names = [name for name in states[0] if name != "step"]
-        gradients = [local_gradient(p).to(state["momentum"].dtype) for p, state in zip(bucket.params, states)]
+        gradients = [local_gradient(p).to(states[0]["momentum"].dtype) for p in bucket.params]
         if bucket.layout.num_ranks == 1:
             # in place
             owned = [{name: local(state[name]) for name in names} for state in states]

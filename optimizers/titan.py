@@ -175,7 +175,8 @@ class ParamGroupScheduler(LRSchedulersContainer):
         UserError: As schedules_by_group.
     """
 
-    def __init__(self, optimizers: ParamGroupOptimizers, schedule: ScheduleConfig, total_steps: int) -> None:
+    def __init__(self, optimizers: OptimizersContainer, schedule: ScheduleConfig, total_steps: int) -> None:
+        assert isinstance(optimizers, ParamGroupOptimizers)
         self._optimizers = optimizers
         self._schedules = schedules_by_group(optimizers.groups, schedule, total_steps)
         self._total_steps = total_steps
@@ -237,7 +238,7 @@ def build_optimizers(model_parts: Sequence[nn.Module], config: OptimizerConfig) 
 
 
 def build_lr_schedulers(
-    optimizers: ParamGroupOptimizers, schedule: ScheduleConfig, total_steps: int
+    optimizers: OptimizersContainer, schedule: ScheduleConfig, total_steps: int
 ) -> ParamGroupScheduler:
     """Build the scheduler of all groups, and set the first step's learning rates and weight decays.
 

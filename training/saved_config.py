@@ -135,11 +135,7 @@ def training_differences(config: RunConfig, saved: Table, step: int, source: Pat
 
 def _schedule_keys(config: RunConfig) -> list[tuple[str, ...]]:
     schedule = [("schedule", field.name) for field in dataclasses.fields(config.schedule)]
-    groups = [
-        ("optimizer", "groups", name, key)
-        for name in config.optimizer.groups
-        for key in _RATE_KEYS
-    ]
+    groups = [("optimizer", "groups", name, key) for name in config.optimizer.groups for key in _RATE_KEYS]
     return [("training", "steps"), *schedule, *groups]
 
 

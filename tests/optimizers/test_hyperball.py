@@ -71,9 +71,7 @@ def test_adamw_on_the_sphere_equals_a_plain_statement_of_the_rule() -> None:
     for seed in range(5):
         layer = nn.Linear(5, 3, bias=False).double()
         nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(seed))
-        group = AdamWGroup(
-            parameters=["weight"], lr=lr, beta1=beta1, beta2=beta2, eps=eps, fixed_norm=True
-        )
+        group = AdamWGroup(parameters=["weight"], lr=lr, beta1=beta1, beta2=beta2, eps=eps, fixed_norm=True)
         optimizers = build_optimizers([layer], OptimizerConfig(groups={"all": group}))
         w = layer.weight.detach().clone()
         radius = w.norm()

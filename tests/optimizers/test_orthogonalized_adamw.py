@@ -41,11 +41,10 @@ def test_equals_a_plain_statement_of_the_rule(shape: tuple[int, int], block_rows
             v = OPTIONS["beta2"] * v + (1 - OPTIONS["beta2"]) * g**2
             u = m / (1 - OPTIONS["beta1"] ** n)
             u = u / ((v / (1 - OPTIONS["beta2"] ** n)) ** 0.5 + OPTIONS["eps"])
-            blocks = []
-            for block in u.split(block_rows or shape[0]):
-                # the first U, of signs, may be singular: the iteration itself, which is tested elsewhere
-                blocks.append(math.sqrt(max(1.0, len(block) / shape[1])) * newton_schulz5(block))
-            w = (1 - LR * OPTIONS["weight_decay"]) * w - LR * torch.cat(blocks)
+            rows = block_rows or shape[0]
+            # the first U, of signs, may be singular: by the iteration itself, which is tested elsewhere
+            u = torch.cat([newton_schulz5(block) for block in u.split(rows)])
+            w = (1 - LR * OPTIONS["weight_decay"]) * w - LR * math.sqrt(max(1.0, rows / shape[1])) * u
             optimizers.step()
         torch.testing.assert_close(layer.weight.detach().double(), w, rtol=0, atol=1e-4)
 
