@@ -335,7 +335,7 @@ def _check_rates(group: Group) -> None:
         )
     if group.fixed_norm and group.lr >= 1.0:
         raise UserError(
-            f"lr ({group.lr}) must be less than 1 with fixed_norm: it is an update's size relative to its matrix"
+            f"lr ({group.lr}) must be less than 1 with fixed_norm: an update is lr times its matrix's norm"
         )
 
 

@@ -14,7 +14,7 @@ from optimizers.buckets import Bucket, plan_buckets
 from optimizers.eigenbasis import eigenbasis, refresh_basis
 from optimizers.exchange import Exchange, Layout
 
-# of the matrices that a rank updates between two exchanges, with their gradients and factors: 0.5 GiB in fp32
+# of the gradients that a rank gathers at a time; with state, copies and square matrices about 1 GiB in fp32
 _MAX_BUCKET_ELEMENTS = 2**24
 _FACTORS = {"left": 0, "right": 1}
 

@@ -93,8 +93,8 @@ class ParamGroupOptimizers(OptimizersContainer[GroupOptimizer]):
         """
         mean_squares: dict[str, torch.Tensor] = {}
         for optimizer in self.optimizers:
-            squared_norms = optimizer.local_update_squared_norms() if optimizer.measures_updates else {}
-            squared_norms |= self._squared_norms.get(optimizer, {})
+            measured = optimizer.local_update_squared_norms() if optimizer.measures_updates else {}
+            squared_norms = {**measured, **self._squared_norms.get(optimizer, {})}
             for name in (group["name"] for group in optimizer.param_groups if group["name"] in squared_norms):
                 part = squared_norms[name] / self._num_elements[name]
                 mean_squares[name] = mean_squares.get(name, 0.0) + part
