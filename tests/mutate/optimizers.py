@@ -3,6 +3,7 @@
 from tests.mutate.mutant import Mutant
 
 DISTRIBUTED = "tests/optimizers/test_distributed.py"
+EVERY = "tests/optimizers/test_every_optimizer.py"
 EXCHANGE = "tests/optimizers/test_exchange.py"
 GROUPS = "tests/optimizers/test_param_groups.py"
 MUON = "tests/optimizers/test_muon.py"
@@ -111,6 +112,11 @@ MUTANTS = [
         "",
         SKIPPED,
     ),
+    Mutant("optimizers/base.py", "if self.found_inf is not None:", "if False:", EVERY),
+    Mutant(
+        "optimizers/build.py", "            if not optimizer.state[p]:\n", "            if True:\n", EVERY
+    ),
+    Mutant("optimizers/update_size.py", ".sum() / num_replicas(p)", ".sum()", EVERY),
     Mutant("optimizers/titan.py", "        if differing:\n", "        if False:\n", TITAN),
     Mutant(
         "optimizers/muon.py",
