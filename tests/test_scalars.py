@@ -53,6 +53,7 @@ def run(wrap: Callable[[nn.Module], nn.Module], is_compiled: bool) -> tuple[Any,
         # an evaluation, which is not recorded
         with torch.no_grad():
             blocks[0](x[0])
+    assert not any(total.requires_grad for total in recorder.totals().values())
     means = {name: float(total / number) for name, (total, number) in recorder.totals().items()}
     return means, torch.stack(outputs), [p.grad for p in blocks.parameters()]
 

@@ -6,7 +6,7 @@ evaluated, and a signal stops the run with a checkpoint.
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +34,7 @@ from training.checkpoints import RunCheckpoints
 from training.evaluation import Evaluator
 from training.failures import describe_missing_ranks
 from training.fall_back import load_or_fall_back
+from training.flops import FlopCounter
 from training.launch_record import command_line, launch_facts
 from training.log import logger
 from training.memory import checkpoint_bytes
@@ -112,7 +113,7 @@ class Trainer(TitanTrainer):
         assert isinstance(self.model, Qwen3)
         self.checkpointer.checkpoint_bytes = checkpoint_bytes(config, build_meta_model(config), world_size)
         self.scalars, self.rank_sums = ScalarRecorder(self.device), RankSums(self.device)
-        self.document_flops = self.model.document_flops(config.training.seq_len)
+        self.flop_counter = FlopCounter(self.model, config.training.seq_len)
 
     def init_distributed(self) -> ParallelDims:
         """Connect the ranks, and take the run folder's lock before anything is written there.
@@ -264,7 +265,7 @@ class Trainer(TitanTrainer):
         sums, scalars = self.rank_sums.sum(
             {
                 "loss": loss,
-                "flops": sum(self._flops(inputs) for inputs, _ in batch),
+                "flops": sum(self.flop_counter.count(inputs) for inputs, _ in batch),
                 "stop requests": self.stop.requested,
                 "finished writes": self.checkpointer.has_finished_write,
                 **{f"update {name}": value for name, value in mean_squares.items()},
@@ -336,13 +337,6 @@ class Trainer(TitanTrainer):
         self.optimizers.record_update_stats(has_mean_squares or has_spectrum)
         self.optimizers.step(found_inf=(~grad_norm.isfinite()).float())
         return grad_norm, self.optimizers.local_update_mean_squares() if has_mean_squares else {}
-
-    def _flops(self, inputs: Mapping[str, torch.Tensor]) -> float:
-        """Count the FLOPs of a micro-batch of this rank, by the lengths of its documents."""
-        cu_seqlens = inputs.get("cu_seqlens")
-        if cu_seqlens is None:
-            return len(inputs["input"]) * float(self.document_flops[-1])
-        return float(self.document_flops[cu_seqlens.diff()].sum())
 
     def _update_singular_values(self) -> dict[str, float]:
         # the main rank writes metrics.jsonl: the values are those of the matrices that it orthogonalizes

@@ -3,6 +3,7 @@
 from tests.mutate.mutant import Mutant
 
 DISTRIBUTED = "tests/optimizers/test_distributed.py"
+EVERY = "tests/optimizers/test_every_optimizer.py"
 EXCHANGE = "tests/optimizers/test_exchange.py"
 HYPERBALL = "tests/optimizers/test_hyperball.py"
 GROUPS = "tests/optimizers/test_param_groups.py"
@@ -113,6 +114,9 @@ MUTANTS = [
         "",
         SKIPPED,
     ),
+    Mutant("optimizers/base.py", "if self.found_inf is not None:", "if False:", EVERY),
+    Mutant("optimizers/build.py", "if not optimizer.state[p]:", "if True:", EVERY),
+    Mutant("optimizers/update_size.py", ".sum() / num_replicas(p)", ".sum()", EVERY),
     Mutant("optimizers/titan.py", "        if differing:\n", "        if False:\n", TITAN),
     Mutant(
         "optimizers/orthogonalized.py",

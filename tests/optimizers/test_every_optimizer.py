@@ -18,9 +18,9 @@ from torch.distributed.tensor import DTensor
 
 from config import kind_of, load
 from errors import UserError
-from optimizers.base import GroupOptimizer
+from optimizers.base import GroupOptimizer, local, local_gradient
 from optimizers.build import build_group_optimizers, create_missing_state, state_by_group
-from optimizers.config import Group, OptimizerConfig, ParameterGroup
+from optimizers.config import AdamWGroup, Group, OptimizerConfig, ParameterGroup
 from optimizers.titan import ParamGroupOptimizers, build_optimizers
 from tests.optimizers.test_skipped_step import (
     Model,
@@ -53,6 +53,39 @@ def make_config(kind: str) -> OptimizerConfig:
         "vectors": vectors(parameters=[r".*bias"], lr=0.003),
     }
     return OptimizerConfig(groups=groups)  # pyrefly: ignore [bad-argument-type]
+
+
+class Descent(GroupOptimizer):
+    """Gradient descent, with momentum in some groups: an optimizer that does not measure its updates."""
+
+    def __init__(self, params: Any, *, lr: float) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": 0.0})
+
+    def create_state(self, p: torch.Tensor, group: dict[str, Any]) -> None:
+        if group["name"] != "output":
+            self.state[p]["momentum"] = torch.zeros_like(p)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # pyrefly: ignore [bad-override]
+        create_missing_state(self)
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                weight, update = local(p), local_gradient(p)
+                if self.state[p]:
+                    momentum = local(self.state[p]["momentum"])
+                    update = momentum.lerp(update, 0.5)
+                    self.assign(momentum, update)
+                decay = 1.0 - group["lr"] * group["weight_decay"]
+                self.assign(weight, weight * decay - group["lr"] * update)
+
+
+def build_descent(parts: list[nn.Module], config: OptimizerConfig) -> ParamGroupOptimizers:
+    """Build the optimizers of a model, and replace them by descent."""
+    optimizers = build_optimizers(parts, config)
+    groups = [dict(group) for optimizer in optimizers for group in optimizer.param_groups]
+    descent: list[GroupOptimizer] = [Descent(groups, lr=0.0)]
+    optimizers.optimizers, optimizers._by_part = descent, [descent]
+    return optimizers
 
 
 def train(model: nn.Module, optimizers: ParamGroupOptimizers, steps: range) -> None:
@@ -195,10 +228,12 @@ def test_weights_and_state_keep_their_dtypes(kind: str, dtype: torch.dtype) -> N
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-def check_mean_squares(make: Callable[[], nn.Module], config: OptimizerConfig) -> None:
+def check_mean_squares(
+    make: Callable[[], nn.Module], config: OptimizerConfig, build: Any = build_optimizers
+) -> None:
     """Compare the recorded sizes of updates with the changes of the weights, for every group."""
     model = make()
-    optimizers = build_optimizers([model], config)
+    optimizers = build([model], config)
     members = {
         "hidden": [f"layers.{n}.weight" for n in range(3)],
         "output": ["output.weight"],
@@ -216,6 +251,11 @@ def check_mean_squares(make: Callable[[], nn.Module], config: OptimizerConfig) -
         if dist.is_initialized():
             dist.all_reduce(summed)
         after = full_tensors(model)
+        # a step that is skipped has no update
+        optimizers.step(found_inf=torch.ones(()))
+        skipped = optimizers.local_update_mean_squares()
+        if build is build_descent:
+            assert all(square == 0 for square in skipped.values())
         for (name, group), square in zip(config.groups.items(), summed, strict=True):
             changes = [
                 (before[n].double() * (1 - group.lr * group.weight_decay) - after[n]) / group.lr
@@ -229,6 +269,11 @@ def check_mean_squares(make: Callable[[], nn.Module], config: OptimizerConfig) -
 @each_kind
 def test_the_size_of_every_groups_update_is_recorded(kind: str) -> None:
     check_mean_squares(Model, make_config(kind))
+
+
+def test_updates_that_the_optimizer_does_not_measure_are_measured() -> None:
+    check_mean_squares(Model, make_config("adamw"), build_descent)
+    check_skipped_steps(Model, make_config("adamw"), build_descent)
 
 
 def worker(rank: int, num_ranks: int, folder: str) -> None:
@@ -257,6 +302,8 @@ def worker(rank: int, num_ranks: int, folder: str) -> None:
         for each in ((sharded, optimizers), (resumed, states)):
             train(*each, range(4, 6))
         check_equal(sharded, resumed)
+    check_mean_squares(lambda: sharded_model(shape), make_config("adamw"), build_descent)
+    check_skipped_steps(lambda: sharded_model(shape), make_config("adamw"), build_descent)
     dist.destroy_process_group()
 
 
@@ -280,30 +327,28 @@ def test_a_kind_without_a_case_is_not_built() -> None:
         build_group_optimizers({"all": [*Model().parameters()]}, groups)
 
 
-class _Plain(GroupOptimizer):
-    """Gradient descent, which has no state."""
-
-    def __init__(self, params: Any, *, lr: float) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": 0.0})
-
-    def create_state(self, p: torch.Tensor, group: dict[str, Any]) -> None:
-        pass
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # pyrefly: ignore [bad-override]
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.sub_(p.grad, alpha=group["lr"])
+def test_state_of_some_or_no_parameters_is_saved_and_loaded() -> None:
+    first, second = Model(), Model()
+    optimizers, loaded = (build_descent([model], make_config("adamw")) for model in (first, second))
+    train(first, optimizers, range(3))
+    state = copy.deepcopy(optimizers.state_dict())  # which shares memory with the optimizers
+    assert {key.rpartition(".")[2] for key in state} == {"momentum"}
+    assert len(state) == 7  # of eight parameters
+    second.load_state_dict(first.state_dict())
+    loaded.load_state_dict(state)
+    train(first, optimizers, range(3, 5))
+    train(second, loaded, range(3, 5))
+    check_equal(first, second)
 
 
 def test_an_optimizer_without_state_is_saved_and_loaded() -> None:
     model = Model()
-    optimizers = build_optimizers([model], make_config("adamw"))
-    plain: GroupOptimizer = _Plain([{"params": [*model.parameters()], "name": "all"}], lr=0.1)
-    optimizers.optimizers, optimizers._by_part = [plain], [[plain]]
+    optimizers = build_descent(
+        [model], OptimizerConfig(groups={"output": AdamWGroup(parameters=[".*"], lr=0.1)})
+    )
     assert optimizers.state_dict() == {}
     optimizers.load_state_dict({})
     before = copy.deepcopy(model)
     train(model, optimizers, range(1))
-    assert plain.param_groups[0]["lr"] == 0.1
+    assert optimizers.optimizers[0].param_groups[0]["lr"] == 0.1
     assert not torch.equal(model.output.weight, before.output.weight)

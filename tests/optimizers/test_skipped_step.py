@@ -104,9 +104,9 @@ def check_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
         assert torch.equal(value, b[name]), name
 
 
-def check_skipped_steps(make: Any, config: OptimizerConfig) -> None:
+def check_skipped_steps(make: Any, config: OptimizerConfig, build: Any = build_optimizers) -> None:
     reference, model = make(), make()
-    reference_optimizers, optimizers = (build_optimizers([m], config) for m in (reference, model))
+    reference_optimizers, optimizers = (build([m], config) for m in (reference, model))
     for index in range(3):
         step(reference, reference_optimizers, index)
         step(model, optimizers, index)
