@@ -99,11 +99,11 @@ class SOAP(GroupOptimizer):
         """Update the state of a bucket's parameters, and return this rank's shards of U."""
         states = [self.state[p] for p in bucket.params]
         names = [name for name in states[0] if name != "step"]
+        steps = [int(state["step"]) for state in states]
         gradients = [local_gradient(p).to(states[0]["momentum"].dtype) for p in bucket.params]
         if bucket.layout.num_ranks == 1:
             # in place
             owned = [{name: local(state[name]) for name in names} for state in states]
-            steps = [int(state["step"]) for state in states]
             return [_update(*each, group) for each in zip(gradients, owned, steps, strict=True)]
         num_owned, rank = bucket.exchange.num_owned, bucket.layout.rank
         exchanges = {name: Exchange(Layout.of(states[0][name]), num_owned) for name in names}
@@ -114,13 +114,23 @@ class SOAP(GroupOptimizer):
         updates = torch.empty_like(whole)
         for i, index in enumerate(mine):
             state = {name: value[i] for name, value in zip(names, values, strict=True)}
-            updates[i] = _update(whole[i], state, int(states[index]["step"]), group)
-        returned = [exchanges[name].to_shards(value) for name, value in zip(names, values, strict=True)]
+            updates[i] = _update(whole[i], state, steps[index], group)
+        has_new_bases = any(_is_refresh(step, group) for step in steps)
+        returned = {
+            name: exchanges[name].to_shards(value)
+            for name, value in zip(names, values, strict=True)
+            if has_new_bases or not name.endswith("_basis")
+        }
         shards = bucket.exchange.to_shards(updates).wait()
-        for name, result in zip(names, returned, strict=True):
+        for name, result in returned.items():
             for state, value in zip(states, result.wait().unbind(), strict=True):
                 local(state[name]).copy_(value)
         return list(shards.unbind())
+
+
+def _is_refresh(num_steps: int, group: dict[str, Any]) -> bool:
+    """Return whether a step makes bases, the first one included."""
+    return num_steps % group["refresh_every"] == 0
 
 
 def _update(gradient: Tensor, state: dict[str, Tensor], num_steps: int, group: dict[str, Any]) -> Tensor:
@@ -143,7 +153,7 @@ def _update(gradient: Tensor, state: dict[str, Tensor], num_steps: int, group: d
         factor.lerp_(product, 1.0 - factor_beta)
         if num_steps == 0:
             basis.copy_(eigenbasis(gradient if dim == 0 else gradient.T))
-        elif num_steps % group["refresh_every"] == 0:
+        elif _is_refresh(num_steps, group):
             new_basis, order = refresh_basis(factor, basis)
             basis.copy_(new_basis)
             state["second_moment"].copy_(state["second_moment"].index_select(dim, order))
