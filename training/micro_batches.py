@@ -96,7 +96,7 @@ class MicroBatches:
         """Add the loss and the gradients of a micro-batch.
 
         Args:
-            inputs: "input", token ids int64 `[B, T]`, and "cu_seqlens", int32 `[N + 1]`, if documents are masked.
+            inputs: "input", token ids int64 `[B, T]`, and, masked, "cu_seqlens", int32 `[N + 1]`.
             labels: Token ids to predict, int64 `[B, T]`.
         """
         tensors = {"tokens": inputs["input"], "labels": labels}
