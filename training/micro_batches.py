@@ -10,7 +10,7 @@ first micro-batch of each length is captured. The kernels choose their tiles by 
 the micro-batch alone, so a step is the same with and without graphs, and after a resume.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -77,7 +77,9 @@ class MicroBatches:
         )
         self._loss = torch.zeros((), device=device)
         self._num_predicted = torch.zeros((), dtype=torch.int64, device=device)
-        self._graphs = None if self.refusal else _Graphs(model, device)
+        # of the shards: once gathered for an evaluation, the model has others
+        self._parameters = list(model.parameters())
+        self._graphs = None if self.refusal else _Graphs(model, self._parameters, device)
 
     def begin_step(self, num_predicted: torch.Tensor) -> None:
         """Set loss and gradients to zero.
@@ -87,10 +89,9 @@ class MicroBatches:
         """
         self._loss.zero_()
         self._num_predicted.copy_(num_predicted)
-        if self._graphs is None:
-            self.model.zero_grad(set_to_none=True)
-        else:
-            self._graphs.zero_gradients()
+        if self._graphs is None or not self._graphs.zero_gradients():
+            for parameter in self._parameters:
+                parameter.grad = None
 
     def add(self, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor) -> None:
         """Add the loss and the gradients of a micro-batch.
@@ -134,12 +135,13 @@ class _Graphs:
     """CUDA graphs of forward and backward, one for each set of shapes.
 
     Args:
-        model: The sharded model, whose gradients the graphs add to.
+        model: The sharded model.
+        parameters: Its shards, whose gradients the graphs add to.
         device: Device of the model.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self._model, self._device = model, device
+    def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter], device: torch.device) -> None:
+        self._model, self._parameters, self._device = model, parameters, device
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
         self._inputs: dict[tuple[str, torch.Size], torch.Tensor] = {}
@@ -147,14 +149,14 @@ class _Graphs:
         self._gradients: list[torch.Tensor] = []
         self._is_warm = False
 
-    def zero_gradients(self) -> None:
-        """Set the gradients to zero, in place once a graph adds to them."""
+    def zero_gradients(self) -> bool:
+        """Set the gradients to zero in place; False if no graph adds to them yet."""
         if not self._gradients:
-            self._model.zero_grad(set_to_none=True)
-            return
-        current = [parameter.grad for parameter in self._model.parameters()]
+            return False
+        current = [parameter.grad for parameter in self._parameters]
         assert all(x is y for x, y in zip(current, self._gradients, strict=True)), "a gradient has moved"
         torch._foreach_zero_([_local(gradient) for gradient in self._gradients])
+        return True
 
     def run(self, function: Callable[..., None], tensors: Mapping[str, torch.Tensor]) -> None:
         """Call function with the tensors, from a graph except for the first time.
@@ -193,9 +195,7 @@ class _Graphs:
             if isinstance(module, FSDPModule):
                 # an evaluation leaves weights gathered, and the graph would not gather them again
                 module.reshard()
-        self._gradients = [
-            parameter.grad for parameter in self._model.parameters() if parameter.grad is not None
-        ]
+        self._gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         graph = torch.cuda.CUDAGraph()
         # "relaxed": kernels of a new length of bounds may be loaded meanwhile
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="relaxed"):
