@@ -115,7 +115,12 @@ def to_hugging_face(weights: Mapping[str, T]) -> dict[str, T]:
 
 
 def to_config_json(
-    config: ModelConfig, *, dtype: str, num_positions: int | None, eos_token_id: int | None
+    config: ModelConfig,
+    *,
+    dtype: str,
+    num_positions: int | None,
+    eos_token_id: int | None,
+    bos_token_id: int | None = None,
 ) -> Table:
     """Encode a model's config as config.json.
 
@@ -124,6 +129,7 @@ def to_config_json(
         dtype: Dtype of the saved weights, by its name in torch.
         num_positions: Length of the rows in training, in tokens; None for transformers' default.
         eos_token_id: Id of the end-of-document token; None without a tokenizer.
+        bos_token_id: Id of the token that starts a text without a prompt; None without a tokenizer.
 
     Returns:
         JSON values by key.
@@ -144,8 +150,8 @@ def to_config_json(
     }
     table |= {} if num_positions is None else {"max_position_embeddings": num_positions}
     # no pad_token_id: transformers would give that row of the embedding no gradient
-    # as in Qwen3's base folders: what ends a document also starts a text
-    table |= {} if eos_token_id is None else {"bos_token_id": eos_token_id, "eos_token_id": eos_token_id}
+    table |= {} if eos_token_id is None else {"eos_token_id": eos_token_id}
+    table |= {} if bos_token_id is None else {"bos_token_id": bos_token_id}
     match config.attention:
         case SoftmaxConfig(window_size=window_size):
             table |= {"architectures": [SOFTMAX_ARCHITECTURE], "model_type": SOFTMAX_TYPE}

@@ -361,7 +361,8 @@ class ParallaxQwen3Model(Qwen3Model):
     def _refuse(self, kwargs: dict[str, Any]) -> None:
         """Raise for arguments of other attentions that would change the result; the rest has no effect."""
         for name, reason in _REFUSED.items():
-            if kwargs.get(name) not in (None, False) or getattr(self.config, name, None):
+            value = kwargs.get(name, getattr(self.config, name, None))
+            if value is not None and value is not False:
                 raise NotImplementedError(f"{name} is not supported: {reason}")
         if not kwargs.get("is_causal", getattr(self.config, "is_causal", True)):
             raise NotImplementedError("is_causal=False is not supported: the correction is causal")
