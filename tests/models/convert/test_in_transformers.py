@@ -197,6 +197,13 @@ def static_cache(export: Export, tmp_path: Path) -> None:
     left_padding(export, tmp_path, cache_implementation="static")
 
 
+def compiled_static_cache(export: Export, tmp_path: Path) -> None:
+    # on a GPU transformers compiles by itself
+    compilation = transformers.CompileConfig(fullgraph=True, backend="eager", mode=None)
+    compilation._compile_all_devices = True
+    left_padding(export, tmp_path, cache_implementation="static", compile_config=compilation)
+
+
 def no_cache(export: Export, tmp_path: Path) -> None:
     left_padding(export, tmp_path, use_cache=False)
 
@@ -322,6 +329,7 @@ CALLS: tuple[Callable[[Export, Path], None], ...] = (
     gradient_checkpointing,
     left_padding,
     static_cache,
+    compiled_static_cache,
     no_cache,
     stop_strings,
     beam_search,
