@@ -17,7 +17,7 @@ Table = dict[str, Any]
 
 SOFTMAX_ARCHITECTURE, SOFTMAX_TYPE = "Qwen3ForCausalLM", "qwen3"
 PARALLAX_ARCHITECTURE, PARALLAX_TYPE = "ParallaxQwen3ForCausalLM", "parallax_qwen3"
-PARALLAX_FILE = "modeling_parallax.py"
+PARALLAX_FILES = ("modeling_parallax.py", "attention_parallax.py")
 
 _NAMES = {
     r"tok_embeddings\.weight": "model.embed_tokens.weight",
@@ -115,7 +115,12 @@ def to_hugging_face(weights: Mapping[str, T]) -> dict[str, T]:
 
 
 def to_config_json(
-    config: ModelConfig, *, dtype: str, num_positions: int | None, eos_token_id: int | None
+    config: ModelConfig,
+    *,
+    dtype: str,
+    num_positions: int | None,
+    eos_token_id: int | None,
+    bos_token_id: int | None = None,
 ) -> Table:
     """Encode a model's config as config.json.
 
@@ -124,6 +129,7 @@ def to_config_json(
         dtype: Dtype of the saved weights, by its name in torch.
         num_positions: Length of the rows in training, in tokens; None for transformers' default.
         eos_token_id: Id of the end-of-document token; None without a tokenizer.
+        bos_token_id: Id of the token that starts a text without a prompt; None without a tokenizer.
 
     Returns:
         JSON values by key.
@@ -145,6 +151,7 @@ def to_config_json(
     table |= {} if num_positions is None else {"max_position_embeddings": num_positions}
     # no pad_token_id: transformers would give that row of the embedding no gradient
     table |= {} if eos_token_id is None else {"eos_token_id": eos_token_id}
+    table |= {} if bos_token_id is None else {"bos_token_id": bos_token_id}
     match config.attention:
         case SoftmaxConfig(window_size=window_size):
             table |= {"architectures": [SOFTMAX_ARCHITECTURE], "model_type": SOFTMAX_TYPE}
@@ -152,10 +159,11 @@ def to_config_json(
             table |= {"rope_scaling": None, "use_sliding_window": window_size is not None}
             table |= {} if window_size is None else {"sliding_window": window_size, "max_window_layers": 0}
         case ParallaxConfig():
-            module = PARALLAX_FILE.removesuffix(".py")
+            module = PARALLAX_FILES[0].removesuffix(".py")
             table |= {"architectures": [PARALLAX_ARCHITECTURE], "model_type": PARALLAX_TYPE}
             table["auto_map"] = {
                 "AutoConfig": f"{module}.ParallaxQwen3Config",
+                "AutoModel": f"{module}.ParallaxQwen3Model",
                 "AutoModelForCausalLM": f"{module}.{PARALLAX_ARCHITECTURE}",
             }
             table |= {name: getattr(config.attention, name) for name in _PROBE_KEYS}
@@ -190,8 +198,9 @@ def from_config_json(table: Table) -> HuggingFaceConfig:
     problems += [f"{name} is missing" for name in needed]
     known = {*_FIXED, *_WITHOUT_EFFECT, *_READ, *(_PROBE_KEYS if kind == PARALLAX_TYPE else ())}
     problems += [f"{name} is not supported; remove it if it has no effect" for name in {*table} - known]
-    if kind == PARALLAX_TYPE and window_size is not None:
-        problems.append("use_sliding_window is Qwen3's; a Parallax folder's window is window_size")
+    # what save_pretrained writes has both
+    if kind == PARALLAX_TYPE and window_size not in (None, table.get("window_size")):
+        problems.append(f"sliding_window is {window_size}, window_size {table.get('window_size')}")
     if problems:
         raise UserError(f"config.json is not supported: {'; '.join(sorted(problems))}")
     size = ModelSize(**{field: table[name] for name, field in _DIMENSIONS.items()})

@@ -2,13 +2,32 @@
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
 from errors import UserError
 from models.convert.format import Table, read_json
 from models.run_tokenizer import OTHER_FILES, SETTINGS_FILE, check_ids, copy_tokenizer
-from tokens import TOKENIZER_FILE
+from tokens import END_OF_DOCUMENT, TOKENIZER_FILE
+
+PAD_TOKEN = "<|pad|>"
+"""The pad_token of an export whose tokenizer has none apart from the end-of-document token."""
+
+
+class SpecialTokens(NamedTuple):
+    """The ids that transformers treats apart.
+
+    Attributes:
+        bos: What starts a text without a prompt, "<|endoftext|>" or else the end-of-document token, as in
+            Qwen3's folders. It is not put in front of a prompt.
+        eos: The end-of-document token.
+        pad: None if the model has no row for one.
+    """
+
+    bos: int
+    eos: int
+    pad: int | None
 
 
 def import_tokenizer(source: Path, out: Path, eos_token_id: int | None) -> Table | None:
@@ -48,8 +67,12 @@ def import_tokenizer(source: Path, out: Path, eos_token_id: int | None) -> Table
 
 def export_tokenizer(
     source: Path, out: Path, *, end_of_document: str, num_positions: int | None, vocab_size: int
-) -> tuple[int, int]:
+) -> SpecialTokens:
     """Write a run's tokenizer to a Hugging Face folder.
+
+    Its pad_token differs from the end-of-document token, since collators take the labels of padding out of
+    the loss: that of the run's own settings, or else "<|pad|>", for which the model has a row that no token
+    uses. Without such a row there is none.
 
     Args:
         source: From models.run_tokenizer.find_tokenizer.
@@ -59,7 +82,7 @@ def export_tokenizer(
         vocab_size: Rows of the model's embedding.
 
     Returns:
-        The ids of the eos_token and the pad_token.
+        The ids of the special tokens.
 
     Raises:
         UserError: The tokenizer lacks the end-of-document token, or has ids beyond vocab_size.
@@ -75,12 +98,19 @@ def export_tokenizer(
     if source.is_dir():
         settings = _settings(source) or settings
     copy_tokenizer(source, out)
-    pad_token = _plain_token(settings.get("pad_token"))
-    pad = None if pad_token is None else tokenizer.token_to_id(pad_token)
-    settings |= {"eos_token": end_of_document} | ({"pad_token": end_of_document} if pad is None else {})
+    settings |= {"eos_token": end_of_document}
+    token = _plain_token(settings.pop("pad_token", None))
+    if token is None or token == end_of_document or tokenizer.token_to_id(token) is None:
+        token = PAD_TOKEN
+        # transformers gives it the same id as it loads the settings
+        tokenizer.add_special_tokens([token])
+    pad = tokenizer.token_to_id(token)
+    pad = pad if pad is not None and pad < vocab_size else None
+    settings |= {} if pad is None else {"pad_token": token}
     text = json.dumps(settings, indent=2, ensure_ascii=False)
     (out / SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
-    return eos, eos if pad is None else pad
+    bos = tokenizer.token_to_id(END_OF_DOCUMENT)
+    return SpecialTokens(bos=eos if bos is None else bos, eos=eos, pad=pad)
 
 
 def _settings(folder: Path) -> Table:

@@ -103,7 +103,10 @@ MUTANTS = [
         f"{CONVERT} {FORMAT}",
     ),
     Mutant(
-        "models/convert/tokenizer.py", "return eos, eos if pad is None else pad", "return eos, eos", TOKENIZER
+        "models/convert/tokenizer.py",
+        "if token is None or token == end_of_document or",
+        "if token is None or",
+        TOKENIZER,
     ),
     Mutant(
         "models/checkpoint/load.py",
