@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from eval.report.comparison import Row
 from matplotlib.axes import Axes
 
 import config
@@ -12,7 +13,6 @@ from config import to_table
 from errors import run_command
 from eval.report import plots
 from eval.report.__main__ import main
-from eval.report.comparison import Row
 from eval.report.paper_numbers import paper_row
 from eval.report.plots import running_mean, smoothed_loss
 from eval.report.run_records import flatten, read_run
