@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 _UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
+_LOG_TICKS = ((100, (1.0, 2.0, 5.0)), (10_000, (1.0, 3.0)))  # ratio of the values up to which ticks are these
 _INK = "#333333"
 
 
@@ -35,7 +36,7 @@ def format_log_axis(axes: Axes, name: Literal["x", "y"], values: Sequence[float]
     low, high = min(values), max(values)
     axes.set(**{f"{name}scale": "log", f"{name}lim": (low / 1.25, high * 1.25)})
     axis = axes.xaxis if name == "x" else axes.yaxis
-    subs = (1.0, 2.0, 5.0) if high / low <= 100 else (1.0,)
+    subs = next((subs for ratio, subs in _LOG_TICKS if high / low <= ratio), (1.0,))
     axis.set_major_locator(LogLocator(subs=subs))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_locator(NullLocator())

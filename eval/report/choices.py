@@ -59,12 +59,16 @@ def has_key(run: Config, key: str) -> bool:
 
 
 def _default(run: Config, key: str) -> Any:
-    """Return the default of a key, None where it has none."""
+    """Return the default of a key; dataclasses.MISSING where it has none, or it is not known."""
     table, _, name = key.rpartition(".")
     schema = _schema(run, table)
     found = {} if schema is None else {field.name: field.default for field in dataclasses.fields(schema)}
-    default = found.get(name)
-    return None if default is dataclasses.MISSING else default
+    return found.get(name, dataclasses.MISSING)
+
+
+def is_default(run: Config, key: str) -> bool:
+    """Return whether a run has the default of a key, or leaves it out."""
+    return key not in run or run[key] == _default(run, key)
 
 
 def is_free(key: str) -> bool:
@@ -86,7 +90,7 @@ def choices(run: Config) -> dict[str, Any]:
     kept = {
         key: value
         for key, value in run.items()
-        if not is_free(key) and (key.endswith(".kind") or value != _default(run, key))
+        if not is_free(key) and (key.endswith(".kind") or not is_default(run, key))
     }
     if kept.get("checkpoint.start_from"):
         kept["checkpoint.start_from"] = Path(kept["checkpoint.start_from"]).name
@@ -116,20 +120,20 @@ def differing_choices(runs: Sequence[Config]) -> dict[str, list[Any]]:
     chosen = [choices(run) for run in runs]
     found = {}
     for key in sorted({key for each in chosen for key in each}, key=_order):
-        values = [
-            each.get(key, _default(run, key)) if has_key(run, key) else NO_KEY
-            for run, each in zip(runs, chosen, strict=True)
-        ]
-        having = [value for value, run in zip(values, runs, strict=True) if has_key(run, key)]
+        values = [_value(run, each, key) for run, each in zip(runs, chosen, strict=True)]
+        having = [value for value in values if value != NO_KEY]
         differs = any(value != having[0] for value in having)
-        is_extra = len(having) < len(runs) and _default(_first_with(runs, key), key) is not None
-        if differs or is_extra:
-            found[key] = ["none" if value is None else value for value in values]
+        is_optional = any(_default(run, key) is not dataclasses.MISSING for run in runs)
+        if differs or (len(having) < len(runs) and is_optional):
+            found[key] = values
     return found
 
 
-def _first_with(runs: Sequence[Config], key: str) -> Config:
-    return next(run for run in runs if has_key(run, key))
+def _value(run: Config, chosen: Mapping[str, Any], key: str) -> Any:
+    if not has_key(run, key):
+        return NO_KEY
+    value = chosen.get(key, _default(run, key))
+    return "none" if value in (None, dataclasses.MISSING) else value
 
 
 def _order(key: str) -> tuple[int, bool, str]:

@@ -12,7 +12,7 @@ from eval.report.run_values import gradient_norms
 from eval.report.seed_statistics import Estimate, difference, estimate
 from eval.report.spikes import running_medians
 
-SMOOTHED_PART = 100
+SMOOTHED_PART = 50
 """A smoothed loss is the running mean over 1/SMOOTHED_PART of the steps of a run."""
 
 Series = dict[int, float]

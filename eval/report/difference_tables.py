@@ -24,10 +24,10 @@ def differences_table(rows: Sequence[Row], baseline: Row) -> Table:
     return Table(columns)
 
 
-def differences_note(baseline: Row) -> str:
+def differences_note(baseline: str) -> str:
     """Say what the differences are."""
     return (
-        f"Row minus {baseline.name}, ± sqrt(s1^2/n1 + s2^2/n2), with sample variances s^2 over n seeds; no "
+        f"Row minus {baseline}, ± sqrt(s1^2/n1 + s2^2/n2), with sample variances s^2 over n seeds; no "
         "standard error where either has one seed."
     )
 
@@ -36,6 +36,15 @@ def _rate(row: Row, key: str, loss: Value) -> str:
     """Format a row's learning rate, noting where none of its runs has a loss."""
     rate = format_value(row.config[key])
     return rate if row.over_seeds(loss) is not None else f"{rate} (no loss)"
+
+
+def _best_rate(arm: Arm, key: str) -> str:
+    """Format an arm's best learning rate, noting where it is at the end of those tried."""
+    rates = [row.config[key] for row in arm.rows]
+    best = arm.best.config[key]
+    ends = {max(rates): "the largest tried", min(rates): "the smallest tried"}
+    end = "the only one tried" if len({*rates}) == 1 else ends.get(best)
+    return format_value(best) if end is None else f"{format_value(best)} ({end})"
 
 
 def arms_table(arms: Sequence[Arm], baseline: Row | None) -> Table | None:
@@ -61,7 +70,7 @@ def arms_table(arms: Sequence[Arm], baseline: Row | None) -> Table | None:
             ", ".join(_rate(row, key, loss) for row in sorted(arm.rows, key=lambda row: row.config[key]))
             for arm in arms
         ],
-        "Best": [format_value(row.config[key]) for row in best],
+        "Best": [_best_rate(arm, key) for arm in arms],
         "Seeds": [plain(len(row.runs), "d") for row in best],
         column.heading: mark_best([over_seeds(row, loss, column.spec) for row in best], column.better),
     }

@@ -8,11 +8,13 @@ from matplotlib.axes import Axes
 
 from eval.figure import padded
 from eval.report.curves import Curve
-from eval.report.styles import Style
+from eval.report.styles import MARKERS, Style
 
-SKIPPED_PART = 0.1
-"""The limits of the loss axis leave out the first tenth of a run, in which the loss falls fastest."""
-_DODGE = 0.3  # part of the distance of points over which those of all rows are spread
+SKIPPED_PART = 0.2
+"""The limits of the loss axis leave out the first fifth of a run, in which the loss falls fastest."""
+OUTLIERS = 0.05
+"""Part of the values that may lie above the limits, and below: more than a smoothed spike takes of a run."""
+_DODGE = 0.15  # part of the distance of points over which those of all rows are spread
 _GREY = "#777777"
 
 
@@ -26,6 +28,8 @@ def draw_curve(axes: Axes, curve: Curve, style: Style, *, label: str | None, mar
         label: For the legend, which has main rows only.
         marked: Whether each value is a point on the line.
     """
+    # a few points along the line, where its color alone does not tell the row
+    is_marked = style.is_main and (marked or style.marker != MARKERS[0])
     axes.plot(
         curve.x,
         curve.mean,
@@ -34,7 +38,8 @@ def draw_curve(axes: Axes, curve: Curve, style: Style, *, label: str | None, mar
         alpha=style.alpha,
         linewidth=style.width,
         linestyle=style.dash,
-        marker=style.marker if marked and style.is_main else None,
+        marker=style.marker if is_marked else None,
+        markevery=None if marked else 0.15,
         **style.colors,
     )
     if style.is_main and curve.num_seeds > 1:
@@ -101,8 +106,15 @@ def late_values(curve: Curve) -> list[float]:
     return [end for mean, error in late for end in (mean - error, mean + error)]
 
 
-def limit_y(axes: Axes, values: Sequence[float], *, includes_zero: bool = False) -> None:
-    """Limit the y axis to values, with a margin."""
-    shown = [*values, 0.0] if includes_zero else values
+def limit_y(axes: Axes, values: Sequence[float], *, shown: Sequence[float] = ()) -> None:
+    """Limit the y axis to values without OUTLIERS of them at either end, so that no spike sets its range.
+
+    Args:
+        axes: The axes.
+        values: The values; without any the axis is left alone.
+        shown: Values within the limits in any case.
+    """
     if values:
-        axes.set_ylim(*padded(min(shown), max(shown)))
+        num = int(OUTLIERS * len(values))
+        kept = [*sorted(values)[num : len(values) - num], *shown]
+        axes.set_ylim(*padded(min(kept), max(kept)))

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.report.choices import NO_KEY, Config, choices, differing_choices, hidden_optimizer, is_rate
+from eval.report.choices import Config, choices, differing_choices, hidden_optimizer, is_default, is_rate
+from models.sizes import split_size
 
 _KINDS = {
     **{"softmax": "Softmax", "parallax": "Parallax", "lla": "LLA", "value-average": "Value average"},
@@ -29,19 +30,26 @@ def format_value(value: Any) -> str:
 
 def _format_choice(key: str, value: Any) -> str:
     name = key.rpartition(".")[2]
-    if key == "model.size":
+    if key == "schedule.kind":
         return str(value)
     if key.startswith("optimizer.groups.") and not key.startswith("optimizer.groups.hidden."):
         name = f"{key.split('.')[2]} {name}"
     return f"{name} {format_value(value)}"
 
 
-def model_name(run: Config, differing: Sequence[str]) -> str:
-    """Name a run's attention and what else it chose for its model, among the keys in which runs differ."""
-    chosen = choices(run)
-    keys = [key for key in differing if key.startswith("model.") and key != "model.attention.kind"]
-    changes = [_format_choice(key, chosen[key]) for key in keys if key in chosen]
-    return " ".join([display_kind(run.get("model.attention.kind", "")), *changes]).strip()
+def _model_names(runs: Sequence[Config], differing: Sequence[str]) -> list[str]:
+    """Name each run's attention and what else it chose for its model, among the keys in which runs differ."""
+    changes = [key for key in differing if key.startswith("model.attention.") and not key.endswith(".kind")]
+    chosen = [choices(run) for run in runs]
+    sizes = [split_size(each.get("model.size", "")) for each in chosen]
+    several = len({size for size, _ in sizes}) > 1
+    found = []
+    for run, each, (size, control) in zip(runs, chosen, sizes, strict=True):
+        words = [display_kind(run.get("model.attention.kind", "")), size if several else ""]
+        words.append(control.replace("_", " ") if control and "model.size" in differing else "")
+        words += [_format_choice(key, each[key]) for key in changes if key in each]
+        found.append(" ".join(word for word in words if word))
+    return found
 
 
 def name_configs(runs: Sequence[Config], folders: Sequence[Path], *, with_rates: bool = True) -> list[str]:
@@ -56,15 +64,18 @@ def name_configs(runs: Sequence[Config], folders: Sequence[Path], *, with_rates:
         A different name for each.
     """
     differing = differing_choices(runs)
-    models = [model_name(run, [*differing]) for run in runs]
+    models = _model_names(runs, [*differing])
     optimizers = [display_kind(hidden_optimizer(run)) for run in runs]
     parts = [[part for part in pair if part] for pair in zip(models, optimizers, strict=True)]
-    for key, values in differing.items():
-        is_named = key.startswith("model.") or key.endswith(".kind") or (is_rate(key) and not with_rates)
-        if not is_named and _splits(parts, values):
-            for part, value in zip(parts, values, strict=True):
-                if value != NO_KEY:
-                    part.append(_format_choice(key, value))
+    for key in differing:
+        is_named = key.startswith("model.attention.") or key in ("model.size", "optimizer.groups.hidden.kind")
+        if is_named or (is_rate(key) and not with_rates):
+            continue
+        same = _of_the_same_name(parts, differing[key])
+        # of a sweep every row has its rate; what else differs is named where it tells rows apart
+        for index in range(len(runs)) if same and is_rate(key) else same:
+            if not is_default(runs[index], key):
+                parts[index].append(_format_choice(key, runs[index][key]))
     names = [", ".join(part) for part in parts]
     short = [_unless_shared(name, folder.name, names) for name, folder in zip(names, folders, strict=True)]
     return [_unless_shared(name, str(folder), short) for name, folder in zip(short, folders, strict=True)]
@@ -76,11 +87,11 @@ def _unless_shared(name: str, addition: str, names: Sequence[str]) -> str:
     return f"{name} ({addition})" if name else addition
 
 
-def _splits(parts: Sequence[Sequence[str]], values: Sequence[Any]) -> bool:
-    """Return whether two configs of the same name so far have different values, and all are short."""
+def _of_the_same_name(parts: Sequence[Sequence[str]], values: Sequence[Any]) -> list[int]:
+    """Return the indices of configs that share their name so far with others of another, short value."""
     if any(len(str(value)) > _MAX_VALUE for value in values):
-        return False
-    found: dict[tuple[str, ...], Any] = {}
-    return any(
-        found.setdefault(tuple(part), value) != value for part, value in zip(parts, values, strict=True)
-    )
+        return []
+    found: dict[tuple[str, ...], set[str]] = {}
+    for part, value in zip(parts, values, strict=True):
+        found.setdefault(tuple(part), set()).add(repr(value))
+    return [index for index, part in enumerate(parts) if len(found[tuple(part)]) > 1]

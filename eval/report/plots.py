@@ -67,12 +67,15 @@ def plot_loss(rows: Sequence[Row], styles: Mapping[str, Style], axis: str, path:
     figure, axes = new_axes(title=title, x="", y="Training loss (nats/token)")
     size = _scale_x(axes, axis, curves)
     late: list[float] = []
+    shown: list[float] = []
     for row, each in zip(rows, curves, strict=True):
         scaled = replace(each, x=[x / size for x in each.x])
         draw_curve(axes, scaled, styles[row.name], label=row.name)
-        late += late_values(scaled) if styles[row.name].is_main else []
+        if styles[row.name].is_main:
+            late += late_values(scaled)
+            shown += scaled.mean[-1:]
     axes.set_xlim(left=0)
-    limit_y(axes, late)
+    limit_y(axes, late, shown=shown)
     label_other_rates(axes, styles.values())
     add_legend(axes)
     save(figure, path)
@@ -109,19 +112,23 @@ def plot_held_out(rows: Sequence[Row], styles: Mapping[str, Style], path: Path) 
     return True
 
 
-def plot_differences(rows: Sequence[Row], styles: Mapping[str, Style], baseline: Row, path: Path) -> bool:
+def plot_differences(
+    rows: Sequence[Row], styles: Mapping[str, Style], baseline: Row | None, path: Path
+) -> bool:
     """Plot the loss of each main row minus the baseline's: lines for training, points for held-out.
 
     Args:
         rows: The rows.
         styles: Name of a row -> its style.
-        baseline: One of them.
+        baseline: One of them; None for no plot.
         path: The PNG to write; a PDF is written beside it.
 
     Returns:
         Whether any row has a loss at the same number of tokens as the baseline; without one no file is
         written.
     """
+    if baseline is None:
+        return False
     others = [row for row in rows if row is not baseline and styles[row.name].is_main]
     lines = [difference_curve(row, baseline, loss_series, smoothed=True) for row in others]
     points = [difference_curve(row, baseline, held_out_series) for row in others]
@@ -133,13 +140,15 @@ def plot_differences(rows: Sequence[Row], styles: Mapping[str, Style], baseline:
     format_counts(axes)
     axes.axhline(0.0, color="#333333", linewidth=0.8)
     late: list[float] = []
+    shown: list[float] = []
     for row, line, held_out, place in zip(others, lines, points, places(len(others)), strict=True):
         style = styles[row.name]
         draw_curve(axes, line, style, label=row.name)
         draw_points(axes, spread(held_out, place), style, label=None, line=False)
-        late += late_values(line) + late_values(held_out)
+        late += late_values(line)
+        shown += [*line.mean[-1:], *late_values(held_out)]
     axes.set_xlim(left=0)
-    limit_y(axes, late, includes_zero=True)
+    limit_y(axes, late, shown=[0.0, *shown])
     label_grey(axes, "Training")
     if any(each.x for each in points):
         label_grey(axes, "Held-out", linestyle="none", marker="o", markersize=5)

@@ -79,6 +79,8 @@ def plot_rates(arms: Sequence[Arm], styles: Mapping[str, Style], path: Path) -> 
     )
     format_log_axis(axes, "x", [x for each in curves for x in each.x])
     for arm, each, place in zip(arms, curves, places(len(arms)), strict=True):
+        if not each.x:
+            continue
         style = styles[arm.best.name]
         # a part of the rate, which the log axis shows as the same distance everywhere
         moved = replace(each, x=[x * (1 + _DODGE * place) for x in each.x])

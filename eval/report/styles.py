@@ -1,5 +1,6 @@
 """The look of rows, the same in all plots: color by attention, line style by optimizer."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,15 +53,14 @@ class Style:
 
 
 def _number(keys: Sequence[tuple[str, str]], own: dict[str, int]) -> dict[tuple[str, str], int]:
-    """Number looks: those of a kind with an own number get it, at its first look, others the next free one.
+    """Number looks: the commonest of a kind with an own number gets it, all others the next free one.
 
     Args:
         keys: (kind, look) of each row.
         own: kind -> number.
     """
     numbers: dict[tuple[str, str], int] = {}
-    # the plainest look of a kind first, which has the fewest choices
-    for key in sorted(dict.fromkeys(keys), key=lambda each: len(each[1])):
+    for key, _ in Counter(keys).most_common():
         wanted = own.get(key[0])
         if wanted is not None and wanted not in numbers.values():
             numbers[key] = wanted
@@ -86,7 +86,10 @@ def row_styles(rows: Sequence[Row], baseline: Row | None = None) -> dict[str, St
         chosen = {key: value for key, value in choices(row.config).items() if not is_rate(key)}
         model = {key: value for key, value in chosen.items() if key.startswith("model.")}
         models.append((row.config.get("model.attention.kind", ""), repr(sorted(model.items()))))
-        other = sorted(item for item in chosen.items() if item[0] not in model)
+        # the patterns of a group follow the names of the model's parameters
+        other = sorted(
+            item for item in chosen.items() if item[0] not in model and not item[0].endswith(".parameters")
+        )
         others.append((hidden_optimizer(row.config), repr(other)))
     colors, dashes = _number(models, _OWN_COLORS), _number(others, _OWN_DASHES)
     main = {arm.best.name for arm in make_arms(rows)} | ({baseline.name} if baseline is not None else set())

@@ -1,6 +1,7 @@
 """The report of runs: report.md, its tables as CSV, its plots as PNG and PDF."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from disk import write_text
@@ -42,10 +43,11 @@ def write_report(
             runs are not comparable.
     """
     runs = [read_run(folder) for folder in find_runs(folders)]
-    rows = make_rows(_with_steps(runs, folders))
+    kept = _with_steps(runs, folders)
+    rows = make_rows(kept)
     base = find_row(rows, baseline) if baseline is not None else None
     rows = sort_rows(rows, base)
-    problems = incomparable([run for row in rows for run in row.runs])
+    problems = incomparable(kept)
     if problems and not allow_different:
         raise UserError(
             f"these runs are not comparable: {'; '.join(problems)}. Leave some out, or give --allow-different"
@@ -76,24 +78,23 @@ def _with_steps(runs: Sequence[RunRecord], folders: Sequence[Path]) -> list[RunR
 
 def _table_lines(rows: Sequence[Row], baseline: Row | None, out: Path) -> list[str]:
     """Write each table as CSV, and return the sections of the report with all of them."""
-    arms = make_arms(rows)
-    sections: list[tuple[str, str, Table | None, Sequence[str]]] = [
+    name = "" if baseline is None else baseline.name
+    differing = differing_table(rows)
+    same = () if differing or len(rows) == 1 else ("Only seeds and names.",)
+    minus = None if baseline is None or len(rows) == 1 else differences_table(rows, baseline)
+    note = () if minus is None else (differences_note(name),)
+    sections: tuple[tuple[str, str, Table | None, Sequence[str]], ...] = (
         ("Runs", "runs", runs_table(rows), ()),
+        ("What differs", "what_differs", differing, same),
         ("Results", "results", results_table(rows), (results_notes(rows),)),
         ("All tasks", "tasks", tasks_table(rows), ()),
-        ("Best learning rates", "best_learning_rates", arms_table(arms, baseline), ()),
+        ("Best learning rates", "best_learning_rates", arms_table(make_arms(rows), baseline), ()),
+        (f"Difference to {name}", "differences", minus, note),
         ("Throughput and cost", "cost", cost_table(rows), (cost_notes(rows),)),
-    ]
-    if len(rows) > 1:
-        differing, same = differing_table(rows), "Only seeds and names."
-        sections.insert(1, ("What differs", "what_differs", differing, () if differing else (same,)))
-    if baseline is not None and len(rows) > 1:
-        table = differences_table(rows, baseline)
-        section = (f"Difference to {baseline.name}", "differences", table, (differences_note(baseline),))
-        sections.insert(-1, section)
+    )
     lines: list[str] = []
-    for heading, name, table, notes in sections:
-        path = out / f"{name}.csv"
+    for heading, file, table, notes in sections:
+        path = out / f"{file}.csv"
         if table is None:
             path.unlink(missing_ok=True)  # of an earlier report
         else:
@@ -107,21 +108,18 @@ def _table_lines(rows: Sequence[Row], baseline: Row | None, out: Path) -> list[s
 def _plot_lines(rows: Sequence[Row], baseline: Row | None, out: Path) -> list[str]:
     """Write the plots, and return the sections of the report that show them."""
     styles = row_styles(rows, baseline)
-    drawn = {
-        f"loss_{axis}": (
-            f"Training loss against {name}",
-            plots.plot_loss(rows, styles, axis, out / f"loss_{axis}.png"),
-        )
-        for axis, name in plots.AXES.items()
-    }
-    drawn["held_out"] = "Held-out loss", plots.plot_held_out(rows, styles, out / "held_out.png")
-    if baseline is not None:
-        title = f"Loss minus that of {baseline.name}"
-        drawn["differences"] = title, plots.plot_differences(rows, styles, baseline, out / "differences.png")
-    rates = plot_rates(make_arms(rows), styles, out / "learning_rates.png")
-    drawn["learning_rates"] = "Loss against learning rate", rates
-    norms = plot_gradient_norms(rows, styles, out / "gradient_norm.png")
-    drawn["gradient_norm"] = "Gradient norm", norms
+    drawn: dict[str, tuple[str, bool]] = {}
+
+    def add(file: str, title: str, draw: Callable[[Path], bool]) -> None:
+        drawn[file] = title, draw(out / f"{file}.png")
+
+    for axis, name in plots.AXES.items():
+        add(f"loss_{axis}", f"Training loss against {name}", partial(plots.plot_loss, rows, styles, axis))
+    add("held_out", "Held-out loss", partial(plots.plot_held_out, rows, styles))
+    title = "Difference in loss to the baseline"
+    add("differences", title, partial(plots.plot_differences, rows, styles, baseline))
+    add("learning_rates", "Loss against learning rate", partial(plot_rates, make_arms(rows), styles))
+    add("gradient_norm", "Gradient norm", partial(plot_gradient_norms, rows, styles))
     notes = (
         "Means over seeds; bands and error bars are one standard error. Training losses are running means "
         f"over 1/{SMOOTHED_PART} of a run. Color tells the attention, line style and filling the optimizer; "
@@ -130,10 +128,10 @@ def _plot_lines(rows: Sequence[Row], baseline: Row | None, out: Path) -> list[st
         f"steps before it (adjacent steps are one spike; the first {MIN_STEPS} steps are not judged).",
     )
     lines = ["## Plots", "", *(line for note in notes for line in (note, ""))]
-    for name, (title, is_there) in drawn.items():
+    for file, (title, is_there) in drawn.items():
         if is_there:
-            lines += [f"![{title}]({name}.png)", ""]
+            lines += [f"![{title}]({file}.png)", ""]
         else:
             for ending in (".png", ".pdf"):
-                (out / f"{name}{ending}").unlink(missing_ok=True)  # of an earlier report
+                (out / f"{file}{ending}").unlink(missing_ok=True)  # of an earlier report
     return lines
