@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 
 from eval.report.names import format_value
-from eval.report.rate_plot import rate_key
 from eval.report.result_tables import HELD_OUT, RESULTS, TRAINING, difference_cell, over_seeds
-from eval.report.rows import Arm, Row, loss_of
+from eval.report.rows import Arm, Row, loss_of, rate_key
 from eval.report.run_values import Value, held_out_loss
 from eval.report.table import Cell, Table, mark_best, plain
 

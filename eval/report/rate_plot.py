@@ -6,30 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from eval.figure import add_legend, format_log_axis, new_axes, save
-from eval.report.choices import differing_choices, is_rate
 from eval.report.curves import Curve
 from eval.report.drawing import draw_points, places
-from eval.report.rows import Arm, Row, loss_of
+from eval.report.rows import HIDDEN_RATE, Arm, Row, loss_of, rate_key
 from eval.report.run_values import held_out_loss
 from eval.report.styles import Style
 
-_HIDDEN_RATE = "optimizer.groups.hidden.lr"
 _DODGE = 0.06  # part of a rate over which the points of all arms are spread
-
-
-def rate_key(arms: Sequence[Arm]) -> str | None:
-    """Return the learning rate in which the rows of an arm differ, the hidden matrices' if it is one of them.
-
-    Args:
-        arms: The arms.
-
-    Returns:
-        The key; None if no arm has several learning rates.
-    """
-    keys = {
-        key for arm in arms for key in differing_choices([row.config for row in arm.rows]) if is_rate(key)
-    }
-    return _HIDDEN_RATE if _HIDDEN_RATE in keys else min(keys, default=None)
 
 
 def rate_curve(arm: Arm, key: str, rows: Sequence[Row]) -> Curve:
@@ -73,7 +56,7 @@ def plot_rates(arms: Sequence[Arm], styles: Mapping[str, Style], path: Path) -> 
     figure, axes = new_axes(
         title=f"{kind} loss against learning rate",
         x="Peak learning rate of the hidden matrices"
-        if key == _HIDDEN_RATE
+        if key == HIDDEN_RATE
         else f"Peak learning rate ({key})",
         y=f"Final {kind.lower()} loss (nats/token)",
     )

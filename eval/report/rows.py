@@ -4,12 +4,14 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 from errors import UserError
-from eval.report.choices import SEED_KEYS, Config, choices, is_rate
+from eval.report.choices import SEED_KEYS, Config, choices, differing_choices, is_rate
 from eval.report.names import name_configs
 from eval.report.paper_numbers import PaperRow, paper_row
 from eval.report.run_records import RunRecord
 from eval.report.run_values import held_out_loss, training_loss
 from eval.report.seed_statistics import Estimate, estimate
+
+HIDDEN_RATE = "optimizer.groups.hidden.lr"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +109,21 @@ def make_arms(rows: Sequence[Row]) -> list[Arm]:
     firsts = [group[0].runs[0] for group in groups.values()]
     names = name_configs([run.config for run in firsts], [run.folder for run in firsts], with_rates=False)
     return [Arm(name=name, rows=group) for name, group in zip(names, groups.values(), strict=True)]
+
+
+def rate_key(arms: Sequence[Arm]) -> str | None:
+    """Return the learning rate in which the rows of an arm differ, the hidden matrices' if it is one of them.
+
+    Args:
+        arms: The arms.
+
+    Returns:
+        The key; None if no arm has several learning rates.
+    """
+    keys = {
+        key for arm in arms for key in differing_choices([row.config for row in arm.rows]) if is_rate(key)
+    }
+    return HIDDEN_RATE if HIDDEN_RATE in keys else min(keys, default=None)
 
 
 def loss_of(rows: Sequence[Row]) -> Callable[[RunRecord], float | None]:
