@@ -71,7 +71,7 @@ def add_legend(axes: Axes) -> None:
         return
     figure = axes.get_figure()
     assert isinstance(figure, Figure)
-    width = 0.75 + 0.07 * max(map(len, labels))  # of a column in inches
+    width = 0.75 + 0.064 * max(map(len, labels))  # of a column in inches
     num_columns = max(1, min(len(labels), int(figure.get_figwidth() / width)))
     # the legend takes its height below the axes, not from them
     figure.set_figheight(figure.get_figheight() + 0.1 + 0.19 * math.ceil(len(labels) / num_columns))

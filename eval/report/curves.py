@@ -3,10 +3,10 @@
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
-from eval.report.rows import Row
+from eval.report.rows import Row, seed_of
 from eval.report.run_records import RunRecord
 from eval.report.run_values import gradient_norms
 from eval.report.seed_statistics import Estimate, difference, estimate
@@ -75,22 +75,22 @@ def drawn_runs(row: Row) -> list[RunRecord]:
     return [run for run in row.runs if run.is_finished] or row.runs
 
 
-def _estimates(runs: Sequence[Series]) -> dict[int, Estimate]:
-    """Estimate the mean at every number of tokens at which all runs have a finite value."""
-    found = {}
-    for tokens in sorted(set.intersection(*map(set, runs))):
-        mean = estimate([values[tokens] for values in runs])
-        if mean is not None and math.isfinite(mean.mean):
-            found[tokens] = mean
-    return found
+def _by_seed(row: Row, series: Callable[[RunRecord], Series]) -> dict[Hashable, Series]:
+    """Return seed -> values of the drawn runs at the numbers of tokens at which all have a finite value."""
+    found = {seed_of(run): series(run) for run in drawn_runs(row)}
+    finite = [{tokens for tokens, value in each.items() if math.isfinite(value)} for each in found.values()]
+    shared = sorted(set.intersection(*finite))
+    return {seed: {tokens: each[tokens] for tokens in shared} for seed, each in found.items()}
 
 
-def _curve(found: dict[int, Estimate], x: Sequence[float]) -> Curve:
+def _curve(found: Sequence[Estimate | None], x: Sequence[float]) -> Curve:
+    known = [each for each in found if each is not None]
+    assert len(known) == len(x)
     return Curve(
         x=list(x),
-        mean=[each.mean for each in found.values()],
-        error=[each.error or 0.0 for each in found.values()],
-        num_seeds=max((each.num_seeds for each in found.values()), default=0),
+        mean=[each.mean for each in known],
+        error=[each.error or 0.0 for each in known],
+        num_seeds=max((each.num_seeds for each in known), default=0),
     )
 
 
@@ -106,12 +106,10 @@ def curve(row: Row, series: Callable[[RunRecord], Series], axis: str = "tokens")
         The curve; without points where a run did not record the axis.
     """
     by_tokens = [{step["tokens"]: step[axis] for step in run.steps} for run in drawn_runs(row)]
-    found = {
-        tokens: each
-        for tokens, each in _estimates([series(run) for run in drawn_runs(row)]).items()
-        if all(positions.get(tokens) is not None for positions in by_tokens)
-    }
-    return _curve(found, [statistics.fmean(each[tokens] for each in by_tokens) for tokens in found])
+    values = [*_by_seed(row, series).values()]
+    kept = [tokens for tokens in values[0] if all(each.get(tokens) is not None for each in by_tokens)]
+    found = [estimate([each[tokens] for each in values]) for tokens in kept]
+    return _curve(found, [statistics.fmean(each[tokens] for each in by_tokens) for tokens in kept])
 
 
 def difference_curve(
@@ -125,19 +123,20 @@ def difference_curve(
         series: Returns a run's values by tokens.
         smoothed: Whether to smooth the runs, over the same tokens in all of them.
     """
-    ours, base = ([series(run) for run in drawn_runs(each)] for each in (row, baseline))
-    shared = sorted(set.intersection(*map(set, (*ours, *base))))
+    ours, base = (_by_seed(each, series) for each in (row, baseline))
+    shared = sorted(set.intersection(*map(set, (*ours.values(), *base.values()))))
     window = _window(row.runs[0]) if smoothed else 1
 
-    def estimates(runs: Sequence[Series]) -> dict[int, Estimate]:
-        smooth = [running_mean([values[tokens] for tokens in shared], window) for values in runs]
-        return _estimates([dict(zip(shared, values, strict=True)) for values in smooth])
+    def smooth(runs: Mapping[Hashable, Series]) -> dict[Hashable, list[float]]:
+        return {
+            seed: running_mean([each[tokens] for tokens in shared], window) for seed, each in runs.items()
+        }
 
-    one, two = estimates(ours), estimates(base)
-    found = {}
-    for tokens in one.keys() & two.keys():
-        delta = difference(one[tokens], two[tokens])
-        assert delta is not None
-        found[tokens] = delta
-    found = dict(sorted(found.items()))
-    return _curve(found, [*found])
+    one, two = smooth(ours), smooth(base)
+    found = [
+        difference(
+            {seed: each[i] for seed, each in one.items()}, {seed: each[i] for seed, each in two.items()}
+        )
+        for i in range(len(shared))
+    ]
+    return _curve(found, shared)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from eval.report.names import format_value
 from eval.report.result_tables import HELD_OUT, RESULTS, TRAINING, difference_cell, over_seeds
-from eval.report.rows import Arm, Row, loss_of, rate_key
+from eval.report.rows import Arm, Row, loss_of, rate_key, seed_of
 from eval.report.run_values import Value, held_out_loss
 from eval.report.table import Cell, Table, mark_best, plain
 
@@ -14,7 +14,7 @@ def differences_table(rows: Sequence[Row], baseline: Row) -> Table:
     others = [row for row in rows if row is not baseline]
     columns: dict[str, list[Cell]] = {
         "Row": [row.name for row in others],
-        "Seeds of row / baseline": [f"{len(row.runs)} / {len(baseline.runs)}" for row in others],
+        "Seeds of row / baseline": [_seeds(row, baseline) for row in others],
     }
     for column in RESULTS:
         columns[column.heading] = [
@@ -26,9 +26,16 @@ def differences_table(rows: Sequence[Row], baseline: Row) -> Table:
 def differences_note(baseline: str) -> str:
     """Say what the differences are."""
     return (
-        f"Row minus {baseline}, ± sqrt(s1^2/n1 + s2^2/n2), with sample variances s^2 over n seeds; no "
-        "standard error where either has one seed."
+        f"Row minus {baseline}. Of the same seeds, which read the same data in the same order: ± s / sqrt(n), "
+        "with the standard deviation s of the n differences by seed. Of other seeds: ± sqrt(s1^2/n1 + "
+        "s2^2/n2), with sample variances s^2 over n seeds. No standard error where either has one seed."
     )
+
+
+def _seeds(row: Row, baseline: Row) -> str:
+    seeds = [{*map(seed_of, each.runs)} for each in (row, baseline)]
+    same = ", the same" if seeds[0] == seeds[1] else ""
+    return f"{len(row.runs)} / {len(baseline.runs)}{same}"
 
 
 def _rate(row: Row, key: str, loss: Value) -> str:

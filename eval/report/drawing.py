@@ -1,5 +1,7 @@
 """Drawing of curves with bands over seeds, of points with error bars, and the limits of the loss axis."""
 
+import math
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,8 +14,8 @@ from eval.report.styles import MARKERS, Style
 
 SKIPPED_PART = 0.2
 """The limits of the loss axis leave out the first fifth of a run, in which the loss falls fastest."""
-OUTLIERS = 0.05
-"""Part of the values that may lie above the limits, and below: more than a smoothed spike takes of a run."""
+NUM_PARTS = 20
+"""Parts of a run whose medians the limits of the loss axis hold, so that no spike sets them."""
 _DODGE = 0.15  # part of the distance of points over which those of all rows are spread
 _GREY = "#777777"
 
@@ -96,25 +98,25 @@ def places(num: int) -> list[float]:
 
 
 def late_values(curve: Curve) -> list[float]:
-    """Return the ends of a curve's band, without the first SKIPPED_PART of the run."""
-    last = max(curve.x, default=0.0)
-    late = [
-        (mean, error)
-        for x, mean, error in zip(curve.x, curve.mean, curve.error, strict=True)
-        if x >= SKIPPED_PART * last
-    ]
-    return [end for mean, error in late for end in (mean - error, mean + error)]
+    """Return values that the limits of a loss axis hold: a curve without its beginning and its spikes.
 
-
-def limit_y(axes: Axes, values: Sequence[float], *, shown: Sequence[float] = ()) -> None:
-    """Limit the y axis to values without OUTLIERS of them at either end, so that no spike sets its range.
-
-    Args:
-        axes: The axes.
-        values: The values; without any the axis is left alone.
-        shown: Values within the limits in any case.
+    Returns:
+        The medians of both ends of the band over each of NUM_PARTS parts of the run after SKIPPED_PART, and
+        both at the last point.
     """
+    last = max(curve.x, default=0.0)
+    late = [index for index, x in enumerate(curve.x) if x >= SKIPPED_PART * last]
+    size = math.ceil(len(late) / NUM_PARTS) or 1
+    parts = [late[start : start + size] for start in range(0, len(late), size)]
+    low, high = (
+        [mean + sign * error for mean, error in zip(curve.mean, curve.error, strict=True)] for sign in (-1, 1)
+    )
+    return [
+        statistics.median(end[i] for i in part) for part in [*parts, late[-1:]] if part for end in (low, high)
+    ]
+
+
+def limit_y(axes: Axes, values: Sequence[float]) -> None:
+    """Limit the y axis to values with a margin, if there are any."""
     if values:
-        num = int(OUTLIERS * len(values))
-        kept = [*sorted(values)[num : len(values) - num], *shown]
-        axes.set_ylim(*padded(min(kept), max(kept)))
+        axes.set_ylim(*padded(min(values), max(values), 0.08))

@@ -67,15 +67,13 @@ def plot_loss(rows: Sequence[Row], styles: Mapping[str, Style], axis: str, path:
     figure, axes = new_axes(title=title, x="", y="Training loss (nats/token)")
     size = _scale_x(axes, axis, curves)
     late: list[float] = []
-    shown: list[float] = []
     for row, each in zip(rows, curves, strict=True):
         scaled = replace(each, x=[x / size for x in each.x])
         draw_curve(axes, scaled, styles[row.name], label=row.name)
         if styles[row.name].is_main:
             late += late_values(scaled)
-            shown += scaled.mean[-1:]
     axes.set_xlim(left=0)
-    limit_y(axes, late, shown=shown)
+    limit_y(axes, late)
     label_other_rates(axes, styles.values())
     add_legend(axes)
     save(figure, path)
@@ -140,15 +138,13 @@ def plot_differences(
     format_counts(axes)
     axes.axhline(0.0, color="#333333", linewidth=0.8)
     late: list[float] = []
-    shown: list[float] = []
     for row, line, held_out, place in zip(others, lines, points, places(len(others)), strict=True):
         style = styles[row.name]
         draw_curve(axes, line, style, label=row.name)
         draw_points(axes, spread(held_out, place), style, label=None, line=False)
-        late += late_values(line)
-        shown += [*line.mean[-1:], *late_values(held_out)]
+        late += late_values(line) + late_values(held_out)
     axes.set_xlim(left=0)
-    limit_y(axes, late, shown=[0.0, *shown])
+    limit_y(axes, [0.0, *late])
     label_grey(axes, "Training")
     if any(each.x for each in points):
         label_grey(axes, "Held-out", linestyle="none", marker="o", markersize=5)

@@ -81,10 +81,8 @@ def over_seeds(row: Row, value: Value, spec: str) -> Number | None:
 
 def difference_cell(row: Row, baseline: Row, value: Value, spec: str) -> Number | None:
     """Make a number of row - baseline, noted "n of m / n of m" where not all seeds of either have a value."""
-    ours, base = row.over_seeds(value), baseline.over_seeds(value)
-    if ours is None or base is None:
-        return None
-    pairs = [(ours.num_seeds, len(row.runs)), (base.num_seeds, len(baseline.runs))]
+    ours, base = row.by_seed(value), baseline.by_seed(value)
+    pairs = [(len(ours), len(row.runs)), (len(base), len(baseline.runs))]
     note = "" if all(n == m for n, m in pairs) else " / ".join(f"{n} of {m}" for n, m in pairs)
     return number(difference(ours, base), f"+{spec}", note)
 

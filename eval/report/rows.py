@@ -1,5 +1,6 @@
 """Rows and arms: runs that differ only in seeds are a row, rows that differ only in learning rates an arm."""
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,11 @@ from eval.report.run_values import held_out_loss, training_loss
 from eval.report.seed_statistics import Estimate, estimate
 
 HIDDEN_RATE = "optimizer.groups.hidden.lr"
+
+
+def seed_of(run: RunRecord) -> Hashable:
+    """Return the seeds of a run, of its weights and of its order of data."""
+    return tuple(run.config.get(name) for name in SEED_KEYS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +42,14 @@ class Row:
         """The paper's row of the same model and optimizer; None without one."""
         return paper_row(self.config)
 
+    def by_seed(self, value: Callable[[RunRecord], float | None]) -> dict[Hashable, float]:
+        """Return seed -> value of the runs that have one."""
+        found = ((seed_of(run), value(run)) for run in self.runs)
+        return {seed: x for seed, x in found if x is not None}
+
     def over_seeds(self, value: Callable[[RunRecord], float | None]) -> Estimate | None:
         """Estimate the mean of a value over the runs that have one; None where none has."""
-        found = [x for x in (value(run) for run in self.runs) if x is not None]
-        return estimate(found)
+        return estimate([*self.by_seed(value).values()])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,13 +94,12 @@ def make_rows(runs: Sequence[RunRecord]) -> list[Row]:
         Rows in the order of their first runs. A second run of the same seeds is a row of its own, as it is no
         independent sample.
     """
-    seen: dict[tuple[str, ...], int] = {}
+    seen: Counter[Hashable] = Counter()
 
     def key(run: RunRecord) -> Hashable:
         chosen = _chosen(run, with_rates=True)
-        seeds = (chosen, *(str(run.config.get(name)) for name in SEED_KEYS))
-        seen[seeds] = seen.get(seeds, 0) + 1
-        return chosen, seen[seeds]
+        seen[chosen, seed_of(run)] += 1
+        return chosen, seen[chosen, seed_of(run)]
 
     groups = _group(runs, key)
     names = name_configs([group[0].config for group in groups], [group[0].folder for group in groups])

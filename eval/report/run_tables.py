@@ -15,7 +15,8 @@ def _seeds(row: Row) -> str:
 
 def _progress(row: Row) -> str:
     """Describe the steps of a row's runs: "680 of 680", of several where they differ."""
-    found = (f"{run.steps[-1]['step']:,} of {run.last_step or 0:,}" for run in row.runs)
+    ends = (f" of {run.last_step:,}" if run.last_step is not None else "" for run in row.runs)
+    found = (f"{run.steps[-1]['step']:,}{end}" for run, end in zip(row.runs, ends, strict=True))
     return "; ".join(dict.fromkeys(found))
 
 

@@ -2,8 +2,11 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+
+_Seed = TypeVar("_Seed", bound=Hashable)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +33,25 @@ def estimate(values: Sequence[float]) -> Estimate | None:
     return Estimate(mean=statistics.fmean(values), error=error, num_seeds=num)
 
 
-def difference(a: Estimate | None, b: Estimate | None) -> Estimate | None:
-    """Estimate a - b over independent seeds: variances add; no error where one of them has none."""
-    if a is None or b is None:
+def difference(ours: Mapping[_Seed, float], base: Mapping[_Seed, float]) -> Estimate | None:
+    """Estimate the mean difference of two groups of runs.
+
+    Runs of the same seed read the same data in the same order, so that much of the noise of a pair is common
+    and drops out of its difference.
+
+    Args:
+        ours: Seed -> value.
+        base: Seed -> the value to subtract.
+
+    Returns:
+        Over the same seeds, the mean of the differences by seed, with its standard error s / sqrt(n); over
+        others, the difference of the means, with sqrt(s1^2/n1 + s2^2/n2), or no error if either has one seed.
+        None if either has no value.
+    """
+    if ours.keys() == base.keys():
+        return estimate([value - base[seed] for seed, value in ours.items()])
+    one, two = estimate([*ours.values()]), estimate([*base.values()])
+    if one is None or two is None:
         return None
-    known = a.error is not None and b.error is not None
-    error = math.hypot(a.error or 0.0, b.error or 0.0) if known else None
-    return Estimate(mean=a.mean - b.mean, error=error, num_seeds=min(a.num_seeds, b.num_seeds))
+    error = None if one.error is None or two.error is None else math.hypot(one.error, two.error)
+    return Estimate(mean=one.mean - two.mean, error=error, num_seeds=min(one.num_seeds, two.num_seeds))

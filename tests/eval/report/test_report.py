@@ -2,6 +2,7 @@
 
 import csv
 import math
+import statistics
 from pathlib import Path
 
 import pytest
@@ -49,17 +50,26 @@ def test_means_and_standard_errors_over_seeds_equal_a_calculation_by_hand(tmp_pa
     ]
     # recorded by neither run
     assert not any("perplexity" in heading or "over documents" in heading for heading in softmax)
-    error = math.sqrt(0.02**2 + 0.005**2)
+    # of the same seeds: -0.10 and -0.13
     assert cells(text, "Difference to Softmax, Muon", "Parallax, Muon") == {
         "Row": "Parallax, Muon",
-        "Seeds of row / baseline": "2 / 2",
-        TRAINING: f"-0.1150 ± {error:.4f}",
-        HELD_OUT: f"-0.1150 ± {error:.4f}",
+        "Seeds of row / baseline": "2 / 2, the same",
+        TRAINING: "-0.1150 ± 0.0150",
+        HELD_OUT: "-0.1150 ± 0.0150",
     }
     assert cells(text, "What differs", "Parallax, Muon") == {
         "Row": "Parallax, Muon",
         "`model.attention.kind`": "parallax",
     }
+
+
+def test_a_difference_of_other_seeds_has_the_error_of_independent_means(tmp_path: Path) -> None:
+    folders = [*seeds(tmp_path, "softmax", (2.50, 2.54, 2.51)), *seeds(tmp_path, "parallax", (2.40, 2.41))]
+    text = report(folders, tmp_path, baseline="softmax_muon_0")
+    variances = statistics.variance([2.50, 2.54, 2.51]) / 3, statistics.variance([2.40, 2.41]) / 2
+    row = cells(text, "Difference to Softmax, Muon", "Parallax, Muon")
+    assert row["Seeds of row / baseline"] == "2 / 3"
+    assert row[HELD_OUT] == f"{2.405 - 7.55 / 3:.4f} ± {math.sqrt(sum(variances)):.4f}"
 
 
 def test_one_seed_has_no_standard_error(tmp_path: Path) -> None:
@@ -68,7 +78,7 @@ def test_one_seed_has_no_standard_error(tmp_path: Path) -> None:
     assert [*cells(text, "Difference to Softmax, Muon", "Parallax, Muon").values()][1:] == [
         *("1 / 2", "-0.1200", "-0.1200")
     ]
-    assert "no standard error where either has one seed" in text
+    assert "No standard error where either has one seed" in text
 
 
 def test_a_second_run_of_the_same_seeds_is_a_row_of_its_own(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Tables as in a paper: the best is bold, no column is empty, CSV has the numbers in full."""
 
 import csv
+import math
+import random
 from pathlib import Path
 
 from eval.report.seed_statistics import Estimate, difference, estimate
@@ -45,12 +47,26 @@ def test_a_table_has_no_empty_columns_and_escapes_bars(tmp_path: Path) -> None:
 
 
 def test_a_difference_has_an_error_only_where_both_have_one() -> None:
-    two, one = estimate([1.0, 3.0]), estimate([5.0])
-    assert difference(two, one) == Estimate(mean=-3.0, error=None, num_seeds=1)
-    found = difference(two, estimate([0.0, 0.0, 3.0]))
-    assert found is not None
-    assert found.error is not None
-    assert found.mean == 1.0
-    assert abs(found.error - (1.0 + 1.0) ** 0.5) < 1e-12
-    assert difference(two, None) is None
+    two = {1: 1.0, 2: 3.0}
+    assert difference(two, {1: 5.0}) == Estimate(mean=-3.0, error=None, num_seeds=1)
+    assert difference({1: 2.0}, {1: 5.0}) == Estimate(mean=-3.0, error=None, num_seeds=1)
+    # three other seeds, of mean 1 and standard error 1
+    assert difference(two, {2: 0.0, 3: 0.0, 4: 3.0}) == Estimate(
+        mean=1.0, error=math.hypot(1, 1), num_seeds=2
+    )
+    assert difference(two, {}) is None
+    assert difference({}, {}) is None
     assert estimate([]) is None
+
+
+def test_what_the_runs_of_a_seed_have_in_common_drops_out_of_their_difference() -> None:
+    for trial in range(20):
+        rng = random.Random(trial)
+        noise = {seed: rng.gauss(0, 1) for seed in range(4)}
+        base = {seed: noise[seed] for seed in noise}
+        ours = {seed: noise[seed] - 0.25 for seed in reversed(noise)}
+        found = difference(ours, base)
+        assert found is not None
+        assert found.error is not None
+        assert abs(found.mean + 0.25) < 1e-12
+        assert found.error < 1e-12
