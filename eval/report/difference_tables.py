@@ -26,16 +26,15 @@ def differences_table(rows: Sequence[Row], baseline: Row) -> Table:
 def differences_note(baseline: str) -> str:
     """Say what the differences are."""
     return (
-        f"Row minus {baseline}. Of the same seeds, which read the same data in the same order: ± s / sqrt(n), "
-        "with the standard deviation s of the n differences by seed. Of other seeds: ± sqrt(s1^2/n1 + "
-        "s2^2/n2), with sample variances s^2 over n seeds. No standard error where either has one seed."
+        f"Row minus {baseline}. Where both share seeds, at these, as runs of one seed read the same data in "
+        "the same order: ± s / sqrt(n), with the standard deviation s of n differences. Else the difference "
+        "of the means: ± sqrt(s1^2/n1 + s2^2/n2). No standard error where n is 1."
     )
 
 
 def _seeds(row: Row, baseline: Row) -> str:
-    seeds = [{*map(seed_of, each.runs)} for each in (row, baseline)]
-    same = ", the same" if seeds[0] == seeds[1] else ""
-    return f"{len(row.runs)} / {len(baseline.runs)}{same}"
+    num_shared = len({*map(seed_of, row.runs)} & {*map(seed_of, baseline.runs)})
+    return f"{len(row.runs)} / {len(baseline.runs)}" + (f", {num_shared} shared" if num_shared else "")
 
 
 def _rate(row: Row, key: str, loss: Value) -> str:

@@ -44,12 +44,13 @@ def difference(ours: Mapping[_Seed, float], base: Mapping[_Seed, float]) -> Esti
         base: Seed -> the value to subtract.
 
     Returns:
-        Over the same seeds, the mean of the differences by seed, with its standard error s / sqrt(n); over
-        others, the difference of the means, with sqrt(s1^2/n1 + s2^2/n2), or no error if either has one seed.
-        None if either has no value.
+        Where they share seeds, the mean of the differences at these, with its standard error s / sqrt(n), or
+        no error at one seed. Else the difference of the means, with sqrt(s1^2/n1 + s2^2/n2), or no error if
+        either has one seed. None if either has no value.
     """
-    if ours.keys() == base.keys():
-        return estimate([value - base[seed] for seed, value in ours.items()])
+    shared = [seed for seed in ours if seed in base]
+    if shared:
+        return estimate([ours[seed] - base[seed] for seed in shared])
     one, two = estimate([*ours.values()]), estimate([*base.values()])
     if one is None or two is None:
         return None

@@ -53,7 +53,7 @@ def test_means_and_standard_errors_over_seeds_equal_a_calculation_by_hand(tmp_pa
     # of the same seeds: -0.10 and -0.13
     assert cells(text, "Difference to Softmax, Muon", "Parallax, Muon") == {
         "Row": "Parallax, Muon",
-        "Seeds of row / baseline": "2 / 2, the same",
+        "Seeds of row / baseline": "2 / 2, 2 shared",
         TRAINING: "-0.1150 ± 0.0150",
         HELD_OUT: "-0.1150 ± 0.0150",
     }
@@ -64,7 +64,12 @@ def test_means_and_standard_errors_over_seeds_equal_a_calculation_by_hand(tmp_pa
 
 
 def test_a_difference_of_other_seeds_has_the_error_of_independent_means(tmp_path: Path) -> None:
-    folders = [*seeds(tmp_path, "softmax", (2.50, 2.54, 2.51)), *seeds(tmp_path, "parallax", (2.40, 2.41))]
+    folders = seeds(tmp_path, "softmax", (2.50, 2.54, 2.51))
+    for seed, loss in ((7, 2.40), (8, 2.41)):
+        words = ("--run.seed", str(seed), "--data.shuffle_seed", str(seed))
+        folders.append(
+            make_run(tmp_path / str(seed), [launch(), *training(2.0), held_out(STEPS, loss)], *words)
+        )
     text = report(folders, tmp_path, baseline="softmax_muon_0")
     variances = statistics.variance([2.50, 2.54, 2.51]) / 3, statistics.variance([2.40, 2.41]) / 2
     row = cells(text, "Difference to Softmax, Muon", "Parallax, Muon")
@@ -76,9 +81,10 @@ def test_one_seed_has_no_standard_error(tmp_path: Path) -> None:
     folders = [*seeds(tmp_path, "softmax", (2.50, 2.54)), *seeds(tmp_path, "parallax", (2.40,))]
     text = report(folders, tmp_path, baseline="softmax_muon_0")
     assert [*cells(text, "Difference to Softmax, Muon", "Parallax, Muon").values()][1:] == [
-        *("1 / 2", "-0.1200", "-0.1200")
+        # at the seed that both have
+        *("1 / 2, 1 shared", "-0.1000", "-0.1000")
     ]
-    assert "No standard error where either has one seed" in text
+    assert "No standard error where n is 1" in text
 
 
 def test_a_second_run_of_the_same_seeds_is_a_row_of_its_own(tmp_path: Path) -> None:

@@ -48,10 +48,13 @@ def test_a_table_has_no_empty_columns_and_escapes_bars(tmp_path: Path) -> None:
 
 def test_a_difference_has_an_error_only_where_both_have_one() -> None:
     two = {1: 1.0, 2: 3.0}
-    assert difference(two, {1: 5.0}) == Estimate(mean=-3.0, error=None, num_seeds=1)
+    assert difference(two, {7: 5.0}) == Estimate(mean=-3.0, error=None, num_seeds=1)
+    # at the seeds that both have
+    assert difference(two, {1: 5.0}) == Estimate(mean=-4.0, error=None, num_seeds=1)
+    assert difference(two, {2: 2.0, 1: 4.0, 9: 100.0}) == Estimate(mean=-1.0, error=2.0, num_seeds=2)
     assert difference({1: 2.0}, {1: 5.0}) == Estimate(mean=-3.0, error=None, num_seeds=1)
     # three other seeds, of mean 1 and standard error 1
-    assert difference(two, {2: 0.0, 3: 0.0, 4: 3.0}) == Estimate(
+    assert difference(two, {5: 0.0, 3: 0.0, 4: 3.0}) == Estimate(
         mean=1.0, error=math.hypot(1, 1), num_seeds=2
     )
     assert difference(two, {}) is None
