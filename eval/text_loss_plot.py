@@ -3,6 +3,8 @@
 import math
 from pathlib import Path
 
+from matplotlib.ticker import FuncFormatter
+
 from eval.figure import new_axes, save
 from eval.text_loss import TextLoss
 
@@ -20,4 +22,5 @@ def plot_per_position(result: TextLoss, path: Path, title: str) -> None:
     lengths = [math.sqrt(each.first * each.last) for each in result.per_position]
     axes.plot(lengths, [each.loss for each in result.per_position], marker="o", markersize=3)
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda length, _: f"{length:,.0f}"))
     save(figure, path)
