@@ -21,7 +21,16 @@ from eval.report.rows import Row, make_rows, sort_rows
 from eval.report.run_records import read_run
 from eval.report.styles import COLORS, row_styles
 from eval.report.writer import write_report
-from tests.eval.report.run_folders import STEP_TOKENS, STEPS, held_out, launch, make_run, seeds, training
+from tests.eval.report.run_folders import (
+    STEP_TOKENS,
+    STEPS,
+    cells,
+    held_out,
+    launch,
+    make_run,
+    seeds,
+    training,
+)
 
 BLUE, VERMILLION = "#0072B2", "#D55E00"
 
@@ -203,7 +212,8 @@ def test_error_bars_of_rows_at_the_same_tokens_stand_apart(drawn: dict[str, Figu
         assert len(containers) == num
         places = [float(x) for each in containers for x in marks_of(each)]
         assert len(set(places)) == len(places), name
-    # by less than the distance of two evaluations
+    # by less than the distance of two evaluations, and none for the loss before training
+    assert [len(marks_of(each)) for each in axes_of(drawn["differences"]).containers] == [2, 2, 2]
     places = [marks_of(each)[-1] for each in axes_of(drawn["differences"]).containers]
     assert max(places) - min(places) < 0.2 * 15 * STEP_TOKENS
 
@@ -216,6 +226,27 @@ def test_one_spike_does_not_set_the_limits_of_the_loss(tmp_path: Path, figures: 
     low, high = axes_of(figures["loss_tokens.png"]).get_ylim()
     assert 1.9 < low < 2.0 + 2.0 / 400
     assert high < 2.0 + 50 / 8 + 0.5
+
+
+def test_spikes_of_all_seeds_are_marked_and_counted(tmp_path: Path, figures: dict[str, Figure]) -> None:
+    folders = []
+    for seed, at in enumerate(((30,), (40, 50))):
+        steps = [{**r, "grad_norm": 7.0 if r["step"] in at else 0.5} for r in training(2.0, last=60)]
+        words = ("--training.steps", "60", "--run.seed", str(seed), "--data.shuffle_seed", str(seed))
+        folders.append(make_run(tmp_path / str(seed), [launch(), *steps], *words))
+    text = write_report(folders, baseline=None, out=tmp_path / "out").read_text()
+    assert cells(text, "Results", "Parallax, Muon")["Gradient spikes"] == "1.5 ± 0.5"
+    assert "a step of more than 3 times the median of the 100 steps before it" in text
+    figure = figures["gradient_norm.png"]
+    line = line_of(figure, "Parallax, Muon (3 spikes)")
+    assert set(np.asarray(line.get_ydata())) == {0.5}
+    (marks,) = (line for line in axes_of(figure).lines if len(np.asarray(line.get_xdata())) == 3)
+    assert list(np.asarray(marks.get_xdata())) == [at * STEP_TOKENS for at in (30, 40, 50)]
+    assert set(np.asarray(marks.get_ydata())) == {7.0}
+    assert (marks.get_marker(), marks.get_linestyle()) == ("^", "None")
+    assert axes_of(figure).get_yscale() == "log"
+    low, high = axes_of(figure).get_ylim()
+    assert low < 0.5 < 7.0 < high
 
 
 def test_the_best_learning_rate_of_an_arm_is_ringed(drawn: dict[str, Figure]) -> None:

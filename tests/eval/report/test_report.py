@@ -87,6 +87,43 @@ def test_one_seed_has_no_standard_error(tmp_path: Path) -> None:
     assert "No standard error where n is 1" in text
 
 
+def test_arms_are_compared_at_their_best_learning_rates(tmp_path: Path) -> None:
+    rate = "--optimizer.groups.hidden.lr"
+    folders = [
+        *seeds(tmp_path, "softmax", (2.50, 2.52)),
+        *(
+            seeds(tmp_path, "softmax", (loss,), rate, lr)[0]
+            for lr, loss in (("0.005", 2.60), ("0.02", 2.51 + 0.2))
+        ),
+        *seeds(tmp_path, "parallax", (2.42, 2.40), rate, "0.02"),
+        *seeds(tmp_path, "parallax", (2.45,)),
+        *seeds(tmp_path, "parallax", (2.9,), optimizer="adamw"),
+        # stopped at a loss of NaN
+        make_run(tmp_path / "x", [launch(), *training(2.0, last=3)], rate, "0.4"),
+    ]
+    # any row of the baseline's arm stands for it
+    text = report(folders, tmp_path, baseline="softmax_muon_0.005_0")
+    base = "Minus Softmax, Muon, lr 0.01"
+    assert cells(text, "Best learning rates", "Softmax, Muon") == {
+        "Arm": "Softmax, Muon",
+        "Learning rates": "0.005, 0.01, 0.02",
+        "Best": "0.01",
+        "Seeds": "2",
+        HELD_OUT: "2.5100 ± 0.0100",
+        base: "-",
+    }
+    parallax = cells(text, "Best learning rates", "Parallax, Muon")
+    assert parallax["Learning rates"] == "0.01, 0.02, 0.4 (no loss)"
+    assert parallax[HELD_OUT] == "**2.4100 ± 0.0100**"
+    assert parallax[base] == "-0.1000 ± 0.0200"
+    assert cells(text, "Best learning rates", "Parallax, AdamW")["Best"] == "0.002 (the only one tried)"
+    text = report(folders[:3], tmp_path)
+    assert cells(text, "Best learning rates", "Softmax, Muon")["Best"] == "0.01 (the largest tried)"
+    text = report([*folders[:2], folders[3]], tmp_path)
+    assert cells(text, "Best learning rates", "Softmax, Muon")["Best"] == "0.01 (the smallest tried)"
+    assert "Best learning rates" not in report(folders[:2], tmp_path)
+
+
 def test_a_second_run_of_the_same_seeds_is_a_row_of_its_own(tmp_path: Path) -> None:
     first, second = (make_run(tmp_path / name, [launch(), *training(2.0)]) for name in "ab")
     text = report([first, second], tmp_path)
@@ -147,6 +184,8 @@ def test_a_folder_of_runs_is_all_runs_in_it(tmp_path: Path) -> None:
     (tmp_path / "plan").mkdir()
     deeper = make_run(tmp_path / "plan" / "x", [launch(), *training(2.0)], "--training.max_grad_norm", "2")
     (tmp_path / "notes").mkdir()
+    (tmp_path / ".kept").mkdir()
+    make_run(tmp_path / ".kept" / "old", [launch(), *training(2.0)])
     # what is in a run folder is the run's
     (folders[0] / "tasks").mkdir()
     (folders[0] / "tasks" / "config.toml").write_text("")
