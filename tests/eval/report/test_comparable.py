@@ -81,3 +81,15 @@ def test_a_branch_that_restarts_its_data_is_not_compared_with_a_run_on_one_data_
     assert read_run(branch).steps[-1]["flops"] == 100.0 * 20 * STEP_TOKENS + 200.0 * 10 * STEP_TOKENS
     with pytest.raises(ValueError, match=r"checkpoint\.restart_data is False in trunk and True in branch"):
         write_report([trunk, branch], baseline=None, out=tmp_path / "out")
+
+
+def test_tasks_of_other_numbers_of_few_shot_examples_are_not_compared(tmp_path: Path) -> None:
+    folders = []
+    for name, num in (("a", 0), ("b", 5)):
+        tasks = {"step": STEPS, "tasks/sciq/acc": 0.5, "tasks/sciq/num_fewshot": num}
+        words = ("--training.max_grad_norm", str(num + 1))
+        folders.append(make_run(tmp_path / name, [launch(), *training(2.0), tasks], *words))
+    with pytest.raises(ValueError, match="sciq/num_fewshot is 0 in a and 5 in b"):
+        report(folders, tmp_path)
+    counts = cells(report(folders, tmp_path, allow_different=True), "All tasks", "sciq/num_fewshot")
+    assert [*counts.values()][1:] == ["0", "5"]
