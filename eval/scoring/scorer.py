@@ -1,40 +1,17 @@
-"""Batched scoring: requests are truncated, grouped by context, sorted by length and spread over ranks."""
+"""Batched scoring: requests are grouped by context, sorted by length and spread over ranks."""
 
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 from errors import UserError
 from eval.distributed import all_gather, check_same_requests, rank_and_world_size
 from eval.scoring.groups import Group, Scores, Tokens
 from eval.scoring.language_model import LanguageModel
+from eval.scoring.requests import Request, truncate
 from eval.scoring.saved_results import SavedResults
 
-Request: TypeAlias = tuple[Tokens, Tokens]
-"""Context and continuation."""
-
 K = TypeVar("K")
-
-
-def truncate(context: Tokens, continuation: Tokens, max_length: int) -> Request:
-    """Truncate a context from the left to what fits into the model, as the harness does.
-
-    The last token of the continuation is no input, so max_length + 1 tokens fit.
-
-    Args:
-        context: Token ids, at least one.
-        continuation: Token ids.
-        max_length: Most tokens of an input.
-
-    Raises:
-        UserError: The continuation leaves no room for a token of context.
-    """
-    if len(continuation) > max_length:
-        raise UserError(
-            f"a continuation has {len(continuation)} tokens, but the model's max_length is {max_length}; "
-            "give a larger --max-length if it can, or leave the task out"
-        )
-    return context[-(max_length + 1 - len(continuation)) :], continuation
 
 
 def windows(

@@ -2,6 +2,7 @@
 
 from tests.mutate.mutant import Mutant
 
+CONTINUATIONS = "tests/eval/test_continuations.py"
 HARNESS = "tests/eval/test_harness.py"
 HELD_OUT = "tests/eval/test_held_out.py"
 REPORT_TASKS = "tests/eval/report/test_report_tasks.py"
@@ -108,10 +109,22 @@ MUTANTS = [
         f"{HARNESS}::test_shuffled_answers_keep_their_order_within_an_evaluation_and_between_processes",
     ),
     Mutant(
-        "eval/scoring/scorer.py",
-        "context[-(max_length + 1 - len(continuation)) :]",
-        "context[-(max_length - len(continuation)) :]",
+        "eval/scoring/requests.py",
+        "len(context) + len(continuation) - max_length - 1",
+        "len(context) + len(continuation) - max_length",
         SCORER,
+    ),
+    Mutant(
+        "eval/scoring/requests.py",
+        "return min(common, len(whole) - 1)",
+        "return min(len(context), len(whole) - 1)",
+        f"{CONTINUATIONS}::test_a_token_across_the_join_is_predicted_as_a_whole",
+    ),
+    Mutant(
+        "eval/scoring/requests.py",
+        "return min(common, len(whole) - 1)",
+        "return common",
+        f"{CONTINUATIONS}::test_a_continuation_that_the_normalizer_removes_does_not_score_0",
     ),
     Mutant("eval/scoring/scorer.py", "rows * longest if model.is_padded else tokens", "tokens", SCORER),
     Mutant("eval/scoring/scorer.py", "gathered = gathered[: len(batches) - first]\n", "pass\n", SCORER),
