@@ -97,14 +97,14 @@ def check_text(text: str, name: str) -> None:
 
 
 @contextmanager
-def converting_panics(name: str) -> Iterator[None]:
+def converting_panics(problem: str) -> Iterator[None]:
     """Convert a panic of the `tokenizers` library to a UserError.
 
     A regular expression that backtracks too long on a text ends in one, after 10 million steps (0.1 s). It is
     no Exception, and no pickle carries it from one process to another.
 
     Args:
-        name: Name of the tokenizer in the error message.
+        problem: What failed, for the error message: "X cannot encode a text".
 
     Raises:
         UserError: The library panicked.
@@ -115,8 +115,8 @@ def converting_panics(name: str) -> Iterator[None]:
         if type(error).__name__ != "PanicException":
             raise
         raise UserError(
-            f"{name} cannot encode a text ({error}): a regular expression of its normalizer or pre-tokenizer "
-            "fails on it; simplify the expression, or leave such text out"
+            f"{problem} ({error}): a regular expression of the normalizer or the pre-tokenizer fails on it; "
+            "simplify the expression, or leave such text out"
         ) from None
 
 

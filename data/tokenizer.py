@@ -10,7 +10,7 @@ import tokenizers
 
 from data.hub_client import download
 from data.tokenizer_content import tokenizer_fingerprint, without_added_tokens
-from errors import UserError
+from errors import UserError, converting_panics
 from tokens import END_OF_DOCUMENT, TOKENIZER_FILE
 
 # the library takes some 130 bytes of memory per character of a batch, and its regular expressions fail on
@@ -20,6 +20,8 @@ _BATCH_CHARACTERS = 1 << 22
 # where a byte-level tokenizer always splits: after a line, and before a space that follows a word
 _LINE_END = re.compile(r"\n(?=\S)")
 _WORD_END = re.compile(r"(?<=\S)(?= )")
+# of a text in an error message
+_SHOWN_CHARACTERS = 40
 # fewer than for data: the name may be a mistyped path, and no work has begun yet
 _HUB_ATTEMPTS = 2
 # "organization/model", with an optional "@revision"
@@ -156,9 +158,12 @@ class Tokenizer:
 
         A text of more than 262,144 characters is encoded in pieces, split at the end of a line, else before a
         space, else anywhere. The first two do not change the ids of a byte-level tokenizer.
+
+        Raises:
+            UserError: A regular expression of the tokenizer backtracks too long on a text.
         """
         pieces = [_split(text) for text in texts]
-        ids = _encode_pieces(backend, [piece for each in pieces for piece in each])
+        ids = _encode_pieces(backend, [piece for each in pieces for piece in each], self.name)
         return [
             next(ids) if len(each) == 1 else [token for _ in each for token in next(ids)] for each in pieces
         ]
@@ -214,15 +219,30 @@ def _restore(backend: str, end_of_document: str, name: str) -> Tokenizer:
     return Tokenizer(tokenizers.Tokenizer.from_str(backend), end_of_document=end_of_document, name=name)
 
 
-def _encode_pieces(backend: tokenizers.Tokenizer, pieces: list[str]) -> Iterator[list[int]]:
+def _encode_pieces(backend: tokenizers.Tokenizer, pieces: list[str], name: str) -> Iterator[list[int]]:
     """Encode in batches of bounded size, which bounds memory."""
     first = characters = 0
     for stop, piece in enumerate(pieces, 1):
         characters += len(piece)
         if characters >= _BATCH_CHARACTERS or stop == len(pieces):
-            for encoding in backend.encode_batch_fast(pieces[first:stop], add_special_tokens=False):
+            for encoding in _encode_batch(backend, pieces[first:stop], name):
                 yield encoding.ids
             first, characters = stop, 0
+
+
+def _encode_batch(
+    backend: tokenizers.Tokenizer, pieces: list[str], name: str
+) -> list[tokenizers.Encoding]:
+    problem = f"{name} cannot encode a text"
+    try:
+        with converting_panics(problem):
+            return backend.encode_batch_fast(pieces, add_special_tokens=False)
+    except UserError:
+        # once more, one by one, to name the text
+        for piece in pieces:
+            with converting_panics(f"{problem} that begins {piece[:_SHOWN_CHARACTERS]!r}"):
+                backend.encode(piece, add_special_tokens=False)
+        raise
 
 
 def _split(text: str) -> list[str]:

@@ -29,6 +29,7 @@ from eval.scoring.requests import continuation_start, num_excess
 from eval.scoring.saved_results import SavedResults
 from eval.scoring.scorer import Scorer, windows
 from eval.task_results import PAPER, CutCounts, TaskResults, mean_accuracy
+from models.generation.text_stream import decode_behind, stop_at
 
 # the harness's default for tasks without max_gen_toks
 _MAX_NEW_TOKENS = 256
@@ -173,23 +174,24 @@ class HarnessModel(TemplateLM):
             )
         until = [_as_list(request.args[1].get("until")) for request in requests]
         prompts: list[list[int]] = []
-        texts = [str(request.args[0]) for request in requests]
-        for request, ids in zip(requests, self._tokenizer.encode_prompts(texts), strict=True):
+        encoded = self._tokenizer.encode_prompts([str(request.args[0]) for request in requests])
+        for request, ids in zip(requests, encoded, strict=True):
             excess = max(len(ids) - room, 0)
             self._count(request, len(ids), is_cut=excess > 0, num_dropped=excess)
             prompts.append((ids or [self.eot_token_id])[excess:])
 
-        # a token is at least one byte, and a stop string may begin inside a token
-        longest = [max((len(end.encode()) for end in ends), default=0) + 1 for ends in until]
-
-        def stop(index: int, tokens: list[int]) -> bool:
-            tail = self._tokenizer.decode(tokens[-longest[index] :]) if until[index] else ""
-            return any(end in tail for end in until[index])
-
-        found = self._scorer.generate(prompts, until, max_new_tokens, {self.eot_token_id}, stop)
+        decode = self._tokenizer.decode
+        stops = [stop_at(decode, ends, [ids]) for ends, ids in zip(until, encoded, strict=True)]
+        found = self._scorer.generate(
+            prompts,
+            until,
+            max_new_tokens,
+            {self.eot_token_id},
+            stop=lambda index, tokens: stops[index](0, tokens),
+        )
         answers: list[str] = []
-        for tokens, ends in zip(found, until, strict=True):
-            text = self._tokenizer.decode([token for token in tokens if token != self.eot_token_id])
+        for ids, tokens, ends in zip(encoded, found, until, strict=True):
+            text = decode_behind(decode, ids, [token for token in tokens if token != self.eot_token_id])
             for end in ends:
                 text = text.split(end)[0]
             answers.append(text)

@@ -91,7 +91,7 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
     Raises:
         UserError: The tokenizer's regular expressions fail on it.
     """
-    with converting_panics("the tokenizer"):
+    with converting_panics("the tokenizer cannot encode the prompt"):
         return tokenizer.encode(text, add_special_tokens=False).ids
 
 

@@ -24,6 +24,7 @@ from eval.report.task_records import Record, task_record
 from eval.scoring.language_model import Qwen3Model
 from eval.task_results import TaskResults, format_table
 from models.generation.generate import generate
+from models.generation.text_stream import decode_behind
 from models.qwen3 import Qwen3
 from models.run_folder import RunFolder
 from training.log import logger
@@ -187,16 +188,20 @@ class Evaluator:
         settings, end = self.config.eval, self.tokenizer.end_of_document_id
 
         def sample() -> list[str]:
+            prompts = self.tokenizer.encode_prompts(settings.sample_prompts)
             found = generate(
                 model,
-                self.tokenizer.encode_prompts(settings.sample_prompts),
+                prompts,
                 max_new_tokens=settings.sample_tokens,
                 temperature=TEMPERATURE,
                 top_p=TOP_P,
                 seed=self.config.run.seed,
                 stop_ids=(end,),
             )
-            return [self.tokenizer.decode([t for t in each.tokens if t != end]) for each in found]
+            return [
+                decode_behind(self.tokenizer.decode, prompt, [t for t in each.tokens if t != end])
+                for prompt, each in zip(prompts, found, strict=True)
+            ]
 
         texts = run_on_all_ranks(sample, self.device)
         pairs = zip(settings.sample_prompts, texts, strict=True)

@@ -191,3 +191,41 @@ def test_the_number_of_few_shot_examples_is_chosen_and_written_down(
     assert two.metrics["wikitext"] == own.metrics["wikitext"]
     with pytest.raises(UserError, match=r"piqa has 2 few-shot examples: want them in .*piqa.train.jsonl"):
         evaluate_tasks(model, tokenizer, ["piqa"], data=tasks_folder, num_fewshot=2)
+
+
+class Written(Scorer):
+    """Writes given tokens until it is stopped."""
+
+    def __init__(self, model: Qwen3Model, tokens: list[int]) -> None:
+        super().__init__(model, token_budget=100)
+        self.tokens = tokens
+        self.num_written = 0
+
+    def generate(self, prompts: Any, until: Any, max_new_tokens: int, stop_ids: Any, stop: Any) -> Any:
+        counts = range(1, len(self.tokens) + 1)
+        self.num_written = next((n for n in counts if stop(0, self.tokens[:n])), len(self.tokens))
+        return [self.tokens[: self.num_written]]
+
+
+def test_an_answer_keeps_the_space_that_its_first_token_begins_with() -> None:
+    names = ["<|endoftext|>", "\u2581", "return", "cur", "\u2581return", "\u2581cur"]
+    merges = [("\u2581", "return"), ("\u2581", "cur")]
+    backend = Backend(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.add_tokens(["".join(each) for each in merges])
+    backend.decoder = decoders.Metaspace()
+    tokenizer = Tokenizer(backend)
+    cur, back = names.index("\u2581cur"), names.index("\u2581return")
+    assert tokenizer.decode([cur]) == "cur"
+    model = model_of(tokenizer.vocab_size)
+    for prompt, until, expected, num_written in (
+        ("\u2581return", [], " cur return", 2),
+        ("\u2581return", [" cur"], "", 1),
+        ("\u2581return", [" return"], " cur", 2),
+        ("", [], "cur return", 2),
+    ):
+        scorer = Written(model, [cur, back])
+        lm = HarnessModel(model, tokenizer, scorer)
+        options = {"until": until, "max_gen_toks": 4}
+        assert lm.generate_until([Instance("generate_until", {}, (prompt, options), 0)]) == [expected]
+        assert scorer.num_written == num_written

@@ -91,14 +91,14 @@ MUTANTS = [
         f"{HARNESS}::test_empty_contexts_and_continuations",
     ),
     Mutant(
-        "eval/harness.py",
-        "len(end.encode()) for end in ends",
-        "len(end) for end in ends",
+        "models/generation/text_stream.py",
+        "len(each.encode()) for each in strings",
+        "len(each) for each in strings",
         f"{HARNESS}::test_a_stop_string_of_several_bytes_per_character_is_found",
     ),
     Mutant(
         "eval/harness.py",
-        "(ids or [self.eot_token_id])[-room:]",
+        "(ids or [self.eot_token_id])[excess:]",
         "(ids or [self.eot_token_id])[:room]",
         f"{HARNESS}::test_a_long_prompt_keeps_its_end_for_generation",
     ),

@@ -168,7 +168,7 @@ def test_a_tokenizer_that_is_damaged_or_fails_on_the_prompt_ends_in_one_line(
     slow.save(str(file))
     words = ["--checkpoint", str(tmp_path), "--device", "cpu", "--tokenizer", str(file), "--prompt", "a" * 60]
     monkeypatch.setattr(sys, "argv", ["generation", *words])
-    for message in ("cannot encode a text (Onig: Regex search error", f"cannot load {file} as a tokenizer"):
+    for message in ("cannot encode the prompt (Onig: Regex search error", f"cannot load {file} as a tokenizer"):
         assert run_command(command_line.main) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1
