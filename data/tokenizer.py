@@ -20,6 +20,8 @@ _BATCH_CHARACTERS = 1 << 22
 # where a byte-level tokenizer always splits: after a line, and before a space that follows a word
 _LINE_END = re.compile(r"\n(?=\S)")
 _WORD_END = re.compile(r"(?<=\S)(?= )")
+# in which the first token of a document ends, but for the longest of words
+_HEAD_CHARACTERS = 256
 # of a text in an error message
 _SHOWN_CHARACTERS = 40
 # fewer than for data: the name may be a mistyped path, and no work has begun yet
@@ -180,6 +182,25 @@ class Tokenizer:
             return len(text.encode())
         # a byte-level vocabulary spells each byte as one character, byte fallback spells one byte as <0xC3>
         return 1 if re.fullmatch("<0x[0-9A-F]{2}>", spelled) else len(spelled)
+
+    def num_first_bytes(self, text: str, first_token: int) -> int:
+        """Return how many UTF-8 bytes of a document its first token covers, of the text as written.
+
+        The normalizer may have changed them: "e" and an accent, three bytes, are one letter of two bytes in
+        NFC. A token that ends within a character counts its own bytes of it.
+
+        Args:
+            text: The document.
+            first_token: Its first token, from `encode`.
+        """
+        for head in (text[:_HEAD_CHARACTERS], text[:_PIECE_CHARACTERS]):
+            encoding = self._document_backend.encode(head, add_special_tokens=False)
+            if encoding.ids[:1] == [first_token]:
+                stop, next_start = encoding.offsets[0][1], [*encoding.offsets, (len(head), 0)][1][0]
+                # tokens that share a character have its offsets; what NFC joins with a letter has none
+                before, most = (len(text[:end].encode()) for end in (next_start, max(stop, next_start)))
+                return min(max(before, self.num_bytes(first_token)), most)
+        return self.num_bytes(first_token)
 
     def save(self, path: Path) -> None:
         """Write the tokenizer to a JSON file."""

@@ -66,6 +66,11 @@ class DocumentSample:
         for number, (start, stop) in enumerate(bounds[first:], first + 1):
             yield Row({"document": number}, tokens=self._tokens[start:stop])
 
+    def progress(self, position: Position | None) -> float:
+        """Return the fraction of the tokens that precede a position."""
+        num_documents = 0 if position is None else position["document"]
+        return float(self._ends[num_documents - 1]) / len(self._tokens) if num_documents else 0.0
+
     def save(self, path: Path) -> None:
         """Write the sample to a .npz file, atomically; creates its folder."""
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -108,12 +108,17 @@ class FirstTokens:
         num_left = self._max_tokens
         for row in self._source.read(repeat=False):
             if row.tokens is None:
-                yield row
+                yield row._replace(next_position={"num_left": num_left})
                 continue
-            yield row._replace(tokens=_Head(row.tokens, min(num_left, len(row.tokens))))
-            num_left -= len(row.tokens)
-            if num_left <= 0:
+            length = min(num_left, len(row.tokens))
+            num_left -= length
+            yield Row({"num_left": num_left}, tokens=_Head(row.tokens, length))
+            if not num_left:
                 return
+
+    def progress(self, position: Position | None) -> float:
+        """Return the fraction of the tokens that precede a position; the source may have fewer of them."""
+        return 0.0 if position is None else 1 - position["num_left"] / self._max_tokens
 
 
 class _Head:

@@ -295,6 +295,11 @@ class ShardDocuments:
                     skipped="damaged_document" if is_damaged else None,
                 )
 
+    def progress(self, position: Position | None) -> float:
+        """Return the fraction of the documents of the first epoch that precede a position."""
+        at = position or {"epoch": 0, "place": 0}
+        return 1.0 if at["epoch"] else at["place"] / self._num_documents
+
     def chunks(self, position: Position | None = None, *, repeat: bool) -> Iterator[DocumentChunk]:
         """Yield the documents' numbers in order from a position, as `read` yields documents.
 
