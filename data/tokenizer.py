@@ -251,9 +251,7 @@ def _encode_pieces(backend: tokenizers.Tokenizer, pieces: list[str], name: str) 
             first, characters = stop, 0
 
 
-def _encode_batch(
-    backend: tokenizers.Tokenizer, pieces: list[str], name: str
-) -> list[tokenizers.Encoding]:
+def _encode_batch(backend: tokenizers.Tokenizer, pieces: list[str], name: str) -> list[tokenizers.Encoding]:
     problem = f"{name} cannot encode a text"
     try:
         with converting_panics(problem):

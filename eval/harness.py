@@ -24,6 +24,7 @@ from lm_eval.tasks import TaskManager
 from data.tokenizer import Tokenizer
 from errors import UnsupportedError, UserError
 from eval.local_tasks import downloading, local_task
+from eval.progress import Progress
 from eval.scoring.language_model import LanguageModel
 from eval.scoring.requests import continuation_start, num_excess
 from eval.scoring.saved_results import SavedResults
@@ -324,6 +325,7 @@ def evaluate_tasks(
     num_fewshot: int | None = None,
     token_budget: int = 65536,
     cache_file: Path | None = None,
+    progress: Progress | None = None,
 ) -> TaskResults:
     """Evaluate a model on tasks of the harness.
 
@@ -342,6 +344,7 @@ def evaluate_tasks(
         token_budget: Most tokens per batch.
         cache_file: JSONL file of results by request, read at the start and appended to; needs a model with
             an identity. None for no file.
+        progress: Told how much of each kind of requests is done.
 
     Returns:
         Metrics by task, and the mean of the paper's eight accuracies.
@@ -356,7 +359,7 @@ def evaluate_tasks(
             raise UserError(f"cache_file is {cache_file}, but the model has no identity to check it against")
         fingerprint = SavedResults.key(model.identity, model.max_length, tokenizer.fingerprint)
         saved = SavedResults(cache_file, fingerprint)
-    scorer = Scorer(model, token_budget=token_budget, saved=saved)
+    scorer = Scorer(model, token_budget=token_budget, saved=saved, progress=progress)
     with quiet(), seeded():
         loaded = load_tasks(tasks, data, num_fewshot)
         lm = HarnessModel(model, tokenizer, scorer)

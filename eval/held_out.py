@@ -10,6 +10,7 @@ from torch import nn
 from data.loading.held_out import HeldOutBatch
 from errors import UserError
 from eval.distributed import all_reduce
+from eval.progress import Progress
 from eval.standard_error import ratio_standard_error
 from tokens import IGNORE_INDEX
 
@@ -115,6 +116,7 @@ def held_out_loss(
     vocab_size: int,
     max_seqlen: int,
     device: torch.device,
+    progress: Progress | None = None,
 ) -> HeldOutLoss:
     """Compute the loss over the batches of all ranks, each token weighted equally.
 
@@ -127,6 +129,7 @@ def held_out_loss(
         vocab_size: Number of ids V.
         max_seqlen: Upper bound of the length of a document.
         device: The model's device.
+        progress: Told how much of the documents is done.
 
     Raises:
         UserError: There is no token to predict.
@@ -143,4 +146,6 @@ def held_out_loss(
             reduction="none",
         )
         sums.add(losses, labels, batch.documents.to(device, non_blocking=True), batch.num_documents)
+        if progress is not None:
+            progress.update(batch.fraction)
     return sums.result()

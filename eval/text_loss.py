@@ -222,15 +222,16 @@ def text_loss(
 
     def score_pending() -> None:
         nonlocal done, num_pending
-        num_scored = 0
         groups = [window.group for window, _ in pending]
+        num_left = sum(sum(model.row_lengths(group)) for group in groups)
+        num_scored = 0
         for found, num_round_tokens in score_groups(model, groups, token_budget):
             for index, (scores,) in found:
                 window, document = pending[index]
                 sums.add(window, scores, document)
             num_scored += num_round_tokens
             if progress is not None:
-                progress.update(done + (fraction - done) * min(num_scored / num_pending, 1.0))
+                progress.update(done + (fraction - done) * min(num_scored / num_left, 1.0))
         pending.clear()
         done, num_pending = fraction, 0
 
@@ -245,7 +246,7 @@ def text_loss(
         fraction = max(
             source.progress(text.next_position),
             0.0 if limit is None else (number + 1) / limit,
-            0.0 if max_tokens is None else num_tokens / max_tokens,
+            0.0 if max_tokens is None else min(num_tokens / max_tokens, 1.0),
         )
         if number + 1 == limit or (max_tokens is not None and num_tokens >= max_tokens):
             break

@@ -20,6 +20,7 @@ from data.titan import build_validation_loader
 from data.tokenizer import Tokenizer
 from eval.distributed import EvaluationError, RankSafeModel, run_on_all_ranks
 from eval.held_out import HeldOutLoss, held_out_loss
+from eval.progress import Progress
 from eval.report.task_records import Record, task_record
 from eval.scoring.language_model import Qwen3Model
 from eval.task_results import TaskResults, format_table
@@ -36,6 +37,13 @@ from training.run_config import RunConfig
 # of the sampled continuations; our choice
 TEMPERATURE = 0.8
 TOP_P = 0.95
+
+
+def log_progress(step: int, name: str) -> Progress:
+    """Return a progress that logs lines: one that moves would mix with those of other ranks."""
+    progress = Progress(lambda line: logger.info(f"step {step}  {line}"))
+    progress.start(name)
+    return progress
 
 
 class Evaluator:
@@ -122,6 +130,7 @@ class Evaluator:
             vocab_size=self.config.model.vocab_size,
             max_seqlen=training.seq_len,
             device=self.device,
+            progress=log_progress(step, "held-out loss"),
         )
         self.model.train()
         if not math.isfinite(result.loss):
@@ -218,8 +227,15 @@ class Evaluator:
 
         def evaluate() -> TaskResults:
             data = None if settings.tasks_data is None else Path(settings.tasks_data)
-            limit = settings.tasks_limit
-            results = evaluate_tasks(rank_safe, self.tokenizer, settings.tasks, data=data, limit=limit)
+            results = evaluate_tasks(
+                rank_safe,
+                self.tokenizer,
+                settings.tasks,
+                data=data,
+                limit=settings.tasks_limit,
+                num_fewshot=settings.tasks_num_fewshot,
+                progress=log_progress(step, "tasks"),
+            )
             rank_safe.finish()
             return results
 

@@ -297,8 +297,7 @@ class ShardDocuments:
 
     def progress(self, position: Position | None) -> float:
         """Return the fraction of the documents of the first epoch that precede a position."""
-        at = position or {"epoch": 0, "place": 0}
-        return 1.0 if at["epoch"] else at["place"] / self._num_documents
+        return 0.0 if position is None else position["epoch"] or position["place"] / self._num_documents
 
     def chunks(self, position: Position | None = None, *, repeat: bool) -> Iterator[DocumentChunk]:
         """Yield the documents' numbers in order from a position, as `read` yields documents.

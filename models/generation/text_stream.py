@@ -15,9 +15,9 @@ _MAX_TOKENS_BEFORE = 16
 def decode_behind(decode: Decode, prompt: Sequence[int], tokens: Sequence[int]) -> str:
     """Return the text that tokens add to a prompt.
 
-    A decoder may strip the space that the first token begins with: where "\u2581return" and "\u2581cur" are
-    "return cur", "\u2581cur" alone is "cur". So the tokens are decoded behind the end of the prompt, whose text
-    is taken off again.
+    A decoder may strip the space that its first token begins with: "\u2581return" and "\u2581cur" together
+    are "return cur", but "\u2581cur" alone is "cur". So the tokens are decoded behind the end of the prompt,
+    whose text is taken off again.
 
     Args:
         decode: Decodes token ids.

@@ -146,15 +146,11 @@ def test_cut_prompts_are_counted_by_task_on_screen_in_the_results_and_in_the_rep
 
 
 @pytest.mark.parametrize("max_length", [8, 14, 20])
-def test_cut_contexts_and_texts_in_several_windows_are_counted(
-    tokenizer: Tokenizer, max_length: int
-) -> None:
+def test_cut_contexts_and_texts_in_several_windows_are_counted(tokenizer: Tokenizer, max_length: int) -> None:
     model = Qwen3Model(build(vocab_size=tokenizer.vocab_size), max_length=max_length)
     lm = HarnessModel(model, tokenizer, Scorer(model, token_budget=500))
     pairs = [(make_text(seed, 1 + seed), " to") for seed in range(12)]
-    lm.loglikelihood(
-        [Instance("loglikelihood", {}, pair, n, ("a", n, 1)) for n, pair in enumerate(pairs)]
-    )
+    lm.loglikelihood([Instance("loglikelihood", {}, pair, n, ("a", n, 1)) for n, pair in enumerate(pairs)])
     texts = [make_text(seed, 2 + 3 * seed) for seed in range(6)]
     lm.loglikelihood_rolling(
         [Instance("loglikelihood_rolling", {}, (text,), n, ("b", n, 1)) for n, text in enumerate(texts)]

@@ -327,7 +327,9 @@ def test_a_damaged_arrow_file_and_an_unknown_task_are_named(tmp_path: Path, toke
     with pytest.raises(ValueError, match=r"sciq.arrow is not a readable Arrow file"):
         evaluate_tasks(model, tokenizer, ["sciq"], data=tmp_path)
     # "caf" and a byte that is not UTF-8, in a column that says it is
-    raw = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\4\0\0\0"), pa.py_buffer(b"caf\xe9")])
+    raw = pa.Array.from_buffers(
+        pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\4\0\0\0"), pa.py_buffer(b"caf\xe9")]
+    )
     table = pa.table({"question": raw})
     with pa.OSFile(str(tmp_path / "sciq.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)

@@ -29,7 +29,7 @@ E_ACUTE, NFD_E_ACUTE = "\u00e9", "e\u0301"
 
 @pytest.fixture
 def nfc_tokenizer() -> Tokenizer:
-    """A byte-level tokenizer behind NFC; "\u00e9" of two bytes is one token, other letters are their bytes."""
+    """A byte-level tokenizer behind NFC; "\u00e9" is one token, other letters are their bytes."""
     spelled = "".join(p for p, _ in _byte_level().pre_tokenize_str(E_ACUTE))
     names = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), spelled]
     vocabulary = {name: number for number, name in enumerate(names)}
@@ -116,9 +116,7 @@ def last_words(folder: Path, texts: list[str], tokenizer: Tokenizer) -> TextLoss
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_white_space_behind_the_last_word_is_dropped(
-    tmp_path: Path, tokenizer: Tokenizer, seed: int
-) -> None:
+def test_white_space_behind_the_last_word_is_dropped(tmp_path: Path, tokenizer: Tokenizer, seed: int) -> None:
     drawn = random.Random(seed)
     texts = [make_text(10 * seed + each, 4) for each in range(3)]
     spaced = [text + "".join(drawn.choices(" \n\t\u00a0", k=drawn.randrange(4))) for text in texts]

@@ -201,7 +201,8 @@ def test_the_end_of_document_written_out_is_text_in_documents_and_a_token_in_tas
     opened = documents(tmp_path, [text], tokenizer)
     modes: tuple[Mode, ...] = ("documents", "wikitext", "last-word")
     counts = {
-        mode: [each.tokens.count(end) for each in read_texts(opened, tokenizer, mode, Counter())] for mode in modes
+        mode: [each.tokens.count(end) for each in read_texts(opened, tokenizer, mode, Counter())]
+        for mode in modes
     }
     # a document ends with one, a page begins with one
     assert counts == {"documents": [1], "wikitext": [2], "last-word": [1]}

@@ -18,9 +18,9 @@ from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 
 from errors import UserError
+from eval.progress import format_duration
 from eval.report.run_records import read_run
 from training import log
-from eval.progress import format_duration
 from training.log import logger
 from training.metrics import RunMetrics, format_progress
 from training.metrics_file import JsonlWriter

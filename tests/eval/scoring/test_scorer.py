@@ -13,8 +13,8 @@ from torch import multiprocessing as mp
 
 from eval.scoring.groups import Group, Scores, rows_of
 from eval.scoring.language_model import LanguageModel, Qwen3Model
-from eval.scoring.saved_results import SavedResults
 from eval.scoring.requests import truncate
+from eval.scoring.saved_results import SavedResults
 from eval.scoring.scorer import Scorer, group_requests, plan_batches, windows
 from models.config import SoftmaxConfig
 from tests.eval.conftest import build, ids

@@ -1,4 +1,4 @@
-"""Continuations are decoded behind their prompt, for every kind of decoder, and text that is not UTF-8 is refused."""
+"""Continuations are decoded behind their prompt by every kind of decoder; text must be UTF-8."""
 
 import io
 import os
@@ -27,7 +27,12 @@ def sentencepiece() -> Tokenizer:
     vocabulary = {name: i for i, name in enumerate(names)}
     merges = [(SPACE, word) for word in ("c",) if SPACE + word in vocabulary]
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True))
-    parts = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    parts = [
+        decoders.Replace(SPACE, " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ]
     tokenizer.decoder = decoders.Sequence(parts)
     return tokenizer
 
@@ -168,7 +173,10 @@ def test_a_tokenizer_that_is_damaged_or_fails_on_the_prompt_ends_in_one_line(
     slow.save(str(file))
     words = ["--checkpoint", str(tmp_path), "--device", "cpu", "--tokenizer", str(file), "--prompt", "a" * 60]
     monkeypatch.setattr(sys, "argv", ["generation", *words])
-    for message in ("cannot encode the prompt (Onig: Regex search error", f"cannot load {file} as a tokenizer"):
+    for message in (
+        "cannot encode the prompt (Onig: Regex search error",
+        f"cannot load {file} as a tokenizer",
+    ):
         assert run_command(command_line.main) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1
