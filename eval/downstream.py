@@ -17,8 +17,8 @@ lists them: LAMBADA `{"text": ..}`, WikiText `{"page": ..}` with a whole article
 
 With `--out`, results are saved as they are computed (`requests.jsonl`), an interrupted evaluation resumes
 from them, and the final table is written to `results.json`. Under torchrun each rank scores its share of the
-batches. A context or prompt that is longer than --max-length loses its beginning; the table and `results.json`
-count such requests by task.
+batches. A context or prompt longer than --max-length loses its beginning; the table and `results.json` count
+such requests by task.
 """
 
 import argparse
