@@ -154,7 +154,7 @@ class HarnessModel(TemplateLM):
         """
         by_length: dict[int, list[int]] = {}
         for index, request in enumerate(requests):
-            options: dict[str, Any] = request.args[1]
+            _, options = _prompt(request)
             if options.get("do_sample") and options.get("temperature", 1.0) > 0:
                 raise UnsupportedError(f"{request.task_name} samples; greedy generation works here")
             by_length.setdefault(int(options.get("max_gen_toks", _MAX_NEW_TOKENS)), []).append(index)
@@ -173,9 +173,9 @@ class HarnessModel(TemplateLM):
                 f"{self._model.max_length}, prompt included; give a larger --max-length if it can, or leave "
                 "the task out"
             )
-        until = [_as_list(request.args[1].get("until")) for request in requests]
+        until = [_as_list(_prompt(request)[1].get("until")) for request in requests]
         prompts: list[list[int]] = []
-        encoded = self._tokenizer.encode_prompts([str(request.args[0]) for request in requests])
+        encoded = self._tokenizer.encode_prompts([_prompt(request)[0] for request in requests])
         for request, ids in zip(requests, encoded, strict=True):
             excess = max(len(ids) - room, 0)
             self._count(request, len(ids), is_cut=excess > 0, num_dropped=excess)
@@ -197,6 +197,12 @@ class HarnessModel(TemplateLM):
                 text = text.split(end)[0]
             answers.append(text)
         return answers
+
+
+def _prompt(request: Instance) -> tuple[str, dict[str, Any]]:
+    """Return the text to continue and the harness's options."""
+    text, options = request.args
+    return str(text), options
 
 
 def _as_list(until: str | Sequence[str] | None) -> list[str]:

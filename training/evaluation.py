@@ -142,11 +142,11 @@ class Evaluator:
             "standard_error": "validation_stderr",
             "num_tokens": "validation_tokens",
             "num_documents": "validation_documents",
+            "num_cut_documents": "validation_cut_documents",
         }
         record = {names.get(k, k): v for k, v in asdict(result).items()}
         self.metrics.record(step, {**record, "validation_perplexity": result.perplexity, **progress})
-        counts = f"{result.num_tokens:,} tokens of {result.num_documents:,} documents"
-        logger.info(f"step {step}  held-out loss {result} ({counts})")
+        logger.info(f"step {step}  held-out loss {result} ({result.counts})")
         return result
 
     def _evaluate_unsharded(self, step: int, progress: Record, *, has_samples: bool, has_tasks: bool) -> None:

@@ -30,6 +30,7 @@ class HeldOutBatch(NamedTuple):
         labels: Ids to predict, int64, of the shape of the input ids; IGNORE_INDEX is no label.
         documents: Number of each label's document, from 0 over all ranks, int64, of the same shape.
         num_documents: Documents up to this micro-batch's last row on any rank, the same on all ranks.
+        num_cut_documents: Those of them that do not fit into one row.
         fraction: Approximate share of the documents up to there, from 0 to 1.
     """
 
@@ -37,6 +38,7 @@ class HeldOutBatch(NamedTuple):
     labels: torch.Tensor
     documents: torch.Tensor
     num_documents: int
+    num_cut_documents: int
     fraction: float
 
 
@@ -99,16 +101,20 @@ class HeldOutLoader:
             # a new thread would pin memory on device 0 and create a context there for every rank of the node
             torch.cuda.set_device(pin_device)
         num_documents = 0
+        cut: set[int] = set()
         rows = (row for row, _ in self._packer.pack(self._documents(), PackerState(None, 0, {})))
         while step_rows := list(itertools.islice(rows, self._micro_step_rows)):
             last = max((_last_document(row) for row in step_rows), key=lambda each: each.number)
             num_documents = max(num_documents, 1 + last.number)
+            cut |= {number for row in step_rows for number in _continued(row)}
             fraction = self._source.progress(last.next_position)
             step_rows += [self._padding_row] * (self._micro_step_rows - len(step_rows))
             own = [step_rows[index] for index in self._rank_rows]
             inputs, labels = collate(own, mask_documents=self._mask_documents)
             documents = torch.from_numpy(np.stack([_document_of_label(row) for row in own]))
-            batch = HeldOutBatch(inputs, labels, documents.reshape(labels.shape), num_documents, fraction)
+            batch = HeldOutBatch(
+                inputs, labels, documents.reshape(labels.shape), num_documents, len(cut), fraction
+            )
             yield batch if pin_device is None else _pin(batch)
 
     def _documents(self) -> Iterator[Document]:
@@ -142,6 +148,14 @@ def _numbered(tokens: TokenSequence) -> _NumberedTokens:
 def _last_document(row: PackedRow) -> _NumberedTokens:
     *_, last = row.segments
     return _numbered(last.tokens)
+
+
+def _continued(row: PackedRow) -> list[int]:
+    """Return the numbers of documents whose tokens are predicted without those of an earlier row."""
+    # a single token is the last one of the earlier row, and only an input
+    return [
+        _numbered(each.tokens).number for each in row.segments if each.start and each.stop - each.start > 1
+    ]
 
 
 def _document_of_label(row: PackedRow) -> np.ndarray:

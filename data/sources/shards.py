@@ -327,13 +327,8 @@ class ShardDocuments:
                 yield DocumentChunk(epoch=epoch, place=first, numbers=numbers, is_damaged=is_damaged)
             num_good = num_read - num_damaged
             if num_damaged and self._log_skipped:
-                logger.warning(
-                    "epoch %d of %s: %d documents, %d damaged ones skipped",
-                    epoch,
-                    self,
-                    num_good,
-                    num_damaged,
-                )
+                text = "epoch %d of %s: %d documents, %d damaged ones skipped"
+                logger.warning(text, epoch, self, num_good, num_damaged)
             if is_whole_epoch and not num_good:
                 raise UserError(f"{self} holds only damaged documents: prepare the shards again")
             if not repeat:

@@ -18,6 +18,7 @@ from eval.report.comparison import (
 )
 from eval.report.paper_numbers import SOURCE, PaperRow
 from eval.report.run_records import RunRecord
+from eval.report.task_records import COUNTS
 
 _NO_VALUE = "-"
 
@@ -164,7 +165,7 @@ def tasks_table(rows: Sequence[Row]) -> list[str]:
     for key in keys:
         task, _, metric = key.removeprefix("tasks/").rpartition("/")
         value = partial(task_metric, task=task, metric=metric)
-        if metric == "num_documents":
+        if metric in COUNTS:
             counts = [sorted({n for run in row.runs if (n := value(run)) is not None}) for row in rows]
             found = [", ".join(f"{n:,.0f}" for n in each) or _NO_VALUE for each in counts]
         else:

@@ -12,6 +12,9 @@ from models.run_folder import RunFolder, step_of
 
 Record = dict[str, Any]
 
+COUNTS = ("num_documents", "num_cut", "num_fewshot")
+"""Metrics of a task that are whole numbers."""
+
 _MEANS = {"mean_accuracy": True, "mean_plain_accuracy": False}  # name -> whether normalized
 
 

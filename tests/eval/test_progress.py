@@ -5,6 +5,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -113,7 +114,8 @@ def test_the_loss_on_text_and_the_scorer_tell_how_much_is_done(tmp_path: Path, t
         def update(self, fraction: float) -> None:
             fractions.append(fraction)
 
-    for options in ({}, {"limit": 15}, {"max_tokens": 200}):
+    choices: tuple[dict[str, Any], ...] = ({}, {"limit": 15}, {"max_tokens": 200})
+    for options in choices:
         fractions.clear()
         text_loss(model, tokenizer, source, token_budget=16, progress=Recorded(), **options)
         assert len(fractions) > 5

@@ -6,7 +6,7 @@ import random
 import unicodedata
 from collections import Counter
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 from tokenizers import Tokenizer as Backend
@@ -179,7 +179,7 @@ def test_limit_and_max_tokens_read_the_first_documents_whole(tmp_path: Path, tok
     texts = [make_text(seed, 3 + seed % 4) for seed in range(12)]
     model = Qwen3Model(build(), max_length=64)
 
-    def run(number: int = 12, **options: int) -> TextLoss:
+    def run(number: int = 12, **options: Any) -> TextLoss:
         return text_loss(model, tokenizer, documents(tmp_path, texts[:number], tokenizer), **options)
 
     # the end-of-document token is predicted, the first token is not
