@@ -236,7 +236,7 @@ def _decode(table: Table, kind: str, theta: float, window_size: int | None) -> H
     return HuggingFaceConfig(
         model=model,
         num_positions=table.get("max_position_embeddings"),
-        eos_token_id=next(iter(eos), None) if isinstance(eos, list) else eos,
+        eos_token_id=(eos or [None])[0] if isinstance(eos, list) else eos,
     )
 
 

@@ -87,8 +87,8 @@ def test_scores_differ_from_those_of_hflm_only_where_a_token_spans_the_join(
     ours = HarnessModel(model, tokenizer, Scorer(model, token_budget=500))
     fast = to_fast_tokenizer(tokenizer, tmp_path)
     theirs = harness_model(to_transformers(network), fast, max_length=96, batch_size=4)
-    texts = [make_text(seed, 3) for seed in range(12)]
-    pairs = [(text[:at], text[at:]) for text in texts for at in range(3, len(text), 2)]
+    texts = list(dict.fromkeys(make_text(seed, 3) for seed in range(60)))
+    pairs = [(text[: 3 + n % 9], text[3 + n % 9 :]) for n, text in enumerate(texts)]
     requests = [Instance("loglikelihood", {}, pair, n) for n, pair in enumerate(pairs)]
     tokens = [tokenizer.encode_prompts([context.rstrip(), context + rest]) for context, rest in pairs]
     # the harness scores what is left behind as many tokens as the context has
@@ -101,7 +101,8 @@ def test_scores_differ_from_those_of_hflm_only_where_a_token_spans_the_join(
             with pytest.raises(AssertionError):
                 theirs.loglikelihood([request], disable_tqdm=True)
     kept = [index for index, is_swallowed in enumerate(swallowed) if not is_swallowed]
-    scores = theirs.loglikelihood([requests[index] for index in kept], disable_tqdm=True)
+    # one by one: HFLM takes requests of equal tokens but another split for one
+    scores = [theirs.loglikelihood([requests[index]], disable_tqdm=True)[0] for index in kept]
     same = 0
     for index, (score, is_greedy) in zip(kept, scores, strict=True):
         before, whole = tokens[index]

@@ -7,6 +7,7 @@ HARNESS = "tests/eval/test_harness.py"
 HELD_OUT = "tests/eval/test_held_out.py"
 REPORT_TASKS = "tests/eval/report/test_report_tasks.py"
 SCORER = "tests/eval/scoring/test_scorer.py"
+TEXT_COUNTS = "tests/eval/test_text_counts.py"
 TEXT_LOSS = "tests/eval/test_text_loss.py"
 
 MUTANTS = [
@@ -24,9 +25,45 @@ MUTANTS = [
     ),
     Mutant(
         "eval/scored_text.py",
-        "- tokenizer.num_bytes(tokens[0])",
+        "- tokenizer.num_first_bytes(text, ids[0])",
         "- 1",
         f"{TEXT_LOSS}::test_a_first_token_of_several_bytes_is_not_counted",
+    ),
+    Mutant(
+        "eval/scored_text.py",
+        "- tokenizer.num_bytes(tokens[0])",
+        "- 2",
+        f"{TEXT_COUNTS}::test_bits_per_byte_of_shards_say_that_their_bytes_are_those_of_the_tokens",
+    ),
+    Mutant(
+        "eval/scored_text.py",
+        "first = continuation_start(context_ids, ids)",
+        "first = len(context_ids)",
+        f"{TEXT_COUNTS}::test_a_token_across_the_start_of_the_last_word_is_predicted",
+    ),
+    Mutant(
+        "eval/scored_text.py",
+        "[text.rstrip() for text in texts]",
+        "texts",
+        f"{TEXT_COUNTS}::test_white_space_behind_the_last_word_is_dropped",
+    ),
+    Mutant(
+        "eval/text_loss.py",
+        "self.num_cut += len(text.tokens) > len(self.counts)",
+        "self.num_cut += len(text.tokens) >= len(self.counts)",
+        f"{TEXT_COUNTS}::test_skipped_rows_and_documents_that_do_not_fit_are_counted",
+    ),
+    Mutant(
+        "eval/harness.py",
+        "value=(own or 0) if num_fewshot is None or is_fixed else num_fewshot",
+        "value=(own or 0) if num_fewshot is None else num_fewshot",
+        f"{CONTINUATIONS}::test_the_number_of_few_shot_examples_is_chosen_and_written_down",
+    ),
+    Mutant(
+        "eval/harness.py",
+        "text = decode_behind(decode, ids, ",
+        "text = decode_behind(decode, [], ",
+        f"{CONTINUATIONS}::test_an_answer_keeps_the_space_that_its_first_token_begins_with",
     ),
     Mutant(
         "eval/scored_text.py",
@@ -48,8 +85,8 @@ MUTANTS = [
     ),
     Mutant(
         "eval/text_loss.py",
-        "                num_pending = 0\n",
-        "",
+        "        done, num_pending = fraction, 0\n",
+        "        done = fraction\n",
         f"{TEXT_LOSS}::test_pending_windows_of_a_long_document_are_bounded",
     ),
     Mutant(
