@@ -54,7 +54,10 @@ def file_in(folder: Path, name: str) -> Path:
     except (OSError, ValueError, RuntimeError):  # no name of a file, or links in a circle
         is_inside = False
     if PurePath(name).is_absolute() or ".." in PurePath(name).parts or not is_inside:
-        raise UserError(f"{folder}: {name!r} leads out of the folder; copy the file into it")
+        raise UserError(
+            f'{folder}: {name!r} is not within the folder (an absolute path, "..", or a link to elsewhere); '
+            "copy the file into it"
+        )
     return path
 
 

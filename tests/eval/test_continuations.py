@@ -59,9 +59,12 @@ def test_a_token_across_the_join_is_predicted_as_a_whole() -> None:
     tokenizer = byte_level([("p", "r"), ("pr", "i"), ("n", "t"), ("pri", "nt")])
     call, _print = tokenizer.encode("call "), tokenizer.encode("print")
     assert len(_print) == 1
-    wrong, right = log_likelihoods(tokenizer, [("call pri", "ze"), ("call pri", "nt")])
+    pairs = [("call pri", "ze"), ("call pri", "nt"), ("call pri", "nt(a)")]
+    wrong, right, longer = log_likelihoods(tokenizer, pairs)
     assert right[0] < 0
     assert right[0] == pytest.approx(log_probability(tokenizer, call, _print), abs=1e-4)
+    parts = [*_print, *tokenizer.encode("(a)")]
+    assert longer[0] == pytest.approx(log_probability(tokenizer, call, parts), abs=1e-4)
     pri, ze = tokenizer.encode("call pri"), tokenizer.encode("ze")
     assert wrong[0] == pytest.approx(log_probability(tokenizer, pri, ze), abs=1e-4)
 

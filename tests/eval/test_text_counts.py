@@ -150,7 +150,8 @@ def test_a_token_across_the_start_of_the_last_word_is_predicted(tmp_path: Path) 
 def test_skipped_rows_and_documents_that_do_not_fit_are_counted(
     tmp_path: Path, tokenizer: Tokenizer, mode: Mode
 ) -> None:
-    texts = [make_text(seed, 2 + 2 * seed) for seed in range(8)]
+    # of every length around that of a window
+    texts = ["0 " + "123456789"[:number] for number in range(2, 10)]
     path = tmp_path / "texts.jsonl"
     rows = [*(json.dumps({"text": text}) for text in texts), '{"text": null}', "{", '{"text": "\\ud83d"}']
     path.write_text("\n".join(rows) + "\n")
