@@ -28,10 +28,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from data.progress import Progress
 from errors import UserError, run_command
 from eval.distributed import is_main_rank
 from eval.open_model import add_model_arguments, check_at_least_1, open_model, ranks
-from eval.progress import Progress
 from eval.task_results import RESULTS_FILE, format_table
 
 _REQUESTS_FILE = "requests.jsonl"
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ) from error
     with ranks() as device:
         opened = open_model(options, device)
-        progress = Progress()
+        progress = Progress(is_on=is_main_rank())
         results = evaluate_tasks(
             opened.model,
             opened.tokenizer,

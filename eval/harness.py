@@ -21,10 +21,10 @@ from lm_eval.api.task import Task
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
+from data.progress import Progress
 from data.tokenizer import Tokenizer
 from errors import UnsupportedError, UserError
 from eval.local_tasks import downloading, local_task
-from eval.progress import Progress
 from eval.scoring.language_model import LanguageModel
 from eval.scoring.requests import continuation_start, num_excess
 from eval.scoring.saved_results import SavedResults

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from data.loading.held_out import HeldOutBatch
+from data.progress import Progress
 from errors import UserError
 from eval.distributed import all_reduce
-from eval.progress import Progress
 from eval.standard_error import ratio_standard_error
 from tokens import IGNORE_INDEX
 

@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import get_args
 
 from data.config import Source
+from data.progress import Progress
 from data.sources.base import DocumentSource
 from data.sources.cli import add_source_arguments, source_from
 from data.sources.open import open_source
 from errors import UserError, run_command
 from eval.distributed import is_main_rank
 from eval.open_model import OpenedModel, add_model_arguments, check_at_least_1, open_model, ranks
-from eval.progress import Progress
 from eval.scored_text import Mode, held_out_source
 from eval.text_loss import TextLoss, format_result, text_loss
 
@@ -116,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     named = _parse_source(words)
     with ranks() as device:
         opened = open_model(options, device)
-        progress = Progress()
+        progress = Progress(is_on=is_main_rank())
         progress.start("loss")
         result = text_loss(
             opened.model,

@@ -10,12 +10,12 @@ from typing import Literal
 import numpy as np
 import torch
 
+from data.progress import Progress
 from data.sources.base import DocumentSource
 from data.tokenizer import Tokenizer
 from errors import UserError
 from eval.distributed import rank_and_world_size
 from eval.held_out import format_loss, perplexity
-from eval.progress import Progress
 from eval.scored_text import Mode, ScoredText, Window, read_texts, windows_of
 from eval.scoring.groups import Scores
 from eval.scoring.language_model import LanguageModel

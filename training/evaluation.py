@@ -16,11 +16,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from data.progress import Progress
 from data.titan import build_validation_loader
 from data.tokenizer import Tokenizer
-from eval.distributed import EvaluationError, RankSafeModel, run_on_all_ranks
+from eval.distributed import EvaluationError, RankSafeModel, is_main_rank, run_on_all_ranks
 from eval.held_out import HeldOutLoss, held_out_loss
-from eval.progress import Progress
 from eval.report.task_records import Record, task_record
 from eval.scoring.language_model import Qwen3Model
 from eval.task_results import TaskResults, format_table
@@ -41,7 +41,7 @@ TOP_P = 0.95
 
 def log_progress(step: int, name: str) -> Progress:
     """Return a progress that logs lines: one that moves would mix with those of other ranks."""
-    progress = Progress(lambda line: logger.info(f"step {step}  {line}"))
+    progress = Progress(lambda line: logger.info(f"step {step}  {line}"), is_on=is_main_rank())
     progress.start(name)
     return progress
 

@@ -15,9 +15,9 @@ from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 
+from data.progress import format_duration
 from disk import DiskFullError, describe_free, write_text
 from errors import UserError
-from eval.progress import format_duration
 from models.run_folder import RunFolder
 from training.log import logger
 from training.memory import GIB

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from data.config import DataConfig, HubSource, LeafSource, MixtureSource, ShardsSource, Source
+from data.progress import Progress
 from data.sources.base import DocumentSource, Position, Row, TokenSequence
 from data.sources.document_sample import DocumentSample, draw_sample
 from data.sources.open import open_source
@@ -140,7 +141,9 @@ def _draw(
     names = ", ".join(map(str, sources))
     logger.info(f"drawing {max_tokens:,} held-out tokens in one pass over {names}; kept for a resume")
     start = time.monotonic()
-    sample = draw_sample(sources, tokenizer, max_tokens, fingerprint)
+    progress = Progress(logger.info)
+    progress.start("drawing held-out tokens")
+    sample = draw_sample(sources, tokenizer, max_tokens, fingerprint, progress)
     seconds = time.monotonic() - start
     logger.info(f"drew {sample.num_tokens:,} tokens of {sample.num_documents:,} documents in {seconds:.0f} s")
     return sample

@@ -4,9 +4,9 @@ import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+from data.progress import Progress
 from errors import UserError
 from eval.distributed import all_gather, check_same_requests, rank_and_world_size
-from eval.progress import Progress
 from eval.scoring.groups import Group, Scores, Tokens
 from eval.scoring.language_model import LanguageModel
 from eval.scoring.requests import Request, truncate
@@ -190,7 +190,7 @@ class Scorer:
         self._model = model
         self._token_budget = token_budget
         self._saved = saved
-        self._progress = progress or Progress(lambda _: None)
+        self._progress = progress or Progress(is_on=False)
         self.num_tokens = 0
         self.num_reused = 0
 

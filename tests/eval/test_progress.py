@@ -11,13 +11,13 @@ import pytest
 
 from data.config import JsonlSource, MixtureSource, ShardsSource
 from data.loading.held_out import HeldOutLoader
+from data.progress import Progress
 from data.shards import __main__ as shards
 from data.sources.base import DocumentSource
 from data.sources.document_sample import draw_sample
 from data.sources.held_out import FirstTokens
 from data.sources.open import open_source
 from data.tokenizer import Tokenizer
-from eval.progress import Progress
 from eval.scoring.language_model import Qwen3Model
 from eval.scoring.scorer import Scorer
 from eval.text_loss import text_loss
@@ -71,6 +71,17 @@ def test_a_terminal_gets_one_line_that_moves_and_is_cleared(
     assert terminal.getvalue().endswith("left  \r" + " " * 19 + "\r")
 
 
+class Recorded(Progress):
+    """Keeps all fractions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fractions: list[float] = []
+
+    def update(self, fraction: float) -> None:
+        self.fractions.append(fraction)
+
+
 def open_kinds(folder: Path, tokenizer: Tokenizer) -> dict[str, DocumentSource]:
     texts = [make_text(seed, 3 + seed % 20) for seed in range(60)]
     for name, rows in (("a", texts[:20]), ("b", texts[20:])):
@@ -93,6 +104,11 @@ def open_kinds(folder: Path, tokenizer: Tokenizer) -> dict[str, DocumentSource]:
 
 def test_the_fraction_of_every_kind_of_source_grows_to_1(tmp_path: Path, tokenizer: Tokenizer) -> None:
     for name, source in open_kinds(tmp_path, tokenizer).items():
+        recorded = Recorded()
+        if name != "first tokens":
+            draw_sample([source, source], tokenizer, 100, "x", recorded)
+            assert recorded.fractions == sorted(recorded.fractions), name
+            assert recorded.fractions[-1] == 1.0, name
         positions = [None, *(row.next_position for row in source.read(repeat=False))]
         fractions = [source.progress(position) for position in positions]
         assert fractions == sorted(fractions), name
@@ -108,21 +124,17 @@ def test_the_fraction_of_every_kind_of_source_grows_to_1(tmp_path: Path, tokeniz
 def test_the_loss_on_text_and_the_scorer_tell_how_much_is_done(tmp_path: Path, tokenizer: Tokenizer) -> None:
     model = Qwen3Model(build(), max_length=64)
     source = open_kinds(tmp_path, tokenizer)["jsonl"]
-    fractions: list[float] = []
-
-    class Recorded(Progress):
-        def update(self, fraction: float) -> None:
-            fractions.append(fraction)
-
+    recorded = Recorded()
+    fractions = recorded.fractions
     choices: tuple[dict[str, Any], ...] = ({}, {"limit": 15}, {"max_tokens": 200})
     for options in choices:
         fractions.clear()
-        text_loss(model, tokenizer, source, token_budget=16, progress=Recorded(), **options)
+        text_loss(model, tokenizer, source, token_budget=16, progress=recorded, **options)
         assert len(fractions) > 5
         assert fractions == sorted(fractions)
         assert fractions[-1] == pytest.approx(1.0)
         assert fractions[0] < 0.5
-    scorer = Scorer(model, token_budget=100, progress=Recorded())
+    scorer = Scorer(model, token_budget=100, progress=recorded)
     fractions.clear()
     scorer.log_likelihoods([(ids(n, 5 + n), ids(50 + n, 3)) for n in range(20)])
     assert len(fractions) > 3

@@ -17,8 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 
+from data.progress import format_duration
 from errors import UserError
-from eval.progress import format_duration
 from eval.report.run_records import read_run
 from training import log
 from training.log import logger

@@ -1,31 +1,26 @@
-"""Progress of an evaluation and the time left: a moving line on a terminal, else a line per minute."""
+"""Progress of work and the time left: a moving line on a terminal, else a line per minute."""
 
 import sys
 import time
 from collections.abc import Callable
-
-from eval.distributed import is_main_rank
 
 _LOG_SECONDS = 60.0
 _TERMINAL_SECONDS = 0.5
 
 
 class Progress:
-    """Tells how far the work is; only the main rank's does.
-
-    Short work shows nothing in a log.
+    """Tells how far the work is; short work shows nothing in a log.
 
     Args:
         log: Writes a line to a log; None for standard error, where a terminal gets one line that moves.
-        seconds: Seconds between two lines; None for 60, or 0.5 on a terminal.
+        is_on: Whether anything is shown: on one of several ranks.
     """
 
-    def __init__(self, log: Callable[[str], object] | None = None, seconds: float | None = None) -> None:
-        self._is_on = is_main_rank()
+    def __init__(self, log: Callable[[str], object] | None = None, *, is_on: bool = True) -> None:
+        self._is_on = is_on
         self._log = log
         self._is_moving = log is None and sys.stderr.isatty()
-        default = _TERMINAL_SECONDS if self._is_moving else _LOG_SECONDS
-        self._seconds = default if seconds is None else seconds
+        self._seconds = _TERMINAL_SECONDS if self._is_moving else _LOG_SECONDS
         self._width = 0
         self.start("")
 
