@@ -72,9 +72,12 @@ def read_texts(
         UserError: The documents do not fit the mode, or the source is damaged.
     """
     for batch in batches(source.read(repeat=False), _BATCH_DOCUMENTS, _BATCH_CHARACTERS):
-        rows = [row for row in batch if row.skipped is None]
-        skipped.update(row.skipped for row in batch if row.skipped is not None)
-        for text in _encode(rows, tokenizer, mode):
+        texts = _encode([row for row in batch if row.skipped is None], tokenizer, mode)
+        for row in batch:
+            if row.skipped is not None:
+                skipped[row.skipped] += 1
+                continue
+            text = next(texts)
             if text is None:
                 skipped["one_word"] += 1
             elif len(text.tokens) <= text.first_predicted:

@@ -133,7 +133,7 @@ def test_documents_without_a_last_word_are_counted(
     assert found.skipped == {"one_word": 2, "empty": 2}
     assert found.num_documents == 2
     assert found.num_bytes == len(" reads") + len("\nlast")
-    assert "skipped: 2 empty, 2 one_word" in format_result(found)
+    assert "skipped: 2 one_word, 2 empty" in format_result(found)
 
 
 def test_a_token_across_the_start_of_the_last_word_is_predicted(tmp_path: Path) -> None:
@@ -160,6 +160,8 @@ def test_skipped_rows_and_documents_that_do_not_fit_are_counted(
     )
     found = text_loss(GreedyModel(0), tokenizer, opened, mode=mode)
     assert found.skipped == {"null": 1, "malformed": 1, "not_text": 1}
+    # of the rows up to the last document that is read
+    assert text_loss(GreedyModel(0), tokenizer, opened, mode=mode, limit=8).skipped == {}
     # max_length is 8, and the last token is no input; documents and pages have the end-of-document token too
     lengths = [len(ids) + (mode != "last-word") for ids in tokenizer.encode_batch(texts)]
     assert found.num_cut_documents == sum(length > 9 for length in lengths) > 0
