@@ -254,6 +254,7 @@ class RunConfig:
             ("max_tokens", has_loss, "data.validation is none"),
             ("tasks_every", has_tasks, "eval.tasks is empty"),
             ("tasks_limit", has_tasks, "eval.tasks is empty"),
+            ("tasks_num_fewshot", has_tasks, "eval.tasks is empty"),
             ("tasks_data", has_tasks, "eval.tasks is empty"),
         ):
             value = getattr(self.eval, name)
