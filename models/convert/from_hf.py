@@ -24,7 +24,7 @@ from models.convert.hf_folder import (
     read_tensor,
 )
 from models.convert.tokenizer import check_tokenizer_files, import_tokenizer
-from models.init import initial_weight
+from models.init import InitialWeights
 from models.qwen3 import Qwen3
 from models.run_folder import RunFolder
 
@@ -88,10 +88,11 @@ def convert_from_hf(
     def read(name: str) -> torch.Tensor:
         if name in names:
             return read_tensor(saved[names[name]].file, names[name]).to(wanted, copy=True)
-        return initial_weight(config, name, shapes[name], seed).to(wanted)
+        return initial.draw(name).to(wanted)
 
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in Qwen3(config).named_parameters()}
+        initial = InitialWeights(Qwen3(config), seed)
+    shapes = {name: p.shape for name, p in initial.parameters.items()}
     data = import_tokenizer(source, run.tokenizer, theirs.eos_token_id)
     weights = {name: torch.empty(shape, dtype=wanted, device="meta") for name, shape in shapes.items()}
     # one file per tensor: the writer keeps all tensors of a file in memory
