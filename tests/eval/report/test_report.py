@@ -96,7 +96,7 @@ def test_arms_are_compared_at_their_best_learning_rates(tmp_path: Path) -> None:
         ),
         *seeds(tmp_path, "parallax", (2.42, 2.40), rate, "0.02"),
         *seeds(tmp_path, "parallax", (2.45,)),
-        *seeds(tmp_path, "parallax", (2.9,), optimizer="adamw"),
+        *seeds(tmp_path, "parallax", (2.9,), rate, "0.002", optimizer="adamw"),
         # stopped at a loss of NaN
         make_run(tmp_path / "x", [launch(), *training(2.0, last=3)], rate, "0.4"),
     ]
