@@ -39,6 +39,7 @@ from training.launch_record import command_line, launch_facts
 from training.log import logger
 from training.memory import checkpoint_bytes
 from training.metrics import RunMetrics
+from training.micro_batches import MicroBatches
 from training.non_finite import check_step, check_weights
 from training.preflight import build_meta_model, check_shared
 from training.rank_monitor import DATA_SECONDS, RankMonitor
@@ -112,6 +113,7 @@ class Trainer(TitanTrainer):
         )
         assert isinstance(self.model, Qwen3)
         self.checkpointer.checkpoint_bytes = checkpoint_bytes(config, build_meta_model(config), world_size)
+        self.micro_batches = MicroBatches(self.model, config.training, self.device)
         self.scalars, self.rank_sums = ScalarRecorder(self.device), RankSums(self.device)
         self.flop_counter = FlopCounter(self.model, config.training.seq_len)
 
@@ -253,7 +255,6 @@ class Trainer(TitanTrainer):
             NonFiniteLossError: The loss or the gradient norm is NaN or Inf. Nothing is saved; a gradient norm
                 of NaN or Inf leaves weights and optimizer state unchanged.
         """
-        self.optimizers.zero_grad()
         rates, decays = self.lr_schedulers.lr_by_group(), self.lr_schedulers.weight_decay_by_group()
         self.monitor.enter("data", limit=DATA_SECONDS)
         batch = [next(micro_batches) for _ in range(self.num_micro_batches)]
@@ -297,26 +298,11 @@ class Trainer(TitanTrainer):
         num_predicted = sum((labels != IGNORE_INDEX).sum() for _, labels in batch)
         num_predicted = torch.as_tensor(num_predicted, device=self.device)
         dist.all_reduce(num_predicted)
-        loss = torch.zeros((), device=self.device)
+        self.micro_batches.begin_step(num_predicted)
         for index, (inputs, labels) in enumerate(batch, start=1):
             self.monitor.enter(f"micro-batch {index} of {len(batch)}")
-            part = self._loss_sum(inputs, labels) / num_predicted
-            part.backward()
-            loss += part.detach()
-        return loss, num_predicted
-
-    def _loss_sum(self, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
-        cu_seqlens = inputs.get("cu_seqlens")
-        if cu_seqlens is not None:
-            cu_seqlens = cu_seqlens.to(self.device, non_blocking=True)
-            # its length differs between batches; compile once for all lengths
-            torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)
-        return self.model(
-            inputs["input"].to(self.device, non_blocking=True),
-            cu_seqlens=cu_seqlens,
-            max_seqlen=self.config.training.seq_len,
-            labels_BT=labels.to(self.device, non_blocking=True),
-        )
+            self.micro_batches.add(inputs, labels)
+        return self.micro_batches.loss(), num_predicted
 
     def _is_due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
@@ -390,6 +376,7 @@ class Trainer(TitanTrainer):
         """Wait for background writes, stop threads, close the metrics' sinks, release the run folder."""
         self.monitor.lift_limit()
         self.dataloader.close()
+        self.micro_batches.close()
         super().close()
         self.monitor.close()
         self.lock.release()

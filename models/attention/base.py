@@ -23,10 +23,13 @@ class Attention(nn.Module, ABC):
     Attributes:
         has_graph_breaks: Whether torch.compile breaks forward into several graphs.
         supports_cuda_graph: Whether extend can be captured in a CUDA graph.
+        forward_supports_cuda_graph: Whether forward and its backward can: on a GPU they neither wait for the
+            device nor have shapes that depend on the documents' lengths, and documents may be empty.
     """
 
     has_graph_breaks: bool = False
     supports_cuda_graph: bool = True
+    forward_supports_cuda_graph: bool = False
 
     @abstractmethod
     def forward(

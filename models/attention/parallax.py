@@ -8,6 +8,7 @@ from models.attention.key_values import KeyValueAttention
 from models.config import ParallaxConfig
 from models.sizes import ModelSize
 from parallax import parallax_attention, parallax_decode
+from parallax.kernels.tiles import HEAD_DIMS
 
 
 class ParallaxAttention(KeyValueAttention):
@@ -26,6 +27,7 @@ class ParallaxAttention(KeyValueAttention):
         super().__init__(size, norm_eps)
         self.config = config
         self.window_size = config.window_size
+        self.forward_supports_cuda_graph = config.impl in (None, "triton") and size.head_dim in HEAD_DIMS
         num_probes = size.num_kv_heads if config.r_heads == "kv" else size.num_heads
         if config.r_rank is None:
             self.wr = nn.Linear(size.width, num_probes * size.head_dim, bias=False)

@@ -13,8 +13,8 @@ from config import Table
 from errors import UserError
 from models.checkpoint.load import check_tensors, load_tensors, model_config
 from models.config import ParallaxConfig
-from models.convert.format import PARALLAX_FILE, to_config_json, to_hugging_face
-from models.convert.tokenizer import export_tokenizer
+from models.convert.format import PARALLAX_FILES, to_config_json, to_hugging_face
+from models.convert.tokenizer import SpecialTokens, export_tokenizer
 from models.qwen3 import Qwen3
 from models.run_folder import RunFolder, find_checkpoint, read_run_table
 from models.run_tokenizer import find_tokenizer
@@ -60,29 +60,41 @@ def convert_to_hf(
     check_tensors(shapes, checkpoint)
     tokenizer_path = find_tokenizer(run, data, tokenizer)
     out.mkdir(parents=True, exist_ok=True)
-    eos: int | None = None
+    special: SpecialTokens | None = None
     if tokenizer_path is not None:
-        eos, pad = export_tokenizer(
+        special = export_tokenizer(
             tokenizer_path,
             out,
             end_of_document=data.get("end_of_document", END_OF_DOCUMENT),
             num_positions=num_positions,
             vocab_size=config.vocab_size,
         )
-        _write_json(out / "generation_config.json", {"eos_token_id": eos, "pad_token_id": pad})
+        # any token may pad the end of a shorter text in generated batches
+        pad = special.eos if special.pad is None else special.pad
+        ids = {"bos_token_id": special.bos, "eos_token_id": special.eos, "pad_token_id": pad}
+        _write_json(out / "generation_config.json", ids)
     files = _write_weights(checkpoint, shapes, getattr(torch, dtype), out, shard_bytes)
     if isinstance(config.attention, ParallaxConfig):
-        shutil.copyfile(Path(__file__).with_name(PARALLAX_FILE), out / PARALLAX_FILE)
+        for name in PARALLAX_FILES:
+            shutil.copyfile(Path(__file__).with_name(name), out / name)
     # written last: a folder with a config is complete
-    saved = to_config_json(config, dtype=dtype, num_positions=num_positions, eos_token_id=eos)
+    bos, eos = (None, None) if special is None else (special.bos, special.eos)
+    saved = to_config_json(
+        config, dtype=dtype, num_positions=num_positions, eos_token_id=eos, bos_token_id=bos
+    )
     _write_json(out / "config.json", saved)
     count = sum(shape.numel() for shape in shapes.values())
     lines = [
         f"{out}: {saved['architectures'][0]}, {count / 1e6:.2f}M parameters of {checkpoint.name} in {dtype}, "
         f"{files} safetensors file{'s' if files > 1 else ''}"
     ]
-    if tokenizer_path is None:
+    if special is None:
         lines.append("no tokenizer: the run names none; give --tokenizer to add one")
+    elif special.pad is None:
+        lines.append(
+            f"no pad token: the tokenizer uses all {config.vocab_size} ids of the model; set "
+            "tokenizer.pad_token before batches are padded"
+        )
     lines += ["load it with trust_remote_code=True"] if "auto_map" in saved else []
     return "\n".join(lines)
 

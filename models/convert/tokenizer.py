@@ -2,13 +2,44 @@
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
-from tokenizers import Tokenizer
-
+from config import Table
 from errors import UserError
-from models.convert.format import Table, read_json
-from models.run_tokenizer import OTHER_FILES, SETTINGS_FILE, check_ids, copy_tokenizer
-from tokens import TOKENIZER_FILE
+from models.convert.hf_folder import file_in, read_json
+from models.run_tokenizer import OTHER_FILES, SETTINGS_FILE, check_ids, copy_tokenizer, read_tokenizer
+from tokens import END_OF_DOCUMENT, TOKENIZER_FILE
+
+PAD_TOKEN = "<|pad|>"
+"""The pad_token of an export whose tokenizer has none apart from the end-of-document token."""
+
+
+class SpecialTokens(NamedTuple):
+    """The ids that transformers treats apart.
+
+    Attributes:
+        bos: What starts a text without a prompt, "<|endoftext|>" or else the end-of-document token, as in
+            Qwen3's folders. It is not put in front of a prompt.
+        eos: The end-of-document token.
+        pad: None if the model has no row for one.
+    """
+
+    bos: int
+    eos: int
+    pad: int | None
+
+
+def check_tokenizer_files(source: Path) -> None:
+    """Check the files of a tokenizer in a folder from outside.
+
+    Raises:
+        UserError: One leads out of the folder, or its eos_token is no text.
+    """
+    for name in (TOKENIZER_FILE, SETTINGS_FILE, *OTHER_FILES):
+        file_in(source, name)
+    if (source / TOKENIZER_FILE).is_file():
+        read_tokenizer(source)
+        _token(source, "eos_token")
 
 
 def import_tokenizer(source: Path, out: Path, eos_token_id: int | None) -> Table | None:
@@ -33,9 +64,9 @@ def import_tokenizer(source: Path, out: Path, eos_token_id: int | None) -> Table
             )
         return None
     if eos_token_id is None:
-        token = _plain_token(_settings(source).get("eos_token"))
+        token = _token(source, "eos_token")
     else:
-        token = Tokenizer.from_file(str(source / TOKENIZER_FILE)).id_to_token(eos_token_id)
+        token = read_tokenizer(source).id_to_token(eos_token_id)
     if token is None:
         raise UserError(
             f"eos_token_id in {source / 'config.json'} is {eos_token_id}, which is not a token of "
@@ -48,8 +79,12 @@ def import_tokenizer(source: Path, out: Path, eos_token_id: int | None) -> Table
 
 def export_tokenizer(
     source: Path, out: Path, *, end_of_document: str, num_positions: int | None, vocab_size: int
-) -> tuple[int, int]:
+) -> SpecialTokens:
     """Write a run's tokenizer to a Hugging Face folder.
+
+    Its pad_token differs from the end-of-document token, since collators take the labels of padding out of
+    the loss: that of the run's own settings, or else "<|pad|>", for which the model has a row that no token
+    uses. Without such a row there is none.
 
     Args:
         source: From models.run_tokenizer.find_tokenizer.
@@ -59,13 +94,13 @@ def export_tokenizer(
         vocab_size: Rows of the model's embedding.
 
     Returns:
-        The ids of the eos_token and the pad_token.
+        The ids of the special tokens.
 
     Raises:
         UserError: The tokenizer lacks the end-of-document token, or has ids beyond vocab_size.
     """
     file = source / TOKENIZER_FILE if source.is_dir() else source
-    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer = read_tokenizer(source)
     check_ids(tokenizer, str(file), vocab_size)
     eos = tokenizer.token_to_id(end_of_document)
     if eos is None:
@@ -75,12 +110,20 @@ def export_tokenizer(
     if source.is_dir():
         settings = _settings(source) or settings
     copy_tokenizer(source, out)
-    pad_token = _plain_token(settings.get("pad_token"))
-    pad = None if pad_token is None else tokenizer.token_to_id(pad_token)
-    settings |= {"eos_token": end_of_document} | ({"pad_token": end_of_document} if pad is None else {})
+    settings |= {"eos_token": end_of_document}
+    settings.pop("pad_token", None)
+    token = _token(source, "pad_token") if source.is_dir() else None
+    if token is None or token == end_of_document or tokenizer.token_to_id(token) is None:
+        token = PAD_TOKEN
+        # transformers gives it the same id as it loads the settings
+        tokenizer.add_special_tokens([token])
+    pad = tokenizer.token_to_id(token)
+    pad = pad if pad is not None and pad < vocab_size else None
+    settings |= {} if pad is None else {"pad_token": token}
     text = json.dumps(settings, indent=2, ensure_ascii=False)
     (out / SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
-    return eos, eos if pad is None else pad
+    bos = tokenizer.token_to_id(END_OF_DOCUMENT)
+    return SpecialTokens(bos=eos if bos is None else bos, eos=eos, pad=pad)
 
 
 def _settings(folder: Path) -> Table:
@@ -88,6 +131,10 @@ def _settings(folder: Path) -> Table:
     return read_json(path) if path.is_file() else {}
 
 
-def _plain_token(token: str | Table | None) -> str | None:
+def _token(folder: Path, key: str) -> str | None:
     """Return a token's text; settings contain either the text or a table of properties."""
-    return token["content"] if isinstance(token, dict) else token
+    found = _settings(folder).get(key)
+    token = found.get("content") if isinstance(found, dict) else found
+    if found is not None and not isinstance(token, str):
+        raise UserError(f"{folder / SETTINGS_FILE}: {key} is {found!r}, wanted a text")
+    return token

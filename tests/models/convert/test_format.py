@@ -74,8 +74,9 @@ def test_published_configs_decode_to_named_or_custom_sizes() -> None:
     assert untied.num_parameters()["total"] - tied.num_parameters()["total"] == 50 * 128
     for table in (QWEN3_06B, QWEN3_8B):
         theirs = from_config_json(table)
-        back = to_config_json(theirs.model, dtype="bfloat16", num_positions=40960, eos_token_id=151645)
-        dropped = {"bos_token_id", "max_window_layers", "sliding_window", "transformers_version"}
+        ids = {"eos_token_id": 151645, "bos_token_id": 151643}
+        back = to_config_json(theirs.model, dtype="bfloat16", num_positions=40960, **ids)
+        dropped = {"max_window_layers", "sliding_window", "transformers_version"}
         assert {k: v for k, v in table.items() if k not in dropped} == back
 
 

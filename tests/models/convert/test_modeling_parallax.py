@@ -11,7 +11,7 @@ import torch
 from config import to_table, to_toml
 from models.checkpoint.load import load_model
 from models.config import ModelConfig, ParallaxConfig, SoftmaxConfig
-from models.convert.format import to_config_json, to_hugging_face
+from models.convert.format import PARALLAX_FILES, to_config_json, to_hugging_face
 from models.convert.from_hf import convert_from_hf
 from models.convert.to_hf import convert_to_hf
 from models.qwen3 import Qwen3
@@ -21,6 +21,7 @@ from tests.models.test_checkpoint import save_run
 from tokens import IGNORE_INDEX
 
 transformers = pytest.importorskip("transformers")
+FOLDER = Path(__file__).parents[3] / "models" / "convert"
 VOCAB = 97
 PAD = 96
 SIZE = ModelSize(width=36, num_layers=3, num_heads=6, num_kv_heads=2, head_dim=10, mlp_width=52)
@@ -40,13 +41,6 @@ VARIANTS = {
     ),
 }
 variants = pytest.mark.parametrize("attention", VARIANTS.values(), ids=list(VARIANTS))
-
-
-@pytest.fixture(autouse=True)
-def _own_module_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put transformers' cache of the folders' code into the test's folder, not into the user's home."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
 
 
 def settings(attention: ParallaxConfig | SoftmaxConfig, **options: Any) -> ModelConfig:
@@ -180,7 +174,7 @@ def test_padding_on_either_side_does_not_change_logits(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_beam_search_stops_at_the_end_of_document_token(corpus: Path, tmp_path: Path) -> None:
-    config = ModelConfig(size="debug", vocab_size=300, attention=ParallaxConfig(), init_std=0.2)
+    config = ModelConfig(size="debug", vocab_size=301, attention=ParallaxConfig(), init_std=0.2)
     save_run(tmp_path / "run", config)
     tables = {"model": to_table(config), "data": {"tokenizer": str(corpus / "tokenizer.json")}}
     (tmp_path / "run" / "config.toml").write_text(to_toml(tables))
@@ -205,7 +199,7 @@ def test_beam_search_stops_at_the_end_of_document_token(corpus: Path, tmp_path: 
     assert log_probability(beams[0]) >= log_probability(written[0]) - 1e-4
     # the end-of-document token ends the text
     theirs.lm_head.weight.zero_()
-    theirs.generation_config.suppress_tokens = [i for i in range(300) if i != tokenizer.eos_token_id]
+    theirs.generation_config.suppress_tokens = [i for i in range(301) if i != tokenizer.eos_token_id]
     ended = theirs.generate(**batch, max_new_tokens=5, do_sample=False)
     assert ended.shape[1] == width + 1
     assert (ended[:, -1] == tokenizer.eos_token_id).all()
@@ -253,22 +247,132 @@ def test_every_parallax_option_is_in_the_config_and_checked(tmp_path: Path) -> N
     assert all((gain == 0.5).all() for gain in gains)
 
 
-def test_unsupported_arguments_raise(tmp_path: Path) -> None:
+@torch.no_grad()
+def test_bounds_of_documents_alone_tell_them_apart(tmp_path: Path) -> None:
+    # positions restart too: without RoPE on r they change the logits
+    for name in ("default", "no RoPE on r", "all"):
+        ours, theirs = export(tmp_path / name.replace(" ", "_"), VARIANTS[name])
+        ids = torch.tensor(tokens(20))
+        bounds = torch.tensor([0, 5, 5, 13, 14, 20], dtype=torch.int32)
+        expected = ours(ids, cu_seqlens=bounds)
+        assert (expected - ours(ids)).abs().max() > 0.05
+        for given in (
+            {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds.long()},
+            {"cu_seq_lens_k": bounds},
+            {"cu_seq_lens_q": bounds, "attention_mask": torch.ones_like(ids)},
+            {"cu_seq_lens_q": bounds, "position_ids": torch.arange(20).unsqueeze(0)},
+        ):
+            out = theirs(ids, **given)
+            close(out.logits, expected)
+            assert out.past_key_values is None
+
+
+def test_wrong_bounds_of_documents_raise(tmp_path: Path) -> None:
     _, theirs = export(tmp_path, VARIANTS["default"])
     ids = torch.tensor(tokens(6))
-    with pytest.raises(NotImplementedError, match=r"output_hidden_states are not supported"):
-        theirs(ids, output_hidden_states=True)
-    with pytest.raises(ValueError, match=r"attention_mask is \[1, 5\], wanted \[1, 6\]"):
-        theirs(ids, attention_mask=torch.ones(1, 5))
-    with pytest.raises(ValueError, match=r"static caches .* do not set cache_implementation"):
-        theirs.generate(ids, max_new_tokens=2, cache_implementation="static", disable_compile=True)
+    bounds = torch.tensor([0, 2, 6], dtype=torch.int32)
+    jumping = torch.tensor([[0, 1, 0, 2, 3, 4]])
+    mask = torch.tensor([[0, 1, 1, 1, 1, 1]])
+    for given, message in (
+        ({"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds + 1}, "cu_seq_lens_q differs from cu_seq_lens_k"),
+        ({"cu_seq_lens_q": bounds[1:]}, r"cu_seq_lens is \[2, 6\] for 1 rows of 6 tokens"),
+        ({"cu_seq_lens_q": bounds[:-1]}, r"cu_seq_lens is \[0, 2\] .* rise from 0 to 6"),
+        ({"cu_seq_lens_q": torch.tensor([0, 4, 2, 6])}, r"bounds that rise"),
+        ({"input_ids": ids.repeat(2, 1), "cu_seq_lens_q": bounds}, r"for 2 rows of 6 tokens; wanted one row"),
+        ({"cu_seq_lens_q": bounds, "position_ids": jumping}, "position_ids jump inside a document"),
+        ({"cu_seq_lens_q": bounds, "attention_mask": mask}, "without padding, but attention_mask has zeros"),
+        ({"cu_seq_lens_q": bounds, "past_key_values": transformers.DynamicCache()}, "leave out past_key_val"),
+        ({"cu_seq_lens_q": bounds, "use_cache": True}, "use_cache is True, but a row has several documents"),
+        ({"position_ids": torch.tensor([[0, 1, 0, 1, 2, 3]]), "use_cache": True}, "use_cache is True, but"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            theirs(**{"input_ids": ids, **given})
+
+
+def test_arguments_that_would_change_the_result_raise(tmp_path: Path) -> None:
+    _, theirs = export(tmp_path, VARIANTS["default"])
+    ids = torch.tensor(tokens(6))
+    for name, value in (
+        ("output_attentions", True),
+        ("cache", transformers.DynamicCache()),
+        ("position_bias", torch.zeros(1)),
+        ("softcap", 30.0),
+        ("s_aux", torch.zeros(6)),
+        ("head_mask", torch.ones(6)),
+        ("is_causal", False),
+    ):
+        with pytest.raises(NotImplementedError, match=f"{name}.* is not supported"):
+            theirs(ids, **{name: value})
+    assert theirs(ids, output_attentions=False, softcap=None, is_causal=True).logits.isfinite().all()
+    theirs.config.is_causal = False
+    with pytest.raises(NotImplementedError, match="the correction is causal"):
+        theirs(ids)
+    theirs.config.is_causal = True
     with pytest.raises(ValueError, match="give exactly one of input_ids and inputs_embeds"):
         theirs()
+    config_class = type(theirs.config)
+    for name, value in (("attention_dropout", 0.1), ("sliding_window", 5)):
+        with pytest.raises(ValueError, match=f"{name} is {value}, wanted"):
+            config_class(use_sliding_window=True, **{name: value})
+    for name in ("flex_attention", "flash_attention_2"):
+        with pytest.raises((ValueError, ImportError), match=r"does not support|not installed"):
+            transformers.AutoModelForCausalLM.from_pretrained(
+                tmp_path / "hf", trust_remote_code=True, attn_implementation=name
+            )
 
 
-def test_the_file_imports_torch_and_transformers_only() -> None:
-    source = Path(__file__).parents[3] / "models" / "convert" / "modeling_parallax.py"
-    nodes = [*ast.walk(ast.parse(source.read_text()))]
-    imported = {alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names}
-    imported |= {n.module or "." for n in nodes if isinstance(n, ast.ImportFrom)}
-    assert {name.partition(".")[0] for name in imported} == {"torch", "transformers", "typing"}
+@torch.no_grad()
+def test_masks_of_transformers_own_kinds_give_the_same_logits(tmp_path: Path) -> None:
+    _, theirs = export(tmp_path, VARIANTS["all"])
+    eager = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "hf", trust_remote_code=True, attn_implementation="eager"
+    )
+    batch = left_padded(tokens(9, 4))
+    # what padding sees is arbitrary
+    logits = (m(**batch).logits[batch["attention_mask"] == 1] for m in (eager, theirs))
+    close(*logits)
+    # a 4D mask is complete: without causality only the last query keeps its logits
+    ids = torch.tensor(tokens(5))
+    for mask in (torch.ones(1, 1, 5, 5, dtype=torch.bool), torch.zeros(1, 6, 5, 5)):
+        found, causal = theirs(ids, attention_mask=mask).logits, theirs(ids).logits
+        assert (found[:, 0] - causal[:, 0]).abs().max() > 0.05
+
+
+@torch.no_grad()
+def test_a_cast_to_16_bits_and_other_kinds_of_rope(tmp_path: Path) -> None:
+    _, theirs = export(tmp_path, VARIANTS["default"])
+    ids = torch.tensor(tokens(9))
+    positions = torch.arange(3000, 3009).unsqueeze(0)
+    low = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "hf", trust_remote_code=True, dtype=torch.bfloat16
+    )
+    expected = low(ids, position_ids=positions).logits
+    assert torch.equal(theirs.bfloat16()(ids, position_ids=positions).logits, expected)
+    # without probes it is Qwen3, with YaRN too
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+    sizes = {name: getattr(theirs.config, name) for name in ("hidden_size", "num_hidden_layers", "head_dim")}
+    sizes |= {
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "intermediate_size": 52,
+        "vocab_size": VOCAB,
+    }
+    plain = type(theirs)(type(theirs.config)(num_plain_layers=3, rope_parameters=dict(yarn), **sizes))
+    stock = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(rope_parameters=dict(yarn), **sizes))
+    stock.load_state_dict(plain.state_dict())
+    close(plain(ids, position_ids=positions).logits, stock(ids, position_ids=positions).logits)
+
+
+def test_the_files_import_torch_and_transformers_only() -> None:
+    imported = set()
+    for name in PARALLAX_FILES:
+        nodes = [*ast.walk(ast.parse((FOLDER / name).read_text()))]
+        optional = {id(child) for n in nodes if isinstance(n, ast.Try) for child in ast.walk(n)}
+        for node in nodes:
+            if id(node) in optional:
+                continue
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add("." * node.level + (node.module or "").partition(".")[0])
+    assert imported == {"collections", "torch", "transformers", "typing", ".attention_parallax"}

@@ -33,16 +33,19 @@ def exported_ids(folder: Path) -> list[int]:
 
 def test_a_local_tokenizer_converts_both_ways(corpus: Path, tmp_path: Path) -> None:
     data = {"tokenizer": str(corpus / "tokenizer.json"), "end_of_document": "<|endoftext|>"}
-    config = ModelConfig(size="debug", vocab_size=300)
+    config = ModelConfig(size="debug", vocab_size=301)
     save_run_with_data(tmp_path / "run", config, data, training={"seq_len": 77})
-    convert_to_hf(tmp_path / "run", tmp_path / "hf")
+    assert "pad token" not in convert_to_hf(tmp_path / "run", tmp_path / "hf")
     ours = Tokenizer.load(corpus)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     assert theirs(TEXT).input_ids == ours.encode(TEXT)
     assert theirs.eos_token_id == model.generation_config.eos_token_id == ours.end_of_document_id
-    assert theirs.pad_token_id == model.generation_config.pad_token_id == ours.end_of_document_id
-    assert model.config.eos_token_id == ours.end_of_document_id
+    assert theirs.pad_token_id == model.generation_config.pad_token_id == 300
+    assert model.config.eos_token_id == model.config.bos_token_id == ours.end_of_document_id
+    assert model.generation_config.bos_token_id == ours.end_of_document_id
+    # no token in front of a text, and no row of the embedding without a gradient
+    assert (theirs.bos_token_id, model.config.pad_token_id) == (None, None)
     assert model.config.max_position_embeddings == theirs.model_max_length == 77
     convert_from_hf(tmp_path / "hf", tmp_path / "again")
     table = read_run_table(tmp_path / "again" / "checkpoint" / "step-0")
@@ -53,6 +56,18 @@ def test_a_local_tokenizer_converts_both_ways(corpus: Path, tmp_path: Path) -> N
     (tmp_path / "again").rename(tmp_path / "moved")
     convert_to_hf(tmp_path / "moved", tmp_path / "hf2")
     assert exported_ids(tmp_path / "hf2") == ours.encode(TEXT)
+
+
+def test_a_model_without_a_free_row_gets_no_pad_token(corpus: Path, tmp_path: Path) -> None:
+    data = {"tokenizer": str(corpus / "tokenizer.json")}
+    save_run_with_data(tmp_path / "run", ModelConfig(size="debug", vocab_size=300), data)
+    summary = convert_to_hf(tmp_path / "run", tmp_path / "hf")
+    assert "no pad token: the tokenizer uses all 300 ids of the model" in summary
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert (theirs.pad_token_id, len(theirs)) == (None, 300)
+    # texts of a generated batch still end
+    options = transformers.GenerationConfig.from_pretrained(tmp_path / "hf")
+    assert options.pad_token_id == options.eos_token_id == 0
 
 
 def test_a_run_with_the_name_of_a_hub_tokenizer_exports_its_own(corpus: Path, tmp_path: Path) -> None:
@@ -100,7 +115,9 @@ def test_a_chat_model_keeps_its_template_and_its_two_end_tokens(corpus: Path, tm
     convert_to_hf(tmp_path / "run", tmp_path / "hf")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     end_of_document = theirs.convert_tokens_to_ids("<|endoftext|>")
-    assert (theirs.eos_token_id, theirs.pad_token_id) == (end_of_document, end_of_document)
+    # the folder's pad_token ends documents here
+    assert (theirs.eos_token_id, theirs.pad_token) == (end_of_document, "<|pad|>")
+    assert 300 < theirs.pad_token_id < 310
     message = [{"role": "user", "content": "?"}]
     assert theirs.apply_chat_template(message, tokenize=False) == "<|im_start|>user"
     # the first eos_token_id of config.json, here that of a turn, becomes data.end_of_document
@@ -115,7 +132,7 @@ def test_a_chat_model_keeps_its_template_and_its_two_end_tokens(corpus: Path, tm
     options = {"end_of_document": "<|im_end|>", "num_positions": None, "vocab_size": 310}
     exported = export_tokenizer(tmp_path / "chat", tmp_path / "exported", **options)
     # the pad_token of the folder stays
-    assert exported == (end_of_turn, end_of_document)
+    assert exported == (end_of_document, end_of_turn, end_of_document)
 
 
 def test_a_tokenizer_with_ids_beyond_the_vocab_size_raises(corpus: Path, tmp_path: Path) -> None:
