@@ -17,7 +17,7 @@ from errors import UserError
 from models.config import ModelConfig, ParallaxConfig
 from models.convert.format import from_config_json, read_json, to_hugging_face
 from models.convert.tokenizer import import_tokenizer
-from models.init import initial_weight
+from models.init import InitialWeights
 from models.qwen3 import Qwen3
 from models.run_folder import RunFolder
 
@@ -91,10 +91,11 @@ def convert_from_hf(
     def read(name: str) -> torch.Tensor:
         if name in names:
             return _read(saved[names[name]].file, names[name]).to(wanted, copy=True)
-        return initial_weight(config, name, shapes[name], seed).to(wanted)
+        return initial.draw(name).to(wanted)
 
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in Qwen3(config).named_parameters()}
+        initial = InitialWeights(Qwen3(config), seed)
+    shapes = {name: p.shape for name, p in initial.parameters.items()}
     data = import_tokenizer(source, run.tokenizer, theirs.eos_token_id)
     weights = {name: torch.empty(shape, dtype=wanted, device="meta") for name, shape in shapes.items()}
     # one file per tensor: the writer keeps all tensors of a file in memory

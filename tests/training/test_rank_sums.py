@@ -1,0 +1,48 @@
+"""Sums over ranks, with scalars that only some ranks have logged."""
+
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from training.rank_sums import RankSums
+
+
+def row(*values: float) -> torch.Tensor:
+    return torch.tensor([sum(values), len(values)])
+
+
+def worker(rank: int, num_ranks: int, folder: str) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=num_ranks)
+    sums = RankSums(torch.device("cpu"))
+    values = {"loss": torch.tensor(0.5), "flops": 3.0, "flag": rank == 0}
+    expected = {"loss": 0.5 * num_ranks, "flops": 3.0 * num_ranks, "flag": 1.0}
+    first = (
+        {"b": row(1.0, 3.0), "a": row(float(rank))} if rank == 0 else {"a": row(float(rank)), "b": row(5.0)}
+    )
+    steps: list[tuple[dict[str, torch.Tensor], dict[str, float]]] = [
+        ({}, {}),
+        (
+            first,
+            {"a": sum(range(num_ranks)) / num_ranks, "b": (4.0 + 5.0 * (num_ranks - 1)) / (num_ranks + 1)},
+        ),
+        # a name that no rank has logged in this step, and a new one on the last rank alone
+        ({"a": row(), **({"c": row(7.0)} if rank == num_ranks - 1 else {})}, {"c": 7.0}),
+        ({"c": row(2.0)}, {"c": 2.0}),
+    ]
+    for logged, means in steps:
+        got = sums.sum(values, logged)
+        assert got == (expected, means), (rank, got)
+        assert [*got[0]] == [*expected]
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_sums_and_means_over_ranks(num_ranks: int, tmp_path: Path) -> None:
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["training.rank_sums"])
+    mp.start_processes(worker, args=(num_ranks, str(tmp_path)), nprocs=num_ranks, start_method="forkserver")
