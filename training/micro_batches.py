@@ -119,7 +119,7 @@ class MicroBatches:
         return self._loss - self._z_loss
 
     def z_loss(self) -> torch.Tensor:
-        """Return this rank's part of the z-loss per token since begin_step, fp32; 0 without training.z_loss."""
+        """Return this rank's part of the z-loss per token since begin_step, fp32; 0 for none."""
         return self._z_loss.clone()
 
     def close(self) -> None:

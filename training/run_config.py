@@ -115,6 +115,28 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AverageConfig:
+    """An exponential moving average of the weights, beside the weights that are trained.
+
+    Checkpoints hold it, the held-out loss is evaluated with it too, and `--average` of the command lines that
+    open checkpoints takes it.
+
+    Attributes:
+        decay: After each step the average is decay * average + (1 - decay) * weights, for example 0.999 for
+            the last 1000 steps or so; None for no average. A resume or a branch from a checkpoint without one
+            starts it with that checkpoint's weights.
+        start_step: Up to this step the average equals the weights.
+    """
+
+    decay: float | None = None
+    start_step: int = 0
+
+    def __post_init__(self) -> None:
+        check_range(self, 0.0, 1.0 - 1e-7, "decay")
+        check_range(self, 0, _MAX_STEPS, "start_step")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ParallelismConfig:
     """Data parallelism: FSDP2 over all ranks, or HSDP.
 
@@ -236,6 +258,7 @@ class RunConfig:
         optimizer: Parameter groups and their optimizers.
         schedule: Learning-rate schedule.
         training: Length, batch size and precision.
+        average: Moving average of the weights.
         data: Tokenizer, documents and packing.
         eval: Evaluation during training.
         parallelism: FSDP2 or HSDP.
@@ -251,6 +274,7 @@ class RunConfig:
     schedule: ScheduleConfig
     training: TrainingConfig
     data: DataConfig
+    average: AverageConfig = field(default_factory=AverageConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -265,8 +289,13 @@ class RunConfig:
             run.setdefault("folder", f"runs/{run['name']}")
 
     def unread_keys(self) -> list[str]:
-        """Return a sentence about each key of [eval] that is set and that this run does not read."""
+        """Return a sentence about each key that is set and that this run does not read."""
         told = []
+        if self.average.start_step and self.average.decay is None:
+            told.append(
+                f"average.start_step is {self.average.start_step}, but average.decay is none: it has no "
+                "effect"
+            )
         has_loss, has_tasks = self.data.validation is not None, bool(self.eval.tasks)
         for name, is_read, reason in (
             ("every", has_loss or bool(self.eval.sample_prompts), "data.validation is none"),

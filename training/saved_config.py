@@ -28,6 +28,8 @@ SEQUENCE_KEYS: tuple[KeyPath, ...] = (("training", "seq_len"), ("data", "mask_do
 _DATA_KEYS: tuple[KeyPath, ...] = (("data", "train"), ("data", "packing"), ("data", "shuffle_seed"))
 _TRAINING_KEYS: tuple[KeyPath, ...] = (
     *(("training", "global_batch_size"), ("training", "max_grad_norm"), ("training", "precision")),
+    *(("training", "z_loss"), ("training", "spike_ratio"), ("training", "skip_spikes")),
+    *(("average", "decay"), ("average", "start_step")),
     *(("run", "seed"), ("data", "validation_documents"), ("eval", "max_tokens"), ("data", "validation")),
 )
 # keys of [model] that change neither the weights' shapes nor the function that they compute

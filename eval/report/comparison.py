@@ -14,8 +14,11 @@ from eval.report.run_records import RunRecord
 
 # keys in which the seeds of one row may differ: seeds, names, and keys that do not change the computation
 _SEED_KEYS = ("run.seed", "data.shuffle_seed")
-_FREE_PREFIXES = ("run.name", "run.folder", "checkpoint.", "metrics.", "parallelism.", "eval.")
-_FREE_KEYS = (*_SEED_KEYS, "data.prefetch_batches", "model.attention.impl", "training.stop_at_step")
+_FREE_PREFIXES = ("run.name", "run.folder", "checkpoint.", "metrics.", "parallelism.", "eval.", "average.")
+_FREE_KEYS = (
+    *(*_SEED_KEYS, "data.prefetch_batches", "model.attention.impl"),
+    *("training.stop_at_step", "training.stop_at_tokens"),
+)
 # data keys that do not determine which documents are read
 _FREE_DATA_KEYS = ("data.shuffle_seed", "data.shuffle_window", "data.prefetch_batches", "data.tokenizer")
 FINAL_STEPS = 20
