@@ -32,8 +32,10 @@ class StepNorm(NamedTuple):
 
     def metrics(self) -> dict[str, float]:
         """Return the step's metrics, those of a spike only where it is one."""
-        spike = {"grad_norm_spike": self.norm / self.running, "skipped": self.is_skipped}
-        return {"grad_norm": self.norm, "grad_norm_running": self.running, **(spike if self.is_spike else {})}
+        metrics = {"grad_norm": self.norm, "grad_norm_running": self.running}
+        if self.is_spike:
+            metrics |= {"grad_norm_spike": self.norm / self.running, "is_skipped": self.is_skipped}
+        return metrics
 
 
 class GradientNorm:
@@ -49,11 +51,8 @@ class GradientNorm:
     """
 
     def __init__(self, config: TrainingConfig, device: torch.device) -> None:
-        self._max_norm, self._ratio, self._skips = (
-            config.max_grad_norm,
-            config.spike_ratio,
-            config.skip_spikes,
-        )
+        self._max_norm, self._ratio = config.max_grad_norm, config.spike_ratio
+        self._skips = config.skip_spikes
         self._running = torch.zeros((), device=device)
         self._num_steps = torch.zeros((), device=device)  # up to WINDOW
         self._step = torch.zeros(3, device=device)  # norm, running norm before, whether it is a spike
