@@ -26,8 +26,7 @@ class WeightAverage:
 
     def __init__(self, model: Qwen3, config: AverageConfig, decay: float) -> None:
         self._start_step, self._decay = config.start_step, decay
-        # the shards: once gathered for an evaluation, the model has other parameters; FSDP may yet move their
-        # memory, so that local tensors are not kept
+        # the shards: once gathered for an evaluation, the model has other parameters
         self._weights: dict[str, torch.Tensor] = {**model.unwrapped_parameters()}
         self._averages = {name: torch.zeros_like(weight) for name, weight in self._weights.items()}
         self._sharded_modules = [module for module in model.modules() if isinstance(module, FSDPModule)]

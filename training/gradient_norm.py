@@ -37,6 +37,11 @@ class StepNorm(NamedTuple):
             metrics |= {"grad_norm_spike": self.norm / self.running, "is_skipped": self.is_skipped}
         return metrics
 
+    def describe_spike(self) -> str:
+        """Describe a spike in a line of the log."""
+        ratio, what = self.norm / self.running, "skipped" if self.is_skipped else "not skipped"
+        return f"gradient norm {self.norm:.3g}, {ratio:.1f} times the running {self.running:.3g}: a spike, {what}"
+
 
 class GradientNorm:
     """Clips gradients and finds spikes, without waiting for the device.

@@ -15,6 +15,7 @@ import torch
 
 from config import Table, from_table, to_table
 from errors import UserError
+from models.config import FREE_KEYS
 from models.qwen3 import Qwen3
 from optimizers.config import OptimizerConfig, ScheduleConfig
 from optimizers.schedule import lr_factor, weight_decay_factor
@@ -32,8 +33,6 @@ _TRAINING_KEYS: tuple[KeyPath, ...] = (
     *(("average", "decay"), ("average", "start_step")),
     *(("run", "seed"), ("data", "validation_documents"), ("eval", "max_tokens"), ("data", "validation")),
 )
-# keys of [model] that change neither the weights' shapes nor the function that they compute
-_FREE_MODEL_KEYS = ("impl", "init_std", "r_gain_init")
 # of an optimizer group: check_compatible compares the parameters, _rate_differences the others
 _GROUP_KEYS_COMPARED_ELSEWHERE = ("parameters", "lr", "weight_decay", "weight_decay_gamma")
 
@@ -51,7 +50,7 @@ def check_model(config: RunConfig, saved: Table, source: Path, remedy: str) -> N
         UserError: The architectures differ; names the keys with both values.
     """
     saved_model = _fill_defaults(saved["model"], config.model)
-    differing = _differences(saved_model, to_table(config.model), "model", ignored=_FREE_MODEL_KEYS)
+    differing = _differences(saved_model, to_table(config.model), "model", ignored=FREE_KEYS)
     if differing:
         raise UserError(
             f"{source} holds checkpoints of another architecture: {'; '.join(differing)}. "

@@ -288,6 +288,8 @@ class Trainer(TitanTrainer):
         )
         norm = self.gradient_norm.read()
         check_step(self.step, sums["loss"], norm.norm, self.folder)
+        if norm.is_spike:
+            logger.info(f"step {self.step}  {norm.describe_spike()}")
         if self.average is not None:
             self.average.update(self.step, is_skipped=norm.is_skipped)
         metrics = {
@@ -347,12 +349,6 @@ class Trainer(TitanTrainer):
                 f'log_scalar("{clashes[0]}"): the run has a metric of this name; take another one'
             )
         self.metrics_processor.record(self.step, {**record, **result.scalars})
-        if "grad_norm_spike" in record:
-            what = "skipped" if record["is_skipped"] else "applied"
-            logger.info(
-                f"step {self.step}  gradient norm {record['grad_norm']:.3g} is {record['grad_norm_spike']:.1f} "
-                f"times the running {record['grad_norm_running']:.3g}: a spike, {what}"
-            )
         if self.step == 1 or is_due(self.step, self.config.metrics.console_every):
             self.metrics_processor.log_step(self.step, record, self.config.training.last_step)
 

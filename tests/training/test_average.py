@@ -1,7 +1,6 @@
 """The average of the weights: its rule by hand, ranks, resumes, and what an evaluation sees and leaves."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,11 +12,10 @@ from models.config import ModelConfig, ParallaxConfig
 from models.init import init_weights
 from models.qwen3 import Qwen3
 from models.sizes import ModelSize
-from tests.training.launch import EXACT, records, train
 from training.average import WeightAverage
 from training.run_config import AverageConfig
 
-# odd numbers of rows are sharded unevenly over two ranks, so that FSDP moves the shards' memory
+# odd numbers of rows are sharded unevenly over two ranks
 CONFIG = ModelConfig(
     size="custom",
     custom_size=ModelSize(width=30, num_layers=2, num_heads=3, num_kv_heads=1, head_dim=10, mlp_width=35),
@@ -73,7 +71,7 @@ def follow(rank: int, num_ranks: int, store: str) -> None:
     for step in range(1, 7):
         model(torch.zeros(1, 8, dtype=torch.int64), labels_BT=torch.ones(1, 8, dtype=torch.int64)).backward()
         is_skipped = step == 4
-        weights = {name: p for name, p in model.unwrapped_parameters().items()}
+        weights = model.unwrapped_parameters()
         with torch.no_grad():
             for p in () if is_skipped else weights.values():
                 shard = p.to_local() if isinstance(p, DTensor) else p

@@ -121,7 +121,7 @@ def spiked_run(corpus: Path, folder: Path, *, skip: str, ranks: int) -> str:
     assert spikes[0]["grad_norm_spike"] == pytest.approx(ratio)
     assert spikes[0]["is_skipped"] == (skip == "true")
     assert ("update_rms/hidden" in spikes[0]) == (skip == "false")
-    assert f"a spike, {'skipped' if skip == 'true' else 'applied'}" in printed
+    assert f"a spike, {'skipped' if skip == 'true' else 'not skipped'}" in printed
     return printed
 
 
