@@ -113,7 +113,8 @@ def _common_config(checkpoints: Sequence[Path]) -> ModelConfig:
 
 def _architecture(config: ModelConfig) -> dict[str, str]:
     table = to_table(config)
-    flat = {**table, **{f"attention.{key}": value for key, value in table.pop("attention").items()}}
+    attention = table.pop("attention")
+    flat = table | {f"attention.{key}": value for key, value in attention.items()}
     return {key: repr(value) for key, value in flat.items() if key.rpartition(".")[2] not in FREE_KEYS}
 
 

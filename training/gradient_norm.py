@@ -39,8 +39,9 @@ class StepNorm(NamedTuple):
 
     def describe_spike(self) -> str:
         """Describe a spike in a line of the log."""
-        ratio, what = self.norm / self.running, "skipped" if self.is_skipped else "not skipped"
-        return f"gradient norm {self.norm:.3g}, {ratio:.1f} times the running {self.running:.3g}: a spike, {what}"
+        times = f"{self.norm / self.running:.1f} times the running {self.running:.3g}"
+        what = "skipped" if self.is_skipped else "not skipped"
+        return f"gradient norm {self.norm:.3g}, {times}: a spike, {what}"
 
 
 class GradientNorm:
