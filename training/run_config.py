@@ -55,7 +55,7 @@ class TrainingConfig:
         stop_at_step: Stop after this step, with a checkpoint from which the run can be resumed; None to train
             for all steps.
         stop_at_tokens: Stop likewise after the first step with which the run has trained on this many tokens
-            or more; None for no such stop. Given both, the earlier stop counts.
+            or more, by this run's tokens per step; None for no such stop. Given both, the earlier one counts.
         seq_len: Sequence length in tokens.
         global_batch_size: Sequences per optimizer step, over all ranks.
         local_batch_size: Sequences per micro-batch on each rank; gradient accumulation makes up the rest of
@@ -106,12 +106,22 @@ class TrainingConfig:
     @property
     def last_step(self) -> int:
         """Last step of this launch."""
-        stops = [self.steps]
+        return self._stop()[0]
+
+    @property
+    def last_step_key(self) -> str:
+        """The key that decides on last_step."""
+        return f"training.{self._stop()[1]}"
+
+    def _stop(self) -> tuple[int, str]:
+        stops = [(self.steps, "steps")]
         if self.stop_at_step is not None:
-            stops.append(self.stop_at_step)
+            stops.append((self.stop_at_step, "stop_at_step"))
         if self.stop_at_tokens is not None:
-            stops.append(-(-self.stop_at_tokens // (self.global_batch_size * self.seq_len)))
-        return min(stops)
+            tokens_per_step = self.global_batch_size * self.seq_len
+            stops.append((-(-self.stop_at_tokens // tokens_per_step), "stop_at_tokens"))
+        # the first of equal ones
+        return min(stops, key=lambda stop: stop[0])
 
 
 @dataclass(frozen=True, kw_only=True)

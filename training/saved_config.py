@@ -85,6 +85,26 @@ def check_compatible(config: RunConfig, saved: Table, source: Path, remedy: str)
         )
 
 
+def check_token_stop(config: RunConfig, saved: Table, source: Path) -> None:
+    """Raise if training.stop_at_tokens is set, and the steps so far had other numbers of tokens.
+
+    Args:
+        config: The config of the run that loads a checkpoint.
+        saved: The config of the run that wrote it.
+        source: The checkpoint or its run folder, for the message.
+
+    Raises:
+        UserError: With the remedy.
+    """
+    batch = saved["training"]["global_batch_size"] * saved["training"]["seq_len"]
+    if config.training.stop_at_tokens is not None and batch != config.tokens_per_step:
+        raise UserError(
+            f"training.stop_at_tokens is {config.training.stop_at_tokens}, counted in steps of "
+            f"{config.tokens_per_step} tokens, but {source} has steps of {batch}; set training.stop_at_step "
+            'instead, and training.stop_at_tokens to "none"'
+        )
+
+
 def sequence_differences(config: RunConfig, saved: Table) -> list[str]:
     """Describe the differences in the sequences: their length, and document masking."""
     return _differences_at(config, saved, SEQUENCE_KEYS)
