@@ -1,6 +1,7 @@
 """The average of the weights: its rule by hand, ranks, resumes, and what an evaluation sees and leaves."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from models.run_folder import RunFolder
 from models.sizes import ModelSize
 from tests.training.launch import EXACT, records, train
 from training.average import WeightAverage
+from training.memory import checkpoint_bytes, estimate_memory
+from training.preflight import build_meta_model
 from training.run_config import AverageConfig, RunConfig
 
 # odd numbers of rows are sharded unevenly over two ranks
@@ -195,6 +198,17 @@ def test_one_and_two_ranks_give_the_same_average(averaged: dict[int, Path]) -> N
     losses = [held_out(averaged[ranks], "average_validation_loss") for ranks in (1, 2)]
     assert losses[0].keys() == {4, 8}
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_the_size_of_a_checkpoint_counts_the_average(averaged: dict[int, Path]) -> None:
+    for ranks, folder in averaged.items():
+        run = load_config(folder)
+        size = sum(file.stat().st_size for file in (folder / "checkpoint" / "step-8").iterdir())
+        assert size == pytest.approx(checkpoint_bytes(run, build_meta_model(run), ranks), rel=0.02)
+        without = replace(run, average=AverageConfig())
+        memory, less = (estimate_memory(each, build_meta_model(each), ranks) for each in (run, without))
+        num_bytes = sum(4 * p.numel() for p in build_meta_model(run).parameters())
+        assert memory.peak - less.peak == pytest.approx(num_bytes / ranks)
 
 
 def test_the_average_changes_nothing_else(averaged: dict[int, Path], corpus: Path, tmp_path: Path) -> None:
