@@ -1,5 +1,6 @@
 """Averaged checkpoints, and the average in a checkpoint: every command opens them."""
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from config import to_table, to_toml
 from data.config import ParquetSource
 from errors import UserError
 from eval import perplexity
+from eval.open_model import add_model_arguments, open_model
 from models import average
 from models.average import average_checkpoints, newest_checkpoints
 from models.checkpoint.load import load_model
@@ -147,6 +149,19 @@ def test_average_reads_the_average_in_every_command(
     assert json.loads((tmp_path / "out" / "perplexity.json").read_text())["average"] is True
     with pytest.raises(UserError, match=r"step-3 has no average of the weights.*models.average"):
         load_model(alone, average=True)
+
+
+def test_scores_of_the_average_are_not_those_of_the_weights(corpus: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", corpus, {3: random_weights(0)}, {3: random_weights(1)})
+    parser = argparse.ArgumentParser()
+    add_model_arguments(parser)
+    words = ["--checkpoint", str(run)]
+    plain, averaged = (
+        open_model(parser.parse_args(each), torch.device("cpu")) for each in (words, [*words, "--average"])
+    )
+    # by which scores are kept in requests.jsonl
+    assert plain.model.identity != averaged.model.identity
+    assert (plain.facts["average"], averaged.facts["average"]) == (False, True)
 
 
 def test_what_cannot_be_averaged_is_refused(corpus: Path, tmp_path: Path) -> None:

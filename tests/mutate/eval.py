@@ -9,6 +9,7 @@ SCORER = "tests/eval/scoring/test_scorer.py"
 TEXT_LOSS = "tests/eval/test_text_loss.py"
 
 MUTANTS = [
+    Mutant("eval/open_model.py", '(("average",) if average else ())', "()", "tests/models/test_average.py"),
     Mutant(
         "eval/scored_text.py",
         'num_words = len(re.split(r"\\s+", text))',
