@@ -49,7 +49,7 @@ def log_scalar(name: str, value: torch.Tensor | float) -> None:
 
 
 # called as it is, once, where a graph is traced
-@torch._dynamo.assume_constant_result
+@torch.compiler.assume_constant_result
 def _row(name: str) -> int:
     if name not in _rows and len(_rows) == MAX_NAMES:
         raise UserError(f'log_scalar("{name}"): a run has at most {MAX_NAMES} names')

@@ -10,12 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.training.launch import arguments, command, environment, losses, records
 
 ROOT = Path(__file__).parents[1]
 CONFIG = "debug_gated-softmax_lion"
-STEPS = ["--training.steps", "20", "--checkpoint.every", "5", "--metrics.update_every", "1"]
+STEPS = [
+    *("--training.steps", "20", "--checkpoint.every", "5"),
+    *("--metrics.update_every", "1", "--metrics.tensorboard", "true"),
+]
 
 
 def blocks() -> Iterator[tuple[str, str, str, str]]:
@@ -135,6 +139,10 @@ def test_it_trains_and_resumes_after_a_kill_and_is_evaluated(
     for line in steps:
         assert 0.4 < line["gate/mean"] < 0.6
         assert line["update_rms/hidden"] == pytest.approx(1.0, rel=1e-2)  # of a sign
+    events = EventAccumulator(str(straight / "tensorboard"))
+    events.Reload()
+    curve = [event.value for event in events.Scalars("gate/mean")]
+    assert curve == pytest.approx([line["gate/mean"] for line in steps])
     out = tmp_path / "out"
     run(extended, "-m", "eval.perplexity", "--checkpoint", str(killed), "--out", str(out))
     (results,) = out.glob("*.json")

@@ -76,12 +76,15 @@ class MicroBatches:
         self._pads_bounds = device.type == "cuda" and all(
             module.forward_supports_cuda_graph for module in model.attention_modules()
         )
+        if config.cuda_graphs and self.refusal is not None and device.type == "cuda":
+            logger.info(f"no CUDA graphs: {self.refusal}")
         self._loss = torch.zeros((), device=device)
         self._z_loss = torch.zeros((), device=device)
         self._num_predicted = torch.zeros((), dtype=torch.int64, device=device)
         # of the shards: once gathered for an evaluation, the model has others
         self._parameters = list(model.parameters())
-        self._graphs = None if self.refusal else _Graphs(model, self._parameters, device)
+        self._sharded_modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        self._graphs = None if self.refusal else _Graphs(self._parameters, device)
 
     def begin_step(self, num_predicted: torch.Tensor) -> None:
         """Set loss and gradients to zero.
@@ -92,6 +95,10 @@ class MicroBatches:
         self._loss.zero_()
         self._z_loss.zero_()
         self._num_predicted.copy_(num_predicted)
+        # an evaluation leaves weights gathered: a graph captured now would not gather them, and a replay
+        # would leave them as they are, so that the next evaluation saw old ones
+        for module in self._sharded_modules:
+            module.reshard()
         if self._graphs is None or not self._graphs.zero_gradients():
             for parameter in self._parameters:
                 parameter.grad = None
@@ -151,22 +158,20 @@ class _Graphs:
     """CUDA graphs of forward and backward, one for each set of shapes.
 
     Args:
-        model: The sharded model.
-        parameters: Its shards, whose gradients the graphs add to.
+        parameters: The model's shards, whose gradients the graphs add to.
         device: Device of the model.
     """
 
-    def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter], device: torch.device) -> None:
-        self._model, self._parameters, self._device = model, parameters, device
+    def __init__(self, parameters: Sequence[nn.Parameter], device: torch.device) -> None:
+        self._parameters, self._device = parameters, device
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
         self._inputs: dict[tuple[str, torch.Size], torch.Tensor] = {}
         self._graphs: dict[tuple[torch.Size, ...], torch.cuda.CUDAGraph] = {}
         self._gradients: list[torch.Tensor] = []
-        self._is_warm = False
 
     def zero_gradients(self) -> bool:
-        """Set the gradients to zero in place; False if no graph adds to them yet."""
+        """Set the gradients to zero where they are; False if there are none yet."""
         if not self._gradients:
             return False
         current = [parameter.grad for parameter in self._parameters]
@@ -186,11 +191,12 @@ class _Graphs:
         # one stream for all calls: nodes of the autograd graph that outlive a backward remember theirs
         with torch.cuda.stream(self._stream):
             static = {name: self._static(name, x) for name, x in tensors.items()}
-            if self._is_warm:
+            if self._gradients:
                 self._graph(function, static).replay()
             else:
                 function(**static)
-                self._is_warm = True
+                gradients = [parameter.grad for parameter in self._parameters]
+                self._gradients = [gradient for gradient in gradients if gradient is not None]
         current.wait_stream(self._stream)
 
     def _static(self, name: str, value: torch.Tensor) -> torch.Tensor:
@@ -207,11 +213,6 @@ class _Graphs:
         shapes = tuple(x.shape for x in static.values())
         if shapes in self._graphs:
             return self._graphs[shapes]
-        for module in self._model.modules():
-            if isinstance(module, FSDPModule):
-                # an evaluation leaves weights gathered, and the graph would not gather them again
-                module.reshard()
-        self._gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         graph = torch.cuda.CUDAGraph()
         # "relaxed": kernels of a new length of bounds may be loaded meanwhile
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="relaxed"):

@@ -6,6 +6,7 @@ CACHE = "tests/models/generation/test_cache.py"
 CHECKPOINT = "tests/models/test_checkpoint.py"
 CONVERT = "tests/models/convert/test_convert.py"
 FORMAT = "tests/models/convert/test_format.py"
+HOSTILE = "tests/models/convert/test_hostile_folders.py"
 GENERATION = "tests/models/generation/test_generation.py"
 LOSS = "tests/models/test_loss.py"
 AVERAGE = "tests/models/test_average.py"
@@ -83,12 +84,30 @@ MUTANTS = [
         'table.get("tie_word_embeddings", True)',
         FORMAT,
     ),
-    Mutant("models/convert/format.py", "eos[0] if", "eos[-1] if", FORMAT),
+    Mutant("models/convert/format.py", "(eos or [None])[0]", "(eos or [None])[-1]", FORMAT),
     Mutant(
         "models/convert/format.py",
-        "window_size is None or layer < num_full",
-        "window_size is None or layer <= num_full",
+        "min(max(limit, 0), num_layers)",
+        "min(max(limit, 1), num_layers)",
         FORMAT,
+    ),
+    Mutant(
+        "models/convert/hf_folder.py",
+        "if PurePath(name).is_absolute() or",
+        "if",
+        f"{HOSTILE}::test_shards_outside_the_folder_are_refused",
+    ),
+    Mutant(
+        "models/convert/hf_folder.py",
+        " or not is_inside",
+        "",
+        f"{HOSTILE}::test_no_file_of_the_folder_may_be_a_link_that_leads_out",
+    ),
+    Mutant(
+        "models/convert/hf_folder.py",
+        "read_tensor(saved[name].file, name).to(dtype)",
+        "read_tensor(saved[name].file, name)",
+        f"{HOSTILE}::test_weights_beyond_the_chosen_dtype_are_named",
     ),
     Mutant("models/convert/format.py", "if found is not None and theta != found:", "if False:", FORMAT),
     Mutant(

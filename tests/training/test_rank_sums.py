@@ -3,13 +3,16 @@
 import multiprocessing
 import os
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from errors import UserError
 from training.rank_sums import RankSums
+from training.trainer import StepResult, Trainer
 
 
 def row(*values: float) -> torch.Tensor:
@@ -46,3 +49,19 @@ def worker(rank: int, num_ranks: int, folder: str) -> None:
 def test_sums_and_means_over_ranks(num_ranks: int, tmp_path: Path) -> None:
     multiprocessing.get_context("forkserver").set_forkserver_preload(["training.rank_sums"])
     mp.start_processes(worker, args=(num_ranks, str(tmp_path)), nprocs=num_ranks, start_method="forkserver")
+
+
+def test_a_logged_scalar_with_the_name_of_another_metric_is_refused() -> None:
+    trainer = Mock()
+    trainer.config.tokens_per_step = trainer.tokens = 1
+    trainer.metrics_processor.progress.return_value = {"tokens": 1}
+    trainer.metrics_processor.throughput.return_value = {"step_seconds": 1.0}
+    trainer.dataloader.loader.skipped = {}
+    metrics = {"loss": 1.0, "step_flops": 1.0}
+    for name in ("loss", "tokens", "step_seconds", "skipped_documents"):
+        with pytest.raises(UserError, match=rf'log_scalar\("{name}"\): the run has a metric of this name'):
+            Trainer.record(trainer, StepResult(metrics, {name: 0.0}, False, False))
+    Trainer.record(trainer, StepResult(metrics, {"gate/mean": 0.5}, False, False))
+    _, record = trainer.metrics_processor.record.call_args.args
+    assert record["loss"] == 1.0
+    assert record["gate/mean"] == 0.5
