@@ -38,6 +38,7 @@ class OpenedModel:
         table: The run's resolved config as tables.
         device: Device of the model.
         dtype: Dtype of its weights.
+        is_average: Whether they are the average that training keeps.
     """
 
     model: Qwen3Model
@@ -46,6 +47,7 @@ class OpenedModel:
     table: dict[str, Any]
     device: torch.device
     dtype: torch.dtype
+    is_average: bool
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -54,6 +56,7 @@ class OpenedModel:
             "tokenizer_fingerprint": self.tokenizer.fingerprint,
             "max_length": self.model.max_length,
             "dtype": str(self.dtype).removeprefix("torch."),
+            "average": self.is_average,
         }
 
 
@@ -65,6 +68,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="RUN",
         help="a run folder, for its newest checkpoint, or one checkpoint/step-N",
+    )
+    parser.add_argument(
+        "--average", action="store_true", help="the average of the weights that training keeps ([average])"
     )
     parser.add_argument("--tokenizer", help="instead of the run's: a folder, a file, or a name on the hub")
     parser.add_argument(
@@ -113,11 +119,11 @@ def ranks() -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
-def _identity(checkpoint: Path, dtype: torch.dtype) -> str:
-    """Hash a checkpoint's path, metadata, file sizes and modification times, and the dtype of its weights."""
+def _identity(checkpoint: Path, dtype: torch.dtype, *, average: bool) -> str:
+    """Hash a checkpoint's path, metadata, file sizes and times, and which weights are read in which dtype."""
     files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in checkpoint.iterdir())
     metadata = hashlib.sha256(metadata_file(checkpoint).read_bytes()).hexdigest()
-    facts = (str(checkpoint.resolve()), metadata, files, str(dtype))
+    facts = (str(checkpoint.resolve()), metadata, files, str(dtype), *(("average",) if average else ()))
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
@@ -165,9 +171,9 @@ def open_model(options: argparse.Namespace, device: torch.device) -> OpenedModel
     if max_length is None:
         raise UserError(f"the config of {checkpoint} has no training.seq_len; give --max-length")
     tokenizer = _open_tokenizer(options.tokenizer, data, RunFolder.of_checkpoint(checkpoint))
-    model = load_model(checkpoint, device=device, dtype=dtype)
+    model = load_model(checkpoint, device=device, dtype=dtype, average=options.average)
     check_vocabulary(tokenizer, model.config.vocab_size)
-    identity = _identity(checkpoint, dtype)
+    identity = _identity(checkpoint, dtype, average=options.average)
     return OpenedModel(
         model=Qwen3Model(model, max_length=max_length, identity=identity),
         tokenizer=tokenizer,
@@ -175,4 +181,5 @@ def open_model(options: argparse.Namespace, device: torch.device) -> OpenedModel
         table=table,
         device=device,
         dtype=dtype,
+        is_average=options.average,
     )

@@ -6,6 +6,8 @@ from typing import Literal
 from errors import UserError, check_range
 from models.sizes import SIZES, ModelSize
 
+FREE_KEYS = ("impl", "init_std", "r_gain_init")
+"""Keys of [model] that change neither the weights' shapes nor the function that they compute."""
 _MAX_DIMENSION = 1_000_000
 _MAX_WINDOW = 2**31 - 1
 _MAX_ITERATIONS = 10_000

@@ -39,14 +39,21 @@ def _chunk_token_losses(x_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: t
 
 
 def _chunk_loss(
-    x_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.Tensor
+    x_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.Tensor, z_loss: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the summed loss of a chunk and the gradient of its logits, `[T, V]` in x's dtype."""
+    """Compute summed cross-entropy and z-loss of a chunk, `[2]`, and the gradient of its logits, `[T, V]`.
+
+    The gradient is that of their sum, in x's dtype.
+    """
     logits = x_TD @ weight_VD.T
     losses, wide, lse, target, valid = _token_losses(logits, labels_T)
     columns = torch.arange(wide.shape[1], device=wide.device)
-    grad = torch.where(valid, torch.exp(wide - lse) - (columns == target).to(wide.dtype), 0.0)
-    return losses.sum(), grad.to(logits.dtype)
+    probabilities, z_losses = torch.exp(wide - lse), torch.zeros_like(lse)
+    if z_loss:
+        probabilities = probabilities * (1.0 + 2.0 * z_loss * lse)
+        z_losses = torch.where(valid, z_loss * lse.square(), 0.0)
+    grad = torch.where(valid, probabilities - (columns == target).to(wide.dtype), 0.0)
+    return torch.stack((losses.sum(), z_losses.sum())), grad.to(logits.dtype)
 
 
 _compiled_chunk_loss = torch.compile(_chunk_loss)
@@ -60,25 +67,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
         x_TD: torch.Tensor,
         weight_VD: torch.Tensor,
         labels_T: torch.Tensor,
+        z_loss: float,
         chunk_tokens: int,
         needs_grad: bool,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         chunk_loss = _compiled_chunk_loss if x_TD.is_cuda else _chunk_loss
         accumulator = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
-        loss = torch.zeros((), dtype=accumulator, device=x_TD.device)
+        sums = torch.zeros(2, dtype=accumulator, device=x_TD.device)
         dx = torch.empty_like(x_TD) if needs_grad else None
         dweight = torch.zeros_like(weight_VD, dtype=accumulator) if needs_grad else None
         for start in range(0, x_TD.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
-            part, dlogits = chunk_loss(x_TD[rows], weight_VD, labels_T[rows])
-            loss += part
+            part, dlogits = chunk_loss(x_TD[rows], weight_VD, labels_T[rows], z_loss)
+            sums += part
             if dx is not None and dweight is not None:
                 torch.mm(dlogits, weight_VD, out=dx[rows])
                 dweight += dlogits.T @ x_TD[rows]
         if dx is not None and dweight is not None:
             ctx.save_for_backward(dx, dweight)
             ctx.weight_dtype = weight_VD.dtype
-        return loss
+        loss, z = sums.sum(), sums[1]
+        ctx.mark_non_differentiable(z)
+        return loss, z
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -87,11 +97,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 "linear_cross_entropy has no second derivative; for create_graph=True use "
                 "models.loss.cross_entropy on the logits"
             )
-        (dloss,) = grad_outputs
+        dloss, _ = grad_outputs
         dx, dweight = ctx.saved_tensors
         # in dloss's precision: rounding the factor to 16 bits would bias all gradients by the same ratio
         dx = (dx.to(dloss.dtype) * dloss).to(dx.dtype)
-        return dx, (dweight * dloss).to(ctx.weight_dtype), None, None, None
+        return dx, (dweight * dloss).to(ctx.weight_dtype), None, None, None, None
 
 
 def linear_cross_entropy(
@@ -111,10 +121,34 @@ def linear_cross_entropy(
     Returns:
         The sum over valid labels in nats, a scalar in fp32 (fp64 for fp64 input).
     """
+    return linear_cross_entropy_with_z_loss(x_BTD, weight_VD, labels_BT, 0.0, chunk_tokens)[0]
+
+
+def linear_cross_entropy_with_z_loss(
+    x_BTD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    labels_BT: torch.Tensor,
+    z_loss: float,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute linear_cross_entropy plus a z-loss, which keeps the logits' normalizer near 1.
+
+    The z-loss of a token is z_loss (log sum_v exp logit_v)^2 (PaLM, arXiv 2204.02311, section 5).
+
+    Args:
+        x_BTD: As for linear_cross_entropy.
+        weight_VD: As for linear_cross_entropy.
+        labels_BT: As for linear_cross_entropy.
+        z_loss: Coefficient; 0 adds nothing.
+        chunk_tokens: Tokens per chunk.
+
+    Returns:
+        The sum of both over valid labels, differentiable once, and the z-loss in it, which has no gradient.
+    """
     x_BTD, weight_VD = cast_under_autocast(x_BTD, weight_VD)
     with autocast_disabled(x_BTD):
         return _LinearCrossEntropy.apply(
-            x_BTD.flatten(0, 1), weight_VD, labels_BT.flatten(), chunk_tokens, torch.is_grad_enabled()
+            x_BTD.flatten(0, 1), weight_VD, labels_BT.flatten(), z_loss, chunk_tokens, torch.is_grad_enabled()
         )
 
 

@@ -33,7 +33,12 @@ from models.config import (
     SoftmaxConfig,
     ValueAverageConfig,
 )
-from models.loss import autocast_disabled, linear_cross_entropy, linear_token_losses
+from models.loss import (
+    autocast_disabled,
+    linear_cross_entropy,
+    linear_cross_entropy_with_z_loss,
+    linear_token_losses,
+)
 from parallax.validation import check_cu_seqlens
 
 Reduction: TypeAlias = Literal["sum", "none"]
@@ -170,13 +175,19 @@ class Head(nn.Module):
             return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def forward(
-        self, x_BTD: torch.Tensor, labels_BT: torch.Tensor | None, reduction: Reduction = "sum"
+        self,
+        x_BTD: torch.Tensor,
+        labels_BT: torch.Tensor | None,
+        reduction: Reduction = "sum",
+        z_loss: float = 0.0,
     ) -> torch.Tensor:
-        """Compute the logits `[B, T, V]` without labels, the loss in nats with them: the sum, or `[B, T]`."""
+        """Compute the logits `[B, T, V]` without labels, the loss with them; as Qwen3.forward."""
         if labels_BT is None:
             return self.logits(x_BTD)
         if reduction == "none":
             return linear_token_losses(x_BTD, self.weight, labels_BT)
+        if z_loss:
+            return torch.stack(linear_cross_entropy_with_z_loss(x_BTD, self.weight, labels_BT, z_loss))
         return linear_cross_entropy(x_BTD, self.weight, labels_BT)
 
 
@@ -246,6 +257,7 @@ class Qwen3(nn.Module):
         max_seqlen: int | None = None,
         labels_BT: torch.Tensor | None = None,
         reduction: Reduction = "sum",
+        z_loss: float = 0.0,
     ) -> torch.Tensor:
         """Compute the logits, or the loss if labels are given.
 
@@ -256,10 +268,12 @@ class Qwen3(nn.Module):
             max_seqlen: An upper bound on the length of a document; None for T.
             labels_BT: Token ids to predict `[B, T]`, int64; tokens.IGNORE_INDEX is skipped.
             reduction: "sum" for the loss of training; "none" for that of each token, without a gradient.
+            z_loss: Coefficient of the z-loss (models/loss.py) that is added to the summed loss.
 
         Returns:
-            Logits `[B, T, V]` as in Head.logits; or the summed loss in nats, a scalar, or the loss of each
-            token `[B, T]`, 0 where it is skipped.
+            Logits `[B, T, V]` as in Head.logits; or the summed loss in nats, a scalar, with z_loss a pair
+            `[2]` of it and the z-loss in it, which has no gradient; or the loss of each token `[B, T]`, 0
+            where it is skipped.
 
         Raises:
             ValueError: T is 0, B > 1 with cu_seqlens, or cu_seqlens is invalid (its values are checked on CPU
@@ -275,7 +289,7 @@ class Qwen3(nn.Module):
         x_BTD = self.tok_embeddings(tokens_BT)
         for layer in self.layers:
             x_BTD = layer(x_BTD, rope, cu_seqlens, max_seqlen or num_tokens)
-        return self.output(self.norm(x_BTD), labels_BT, reduction)
+        return self.output(self.norm(x_BTD), labels_BT, reduction, z_loss)
 
     def attention_modules(self) -> Iterator[Attention]:
         """Iterate over the attention modules, from the first block to the last."""

@@ -10,7 +10,9 @@ that parameters match approximately; `python -m models.size_table` prints all ro
                               a width of 64), to match softmax's FLOPs forward, and a wider MLP, to match
                               Parallax's parameters
   _compute_parameter_matched  the same with an MLP that matches softmax's parameters
-The paper does not state which of the latter two it trained.
+  _parameter_neutral          Parallax with its whole head width, and an MLP narrower by W_R's parameters, to
+                              match softmax's (our choice: the paper has no such control)
+The paper does not state which of the two compute-matched ones it trained.
 
 The recurrent baselines have sizes named by their kind: heads as in their authors' models of that width (our
 choice, since the paper does not state them), and an MLP that matches softmax's parameters.
@@ -57,6 +59,9 @@ SIZES: dict[str, ModelSize] = {
     "60m_compute_parameter_matched": ModelSize(
         width=512, num_layers=16, num_heads=4, num_kv_heads=2, head_dim=64, mlp_width=2088
     ),
+    "60m_parameter_neutral": ModelSize(
+        width=512, num_layers=16, num_heads=8, num_kv_heads=4, head_dim=64, mlp_width=1752
+    ),
     "0.6b_parameter_matched": ModelSize(
         width=1024, num_layers=28, num_heads=24, num_kv_heads=8, head_dim=128, mlp_width=3072
     ),
@@ -66,6 +71,9 @@ SIZES: dict[str, ModelSize] = {
     "0.6b_compute_parameter_matched": ModelSize(
         width=1024, num_layers=28, num_heads=16, num_kv_heads=8, head_dim=64, mlp_width=3752
     ),
+    "0.6b_parameter_neutral": ModelSize(
+        width=1024, num_layers=28, num_heads=16, num_kv_heads=8, head_dim=128, mlp_width=2392
+    ),
     "1.7b_parameter_matched": ModelSize(
         width=2048, num_layers=28, num_heads=24, num_kv_heads=8, head_dim=128, mlp_width=6144
     ),
@@ -74,6 +82,9 @@ SIZES: dict[str, ModelSize] = {
     ),
     "1.7b_compute_parameter_matched": ModelSize(
         width=2048, num_layers=28, num_heads=16, num_kv_heads=8, head_dim=64, mlp_width=6824
+    ),
+    "1.7b_parameter_neutral": ModelSize(
+        width=2048, num_layers=28, num_heads=16, num_kv_heads=8, head_dim=128, mlp_width=5464
     ),
     "60m_gated-deltanet": ModelSize(
         width=512, num_layers=16, num_heads=3, num_kv_heads=3, head_dim=128, mlp_width=1400
@@ -129,6 +140,7 @@ CONTROLS: dict[str, Control] = {
     "parameter_matched": Control(attention="softmax", reference="parallax"),
     "compute_matched": Control(attention="parallax", reference="parallax"),
     "compute_parameter_matched": Control(attention="parallax", reference="softmax"),
+    "parameter_neutral": Control(attention="parallax", reference="softmax"),
     "gated-deltanet": Control(attention="gated-deltanet", reference="softmax"),
     "kda": Control(attention="kda", reference="softmax"),
     "mesanet": Control(attention="mesanet", reference="softmax"),

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 MODULES = [
     *("data.sample", "data.shards", "data.train_tokenizer"),
     *("eval.downstream", "eval.perplexity", "eval.report"),
-    *("models.checkpoint", "models.convert", "models.generation", "models.size_table"),
+    *("models.average", "models.checkpoint", "models.convert", "models.generation", "models.size_table"),
 ]
 
 

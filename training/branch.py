@@ -13,6 +13,7 @@ from optimizers.schedule import decay_start, schedules_by_group
 from training.run_config import RunConfig
 from training.saved_config import (
     check_compatible,
+    check_token_stop,
     data_differences,
     sequence_differences,
     training_differences,
@@ -58,13 +59,14 @@ def check_branch(config: RunConfig, checkpoint: Path) -> None:
     Raises:
         UserError: The checkpoint is missing, is after the start of the branch's decay or its last step, or
             its model or optimizer groups differ, or, without checkpoint.restart_data, its sequence length
-            or document masking.
+            or document masking; or training.stop_at_tokens is set and its steps had other tokens.
     """
     _check_step(config, checkpoint_step(checkpoint))
     saved = RunFolder.of_checkpoint(checkpoint).read_config()
     if saved is None:
         return
     check_compatible(config, saved, checkpoint, "Start from another checkpoint")
+    check_token_stop(config, saved, checkpoint)
     differing = sequence_differences(config, saved)
     if differing and not config.checkpoint.restart_data:
         raise UserError(
@@ -100,10 +102,9 @@ def branch_warnings(config: RunConfig, checkpoint: Path) -> list[str]:
 def _check_step(config: RunConfig, step: int) -> None:
     training = config.training
     if step >= training.last_step:
-        key = "steps" if training.last_step == training.steps else "stop_at_step"
         raise UserError(
             f"checkpoint.start_from is a checkpoint of step {step}, but this run ends at step "
-            f"{training.last_step}; raise training.{key}, or start from an earlier checkpoint"
+            f"{training.last_step}; raise {training.last_step_key}, or start from an earlier checkpoint"
         )
     schedules = schedules_by_group(config.optimizer.groups, config.schedule, training.steps)
     start = min(decay_start(schedule, training.steps) for schedule in schedules.values())

@@ -28,6 +28,7 @@ from models.generation.generate import generate
 from models.generation.text_stream import decode_behind
 from models.qwen3 import Qwen3
 from models.run_folder import RunFolder
+from training.average import WeightAverage
 from training.log import logger
 from training.metrics import RunMetrics
 from training.non_finite import NonFiniteLossError
@@ -53,6 +54,8 @@ class Evaluator:
         config: The run.
         tokenizer: Its tokenizer.
         model: The parallelized model.
+        average: The average of the weights that training keeps, whose held-out loss is evaluated too; or
+            None.
         metrics: Where results are recorded.
         monitor: Told of each phase.
         device: Device of the model.
@@ -63,6 +66,7 @@ class Evaluator:
         config: RunConfig,
         tokenizer: Tokenizer,
         model: nn.Module,
+        average: WeightAverage | None,
         metrics: RunMetrics,
         monitor: RankMonitor,
         device: torch.device,
@@ -70,6 +74,7 @@ class Evaluator:
         self.config = config
         self.tokenizer = tokenizer
         self.model = model
+        self.average = average
         self.metrics = metrics
         self.monitor = monitor
         self.device = device
@@ -112,6 +117,32 @@ class Evaluator:
         if self.config.data.validation is None:
             return None
         self.monitor.enter_slow("held-out loss")
+        result = self._held_out_loss(step)
+        names = {
+            "loss": "validation_loss",
+            "standard_error": "validation_stderr",
+            "num_tokens": "validation_tokens",
+            "num_documents": "validation_documents",
+            "num_cut_documents": "validation_cut_documents",
+        }
+        record = {names.get(k, k): v for k, v in asdict(result).items()}
+        record["validation_perplexity"] = result.perplexity
+        lines = [f"step {step}  held-out loss {result} ({result.counts})"]
+        if self.average is not None and self.average.has_started(step):
+            self.monitor.enter_slow("held-out loss of the average")
+            with self.average.swapped_in():
+                averaged = self._held_out_loss(step)
+            record["average_validation_loss"] = averaged.loss
+            record["average_validation_stderr"] = averaged.standard_error
+            record["average_validation_perplexity"] = averaged.perplexity
+            lines.append(f"step {step}  held-out loss of the average {averaged}")
+        self.metrics.record(step, {**record, **progress})
+        for line in lines:
+            logger.info(line)
+        return result
+
+    def _held_out_loss(self, step: int) -> HeldOutLoss:
+        """Compute the held-out loss of the model's present weights."""
         training = self.config.training
         loader = build_validation_loader(
             self.config.data,
@@ -137,16 +168,6 @@ class Evaluator:
             raise NonFiniteLossError(
                 f"step {step}: the held-out loss is {result.loss}; lower the learning rate"
             )
-        names = {
-            "loss": "validation_loss",
-            "standard_error": "validation_stderr",
-            "num_tokens": "validation_tokens",
-            "num_documents": "validation_documents",
-            "num_cut_documents": "validation_cut_documents",
-        }
-        record = {names.get(k, k): v for k, v in asdict(result).items()}
-        self.metrics.record(step, {**record, "validation_perplexity": result.perplexity, **progress})
-        logger.info(f"step {step}  held-out loss {result} ({result.counts})")
         return result
 
     def _evaluate_unsharded(self, step: int, progress: Record, *, has_samples: bool, has_tasks: bool) -> None:

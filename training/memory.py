@@ -29,6 +29,7 @@ class MemoryEstimate:
         weights: fp32 master weights of this rank's shard.
         gradients: fp32 gradients of this rank's shard during the loss; 0 without gradient accumulation.
         optimizer: Optimizer state of this rank's shard.
+        average: fp32 average of this rank's shard of the weights; 0 without [average].
         gathered: Largest set of weights that is gathered at a time.
         activations: Activations saved for the backward.
         loss: Logits of one chunk, and the gradients computed by the loss.
@@ -37,6 +38,7 @@ class MemoryEstimate:
     weights: float
     gradients: float
     optimizer: float
+    average: float
     gathered: float
     activations: float
     loss: float
@@ -44,8 +46,7 @@ class MemoryEstimate:
     @property
     def peak(self) -> float:
         """Peak memory in bytes."""
-        parts = (self.weights, self.gradients, self.optimizer, self.gathered, self.activations, self.loss)
-        return sum(parts)
+        return sum(vars(self).values())
 
 
 def _optimizer_state(config: RunConfig, model: Qwen3) -> list[torch.Tensor]:
@@ -67,7 +68,7 @@ def _activation_bytes(config: RunConfig, model: Qwen3) -> float:
 
 
 def checkpoint_bytes(config: RunConfig, model: Qwen3, world_size: int) -> int:
-    """Return the bytes of a checkpoint over all ranks: fp32 weights and optimizer state, with headers.
+    """Return the bytes of a checkpoint over all ranks: fp32 weights, their average, optimizer state.
 
     Args:
         config: The run.
@@ -76,8 +77,9 @@ def checkpoint_bytes(config: RunConfig, model: Qwen3, world_size: int) -> int:
     """
     _, shard = config.parallelism.degrees(world_size)
     state = _optimizer_state(config, model)
-    num_entries = (len(model.unwrapped_parameters()) + len(state)) * shard
-    values = FP32 * model.num_parameters()["total"] + sum(tensor.nbytes for tensor in state)
+    num_copies = 1 if config.average.decay is None else 2
+    num_entries = (num_copies * len(model.unwrapped_parameters()) + len(state)) * shard
+    values = num_copies * FP32 * model.num_parameters()["total"] + sum(tensor.nbytes for tensor in state)
     return round(values + _ENTRY_BYTES * num_entries)
 
 
@@ -109,6 +111,7 @@ def estimate_memory(config: RunConfig, model: Qwen3, world_size: int) -> MemoryE
         weights=FP32 * counts["total"] / shard,
         gradients=FP32 * counts["total"] / shard if accumulates else 0.0,
         optimizer=sum(tensor.nbytes for tensor in _optimizer_state(config, model)) / shard,
+        average=0.0 if config.average.decay is None else FP32 * counts["total"] / shard,
         gathered=element * (counts["embedding"] + gathered_blocks),
         activations=_activation_bytes(config, model),
         loss=2 * element * chunk * config.model.vocab_size + (FP32 + element) * counts["embedding"],

@@ -71,6 +71,7 @@ class MicroBatches:
 
     def __init__(self, model: Qwen3, config: TrainingConfig, device: torch.device) -> None:
         self.model, self.seq_len, self.device = model, config.seq_len, device
+        self._z_loss_coefficient = config.z_loss
         self.refusal = graph_refusal(model, config, device)
         self._pads_bounds = device.type == "cuda" and all(
             module.forward_supports_cuda_graph for module in model.attention_modules()
@@ -78,6 +79,7 @@ class MicroBatches:
         if config.cuda_graphs and self.refusal is not None and device.type == "cuda":
             logger.info(f"no CUDA graphs: {self.refusal}")
         self._loss = torch.zeros((), device=device)
+        self._z_loss = torch.zeros((), device=device)
         self._num_predicted = torch.zeros((), dtype=torch.int64, device=device)
         # of the shards: once gathered for an evaluation, the model has others
         self._parameters = list(model.parameters())
@@ -91,6 +93,7 @@ class MicroBatches:
             num_predicted: Predicted tokens of the step over all ranks, int64, by which losses are divided.
         """
         self._loss.zero_()
+        self._z_loss.zero_()
         self._num_predicted.copy_(num_predicted)
         # an evaluation leaves weights gathered: a graph captured now would not gather them, and a replay
         # would leave them as they are, so that the next evaluation saw old ones
@@ -119,8 +122,12 @@ class MicroBatches:
             self._graphs.run(self._run, tensors)
 
     def loss(self) -> torch.Tensor:
-        """Return this rank's part of the loss since begin_step, in nats/token, fp32."""
-        return self._loss.clone()
+        """Return this rank's part of the cross-entropy since begin_step, in nats/token, fp32."""
+        return self._loss - self._z_loss
+
+    def z_loss(self) -> torch.Tensor:
+        """Return this rank's part of the z-loss per token since begin_step, fp32; 0 for none."""
+        return self._z_loss.clone()
 
     def close(self) -> None:
         """Free the graphs, before the process groups whose collectives they hold are destroyed."""
@@ -132,8 +139,17 @@ class MicroBatches:
         if cu_seqlens is not None:
             # its length differs between batches; compile once for all lengths
             torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)
-        loss = self.model(tokens, cu_seqlens=cu_seqlens, max_seqlen=self.seq_len, labels_BT=labels)
+        loss = self.model(
+            tokens,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=self.seq_len,
+            labels_BT=labels,
+            z_loss=self._z_loss_coefficient,
+        )
         part = loss / self._num_predicted
+        if self._z_loss_coefficient:
+            part, z_part = part.unbind()
+            self._z_loss += z_part.detach()
         part.backward()
         self._loss += part.detach()
 

@@ -18,6 +18,7 @@ from training.run_config import RunConfig
 from training.saved_config import (
     check_compatible,
     check_model,
+    check_token_stop,
     config_differences,
     describe_difference,
     sequence_differences,
@@ -99,6 +100,7 @@ def check_start(config: RunConfig) -> None:
         saved = RunFolder(folder).read_config()
         if saved is not None:
             check_compatible(config, saved, folder, "Give this run another run.folder")
+            check_token_stop(config, saved, folder)
             _check_same_origin(config, saved)
             _check_unfinished(config, saved, start.step)
 
@@ -131,7 +133,7 @@ def describe_finished(config: RunConfig, step: int) -> str:
     saved = RunFolder(Path(config.run.folder)).read_config()
     differing = [] if saved is None else config_differences(config, saved)
     return (
-        f"{config.run.folder} has finished at step {step}; raise training.steps or training.stop_at_step to "
+        f"{config.run.folder} has finished at step {step}; raise {config.training.last_step_key} to "
         f"resume it, or give another run.folder{''.join(f'; {each}' for each in differing)}"
     )
 
@@ -278,7 +280,7 @@ def _check_unfinished(config: RunConfig, saved: Table, step: int) -> None:
     if differing:
         raise UserError(
             f"{config.run.folder} has finished at step {step} with another config: {'; '.join(differing)}. "
-            "Restore these keys, raise training.steps or training.stop_at_step to resume it, or give another "
+            f"Restore these keys, raise {config.training.last_step_key} to resume it, or give another "
             "run.folder"
         )
 

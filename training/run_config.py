@@ -54,11 +54,18 @@ class TrainingConfig:
         steps: Optimizer steps of the whole run; the learning-rate schedule spans them.
         stop_at_step: Stop after this step, with a checkpoint from which the run can be resumed; None to train
             for all steps.
+        stop_at_tokens: Stop likewise after the first step with which the run has trained on this many tokens
+            or more, by this run's tokens per step; None for no such stop. Given both, the earlier one counts.
         seq_len: Sequence length in tokens.
         global_batch_size: Sequences per optimizer step, over all ranks.
         local_batch_size: Sequences per micro-batch on each rank; gradient accumulation makes up the rest of
             the global batch.
-        max_grad_norm: Gradients are clipped to this global norm.
+        max_grad_norm: Gradients are clipped to this global norm; None for no clipping.
+        spike_ratio: A step whose gradient norm is more than this many times the running norm, a moving
+            average over some 50 steps, is on record as a spike.
+        skip_spikes: Whether such a step is skipped: weights, optimizer state and average stay as they were.
+        z_loss: Coefficient of the z-loss, z_loss (log sum_v exp logit_v)^2 per token, which keeps the logits
+            from drifting; 0 for none. It is on record beside the loss, which does not include it.
         precision: Dtype of weights and activations in forward and backward. Master weights, gradient
             reduction and optimizer state are fp32.
         compile: Compile each block with torch.compile.
@@ -70,10 +77,14 @@ class TrainingConfig:
 
     steps: int
     stop_at_step: int | None = None
+    stop_at_tokens: int | None = None
     seq_len: int
     global_batch_size: int
     local_batch_size: int
-    max_grad_norm: float = 1.0
+    max_grad_norm: float | None = 1.0
+    spike_ratio: float = 10.0
+    skip_spikes: bool = False
+    z_loss: float = 0.0
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     compile: bool = True
     cuda_graphs: bool = False
@@ -82,7 +93,10 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         check_range(self, 1, _MAX_STEPS, "steps", "stop_at_step")
         check_range(self, 1, _MAX_TOKENS, "seq_len", "global_batch_size", "local_batch_size")
+        check_range(self, 1, _MAX_STEPS * _MAX_TOKENS, "stop_at_tokens")
         check_range(self, 1e-6, 1e12, "max_grad_norm")
+        check_range(self, 1.0, 1e12, "spike_ratio")
+        check_range(self, 0.0, 1.0, "z_loss")
         if self.global_batch_size % self.local_batch_size:
             raise UserError(
                 f"global_batch_size ({self.global_batch_size}) must be a multiple of local_batch_size "
@@ -92,7 +106,44 @@ class TrainingConfig:
     @property
     def last_step(self) -> int:
         """Last step of this launch."""
-        return self.steps if self.stop_at_step is None else min(self.stop_at_step, self.steps)
+        return self._stop()[0]
+
+    @property
+    def last_step_key(self) -> str:
+        """The key that decides on last_step."""
+        return f"training.{self._stop()[1]}"
+
+    def _stop(self) -> tuple[int, str]:
+        stops = [(self.steps, "steps")]
+        if self.stop_at_step is not None:
+            stops.append((self.stop_at_step, "stop_at_step"))
+        if self.stop_at_tokens is not None:
+            tokens_per_step = self.global_batch_size * self.seq_len
+            stops.append((-(-self.stop_at_tokens // tokens_per_step), "stop_at_tokens"))
+        # the first of equal ones
+        return min(stops, key=lambda stop: stop[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class AverageConfig:
+    """An exponential moving average of the weights, beside the weights that are trained.
+
+    Checkpoints hold it, the held-out loss is evaluated with it too, and `--average` of the command lines that
+    open checkpoints takes it.
+
+    Attributes:
+        decay: After each step the average is decay * average + (1 - decay) * weights, for example 0.999 for
+            the last 1000 steps or so; None for no average. A resume or a branch from a checkpoint without one
+            starts it with that checkpoint's weights.
+        start_step: Up to this step the average equals the weights.
+    """
+
+    decay: float | None = None
+    start_step: int = 0
+
+    def __post_init__(self) -> None:
+        check_range(self, 0.0, 1.0 - 1e-7, "decay")
+        check_range(self, 0, _MAX_STEPS, "start_step")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,6 +268,7 @@ class RunConfig:
         optimizer: Parameter groups and their optimizers.
         schedule: Learning-rate schedule.
         training: Length, batch size and precision.
+        average: Moving average of the weights.
         data: Tokenizer, documents and packing.
         eval: Evaluation during training.
         parallelism: FSDP2 or HSDP.
@@ -232,6 +284,7 @@ class RunConfig:
     schedule: ScheduleConfig
     training: TrainingConfig
     data: DataConfig
+    average: AverageConfig = field(default_factory=AverageConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -246,8 +299,13 @@ class RunConfig:
             run.setdefault("folder", f"runs/{run['name']}")
 
     def unread_keys(self) -> list[str]:
-        """Return a sentence about each key of [eval] that is set and that this run does not read."""
+        """Return a sentence about each key that is set and that this run does not read."""
         told = []
+        if self.average.start_step and self.average.decay is None:
+            told.append(
+                f"average.start_step is {self.average.start_step}, but average.decay is none: it has no "
+                "effect"
+            )
         has_loss, has_tasks = self.data.validation is not None, bool(self.eval.tasks)
         for name, is_read, reason in (
             ("every", has_loss or bool(self.eval.sample_prompts), "data.validation is none"),

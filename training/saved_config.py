@@ -15,6 +15,7 @@ import torch
 
 from config import Table, from_table, to_table
 from errors import UserError
+from models.config import FREE_KEYS
 from models.qwen3 import Qwen3
 from optimizers.config import OptimizerConfig, ScheduleConfig
 from optimizers.schedule import group_schedule, lr_factor, weight_decay_factor
@@ -28,10 +29,10 @@ SEQUENCE_KEYS: tuple[KeyPath, ...] = (("training", "seq_len"), ("data", "mask_do
 _DATA_KEYS: tuple[KeyPath, ...] = (("data", "train"), ("data", "packing"), ("data", "shuffle_seed"))
 _TRAINING_KEYS: tuple[KeyPath, ...] = (
     *(("training", "global_batch_size"), ("training", "max_grad_norm"), ("training", "precision")),
+    *(("training", "z_loss"), ("training", "spike_ratio"), ("training", "skip_spikes")),
+    *(("average", "decay"), ("average", "start_step")),
     *(("run", "seed"), ("data", "validation_documents"), ("eval", "max_tokens"), ("data", "validation")),
 )
-# keys of [model] that change neither the weights' shapes nor the function that they compute
-_FREE_MODEL_KEYS = ("impl", "init_std", "r_gain_init")
 # of an optimizer group: _rate_differences compares what they make of each step
 _RATE_KEYS = ("lr", "weight_decay", "weight_decay_gamma", "schedule")
 
@@ -49,7 +50,7 @@ def check_model(config: RunConfig, saved: Table, source: Path, remedy: str) -> N
         UserError: The architectures differ; names the keys with both values.
     """
     saved_model = _fill_defaults(saved["model"], config.model)
-    differing = _differences(saved_model, to_table(config.model), "model", ignored=_FREE_MODEL_KEYS)
+    differing = _differences(saved_model, to_table(config.model), "model", ignored=FREE_KEYS)
     if differing:
         raise UserError(
             f"{source} holds checkpoints of another architecture: {'; '.join(differing)}. "
@@ -81,6 +82,26 @@ def check_compatible(config: RunConfig, saved: Table, source: Path, remedy: str)
         raise UserError(
             f"{source} holds checkpoints of other optimizers: {'; '.join(differing)}. "
             f"{remedy}, or restore these groups"
+        )
+
+
+def check_token_stop(config: RunConfig, saved: Table, source: Path) -> None:
+    """Raise if training.stop_at_tokens is set, and the steps so far had other numbers of tokens.
+
+    Args:
+        config: The config of the run that loads a checkpoint.
+        saved: The config of the run that wrote it.
+        source: The checkpoint or its run folder, for the message.
+
+    Raises:
+        UserError: With the remedy.
+    """
+    batch = saved["training"]["global_batch_size"] * saved["training"]["seq_len"]
+    if config.training.stop_at_tokens is not None and batch != config.tokens_per_step:
+        raise UserError(
+            f"training.stop_at_tokens is {config.training.stop_at_tokens}, counted in steps of "
+            f"{config.tokens_per_step} tokens, but {source} has steps of {batch}; set training.stop_at_step "
+            'instead, and training.stop_at_tokens to "none"'
         )
 
 

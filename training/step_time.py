@@ -61,7 +61,7 @@ class StepTime:
         launch_bound: What the host needs beyond those to launch them.
         waiting: Waiting for the rank with the most attention.
         communication: Collectives that nothing hides.
-        optimizer: The optimizer's step, with the exchange of whole matrices.
+        optimizer: The optimizer's step, with the exchange of whole matrices and the average of the weights.
         host: Work of the host between two steps.
     """
 
@@ -183,6 +183,9 @@ def _optimizer_seconds(config: RunConfig, model: Qwen3, world_size: int) -> floa
         if world_size > 1:
             # 16-bit shards to the matrix's owner and back
             exchange += 4.0 * num_weights / shard / _bandwidth(world_size)
+    if config.average.decay is not None:
+        num_bytes = 3 * FP32 * model.num_parameters()["total"]
+        elementwise += _OPTIMIZER_PASSES * num_bytes / shard / _MEMORY_BANDWIDTH
     return elementwise + max(orthogonalization, exchange) + soap
 
 

@@ -30,7 +30,7 @@ def format_summary(
     if stopped is not None:
         end = f"stopped {stopped} after step {step}"
     elif step < config.training.steps:
-        end = f"stopped after step {step} of {config.training.steps} (training.stop_at_step)"
+        end = f"stopped after step {step} of {config.training.steps} ({config.training.last_step_key})"
     else:
         end = f"finished after step {step}"
     lines = [end, f"training loss        {loss:.4f} nats/token"]

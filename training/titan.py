@@ -5,6 +5,7 @@ tests/training/test_titan.py checks each name that the last section and the othe
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchtitan.train
@@ -18,7 +19,7 @@ from config import to_table
 from data.titan import build_dataloader
 from data.tokenizer import Tokenizer
 from errors import UserError
-from models.checkpoint.load import load_state
+from models.checkpoint.load import AVERAGE, load_state
 from models.loss import cross_entropy
 from models.titan import TitanModelArgs, TitanQwen3, device_mesh, parallelize
 from optimizers.titan import build_lr_schedulers, build_optimizers
@@ -52,7 +53,6 @@ def to_job_config(config: RunConfig, world_size: int) -> JobConfig:
     job.training.steps = config.training.steps
     job.training.local_batch_size = config.training.local_batch_size
     job.training.global_batch_size = config.training.global_batch_size
-    job.training.max_norm = config.training.max_grad_norm
     replicate, shard = config.parallelism.degrees(world_size)
     job.parallelism.data_parallel_replicate_degree = replicate
     job.parallelism.data_parallel_shard_degree = shard
@@ -136,6 +136,10 @@ def _parallelize(config: RunConfig, model: nn.Module, world_size: int) -> nn.Mod
     )
 
 
+OPTIONAL_STATES = (AVERAGE, "gradient_norm")
+"""States that a checkpoint may lack: from before [average] was set, or of an earlier version of the code."""
+
+
 # private names of torchtitan, and module attributes that are replaced
 
 
@@ -144,8 +148,16 @@ def set_checkpoint_manager(manager: type[CheckpointManager]) -> None:
     torchtitan.train.CheckpointManager = manager
 
 
+def add_state(manager: CheckpointManager, name: str, state: Any) -> None:
+    """Make checkpoints hold a further state, an object with state_dict and load_state_dict."""
+    assert name in OPTIONAL_STATES
+    manager.states[name] = state
+
+
 def load_checkpoint(manager: CheckpointManager, checkpoint: Path, *, with_data: bool) -> None:
     """Load the state of a checkpoint in any folder, by the reader that checks it.
+
+    States of OPTIONAL_STATES that the checkpoint lacks stay as they are.
 
     torchtitan's own initial_load_path is ignored once the run has a checkpoint folder, even an empty one, and
     its dcp_load takes no reader.
@@ -161,7 +173,7 @@ def load_checkpoint(manager: CheckpointManager, checkpoint: Path, *, with_data: 
     states = manager._states_to_load(model_only=False)
     if not with_data:
         del states[DATALOADER]
-    load_state(states, checkpoint)
+    load_state(states, checkpoint, optional=OPTIONAL_STATES)
     # its tensors are those of the state, flattened there
     manager.states[MODEL].load_state_dict(states)
     GarbageCollection.collect("checkpoint loaded")

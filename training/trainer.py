@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torchtitan.distributed import ParallelDims
-from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.profiling import maybe_enable_profiling
 from torchtitan.train import Trainer as TitanTrainer
 
@@ -29,12 +28,14 @@ from optimizers.titan import ParamGroupOptimizers, ParamGroupScheduler
 from scalars import ScalarRecorder
 from tokens import IGNORE_INDEX
 from training import titan
+from training.average import WeightAverage
 from training.branch import branch_step
 from training.checkpoints import RunCheckpoints
 from training.evaluation import Evaluator
 from training.failures import describe_missing_ranks
 from training.fall_back import load_or_fall_back
 from training.flops import FlopCounter
+from training.gradient_norm import GradientNorm
 from training.launch_record import command_line, launch_facts
 from training.log import logger
 from training.memory import checkpoint_bytes
@@ -55,6 +56,7 @@ from training.run_config import RunConfig
 from training.run_lock import RunLock
 from training.signals import StopRequest
 from training.summary import format_summary
+from training.update_stats import UpdateStats, is_due
 
 MicroBatch = tuple[dict[str, torch.Tensor], torch.Tensor]
 
@@ -108,10 +110,17 @@ class Trainer(TitanTrainer):
         self.model = self.model_parts[0]
         self.num_micro_batches = config.gradient_accumulation_steps(world_size)
         self.tokens = 0
-        self.evaluator = Evaluator(
-            config, tokenizer, self.model, self.metrics_processor, monitor, self.device
-        )
         assert isinstance(self.model, Qwen3)
+        self.average: WeightAverage | None = None
+        if config.average.decay is not None:
+            self.average = WeightAverage(self.model, config.average, config.average.decay)
+            titan.add_state(self.checkpointer, "average", self.average)
+        self.gradient_norm = GradientNorm(config.training, self.device)
+        titan.add_state(self.checkpointer, "gradient_norm", self.gradient_norm)
+        self.update_stats = UpdateStats(self.optimizers, config.metrics)
+        self.evaluator = Evaluator(
+            config, tokenizer, self.model, self.average, self.metrics_processor, monitor, self.device
+        )
         self.checkpointer.checkpoint_bytes = checkpoint_bytes(config, build_meta_model(config), world_size)
         self.micro_batches = MicroBatches(self.model, config.training, self.device)
         self.scalars, self.rank_sums = ScalarRecorder(self.device), RankSums(self.device)
@@ -228,16 +237,19 @@ class Trainer(TitanTrainer):
         """Load the checkpoint or the weights that the main rank finds."""
         self.monitor.enter_slow("loading")
         start = run_on_main_rank(lambda: find_start(self.config))
-        if start.checkpoint is None:
-            return start
         if start.kind == "weights":
+            assert start.checkpoint is not None
             load_weights(self.model, start.checkpoint)
             logger.info(f"starting with the weights of {start.checkpoint}")
-        else:
+        elif start.checkpoint is not None:
             start = load_or_fall_back(self.checkpointer, self.config, start)
         if start.kind == "branch":
             data = ", with data.train from its beginning" if start.restarts_data else ""
             logger.info(f"starting from {start.checkpoint}{data}")
+        if self.average is not None:
+            is_loaded = self.average.begin(self.step)
+            if not is_loaded and self.average.has_started(self.step):
+                logger.info(f"the average starts with the weights of step {self.step}: no other is saved")
         return start
 
     def optimizer_step(self, micro_batches: Iterator[MicroBatch]) -> StepResult:
@@ -247,9 +259,9 @@ class Trainer(TitanTrainer):
             micro_batches: This rank's micro-batches; num_micro_batches of them are used.
 
         Returns:
-            The result. Its metrics: loss in nats/token over the global batch, gradient norm before clipping,
-            learning rate and weight decay of each group, predicted tokens, FLOPs by the lengths of the
-            documents, and at some steps the size of each group's update.
+            The result. Its metrics: loss in nats/token over the global batch, gradient norm before clipping
+            and whether it is a spike, learning rate and weight decay of each group, predicted tokens, FLOPs
+            by the lengths of the documents, and at some steps the size of each group's update.
 
         Raises:
             NonFiniteLossError: The loss or the gradient norm is NaN or Inf. Nothing is saved; a gradient norm
@@ -260,28 +272,33 @@ class Trainer(TitanTrainer):
         batch = [next(micro_batches) for _ in range(self.num_micro_batches)]
         with self.scalars.step():
             loss, num_predicted = self._accumulate_gradients(batch)
-            grad_norm, mean_squares = self._update()
+            mean_squares = self._update()
         self.lr_schedulers.step()
         self.monitor.enter("sum over ranks")
         sums, scalars = self.rank_sums.sum(
             {
                 "loss": loss,
+                "z loss": self.micro_batches.z_loss(),
                 "flops": sum(self.flop_counter.count(inputs) for inputs, _ in batch),
                 "stop requests": self.stop.requested,
                 "finished writes": self.checkpointer.has_finished_write,
-                **{f"update {name}": value for name, value in mean_squares.items()},
+                **mean_squares,
             },
             self.scalars.totals(),
         )
-        norm = float(grad_norm)
-        check_step(self.step, sums["loss"], norm, self.folder)
+        norm = self.gradient_norm.read()
+        check_step(self.step, sums["loss"], norm.norm, self.folder)
+        if norm.is_spike:
+            logger.info(f"step {self.step}  {norm.describe_spike()}")
+        if self.average is not None:
+            self.average.update(self.step, is_skipped=norm.is_skipped)
         metrics = {
             "loss": sums["loss"],
-            "grad_norm": norm,
+            **({"z_loss": sums["z loss"]} if self.config.training.z_loss else {}),
+            **norm.metrics(),
             **{f"lr/{name}": rate for name, rate in rates.items()},
             **{f"weight_decay/{name}": decay for name, decay in decays.items()},
-            **{f"update_rms/{name}": math.sqrt(sums[f"update {name}"]) for name in mean_squares},
-            **self._update_singular_values(),
+            **({} if norm.is_skipped else self.update_stats.metrics(sums)),
             "predicted_tokens": int(num_predicted),
             "step_flops": sums["flops"],
         }
@@ -304,35 +321,14 @@ class Trainer(TitanTrainer):
             self.micro_batches.add(inputs, labels)
         return self.micro_batches.loss(), num_predicted
 
-    def _is_due(self, every: int | None) -> bool:
-        return every is not None and self.step % every == 0
-
-    def _update(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Clip the gradients and update the weights, unless the norm is NaN or Inf.
-
-        Returns:
-            The gradient norm before clipping, and this rank's part of the mean squares of the updates.
-        """
+    def _update(self) -> dict[str, torch.Tensor]:
+        """Clip the gradients and update the weights; return the parts of the updates' mean squares."""
         self.monitor.enter("update")
-        grad_norm = dist_utils.clip_grad_norm_(
-            self.model.parameters(), self.config.training.max_grad_norm, foreach=True
-        )
+        is_skipped = self.gradient_norm.clip(self.model.parameters())
         self.checkpointer.maybe_wait_for_staging()
-        has_mean_squares = self._is_due(self.config.metrics.update_every)
-        has_spectrum = self._is_due(self.config.metrics.spectrum_every)
-        self.optimizers.record_update_stats(has_mean_squares or has_spectrum)
-        self.optimizers.step(found_inf=(~grad_norm.isfinite()).float())
-        return grad_norm, self.optimizers.local_update_mean_squares() if has_mean_squares else {}
-
-    def _update_singular_values(self) -> dict[str, float]:
-        # the main rank writes metrics.jsonl: the values are those of the matrices that it orthogonalizes
-        if dist.get_rank() != 0 or not self._is_due(self.config.metrics.spectrum_every):
-            return {}
-        return {
-            f"update_sv_{name}/{group}": value
-            for group, values in self.optimizers.update_singular_values().items()
-            for name, value in zip(("min", "median", "max"), values, strict=True)
-        }
+        self.update_stats.begin_step(self.step)
+        self.optimizers.step(found_inf=is_skipped)
+        return self.update_stats.local_mean_squares()
 
     def record(self, result: StepResult) -> None:
         """Record the metrics of a step.
@@ -353,7 +349,7 @@ class Trainer(TitanTrainer):
                 f'log_scalar("{clashes[0]}"): the run has a metric of this name; take another one'
             )
         self.metrics_processor.record(self.step, {**record, **result.scalars})
-        if self.step == 1 or self._is_due(self.config.metrics.console_every):
+        if self.step == 1 or is_due(self.step, self.config.metrics.console_every):
             self.metrics_processor.log_step(self.step, record, self.config.training.last_step)
 
     def save(self, result: StepResult) -> None:
@@ -367,7 +363,7 @@ class Trainer(TitanTrainer):
         is_last = result.stop_requested or self.step == self.config.training.last_step
         # not in the background: the checkpoint is on disk before the tasks are evaluated
         blocking = is_last or write_failed or self.evaluator.are_tasks_due(self.step)
-        if blocking or self._is_due(self.config.checkpoint.every):
+        if blocking or is_due(self.step, self.config.checkpoint.every):
             check_weights(self.step, self.model)
             self.checkpointer.save(self.step, last_step=blocking)
             self.metrics_processor.reset_throughput()

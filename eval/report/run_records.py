@@ -39,7 +39,15 @@ class RunRecord:
     def last_step(self) -> int | None:
         """The last step by the config; None without a config."""
         steps = self.config.get("training.steps")
-        return None if steps is None else min(steps, self.config.get("training.stop_at_step", steps))
+        if steps is None:
+            return None
+        stop = self.config.get("training.stop_at_step", steps)
+        tokens = self.config.get("training.stop_at_tokens", steps * self._batch_tokens)
+        return min(steps, stop, -(-tokens // self._batch_tokens))
+
+    @property
+    def _batch_tokens(self) -> int:
+        return self.config["training.global_batch_size"] * self.config["training.seq_len"]
 
     @property
     def budget(self) -> int | None:
@@ -52,8 +60,7 @@ class RunRecord:
             return None
         taken = [record for record in self.steps if record["step"] <= self.last_step]
         step, tokens = (taken[-1]["step"], taken[-1]["tokens"]) if taken else (0, 0)
-        batch_tokens = self.config["training.global_batch_size"] * self.config["training.seq_len"]
-        return tokens + (self.last_step - step) * batch_tokens
+        return tokens + (self.last_step - step) * self._batch_tokens
 
     @property
     def is_finished(self) -> bool:

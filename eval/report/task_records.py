@@ -48,7 +48,7 @@ def read_results(folder: Path, fingerprint: str | None) -> tuple[list[Record], l
 
     Returns:
         Task records, with "step" and "path" of the file, and a note per skipped file: it is damaged, of
-        another run, or made with another tokenizer.
+        another run, of the average of its weights, or made with another tokenizer.
     """
     records: list[Record] = []
     notes: list[str] = []
@@ -60,12 +60,14 @@ def read_results(folder: Path, fingerprint: str | None) -> tuple[list[Record], l
             if step is None:
                 raise UserError(f"checkpoint is {checkpoint}, want a folder step-N")
             record = {"step": step, "path": str(path), **task_record(results)}
-            theirs = results.get("tokenizer_fingerprint")
+            theirs, is_average = results.get("tokenizer_fingerprint"), results.get("average", False)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             notes.append(f"{path} was not written by eval.downstream ({error!r}) and was skipped")
             continue
         if not _wrote(folder, checkpoint):
             notes.append(f"{path} is of {checkpoint}, not a checkpoint of {folder}, and was skipped")
+        elif is_average:
+            notes.append(f"{path} is of the average of the weights (--average), and was skipped")
         elif theirs is not None and fingerprint is not None and not same_tokenizer(theirs, fingerprint):
             notes.append(
                 f"{path} was made with another tokenizer (fingerprint {theirs}) than the run's "

@@ -1,7 +1,7 @@
 """Loads models and training states from run folders: the saved [model] table, and what a checkpoint holds."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ from models.config import ModelConfig
 from models.qwen3 import Qwen3
 from models.run_folder import RunFolder, find_checkpoint, read_run_table
 
+AVERAGE = "average"
+"""The state of a checkpoint that holds the average of the weights, by their names."""
+
 
 def model_config(table: Table, checkpoint: Path) -> ModelConfig:
     """Decode the [model] table of a saved run.
@@ -34,49 +37,89 @@ def model_config(table: Table, checkpoint: Path) -> ModelConfig:
     return from_table(ModelConfig, table["model"], RunFolder.of_checkpoint(checkpoint).config_file, "model")
 
 
-def load_weights(model: nn.Module, checkpoint: Path) -> None:
+class SavedWeights:
+    """The weights in a checkpoint, after its step or averaged over steps.
+
+    Args:
+        checkpoint: From find_checkpoint.
+        average: The average that training keeps ([average]), instead of the weights after the step.
+
+    Raises:
+        UserError: The checkpoint's description is damaged, or it has no average.
+    """
+
+    def __init__(self, checkpoint: Path, *, average: bool = False) -> None:
+        self._reader = open_checkpoint(checkpoint)
+        self._prefix = f"{AVERAGE}." if average else ""
+        if not any(name.startswith(self._prefix) for name in self._reader.index.tensor_sizes):
+            raise UserError(
+                f"{checkpoint} has no average of the weights, which training keeps where average.decay is "
+                "set: leave --average away, or average checkpoints with `python -m models.average`"
+            )
+
+    def check(self, shapes: Mapping[str, torch.Size]) -> None:
+        """Check that there are weights of these names and global shapes.
+
+        Raises:
+            UserError: Weights are missing or have other shapes; lists them all.
+        """
+        sizes = self._reader.index.tensor_sizes
+        saved = {name: sizes.get(f"{self._prefix}{name}") for name in shapes}
+        wrong = [
+            f"{name} is {'missing' if size is None else list(size)}, wanted {list(shapes[name])}"
+            for name, size in saved.items()
+            if size != shapes[name]
+        ]
+        if wrong:
+            raise UserError(f"{self._reader.checkpoint} contains another model: {'; '.join(wrong)}")
+
+    def load(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Load weights into tensors, in place; a collective call where ranks exist.
+
+        Args:
+            weights: Tensors by the weights' names, sharded or not, any dtype.
+
+        Raises:
+            UserError: As check, or the checkpoint is damaged.
+        """
+        self.check({name: weight.shape for name, weight in weights.items()})
+        _load({f"{self._prefix}{name}": weight for name, weight in weights.items()}, self._reader)
+
+
+def load_weights(model: nn.Module, checkpoint: Path, *, average: bool = False) -> None:
     """Load a checkpoint's weights into a model, in place; optimizer and other state are not read.
 
     Args:
         model: A Qwen3 of the architecture in the checkpoint, sharded or not, any dtype.
         checkpoint: From find_checkpoint.
+        average: As for SavedWeights.
 
     Raises:
         UserError: Weights are missing in the checkpoint or have other shapes (all are listed), or it is
-            damaged.
+            damaged; or it has no average.
     """
     assert isinstance(model, Qwen3)
     weights = {name: parameter.detach() for name, parameter in model.unwrapped_parameters().items()}
-    load_tensors(weights, checkpoint)
+    SavedWeights(checkpoint, average=average).load(weights)
 
 
-def load_tensors(weights: dict[str, torch.Tensor], checkpoint: Path) -> None:
-    """Load a checkpoint's weights into tensors, in place; a collective call where ranks exist.
-
-    Args:
-        weights: Tensors by the weights' names, sharded or not, any dtype.
-        checkpoint: From find_checkpoint.
-
-    Raises:
-        UserError: As load_weights.
-    """
-    reader = open_checkpoint(checkpoint)
-    _check_shapes({name: weight.shape for name, weight in weights.items()}, reader)
-    _load(weights, reader)
-
-
-def load_state(state: dict[str, Any], checkpoint: Path) -> None:
+def load_state(state: dict[str, Any], checkpoint: Path, *, optional: Collection[str] = ()) -> None:
     """Load the state of a run, in place; a collective call.
 
     Args:
         state: As training saves it: tensors, values, and objects with state_dict and load_state_dict.
         checkpoint: Folder of the checkpoint.
+        optional: Names in `state` that the checkpoint may lack: they are removed from `state`.
 
     Raises:
         DamagedCheckpointError: On all ranks: it is damaged. Tensors may have been overwritten, other values
             not; `good` is the checkpoint to load instead.
     """
-    _load(state, open_checkpoint(checkpoint))
+    reader = open_checkpoint(checkpoint)
+    saved = {name.partition(".")[0] for name in reader.index.metadata.state_dict_metadata}
+    for name in {*optional} - saved:
+        state.pop(name, None)
+    _load(state, reader)
 
 
 def open_checkpoint(checkpoint: Path) -> CheckpointReader:
@@ -102,31 +145,6 @@ def open_checkpoint(checkpoint: Path) -> CheckpointReader:
         raise _with_good(found, checkpoint) from error
     assert reader is not None
     return reader
-
-
-def check_tensors(shapes: Mapping[str, torch.Size], checkpoint: Path) -> None:
-    """Check that a checkpoint has weights of these names and shapes.
-
-    Args:
-        shapes: Global shapes by the weights' names.
-        checkpoint: From find_checkpoint.
-
-    Raises:
-        UserError: Weights are missing in the checkpoint or have other shapes (lists them all), or its
-            description is damaged.
-    """
-    _check_shapes(shapes, open_checkpoint(checkpoint))
-
-
-def _check_shapes(shapes: Mapping[str, torch.Size], reader: CheckpointReader) -> None:
-    saved = {name: list(size) for name, size in reader.index.tensor_sizes.items()}
-    wrong = [
-        f"{name} is {saved.get(name, 'missing')}, wanted {list(shape)}"
-        for name, shape in shapes.items()
-        if saved.get(name) != list(shape)
-    ]
-    if wrong:
-        raise UserError(f"{reader.checkpoint} contains another model: {'; '.join(wrong)}")
 
 
 def _load(state: dict[str, Any], reader: CheckpointReader) -> None:
@@ -167,7 +185,11 @@ def _with_good(damage: DamagedCheckpointError, checkpoint: Path) -> DamagedCheck
 
 
 def load_model(
-    path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    path: Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    average: bool = False,
 ) -> Qwen3:
     """Load the model of a run for evaluation.
 
@@ -175,6 +197,7 @@ def load_model(
         path: A run folder for its newest checkpoint, or one of its checkpoints.
         device: Device of the model.
         dtype: Dtype of its weights; checkpoints of training hold fp32.
+        average: As for SavedWeights.
 
     Returns:
         The model in eval mode; its parameters do not require gradients.
@@ -187,5 +210,5 @@ def load_model(
     with torch.device("meta"):
         model = Qwen3(config).to(dtype)
     model.materialize(device)
-    load_weights(model, checkpoint)
+    load_weights(model, checkpoint, average=average)
     return model.eval().requires_grad_(False)

@@ -46,6 +46,7 @@ def _parse() -> argparse.Namespace:
     )
     to_hf.add_argument("--out", type=Path, required=True, metavar="HF_DIR", help="folder to write")
     to_hf.add_argument("--tokenizer", type=Path, help="tokenizer.json or its folder (the run's own)")
+    to_hf.add_argument("--average", action="store_true", help="the average of the weights ([average])")
     to_hf.add_argument("--shard-gb", type=float, default=5.0, help="maximum size of a file in 10^9 bytes (5)")
     for direction in (from_hf, to_hf):
         direction.add_argument(
@@ -77,6 +78,7 @@ def _convert(options: argparse.Namespace) -> str:
         dtype=options.dtype,
         tokenizer=options.tokenizer,
         shard_bytes=round(options.shard_gb * 1e9),
+        average=options.average,
     )
 
 

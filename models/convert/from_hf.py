@@ -1,18 +1,15 @@
 """Conversion of a Hugging Face folder of a dense Qwen3 model to a run folder, tensor by tensor."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from errors import UserError
+from models.checkpoint.write import write_weights
 from models.config import ModelConfig, ParallaxConfig
 from models.convert.format import from_config_json, to_hugging_face
 from models.convert.hf_folder import (
@@ -30,17 +27,6 @@ from models.run_folder import RunFolder
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
-
-class _LazyPlanner(DefaultSavePlanner):
-    """Saves a state dict of meta tensors, each of which is read just before it is written."""
-
-    def __init__(self, read: Callable[[str], torch.Tensor]) -> None:
-        super().__init__()
-        self._read = read
-
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        return self._read(index.fqn)
 
 
 def convert_from_hf(
@@ -94,10 +80,7 @@ def convert_from_hf(
         initial = InitialWeights(Qwen3(config), seed)
     shapes = {name: p.shape for name, p in initial.parameters.items()}
     data = import_tokenizer(source, run.tokenizer, theirs.eos_token_id)
-    weights = {name: torch.empty(shape, dtype=wanted, device="meta") for name, shape in shapes.items()}
-    # one file per tensor: the writer keeps all tensors of a file in memory
-    writer = FileSystemWriter(run.checkpoint(0), single_file_per_rank=False)
-    dcp.save(weights, storage_writer=writer, planner=_LazyPlanner(read), no_dist=True)
+    write_weights(run.checkpoint(0), shapes, wanted, read)
     tables: dict[str, Any] = {"run": {"name": out.name, "folder": str(out), "seed": seed}}
     tables["model"] = config
     tables |= {} if data is None else {"data": data}

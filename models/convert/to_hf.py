@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from config import Table
 from errors import UserError
-from models.checkpoint.load import check_tensors, load_tensors, model_config
+from models.checkpoint.load import SavedWeights, model_config
 from models.config import ParallaxConfig
 from models.convert.format import PARALLAX_FILES, to_config_json, to_hugging_face
 from models.convert.tokenizer import SpecialTokens, export_tokenizer
@@ -28,6 +28,7 @@ def convert_to_hf(
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     tokenizer: Path | None = None,
     shard_bytes: int = 5_000_000_000,
+    average: bool = False,
 ) -> str:
     """Convert a run folder to a folder that transformers loads: stock Qwen3, or modeling_parallax.py.
 
@@ -37,12 +38,13 @@ def convert_to_hf(
         dtype: Dtype of the written weights; checkpoints of training hold fp32.
         tokenizer: A tokenizer.json or its folder, instead of the run's own.
         shard_bytes: Maximum size of a file; a larger tensor gets a file of its own.
+        average: Convert the average of the weights that training keeps ([average]).
 
     Returns:
         A summary of a few lines.
 
     Raises:
-        UserError: The run has no complete checkpoint or no tokenizer, or out already has a model.
+        UserError: The run has no complete checkpoint, no tokenizer or no average, or out already has a model.
         UnsupportedError: The attention has no counterpart in transformers.
     """
     if (out / "config.json").exists() or any(out.glob("*.safetensors")):
@@ -57,7 +59,8 @@ def convert_to_hf(
     to_config_json(config, dtype=dtype, num_positions=None, eos_token_id=None)  # raises early
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in Qwen3(config).named_parameters()}
-    check_tensors(shapes, checkpoint)
+    weights = SavedWeights(checkpoint, average=average)
+    weights.check(shapes)
     tokenizer_path = find_tokenizer(run, data, tokenizer)
     out.mkdir(parents=True, exist_ok=True)
     special: SpecialTokens | None = None
@@ -73,7 +76,7 @@ def convert_to_hf(
         pad = special.eos if special.pad is None else special.pad
         ids = {"bos_token_id": special.bos, "eos_token_id": special.eos, "pad_token_id": pad}
         _write_json(out / "generation_config.json", ids)
-    files = _write_weights(checkpoint, shapes, getattr(torch, dtype), out, shard_bytes)
+    files = _write_weights(weights, shapes, getattr(torch, dtype), out, shard_bytes)
     if isinstance(config.attention, ParallaxConfig):
         for name in PARALLAX_FILES:
             shutil.copyfile(Path(__file__).with_name(name), out / name)
@@ -84,8 +87,9 @@ def convert_to_hf(
     )
     _write_json(out / "config.json", saved)
     count = sum(shape.numel() for shape in shapes.values())
+    source_name = f"the average in {checkpoint.name}" if average else checkpoint.name
     lines = [
-        f"{out}: {saved['architectures'][0]}, {count / 1e6:.2f}M parameters of {checkpoint.name} in {dtype}, "
+        f"{out}: {saved['architectures'][0]}, {count / 1e6:.2f}M parameters of {source_name} in {dtype}, "
         f"{files} safetensors file{'s' if files > 1 else ''}"
     ]
     if special is None:
@@ -104,7 +108,7 @@ def _write_json(path: Path, table: dict[str, Any]) -> None:
 
 
 def _write_weights(
-    checkpoint: Path, shapes: dict[str, torch.Size], dtype: torch.dtype, out: Path, shard_bytes: int
+    weights: SavedWeights, shapes: dict[str, torch.Size], dtype: torch.dtype, out: Path, shard_bytes: int
 ) -> int:
     """Write all weights, and the index of several files; return the number of files."""
     shards: list[list[str]] = [[]]
@@ -119,7 +123,7 @@ def _write_weights(
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = "model" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}"
-        written = _write_file(checkpoint, {n: shapes[n] for n in names}, dtype, out / f"{file}.safetensors")
+        written = _write_file(weights, {n: shapes[n] for n in names}, dtype, out / f"{file}.safetensors")
         weight_map |= dict.fromkeys(written, f"{file}.safetensors")
     if len(shards) > 1:
         total = sum(shape.numel() for shape in shapes.values()) * dtype.itemsize
@@ -128,10 +132,12 @@ def _write_weights(
     return len(shards)
 
 
-def _write_file(checkpoint: Path, shapes: dict[str, torch.Size], dtype: torch.dtype, path: Path) -> list[str]:
+def _write_file(
+    weights: SavedWeights, shapes: dict[str, torch.Size], dtype: torch.dtype, path: Path
+) -> list[str]:
     """Write a file of weights; return their names in Hugging Face's model."""
     tensors = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
-    load_tensors(tensors, checkpoint)
+    weights.load(tensors)
     renamed = to_hugging_face(tensors)
     save_file(renamed, path, metadata={"format": "pt"})
     # save_file makes files that only their owner can read

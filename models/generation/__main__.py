@@ -37,6 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="a run folder, or one of its checkpoint/step-N"
     )
+    parser.add_argument("--average", action="store_true", help="the average of the weights ([average])")
     parser.add_argument("--prompt", action="append", help="repeatable; stdin by default")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="per prompt (128)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (0)")
@@ -79,7 +80,8 @@ def load(options: argparse.Namespace) -> tuple[Qwen3, Tokenizer, int]:
     if is_on_gpu and torch.device(options.device).index is not None:
         torch.cuda.set_device(options.device)
     dtype = _DTYPES[options.dtype or ("bfloat16" if is_on_gpu else "float32")]
-    return load_model(checkpoint, device=options.device, dtype=dtype), tokenizer, end_id
+    model = load_model(checkpoint, device=options.device, dtype=dtype, average=options.average)
+    return model, tokenizer, end_id
 
 
 def main() -> None:

@@ -4,7 +4,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from models.loss import cross_entropy, linear_cross_entropy, linear_token_losses
+from models.loss import (
+    cross_entropy,
+    linear_cross_entropy,
+    linear_cross_entropy_with_z_loss,
+    linear_token_losses,
+)
 from tokens import IGNORE_INDEX
 
 
@@ -20,6 +25,47 @@ def test_chunked_loss_and_gradients_equal_the_plain_ones(chunk_tokens: int) -> N
     torch.testing.assert_close(loss, expected)
     gradients = torch.autograd.grad(loss / 7, (x, weight))
     torch.testing.assert_close(gradients, torch.autograd.grad(expected / 7, (x, weight)))
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 64])
+@pytest.mark.parametrize("z_loss", [0.0, 1e-4, 0.3])
+def test_z_loss_and_its_gradients_equal_those_of_autograd(z_loss: float, chunk_tokens: int) -> None:
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        x = 3 * torch.randn(2, 15, 8, dtype=torch.float64, generator=generator)
+        weight = torch.randn(33, 8, dtype=torch.float64, generator=generator)
+        leaves = [x.requires_grad_(), weight.requires_grad_()]
+        labels = torch.randint(0, 33, (2, 15), generator=generator)
+        labels[torch.rand(2, 15, generator=generator) < 0.3] = IGNORE_INDEX
+        loss, z = linear_cross_entropy_with_z_loss(x, weight, labels, z_loss, chunk_tokens)
+        normalizers = (x @ weight.T).logsumexp(-1)[labels != IGNORE_INDEX]
+        expected_z = z_loss * (normalizers**2).sum()
+        expected = cross_entropy(x @ weight.T, labels) + expected_z
+        torch.testing.assert_close(z, expected_z.detach())
+        torch.testing.assert_close(loss, expected)
+        assert loss.requires_grad
+        assert not z.requires_grad
+        gradients = torch.autograd.grad(loss / 7, leaves)
+        torch.testing.assert_close(gradients, torch.autograd.grad(expected / 7, leaves))
+
+
+def test_z_loss_in_bfloat16_is_within_the_error_budget() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 64, 32, generator=generator).bfloat16().requires_grad_()
+    weight = (torch.randn(100, 32, generator=generator) / 5).bfloat16().requires_grad_()
+    labels = torch.randint(0, 100, (1, 64), generator=generator)
+
+    def plain(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        logits = x @ weight.T
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        return cross_entropy(logits, labels) + 0.1 * (wide.logsumexp(-1) ** 2).sum()
+
+    wide = [t.detach().double().requires_grad_() for t in (x, weight)]
+    truth = torch.autograd.grad(plain(*wide), wide)
+    loss, _ = linear_cross_entropy_with_z_loss(x, weight, labels, 0.1, 16)
+    ours, theirs = torch.autograd.grad(loss, (x, weight)), torch.autograd.grad(plain(x, weight), (x, weight))
+    for a, b, t in zip(ours, theirs, truth, strict=True):
+        assert (a.double() - t).norm() <= 2 * (b.double() - t).norm() + 1e-3 * t.norm()
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 64])

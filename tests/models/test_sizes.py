@@ -47,6 +47,14 @@ def test_compute_matched_has_the_forward_flops_of_softmax(size: str) -> None:
         assert size == "60m" or matched.head_dim == 64
 
 
+@pytest.mark.parametrize("size", ["60m", "0.6b", "1.7b"])
+def test_parameter_neutral_parallax_has_a_narrower_mlp_and_nothing_else(size: str) -> None:
+    plain, neutral = SIZES[size], SIZES[f"{size}_parameter_neutral"]
+    assert neutral == replace(plain, mlp_width=neutral.mlp_width)
+    # W_R is D x HK, and the MLP has three matrices of D x F
+    assert abs(3 * (plain.mlp_width - neutral.mlp_width) - plain.num_heads * plain.head_dim) <= 3 * 4
+
+
 @pytest.mark.parametrize("size", [size for size in MATCHED if split_size(size)[1] != "parameter_matched"])
 def test_mlp_widths_are_the_best_multiples_of_eight(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, control = split_size(size)
@@ -91,6 +99,7 @@ def test_the_command_prints_parameters_flops_and_cache(
         "parameter_matched": "-0.0005%",
         "compute_matched": "+0.0342%",
         "compute_parameter_matched": "-0.0388%",
+        "parameter_neutral": "+0.0391%",
         "gated-deltanet": "-0.0276%",
         "kda": "-0.0102%",
         "mesanet": "-0.0342%",

@@ -11,6 +11,7 @@ TEXT_COUNTS = "tests/eval/test_text_counts.py"
 TEXT_LOSS = "tests/eval/test_text_loss.py"
 
 MUTANTS = [
+    Mutant("eval/open_model.py", '(("average",) if average else ())', "()", "tests/models/test_average.py"),
     Mutant(
         "eval/scored_text.py",
         'num_words = len(re.split(r"\\s+", text))',

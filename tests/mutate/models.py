@@ -9,6 +9,7 @@ FORMAT = "tests/models/convert/test_format.py"
 HOSTILE = "tests/models/convert/test_hostile_folders.py"
 GENERATION = "tests/models/generation/test_generation.py"
 LOSS = "tests/models/test_loss.py"
+AVERAGE = "tests/models/test_average.py"
 QWEN3 = "tests/models/test_qwen3.py"
 SIZES = "tests/models/test_sizes.py"
 TOKENIZER = "tests/models/convert/test_tokenizer.py"
@@ -129,8 +130,8 @@ MUTANTS = [
     ),
     Mutant(
         "models/checkpoint/load.py",
-        "    if wrong:\n        raise",
-        "    if False:\n        raise",
+        "        if wrong:\n            raise",
+        "        if False:\n            raise",
         CHECKPOINT,
     ),
     Mutant(
@@ -139,6 +140,11 @@ MUTANTS = [
         ".requires_grad_(False)",
         CHECKPOINT,
     ),
+    Mutant("models/checkpoint/load.py", 'f"{AVERAGE}." if average else ""', '""', AVERAGE),
+    Mutant("models/average.py", "dtype=torch.float64)", "dtype=torch.bfloat16)", AVERAGE),
+    Mutant("models/average.py", "sorted(whole)[-number:]", "sorted(whole)[:number]", AVERAGE),
+    Mutant("models/loss.py", "(1.0 + 2.0 * z_loss * lse)", "(1.0 + z_loss * lse)", LOSS),
+    Mutant("models/loss.py", "torch.where(valid, z_loss * lse.square(), 0.0)", "z_loss * lse.square()", LOSS),
     Mutant("models/run_folder.py", "whole[max(whole)] if whole", "whole[min(whole)] if whole", CHECKPOINT),
     Mutant(
         "models/run_folder.py",

@@ -3,6 +3,9 @@
 from tests.mutate.mutant import Mutant
 
 # those that launch no run
+AVERAGE = (
+    "tests/training/test_average.py::test_the_average_is_that_of_its_rule_and_an_evaluation_changes_no_bit"
+)
 BRANCH = " ".join(
     f"tests/training/test_branch.py::{name}"
     for name in (
@@ -11,6 +14,15 @@ BRANCH = " ".join(
         "test_differing_rates_and_batch_sizes_are_warned_of",
         "test_changed_keys_other_than_rates_are_warned_of",
         "test_another_start_for_a_run_folder_with_checkpoints_is_refused",
+    )
+)
+GRADIENT_NORM = " ".join(
+    f"tests/training/test_gradient_norm.py::{name}"
+    for name in (
+        "test_gradients_are_clipped_as_in_torch_or_not_at_all",
+        "test_spikes_follow_the_rule",
+        "test_a_norm_of_nan_or_inf_is_skipped_and_leaves_the_running_norm",
+        "test_a_saved_running_norm_goes_on_bit_identically",
     )
 )
 CONFIG = "tests/test_config.py tests/training/test_config_values.py"
@@ -22,6 +34,26 @@ STATE = "tests/training/test_state.py"
 STEP_TIME = "tests/training/test_step_time.py"
 
 MUTANTS = [
+    Mutant("training/average.py", "            module.reshard()", "            pass", AVERAGE),
+    Mutant("training/average.py", "            average.copy_(kept)", "            pass", AVERAGE),
+    Mutant("training/average.py", "elif not is_skipped:", "else:", AVERAGE),
+    Mutant(
+        "training/average.py", "return step > self._start_step", "return step >= self._start_step", AVERAGE
+    ),
+    Mutant(
+        "training/gradient_norm.py",
+        "(self._num_steps + 1).clamp(max=WINDOW)",
+        "self._num_steps + 1",
+        GRADIENT_NORM,
+    ),
+    Mutant("training/gradient_norm.py", "torch.where(is_spike, limit, norm)", "norm", GRADIENT_NORM),
+    Mutant(
+        "training/gradient_norm.py",
+        "torch.where(is_finite, running, self._running)",
+        "running",
+        GRADIENT_NORM,
+    ),
+    Mutant("training/gradient_norm.py", "~is_finite | is_spike if", "is_spike if", GRADIENT_NORM),
     Mutant("training/trainer.py", '        torch.set_rng_state(state_dict["rng"]["cpu"])\n', "", STATE),
     Mutant(
         "training/trainer.py",

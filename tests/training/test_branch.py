@@ -9,7 +9,7 @@ from config import load as load_config
 from errors import UserError
 from models.run_folder import RunFolder
 from tests.conftest import write_parquet
-from tests.training.launch import EXACT, ROOT, losses, records, train
+from tests.training.launch import EXACT, ROOT, SMALL, losses, records, train
 from training.branch import branch_warnings
 from training.resume import check_start, resume_warnings
 from training.run_config import RunConfig
@@ -245,3 +245,17 @@ def test_another_start_for_a_run_folder_with_checkpoints_is_refused(tmp_path: Pa
     check_start(load(tmp_path / "branch", *start))
     assert 'now "none"' in refusal(load(tmp_path / "branch"))
     assert 'checkpoint.start_from: saved "none", now' in refusal(load(tmp_path / "stable", *start))
+
+
+def test_the_first_stop_counts_and_is_named() -> None:
+    def stop(*words: str) -> tuple[int, str]:
+        config = load_config(RunConfig, ROOT / "configs" / "debug_softmax_muon.toml", [*SMALL, *words])
+        return config.training.last_step, config.training.last_step_key
+
+    step, tokens = "--training.stop_at_step", "--training.stop_at_tokens"
+    assert stop() == (20, "training.steps")
+    assert stop(tokens, "1") == (1, "training.stop_at_tokens")
+    assert stop(tokens, "2560") == (10, "training.stop_at_tokens")
+    assert stop(tokens, "2561") == (11, "training.stop_at_tokens")
+    assert stop(tokens, "2561", step, "10") == (10, "training.stop_at_step")
+    assert stop(tokens, "9999999", step, "21") == (20, "training.steps")

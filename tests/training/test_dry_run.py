@@ -25,14 +25,17 @@ DIMENSIONS = {
     "60m_parameter_matched": (512, 16, 12, 4, 64, 1920, 16384),
     "60m_compute_matched": (512, 16, 4, 2, 64, 2264, 16384),
     "60m_compute_parameter_matched": (512, 16, 4, 2, 64, 2088, 16384),
+    "60m_parameter_neutral": (512, 16, 8, 4, 64, 1752, 16384),
     "0.6b": (1024, 28, 16, 8, 128, 3072, 151936),
     "0.6b_parameter_matched": (1024, 28, 24, 8, 128, 3072, 151936),
     "0.6b_compute_matched": (1024, 28, 16, 8, 64, 4440, 151936),
     "0.6b_compute_parameter_matched": (1024, 28, 16, 8, 64, 3752, 151936),
+    "0.6b_parameter_neutral": (1024, 28, 16, 8, 128, 2392, 151936),
     "1.7b": (2048, 28, 16, 8, 128, 6144, 151936),
     "1.7b_parameter_matched": (2048, 28, 24, 8, 128, 6144, 151936),
     "1.7b_compute_matched": (2048, 28, 16, 8, 64, 7512, 151936),
     "1.7b_compute_parameter_matched": (2048, 28, 16, 8, 64, 6824, 151936),
+    "1.7b_parameter_neutral": (2048, 28, 16, 8, 128, 5464, 151936),
 }
 # in millions: of Qwen3, and of W_R as implied by the paper's matched controls
 PUBLISHED = {("0.6b", "softmax"): 596.05, ("1.7b", "softmax"): 1720.57}
@@ -41,7 +44,7 @@ CHANGES = {
     "softmax": ("cosine_adamw", "annealing_muon", "parameter_matched_muon"),
     "parallax": (
         *("cosine_adamw", "annealing_muon", "compute_matched_muon", "compute_parameter_matched_muon"),
-        *("gate_muon", "gate_adamw", "no_rope_on_r_muon"),
+        *("gate_muon", "gate_adamw", "no_rope_on_r_muon", "parameter_neutral_muon"),
     ),
 }
 

@@ -1,5 +1,7 @@
 """Micro-batches: padded document bounds, and the loss and gradients of accumulated ones."""
 
+from dataclasses import replace
+
 import torch
 
 from models.config import ModelConfig, ParallaxConfig
@@ -56,6 +58,25 @@ def test_micro_batches_add_up_to_the_loss_and_gradients_of_all() -> None:
     assert isinstance(expected, torch.Tensor)
     expected.backward()
     torch.testing.assert_close(loss, expected.detach())
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(gradient, parameter.grad)
+
+
+def test_z_loss_is_minimized_and_is_not_part_of_the_loss_on_record() -> None:
+    model, device = make_model(), torch.device("cpu")
+    micro_batches = MicroBatches(model, replace(TRAINING, z_loss=0.01), device)
+    tokens = torch.randint(0, 50, (2, 1, 16), generator=torch.Generator().manual_seed(0))
+    micro_batches.begin_step(torch.tensor(32))
+    for row in tokens:
+        micro_batches.add({"input": row}, row.roll(-1))
+    gradients = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    logits = model(tokens.flatten(0, 1))
+    loss = cross_entropy(logits, tokens.flatten(0, 1).roll(-1, 1)) / 32
+    z_loss = 0.01 * (logits.logsumexp(-1) ** 2).mean()
+    (loss + z_loss).backward()
+    torch.testing.assert_close(micro_batches.loss(), loss.detach())
+    torch.testing.assert_close(micro_batches.z_loss(), z_loss.detach())
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         torch.testing.assert_close(gradient, parameter.grad)
 

@@ -173,6 +173,22 @@ def test_unmasked_sequences_give_the_same_losses_on_one_and_two_ranks(corpus: Pa
     assert {line["predicted_tokens"] for line in records(tmp_path / "run1") if "loss" in line} == {8 * 32}
 
 
+def test_a_stop_by_tokens_z_loss_and_gradients_that_are_not_clipped(corpus: Path, tmp_path: Path) -> None:
+    words = ["--training.z_loss", "1e-3", "--training.max_grad_norm", "none"]
+    words += ["--training.stop_at_tokens", "700"]
+    printed = train("debug_softmax_muon", corpus, tmp_path / "run", *EXACT, *words)
+    assert "stopped after step 3 of 20 (training.stop_at_tokens)" in printed
+    lines = [line for line in records(tmp_path / "run") if "loss" in line]
+    assert [line["tokens"] for line in lines] == [256, 512, 768]
+    # of 300 ids with logits near 0
+    assert lines[0]["loss"] == pytest.approx(math.log(300), abs=0.1)
+    assert lines[0]["z_loss"] == pytest.approx(1e-3 * math.log(300) ** 2, rel=0.02)
+    words = ["--training.stop_at_tokens", "2000", "--training.global_batch_size", "16"]
+    printed = train("debug_softmax_muon", corpus, tmp_path / "run", *EXACT, *words, code=2)
+    assert "counted in steps of 512 tokens, but" in printed
+    assert "has steps of 256; set training.stop_at_step instead" in printed
+
+
 def test_tensorboard_and_wandb_offline(corpus: Path, tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")

@@ -16,7 +16,6 @@ from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.config.job_config import ActivationCheckpoint
 from torchtitan.distributed.activation_checkpoint import apply_ac
-from torchtitan.distributed.utils import clip_grad_norm_
 from torchtitan.protocols import BaseModelArgs
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 from torchtitan.tools.profiling import maybe_enable_profiling
@@ -37,7 +36,6 @@ SIGNATURES: list[tuple[Callable[..., Any], str, str]] = [
     (Trainer.__init__, "training/trainer.py", "self job_config"),
     (Trainer.batch_generator, "training/trainer.py", "self data_iterable"),
     (Trainer.close, "training/trainer.py", "self"),
-    (clip_grad_norm_, "training/trainer.py", "parameters max_norm ..."),
     (maybe_enable_profiling, "training/trainer.py", "profiling_config global_step base_folder ..."),
     (MetricsProcessor.__init__, "training/metrics.py", "self job_config parallel_dims ..."),
     (MetricsProcessor.close, "training/metrics.py", "self"),
