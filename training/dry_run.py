@@ -8,6 +8,7 @@ from training.disk_space import num_checkpoints
 from training.memory import GIB, checkpoint_bytes, estimate_memory
 from training.preflight import build_meta_model
 from training.run_config import RunConfig
+from training.run_cost import run_cost
 from training.step_time import estimate_step_time
 
 
@@ -34,6 +35,7 @@ def dry_run(config: RunConfig, world_size: int) -> str:
     memory = estimate_memory(config, model, world_size)
     seq_len, steps, step_tokens = config.training.seq_len, config.training.steps, config.tokens_per_step
     flops = model.num_flops_per_token(seq_len)
+    cost = run_cost(config, model, world_size, steps)
     size, kept = checkpoint_bytes(config, model, world_size), num_checkpoints(config)
     rows = [
         ("run", f"{config.run.name}: {config.model.size}, {config.model.attention.kind}"),
@@ -42,9 +44,9 @@ def dry_run(config: RunConfig, world_size: int) -> str:
         ("FLOPs per token", f"{flops / 1e9:.3f} GFLOP (training, sequence length {seq_len})"),
         ("step", f"{step_tokens:,} tokens, {accumulation} micro-batches on each of {world_size} ranks"),
         ("whole run", f"{steps:,} steps, {steps * step_tokens / 1e9:.3f}B tokens, "
-                      f"{steps * step_tokens * flops:.3e} FLOPs"),
+                      f"{cost.flops:.3e} FLOPs"),
         *((f"memory, {part}", f"{size / GIB:.2f} GiB") for part, size in vars(memory).items()),
-        *_time_rows(config, model, world_size),
+        *_time_rows(config, model, world_size, cost.hours),
         ("checkpoint", f"{format_bytes(size)}, up to {kept} at a time: {format_bytes(kept * size)} of disk"),
         *(("note", sentence) for sentence in config.unread_keys()),
         ("memory per rank, peak", f"{memory.peak / GIB:.2f} GiB"),
@@ -52,13 +54,14 @@ def dry_run(config: RunConfig, world_size: int) -> str:
     return "\n".join(f"{name:<24}{value}" for name, value in rows)
 
 
-def _time_rows(config: RunConfig, model: Qwen3, world_size: int) -> list[tuple[str, str]]:
+def _time_rows(
+    config: RunConfig, model: Qwen3, world_size: int, hours: float | None
+) -> list[tuple[str, str]]:
     time = estimate_step_time(config, model, world_size)
-    if time is None:
+    if time is None or hours is None:
         return [("time", f"no estimate for attention.kind {config.model.attention.kind}")]
     gpus = f"{world_size} H200" + ("s" if world_size > 1 else "")
     parts = ", ".join(f"{name.replace('_', '-')} {1e3 * x:.0f}" for name, x in vars(time).items())
-    hours = config.training.steps * time.total / 3600
     speed = config.tokens_per_step / time.total
     return [
         ("time per step", f"{1e3 * time.total:.0f} ms on {gpus}, compiled: {parts}"),

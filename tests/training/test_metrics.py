@@ -21,8 +21,9 @@ from errors import UserError
 from eval.report.run_records import read_run
 from training import log
 from training.log import logger
-from training.metrics import RunMetrics, format_duration, format_progress
+from training.metrics import RunMetrics
 from training.metrics_file import JsonlWriter
+from training.progress import format_duration, format_progress
 from training.run_config import MetricsConfig
 
 
