@@ -129,8 +129,11 @@ def _firsts(
     for file in stage.configs:
         path, shared = source.parent / file, _flat(plan.set)
         yield Variant(config_file=path, arm=path.stem, name=path.stem, assignments=shared), True
-    taken = [member for member in earlier if member.stage in stage.best_of]
-    for (name, arm), member in {(each.stage, each.variant.arm): each for each in reversed(taken)}.items():
+    firsts: dict[tuple[str, str], Member] = {}
+    for member in earlier:
+        if member.stage in stage.best_of:
+            firsts.setdefault((member.stage, member.variant.arm), member)
+    for (name, arm), member in firsts.items():
         best = chosen.get((name, arm))
         unknown = replace(member.variant, name=f"{arm}_best", tuned=())
         yield (unknown, False) if best is None else (replace(best, tuned=()), True)

@@ -84,7 +84,15 @@ class Observer:
                 chosen |= {(stage.name, variant.arm): variant for variant, _ in found}
                 choices[stage.name] = [choice for _, choice in found]
             statuses += own
+        self._check_baseline(statuses)
         return Overview(statuses, choices)
+
+    def _check_baseline(self, statuses: list[Status]) -> None:
+        arms = dict.fromkeys(status.member.variant.arm for status in statuses)
+        if self.plan.baseline is not None and self.plan.baseline not in arms:
+            raise UserError(
+                f"{self.source}: baseline: got {self.plan.baseline!r}, want one of {', '.join(arms)}"
+            )
 
     def _status(
         self, member: Member, running: Collection[int], retried: Collection[int], *, is_open: bool
