@@ -145,9 +145,7 @@ def read_toml(path: Path) -> Table:
 
 def type_name(hint: Any) -> str:
     """Describe the values that a key of a type takes."""
-    names = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
-    if hint is Any:
-        return "any value"
+    names = {str: "a string", int: "an integer", float: "a number", bool: "true or false", Any: "any value"}
     if hint in names:
         return names[hint]
     origin, args = get_origin(hint), get_args(hint)
@@ -319,8 +317,6 @@ class _Decoder:
     def convert(self, hint: Any, value: Any, key: Key) -> Any:
         """Return a TOML value as a value of a type."""
         origin, args = get_origin(hint), get_args(hint)
-        if hint is Any:
-            return value
         wrong = _TypeMismatchError(f"{_dotted(key)}: got {_shown(value)}, want {type_name(hint)}", [key])
         if _is_union(hint):
             return self._convert_union(hint, value, key, wrong)
@@ -340,7 +336,7 @@ class _Decoder:
             return self._build(typing.cast(type, hint), value, key)
         if hint is float and type(value) is int:
             return float(value)
-        if type(value) is not hint:
+        if hint is not Any and type(value) is not hint:
             raise wrong
         return value
 

@@ -37,7 +37,7 @@ def collect(observer: Observer, sources: Sequence[Path]) -> list[str]:
             if source is not None:
                 _copy(PlanFolder(source).run(status.member), observer.folder.run(status.member))
                 has_copied = True
-            if line is not None:
+            if line is not None and (source is not None or status.member.number not in told):
                 told[status.member.number] = f"member {status.member.number}, {status.member.path}: {line}"
     return [told[number] for number in sorted(told)]
 
@@ -63,6 +63,8 @@ def _best_source(records: Records, status: Status, sources: Sequence[Path]) -> t
             return None, f"not taken: {progress.problem}"
         if progress.failure is not None and status.state == "waiting":
             return source, f"taken from {source}, where it failed"
+        if progress.failure is not None and status.state == "failed":
+            return None, None
     unfinished = [f"step {each.step} of {each.last_step} in {source}" for source, each in found.items()]
     return None, f"not taken: not finished, {', '.join(unfinished)}" if unfinished else None
 
