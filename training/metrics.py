@@ -15,13 +15,13 @@ from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 
+from data.progress import format_duration, format_progress
 from disk import DiskFullError, describe_free, write_text
 from errors import UserError
 from models.run_folder import RunFolder
 from training.log import logger
 from training.memory import GIB
 from training.metrics_file import JsonlWriter
-from training.progress import format_duration, format_progress
 from training.run_config import MetricsConfig
 
 

@@ -62,6 +62,8 @@ class TrainingConfig:
         precision: Dtype of weights and activations in forward and backward. Master weights, gradient
             reduction and optimizer state are fp32.
         compile: Compile each block with torch.compile.
+        cuda_graphs: On a GPU, replay forward and backward as CUDA graphs where the attention allows it, which
+            saves the host's work per kernel. Experimental (docs/performance.md, "CUDA graphs").
         activation_checkpointing: What the backward recomputes: "selective" all but matrix products and
             attention, "full" all but the inputs of the blocks, None nothing.
     """
@@ -74,6 +76,7 @@ class TrainingConfig:
     max_grad_norm: float = 1.0
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     compile: bool = True
+    cuda_graphs: bool = False
     activation_checkpointing: Literal["selective", "full"] | None = None
 
     def __post_init__(self) -> None:
@@ -251,6 +254,7 @@ class RunConfig:
             ("max_tokens", has_loss, "data.validation is none"),
             ("tasks_every", has_tasks, "eval.tasks is empty"),
             ("tasks_limit", has_tasks, "eval.tasks is empty"),
+            ("tasks_num_fewshot", has_tasks, "eval.tasks is empty"),
             ("tasks_data", has_tasks, "eval.tasks is empty"),
         ):
             value = getattr(self.eval, name)

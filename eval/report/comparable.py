@@ -22,7 +22,7 @@ def _num_documents(run: RunRecord) -> dict[str, Any]:
     last = run.tasks[-1] if run.tasks else {}
     held_out = run.held_out[-1] if run.held_out else {}
     return {
-        **{key: value for key, value in last.items() if key.endswith("/num_documents")},
+        **{key: num for key, num in last.items() if key.endswith(("/num_documents", "/num_fewshot"))},
         **{key: held_out[key] for key in ("validation_documents", "validation_tokens") if key in held_out},
     }
 

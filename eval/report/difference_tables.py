@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 
+from eval.report.choices import NO_KEY
 from eval.report.names import format_value
 from eval.report.result_tables import HELD_OUT, RESULTS, TRAINING, difference_cell, over_seeds
 from eval.report.rows import Arm, Row, loss_of, rate_key, seed_of
 from eval.report.run_values import Value, held_out_loss
-from eval.report.table import Cell, Table, mark_best, plain
+from eval.report.table import Cell, Number, Table, mark_best, plain
 
 
 def differences_table(rows: Sequence[Row], baseline: Row) -> Table:
@@ -39,17 +40,19 @@ def _seeds(row: Row, baseline: Row) -> str:
 
 def _rate(row: Row, key: str, loss: Value) -> str:
     """Format a row's learning rate, noting where none of its runs has a loss."""
-    rate = format_value(row.config[key])
+    rate = format_value(row.config.get(key, NO_KEY))
     return rate if row.over_seeds(loss) is not None else f"{rate} (no loss)"
 
 
-def _best_rate(arm: Arm, key: str) -> str:
-    """Format an arm's best learning rate, noting where it is at the end of those tried."""
+def _best_rate(arm: Arm, key: str) -> Number | None:
+    """Make a number of an arm's best learning rate, noting where it is at the end of those tried."""
+    best = arm.best.config.get(key)
+    if best is None:
+        return None
     rates = [row.config[key] for row in arm.rows]
-    best = arm.best.config[key]
     ends = {max(rates): "the largest tried", min(rates): "the smallest tried"}
-    end = "the only one tried" if len({*rates}) == 1 else ends.get(best)
-    return format_value(best) if end is None else f"{format_value(best)} ({end})"
+    note = "the only one tried" if len({*rates}) == 1 else ends.get(best, "")
+    return Number(value=best, spec="g", note=note)
 
 
 def arms_table(arms: Sequence[Arm], baseline: Row | None) -> Table | None:
@@ -72,7 +75,9 @@ def arms_table(arms: Sequence[Arm], baseline: Row | None) -> Table | None:
     columns: dict[str, list[Cell]] = {
         "Arm": [arm.name for arm in arms],
         "Learning rates": [
-            ", ".join(_rate(row, key, loss) for row in sorted(arm.rows, key=lambda row: row.config[key]))
+            ", ".join(
+                _rate(row, key, loss) for row in sorted(arm.rows, key=lambda row: row.config.get(key, 0.0))
+            )
             for arm in arms
         ],
         "Best": [_best_rate(arm, key) for arm in arms],

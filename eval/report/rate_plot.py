@@ -19,13 +19,18 @@ def rate_curve(arm: Arm, key: str, rows: Sequence[Row]) -> Curve:
     """Compute the final loss of an arm's rows by learning rate, over seeds.
 
     Args:
-        arm: The arm; a row without a loss, such as one that diverged, has no point.
+        arm: The arm; a row without a loss, such as one that diverged, or without that
+            rate has no point.
         key: The learning rate.
         rows: All rows of the report, which decide on the loss: held-out or training.
     """
     loss = loss_of(rows)
     found = sorted(
-        ((row.config[key], each) for row in arm.rows if (each := row.over_seeds(loss)) is not None),
+        (
+            (row.config[key], each)
+            for row in arm.rows
+            if key in row.config and (each := row.over_seeds(loss)) is not None
+        ),
         key=lambda pair: pair[0],
     )
     return Curve(

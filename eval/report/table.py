@@ -103,14 +103,15 @@ class Table:
     def write_csv(self, path: Path) -> None:
         """Write the table as CSV: numbers in full, standard errors and notes in columns of their own."""
         expanded: dict[str, list[str]] = {}
-        for heading, cells in self._kept().items():
+        for shown, cells in self._kept().items():
+            heading = shown.replace("`", "")
             expanded[heading] = ["" if cell is None else _csv_value(cell) for cell in cells]
             numbers = [cell if isinstance(cell, Number) else None for cell in cells]
             if any(each is not None and each.error is not None for each in numbers):
                 errors = [None if each is None else each.error for each in numbers]
                 expanded[f"{heading}, s.e."] = ["" if each is None else repr(each) for each in errors]
             if any(each is not None and each.note for each in numbers):
-                expanded[f"{heading}, seeds"] = ["" if each is None else each.note for each in numbers]
+                expanded[f"{heading}, note"] = ["" if each is None else each.note for each in numbers]
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([[*expanded], *zip(*expanded.values(), strict=True)])
         write_text(path, text.getvalue())

@@ -8,6 +8,7 @@ from models.attention.key_values import KeyValueAttention
 from models.config import ParallaxConfig
 from models.sizes import ModelSize
 from parallax import parallax_attention, parallax_decode
+from parallax.kernels.tiles import HEAD_DIMS
 
 
 class ParallaxAttention(KeyValueAttention):
@@ -26,6 +27,7 @@ class ParallaxAttention(KeyValueAttention):
         super().__init__(size, norm_eps)
         self.config = config
         self.window_size = config.window_size
+        self.forward_supports_cuda_graph = config.impl in (None, "triton") and size.head_dim in HEAD_DIMS
         num_probes = size.num_kv_heads if config.r_heads == "kv" else size.num_heads
         if config.r_rank is None:
             self.wr = nn.Linear(size.width, num_probes * size.head_dim, bias=False)
@@ -36,6 +38,14 @@ class ParallaxAttention(KeyValueAttention):
             self.r_norm = nn.RMSNorm(size.head_dim, eps=norm_eps)
         if config.gate is not None:
             self.wg = nn.Linear(size.width, size.num_heads if config.gate == "head" else 1, bias=False)
+
+    def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor | None:
+        """See Attention.initial_value: the probe's gain, and a wr_out by which wr_out wr_in has init_std."""
+        if name == "r_norm.weight":
+            return torch.full(shape, self.config.r_gain_init)
+        if name == "wr_out.weight":
+            return torch.empty(shape).normal_(0.0, shape[1] ** -0.5, generator=generator)
+        return None
 
     def probe(self, x_BTD: torch.Tensor, rope: Rope) -> torch.Tensor:
         """Compute the probe rho = g * r_scale * rope(norm(W_R x)), `[B, T, H, K]`."""

@@ -8,6 +8,7 @@ from models.attention.torch_softmax import torch_softmax_attention
 from models.config import SoftmaxConfig
 from models.sizes import ModelSize
 from parallax import parallax_attention, parallax_decode
+from parallax.kernels.tiles import HEAD_DIMS
 
 
 class SoftmaxAttention(KeyValueAttention):
@@ -26,6 +27,7 @@ class SoftmaxAttention(KeyValueAttention):
         super().__init__(size, norm_eps)
         self.config = config
         self.window_size = config.window_size
+        self.forward_supports_cuda_graph = config.impl in (None, "triton") and size.head_dim in HEAD_DIMS
 
     def attend(
         self,

@@ -20,6 +20,7 @@ def break_rank(fault: str, step: int, rank: int) -> None:
 
     from training import failures, rank_monitor, trainer
     from training.memory import GIB
+    from training.micro_batches import MicroBatches
     from training.trainer import Trainer
 
     rank_monitor.BEAT_SECONDS = 1.0
@@ -28,29 +29,28 @@ def break_rank(fault: str, step: int, rank: int) -> None:
     full = failures.MemoryUse(70 * GIB, 71 * GIB, 72.5 * GIB, 0.25 * GIB, 79 * GIB)
     failures.memory_use = lambda: full
     signals = {"stop": signal.SIGSTOP, "kill": signal.SIGKILL}
-    loss_sum, optimizer_step = Trainer._loss_sum, Trainer.optimizer_step
+    add, optimizer_step = MicroBatches.add, Trainer.optimizer_step
+    hit: list[bool] = []
 
-    def is_hit(trainer: Trainer) -> bool:
-        return trainer.step == step and int(os.environ["RANK"]) == rank
-
-    def failing_loss_sum(self: Trainer, *batch: Any) -> Any:
+    def failing_add(self: MicroBatches, *batch: Any) -> None:
         if fault == "slow":
             time.sleep(1.0)  # of two micro-batches
-        elif is_hit(self) and fault in signals:
+        elif hit and fault in signals:
             os.kill(os.getpid(), signals[fault])
-        elif is_hit(self) and fault == "memory":
+        elif hit and fault == "memory":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return loss_sum(self, *batch)
+        add(self, *batch)
 
     def failing_step(self: Trainer, micro_batches: Any) -> Any:
         def hang() -> Any:
             time.sleep(10**6)
             yield
 
-        is_hung = is_hit(self) and fault == "data"
-        return optimizer_step(self, hang() if is_hung else micro_batches)
+        if self.step == step and int(os.environ["RANK"]) == rank:
+            hit.append(True)
+        return optimizer_step(self, hang() if hit and fault == "data" else micro_batches)
 
-    Trainer._loss_sum = failing_loss_sum  # pyrefly: ignore [bad-assignment]
+    MicroBatches.add = failing_add  # pyrefly: ignore [bad-assignment]
     Trainer.optimizer_step = failing_step  # pyrefly: ignore [bad-assignment]
 
 

@@ -25,19 +25,23 @@ def _state(trainer: Any) -> list[torch.Tensor]:
 
 def poison() -> None:
     """Patch the trainer with the gradient and the comparison."""
+    from training.micro_batches import MicroBatches
     from training.non_finite import NonFiniteLossError
     from training.trainer import StepResult, Trainer
 
     rank, last = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")) - 1
-    loss_sum, optimizer_step = Trainer._loss_sum, Trainer.optimizer_step
+    add, optimizer_step = MicroBatches.add, Trainer.optimizer_step
+    steps: list[int] = []
 
-    def poisoned_loss_sum(self: Trainer, *batch: Any) -> torch.Tensor:
-        loss = loss_sum(self, *batch)
-        if self.step == BAD_STEP and rank == last:
-            loss.register_hook(lambda gradient: gradient * math.nan)
-        return loss
+    def poisoned_add(self: MicroBatches, *batch: Any) -> None:
+        add(self, *batch)
+        if steps[-1] == BAD_STEP and rank == last:
+            for parameter in self.model.parameters():
+                assert isinstance(parameter.grad, DTensor)
+                parameter.grad.to_local().mul_(math.nan)
 
     def compared_step(self: Trainer, *batches: Any) -> StepResult:
+        steps.append(self.step)
         before = _state(self)
         try:
             return optimizer_step(self, *batches)
@@ -46,7 +50,7 @@ def poison() -> None:
             print(f"rank {rank}: {len(before)} tensors are {'unchanged' if same else 'changed'}", flush=True)
             raise
 
-    Trainer._loss_sum, Trainer.optimizer_step = poisoned_loss_sum, compared_step  # pyrefly: ignore [bad-assignment]
+    MicroBatches.add, Trainer.optimizer_step = poisoned_add, compared_step  # pyrefly: ignore [bad-assignment]
 
 
 if __name__ == "__main__":

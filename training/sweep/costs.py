@@ -1,8 +1,10 @@
 """The cost of a plan before it runs: members with FLOPs and estimated GPU-hours."""
 
+from typing import NamedTuple
+
 from training.preflight import build_meta_model
 from training.run_config import RunConfig
-from training.run_cost import RunCost, run_cost
+from training.step_time import estimate_step_time
 from training.sweep.members import Member
 from training.sweep.overview import Overview
 from training.sweep.plan import Plan
@@ -11,6 +13,18 @@ _NOTE = (
     "GPU-hours are those of compiled steps on H200s, each member alone on its GPUs, without starts, "
     "evaluations and checkpoints"
 )
+
+
+class RunCost(NamedTuple):
+    """What a run costs.
+
+    Attributes:
+        flops: FLOPs of all steps, every row counted as one document.
+        hours: Estimated hours on its GPUs; None for attention whose kernels have not been measured.
+    """
+
+    flops: float
+    hours: float | None
 
 
 def describe_costs(plan: Plan, overview: Overview) -> str:
@@ -68,7 +82,10 @@ def _sum(one: RunCost, other: RunCost) -> RunCost:
 
 
 def _cost(run: RunConfig, num_gpus: int) -> RunCost:
-    return run_cost(run, build_meta_model(run), num_gpus, run.training.last_step)
+    model, steps = build_meta_model(run), run.training.last_step
+    flops = model.num_flops_per_token(run.training.seq_len) * run.tokens_per_step * steps
+    time = estimate_step_time(run, model, num_gpus)
+    return RunCost(flops, None if time is None else steps * time.total / 3600)
 
 
 def _shape(run: RunConfig) -> str:

@@ -5,7 +5,7 @@ import statistics
 import sys
 from collections import Counter
 
-from training.progress import format_duration, format_progress
+from data.progress import format_duration, format_progress
 from training.sweep.overview import Overview, Status
 from training.sweep.plan import Plan
 

@@ -40,7 +40,7 @@ def test_a_table_has_no_empty_columns_and_escapes_bars(tmp_path: Path) -> None:
     table.write_csv(tmp_path / "x.csv")
     with (tmp_path / "x.csv").open(newline="") as file:
         assert [*csv.reader(file)] == [
-            ["Row", "Loss", "Loss, s.e.", "Loss, seeds", "Count"],
+            ["Row", "Loss", "Loss, s.e.", "Loss, note", "Count"],
             ["a|b", "2.5", "0.5", "", "3"],
             ["c, d", "1234.5", "", "1 of 2", ""],
         ]
