@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 
-from data.progress import format_progress
+from data.progress import format_duration, format_progress
 from errors import UserError
 from eval.report.run_records import read_run
 from training import log

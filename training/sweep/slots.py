@@ -57,7 +57,7 @@ def make_slots(plan: Plan, gpus: list[str]) -> list[Slot]:
 
 
 def slot_environment(environment: Mapping[str, str], slot: Slot, num_slots: int) -> dict[str, str]:
-    """Return the environment of a member: its GPUs, or its share of the processor's cores.
+    """Return the environment of a member: its GPUs, and its share of the processor's cores.
 
     Args:
         environment: Of the sweep.
@@ -67,6 +67,6 @@ def slot_environment(environment: Mapping[str, str], slot: Slot, num_slots: int)
     own = {"PYTHONUNBUFFERED": "1"}
     if slot.gpus:
         own[_VISIBLE] = ",".join(slot.gpus)
-    elif "OMP_NUM_THREADS" not in environment:
+    if "OMP_NUM_THREADS" not in environment:
         own["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // num_slots))
     return {**environment, **own}

@@ -63,7 +63,7 @@ def observe(path: Path, folder: Path | None = None) -> Observer:
 
 
 def start(
-    path: Path, *words: str, stand_in: bool = False, log: Path | None = None
+    path: Path, *words: str, stand_in: bool = False, log: Path | None = None, gpus: str = ""
 ) -> subprocess.Popen[bytes]:
     """Start a sweep, with a stand-in for train.py or with itself."""
     module = "tests.training.sweep.stand_in" if stand_in else "training.sweep"
@@ -71,15 +71,16 @@ def start(
         return subprocess.Popen(
             [sys.executable, "-m", module, str(path), *words],
             cwd=ROOT,
-            env={**environment(), "CUDA_VISIBLE_DEVICES": ""},
+            env={**environment(), "CUDA_VISIBLE_DEVICES": gpus},
             stdout=output,
             stderr=subprocess.STDOUT,
         )
 
 
-def run(path: Path, *words: str, code: int = 0, stand_in: bool = True) -> str:
+def run(path: Path, *words: str, code: int = 0, stand_in: bool = True, gpus: str = "") -> str:
     """Run a sweep to its end, check the exit code, and return its output."""
     log = path.with_name("output.txt")
     log.unlink(missing_ok=True)
-    assert start(path, *words, stand_in=stand_in, log=log).wait(timeout=300) == code, log.read_text()
+    sweep = start(path, *words, stand_in=stand_in, log=log, gpus=gpus)
+    assert sweep.wait(timeout=300) == code, log.read_text()
     return log.read_text()

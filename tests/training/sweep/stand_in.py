@@ -6,6 +6,7 @@ from rate and seed, a checkpoint after each step, a resume that repeats nothing.
 
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -53,11 +54,21 @@ def train(words: list[str]) -> None:
         def record(**fields: object) -> None:
             print(json.dumps(fields), file=metrics, flush=True)
 
-        record(step=first, launch={"num_ranks": 1, "device": "CPU process", "flops_per_token": 1.0})
+        record(
+            step=first,
+            launch={"num_ranks": 1, "device": os.environ["CUDA_VISIBLE_DEVICES"], "flops_per_token": 1.0},
+        )
         for step in range(first + 1, run.training.last_step + 1):
             time.sleep(STEP_SECONDS)
             tokens = step * run.tokens_per_step
-            record(step=step, loss=loss(run, step), grad_norm=1.0, tokens=tokens, step_seconds=3600.0)
+            record(
+                step=step,
+                loss=loss(run, step),
+                grad_norm=1.0,
+                tokens=tokens,
+                step_seconds=3600.0,
+                time=time.time(),
+            )
             folder.checkpoint(step).mkdir(parents=True, exist_ok=True)
             metadata_file(folder.checkpoint(step)).touch()
             if stop.requested:

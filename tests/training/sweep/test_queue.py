@@ -122,6 +122,20 @@ def test_stages_of_higher_priority_start_first(tmp_path: Path) -> None:
     ]
 
 
+def test_gpus_have_as_many_members_as_the_plan_says(tmp_path: Path) -> None:
+    path = write_plan(tmp_path, rates([0.01, 0.02, 0.03, 0.04, 0.05]), head="members_per_gpu = 2")
+    path.write_text(path.read_text().replace("steps = 12", "steps = 60"))
+    run(path, gpus="3,GPU-ab")
+    spans: dict[str, list[tuple[float, float]]] = {"3": [], "GPU-ab": []}
+    for each in (tmp_path / "plan/rates").iterdir():
+        steps = read_run(each).steps
+        spans[steps[0]["device"]].append((steps[0]["time"], steps[-1]["time"]))
+    for used in spans.values():
+        numbers = [sum(first <= time <= last for first, last in used) for time, _ in used]
+        assert max(numbers) == 2
+    assert sum(map(len, spans.values())) == 10
+
+
 def test_a_budget_of_gpu_hours_leaves_members_out(tmp_path: Path) -> None:
     stages = rates([0.001, 0.01, 0.1]).replace('name = "rates"', 'name = "rates"\ngpu_hours = 40')
     path = write_plan(tmp_path, stages)
