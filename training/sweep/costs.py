@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from training.gpus import GPUS, MEASURED
+from training.memory import GIB, estimate_memory
 from training.preflight import build_meta_model
 from training.run_config import RunConfig
 from training.step_time import estimate_step_time
@@ -21,10 +23,12 @@ class RunCost(NamedTuple):
     Attributes:
         flops: FLOPs of all steps, every row counted as one document.
         hours: Estimated hours on its GPUs; None for attention whose kernels have not been measured.
+        memory_gib: Estimated peak memory on each of its GPUs.
     """
 
     flops: float
     hours: float | None
+    memory_gib: float
 
 
 def describe_costs(plan: Plan, overview: Overview) -> str:
@@ -42,9 +46,9 @@ def describe_costs(plan: Plan, overview: Overview) -> str:
     """
     costs: dict[str, RunCost] = {}
     lines: list[str] = []
-    total = RunCost(0.0, 0.0)
+    total = RunCost(0.0, 0.0, 0.0)
     for stage in plan.stages:
-        of_stage = RunCost(0.0, 0.0)
+        of_stage = RunCost(0.0, 0.0, 0.0)
         members = [status.member for status in overview.statuses if status.member.stage == stage.name]
         for member in members:
             key = _shape(member.config)
@@ -62,6 +66,13 @@ def describe_costs(plan: Plan, overview: Overview) -> str:
             lines.append(f"warning: stage {stage.name} is estimated to need more than its budget")
         total = _sum(total, of_stage)
     lines += [f"plan: {len(overview.own)} runs, {_format(total, plan.gpus_per_member)}", _NOTE]
+    gpu, memory = GPUS[MEASURED], total.memory_gib * plan.members_per_gpu
+    lines.append(
+        f"memory: up to {total.memory_gib:.1f} GiB per member and GPU, with {plan.members_per_gpu} on each "
+        f"{memory:.1f} GiB of the {gpu.memory_gib:.0f} GiB of {gpu.name}"
+    )
+    if memory > gpu.memory_gib:
+        lines.append("warning: they do not fit: lower members_per_gpu or training.local_batch_size")
     return "\n".join(lines)
 
 
@@ -78,14 +89,15 @@ def _format(cost: RunCost, num_gpus: int) -> str:
 
 def _sum(one: RunCost, other: RunCost) -> RunCost:
     hours = None if one.hours is None or other.hours is None else one.hours + other.hours
-    return RunCost(one.flops + other.flops, hours)
+    return RunCost(one.flops + other.flops, hours, max(one.memory_gib, other.memory_gib))
 
 
 def _cost(run: RunConfig, num_gpus: int) -> RunCost:
     model, steps = build_meta_model(run), run.training.last_step
     flops = model.num_flops_per_token(run.training.seq_len) * run.tokens_per_step * steps
     time = estimate_step_time(run, model, num_gpus)
-    return RunCost(flops, None if time is None else steps * time.total / 3600)
+    memory = estimate_memory(run, model, num_gpus).peak / GIB
+    return RunCost(flops, None if time is None else steps * time.total / 3600, memory)
 
 
 def _shape(run: RunConfig) -> str:

@@ -86,8 +86,17 @@ class MemberProcess:
     def _note(self, text: str) -> None:
         log = self._folder.log_file
         # after a line that a killed launch did not end
-        is_cut = log.exists() and log.stat().st_size > 0 and not log.read_bytes().endswith(b"\n")
+        is_cut = log.exists() and not _ends_a_line(log)
         time = datetime.now().astimezone().isoformat(" ", "seconds")
         line = f"sweep: {text}" if f"sweep: {text}".startswith(FAILED) else f"sweep: {text}, {time}"
         with log.open("a", encoding="utf-8") as file:
             file.write(f"{chr(10) if is_cut else ''}{line}\n")
+
+
+def _ends_a_line(path: Path) -> bool:
+    """Return whether a file is empty or ends with a line break."""
+    with path.open("rb") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return True
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"

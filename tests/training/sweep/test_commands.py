@@ -76,6 +76,12 @@ def test_the_cost_of_a_plan_is_that_of_its_runs(tmp_path: Path) -> None:
         assert f"{flops[status.member.number]:.3e} FLOPs" in line
     assert f"plan: 8 runs, {sum(flops.values()):.3e} FLOPs" in text
     assert "seeds/debug_softmax_muon_best_seed1" in text
+    assert re.search(r"memory: up to 0\.\d GiB per member and GPU, with 1 on each", text)
+    assert "they do not fit" not in text
+    batch = "set.training = {global_batch_size = 65536, local_batch_size = 65536}"
+    large = rates([0.01]).replace("seeds", f"{batch}\nseeds")
+    crowded = observe(write_plan(tmp_path, large, head="members_per_gpu = 100"))
+    assert "warning: they do not fit" in describe_costs(crowded.plan, crowded.look())
     assert "warning: stage seeds is estimated to need more than its budget" in text
 
 
