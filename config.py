@@ -54,7 +54,9 @@ class _Layer(NamedTuple):
     table: Table
 
 
-def load(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
+def load(
+    schema: type[T], path: str | Path, overrides: Sequence[str] = (), *, overrides_from: str = COMMAND_LINE
+) -> T:
     """Read a config file, the files that it extends, and overrides.
 
     Args:
@@ -63,6 +65,7 @@ def load(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
         path: The TOML file.
         overrides: Words such as "--training.steps", "100" or "--training.steps=100"; values as in TOML, bare
             strings allowed.
+        overrides_from: Where they come from, for error messages.
 
     Returns:
         The config, every value typed and checked.
@@ -72,7 +75,7 @@ def load(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
             the nearest valid key.
     """
     path = Path(path)
-    layers = [*_read_layers(path), _Layer(COMMAND_LINE, _parse_overrides(overrides))]
+    layers = [*_read_layers(path), _Layer(overrides_from, _parse_overrides(overrides, overrides_from))]
     merged: Table = {}
     for layer in layers:
         merged = _merge(merged, layer.table, schema)
@@ -142,7 +145,7 @@ def read_toml(path: Path) -> Table:
 
 def type_name(hint: Any) -> str:
     """Describe the values that a key of a type takes."""
-    names = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
+    names = {str: "a string", int: "an integer", float: "a number", bool: "true or false", Any: "any value"}
     if hint in names:
         return names[hint]
     origin, args = get_origin(hint), get_args(hint)
@@ -212,7 +215,7 @@ def _read_layers(path: Path, chain: tuple[Path, ...] = ()) -> list[_Layer]:
     return [*below, _Layer(str(path), table)]
 
 
-def _parse_overrides(arguments: Sequence[str]) -> Table:
+def _parse_overrides(arguments: Sequence[str], source: str) -> Table:
     table: Table = {}
     words = list(arguments)
     while words:
@@ -227,12 +230,12 @@ def _parse_overrides(arguments: Sequence[str]) -> Table:
         try:
             f"{key}{text}".encode()
         except UnicodeEncodeError:
-            raise ConfigError(f"{COMMAND_LINE}: {key!a}: got {text!a}, which is not UTF-8") from None
+            raise ConfigError(f"{source}: {key!a}: got {text!a}, which is not UTF-8") from None
         value = _parse_value(text)
         for part in reversed(key.split(".")):
             value = {part: value}
         # all overrides belong together: a kind among them drops none of their keys
-        _check_values(typing.cast(Table, value), COMMAND_LINE)
+        _check_values(typing.cast(Table, value), source)
         table = _merge(table, typing.cast(Table, value), None)
     return table
 
@@ -333,7 +336,7 @@ class _Decoder:
             return self._build(typing.cast(type, hint), value, key)
         if hint is float and type(value) is int:
             return float(value)
-        if type(value) is not hint:
+        if hint is not Any and type(value) is not hint:
             raise wrong
         return value
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 _LOG_SECONDS = 60.0
 _TERMINAL_SECONDS = 0.5
+_BAR_WIDTH = 20
 
 
 class Progress:
@@ -73,3 +74,9 @@ def format_duration(seconds: float) -> str:
     if hours:
         return f"{hours}h{minutes:02}m"
     return f"{minutes}m{total % 60:02}s" if minutes else f"{total}s"
+
+
+def format_progress(step: int, steps: int) -> str:
+    """Format progress as [######..............]  30%."""
+    filled = _BAR_WIDTH * step // steps
+    return f"[{'#' * filled}{'.' * (_BAR_WIDTH - filled)}] {100 * step // steps:3}%"

@@ -4,6 +4,7 @@ runs/NAME/
 config.toml         the resolved config; config.1.toml, config.2.toml, ... are those of earlier launches
 tokenizer/          the run's own tokenizer (models/run_tokenizer.py)
 metrics.jsonl       every step
+log.txt             what a sweep's launches of the run printed
 held_out/           samples of held-out text (data/sources/held_out.py)
 checkpoint/step-N/  the state after optimizer step N; complete once it has .metadata
 run.lock            held by the main rank of the launch that uses the folder (data/folder_lock.py)
@@ -54,6 +55,11 @@ class RunFolder:
     def metrics_file(self) -> Path:
         """The metrics of every step."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def log_file(self) -> Path:
+        """What the launches of a sweep printed."""
+        return self.path / "log.txt"
 
     @property
     def tokenizer(self) -> Path:

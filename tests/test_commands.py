@@ -11,6 +11,7 @@ MODULES = [
     *("data.sample", "data.shards", "data.train_tokenizer"),
     *("eval.downstream", "eval.perplexity", "eval.report"),
     *("models.average", "models.checkpoint", "models.convert", "models.generation", "models.size_table"),
+    "training.sweep",
 ]
 
 

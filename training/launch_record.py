@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from models.run_folder import RunFolder
+from training.config_differences import config_differences
 from training.run_config import RunConfig
-from training.saved_config import config_differences
 
 _CODE = Path(__file__).parents[1]
 _PACKAGES = ("torch", "triton", "torchtitan")

@@ -15,7 +15,7 @@ from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 
-from data.progress import format_duration
+from data.progress import format_duration, format_progress
 from disk import DiskFullError, describe_free, write_text
 from errors import UserError
 from models.run_folder import RunFolder
@@ -23,14 +23,6 @@ from training.log import logger
 from training.memory import GIB
 from training.metrics_file import JsonlWriter
 from training.run_config import MetricsConfig
-
-BAR_WIDTH = 20
-
-
-def format_progress(step: int, steps: int) -> str:
-    """Format progress as [######..............]  30%."""
-    filled = BAR_WIDTH * step // steps
-    return f"[{'#' * filled}{'.' * (BAR_WIDTH - filled)}] {100 * step // steps:3}%"
 
 
 class RunMetrics(MetricsProcessor):

@@ -13,14 +13,13 @@ from models.run_folder import RunFolder, find_checkpoint, read_run_table, step_o
 from models.run_tokenizer import copy_tokenizer, find_tokenizer
 from tokens import END_OF_DOCUMENT, TOKENIZER_FILE
 from training.branch import branch_warnings, check_branch, checkpoint_step
+from training.config_differences import config_differences, describe_difference
 from training.log import logger
 from training.run_config import RunConfig
 from training.saved_config import (
     check_compatible,
     check_model,
     check_token_stop,
-    config_differences,
-    describe_difference,
     sequence_differences,
     training_differences,
 )

@@ -5,9 +5,7 @@ code lacks the keys introduced since.
 """
 
 import dataclasses
-import json
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +17,8 @@ from models.config import FREE_KEYS
 from models.qwen3 import Qwen3
 from optimizers.config import OptimizerConfig, ScheduleConfig
 from optimizers.schedule import group_schedule, lr_factor, weight_decay_factor
+from training.config_differences import KeyPath, describe_difference, differences, differences_at
 from training.run_config import RunConfig
-
-KeyPath = tuple[str, ...]
 
 # keys that decide what a token of a sequence attends to
 SEQUENCE_KEYS: tuple[KeyPath, ...] = (("training", "seq_len"), ("data", "mask_documents"))
@@ -50,7 +47,7 @@ def check_model(config: RunConfig, saved: Table, source: Path, remedy: str) -> N
         UserError: The architectures differ; names the keys with both values.
     """
     saved_model = _fill_defaults(saved["model"], config.model)
-    differing = _differences(saved_model, to_table(config.model), "model", ignored=FREE_KEYS)
+    differing = differences(saved_model, to_table(config.model), "model", ignored=FREE_KEYS)
     if differing:
         raise UserError(
             f"{source} holds checkpoints of another architecture: {'; '.join(differing)}. "
@@ -107,23 +104,12 @@ def check_token_stop(config: RunConfig, saved: Table, source: Path) -> None:
 
 def sequence_differences(config: RunConfig, saved: Table) -> list[str]:
     """Describe the differences in the sequences: their length, and document masking."""
-    return _differences_at(config, saved, SEQUENCE_KEYS)
+    return differences_at(config, saved, SEQUENCE_KEYS)
 
 
 def data_differences(config: RunConfig, saved: Table) -> list[str]:
     """Describe the differences in the training documents, their packing and their order."""
-    return _differences_at(config, saved, _DATA_KEYS)
-
-
-def config_differences(config: RunConfig, saved: Table) -> list[str]:
-    """Describe all keys that differ, but for run.folder, whose path may be written in other ways."""
-    current = to_table(config)
-    run = {**current["run"], "folder": saved.get("run", {}).get("folder")}
-    return [
-        line
-        for name, table in (current | {"run": run}).items()
-        for line in _differences(saved.get(name), table, name, skip_missing=True)
-    ]
+    return differences_at(config, saved, _DATA_KEYS)
 
 
 def training_differences(config: RunConfig, saved: Table, step: int, source: Path) -> list[str]:
@@ -150,29 +136,14 @@ def training_differences(config: RunConfig, saved: Table, step: int, source: Pat
         keys += [("optimizer", "groups", name, key) for key in others]
     rates = _rate_differences(config, saved, step, source)
     # a schedule that differs only after the checkpoint changes nothing
-    causes = _differences_at(config, saved, _schedule_keys(config)) if rates else []
-    return [*_differences_at(config, saved, keys), *causes, *rates]
+    causes = differences_at(config, saved, _schedule_keys(config)) if rates else []
+    return [*differences_at(config, saved, keys), *causes, *rates]
 
 
 def _schedule_keys(config: RunConfig) -> list[tuple[str, ...]]:
     schedule = [("schedule", field.name) for field in dataclasses.fields(config.schedule)]
     groups = [("optimizer", "groups", name, key) for name in config.optimizer.groups for key in _RATE_KEYS]
     return [("training", "steps"), *schedule, *groups]
-
-
-def describe_difference(key: str, saved: Any, current: Any) -> str:
-    """Return "KEY: saved VALUE, now VALUE", with the values as in TOML; None is a missing key."""
-    return f"{key}: saved {_to_toml(saved)}, now {_to_toml(current)}"
-
-
-def _to_toml(value: Any) -> str:
-    if value is None:
-        return "nothing"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key} = {_to_toml(each)}" for key, each in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_to_toml, value)) + "]"
-    return json.dumps(value, ensure_ascii=False)
 
 
 def _fill_defaults(saved: Table, config: Any) -> Table:
@@ -188,54 +159,6 @@ def _fill_defaults(saved: Table, config: Any) -> Table:
     return filled
 
 
-def _differences(
-    saved: Any, current: Any, key: str, *, ignored: tuple[str, ...] = (), skip_missing: bool = False
-) -> list[str]:
-    """Describe the values that differ, table by table.
-
-    Args:
-        saved: Saved value; None for a missing key.
-        current: Value of this launch; None for a missing key.
-        key: Dotted key of both.
-        ignored: Keys that may differ, in any table.
-        skip_missing: Whether to skip the keys that are missing in saved.
-    """
-    if isinstance(saved, dict) and isinstance(current, dict):
-        kind = saved.get("kind", current.get("kind"))
-        if kind != current.get("kind"):
-            return [describe_difference(f"{key}.kind", kind, current.get("kind"))]
-        return [
-            line
-            for name in sorted({*saved, *current} - {*ignored})
-            for line in _differences(
-                saved.get(name),
-                current.get(name),
-                f"{key}.{name}",
-                ignored=ignored,
-                skip_missing=skip_missing,
-            )
-        ]
-    if saved == current or (saved is None and skip_missing):
-        return []
-    return [describe_difference(key, saved, current)]
-
-
-def _differences_at(config: RunConfig, saved: Table, keys: Iterable[KeyPath]) -> list[str]:
-    """Describe the keys that differ, among some; skips those that are missing in the saved config."""
-    current = to_table(config)
-    return [
-        line
-        for key in keys
-        for line in _differences(_at(saved, key), _at(current, key), ".".join(key), skip_missing=True)
-    ]
-
-
-def _at(table: Any, key: KeyPath) -> Any:
-    for part in key:
-        table = table.get(part) if isinstance(table, dict) else None
-    return table
-
-
 def _optimizer_differences(config: RunConfig, saved: Table) -> list[str]:
     """Describe the groups that have other parameters, whatever the patterns, or another kind of optimizer."""
     saved_groups, groups = _group_kinds(saved), _group_kinds(to_table(config.optimizer))
@@ -248,7 +171,7 @@ def _optimizer_differences(config: RunConfig, saved: Table) -> list[str]:
     for name in saved_groups.keys() & groups.keys():
         if matches(saved_groups[name]) == matches(groups[name]):
             saved_groups[name]["parameters"] = groups[name]["parameters"]
-    return _differences(saved_groups, groups, "optimizer.groups")
+    return differences(saved_groups, groups, "optimizer.groups")
 
 
 def _group_kinds(optimizer: Table) -> Table:

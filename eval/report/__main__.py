@@ -2,6 +2,7 @@
 
     python -m eval.report runs [--baseline a] [--out report] [--allow-different]
     python -m eval.report runs/a runs/b
+    python -m eval.report runs/PLAN               # a plan of training.sweep, with its own baseline
 
 Runs that differ only in run.seed, data.shuffle_seed and names are seeds of one row. The report is made from
 what the runs recorded; no model is built or evaluated. Tables are also written
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from errors import UserError, run_command
+from eval.report.plan_file import is_plan
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -47,17 +49,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     options = _parser().parse_args(arguments)
     try:
-        from eval.report.writer import write_report  # matplotlib is an extra: --help does not need it
+        # matplotlib is an extra: --help does not need it
+        from eval.report.plan_report import write_plan_report
+        from eval.report.writer import write_report
     except ModuleNotFoundError as error:
         raise UserError(
             f"the report includes plots ({error}): pip install 'parallax-pretraining[eval]'"
         ) from error
-    path = write_report(
-        options.runs,
-        baseline=options.baseline,
-        out=options.out,
-        allow_different=options.allow_different,
-    )
+    if any(map(is_plan, options.runs)):
+        if len(options.runs) > 1 or options.baseline is not None:
+            raise UserError(
+                f"{' '.join(map(str, options.runs))}: give the folder of a plan alone, without --baseline "
+                "(a key of the plan); or give folders in it"
+            )
+        path = write_plan_report(options.runs[0], out=options.out, allow_different=options.allow_different)
+    else:
+        path = write_report(
+            options.runs,
+            baseline=options.baseline,
+            out=options.out,
+            allow_different=options.allow_different,
+        )
     print(path.read_text(encoding="utf-8"))
     print(f"wrote {path}")
 

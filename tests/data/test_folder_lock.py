@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from data import folder_lock
-from data.folder_lock import FolderLock, LockedError
+from data.folder_lock import FolderLock, LockedError, is_held
 
 ROOT = Path(__file__).parents[2]
 # argv: the lock's file, an errno that flock fails with, or 0
@@ -226,3 +226,33 @@ def test_a_full_disk_and_a_broken_record_do_not_end_a_process(tmp_path: Path) ->
     path.unlink()
     lock.confirm()
     lock.release()
+
+
+def test_a_look_tells_whether_a_lock_is_held_and_does_not_refuse_anyone(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    assert not is_held(path)
+    process = hold(path)
+    wait_for(process, "held")
+    assert is_held(path)
+    process.kill()
+    process.wait()
+    assert not is_held(path)
+    # a process that looks has the lock for an instant
+    with path.open("r+") as looking:
+        fcntl.flock(looking.fileno(), fcntl.LOCK_SH)
+        timer = threading.Timer(0.05, lambda: fcntl.flock(looking.fileno(), fcntl.LOCK_UN))
+        timer.start()
+        lock = FolderLock(path)
+        lock.acquire()
+        timer.join()
+        lock.release()
+
+
+def test_the_record_of_another_host_is_held_while_it_is_renewed(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    path.write_text(
+        json.dumps({"boot": "another", "host": "far", "process": 1, "launch": "x", "since": "now"})
+    )
+    assert is_held(path)
+    os.utime(path, (time.time() - 60, time.time() - 60))
+    assert not is_held(path)

@@ -145,15 +145,15 @@ MUTANTS = [
         BRANCH,
     ),
     Mutant(
-        "training/saved_config.py",
+        "training/config_differences.py",
         "sorted({*saved, *current} - {*ignored})",
         "sorted({*current} - {*ignored})",
         "tests/training/test_resume.py",
     ),
     Mutant(
         "training/saved_config.py",
-        "causes = _differences_at(config, saved, _schedule_keys(config)) if rates else []",
-        "causes = _differences_at(config, saved, _schedule_keys(config))",
+        "causes = differences_at(config, saved, _schedule_keys(config)) if rates else []",
+        "causes = differences_at(config, saved, _schedule_keys(config))",
         f"{BRANCH} tests/training/test_resume.py",
     ),
     Mutant(

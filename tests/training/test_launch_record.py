@@ -16,9 +16,9 @@ from models.run_folder import RunFolder
 from tests.training.launch import ROOT, records, train
 from tests.training.test_resume import load, write_run
 from training import launch_record
+from training.config_differences import config_differences
 from training.launch_record import launch_facts
 from training.resume import check_start
-from training.saved_config import config_differences
 
 STOP = ("--training.stop_at_step", "1")
 

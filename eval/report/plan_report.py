@@ -1,0 +1,134 @@
+"""The report of a plan: what is missing, the choices, and a report of each stage."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from disk import write_text
+from errors import UserError
+from eval.report.names import format_value
+from eval.report.plan_file import PlanFile, PlannedRun, PlannedStage, read_plan
+from eval.report.run_records import RunRecord, read_run
+from eval.report.run_values import held_out_loss
+from eval.report.table import Cell, Table, plain
+from eval.report.writer import write_report
+
+
+def write_plan_report(folder: Path, *, out: Path, allow_different: bool = False) -> Path:
+    """Write report.md of a plan, and the report of each stage in a folder of its name.
+
+    Args:
+        folder: The plan's folder; its plan.toml and the members' records are read.
+        out: Folder to write to.
+        allow_different: See write_report.
+
+    Returns:
+        The path of report.md.
+
+    Raises:
+        UserError: plan.toml is damaged, or no member has a training step; see write_report.
+    """
+    plan = read_plan(folder)
+    runs = _read_runs(folder, plan)
+    if not any(run.steps for run in runs.values()):
+        raise UserError(f"nothing to report in {folder}: no member of the plan has a training step")
+    out.mkdir(parents=True, exist_ok=True)
+    missing = [line for stage in plan.stages for line in _missing(stage, runs)]
+    lines = [f"# Report of the plan {folder.name}", "", *_stages_table(plan, runs, out).markdown(), ""]
+    lines += ["## Missing", "", *(f"* {line}" for line in missing or ["Nothing."]), ""]
+    for stage in plan.stages:
+        lines += [f"## Stage {stage.name}", "", *_choices(stage, out)]
+        folders = [runs[path].folder for path in _paths(stage) if path in runs and runs[path].steps]
+        if not folders:
+            lines += ["No member has a training step.", ""]
+            continue
+        write_report(
+            folders,
+            baseline=_baseline(plan, stage, runs),
+            out=out / stage.name,
+            allow_different=allow_different,
+        )
+        lines += [f"[Report of its {len(folders)} runs]({stage.name}/report.md)", ""]
+    path = out / "report.md"
+    write_text(path, "\n".join(lines))
+    return path
+
+
+def _paths(stage: PlannedStage) -> list[str]:
+    return [member.run for member in stage.members if member.run is not None]
+
+
+def _read_runs(folder: Path, plan: PlanFile) -> dict[str, RunRecord]:
+    """Return the records of the members that have a folder, by its path in the plan's folder."""
+    paths = dict.fromkeys(path for stage in plan.stages for path in _paths(stage))
+    return {path: read_run(folder / path) for path in paths if (folder / path).is_dir()}
+
+
+def _is_finished(member: PlannedRun, runs: dict[str, RunRecord]) -> bool:
+    return member.run in runs and held_out_loss(runs[member.run]) is not None
+
+
+def _stages_table(plan: PlanFile, runs: dict[str, RunRecord], out: Path) -> Table:
+    finished = [sum(_is_finished(member, runs) for member in stage.members) for stage in plan.stages]
+    table = Table({
+        "Stage": [stage.name for stage in plan.stages],
+        "Arms": [plain(len({member.arm for member in stage.members}), "d") for stage in plan.stages],
+        "Members": [plain(len(stage.members), "d") for stage in plan.stages],
+        "Finished": [plain(num, "d") for num in finished],
+    })  # fmt: skip
+    table.write_csv(out / "stages.csv")
+    return table
+
+
+def _missing(stage: PlannedStage, runs: dict[str, RunRecord]) -> list[str]:
+    """Describe the members of a stage that have not finished."""
+    return [
+        f"{member.number}: {_progress(stage, member, runs)}"
+        for member in stage.members
+        if not _is_finished(member, runs)
+    ]
+
+
+def _progress(stage: PlannedStage, member: PlannedRun, runs: dict[str, RunRecord]) -> str:
+    if member.run is None:
+        return (
+            f"{stage.name}, {member.arm}, seed {member.seed}: what it takes from another stage is not chosen"
+        )
+    run = runs.get(member.run)
+    if run is None or not run.steps:
+        return f"{member.run}: no training steps"
+    if run.is_finished:
+        return f"{member.run}: no held-out loss after the last step"
+    return f"{member.run}: step {run.steps[-1]['step']:,} of {run.last_step or 0:,}"
+
+
+def _choices(stage: PlannedStage, out: Path) -> list[str]:
+    """Return the table of the best tuned values by arm, and write it; nothing for a stage that tunes none."""
+    path = out / f"best_of_{stage.name}.csv"
+    chosen = [choice for choice in stage.choices if choice.values]
+    if not chosen:
+        path.unlink(missing_ok=True)  # of an earlier report
+        return []
+    names = dict.fromkeys(name for choice in chosen for name in choice.values)
+    columns: dict[str, Sequence[Cell]] = {
+        "Arm": [choice.arm for choice in chosen],
+        **{
+            f"Best {name}": [format_value(choice.values.get(name, "")) for choice in chosen] for name in names
+        },
+        "Held-out loss (nats/token)": [plain(choice.loss, ",.4f") for choice in chosen],
+        "Warning": [choice.warning for choice in chosen],
+    }
+    table = Table({heading: list(cells) for heading, cells in columns.items()})
+    table.write_csv(path)
+    return [*table.markdown(), ""]
+
+
+def _baseline(plan: PlanFile, stage: PlannedStage, runs: dict[str, RunRecord]) -> str | None:
+    """Return the folder of a run of the baseline arm, at its best values; None where the stage has none."""
+    best = next((choice.values for choice in stage.choices if choice.arm == plan.baseline), {})
+    found = [
+        (member, runs[member.run])
+        for member in stage.members
+        if member.arm == plan.baseline and member.run in runs and runs[member.run].steps
+    ]
+    at_best = [run for member, run in found if best.items() <= member.values.items()]
+    return str((at_best or [run for _, run in found])[0].folder) if found else None

@@ -1,0 +1,121 @@
+"""Plans become members: combinations, names, seeds, runs that stages share, and refusals."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+
+from config import to_table
+from errors import UserError
+from eval.report.run_records import flatten
+from tests.training.launch import ROOT
+from tests.training.sweep.plans import CONFIGS, RATE, observe, write_plan
+from training.sweep.members import Member
+from training.sweep.plan import load_plan
+
+SOFTMAX = json.dumps(str(CONFIGS / "debug_softmax_muon.toml"))
+PLANS = sorted((ROOT / "configs" / "plans").glob("*.toml"))
+
+
+def members(path: Path) -> list[Member]:
+    return [status.member for status in observe(path).look().statuses]
+
+
+def stage(axes: str = "", more: str = "", configs: str = SOFTMAX) -> str:
+    return f'[[stages]]\nname = "one"\nconfigs = [{configs}]\n{more}\n{axes}'
+
+
+def axis(keys: list[str], values: str, more: str = "") -> str:
+    return f"[[stages.axes]]\nkeys = {json.dumps(keys)}\nvalues = {values}\n{more}\n"
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_every_plan_resolves(path: Path, tmp_path: Path) -> None:
+    plan = load_plan(path, str(tmp_path))
+    found = [status.member for status in observe(path, tmp_path).look().statuses]
+    assert len(found) >= 16
+    assert {member.stage for member in found} == {stage.name for stage in plan.stages}
+    assert {member.variant.arm for member in found} >= {plan.baseline}
+
+
+def test_members_are_all_combinations_with_what_they_were_given(tmp_path: Path) -> None:
+    axes = axis([RATE, "optimizer.groups.embedding.lr"], "[[0.01, 0.003], [0.02, 0.006]]", "tuned = true")
+    axes += axis(["optimizer.groups.hidden.momentum"], "[0.9, 0.95]") + axis(
+        ["model.tie_embeddings"], "[true, false]"
+    )
+    found = members(write_plan(tmp_path, stage(axes, "seeds = [3, 5]")))
+    wanted = itertools.product((0.01, 0.02), (0.9, 0.95), (True, False), (3, 5))
+    for number, (member, (rate, momentum, is_tied, seed)) in enumerate(zip(found, wanted, strict=True)):
+        config = flatten(to_table(member.config))
+        assert member.number == number
+        assert config[RATE] == rate
+        assert config["optimizer.groups.embedding.lr"] == pytest.approx(0.3 * rate)
+        assert config["optimizer.groups.hidden.momentum"] == momentum
+        assert config["model.tie_embeddings"] == is_tied
+        assert config["run.seed"] == config["data.shuffle_seed"] == seed
+        arm = f"debug_softmax_muon_momentum{momentum}_tie_embeddings{str(is_tied).lower()}"
+        assert member.variant.arm == arm
+        assert config["run.folder"] == str(tmp_path / "plan" / member.path)
+    assert len({member.path for member in found}) == 16
+    assert found[0].path == ("one/debug_softmax_muon_lr0.01-0.003_momentum0.9_tie_embeddingstrue_seed3")
+
+
+def test_a_table_is_a_value_and_drops_the_keys_of_another_kind(tmp_path: Path) -> None:
+    values = '[{kind = "softmax", window_size = 8}, {kind = "parallax", r_norm = false}]'
+    found = members(write_plan(tmp_path, stage(axis(["model.attention"], values))))
+    assert [member.config.model.attention.kind for member in found] == ["softmax", "parallax"]
+    assert [member.path for member in found] == [
+        "one/debug_softmax_muon_attentionsoftmax_seed0",
+        "one/debug_softmax_muon_attentionparallax_seed0",
+    ]
+
+
+def test_an_unshuffled_run_stays_so(tmp_path: Path) -> None:
+    config = tmp_path / "plain.toml"
+    config.write_text(f'extends = {SOFTMAX}\n[data]\nshuffle_seed = "none"\n')
+    found = members(write_plan(tmp_path, stage(more="seeds = [4]", configs=json.dumps(str(config)))))
+    assert found[0].config.data.shuffle_seed is None
+    assert found[0].config.run.seed == 4
+
+
+def test_a_run_of_two_stages_is_trained_once(tmp_path: Path) -> None:
+    second = stage(more="seeds = [0, 1]").replace('"one"', '"two"')
+    found = members(write_plan(tmp_path, stage() + second))
+    assert [member.same_as for member in found] == [None, 0, None]
+    assert found[1].path == found[0].path
+    other = stage(more="seeds = [0]\nset.training.steps = 13").replace('"one"', '"two"')
+    assert members(write_plan(tmp_path, stage() + other))[1].same_as is None
+
+
+LATER = '[[stages]]\nname = "later"\nbest_of = ["one"]\nset.training.step = 5\n'
+
+
+@pytest.mark.parametrize(
+    ("stages", "head", "said"),
+    [
+        (stage("", "seed = [1]"), "", ["seed: unknown key", "nearest is stages[0].seeds"]),
+        (stage(axis([RATE], "[]")), "", ["keys and values of an axis need at least one entry"]),
+        (stage(axis([RATE, "run.seed"], "[0.1]")), "", ["want a list of 2 values"]),
+        (stage(axis([RATE], "[0.1, 0.1]")), "", ["has an entry twice"]),
+        (stage(axis([RATE], "[0.1]") * 2), "", ["axes of stage one", "'lr', 'lr'"]),
+        (stage(axis(["run.seed"], "[1, 2]")), "", ["run.seed cannot be a key of a plan", "seeds"]),
+        (stage(axis(["optimizer.groups.hidden.rate"], "[1]")), "", ["stage one", "hidden.rate: unknown key"]),
+        (stage(axis(["training.steps"], '["x"]')), "", ["stage one", "training.steps: got", "an integer"]),
+        (stage() + LATER, "", ["stage later", "training.step: unknown key", "training.steps"]),
+        (stage() + stage(), "", ["two of them are called 'one'"]),
+        (LATER + stage(), "", ["best_of of later names 'one'", "none"]),
+        (stage(more='best_of = ["one"]'), "", ["give one of them"]),
+        (stage(more='set.data.validation = "none"'), "", ["data.validation is none", "held-out"]),
+        (stage(axis([RATE], "[0.12345671, 0.12345672]")), "", ["two members are called", "six digits"]),
+        (stage(), 'baseline = "softmax"', ["baseline: got 'softmax'", "debug_softmax_muon"]),
+        (stage(), "members_per_gpu = 0", ["members_per_gpu must be at least 1"]),
+        (stage(configs='"no.toml"'), "", ["no.toml: no such config file"]),
+        ("", "", ["stages: missing"]),
+    ],
+)
+def test_refusals_name_stage_key_and_remedy(stages: str, head: str, said: list[str], tmp_path: Path) -> None:
+    path = write_plan(tmp_path, stages, head=head)
+    with pytest.raises(UserError) as error:
+        members(path)
+    assert [word for word in said if word not in str(error.value)] == [], str(error.value)

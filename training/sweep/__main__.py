@@ -1,0 +1,82 @@
+"""Work off a plan of runs: on the GPUs of this machine, on CPU, or piece by piece on several machines.
+
+    python -m training.sweep configs/plans/X.toml              # start, or resume after any kind of end
+    python -m training.sweep configs/plans/X.toml --dry-run    # members, FLOPs, GPU-hours
+    python -m training.sweep configs/plans/X.toml --status     # from another shell
+    python -m eval.report runs/X
+
+docs/sweeps.md has the keys of a plan.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from errors import run_command
+from training.sweep import commands
+from training.sweep.overview import Observer
+from training.sweep.plan import load_plan
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.sweep",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("plan", type=Path, help="TOML file of the plan")
+    parser.add_argument("--folder", help="another folder than the plan's own")
+    parser.add_argument(
+        "--member",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="work off these members only, by number; others may run in the same folder",
+    )
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--dry-run", action="store_true", help="print members, FLOPs and GPU-hours and exit")
+    mode.add_argument("--status", action="store_true", help="print the table and exit")
+    mode.add_argument("--sbatch", action="store_true", help="print a SLURM job array of the ready members")
+    mode.add_argument(
+        "--collect",
+        type=Path,
+        nargs="+",
+        metavar="FOLDER",
+        help="copy the records of finished members from other folders of this plan",
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `python -m training.sweep`.
+
+    Args:
+        arguments: Words of the command line; None for this process's.
+
+    Returns:
+        0 if the work is done or was stopped by a signal, 1 if members failed or could not be started.
+
+    Raises:
+        UserError: The plan or a config is wrong, or another sweep works in the folder.
+    """
+    options = _parser().parse_args(arguments)
+    observer = Observer(load_plan(options.plan, options.folder), options.plan)
+    if options.dry_run:
+        from training.sweep.costs import describe_costs  # imports torch
+
+        print(describe_costs(observer.plan, observer.look()))
+    elif options.status:
+        commands.print_status(observer)
+    elif options.sbatch:
+        commands.print_array(observer)
+    elif options.collect:
+        commands.bring_together(observer, options.collect)
+    else:
+        return commands.work(observer, options.member)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

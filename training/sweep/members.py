@@ -1,0 +1,213 @@
+"""The members of a plan: one run for each combination of a stage's configs, values and seeds."""
+
+import functools
+import itertools
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import config
+from errors import UserError
+from training.run_config import RunConfig
+from training.sweep.plan import Axis, Plan, Stage
+
+_LONGEST = 24  # characters of a value in a name
+_OWN_KEYS = {
+    "run.name": "the sweep names its members",
+    "run.folder": "all members are in the plan's folder",
+    "run.seed": "set seeds of the stage",
+    "data.shuffle_seed": "set seeds of the stage",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A member of a stage, but for its seed.
+
+    Attributes:
+        config_file: The run that is varied.
+        arm: Name of the arm.
+        name: Name with the tuned values.
+        assignments: Dotted key -> value, over those of the file.
+        values: Short name of an axis -> value, for tables.
+        tuned: Indices of the values of the stage's tuned axes.
+    """
+
+    config_file: Path
+    arm: str
+    name: str
+    assignments: dict[str, Any] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+    tuned: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """A member of a plan.
+
+    Attributes:
+        number: Its number in the plan, from 0; it does not depend on what is chosen.
+        stage: Name of its stage.
+        path: Path of its run folder in the plan's folder: the one of the same run in an earlier stage, if
+            there is one.
+        variant: What it is but for its seed.
+        seed: Its seed.
+        config: The resolved config; with values that stand in for the best while that is not chosen.
+        is_known: Whether what it takes from earlier stages is chosen.
+        same_as: Number of the member of an earlier stage that is the same run; None for a run of its own.
+    """
+
+    number: int
+    stage: str
+    path: str
+    variant: Variant
+    seed: int
+    config: RunConfig
+    is_known: bool = True
+    same_as: int | None = None
+
+
+Chosen = Mapping[tuple[str, str], Variant]
+"""(stage, arm) -> the variant of the best tuned values; arms without one are left out."""
+
+
+def stage_members(
+    plan: Plan, stage: Stage, source: Path, earlier: Sequence[Member], chosen: Chosen
+) -> list[Member]:
+    """Make the members of a stage.
+
+    Args:
+        plan: The plan.
+        stage: One of its stages.
+        source: The plan's file, which the paths of configs are relative to.
+        earlier: The members of the stages before.
+        chosen: The best variants of these.
+
+    Raises:
+        UserError: A config is missing or does not allow a value; two members have one name.
+    """
+    members: list[Member] = []
+    known = {_identity(each.config): each for each in reversed(earlier) if each.is_known}
+    variants = _variants(plan, stage, source, earlier, chosen)
+    for (variant, is_known), seed in itertools.product(variants, stage.seeds):
+        path = f"{stage.name}/{variant.name}_seed{seed}"
+        member = Member(
+            number=len(earlier) + len(members),
+            stage=stage.name,
+            path=path,
+            variant=variant,
+            seed=seed,
+            config=_load(plan, stage, source, variant, seed, path),
+            is_known=is_known,
+        )
+        same = known.get(_identity(member.config)) if is_known else None
+        if same is not None:
+            member = replace(member, path=same.path, config=same.config, same_as=same.number)
+        members.append(member)
+    _check_names(stage, members)
+    return members
+
+
+def _variants(
+    plan: Plan, stage: Stage, source: Path, earlier: Sequence[Member], chosen: Chosen
+) -> Iterable[tuple[Variant, bool]]:
+    """Yield each variant, and whether what it takes from earlier stages is chosen."""
+    for first, is_known in _firsts(plan, stage, source, earlier, chosen):
+        for indices in itertools.product(*(range(len(axis.values)) for axis in stage.axes)):
+            variant = replace(first, assignments=first.assignments | _flat(stage.set))
+            for axis, index in zip(stage.axes, indices, strict=True):
+                variant = _vary(variant, axis, index)
+            yield variant, is_known
+
+
+def _firsts(
+    plan: Plan, stage: Stage, source: Path, earlier: Sequence[Member], chosen: Chosen
+) -> Iterable[tuple[Variant, bool]]:
+    for file in stage.configs:
+        path, shared = source.parent / file, _flat(plan.set)
+        yield Variant(config_file=path, arm=path.stem, name=path.stem, assignments=shared), True
+    firsts: dict[tuple[str, str], Member] = {}
+    for member in earlier:
+        if member.stage in stage.best_of:
+            firsts.setdefault((member.stage, member.variant.arm), member)
+    for (name, arm), member in firsts.items():
+        best = chosen.get((name, arm))
+        unknown = replace(member.variant, name=f"{arm}_best", tuned=())
+        yield (unknown, False) if best is None else (replace(best, tuned=()), True)
+
+
+def _vary(variant: Variant, axis: Axis, index: int) -> Variant:
+    value = axis.values[index]
+    part = f"_{axis.label}{'-' if axis.label[-1:].isdigit() else ''}{_text(value, index)}"
+    return replace(
+        variant,
+        arm=variant.arm if axis.tuned else variant.arm + part,
+        name=variant.name + part,
+        assignments=variant.assignments | _flat(axis.assignments(index)),
+        values=variant.values | {axis.label: value},
+        tuned=(*variant.tuned, index) if axis.tuned else variant.tuned,
+    )
+
+
+def _text(value: Any, index: int) -> str:
+    """Write a value for a name; its index where it is too long or a table without a kind."""
+    if isinstance(value, list):
+        text = "-".join(_text(each, index) for each in value)
+    elif isinstance(value, dict):
+        text = str(value.get("kind", index))
+    else:
+        text = f"{value:g}" if isinstance(value, float) else str(value).lower()
+    text = re.sub(r"[^\w.-]+", "-", text)
+    return text if 0 < len(text) <= _LONGEST else str(index)
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return dotted key -> value of nested tables."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _load(plan: Plan, stage: Stage, source: Path, variant: Variant, seed: int, path: str) -> RunConfig:
+    origin = f"{source}, stage {stage.name}"
+    for key in variant.assignments:
+        if key in _OWN_KEYS:
+            raise UserError(f"{origin}: {key} cannot be a key of a plan: {_OWN_KEYS[key]}")
+    # as TOML: JSON's strings, numbers and lists are
+    words = (f"--{key}={json.dumps(v, ensure_ascii=False)}" for key, v in variant.assignments.items())
+    run = _load_file(variant.config_file, tuple(words), origin)
+    if run.data.validation is None:
+        raise UserError(f"{origin}: data.validation is none: a plan compares held-out losses, set it")
+    shuffle_seed = None if run.data.shuffle_seed is None else seed
+    return replace(
+        run,
+        run=replace(run.run, name=Path(path).name, folder=str(Path(plan.folder) / path), seed=seed),
+        data=replace(run.data, shuffle_seed=shuffle_seed),
+    )
+
+
+@functools.cache
+def _load_file(path: Path, words: tuple[str, ...], origin: str) -> RunConfig:
+    """Load a config once: an edit does not change a plan that is being worked off."""
+    return config.load(RunConfig, path, words, overrides_from=origin)
+
+
+def _identity(run: RunConfig) -> str:
+    """Return what makes a run, without its name and folder."""
+    return config.to_toml(replace(run, run=replace(run.run, name="-", folder="-")))
+
+
+def _check_names(stage: Stage, members: Sequence[Member]) -> None:
+    seen: set[str] = set()
+    for member in members:
+        name = f"{member.variant.name}_seed{member.seed}"
+        if name in seen:
+            raise UserError(
+                f"stage {stage.name}: two members are called {name}: want config files of different "
+                "names, and values of an axis that differ in their first six digits or 24 characters"
+            )
+        seen.add(name)

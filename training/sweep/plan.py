@@ -1,0 +1,162 @@
+"""The schema of a plan's TOML file: stages of runs that differ in configs, keys and seeds."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import config
+from errors import UserError, check_range
+
+_MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """Values that keys of the config take in turn.
+
+    Attributes:
+        keys: Dotted keys. Several keys are tied together: each entry of `values` is then a list with a value
+            for each of them.
+        values: The values.
+        name: Short name, in the names of members and in tables; None for the last part of the first key.
+        tuned: Whether the value of lowest held-out loss is chosen for each arm. An arm is what the values of
+            all other axes and the config make of a member.
+    """
+
+    keys: list[str]
+    values: list[Any]
+    name: str | None = None
+    tuned: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.keys or not self.values:
+            raise UserError("keys and values of an axis need at least one entry each")
+        if len(self.keys) > 1:
+            for value in self.values:
+                if not isinstance(value, list) or len(value) != len(self.keys):
+                    raise UserError(
+                        f"values: got {value!r}, want a list of {len(self.keys)} values, one for each of keys"
+                    )
+        if any(self.values.count(value) > 1 for value in self.values):
+            raise UserError(f"values has an entry twice: {self.values}")
+
+    @property
+    def label(self) -> str:
+        """The short name."""
+        return self.name or self.keys[0].rpartition(".")[2]
+
+    @property
+    def is_ordered(self) -> bool:
+        """Whether the values are numbers, tied ones by their first: only then does it have ends."""
+        firsts = [value[0] if len(self.keys) > 1 else value for value in self.values]
+        return all(isinstance(first, int | float) and not isinstance(first, bool) for first in firsts)
+
+    def assignments(self, index: int) -> dict[str, Any]:
+        """Return key -> value for the value of an index."""
+        values = self.values[index] if len(self.keys) > 1 else [self.values[index]]
+        return dict(zip(self.keys, values, strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Members that are all combinations of configs, values of axes and seeds.
+
+    Attributes:
+        name: Name of the stage, and of its folder in the plan's.
+        configs: Config files of runs, relative to the plan's file; empty where the arms are those of
+            `best_of`.
+        best_of: Earlier stages: their arms, each with the best value of its tuned axes, are the first axis of
+            this one. It starts when all members of these stages have finished or failed.
+        set: Keys of the config that all members of the stage share, after those of the plan.
+        axes: Further axes.
+        seeds: Each is run.seed and, where the config shuffles, data.shuffle_seed.
+        priority: Members of stages of a higher priority start first; those of equal priority in the order of
+            the file.
+        gpu_hours: Members start only while those of the stage are expected to take no more GPU-hours in all;
+            None for no limit.
+    """
+
+    name: str
+    configs: list[str] = field(default_factory=list)
+    best_of: list[str] = field(default_factory=list)
+    set: dict[str, Any] = field(default_factory=dict)
+    axes: list[Axis] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=lambda: [0])
+    priority: int = 0
+    gpu_hours: float | None = None
+
+    def __post_init__(self) -> None:
+        check_range(self, 0, 1e9, "gpu_hours")
+        if "/" in self.name or self.name in ("", ".", "..", "configs"):
+            raise UserError(f'name must be that of a folder, and not "configs", got {self.name!r}')
+        if bool(self.configs) == bool(self.best_of):
+            raise UserError(
+                f"configs is {self.configs} and best_of is {self.best_of}: give one of them, the runs to "
+                "vary or the stages whose best is taken"
+            )
+        if not self.seeds or len({*self.seeds}) < len(self.seeds):
+            raise UserError(f"seeds must be at least one and all different, got {self.seeds}")
+        if not all(0 <= seed <= _MAX_SEED for seed in self.seeds):
+            raise UserError(f"seeds must be at least 0 and at most 2^63 - 1, got {self.seeds}")
+        labels = [axis.label for axis in self.axes]
+        if len({*labels}) < len(labels):
+            raise UserError(f"axes of stage {self.name} are called {labels}: give each a name of its own")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A comparison of many runs.
+
+    Attributes:
+        folder: The plan's folder, which has the run folders of all members; by default runs/<name of the
+            file>.
+        baseline: Name of the arm that the report subtracts from the others; None for no differences.
+        set: Keys of the config that all members share, over those of their config files.
+        gpus_per_member: GPUs that each member trains on, by torchrun if there are several.
+        members_per_gpu: Members that run on one GPU at a time, and on a machine without GPUs in all. Several
+            are faster in total where one is launch-bound; their memory must fit.
+        stages: The stages.
+    """
+
+    folder: str
+    baseline: str | None = None
+    set: dict[str, Any] = field(default_factory=dict)
+    gpus_per_member: int = 1
+    members_per_gpu: int = 1
+    stages: list[Stage]
+
+    def __post_init__(self) -> None:
+        check_range(self, 1, 1024, "gpus_per_member", "members_per_gpu")
+        seen: list[str] = []
+        for stage in self.stages:
+            if stage.name in seen:
+                raise UserError(f"stages: two of them are called {stage.name!r}")
+            for name in stage.best_of:
+                if name not in seen:
+                    known = ", ".join(seen) or "none"
+                    raise UserError(
+                        f"stages: best_of of {stage.name} names {name!r}, want stages before it: {known}"
+                    )
+            seen.append(stage.name)
+        if not seen:
+            raise UserError("stages: a plan needs at least one [[stages]]")
+
+    @staticmethod
+    def name_after_file(table: dict[str, Any], path: Path) -> None:
+        """Set the default of folder, in place: runs/<stem of the plan's file>."""
+        table.setdefault("folder", f"runs/{path.stem}")
+
+
+def load_plan(path: Path, folder: str | None = None) -> Plan:
+    """Read a plan.
+
+    Args:
+        path: The TOML file.
+        folder: Another folder than the plan's own; None for that.
+
+    Raises:
+        UserError: Names the file, the key, what was got and what is allowed.
+    """
+    words = [] if folder is None else [f"--folder={json.dumps(folder)}"]
+    return config.load(Plan, path, words, overrides_from="--folder")

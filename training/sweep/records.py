@@ -1,0 +1,132 @@
+"""How far a member is, from its records alone; without importing torch."""
+
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.folder_lock import is_held
+from errors import UserError
+from eval.report.run_records import RunRecord, read_run
+from eval.report.run_values import device_hours, held_out_loss
+from models.run_folder import RunFolder
+from training.config_differences import config_differences
+from training.run_config import RunConfig
+
+FAILED = "sweep: failed with code"
+"""How the last line of a member's log begins where its last launch failed."""
+_RECENT_STEPS = 20
+_LOG_BYTES = 4000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a member is.
+
+    Attributes:
+        step: Completed steps on record.
+        last_step: The step that it ends with.
+        loss: Held-out loss after the last step in nats/token; None before.
+        is_finished: Whether the last step and its evaluations are on record.
+        is_held: Whether a process has its run folder.
+        device_hours: Time of its training steps times ranks.
+        seconds_left: Expected time of the steps that are left; None before the second step.
+        failure: Why its last launch failed; None if it did not.
+        problem: Why it must not be launched: its folder has another config or is damaged; None if it may.
+    """
+
+    step: int = 0
+    last_step: int
+    loss: float | None = None
+    is_finished: bool = False
+    is_held: bool = False
+    device_hours: float = 0.0
+    seconds_left: float | None = None
+    failure: str | None = None
+    problem: str | None = None
+
+
+class Records:
+    """Reads the records of run folders, again only where they have changed."""
+
+    def __init__(self) -> None:
+        self._runs: dict[Path, tuple[object, RunRecord | UserError]] = {}
+
+    def progress(self, folder: RunFolder, config: RunConfig) -> Progress:
+        """Return how far the member of a folder is.
+
+        Args:
+            folder: Its run folder; may be missing.
+            config: Its config.
+        """
+        last_step = config.training.last_step
+        if not folder.path.is_dir():
+            return Progress(last_step=last_step)
+        held, failure = is_held(folder.lock_file), read_failure(folder)
+        try:
+            differing = _differences(folder, config)
+            run = self._read(folder)
+        except UserError as error:
+            return Progress(last_step=last_step, is_held=held, failure=failure, problem=str(error))
+        problem = f"{folder.path} has another config: {'; '.join(differing)}" if differing else None
+        seconds = [step["step_seconds"] for step in run.steps[-_RECENT_STEPS:]]
+        step = run.steps[-1]["step"] if run.steps else 0
+        return Progress(
+            step=step,
+            last_step=last_step,
+            loss=held_out_loss(run),
+            is_finished=run.is_finished and _is_evaluated(run, config),
+            is_held=held,
+            device_hours=(device_hours(run) or 0.0) if run.steps else 0.0,
+            seconds_left=(last_step - step) * statistics.median(seconds) if len(seconds) > 1 else None,
+            failure=failure,
+            problem=problem,
+        )
+
+    def _read(self, folder: RunFolder) -> RunRecord:
+        signature = tuple(
+            (found.st_mtime_ns, found.st_size, found.st_ino)
+            if path.exists() and (found := path.stat())
+            else None
+            for path in (folder.metrics_file, folder.config_file)
+        )
+        known = self._runs.get(folder.path)
+        if known is None or known[0] != signature:
+            try:
+                known = signature, read_run(folder.path)
+            except UserError as error:
+                known = signature, error
+            self._runs[folder.path] = known
+        if isinstance(known[1], UserError):
+            raise known[1]
+        return known[1]
+
+
+def read_failure(folder: RunFolder) -> str | None:
+    """Return why the last launch of a member failed, by the end of its log; None if it did not."""
+    last = log_lines(folder)[-1:]
+    return last[0].removeprefix("sweep: ") if last and last[0].startswith(FAILED) else None
+
+
+def log_lines(folder: RunFolder) -> list[str]:
+    """Return the last lines of a member's log that are not empty."""
+    if not folder.log_file.exists():
+        return []
+    with folder.log_file.open("rb") as file:
+        file.seek(max(0, folder.log_file.stat().st_size - _LOG_BYTES))
+        text = file.read().decode(errors="replace")
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def _differences(folder: RunFolder, config: RunConfig) -> list[str]:
+    """Describe the keys that differ from the config in a folder; those of [eval] may."""
+    saved = folder.read_config()
+    differing = [] if saved is None else config_differences(config, saved)
+    return [each for each in differing if not each.startswith("eval.")]
+
+
+def _is_evaluated(run: RunRecord, config: RunConfig) -> bool:
+    """Return whether the evaluations after the last step are on record; an error of the tasks is."""
+    if held_out_loss(run) is None:
+        return False
+    has_tasks = bool(run.tasks) and run.tasks[-1]["step"] == run.last_step
+    return not config.eval.tasks or has_tasks or any("evaluation failed" in note for note in run.notes)
