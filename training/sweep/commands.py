@@ -10,7 +10,7 @@ from data.folder_lock import FolderLock, LockedError, is_held
 from errors import RUN_ERROR_CODE, RunError, UserError
 from training.sweep.collect import collect
 from training.sweep.member_queue import Queue
-from training.sweep.overview import Observer, Overview
+from training.sweep.overview import Observer, Overview, Status
 from training.sweep.sbatch import array_script
 from training.sweep.slots import make_slots, visible_gpus
 from training.sweep.table import Display, format_table
@@ -39,26 +39,27 @@ def work(observer: Observer, numbers: Collection[int] | None) -> int:
         print("stopped by a signal; the same command resumes")
         return 0
     unfinished = [s for s in overview.own if s.member.number in queue.selected and s.state != "finished"]
-    for line in _reasons(observer, overview, {status.member.number for status in unfinished}):
+    for line in _reasons(observer, unfinished, queue.launched):
         print(line, file=sys.stderr)
     return RUN_ERROR_CODE if unfinished else 0
 
 
-def _reasons(observer: Observer, overview: Overview, unfinished: Collection[int]) -> Iterator[str]:
-    """Yield a line for each kind of reason why members have not finished."""
-    for status in overview.own:
-        if status.member.number in unfinished and status.state in ("failed", "refused"):
-            why = status.progress.problem or status.progress.failure
-            yield f"member {status.member.number}: {why} ({observer.folder.run(status.member).log_file})"
+def _reasons(observer: Observer, unfinished: Sequence[Status], launched: Collection[int]) -> Iterator[str]:
+    """Yield a line for each reason why members have not finished."""
+    for status in unfinished:
+        number, progress = status.member.number, status.progress
+        if status.state in ("failed", "refused"):
+            log = observer.folder.run(status.member).log_file
+            yield f"member {number}: {progress.problem or progress.failure} ({log})"
+        elif number in launched:
+            yield f"member {number} was stopped from outside at step {progress.step}: start the sweep again"
     for stage in observer.plan.stages:
-        left = [s for s in overview.own if s.member.stage == stage.name and s.member.number in unfinished]
-        waiting = [s for s in left if s.state in ("waiting", "stopped")]
-        if not waiting:
-            continue
-        if not waiting[0].member.is_known:
-            yield f"stage {stage.name} waits for all members of {', '.join(stage.best_of)} to end"
-        elif stage.gpu_hours is not None:
-            yield f"stage {stage.name} has no room for {len(waiting)} members: raise its gpu_hours"
+        left = [s for s in unfinished if s.member.stage == stage.name and s.member.number not in launched]
+        if any(not status.member.is_known and status.state == "waiting" for status in left):
+            yield f"stage {stage.name} waits until all members of {', '.join(stage.best_of)} have ended"
+        num_ready = sum(s.member.is_known and s.state in ("waiting", "stopped") for s in left)
+        if num_ready:
+            yield f"stage {stage.name} has no room for {num_ready} members: raise its gpu_hours"
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from training.signals import StopRequest
 from training.sweep.budget import members_in_budget
 from training.sweep.members import Member
-from training.sweep.overview import Observer, Overview, Status, select
+from training.sweep.overview import Observer, Overview, select
 from training.sweep.processes import MemberProcess, train_command
 from training.sweep.slots import Slot, slot_environment
 
@@ -30,6 +30,7 @@ class Queue:
 
     Attributes:
         selected: Numbers of the members, those of the same runs in earlier stages among them.
+        launched: Numbers of those that were started here.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Queue:
         self._writes_plan = writes_plan
         self._stop = StopRequest()
         self._processes: dict[int, MemberProcess] = {}
-        self._launched: set[int] = set()
+        self.launched: set[int] = set()
         self.selected: set[int] = set()
         self.selected = select(self._look(), selected)
 
@@ -85,7 +86,7 @@ class Queue:
 
     def _look(self) -> Overview:
         # what failed before this launch is tried again, once
-        retried = self.selected - self._launched
+        retried = self.selected - self.launched
         overview = self._observer.look(self._processes, retried)
         if self._writes_plan:
             members = [status.member for status in overview.statuses]
@@ -105,12 +106,11 @@ class Queue:
         members = [
             status.member
             for status in members_in_budget(self._plan, overview)
-            if status.member.number in self.selected - self._launched and self._is_ready(status)
+            if status.member.number in self.selected - self.launched
+            and status.member.is_known
+            and status.state in ("waiting", "stopped")
         ]
         return sorted(members, key=lambda member: (-priority[member.stage], member.number))
-
-    def _is_ready(self, status: Status) -> bool:
-        return status.member.is_known and status.state in ("waiting", "stopped")
 
     def _start(self, members: list[Member]) -> bool:
         """Start the first member if there is room: one at a time, as it changes what is left of a budget."""
@@ -121,7 +121,7 @@ class Queue:
         member, slot, folder = members[0], free[0], self._observer.folder
         command = train_command(folder.write_config(member), self._plan.gpus_per_member)
         environment = slot_environment(os.environ, slot, len(self._slots))
-        self._launched.add(member.number)
+        self.launched.add(member.number)
         self._processes[member.number] = MemberProcess(folder.run(member), command, slot, environment)
         return True
 

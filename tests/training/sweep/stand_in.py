@@ -56,7 +56,11 @@ def train(words: list[str]) -> None:
 
         record(
             step=first,
-            launch={"num_ranks": 1, "device": os.environ["CUDA_VISIBLE_DEVICES"], "flops_per_token": 1.0},
+            launch={
+                "num_ranks": 1,
+                "device": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
+                "flops_per_token": 1.0,
+            },
         )
         for step in range(first + 1, run.training.last_step + 1):
             time.sleep(STEP_SECONDS)

@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -24,9 +25,11 @@ def states(overview: Overview) -> list[str]:
     return [status.state for status in overview.statuses]
 
 
-def wait_until(is_reached: Callable[[], bool]) -> None:
+def wait_until(is_reached: Callable[[], bool], sweep: subprocess.Popen[bytes] | None = None) -> None:
+    """Wait for a condition, while a sweep lives."""
     deadline = time.monotonic() + SECONDS
     while not is_reached():
+        assert sweep is None or sweep.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -159,7 +162,7 @@ def test_a_second_sweep_is_refused_and_one_of_single_members_is_not(tmp_path: Pa
     path = write_plan(tmp_path, rates([0.01, 0.02]))
     path.write_text(path.read_text().replace("steps = 12", "steps = 200"))
     first = start(path, stand_in=True)
-    wait_until(lambda: bool(holders(tmp_path / "plan")))
+    wait_until(lambda: bool(holders(tmp_path / "plan")), first)
     assert "is being worked off by process" in run(path, code=2)
     run(path, "--member", "3")
     assert states(observe(path).look())[3] == "finished"
@@ -195,7 +198,22 @@ def test_a_killed_sweep_takes_its_members_with_it(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace("steps = 12", "steps = 100000"))
     sweep = start(path, stand_in=True)
     # members that train: one that starts has no handler yet
-    wait_until(lambda: all(status.progress.step > 2 for status in observe(path).look().statuses))
+    wait_until(lambda: all(status.progress.step > 2 for status in observe(path).look().statuses), sweep)
     sweep.kill()
     sweep.wait()
     wait_until(lambda: states(observe(path).look()) == ["stopped", "stopped"])
+
+
+def test_a_member_that_was_stopped_from_outside_is_named(tmp_path: Path) -> None:
+    path = write_plan(tmp_path, rates([0.01]), head="members_per_gpu = 2")
+    path.write_text(path.read_text().replace("steps = 12", "steps = 150"))
+    log = tmp_path / "log.txt"
+    sweep = start(path, stand_in=True, log=log)
+    wait_until(lambda: all(status.progress.step > 2 for status in observe(path).look().statuses), sweep)
+    victim = next(pid for pid in holders(tmp_path / "plan"))
+    os.kill(victim, signal.SIGTERM)
+    assert sweep.wait(timeout=SECONDS) == 1
+    assert sorted(states(observe(path).look())) == ["finished", "stopped"]
+    assert "was stopped from outside at step" in log.read_text()
+    run(path)
+    assert states(observe(path).look()) == ["finished", "finished"]
