@@ -80,7 +80,7 @@ class GradientNorm:
         if self._max_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, self._max_norm, norm, foreach=True)
         limit = self._ratio * self._running
-        is_spike = (self._num_steps >= MIN_STEPS) & (norm > limit)
+        is_spike = (self._num_steps >= MIN_STEPS) & (self._running > 0) & (norm > limit)
         is_finite = norm.isfinite()
         torch.stack((norm, self._running, is_spike.float()), out=self._step)
         counted = torch.where(is_spike, limit, norm)

@@ -61,7 +61,7 @@ class StepTime:
         launch_bound: What the host needs beyond those to launch them.
         waiting: Waiting for the rank with the most attention.
         communication: Collectives that nothing hides.
-        optimizer: The optimizer's step, with the exchange of whole matrices and the average of the weights.
+        optimizer: The optimizer's step, with the exchange of whole matrices, and the average of the weights.
         host: Work of the host between two steps.
     """
 

@@ -324,8 +324,8 @@ class Trainer(TitanTrainer):
     def _update(self) -> dict[str, torch.Tensor]:
         """Clip the gradients and update the weights; return the parts of the updates' mean squares."""
         self.monitor.enter("update")
-        is_skipped = self.gradient_norm.clip(self.model.parameters())
         self.checkpointer.maybe_wait_for_staging()
+        is_skipped = self.gradient_norm.clip(self.model.parameters())
         self.update_stats.begin_step(self.step)
         self.optimizers.step(found_inf=is_skipped)
         return self.update_stats.local_mean_squares()

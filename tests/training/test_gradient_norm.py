@@ -86,9 +86,18 @@ def test_a_lasting_rise_ends_to_be_a_spike() -> None:
     assert not any(found[:100] + found[250:])
 
 
+def test_a_first_gradient_after_many_of_zero_is_no_spike() -> None:
+    norm = make(skip_spikes=True)
+    for _ in range(30):
+        norm.clip([parameter(0.0)])
+    assert norm.clip([parameter(1.0)]) == 0.0
+    assert "grad_norm_spike" not in norm.read().metrics()
+
+
+@pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_norm_of_nan_or_inf_is_skipped_and_leaves_the_running_norm(bad: float) -> None:
-    norm = make()
+def test_a_norm_of_nan_or_inf_is_skipped_and_leaves_the_running_norm(bad: float, skip: bool) -> None:
+    norm = make(skip_spikes=skip)
     for _ in range(30):
         norm.clip([parameter(1.0)])
     before = {name: value.clone() for name, value in norm.state_dict().items()}

@@ -125,7 +125,7 @@ def test_a_finished_run_is_reported_and_keeps_its_metrics(corpus: Path, tmp_path
     train("debug_softmax_adamw", corpus, folder, "--training.stop_at_step", "2")
     before, saved = records(folder), (folder / "config.toml").read_text()
     printed = train("debug_softmax_adamw", corpus, folder, "--training.stop_at_step", "2")
-    assert "has finished at step 2; raise training.steps" in printed
+    assert "has finished at step 2; raise training.stop_at_step to resume" in printed
     words = ("--run.seed", "7", "--metrics.update_every", "3")
     printed = train("debug_softmax_adamw", corpus, folder, "--training.stop_at_step", "2", *words, code=2)
     (line,) = [line for line in printed.splitlines() if line.startswith("error: ")]

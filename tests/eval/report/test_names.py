@@ -180,7 +180,8 @@ def test_no_two_arms_look_alike(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / path.stem, records, name=path.stem) for path in paths]
     rows = make_rows([read_run(folder) for folder in folders])
     styles = row_styles(rows)
-    assert len({(style.color, style.marker) for style in styles.values()}) == 17
+    models = {repr(config.load(RunConfig, path).model) for path in paths}
+    assert len({(style.color, style.marker) for style in styles.values()}) == len(models)
     looks = {(style.color, str(style.dash), style.marker) for style in styles.values()}
     assert len(looks) == len(rows) > 20
     assert (styles["Softmax, Muon"].color, styles["Softmax, Muon"].marker) == (COLORS[0], MARKERS[0])
