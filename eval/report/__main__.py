@@ -1,9 +1,11 @@
 """Compare runs in a Markdown report with plots: losses, differences, the paper's table, throughput and cost.
 
-    python -m eval.report runs/a runs/b [--baseline a] [--out report] [--allow-different]
+    python -m eval.report runs [--baseline a] [--out report] [--allow-different]
+    python -m eval.report runs/a runs/b
 
 Runs that differ only in run.seed, data.shuffle_seed and names are seeds of one row. The report is made from
-what the runs recorded; no model is built or evaluated.
+what the runs recorded; no model is built or evaluated. Tables are also written
+as CSV, plots as PNG and PDF.
 """
 
 import argparse
@@ -21,8 +23,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders")
-    parser.add_argument("--baseline", help="name of the run to subtract from the others")
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders, or folders of them")
+    parser.add_argument("--baseline", help="row to subtract from the others: its name, or one of its runs")
     parser.add_argument(
         "--out", type=Path, default=Path("report"), help="folder to write to (default %(default)s)"
     )
@@ -41,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: Words of the command line; None for this process's.
 
     Raises:
-        UserError: A folder is missing, or the runs are not comparable.
+        UserError: A folder is missing, there is nothing to report, or the runs are not comparable.
     """
     options = _parser().parse_args(arguments)
     try:

@@ -7,12 +7,12 @@ For AdamW with a cosine schedule the paper states only a difference: Parallax ha
 accuracy than the Transformer.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from config import to_table
+from eval.report.choices import hidden_optimizer
 from models.config import ParallaxConfig
 from models.sizes import split_size
 
@@ -97,13 +97,6 @@ def _attention_change(attention: Mapping[str, Any]) -> str | None:
     return "no_rope_on_r" if changed == ["rope_on_r"] else ", ".join(changed)
 
 
-def _optimizer(config: Mapping[str, Any]) -> str:
-    """Return the kind of the hidden matrices' optimizer; "mixed" if some of them have Muon, others AdamW."""
-    kinds = {key: value for key, value in config.items() if re.fullmatch(r"optimizer\.groups\..+\.kind", key)}
-    hidden = kinds.pop("optimizer.groups.hidden.kind", "")
-    return "mixed" if hidden == "adamw" and "muon" in kinds.values() else hidden
-
-
 def paper_row(config: Mapping[str, Any]) -> PaperRow | None:
     """Return the row of the paper that a run reproduces; None without one.
 
@@ -120,6 +113,6 @@ def paper_row(config: Mapping[str, Any]) -> PaperRow | None:
     control = None if control is None or control == kind else _CONTROL_VARIANTS.get(control, control)
     annealing = "annealing" if any(key.endswith(".weight_decay_gamma") for key in config) else None
     changes = [change for change in (control, _attention_change(attention), annealing) if change is not None]
-    wanted = (size, kind, " ".join(changes) or None, _optimizer(config), schedule)
+    wanted = (size, kind, " ".join(changes) or None, hidden_optimizer(config), schedule)
     rows = {(row.size, row.attention, row.variant, row.optimizer, row.schedule): row for row in PAPER_ROWS}
     return rows.get(wanted)

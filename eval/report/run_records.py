@@ -131,7 +131,7 @@ def _read_folder(folder: Path, seen: tuple[Path, ...] = ()) -> tuple[Record, lis
     run = RunFolder(folder)
     table = run.read_config()
     if table is None:
-        notes.append(f"{folder} has no {run.config_file.name}: no run was started there")
+        notes.append(f"{folder} has no {run.config_file.name}: what was run there is not known")
     config = flatten(table or {})
     own, damaged = read_metrics(run.metrics_file) if run.metrics_file.exists() else ([], [])
     notes += damaged
@@ -151,6 +151,39 @@ def _read_folder(folder: Path, seen: tuple[Path, ...] = ()) -> tuple[Record, lis
     _, earlier, _, parent_notes = _read_folder(parent, (*seen, folder.resolve()))
     trunk = [record for record in earlier if record["step"] <= step]
     return config, trunk + [r for r in own if r["step"] > step], step, notes + parent_notes
+
+
+def _is_run(folder: Path) -> bool:
+    run = RunFolder(folder)
+    return run.metrics_file.exists() or run.config_file.exists()
+
+
+def find_runs(folders: Iterable[Path]) -> list[Path]:
+    """Find the run folders among folders and in them.
+
+    Args:
+        folders: Run folders, folders of run folders at any depth, or folders without any;
+            hidden folders and links in them are left out.
+
+    Returns:
+        Run folders without repetition, those in a folder by name; a folder with none in it is left out.
+
+    Raises:
+        UserError: There is no such folder.
+    """
+    found: dict[Path, None] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"there is no folder {folder}; want a run folder such as runs/NAME, or runs")
+        found.update(dict.fromkeys(_runs_in(folder)))
+    return [*found]
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    if _is_run(folder):
+        return [folder]
+    inside = sorted(each for each in folder.iterdir() if each.is_dir() and not each.is_symlink())
+    return [run for each in inside if not each.name.startswith(".") for run in _runs_in(each)]
 
 
 def _add_costs(steps: list[Record]) -> None:
@@ -184,13 +217,11 @@ def read_run(folder: Path) -> RunRecord:
     """Read a run folder.
 
     Args:
-        folder: The folder; one without records makes a run without steps and with a note.
+        folder: The folder, from find_runs; one without records makes a run without steps and with a note.
 
     Raises:
-        UserError: There is no such folder, or its config is damaged.
+        UserError: Its config is damaged.
     """
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}; want a run folder such as runs/NAME")
     config, records, trunk_step, notes = _read_folder(folder)
     steps = _by_step(records, "loss")
     results, damaged = read_results(folder, _last_fingerprint(records))
@@ -219,6 +250,6 @@ def read_run(folder: Path) -> RunRecord:
         num_trunk_steps=sum(step["step"] <= trunk_step for step in steps),
         notes=notes,
     )
-    if steps and not run.is_finished:
+    if steps and run.last_step is not None and not run.is_finished:
         notes.append(f"{folder} is not finished: step {steps[-1]['step']} of {run.last_step}")
     return run

@@ -1,30 +1,36 @@
-"""The report of runs: Markdown with tables and plots."""
+"""The report of runs: report.md, its tables as CSV, its plots as PNG and PDF."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
+from disk import write_text
 from errors import UserError
 from eval.report import plots
-from eval.report.comparison import Row, find_row, incomparable, make_rows
-from eval.report.run_records import read_run
-from eval.report.tables import (
-    cost_table,
-    differences_table,
-    differing_table,
-    results_table,
-    runs_table,
-    tasks_table,
-)
+from eval.report.comparable import incomparable
+from eval.report.cost_table import cost_notes, cost_table
+from eval.report.curves import SMOOTHED_PART
+from eval.report.difference_tables import arms_table, differences_note, differences_table
+from eval.report.gradient_plot import plot_gradient_norms
+from eval.report.rate_plot import plot_rates
+from eval.report.result_tables import results_notes, results_table, tasks_table
+from eval.report.rows import Row, find_row, make_arms, make_rows, sort_rows
+from eval.report.run_records import RunRecord, find_runs, read_run
+from eval.report.run_tables import differing_table, runs_table
+from eval.report.spikes import FACTOR, MIN_STEPS, WINDOW
+from eval.report.styles import row_styles
+from eval.report.table import Table
 
 
 def write_report(
     folders: Sequence[Path], *, baseline: str | None, out: Path, allow_different: bool = False
 ) -> Path:
-    """Write report.md and its plots.
+    """Write report.md, its tables and its plots.
 
     Args:
-        folders: Run folders; those without records are named in the report.
-        baseline: Name of the row that is subtracted from the others; None for no differences.
+        folders: Run folders, and folders of run folders; runs without steps are named in the report.
+        baseline: Name of a row, or name or folder of one of its runs, that is subtracted from the others;
+            None for no differences.
         out: Folder to write to.
         allow_different: Compare runs of different data, tokenizer or token budget; the report starts with a
             warning.
@@ -33,12 +39,15 @@ def write_report(
         The path of report.md.
 
     Raises:
-        UserError: A folder is missing, no row has the baseline's name, or the runs are not comparable.
+        UserError: A folder is missing, no run has a training step, no row has the baseline's name, or the
+            runs are not comparable.
     """
-    runs = [read_run(folder) for folder in folders]
-    rows = make_rows([run for run in runs if run.steps])
+    runs = [read_run(folder) for folder in find_runs(folders)]
+    kept = _with_steps(runs, folders)
+    rows = make_rows(kept)
     base = find_row(rows, baseline) if baseline is not None else None
-    problems = incomparable(rows) if rows else []
+    rows = sort_rows(rows, base)
+    problems = incomparable(kept)
     if problems and not allow_different:
         raise UserError(
             f"these runs are not comparable: {'; '.join(problems)}. Leave some out, or give --allow-different"
@@ -51,32 +60,78 @@ def write_report(
     notes = [note for run in runs for note in run.notes]
     if notes:
         lines += ["## Notes", "", *(f"* {note}" for note in dict.fromkeys(notes)), ""]
-    if rows:
-        lines += ["## Runs", "", *runs_table(rows), ""]
-        lines += ["## Differing config keys", "", *differing_table(rows), ""] if len(rows) > 1 else []
-        lines += ["## Results", "", *results_table(rows), *tasks_table(rows), ""]
-        if base is not None and len(rows) > 1:
-            lines += [f"## Difference to {base.name}", "", *differences_table(rows, base), ""]
-        lines += ["## Throughput and cost", "", *cost_table(rows), ""]
-        lines += ["## Curves", "", *_write_curves(rows, base, out), ""]
+    lines += [*_table_lines(rows, base, out), *_plot_lines(rows, base, out)]
     path = out / "report.md"
-    path.write_text("\n".join(lines), encoding="utf-8")
+    write_text(path, "\n".join(lines))
     return path
 
 
-def _write_curves(rows: Sequence[Row], baseline: Row | None, out: Path) -> list[str]:
-    """Write the plots and return the lines that show them."""
-    shown: list[str] = []
-    for axis, title in plots.AXES.items():
-        if plots.plot_loss(rows, axis, out / f"loss_{axis}.png"):
-            shown.append(f"![training loss against {title}](loss_{axis}.png)")
+def _with_steps(runs: Sequence[RunRecord], folders: Sequence[Path]) -> list[RunRecord]:
+    """Return the runs that have a training step; at least one."""
+    found = [run for run in runs if run.steps]
+    if not found:
+        names = ", ".join(map(str, folders))
+        empty = f"; {len(runs)} started, none finished a step" if runs else ""
+        raise UserError(f"nothing to report in {names}{empty}; want run folders such as runs/NAME, or runs")
+    return found
+
+
+def _table_lines(rows: Sequence[Row], baseline: Row | None, out: Path) -> list[str]:
+    """Write each table as CSV, and return the sections of the report with all of them."""
+    name = "" if baseline is None else baseline.name
+    differing = differing_table(rows)
+    same = () if differing or len(rows) == 1 else ("Only seeds and names.",)
+    minus = None if baseline is None or len(rows) == 1 else differences_table(rows, baseline)
+    note = () if minus is None else (differences_note(name),)
+    sections: tuple[tuple[str, str, Table | None, Sequence[str]], ...] = (
+        ("Runs", "runs", runs_table(rows), ()),
+        ("What differs", "what_differs", differing, same),
+        ("Results", "results", results_table(rows), (results_notes(rows),)),
+        ("All tasks", "tasks", tasks_table(rows), ()),
+        ("Best learning rates", "best_learning_rates", arms_table(make_arms(rows), baseline), ()),
+        (f"Difference to {name}", "differences", minus, note),
+        ("Throughput and cost", "cost", cost_table(rows), (cost_notes(rows),)),
+    )
+    lines: list[str] = []
+    for heading, file, table, notes in sections:
+        path = out / f"{file}.csv"
+        if table is None:
+            path.unlink(missing_ok=True)  # of an earlier report
         else:
-            shown.append(f"No run recorded its {title}.")
-    if plots.plot_held_out(rows, out / "held_out.png"):
-        shown.append("![held-out loss against tokens](held_out.png)")
-    if baseline is not None and plots.plot_differences(rows, baseline, out / "differences.png"):
-        shown.append(f"![loss minus {baseline.name}](differences.png)")
-    return [
-        f"Training losses are running means over 1/{plots.SMOOTHED_PART} of a run.",
-        *(line for each in shown for line in ("", each)),
-    ]
+            table.write_csv(path)
+        if table is not None or notes:
+            shown = table.markdown() if table is not None else []
+            lines += [f"## {heading}", "", *(line for note in notes for line in (note, "")), *shown, ""]
+    return lines
+
+
+def _plot_lines(rows: Sequence[Row], baseline: Row | None, out: Path) -> list[str]:
+    """Write the plots, and return the sections of the report that show them."""
+    styles = row_styles(rows, baseline)
+    drawn: dict[str, tuple[str, bool]] = {}
+
+    def add(file: str, title: str, draw: Callable[[Path], bool]) -> None:
+        drawn[file] = title, draw(out / f"{file}.png")
+
+    for axis, name in plots.AXES.items():
+        add(f"loss_{axis}", f"Training loss against {name}", partial(plots.plot_loss, rows, styles, axis))
+    add("held_out", "Held-out loss", partial(plots.plot_held_out, rows, styles))
+    title = "Difference in loss to the baseline"
+    add("differences", title, partial(plots.plot_differences, rows, styles, baseline))
+    add("learning_rates", "Loss against learning rate", partial(plot_rates, make_arms(rows), styles))
+    add("gradient_norm", "Gradient norm", partial(plot_gradient_norms, rows, styles))
+    notes = (
+        "Means over seeds; bands and error bars are one standard error. Training losses are running means "
+        f"over 1/{SMOOTHED_PART} of a run. Color tells the attention, line style and filling the optimizer; "
+        "learning rates other than the best are thin and faint. Each plot is also a PDF beside its PNG.",
+        f"A spike of the gradient norm is a step of more than {FACTOR:g} times the median of the {WINDOW} "
+        f"steps before it (adjacent steps are one spike; the first {MIN_STEPS} steps are not judged).",
+    )
+    lines = ["## Plots", "", *(line for note in notes for line in (note, ""))]
+    for file, (title, is_there) in drawn.items():
+        if is_there:
+            lines += [f"![{title}]({file}.png)", ""]
+        else:
+            for ending in (".png", ".pdf"):
+                (out / f"{file}{ending}").unlink(missing_ok=True)  # of an earlier report
+    return lines

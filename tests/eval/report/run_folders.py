@@ -26,7 +26,13 @@ def launch(step: int = 0, **changes: Any) -> dict[str, Any]:
 
 def step_record(step: int, loss: float, seconds: float = 1.8) -> dict[str, Any]:
     return {
-        **{"step": step, "loss": loss, "tokens": step * STEP_TOKENS, "step_seconds": seconds},
+        **{
+            "step": step,
+            "loss": loss,
+            "grad_norm": 1.0,
+            "tokens": step * STEP_TOKENS,
+            "step_seconds": seconds,
+        },
         **{"tokens_per_second": 1000.0 + step, "mfu_percent": 40.0, "peak_memory_gib": 10.0 + step},
     }
 
@@ -51,22 +57,36 @@ def make_run(
     return folder
 
 
-def seeds(tmp_path: Path, name: str, losses: Sequence[float]) -> list[Path]:
+def seeds(
+    tmp_path: Path, name: str, losses: Sequence[float], *words: str, optimizer: str = "muon"
+) -> list[Path]:
     """Write finished runs of one row, with a held-out loss before, in the middle and after."""
     folders = []
     for seed, loss in enumerate(losses):
         evaluations = (held_out(0, 8.0), held_out(15, loss + 1.0), held_out(STEPS, loss))
-        words = ("--run.seed", str(seed), "--data.shuffle_seed", str(10 + seed))
+        own = (*words, "--run.seed", str(seed), "--data.shuffle_seed", str(10 + seed))
         records = [launch(), *training(loss + 0.5), *evaluations]
-        folders.append(make_run(tmp_path / f"{name}_{seed}", records, *words, name=f"debug_{name}_muon"))
+        folder = tmp_path / "_".join([name, optimizer, *words[1::2], str(seed)])
+        folders.append(make_run(folder, records, *own, name=f"debug_{name}_{optimizer}"))
     return folders
 
 
-def cells(text: str, heading: str, row: str) -> list[str]:
-    """Return the cells of a row of the table below a heading."""
-    section = text.split(f"## {heading}\n", 1)[1]
-    line = next(line for line in section.splitlines() if line.startswith(f"| {row} |"))
+def _split(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def cells(text: str, heading: str, row: str) -> dict[str, str]:
+    """Return the cells of a row of the table below a heading, by column."""
+    section = text.split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    line = next(line for line in lines if line.startswith(f"| {row} |"))
+    return dict(zip(_split(lines[0]), _split(line), strict=True))
+
+
+def rows_of(text: str, heading: str) -> list[str]:
+    """Return the first cells of the table below a heading."""
+    section = text.split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0]
+    return [_split(line)[0] for line in section.splitlines() if line.startswith("|")][2:]
 
 
 def report(folders: Sequence[Path], tmp_path: Path, **options: Any) -> str:

@@ -24,12 +24,18 @@ def test_results_are_shown_beside_the_paper_s(tmp_path: Path) -> None:
         records = [launch(), *training(2.0), {"step": 10, "tasks/sciq/acc": 0.1}, {"step": STEPS, **tasks}]
         folders.append(make_run(tmp_path / name, records, name=f"0.6b_{name}_muon"))
     text = report(folders, tmp_path, baseline="softmax")
-    numbers = ["19.00", "18.56", "22.00", "22.25", "56.00", "55.99"]
-    assert cells(text, "Results", "parallax")[5:] == numbers
-    assert cells(text, "Results", "softmax")[6::2] == ["22.15", "23.43", "54.54"]
-    assert cells(text, "All tasks", "sciq/acc")[1:] == ["0.9000", "0.9000"]
+    numbers = ["**19.00**", "18.56", "**22.00**", "22.25", "**56.00**", "55.99"]
+    ours = ("LAMBADA perplexity", "WikiText perplexity", "Mean accuracy (%)")
+    headings = [heading for each in ours for heading in (each, f"{each}, paper")]
+    row = cells(text, "Results", "Parallax, Muon")
+    assert [row[heading] for heading in headings] == numbers
+    row = cells(text, "Results", "Softmax, Muon")
+    assert [row[f"{each}, paper"] for each in ours] == ["22.15", "23.43", "54.54"]
+    assert row["Mean accuracy (%)"] == "54.00"
+    assert [*cells(text, "All tasks", "sciq/acc").values()][1:] == ["**0.9000**", "**0.9000**"]
     assert "stderr" not in text
-    assert cells(text, "Difference to softmax", "parallax")[4:] == ["+0.00", "+0.00", "+2.00"]
+    row = cells(text, "Difference to Softmax, Muon", "Parallax, Muon")
+    assert [row[each] for each in ours] == ["+0.00", "+0.00", "+2.00"]
     assert "arXiv 2605.29157" in text
 
 
@@ -43,10 +49,10 @@ def test_a_task_is_not_confused_with_one_whose_name_it_begins(tmp_path: Path) ->
         records = [launch(), *training(2.0), {"step": STEPS, **tasks}]
         folders.append(make_run(tmp_path / name, records, name=f"debug_{name}_muon"))
     text = report(folders, tmp_path)
-    assert cells(text, "All tasks", "mmlu/acc")[1:] == ["0.3000", "-"]
-    assert cells(text, "All tasks", "mmlu_pro/acc")[1:] == ["-", "0.1000"]
-    assert cells(text, "Results", "parallax")[5] == "19.00"
-    assert cells(text, "Results", "softmax")[5] == "-"
+    rows = ("Parallax, Muon", "Softmax, Muon")
+    assert [cells(text, "All tasks", "mmlu/acc")[row] for row in rows] == ["0.3000", "-"]
+    assert [cells(text, "All tasks", "mmlu_pro/acc")[row] for row in rows] == ["-", "0.1000"]
+    assert [cells(text, "Results", row)["LAMBADA perplexity"] for row in rows] == ["19.00", "-"]
 
 
 def test_results_of_a_later_evaluation_of_a_checkpoint_are_included(tmp_path: Path) -> None:
@@ -65,8 +71,9 @@ def test_results_of_a_later_evaluation_of_a_checkpoint_are_included(tmp_path: Pa
         results["num_documents"] = {"sciq": num_documents}
         (folder / "tasks" / "results.json").write_text(json.dumps(results))
     text = report(folders, tmp_path, allow_different=True)
-    assert cells(text, "All tasks", "sciq/acc")[1:] == ["0.7500", "0.7500"]
-    assert cells(text, "All tasks", "sciq/num_documents")[1:] == ["200", "100"]
+    assert [*cells(text, "All tasks", "sciq/acc").values()][1:] == ["**0.7500**", "**0.7500**"]
+    counts = cells(text, "All tasks", "sciq/num_documents")
+    assert [counts["Parallax, Muon"], counts["Softmax, Muon"]] == ["200", "100"]
     with pytest.raises(
         ValueError, match="sciq/num_documents is 200 in parallax and 100 in softmax"
     ) as raised:
@@ -91,7 +98,7 @@ def test_results_of_another_run_are_skipped_and_noted(tmp_path: Path) -> None:
     write_results(
         folder / "there" / "results.json", folder / "checkpoint" / f"step-{STEPS}", {"sciq": 0.9}, 8
     )
-    assert cells(report([folder], tmp_path), "All tasks", "sciq/acc")[1:] == ["0.9000"]
+    assert cells(report([folder], tmp_path), "All tasks", "sciq/acc")["Parallax, Muon"] == "0.9000"
 
 
 def test_each_task_has_its_result_over_the_most_documents(tmp_path: Path) -> None:
@@ -114,13 +121,13 @@ def test_the_mean_accuracy_is_recomputed_over_the_shown_accuracies(tmp_path: Pat
     for task in ACCURACIES:
         write_results(folder / f"whole_{task}" / "results.json", checkpoint, {task: 0.5}, 1000)
     text = report([folder], tmp_path)
-    assert cells(text, "Results", "a")[7] == "50.00"
+    assert cells(text, "Results", "Parallax, Muon")["Mean accuracy (%)"] == "50.00"
     for name in ("mean_accuracy", "mean_plain_accuracy", "sciq/acc_norm"):
-        assert cells(text, "All tasks", name)[1] == "0.5000"
+        assert cells(text, "All tasks", name)["Parallax, Muon"] == "0.5000"
     (folder / "quick" / "results.json").unlink()
-    assert cells(report([folder], tmp_path), "Results", "a")[7] == "50.00"
+    assert cells(report([folder], tmp_path), "Results", "Parallax, Muon")["Mean accuracy (%)"] == "50.00"
     (folder / "whole_sciq" / "results.json").unlink()
-    assert cells(report([folder], tmp_path), "Results", "a")[7] == "-"
+    assert "Mean accuracy (%)" not in cells(report([folder], tmp_path), "Results", "Parallax, Muon")
 
 
 def test_results_with_another_tokenizer_are_skipped_and_noted(tmp_path: Path) -> None:
@@ -131,8 +138,8 @@ def test_results_with_another_tokenizer_are_skipped_and_noted(tmp_path: Path) ->
         write_results(path, checkpoint, {name: value}, 8, tokenizer_fingerprint=fingerprint)
     write_results(folder / "old" / "results.json", checkpoint, {"old": 0.5}, 8)
     text = report([folder], tmp_path)
-    assert cells(text, "All tasks", "own/acc")[1] == "0.4000"
-    assert cells(text, "All tasks", "old/acc")[1] == "0.5000"
+    assert cells(text, "All tasks", "own/acc")["Parallax, Muon"] == "0.4000"
+    assert cells(text, "All tasks", "old/acc")["Parallax, Muon"] == "0.5000"
     assert "other/acc" not in text
     reason = f"(fingerprint {'e' * 16}) than the run's ({'f' * 16}), and was skipped"
     assert f"{folder / 'other' / 'results.json'} was made with another tokenizer {reason}" in text

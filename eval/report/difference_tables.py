@@ -1,0 +1,92 @@
+"""The tables of differences: each row to the baseline, and each arm at its best learning rate."""
+
+from collections.abc import Sequence
+
+from eval.report.choices import NO_KEY
+from eval.report.names import format_value
+from eval.report.result_tables import HELD_OUT, RESULTS, TRAINING, difference_cell, over_seeds
+from eval.report.rows import Arm, Row, loss_of, rate_key, seed_of
+from eval.report.run_values import Value, held_out_loss
+from eval.report.table import Cell, Number, Table, mark_best, plain
+
+
+def differences_table(rows: Sequence[Row], baseline: Row) -> Table:
+    """Make the table of the differences of results, row - baseline."""
+    others = [row for row in rows if row is not baseline]
+    columns: dict[str, list[Cell]] = {
+        "Row": [row.name for row in others],
+        "Seeds of row / baseline": [_seeds(row, baseline) for row in others],
+    }
+    for column in RESULTS:
+        columns[column.heading] = [
+            difference_cell(row, baseline, column.value, column.spec) for row in others
+        ]
+    return Table(columns)
+
+
+def differences_note(baseline: str) -> str:
+    """Say what the differences are."""
+    return (
+        f"Row minus {baseline}. Where both share seeds, at these, as runs of one seed read the same data in "
+        "the same order: ± s / sqrt(n), with the standard deviation s of n differences. Else the difference "
+        "of the means: ± sqrt(s1^2/n1 + s2^2/n2). No standard error where n is 1."
+    )
+
+
+def _seeds(row: Row, baseline: Row) -> str:
+    num_shared = len({*map(seed_of, row.runs)} & {*map(seed_of, baseline.runs)})
+    return f"{len(row.runs)} / {len(baseline.runs)}" + (f", {num_shared} shared" if num_shared else "")
+
+
+def _rate(row: Row, key: str, loss: Value) -> str:
+    """Format a row's learning rate, noting where none of its runs has a loss."""
+    rate = format_value(row.config.get(key, NO_KEY))
+    return rate if row.over_seeds(loss) is not None else f"{rate} (no loss)"
+
+
+def _best_rate(arm: Arm, key: str) -> Number | None:
+    """Make a number of an arm's best learning rate, noting where it is at the end of those tried."""
+    best = arm.best.config.get(key)
+    if best is None:
+        return None
+    rates = [row.config[key] for row in arm.rows]
+    ends = {max(rates): "the largest tried", min(rates): "the smallest tried"}
+    note = "the only one tried" if len({*rates}) == 1 else ends.get(best, "")
+    return Number(value=best, spec="g", note=note)
+
+
+def arms_table(arms: Sequence[Arm], baseline: Row | None) -> Table | None:
+    """Make the table of each arm at its best learning rate.
+
+    Args:
+        arms: The arms.
+        baseline: A row of the arm that is subtracted from the others, at its best learning rate too; None for
+            no differences.
+
+    Returns:
+        The table; None where no arm has several learning rates.
+    """
+    key = rate_key(arms)
+    if key is None:
+        return None
+    loss = loss_of([row for arm in arms for row in arm.rows])
+    column = HELD_OUT if loss is held_out_loss else TRAINING
+    best = [arm.best for arm in arms]
+    columns: dict[str, list[Cell]] = {
+        "Arm": [arm.name for arm in arms],
+        "Learning rates": [
+            ", ".join(
+                _rate(row, key, loss) for row in sorted(arm.rows, key=lambda row: row.config.get(key, 0.0))
+            )
+            for arm in arms
+        ],
+        "Best": [_best_rate(arm, key) for arm in arms],
+        "Seeds": [plain(len(row.runs), "d") for row in best],
+        column.heading: mark_best([over_seeds(row, loss, column.spec) for row in best], column.better),
+    }
+    base = next((arm.best for arm in arms if baseline in arm.rows), None)
+    if base is not None:
+        columns[f"Minus {base.name}"] = [
+            None if row is base else difference_cell(row, base, loss, column.spec) for row in best
+        ]
+    return Table(columns)

@@ -1,0 +1,160 @@
+"""The tables of results after the last step: losses and metrics of tasks, beside the paper's."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+from eval.report.paper_numbers import SOURCE, PaperRow
+from eval.report.rows import Row
+from eval.report.run_values import (
+    FINAL_STEPS,
+    Value,
+    held_out_documents,
+    held_out_error,
+    held_out_loss,
+    held_out_tokens,
+    num_spikes,
+    task_metric,
+    training_loss,
+)
+from eval.report.seed_statistics import difference
+from eval.report.table import Better, Cell, Number, Table, mark_best, number, plain
+
+
+class Column(NamedTuple):
+    """A result of a run.
+
+    Attributes:
+        heading: Heading in sentence case, with the unit.
+        value: The value of a run.
+        spec: Format of the value.
+        better: Which values are better; None where neither is.
+        paper_value: The paper's value; None where the paper has none.
+    """
+
+    heading: str
+    value: Value
+    spec: str
+    better: Better | None
+    paper_value: Callable[[PaperRow], float | None] | None = None
+
+
+def _percent(value: float | None) -> float | None:
+    return None if value is None else 100 * value
+
+
+TRAINING = Column("Training loss (nats/token)", training_loss, ",.4f", "lower")
+HELD_OUT = Column("Held-out loss (nats/token)", held_out_loss, ",.4f", "lower")
+_TASKS = (
+    Column(
+        "LAMBADA perplexity",
+        lambda run: task_metric(run, "lambada_openai", "perplexity"),
+        ",.2f",
+        "lower",
+        lambda row: row.lambada_perplexity,
+    ),
+    Column(
+        "WikiText perplexity",
+        lambda run: task_metric(run, "wikitext", "word_perplexity"),
+        ",.2f",
+        "lower",
+        lambda row: row.wikitext_perplexity,
+    ),
+    Column(
+        "Mean accuracy (%)",
+        lambda run: _percent(task_metric(run, "", "mean_accuracy")),
+        ",.2f",
+        "higher",
+        lambda row: row.mean_accuracy,
+    ),
+)
+RESULTS = (TRAINING, HELD_OUT, *_TASKS)
+
+
+def over_seeds(row: Row, value: Value, spec: str) -> Number | None:
+    """Make a number of a value over a row's seeds, noted "n of m" where only n of its m seeds have one."""
+    found = row.over_seeds(value)
+    if found is None or found.num_seeds == len(row.runs):
+        return number(found, spec)
+    return number(found, spec, f"{found.num_seeds} of {len(row.runs)}")
+
+
+def difference_cell(row: Row, baseline: Row, value: Value, spec: str) -> Number | None:
+    """Make a number of row - baseline, noted "n of m / n of m" where not all seeds of either have a value."""
+    ours, base = row.by_seed(value), baseline.by_seed(value)
+    pairs = [(len(ours), len(row.runs)), (len(base), len(baseline.runs))]
+    note = "" if all(n == m for n, m in pairs) else " / ".join(f"{n} of {m}" for n, m in pairs)
+    return number(difference(ours, base), f"+{spec}", note)
+
+
+def _mean(row: Row, value: Value) -> float | None:
+    found = row.over_seeds(value)
+    return None if found is None else found.mean
+
+
+def _counts(row: Row, value: Value) -> Cell:
+    """Make a cell of a count that a row's runs share, such as that of documents; of all where they differ."""
+    found = sorted({n for run in row.runs if (n := value(run)) is not None})
+    return plain(found[0], ",.0f") if len(found) == 1 else ", ".join(f"{n:,.0f}" for n in found)
+
+
+def results_table(rows: Sequence[Row]) -> Table:
+    """Make the table of losses and of the paper's metrics, beside the paper's values."""
+    columns: dict[str, list[Cell]] = {
+        "Row": [row.name for row in rows],
+        "Seeds": [plain(len(row.runs), "d") for row in rows],
+    }
+    papers = [row.paper for row in rows]
+    for column in RESULTS:
+        cells = [over_seeds(row, column.value, column.spec) for row in rows]
+        columns[column.heading] = mark_best(cells, column.better)
+        if column is HELD_OUT:
+            columns["S.e. over documents (nats/token)"] = [
+                plain(_mean(row, held_out_error), ",.4f") for row in rows
+            ]
+            columns["Held-out tokens"] = [_counts(row, held_out_tokens) for row in rows]
+            columns["Held-out documents"] = [_counts(row, held_out_documents) for row in rows]
+        if column.paper_value is not None:
+            stated = [None if paper is None else column.paper_value(paper) for paper in papers]
+            columns[f"{column.heading}, paper"] = [plain(value, ",.2f") for value in stated]
+    columns["Gradient spikes"] = [over_seeds(row, num_spikes, ",.1f") for row in rows]
+    return Table(columns)
+
+
+def results_notes(rows: Sequence[Row]) -> str:
+    """Say what the numbers of the results are."""
+    finished = (run for row in rows for run in row.runs if run.is_finished)
+    averaged = {min(FINAL_STEPS, len(run.steps)) for run in finished} or {FINAL_STEPS}
+    with_paper = any(row.paper is not None for row in rows)
+    source = f"Paper: {SOURCE}." if with_paper else f"No row is in the paper ({SOURCE})."
+    return (
+        "After the last step: mean ± standard error over seeds, with (n of m) where only n of a row's m "
+        "seeds have a value; the best of each column is bold. The training loss is averaged over the last "
+        f"{' or '.join(map(str, sorted(averaged)))} steps. S.e. over documents: of one run's held-out loss "
+        f"(the mean over seeds), over the documents it was measured on, which runs share. {source}"
+    )
+
+
+def _better(metric: str) -> Better | None:
+    if metric.startswith(("acc", "exact_match", "f1", "mean_accuracy", "mean_plain_accuracy")):
+        return "higher"
+    return "lower" if "perplexity" in metric or metric.startswith(("bits_per_byte", "brier")) else None
+
+
+def tasks_table(rows: Sequence[Row]) -> Table | None:
+    """Make the table of every metric of every task; None where no run evaluated tasks."""
+    last = [run.tasks[-1] for row in rows for run in row.runs if run.tasks]
+    keys = sorted({key for record in last for key in record if key.startswith("tasks/")})
+    if not keys:
+        return None
+    lines: list[list[Cell]] = []
+    for key in keys:
+        task, _, metric = key.removeprefix("tasks/").rpartition("/")
+        value: Value = partial(task_metric, task=task, metric=metric)
+        if metric.startswith("num_"):
+            lines.append([key.removeprefix("tasks/"), *(_counts(row, value) for row in rows)])
+        elif "stderr" not in metric:
+            cells = mark_best([over_seeds(row, value, ",.4f") for row in rows], _better(metric))
+            lines.append([key.removeprefix("tasks/"), *cells])
+    headings = ("Metric", *(row.name for row in rows))
+    return Table({head: list(cells) for head, cells in zip(headings, zip(*lines, strict=True), strict=True)})

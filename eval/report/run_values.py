@@ -1,0 +1,92 @@
+"""Values of a run after its last step: losses, metrics of tasks, spikes, throughput, time."""
+
+import statistics
+from collections.abc import Callable
+
+from eval.report.run_records import RunRecord
+from eval.report.spikes import find_spikes
+
+FINAL_STEPS = 20
+"""Steps over which the final training loss is averaged."""
+
+Value = Callable[[RunRecord], float | None]
+"""A value of a run; None where the run has none."""
+
+
+def training_loss(run: RunRecord) -> float | None:
+    """Return the mean loss of the last FINAL_STEPS steps in nats/token; None for an unfinished run."""
+    return statistics.fmean(s["loss"] for s in run.steps[-FINAL_STEPS:]) if run.is_finished else None
+
+
+def _final_held_out(run: RunRecord, key: str) -> float | None:
+    if not run.held_out or run.held_out[-1]["step"] != run.last_step:
+        return None
+    return run.held_out[-1].get(key)
+
+
+def held_out_loss(run: RunRecord) -> float | None:
+    """Return the held-out loss after the last step in nats/token; None where there is none yet."""
+    return _final_held_out(run, "validation_loss")
+
+
+def held_out_error(run: RunRecord) -> float | None:
+    """Return the standard error over documents of held_out_loss in nats/token; None where there is none."""
+    return _final_held_out(run, "validation_stderr")
+
+
+def held_out_tokens(run: RunRecord) -> float | None:
+    """Return the number of tokens that held_out_loss is the mean over; None where there is none."""
+    return _final_held_out(run, "validation_tokens")
+
+
+def held_out_documents(run: RunRecord) -> float | None:
+    """Return the number of documents of held_out_tokens; None where it was not recorded."""
+    return _final_held_out(run, "validation_documents")
+
+
+def task_metric(run: RunRecord, task: str, metric: str) -> float | None:
+    """Return a task's metric after the last step; None where there is none.
+
+    Args:
+        run: The run.
+        task: The task's name, such as "lambada_openai"; "" for a metric over tasks, such as mean_accuracy.
+        metric: The metric's name.
+    """
+    if not run.tasks or run.tasks[-1]["step"] != run.last_step:
+        return None
+    return run.tasks[-1].get(f"tasks/{task}/{metric}" if task else f"tasks/{metric}")
+
+
+def gradient_norms(run: RunRecord) -> list[float]:
+    """Return the gradient norm before clipping of each step; empty where a step has none."""
+    norms = [step.get("grad_norm") for step in run.steps]
+    return [norm for norm in norms if norm is not None] if None not in norms else []
+
+
+def num_spikes(run: RunRecord) -> float | None:
+    """Return the number of spikes of the gradient norm so far; None where it was not recorded."""
+    norms = gradient_norms(run)
+    return float(len(find_spikes(norms))) if norms else None
+
+
+def median(run: RunRecord, key: str) -> float | None:
+    """Return the median of a value over the run's own steps; None where none was recorded."""
+    found = [s[key] for s in run.steps[run.num_trunk_steps :] if s.get(key) is not None]
+    return statistics.median(found) if found else None
+
+
+def peak_memory(run: RunRecord) -> float | None:
+    """Return the peak of allocated memory in GiB; None where it was not recorded."""
+    found = [s["peak_memory_gib"] for s in run.steps if s.get("peak_memory_gib") is not None]
+    return max(found) if found else None
+
+
+def hours(run: RunRecord) -> float:
+    """Return the time of training steps in hours."""
+    return run.steps[-1]["seconds"] / 3600
+
+
+def device_hours(run: RunRecord) -> float | None:
+    """Return the time of training steps times ranks in hours; None where the ranks are unknown."""
+    seconds = run.steps[-1]["rank_seconds"]
+    return None if seconds is None else seconds / 3600

@@ -1,0 +1,58 @@
+"""Statistics over seeds: means with standard errors, and their differences."""
+
+import math
+import statistics
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+_Seed = TypeVar("_Seed", bound=Hashable)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A mean over seeds.
+
+    Attributes:
+        mean: The mean.
+        error: Standard error s / sqrt(n), with the sample standard deviation s; None for one seed.
+        num_seeds: Number n of seeds with a value.
+    """
+
+    mean: float
+    error: float | None
+    num_seeds: int
+
+
+def estimate(values: Sequence[float]) -> Estimate | None:
+    """Estimate the mean of a value per seed, with its standard error; None without values."""
+    if not values:
+        return None
+    num = len(values)
+    error = statistics.stdev(values) / math.sqrt(num) if num > 1 else None
+    return Estimate(mean=statistics.fmean(values), error=error, num_seeds=num)
+
+
+def difference(ours: Mapping[_Seed, float], base: Mapping[_Seed, float]) -> Estimate | None:
+    """Estimate the mean difference of two groups of runs.
+
+    Runs of the same seed read the same data in the same order, so that much of the noise of a pair is common
+    and drops out of its difference.
+
+    Args:
+        ours: Seed -> value.
+        base: Seed -> the value to subtract.
+
+    Returns:
+        Where they share seeds, the mean of the differences at these, with its standard error s / sqrt(n), or
+        no error at one seed. Else the difference of the means, with sqrt(s1^2/n1 + s2^2/n2), or no error if
+        either has one seed. None if either has no value.
+    """
+    shared = [seed for seed in ours if seed in base]
+    if shared:
+        return estimate([ours[seed] - base[seed] for seed in shared])
+    one, two = estimate([*ours.values()]), estimate([*base.values()])
+    if one is None or two is None:
+        return None
+    error = None if one.error is None or two.error is None else math.hypot(one.error, two.error)
+    return Estimate(mean=one.mean - two.mean, error=error, num_seeds=min(one.num_seeds, two.num_seeds))

@@ -1,0 +1,48 @@
+"""Spikes of the gradient norm: steps far above the running median."""
+
+import bisect
+from collections.abc import Sequence
+
+WINDOW = 100
+"""Steps whose median a step is compared with, those before it."""
+MIN_STEPS = 20
+"""The first steps, which have fewer steps before them, are not judged."""
+FACTOR = 3.0
+"""A spike is more than FACTOR times the median."""
+
+
+def running_medians(values: Sequence[float], window: int = WINDOW) -> list[float | None]:
+    """Compute the median of the `window` values before each one; None for the first MIN_STEPS."""
+    ordered: list[float] = []
+    medians: list[float | None] = []
+    for index, value in enumerate(values):
+        middle = len(ordered) // 2
+        odd = len(ordered) % 2 == 1
+        median = None
+        if index >= MIN_STEPS:
+            median = ordered[middle] if odd else (ordered[middle - 1] + ordered[middle]) / 2
+        medians.append(median)
+        bisect.insort(ordered, value)
+        if len(ordered) > window:
+            del ordered[bisect.bisect_left(ordered, values[index - window])]
+    return medians
+
+
+def find_spikes(values: Sequence[float]) -> list[int]:
+    """Find the spikes: values above FACTOR times the median of the WINDOW values before them.
+
+    Args:
+        values: Gradient norms of consecutive steps, before clipping.
+
+    Returns:
+        The index of the largest value of each spike; adjacent steps are one spike.
+    """
+    spikes: list[list[int]] = []
+    for index, (value, median) in enumerate(zip(values, running_medians(values), strict=True)):
+        if median is None or value <= FACTOR * median:
+            continue
+        if spikes and spikes[-1][-1] == index - 1:
+            spikes[-1].append(index)
+        else:
+            spikes.append([index])
+    return [max(spike, key=lambda index: values[index]) for spike in spikes]

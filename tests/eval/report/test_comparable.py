@@ -1,0 +1,95 @@
+"""Runs of other data, tokenizers, budgets or held-out documents are not compared, unless on request."""
+
+from pathlib import Path
+
+import pytest
+
+from errors import run_command
+from eval.report.__main__ import main
+from eval.report.run_records import read_run
+from eval.report.writer import write_report
+from tests.eval.report.run_folders import (
+    STEP_TOKENS,
+    STEPS,
+    cells,
+    held_out,
+    launch,
+    make_run,
+    report,
+    training,
+)
+
+HELD_OUT = "Held-out loss (nats/token)"
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("data.train.files", ("--data.train.files", '["other.parquet"]')),
+        ("data.train.min_score", ("--data.train.min_score", "0.5")),
+        ("data.tokenizer", ("--data.tokenizer", "other/tokenizer.json")),
+        ("token budget", ("--training.stop_at_step", "29")),
+        ("eval.max_tokens", ("--eval.max_tokens", "7")),
+    ],
+)
+def test_different_data_tokenizer_or_budget_is_refused_unless_allowed(
+    key: str, words: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [launch(tokenizer_fingerprint=None), *training(2.0)]
+    first = make_run(tmp_path / "a", records)
+    second = make_run(tmp_path / "b", records, *words)
+    with pytest.raises(ValueError, match="not comparable") as raised:
+        report([first, second], tmp_path)
+    assert key in str(raised.value)
+    out = ("--out", str(tmp_path / "out"))
+    assert run_command(lambda: main([str(first), str(second), *out])) == 2
+    assert key in capsys.readouterr().err
+    main([str(first), str(second), "--allow-different", *out])
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert text.index("not comparable") < text.index(key) < text.index("## Runs")
+
+
+def test_tokenizers_are_compared_by_their_recorded_fingerprints(tmp_path: Path) -> None:
+    here = make_run(tmp_path / "a", [launch(), *training(2.0)])
+    moved = make_run(tmp_path / "b", [launch(), *training(2.0)], "--data.tokenizer", "moved/tokenizer.json")
+    assert "not comparable" not in report([here, moved], tmp_path)
+    other = make_run(tmp_path / "c", [launch(tokenizer_fingerprint="e" * 16), *training(2.0)])
+    with pytest.raises(ValueError, match=r"data\.tokenizer"):
+        report([here, other], tmp_path)
+
+
+def test_losses_of_other_held_out_documents_are_not_compared(tmp_path: Path) -> None:
+    counts = ({}, {"validation_documents": 40, "validation_stderr": 0.0123}, {"validation_documents": 50})
+    folders = [
+        make_run(tmp_path / str(n), [launch(), *training(2.0), {**held_out(STEPS, 2.0), **each}])
+        for n, each in enumerate(counts)
+    ]
+    # a run of an earlier version did not record its number of documents
+    text = write_report(folders[:2], baseline=None, out=tmp_path / "out").read_text()
+    row = cells(text, "Results", "Parallax, Muon (1)")
+    assert [row[HELD_OUT], row["S.e. over documents (nats/token)"]] == ["**2.0000**", "0.0123"]
+    with pytest.raises(ValueError, match="validation_documents is 40 in 1 and 50 in 2"):
+        write_report(folders[1:], baseline=None, out=tmp_path / "out")
+
+
+def test_a_branch_that_restarts_its_data_is_not_compared_with_a_run_on_one_data_set(tmp_path: Path) -> None:
+    trunk = make_run(tmp_path / "trunk", [launch(), *training(2.0)])
+    start = ("--checkpoint.start_from", str(trunk / "checkpoint" / "step-20"))
+    # longer rows cost more FLOPs per token
+    own = [launch(20, flops_per_token=200.0), *training(1.0, first=21)]
+    branch = make_run(tmp_path / "branch", own, *start, "--checkpoint.restart_data", "true")
+    assert read_run(branch).steps[-1]["flops"] == 100.0 * 20 * STEP_TOKENS + 200.0 * 10 * STEP_TOKENS
+    with pytest.raises(ValueError, match=r"checkpoint\.restart_data is False in trunk and True in branch"):
+        write_report([trunk, branch], baseline=None, out=tmp_path / "out")
+
+
+def test_tasks_of_other_numbers_of_few_shot_examples_are_not_compared(tmp_path: Path) -> None:
+    folders = []
+    for name, num in (("a", 0), ("b", 5)):
+        tasks = {"step": STEPS, "tasks/sciq/acc": 0.5, "tasks/sciq/num_fewshot": num}
+        words = ("--training.max_grad_norm", str(num + 1))
+        folders.append(make_run(tmp_path / name, [launch(), *training(2.0), tasks], *words))
+    with pytest.raises(ValueError, match="sciq/num_fewshot is 0 in a and 5 in b"):
+        report(folders, tmp_path)
+    counts = cells(report(folders, tmp_path, allow_different=True), "All tasks", "sciq/num_fewshot")
+    assert [*counts.values()][1:] == ["0", "5"]
