@@ -4,6 +4,7 @@ runs/NAME/
 config.toml         the resolved config; config.1.toml, config.2.toml, ... are those of earlier launches
 tokenizer/          the run's own tokenizer (models/run_tokenizer.py)
 metrics.jsonl       every step
+diagnostics.jsonl   diagnostics of the attention (eval/diagnostics/record.py)
 held_out/           samples of held-out text (data/sources/held_out.py)
 checkpoint/step-N/  the state after optimizer step N; complete once it has .metadata
 run.lock            held by the main rank of the launch that uses the folder (data/folder_lock.py)
@@ -54,6 +55,11 @@ class RunFolder:
     def metrics_file(self) -> Path:
         """The metrics of every step."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def diagnostics_file(self) -> Path:
+        """The diagnostics of the attention."""
+        return self.path / "diagnostics.jsonl"
 
     @property
     def tokenizer(self) -> Path:
