@@ -19,7 +19,7 @@ NO_KEY = "-"
 """The value of a key that a run's kind of attention or optimizer does not have."""
 
 # names, folders, and what changes how a run is computed, watched or measured, and not what is computed
-_FREE_PREFIXES = ("run.", "checkpoint.", "metrics.", "parallelism.", "eval.")
+_FREE_PREFIXES = ("run.", "checkpoint.", "metrics.", "parallelism.", "eval.", "diagnostics.")
 _FREE_KEYS = (
     *(*SEED_KEYS, "data.prefetch_batches", "data.tokenizer", "model.attention.impl"),
     *("training.stop_at_step", "training.local_batch_size", "training.compile"),
