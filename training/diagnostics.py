@@ -1,7 +1,7 @@
 """Diagnostics during training: the attention is measured on a fixed sample of held-out rows and recorded.
 
-Every rank takes part in the forward, over the same rows, and the main rank records. Nothing of training depends
-on it: no random generator is used, and weights that were gathered are sharded again.
+Every rank takes part in the forward, over the same rows, and the main rank records. Nothing of training
+depends on it: no random generator is used, and weights that were gathered are sharded again.
 """
 
 import time

@@ -160,10 +160,16 @@ def _row_quantities(
     keys = sample.query_BN, sample.visible_keys(module.window_size).first_BN
     found: dict[str, Tensor] = {}
     if set == "full":
-        wide = [None if x is None else x.double() for x in (q_BNHK, r_BNHK, k_BTGK, v_BTGK)]
         is_solved = isinstance(module, LocalLinearAttention)
         ridge = module.config.ridge if is_solved else LocalLinearConfig().ridge
-        found, solved_BNHK = covariance_statistics(*wide, *keys, ridge=ridge)
+        found, solved_BNHK = covariance_statistics(
+            q_BNHK.double(),
+            None if r_BNHK is None else r_BNHK.double(),
+            k_BTGK.double(),
+            v_BTGK.double(),
+            *keys,
+            ridge=ridge,
+        )
         r_BNHK = solved_BNHK.float() if is_solved else r_BNHK
     found |= row_statistics(q_BNHK, r_BNHK, k_BTGK, v_BTGK, *keys)
     if isinstance(module, ParallaxAttention) and module.config.gate is not None:

@@ -51,9 +51,7 @@ def row_covariance(p_BNMT: Tensor, k_BTK: Tensor, v_BTK: Tensor) -> RowCovarianc
         total - left[..., :, None] * kbar[..., None, :]
         for total, left in zip(sums, (kbar, vbar), strict=True)
     )
-    return RowCovariance(
-        kbar + k_BTK.mean(1)[:, None, None], vbar + v_BTK.mean(1)[:, None, None], kk, vk
-    )
+    return RowCovariance(kbar + k_BTK.mean(1)[:, None, None], vbar + v_BTK.mean(1)[:, None, None], kk, vk)
 
 
 def solved_probe(covariance: RowCovariance, q_BNMK: Tensor, ridge: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""The quantities of query rows: how rows are reduced to heads, and heads to layers, and how plots name them."""
+"""The quantities of query rows: how they are reduced to heads, and how plots name them."""
 
 from dataclasses import dataclass
 from typing import Literal, TypeAlias

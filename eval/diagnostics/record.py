@@ -1,4 +1,4 @@
-"""Records of diagnostics: one JSON object per measurement, values of every head; means of layers from them."""
+"""Records of diagnostics: a JSON object per measurement, with values of heads; means of layers from it."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -58,12 +58,31 @@ def layer_values(layer: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def means_of_layers(record: Record) -> dict[str, float]:
+def means_of_layers(record: Mapping[str, Any]) -> dict[str, float]:
     """Return "diagnostics/<value>/layer_NN" -> value, for the sinks of metrics that take numbers."""
     return {
         f"diagnostics/{name}/layer_{layer['layer']:02}": value
         for layer in record[LAYERS]
         for name, value in layer_values(layer).items()
+    }
+
+
+def compact(record: Record) -> Record:
+    """Return what plots need of a record.
+
+    Returns:
+        "step" and "tokens"; "values": layer -> layer_values; "bounds" of the context lengths, and
+        "by_context": quantity -> values of each layer that has it, by context length.
+    """
+    contexts: dict[str, list[list[float | None]]] = {}
+    for layer in record[LAYERS]:
+        for name, found in layer["by_context"].items():
+            contexts.setdefault(name, []).append(found["mean"])
+    return {
+        **{key: record[key] for key in ("step", "tokens") if key in record},
+        "values": {layer["layer"]: layer_values(layer) for layer in record[LAYERS]},
+        "bounds": record["context"]["bounds"],
+        "by_context": contexts,
     }
 
 

@@ -1,10 +1,10 @@
 """Quantities of single query rows of attention, from their queries and probes and all keys and values.
 
-Equations are those of parallax/reference.py. Rows are computed one key/value head at a time, and in pieces, so
-that no T x T matrix exists.
+Equations are those of parallax/reference.py. Rows are computed one key/value head at a time, and in pieces,
+so that no T x T matrix exists.
 
-Letters: B rows of text, N queries in each, T keys of each, H query heads, G key/value heads, M = H / G, K head
-width.
+Letters: B rows of text, N queries in each, T keys of each, H query heads, G key/value heads, M = H / G, K
+head width.
 """
 
 from collections.abc import Iterator

@@ -1,12 +1,12 @@
 """Sampled query rows: a fixed batch of held-out text, and queries drawn from it by a fixed seed.
 
 The batch holds consecutive rows of held-out documents (data/loading/held_out.py). Queries are drawn without
-replacement, all equally likely, from the tokens that predict one. Everything is the same on all ranks, for any
-number of them, and for all runs on the same held-out documents, tokenizer and length.
+replacement, all equally likely, from the tokens that predict one. Everything is the same on any number of
+ranks, and for all runs on the same held-out documents, tokenizer and length.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -66,7 +66,7 @@ class QuerySample:
         return int(self.is_sampled_BN.sum())
 
     @property
-    def context_R(self) -> Tensor:
+    def context_lengths(self) -> Tensor:
         """Number of tokens of its document up to each sampled query, its own included, int64."""
         return (self.query_BN - self.start_BN + 1)[self.is_sampled_BN]
 
@@ -83,11 +83,7 @@ class QuerySample:
 
     def to(self, device: torch.device) -> "QuerySample":
         """Return the sample with its tensors on a device."""
-        moved = {
-            name: value.to(device) if isinstance(value, Tensor) else value
-            for name, value in vars(self).items()
-        }
-        return QuerySample(**moved)
+        return replace(self, **{k: x.to(device) for k, x in vars(self).items() if isinstance(x, Tensor)})
 
     def facts(self) -> dict[str, Any]:
         """Return what is on record of the sample: its size, the drawn positions, and a hash of the text."""

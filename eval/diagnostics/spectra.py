@@ -9,7 +9,7 @@ NUM_SQUARINGS = 10
 def spectral_norm(w_MN: Tensor, num_squarings: int = NUM_SQUARINGS) -> Tensor:
     """Estimate the largest singular value by power iteration, all powers of two at a time.
 
-    With the Gram matrix A of the shorter side, n x n, and B = A^p, p = 2^num_squarings from as many squarings,
+    With the Gram matrix A of the shorter side, n x n, and B = A^p, p = 2^num_squarings by as many products,
     tr(A B) / tr(B) is the mean of A's eigenvalues weighted by their p-th powers. By the power mean inequality
     it lies between n^(-1 / (p + 1)) times the largest and the largest; so the norm is too small by at most
     0.34% for n = 1024 and p = 1024, and exact where all singular values are equal or zero.
@@ -102,7 +102,7 @@ def head_spectra(module: nn.Module, head_dim: int) -> dict[str, list[float]]:
     and the key/value head that it reads; norms and their gains, RoPE and gates are left out.
 
     Args:
-        module: An attention with wq, wk, wv and wo, and possibly wr, which may have a probe per key/value head.
+        module: An attention with wq, wk, wv, wo, and possibly wr, with a probe per query or key/value head.
         head_dim: Head width K.
 
     Returns:
@@ -120,5 +120,5 @@ def head_spectra(module: nn.Module, head_dim: int) -> dict[str, list[float]]:
                 product_singular_values(by_head[a][head // sizes[0]], by_head[b][head // sizes[1]])
                 for head in range(num_heads)
             )
-            found[f"{name}_stable_rank"] = [float(stable_rank_of(each)) for each in values]
+            found[f"{name}_stable_rank"] = [float(stable_rank_of(each).detach()) for each in values]
     return found

@@ -1,8 +1,9 @@
 """Reduce quantities of sampled rows to heads and to context lengths, with their sampling error.
 
-The standard error of a mean is that of a simple random sample of R of the batch's M candidates, drawn without
-replacement: s / sqrt(R) sqrt(1 - R / M), s^2 being the rows' unbiased variance (Cochran, *Sampling Techniques*,
-1977, section 2.6). It is the error against all rows of the batch, and does not include that of the batch.
+The standard error of a mean is that of a simple random sample of R of the batch's M candidates, drawn
+without replacement: s / sqrt(R) sqrt(1 - R / M), s^2 being the rows' unbiased variance (Cochran, *Sampling
+Techniques*, 1977, section 2.6). It is the error against all rows of the batch, and does not include that of
+the batch.
 """
 
 import math
@@ -20,7 +21,7 @@ Values = list[float | None]
 
 
 def context_bounds(seq_len: int) -> list[tuple[int, int]]:
-    """Return the context lengths (from, to) that are counted together: 1 to 16, and powers of 4 from there."""
+    """Return the context lengths (from, to) that are counted together: 1 to 16, then by powers of 4."""
     bounds = [(1, 16)]
     while bounds[-1][1] < seq_len:
         bounds.append((bounds[-1][1] + 1, 4 * bounds[-1][1]))
@@ -45,7 +46,7 @@ def summarize(
     heads: dict[str, Values] = {}
     by_context: dict[str, dict[str, Values]] = {}
     sees_start_R = visible.is_document_start_BN[sample.is_sampled_BN]
-    context_R = sample.context_R
+    context_R = sample.context_lengths
     for name, values_BNH in statistics.items():
         quantity = QUANTITIES[name]
         values_RH = values_BNH[sample.is_sampled_BN].double()
@@ -74,7 +75,7 @@ def summarize(
 def context_counts(sample: QuerySample) -> dict[str, Any]:
     """Return the bounds of the context lengths, and the number of sampled rows in each."""
     bounds = context_bounds(sample.tokens_BT.shape[1])
-    context_R = sample.context_R
+    context_R = sample.context_lengths
     counts = [int(((context_R >= low) & (context_R <= high)).sum()) for low, high in bounds]
     return {"bounds": [list(each) for each in bounds], "num_queries": counts}
 

@@ -24,7 +24,15 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Pa
     folders = {}
     for ranks in (1, 2):
         folders[ranks] = tmp_path_factory.mktemp(f"diagnosed{ranks}") / "run"
-        words = (*OFTEN, "--metrics.tensorboard", "true", "--checkpoint.every", "2", "--checkpoint.keep", "none")
+        words = (
+            *OFTEN,
+            "--metrics.tensorboard",
+            "true",
+            "--checkpoint.every",
+            "2",
+            "--checkpoint.keep",
+            "none",
+        )
         train("debug_parallax_muon", corpus, folders[ranks], *EXACT, *words, ranks=ranks)
     return folders
 
@@ -78,7 +86,7 @@ def test_means_of_layers_are_in_tensorboard(runs: dict[int, Path]) -> None:
     wanted = [layer_values(record["layers"][2])["correction_ratio/mean"] for record in diagnostics(runs[2])]
     assert [event.step for event in events.Scalars(name)] == [0, 2, 4, 5]
     assert [event.value for event in events.Scalars(name)] == pytest.approx(wanted)
-    assert "diagnostics/weights/wr/stable_rank/layer_03" in events.Tags()["scalars"]
+    assert len(events.Scalars("diagnostics/weights/wr/stable_rank/layer_03")) == 4
 
 
 @pytest.mark.parametrize(
@@ -134,7 +142,9 @@ def test_without_held_out_documents_there_are_none_and_the_run_says_so(corpus: P
     words = ("--data.validation", "none", "--training.stop_at_step", "1")
     path = ROOT / "configs" / "debug_parallax_muon.toml"
     config = load_config(RunConfig, path, ["--run.folder", str(tmp_path), *words])
-    assert config.unread_keys()[-1] == "data.validation is none: there will be no diagnostics of the attention"
+    assert (
+        config.unread_keys()[-1] == "data.validation is none: there will be no diagnostics of the attention"
+    )
     assert not config.has_diagnostics
     off = load_config(RunConfig, path, [*words, "--diagnostics.every", "none"])
     assert not any("diagnostics" in each for each in off.unread_keys())

@@ -72,7 +72,8 @@ def test_every_quantity_is_that_of_a_dense_computation(
         inputs = draw(seed)
         wanted = dense(*inputs, visible, first)
         found = row_statistics(*inputs, query, first)
-        single = row_statistics(*(x.float() for x in inputs), query, first)
+        q, r, k, v = (x.float() for x in inputs)
+        single = row_statistics(q, r, k, v, query, first)
         assert found.keys() == single.keys() == wanted.keys()
         for name, values in wanted.items():
             torch.testing.assert_close(found[name], values, rtol=1e-9, atol=1e-12, msg=name)
@@ -156,7 +157,8 @@ def test_packed_documents_have_the_values_that_they_have_alone() -> None:
     cu = torch.tensor([0, 10, 24], dtype=torch.int32)
     query, first, _ = bounds(None, cu)
     packed = row_statistics(*inputs, query, first)
-    alone = row_statistics(*(x[:, 10:] for x in inputs), query[:, :14], torch.zeros(B, 14, dtype=torch.int64))
+    q, r, k, v = (x[:, 10:] for x in inputs)
+    alone = row_statistics(q, r, k, v, query[:, :14], torch.zeros(B, 14, dtype=torch.int64))
     for name, values in alone.items():
         torch.testing.assert_close(packed[name][:, 10:], values, msg=name)
 

@@ -38,11 +38,14 @@ def test_what_a_query_sees_begins_at_its_document_and_its_row(masked: bool) -> N
             seen = [
                 key
                 for key in range(row * 16, query + 1)
-                if (not masked or document[key] == document[query]) and (window is None or query - key < window)
+                if (not masked or document[key] == document[query])
+                and (window is None or query - key < window)
             ]
             assert int(visible.first_BN[row, column]) == seen[0] - row * 16
             is_start = seen[0] == 0 or document[seen[0]] != document[seen[0] - 1]
-            first = next(key for key in range(row * 16, query + 1) if not masked or document[key] == document[query])
+            first = next(
+                key for key in range(row * 16, query + 1) if not masked or document[key] == document[query]
+            )
             assert bool(visible.is_document_start_BN[row, column]) == (is_start and first == seen[0])
     assert not sample.is_whole_BN[sample.is_sampled_BN].all()
 
