@@ -100,13 +100,18 @@ def _read_sample(opened: OpenedModel, named: Source | None, num_queries: int | N
     return draw_queries(batch, seq_len, num_queries=num_queries).to(opened.device)
 
 
+def _name(opened: OpenedModel) -> str:
+    run = RunFolder.of_checkpoint(opened.checkpoint).path.resolve()
+    return f"{run.name}, step {step_of(opened.checkpoint)}"
+
+
 def _draw_map(opened: OpenedModel, options: argparse.Namespace) -> None:
     model = opened.model.qwen3
     layer = model.config.dimensions.num_layers - 1 if options.layer is None else options.layer
     (tokens,) = opened.tokenizer.encode_prompts([options.prompt])
     found = prompt_map(model, tokens, layer=layer, head=options.head)
     path = options.out / f"attention_map_layer_{layer}_head_{options.head}.png"
-    title = f"{opened.checkpoint.parent.parent.name}, layer {layer}, head {options.head}"
+    title = f"{_name(opened)}, layer {layer}, head {options.head}"
     plot_map(found, token_labels(tokens, opened.tokenizer), title, path)
     print(f"wrote {path}")
 
@@ -118,7 +123,7 @@ def _draw_figures(record: Record, opened: OpenedModel, out: Path) -> None:
 
     shown = compact(record)
     arm = Arm(
-        label=str(opened.checkpoint),
+        label=_name(opened),
         style=Style(color=COLORS[0], dash="solid", marker=MARKERS[0], is_main=True),
         by_layer=curves_of(by_layer(shown)),
         by_context=curves_of(by_context(shown)),

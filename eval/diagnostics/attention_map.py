@@ -119,23 +119,25 @@ def plot_map(found: AttentionMap, labels: list[str], title: str, path: Path) -> 
     """
     from eval.figure import new_panels, save  # matplotlib is an extra, needed for pictures alone
 
-    panels: list[tuple[str, Tensor, bool]] = [("Base softmax $p$", found.softmax_TT, False)]
+    panels = [("Base softmax $p$", found.softmax_TT)]
     if found.correction_TT is not None:
-        panels.append((r"Correction $p\,(\bar{t} - t)$", found.correction_TT, True))
-        panels.append((r"Combined $p\,(1 + \bar{t} - t)$", found.combined_TT, True))
+        panels.append((r"Correction $p\,(\bar{t} - t)$", found.correction_TT))
+        panels.append((r"Combined $p\,(1 + \bar{t} - t)$", found.combined_TT))
     side = 1.4 + 0.17 * len(labels)
-    figure, (row,) = new_panels(1, len(panels), size=((side + 0.7) * len(panels), side + 0.6))
+    figure, (row,) = new_panels(1, len(panels), size=(side * len(panels) + 1.2, side + 0.9))
+    figure.set_layout_engine("compressed")
     figure.suptitle(title, fontsize=11)
-    for axes, (name, weights_TT, is_signed) in zip(row, panels, strict=True):
+    # one scale: the panels add up
+    top = max(float(weights_TT.abs().max()) for _, weights_TT in panels)
+    for axes, (name, weights_TT) in zip(row, panels, strict=True):
         is_hidden = torch.ones_like(weights_TT, dtype=torch.bool).triu(1)
         shown = weights_TT.masked_fill(is_hidden, torch.nan).cpu().numpy()
-        top = float(weights_TT.abs().max()) or 1.0
-        colors, bottom = ("RdBu_r", -top) if is_signed else ("Blues", 0.0)
-        image = axes.imshow(shown, cmap=colors, vmin=bottom, vmax=top, interpolation="none")
+        image = axes.imshow(shown, cmap="RdBu_r", vmin=-top, vmax=top, interpolation="none")
         axes.set_title(name, fontsize=10)
         axes.set_xticks(range(len(labels)), labels, fontsize=7, rotation=90)
         axes.set_yticks(range(len(labels)), labels if axes is row[0] else [""] * len(labels), fontsize=7)
         axes.set_xlabel("Key", fontsize=9)
         axes.set_ylabel("Query" if axes is row[0] else "", fontsize=9)
-        figure.colorbar(image, ax=axes, shrink=0.7).ax.tick_params(labelsize=7)
+        if axes is row[-1]:
+            figure.colorbar(image, ax=row, shrink=0.7).ax.tick_params(labelsize=7)
     save(figure, path)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from eval.diagnostics.families import Family, shown_names
@@ -52,21 +53,20 @@ def plot_family(arms: Sequence[Arm], family: Family, path: Path) -> bool:
     if not names:
         return False
     has_history = any(len(curve.x) > 1 for arm in arms for curve in arm.over_training.values())
-    num_columns = 2 if has_history else 1
-    size = (_PANEL[0] * num_columns, _PANEL[1] * len(names) + 0.4)
-    figure, grid = new_panels(len(names), num_columns, size=size)
-    figure.suptitle(family.title, fontsize=11)
-    for name, panels in zip(names, grid, strict=True):
-        last_row = name == names[-1]
-        _draw(panels[0], arms, {arm.label: arm.by_layer.get(name) for arm in arms}, marked=True)
-        label_axes(panels[0], x="Layer" if last_row else "", y=_wrapped(label_of(name)))
-        panels[0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure, panels = _two_columns(len(names) * (2 if has_history else 1), family.title)
+    left = panels[::2] if has_history else panels
+    for index, (name, axes) in enumerate(zip(names, left, strict=False)):
+        is_lowest = index >= len(names) - (1 if has_history else 2)
+        _draw(axes, arms, {arm.label: arm.by_layer.get(name) for arm in arms}, marked=True)
+        label_axes(axes, x="Layer" if is_lowest else "", y=_wrapped(label_of(name)))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if has_history:
-            _draw(panels[1], arms, {arm.label: arm.over_training.get(name) for arm in arms})
-            label_axes(panels[1], x="Training tokens" if last_row else "", y="")
-            panels[1].set_title("Mean over layers" if name == names[0] else "", fontsize=10)
-            format_counts(panels[1])
-    add_legend(*(axes for panels in grid for axes in panels))
+            beside = panels[2 * index + 1]
+            _draw(beside, arms, {arm.label: arm.over_training.get(name) for arm in arms})
+            label_axes(beside, x="Training tokens" if is_lowest else "", y="")
+            beside.set_title("Mean over layers" if index == 0 else "", fontsize=10)
+            format_counts(beside)
+    add_legend(*panels)
     save(figure, path)
     return True
 
@@ -84,21 +84,27 @@ def plot_by_context(arms: Sequence[Arm], path: Path) -> bool:
     names = [name for name in QUANTITIES if any(name in arm.by_context for arm in arms)]
     if not names:
         return False
-    num_rows = -(-len(names) // 2)
-    figure, grid = new_panels(num_rows, 2, size=(2 * _PANEL[0], _PANEL[1] * num_rows + 0.4))
-    figure.suptitle("By context length", fontsize=11)
-    panels = [axes for row in grid for axes in row]
+    figure, panels = _two_columns(len(names), "By context length")
     for name, axes in zip(names, panels, strict=False):
         _draw(axes, arms, {arm.label: arm.by_context.get(name) for arm in arms}, marked=True)
         is_lowest = name in names[-2:]
         label_axes(axes, x="Context length (tokens)" if is_lowest else "", y=_wrapped(QUANTITIES[name].label))
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda length, _: f"{length:,.0f}"))
-    for axes in panels[len(names) :]:
-        axes.set_axis_off()
-    add_legend(*panels[: len(names)])
+    add_legend(*panels)
     save(figure, path)
     return True
+
+
+def _two_columns(num_panels: int, title: str) -> tuple[Figure, list[Axes]]:
+    """Create a figure with panels in two columns, row by row; an odd one out stands alone in its row."""
+    num_rows = -(-num_panels // 2)
+    figure, grid = new_panels(num_rows, 2, size=(2 * _PANEL[0], _PANEL[1] * num_rows + 0.4))
+    figure.suptitle(title, fontsize=11)
+    panels = [axes for row in grid for axes in row]
+    for axes in panels[num_panels:]:
+        axes.set_axis_off()
+    return figure, panels[:num_panels]
 
 
 def _draw(

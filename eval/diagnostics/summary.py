@@ -25,7 +25,7 @@ def context_bounds(seq_len: int) -> list[tuple[int, int]]:
     bounds = [(1, 16)]
     while bounds[-1][1] < seq_len:
         bounds.append((bounds[-1][1] + 1, 4 * bounds[-1][1]))
-    return bounds
+    return [(low, min(high, seq_len)) for low, high in bounds]
 
 
 def summarize(

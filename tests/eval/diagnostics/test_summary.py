@@ -70,9 +70,9 @@ def test_reductions_are_those_of_the_sampled_rows_alone() -> None:
 
 
 def test_context_lengths_cover_a_row() -> None:
-    assert context_bounds(1) == [(1, 16)]
+    assert context_bounds(1) == [(1, 1)]
     assert context_bounds(4096) == [(1, 16), (17, 64), (65, 256), (257, 1024), (1025, 4096)]
-    assert context_bounds(4097)[-1] == (4097, 16384)
+    assert context_bounds(4097)[-1] == (4097, 4097)
 
 
 def test_means_over_samples_are_within_their_standard_errors(monkeypatch: pytest.MonkeyPatch) -> None:
