@@ -21,7 +21,7 @@ from typing import get_args
 
 from errors import UserError, run_command
 from eval.distributed import is_main_rank
-from eval.open_model import add_model_arguments, open_model, ranks
+from eval.open_model import add_model_arguments, check_out, open_model, ranks
 from eval.scored_text import Mode
 from eval.source_options import open_documents, parse_source, source_parser
 from eval.text_loss import TextLoss, format_result, text_loss
@@ -42,12 +42,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--stride", type=int, help="tokens that a window predicts (default: all that fit)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="for perplexity.json and perplexity.png")
     return parser
-
-
-def _check_out(out: Path | None) -> None:
-    file = next((path for path in (out, *out.parents) if path.is_file()), None) if out is not None else None
-    if file is not None:
-        raise UserError(f"--out is {out}, but {file} is a file; want a folder")
 
 
 def _import_plot() -> Callable[[TextLoss, Path, str], None]:
@@ -71,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     options, words = _parser().parse_known_args(arguments)
     out: Path | None = options.out
-    _check_out(out)
+    check_out(out)
     plot = None if out is None else _import_plot()
     named = parse_source(_PROGRAM, words)
     with ranks() as device:

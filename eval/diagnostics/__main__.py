@@ -29,7 +29,7 @@ from eval.diagnostics.config import DiagnosticsConfig, DiagnosticsSet
 from eval.diagnostics.families import FAMILIES, format_layers
 from eval.diagnostics.record import Record, compact, make_record
 from eval.diagnostics.sample import MAX_TOKENS, NUM_QUERIES, QuerySample, draw_queries, num_rows, read_batch
-from eval.open_model import OpenedModel, add_model_arguments, open_model, ranks
+from eval.open_model import OpenedModel, add_model_arguments, check_out, open_model, ranks
 from eval.source_options import open_documents, parse_source, source_parser
 from models.run_folder import RunFolder, step_of
 
@@ -148,6 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = DiagnosticsConfig(layers=options.layers, set=options.set)
     if options.prompt is not None and options.out is None:
         raise UserError("--prompt draws a picture: give --out DIR for it")
+    check_out(options.out)
     if options.out is not None:
         _check_plots()
         options.out.mkdir(parents=True, exist_ok=True)
