@@ -85,16 +85,14 @@ def test_attention_without_weights_over_keys_has_spectra(
     }
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("--queries", "0"), "--queries is '0', must be a number of at least 1"),
-        (("--queries", "some"), "--queries is 'some'"),
-        (("--prompt", "the"), "give --out DIR"),
-        (("--layers", "9"), "has 9, but the model's layers are 0 to 3"),
-    ],
-)
-def test_bad_options_are_refused(words: tuple[str, ...], message: str, corpus: Path, tmp_path: Path) -> None:
+def test_bad_options_are_refused(corpus: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", corpus, ParallaxConfig())
-    with pytest.raises(UserError, match=message):
-        main([*run, *words])
+    for words, message in (
+        (["--queries", "0"], "--queries is '0', must be a number of at least 1"),
+        (["--queries", "some"], "--queries is 'some'"),
+        (["--prompt", "the"], "give --out DIR"),
+        (["--layers", "9"], "has 9, but the model's layers are 0 to 3"),
+        (["--out", str(tmp_path / "run" / "config.toml")], "is a file; want a folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            main([*run, *words])

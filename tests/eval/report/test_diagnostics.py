@@ -85,10 +85,10 @@ def test_the_report_shows_them_beside_the_losses(
     }
     by_layer, over_training = drawn["diagnostics_correction"].axes
     assert by_layer.get_ylabel() == "Correction / softmax\noutput, median"
-    assert [line.get_label() for line in by_layer.lines] == ["Parallax"]
+    assert [line.get_label() for line in by_layer.lines] == ["Parallax, Muon"]
     assert over_training.get_xlabel() == "Training tokens"
     (legend,) = drawn["diagnostics_sink"].legends
-    assert {text.get_text() for text in legend.get_texts()} == {"Parallax", "Softmax"}
+    assert {text.get_text() for text in legend.get_texts()} == {"Parallax, Muon", "Softmax, Muon"}
     # figures of an earlier report go with the records
     for folder in folders:
         (folder / "diagnostics.jsonl").unlink()
