@@ -2,7 +2,8 @@
 
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 RUN_ERROR_CODE = 1
 USER_ERROR_CODE = 2
@@ -56,6 +57,67 @@ def check_not_empty(config: object, *names: str) -> None:
     for name in names:
         if getattr(config, name) == "":
             raise UserError(f'{name} is empty (""): give it a value, or leave the key out')
+
+
+def decode_text(data: bytes, name: str, first_line: int = 1) -> str:
+    """Decode text from outside as UTF-8.
+
+    Args:
+        data: The bytes.
+        name: Name of the file or the option in the error message.
+        first_line: Number of the first line.
+
+    Raises:
+        UserError: It is not UTF-8; names the line and the byte.
+    """
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        at = error.start
+        line, byte = first_line + data.count(b"\n", 0, at), at - data.rfind(b"\n", 0, at)
+        raise UserError(
+            f"{name} is not UTF-8: byte {byte} of line {line} is 0x{data[at]:02x}; convert it, as "
+            "iconv -t UTF-8 does"
+        ) from None
+
+
+def check_text(text: str, name: str) -> None:
+    """Raise if a text has half of a surrogate pair, as JSON may escape one; UTF-8 has none.
+
+    Raises:
+        UserError: Names the text and the character.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{name} has {text[error.start]!a} as character {error.start + 1}, half of a surrogate pair, "
+            "which is no character: write both halves, or remove it"
+        ) from None
+
+
+@contextmanager
+def converting_panics(problem: str) -> Iterator[None]:
+    """Convert a panic of the `tokenizers` library to a UserError.
+
+    A regular expression that backtracks too long on a text ends in one, after 10 million steps (0.1 s). It is
+    no Exception, and no pickle carries it from one process to another.
+
+    Args:
+        problem: What failed, for the error message: "X cannot encode a text".
+
+    Raises:
+        UserError: The library panicked.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise UserError(
+            f"{problem} ({error}): a regular expression of the normalizer or the pre-tokenizer fails on it; "
+            "simplify the expression, or leave such text out"
+        ) from None
 
 
 def is_user_error(error: BaseException) -> bool:

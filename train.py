@@ -3,7 +3,7 @@
 `torchrun --nproc-per-node 8 train.py --config configs/0.6b_parallax_muon.toml [--training.steps 40000 ...]`
 
 --print-config shows the resolved run, --help-config the meaning of every key. --dry-run builds the run
-without memory, data or tokenizer and prints its size and cost on --world-size ranks.
+without memory, data or tokenizer and prints its size and cost on --world-size GPUs of a kind.
 --checkpoint runs/stable/checkpoint/step-N starts from a checkpoint of another run. Any other
 --table.key VALUE overrides the config file.
 """
@@ -42,6 +42,13 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         "--dry-run", action="store_true", help="print parameters, FLOPs, time and memory and exit"
     )
     parser.add_argument("--world-size", type=int, default=1, help="ranks that --dry-run plans for (1)")
+    parser.add_argument("--gpu", default="h200", help="GPU that --dry-run plans for (h200): training/gpus.py")
+    parser.add_argument(
+        "--mfu",
+        type=float,
+        metavar="PERCENT",
+        help="MFU that --dry-run plans with, by whole rows; by default estimated (softmax, parallax)",
+    )
     parser.add_argument("--checkpoint", metavar="FOLDER", help="short for --checkpoint.start_from")
     options, overrides = parser.parse_known_args(arguments)
     if options.config is None and options.help_config is None:
@@ -91,7 +98,8 @@ def _run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     elif options.dry_run:
         from training.dry_run import dry_run
 
-        print(dry_run(run_config, options.world_size), flush=True)
+        text = dry_run(run_config, options.world_size, gpu=options.gpu, mfu=options.mfu)
+        print(text, flush=True)
     else:
         _train(run_config)
 

@@ -10,7 +10,7 @@ import tokenizers
 
 from data.hub_client import download
 from data.tokenizer_content import tokenizer_fingerprint, without_added_tokens
-from errors import UserError
+from errors import UserError, converting_panics
 from tokens import END_OF_DOCUMENT, TOKENIZER_FILE
 
 # the library takes some 130 bytes of memory per character of a batch, and its regular expressions fail on
@@ -20,6 +20,10 @@ _BATCH_CHARACTERS = 1 << 22
 # where a byte-level tokenizer always splits: after a line, and before a space that follows a word
 _LINE_END = re.compile(r"\n(?=\S)")
 _WORD_END = re.compile(r"(?<=\S)(?= )")
+# in which the first token of a document ends, but for the longest of words
+_HEAD_CHARACTERS = 256
+# of a text in an error message
+_SHOWN_CHARACTERS = 40
 # fewer than for data: the name may be a mistyped path, and no work has begun yet
 _HUB_ATTEMPTS = 2
 # "organization/model", with an optional "@revision"
@@ -156,9 +160,12 @@ class Tokenizer:
 
         A text of more than 262,144 characters is encoded in pieces, split at the end of a line, else before a
         space, else anywhere. The first two do not change the ids of a byte-level tokenizer.
+
+        Raises:
+            UserError: A regular expression of the tokenizer backtracks too long on a text.
         """
         pieces = [_split(text) for text in texts]
-        ids = _encode_pieces(backend, [piece for each in pieces for piece in each])
+        ids = _encode_pieces(backend, [piece for each in pieces for piece in each], self.name)
         return [
             next(ids) if len(each) == 1 else [token for _ in each for token in next(ids)] for each in pieces
         ]
@@ -175,6 +182,25 @@ class Tokenizer:
             return len(text.encode())
         # a byte-level vocabulary spells each byte as one character, byte fallback spells one byte as <0xC3>
         return 1 if re.fullmatch("<0x[0-9A-F]{2}>", spelled) else len(spelled)
+
+    def num_first_bytes(self, text: str, first_token: int) -> int:
+        """Return how many UTF-8 bytes of a document its first token covers, of the text as written.
+
+        The normalizer may have changed them: "e" and an accent, three bytes, are one letter of two bytes in
+        NFC. A token that ends within a character counts its own bytes of it.
+
+        Args:
+            text: The document.
+            first_token: Its first token, from `encode`.
+        """
+        for head in (text[:_HEAD_CHARACTERS], text[:_PIECE_CHARACTERS]):
+            encoding = self._document_backend.encode(head, add_special_tokens=False)
+            if encoding.ids[:1] == [first_token]:
+                stop, next_start = encoding.offsets[0][1], [*encoding.offsets, (len(head), 0)][1][0]
+                # tokens that share a character have its offsets; what NFC joins with a letter has none
+                before, most = (len(text[:end].encode()) for end in (next_start, max(stop, next_start)))
+                return min(max(before, self.num_bytes(first_token)), most)
+        return self.num_bytes(first_token)
 
     def save(self, path: Path) -> None:
         """Write the tokenizer to a JSON file."""
@@ -214,15 +240,28 @@ def _restore(backend: str, end_of_document: str, name: str) -> Tokenizer:
     return Tokenizer(tokenizers.Tokenizer.from_str(backend), end_of_document=end_of_document, name=name)
 
 
-def _encode_pieces(backend: tokenizers.Tokenizer, pieces: list[str]) -> Iterator[list[int]]:
+def _encode_pieces(backend: tokenizers.Tokenizer, pieces: list[str], name: str) -> Iterator[list[int]]:
     """Encode in batches of bounded size, which bounds memory."""
     first = characters = 0
     for stop, piece in enumerate(pieces, 1):
         characters += len(piece)
         if characters >= _BATCH_CHARACTERS or stop == len(pieces):
-            for encoding in backend.encode_batch_fast(pieces[first:stop], add_special_tokens=False):
+            for encoding in _encode_batch(backend, pieces[first:stop], name):
                 yield encoding.ids
             first, characters = stop, 0
+
+
+def _encode_batch(backend: tokenizers.Tokenizer, pieces: list[str], name: str) -> list[tokenizers.Encoding]:
+    problem = f"{name} cannot encode a text"
+    try:
+        with converting_panics(problem):
+            return backend.encode_batch_fast(pieces, add_special_tokens=False)
+    except UserError:
+        # once more, one by one, to name the text
+        for piece in pieces:
+            with converting_panics(f"{problem} that begins {piece[:_SHOWN_CHARACTERS]!r}"):
+                backend.encode(piece, add_special_tokens=False)
+        raise
 
 
 def _split(text: str) -> list[str]:

@@ -20,6 +20,8 @@ class EvalConfig:
             evaluated after the last step, and never before the first.
         tasks_every: Steps between evaluations of the tasks; None for the one after the last step.
         tasks_limit: Evaluate only the first documents of each task, this many; None for all.
+        tasks_num_fewshot: Few-shot examples of each task, but for tasks that set 0 themselves or score whole
+            texts; None for each task's own number.
         tasks_data: Folder with the tasks' documents, as for `python -m eval.downstream --data`; None to
             have the harness download them from the hub.
         sample_prompts: Prompts that the model continues at each evaluation of the held-out loss.
@@ -31,6 +33,7 @@ class EvalConfig:
     tasks: list[str] = field(default_factory=list)
     tasks_every: int | None = None
     tasks_limit: int | None = None
+    tasks_num_fewshot: int | None = None
     tasks_data: str | None = None
     sample_prompts: list[str] = field(default_factory=list)
     sample_tokens: int = 64
@@ -38,6 +41,7 @@ class EvalConfig:
     def __post_init__(self) -> None:
         check_range(self, 1, 10**15, "every", "max_tokens", "tasks_every", "tasks_limit")
         check_range(self, 1, 1_000_000, "sample_tokens")
+        check_range(self, 0, 1000, "tasks_num_fewshot")
         check_not_empty(self, "tasks_data")
         for name in ("tasks", "sample_prompts"):
             if "" in getattr(self, name):

@@ -1,6 +1,7 @@
 """Evaluate a checkpoint on downstream tasks of lm-evaluation-harness.
 
-    python -m eval.downstream --checkpoint RUN --tasks paper [--data DIR] [--limit N] [--out DIR]
+    python -m eval.downstream --checkpoint RUN --tasks paper [--data DIR] [--limit N] \
+        [--num-fewshot N] [--out DIR]
 
 `paper` stands for the Parallax paper's ten: BoolQ, HellaSwag, PIQA, ARC-easy, ARC-challenge, WinoGrande,
 OpenBookQA, SciQ, LAMBADA (openai) and WikiText; any other name is a task, tag or group of the harness. The
@@ -16,7 +17,8 @@ lists them: LAMBADA `{"text": ..}`, WikiText `{"page": ..}` with a whole article
 
 With `--out`, results are saved as they are computed (`requests.jsonl`), an interrupted evaluation resumes
 from them, and the final table is written to `results.json`. Under torchrun each rank scores its share of the
-batches.
+batches. A context or prompt longer than --max-length loses its beginning; the table and `results.json` count
+such requests by task.
 """
 
 import argparse
@@ -26,9 +28,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from data.progress import Progress
 from errors import UserError, run_command
 from eval.distributed import is_main_rank
-from eval.open_model import add_model_arguments, open_model, ranks
+from eval.open_model import add_model_arguments, check_at_least_1, open_model, ranks
 from eval.task_results import RESULTS_FILE, format_table
 
 _REQUESTS_FILE = "requests.jsonl"
@@ -44,6 +47,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", nargs="+", required=True, metavar="NAME")
     parser.add_argument("--data", type=Path, metavar="DIR", help="documents of the tasks, see above")
     parser.add_argument("--limit", type=int, metavar="N", help="first N documents of each task")
+    parser.add_argument(
+        "--num-fewshot",
+        type=int,
+        metavar="N",
+        help="few-shot examples of each task, but 0 for tasks that set 0 or score whole texts (default: the "
+        "task's own number)",
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"for {_REQUESTS_FILE} and {RESULTS_FILE}")
     return parser
 
@@ -58,8 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         UserError: An option, the checkpoint or a task's documents cannot be used.
     """
     options = _parser().parse_args(arguments)
-    if options.limit is not None and options.limit < 1:
-        raise UserError(f"--limit is {options.limit}, must be at least 1")
+    check_at_least_1(options, "limit")
+    if options.num_fewshot is not None and options.num_fewshot < 0:
+        raise UserError(f"--num-fewshot is {options.num_fewshot}, must be at least 0")
     try:
         # an extra, and slow to import: --help needs neither
         from eval.harness import evaluate_tasks, harness_version
@@ -69,15 +80,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ) from error
     with ranks() as device:
         opened = open_model(options, device)
+        progress = Progress(is_on=is_main_rank())
         results = evaluate_tasks(
             opened.model,
             opened.tokenizer,
             options.tasks,
             data=options.data,
             limit=options.limit,
+            num_fewshot=options.num_fewshot,
             token_budget=options.token_budget,
             cache_file=None if options.out is None else options.out / _REQUESTS_FILE,
+            progress=progress,
         )
+        progress.close()
         is_writer = is_main_rank()
     if not is_writer:
         return

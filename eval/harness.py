@@ -21,13 +21,16 @@ from lm_eval.api.task import Task
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
+from data.progress import Progress
 from data.tokenizer import Tokenizer
 from errors import UnsupportedError, UserError
 from eval.local_tasks import downloading, local_task
 from eval.scoring.language_model import LanguageModel
+from eval.scoring.requests import continuation_start, num_excess
 from eval.scoring.saved_results import SavedResults
 from eval.scoring.scorer import Scorer, windows
-from eval.task_results import PAPER, TaskResults, mean_accuracy
+from eval.task_results import PAPER, CutCounts, TaskResults, mean_accuracy
+from models.generation.text_stream import decode_behind, stop_at
 
 # the harness's default for tasks without max_gen_toks
 _MAX_NEW_TOKENS = 256
@@ -40,6 +43,9 @@ class HarnessModel(TemplateLM):
         model: The model.
         tokenizer: Its tokenizer; the end-of-document token stands for an empty context.
         scorer: A scorer of that model.
+
+    Attributes:
+        cut: What did not fit into the model so far, by task.
     """
 
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer, scorer: Scorer) -> None:
@@ -47,6 +53,7 @@ class HarnessModel(TemplateLM):
         self._model = model
         self._tokenizer = tokenizer
         self._scorer = scorer
+        self.cut: dict[str, CutCounts] = {}
 
     @property
     def eot_token_id(self) -> int:
@@ -71,24 +78,44 @@ class HarnessModel(TemplateLM):
             disable_tqdm: Ignored: there is no progress bar.
 
         Returns:
-            For each the log-likelihood in nats and whether the continuation is greedy.
+            For each the log-likelihood in nats and whether the continuation is greedy; (0.0, True) for an
+            empty continuation alone.
+
+        Raises:
+            UserError: A continuation that is not empty has no token, nor has its context.
         """
         pairs: list[tuple[str, str]] = []
         for context, continuation in (request.args for request in requests):
             stripped = context.rstrip()
             # a context of spaces alone stays: without it there would be no token to predict from
-            at = len(stripped) if stripped else len(context)
+            at = len(stripped) if stripped and continuation else len(context)
             pairs.append((context[:at], context[at:] + continuation))
         texts = list(dict.fromkeys(text for a, b in pairs for text in (a, a + b)))
         ids = dict(zip(texts, self._tokenizer.encode_prompts(texts), strict=True))
-        split: list[tuple[list[int], list[int]]] = []
-        for context, continuation in pairs:
-            whole, first = ids[context + continuation], len(ids[context])
-            if not first:
-                starts_document = whole[:1] == [self.eot_token_id]
-                whole, first = whole if starts_document else [self.eot_token_id, *whole], 1
-            split.append((whole[:first], whole[first:]))
+        split = [self._split(a, b, ids) for a, b in pairs]
+        for request, (context, continuation) in zip(requests, split, strict=True):
+            excess = num_excess(context, continuation, self._model.max_length)
+            self._count(request, len(context), is_cut=excess > 0, num_dropped=excess)
         return self._scorer.log_likelihoods(split)
+
+    def _split(
+        self, context: str, continuation: str, ids: Mapping[str, list[int]]
+    ) -> tuple[list[int], list[int]]:
+        """Split the tokens of a context and its continuation; ids are those of the texts."""
+        if not continuation:
+            return ids[context] or [self.eot_token_id], []
+        whole = ids[context + continuation]
+        if not whole:
+            raise UserError(f"the continuation {continuation!r} after {context!r} has no token: leave it out")
+        first = continuation_start(ids[context], whole)
+        if not first:
+            starts_document = whole[0] == self.eot_token_id and len(whole) > 1
+            whole, first = whole if starts_document else [self.eot_token_id, *whole], 1
+        return whole[:first], whole[first:]
+
+    def _count(self, request: Instance, num_tokens: int, *, is_cut: bool, num_dropped: int = 0) -> None:
+        counts = self.cut.setdefault(request.task_name or "", CutCounts())
+        counts.add(num_tokens, is_cut=is_cut, num_dropped=num_dropped)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Compute log-likelihoods of whole texts in nats, in rolling windows.
@@ -101,6 +128,7 @@ class HarnessModel(TemplateLM):
         owners: list[int] = []
         texts = [request.args[0] for request in requests]
         for owner, ids in enumerate(self._tokenizer.encode_prompts(texts)):
+            self._count(requests[owner], len(ids), is_cut=len(ids) > self._model.max_length)
             tokens = [self.eot_token_id, *ids]
             for start, predicted, end in windows(len(tokens), self._model.max_length):
                 split.append((tokens[start:predicted], tokens[predicted:end]))
@@ -124,20 +152,20 @@ class HarnessModel(TemplateLM):
             UnsupportedError: A task samples.
             UserError: max_gen_toks leaves no room for a prompt.
         """
-        arguments: list[tuple[str, dict[str, Any]]] = [(str(a), b) for a, b in (r.args for r in requests)]
         by_length: dict[int, list[int]] = {}
-        for index, (request, (_, options)) in enumerate(zip(requests, arguments, strict=True)):
+        for index, request in enumerate(requests):
+            _, options = _prompt(request)
             if options.get("do_sample") and options.get("temperature", 1.0) > 0:
                 raise UnsupportedError(f"{request.task_name} samples; greedy generation works here")
             by_length.setdefault(int(options.get("max_gen_toks", _MAX_NEW_TOKENS)), []).append(index)
         texts = [""] * len(requests)
         for max_new_tokens, indices in sorted(by_length.items()):
-            found = self._generate([arguments[index] for index in indices], max_new_tokens)
+            found = self._generate([requests[index] for index in indices], max_new_tokens)
             for index, text in zip(indices, found, strict=True):
                 texts[index] = text
         return texts
 
-    def _generate(self, arguments: list[tuple[str, dict[str, Any]]], max_new_tokens: int) -> list[str]:
+    def _generate(self, requests: Sequence[Instance], max_new_tokens: int) -> list[str]:
         room = self._model.max_length - max_new_tokens
         if room < 1:
             raise UserError(
@@ -145,27 +173,36 @@ class HarnessModel(TemplateLM):
                 f"{self._model.max_length}, prompt included; give a larger --max-length if it can, or leave "
                 "the task out"
             )
-        until = [_as_list(options.get("until")) for _, options in arguments]
-        prompts = [
-            (ids or [self.eot_token_id])[-room:]
-            for ids in self._tokenizer.encode_prompts([text for text, _ in arguments])
-        ]
+        until = [_as_list(_prompt(request)[1].get("until")) for request in requests]
+        prompts: list[list[int]] = []
+        encoded = self._tokenizer.encode_prompts([_prompt(request)[0] for request in requests])
+        for request, ids in zip(requests, encoded, strict=True):
+            excess = max(len(ids) - room, 0)
+            self._count(request, len(ids), is_cut=excess > 0, num_dropped=excess)
+            prompts.append((ids or [self.eot_token_id])[excess:])
 
-        # a token is at least one byte, and a stop string may begin inside a token
-        longest = [max((len(end.encode()) for end in ends), default=0) + 1 for ends in until]
-
-        def stop(index: int, tokens: list[int]) -> bool:
-            tail = self._tokenizer.decode(tokens[-longest[index] :]) if until[index] else ""
-            return any(end in tail for end in until[index])
-
-        found = self._scorer.generate(prompts, until, max_new_tokens, {self.eot_token_id}, stop)
-        texts: list[str] = []
-        for tokens, ends in zip(found, until, strict=True):
-            text = self._tokenizer.decode([token for token in tokens if token != self.eot_token_id])
+        decode = self._tokenizer.decode
+        stops = [stop_at(decode, ends, [ids]) for ends, ids in zip(until, encoded, strict=True)]
+        found = self._scorer.generate(
+            prompts,
+            until,
+            max_new_tokens,
+            {self.eot_token_id},
+            stop=lambda index, tokens: stops[index](0, tokens),
+        )
+        answers: list[str] = []
+        for ids, tokens, ends in zip(encoded, found, until, strict=True):
+            text = decode_behind(decode, ids, [token for token in tokens if token != self.eot_token_id])
             for end in ends:
                 text = text.split(end)[0]
-            texts.append(text)
-        return texts
+            answers.append(text)
+        return answers
+
+
+def _prompt(request: Instance) -> tuple[str, dict[str, Any]]:
+    """Return the text to continue and the harness's options."""
+    text, options = request.args
+    return str(text), options
 
 
 def _as_list(until: str | Sequence[str] | None) -> list[str]:
@@ -207,12 +244,14 @@ def _task_manager() -> TaskManager:
     return TaskManager()
 
 
-def load_tasks(names: Sequence[str], data: Path | None) -> dict[str, Task]:
+def load_tasks(names: Sequence[str], data: Path | None, num_fewshot: int | None = None) -> dict[str, Task]:
     """Load tasks of the harness with their documents.
 
     Args:
         names: Tasks, tags or groups; "paper" for the paper's ten.
         data: Folder with their documents; None to have the harness download them from the hub.
+        num_fewshot: Few-shot examples of each task; None for the task's own number. As in the harness, a task
+            that sets 0 itself keeps it; so does one of whole texts, which have no place for examples.
 
     Returns:
         Tasks by name, without duplicates.
@@ -233,6 +272,8 @@ def load_tasks(names: Sequence[str], data: Path | None) -> dict[str, Task]:
         for name in wanted:
             with downloading(name):
                 downloaded |= manager.load([name])["tasks"]
+        for task in downloaded.values():
+            _set_up(task, num_fewshot)
         return downloaded
     group = {"group": "local", "task": [local_task(name, data) for name in wanted]}
     try:
@@ -242,12 +283,24 @@ def load_tasks(names: Sequence[str], data: Path | None) -> dict[str, Task]:
             f"the documents of {', '.join(wanted)} in {data} do not fit the task: {error!r}"
         ) from error
     for name, task in tasks.items():
+        _set_up(task, num_fewshot)
         if task.config.num_fewshot and not task.has_training_docs():
             raise UserError(
                 f"{name} has {task.config.num_fewshot} few-shot examples: want them in "
                 f"{data}/{name}.train.jsonl"
             )
     return tasks
+
+
+def _set_up(task: Task, num_fewshot: int | None) -> None:
+    """Set a task's number of few-shot examples and its seed, and have its answers shuffled once."""
+    if (process := task.get_config("process_docs")) is not None:
+        # the harness calls it on every pass over the documents; shuffled answers must stay the same
+        task.set_config(key="process_docs", value=functools.cache(process))
+    own = task.get_config("num_fewshot")
+    is_fixed = own == 0 or task.OUTPUT_TYPE == "loglikelihood_rolling"
+    task.set_config(key="num_fewshot", value=(own or 0) if num_fewshot is None or is_fixed else num_fewshot)
+    task.set_fewshot_seed(seed=1234)
 
 
 def _metrics(task: Task, result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -275,8 +328,10 @@ def evaluate_tasks(
     *,
     data: Path | None = None,
     limit: int | None = None,
+    num_fewshot: int | None = None,
     token_budget: int = 65536,
     cache_file: Path | None = None,
+    progress: Progress | None = None,
 ) -> TaskResults:
     """Evaluate a model on tasks of the harness.
 
@@ -291,9 +346,11 @@ def evaluate_tasks(
         data: Folder with the tasks' documents, as for `python -m eval.downstream --data`; None to have the
             harness download them from the hub.
         limit: Evaluate only the first documents of each task, this many; None for all.
+        num_fewshot: As for load_tasks.
         token_budget: Most tokens per batch.
         cache_file: JSONL file of results by request, read at the start and appended to; needs a model with
             an identity. None for no file.
+        progress: Told how much of each kind of requests is done.
 
     Returns:
         Metrics by task, and the mean of the paper's eight accuracies.
@@ -308,18 +365,12 @@ def evaluate_tasks(
             raise UserError(f"cache_file is {cache_file}, but the model has no identity to check it against")
         fingerprint = SavedResults.key(model.identity, model.max_length, tokenizer.fingerprint)
         saved = SavedResults(cache_file, fingerprint)
-    scorer = Scorer(model, token_budget=token_budget, saved=saved)
+    scorer = Scorer(model, token_budget=token_budget, saved=saved, progress=progress)
     with quiet(), seeded():
-        loaded = load_tasks(tasks, data)
-        for task in loaded.values():
-            if (process := task.get_config("process_docs")) is not None:
-                # the harness calls it on every pass over the documents; shuffled answers must stay the same
-                task.set_config(key="process_docs", value=functools.cache(process))
-            if task.get_config("num_fewshot") is None:
-                task.set_config(key="num_fewshot", value=0)
-            task.set_fewshot_seed(seed=1234)
+        loaded = load_tasks(tasks, data, num_fewshot)
+        lm = HarnessModel(model, tokenizer, scorer)
         results = evaluate(
-            HarnessModel(model, tokenizer, scorer),
+            lm,
             task_dict={"tasks": loaded, "groups": {}, "group_map": {}},
             limit=limit,
             bootstrap_iters=0,
@@ -332,6 +383,8 @@ def evaluate_tasks(
     return TaskResults(
         metrics=metrics,
         num_documents={name: results["n-samples"][name]["effective"] for name in loaded},
+        num_fewshot={name: task.get_config("num_fewshot") for name, task in loaded.items()},
+        cut={name: lm.cut.get(name, CutCounts()) for name in loaded},
         mean_accuracy=mean_accuracy(metrics, normalized=True),
         mean_plain_accuracy=mean_accuracy(metrics, normalized=False),
         num_tokens=scorer.num_tokens,

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from data.loading.held_out import HeldOutBatch
+from data.progress import Progress
 from errors import UserError
 from eval.distributed import all_reduce
 from eval.standard_error import ratio_standard_error
@@ -24,6 +25,8 @@ class HeldOutLoss:
             That of the difference of two models on the same documents is smaller.
         num_tokens: Number of predicted tokens.
         num_documents: Number of documents with a predicted token.
+        num_cut_documents: Documents that do not fit into one row: the rest is predicted without the
+            beginning.
         unigram_entropy: Entropy in nats/token of the frequencies of the predicted tokens: the loss of the
             best model without context.
     """
@@ -32,12 +35,19 @@ class HeldOutLoss:
     standard_error: float | None
     num_tokens: int
     num_documents: int
+    num_cut_documents: int
     unigram_entropy: float
 
     @property
     def perplexity(self) -> float:
         """exp(loss); infinite where that overflows."""
         return perplexity(self.loss)
+
+    @property
+    def counts(self) -> str:
+        """The tokens and documents behind the loss, in words."""
+        cut = f", {self.num_cut_documents:,} cut into rows" if self.num_cut_documents else ""
+        return f"{self.num_tokens:,} tokens of {self.num_documents:,} documents{cut}"
 
     def __str__(self) -> str:
         return f"{format_loss(self.loss, self.standard_error)}, perplexity {self.perplexity:.2f}"
@@ -87,8 +97,11 @@ class _Sums:
         self._tokens.index_add_(0, numbers, valid)
         self._id_counts.index_add_(0, ids.clamp(min=0), valid)
 
-    def result(self) -> HeldOutLoss:
+    def result(self, num_cut_documents: int) -> HeldOutLoss:
         """Sum over all ranks; a collective.
+
+        Args:
+            num_cut_documents: Documents that do not fit into one row, the same on all ranks.
 
         Raises:
             UserError: There is no token to predict.
@@ -103,6 +116,7 @@ class _Sums:
             standard_error=ratio_standard_error(nats, tokens),
             num_tokens=num_tokens,
             num_documents=int((tokens > 0).sum()),
+            num_cut_documents=num_cut_documents,
             unigram_entropy=-float((frequencies * frequencies.log()).sum()),
         )
 
@@ -115,6 +129,7 @@ def held_out_loss(
     vocab_size: int,
     max_seqlen: int,
     device: torch.device,
+    progress: Progress | None = None,
 ) -> HeldOutLoss:
     """Compute the loss over the batches of all ranks, each token weighted equally.
 
@@ -127,12 +142,15 @@ def held_out_loss(
         vocab_size: Number of ids V.
         max_seqlen: Upper bound of the length of a document.
         device: The model's device.
+        progress: Told how much of the documents is done.
 
     Raises:
         UserError: There is no token to predict.
     """
     sums = _Sums(vocab_size, device)
+    num_cut = 0
     for batch in batches:
+        num_cut = batch.num_cut_documents
         labels = batch.labels.to(device, non_blocking=True)
         cu_seqlens = batch.inputs.get("cu_seqlens")
         losses = model(
@@ -143,4 +161,6 @@ def held_out_loss(
             reduction="none",
         )
         sums.add(losses, labels, batch.documents.to(device, non_blocking=True), batch.num_documents)
-    return sums.result()
+        if progress is not None:
+            progress.update(batch.fraction)
+    return sums.result(num_cut)

@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
-from errors import UserError
+from errors import UserError, check_text, decode_text
 
 _SUFFIXES = (".jsonl", ".arrow")
 _OLMO_FOLDERS = {
@@ -141,13 +141,30 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except ValueError as error:
+                row = json.loads(decode_text(line, str(path), first_line=number).removeprefix("\ufeff"))
+            except UserError:
+                raise
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}, line {number} is not valid JSON ({error})") from None
             if not isinstance(row, dict):
                 raise UserError(f"{path}, line {number} is a {type(row).__name__}, want a JSON object")
+            for key, value in row.items():
+                check_text(key, f"{path}, line {number}, a key")
+                _check_texts(value, f"{path}, line {number}, {key}")
             rows.append(row)
     return rows
+
+
+def _check_texts(value: Any, name: str) -> None:
+    """Raise unless all texts of a JSON value have UTF-8."""
+    if isinstance(value, str):
+        check_text(value, name)
+    elif isinstance(value, list):
+        for each in value:
+            _check_texts(each, name)
+    elif isinstance(value, dict):
+        for text in (*value.keys(), *value.values()):
+            _check_texts(text, name)
 
 
 def _read_arrow(path: Path) -> list[dict[str, Any]]:
@@ -155,6 +172,9 @@ def _read_arrow(path: Path) -> list[dict[str, Any]]:
     try:
         is_file = data.startswith(b"ARROW1")
         reader = pa.ipc.open_file(data) if is_file else pa.ipc.open_stream(data)
-        return reader.read_all().to_pylist()
+        table = reader.read_all()
+        # text that is not UTF-8, and offsets that lead outside
+        table.validate(full=True)
+        return table.to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} is not a readable Arrow file ({error}): download it again") from None

@@ -91,6 +91,17 @@ def check_out(out: Path | None) -> None:
         raise UserError(f"--out is {out}, but {file} is a file; want a folder")
 
 
+def check_at_least_1(options: argparse.Namespace, name: str) -> None:
+    """Raise unless an option is at least 1, or was not given.
+
+    Raises:
+        UserError: It is 0 or negative.
+    """
+    value = getattr(options, name)
+    if value is not None and value < 1:
+        raise UserError(f"--{name.replace('_', '-')} is {value}, must be at least 1")
+
+
 @contextmanager
 def ranks() -> Iterator[torch.device]:
     """Join the process group of torchrun's ranks, if there are several, and leave it at the end.
@@ -156,9 +167,7 @@ def open_model(options: argparse.Namespace, device: torch.device) -> OpenedModel
             has changed since the training, or a number is below 1.
     """
     for name in ("max_length", "token_budget"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}, must be at least 1")
+        check_at_least_1(options, name)
     checkpoint = find_checkpoint(options.checkpoint)
     table = read_run_table(checkpoint)
     dtype = getattr(torch, options.dtype or ("bfloat16" if device.type == "cuda" else "float32"))

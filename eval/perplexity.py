@@ -8,7 +8,8 @@ predicted tokens:
 
     documents   all but the first, and the end-of-document token, as in training (the default)
     wikitext    all tokens of the text, after an end-of-document token, as in the harness's WikiText
-    last-word   those after the last space, as in LAMBADA: earlier tokens are context
+    last-word   those after the last white space, as in LAMBADA: earlier tokens are context; white space
+                behind the word is dropped, documents of one word are skipped and counted
 """
 
 import argparse
@@ -19,9 +20,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import get_args
 
+from data.progress import Progress
 from errors import UserError, run_command
 from eval.distributed import is_main_rank
-from eval.open_model import add_model_arguments, check_out, open_model, ranks
+from eval.open_model import add_model_arguments, check_at_least_1, check_out, open_model, ranks
 from eval.scored_text import Mode
 from eval.source_options import open_documents, parse_source, source_parser
 from eval.text_loss import TextLoss, format_result, text_loss
@@ -40,6 +42,13 @@ def _parser() -> argparse.ArgumentParser:
     add_model_arguments(parser)
     parser.add_argument("--as", dest="mode", choices=get_args(Mode), default="documents", metavar="MODE")
     parser.add_argument("--stride", type=int, help="tokens that a window predicts (default: all that fit)")
+    parser.add_argument("--limit", type=int, metavar="N", help="read the first N documents (default: all)")
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="read the first documents that have N predicted tokens together, the last one whole",
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="for perplexity.json and perplexity.png")
     return parser
 
@@ -66,18 +75,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options, words = _parser().parse_known_args(arguments)
     out: Path | None = options.out
     check_out(out)
+    for name in ("limit", "max_tokens"):
+        check_at_least_1(options, name)
     plot = None if out is None else _import_plot()
     named = parse_source(_PROGRAM, words)
     with ranks() as device:
         opened = open_model(options, device)
+        progress = Progress(is_on=is_main_rank())
+        progress.start("loss")
         result = text_loss(
             opened.model,
             opened.tokenizer,
             open_documents(opened, named),
             mode=options.mode,
             stride=options.stride,
+            limit=options.limit,
+            max_tokens=options.max_tokens,
             token_budget=options.token_budget,
+            progress=progress,
         )
+        progress.close()
         is_writer = is_main_rank()
     if not is_writer:
         return
@@ -86,6 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         out.mkdir(parents=True, exist_ok=True)
         facts = {"checkpoint": str(opened.checkpoint), "source": words, "mode": options.mode, **opened.facts}
         facts |= {"stride": options.stride or opened.model.max_length}
+        facts |= {"limit": options.limit, "max_tokens": options.max_tokens}
         text = json.dumps({**facts, **asdict(result)}, indent=1)
         (out / "perplexity.json").write_text(text + "\n", encoding="utf-8")
         plot(result, out / "perplexity.png", str(opened.checkpoint))

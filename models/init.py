@@ -6,9 +6,9 @@ of ranks and on any hardware.
     matrices                 normal with std init_std
     attention.wo, mlp.down   normal with std init_std / sqrt(2 num_layers), as in GPT-2: their outputs are
                              added to the residual stream
-    wr_out (low-rank W_R)    normal with std 1 / sqrt(rank), so that wr_out wr_in has std init_std
-    gains of norms           1; the probe's r_gain_init
-    others                   Attention.initial_value of their module
+    gains of norms           1
+
+Attention.initial_value of the module that a parameter belongs to comes first.
 """
 
 import hashlib
@@ -18,17 +18,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from errors import UserError
-from models.config import ModelConfig, ParallaxConfig
 from models.qwen3 import Qwen3
 
 
 def _generator(name: str, seed: int) -> torch.Generator:
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-def _draw(name: str, shape: torch.Size, std: float, seed: int) -> torch.Tensor:
-    return torch.empty(shape).normal_(0.0, std, generator=_generator(name, seed))
 
 
 def _assign(parameter: nn.Parameter, full: torch.Tensor) -> None:
@@ -40,36 +35,52 @@ def _assign(parameter: nn.Parameter, full: torch.Tensor) -> None:
         parameter.copy_(full)
 
 
-def initial_weight(config: ModelConfig, name: str, shape: torch.Size, seed: int) -> torch.Tensor:
-    """Draw the initial value of a matrix or a norm's gain.
+class InitialWeights:
+    """Draws the initial values of a model's parameters.
 
     Args:
-        config: The [model] table.
-        name: The parameter's name in the unwrapped model.
-        shape: Its global shape.
+        model: The model, on any device, sharded or not; only its names and shapes are read.
         seed: Seed of the run.
-
-    Returns:
-        The whole tensor, fp32, on the CPU.
-
-    Raises:
-        UserError: The parameter is neither a matrix nor the gain of a norm.
     """
-    if name.endswith("r_norm.weight"):
-        assert isinstance(config.attention, ParallaxConfig)
-        return torch.full(shape, config.attention.r_gain_init)
-    if name.endswith("norm.weight"):
-        return torch.ones(shape)
-    if len(shape) < 2:
-        raise UserError(
-            f"{name} {tuple(shape)} has no initial value: it is neither a matrix nor the gain of a norm; "
-            "return one from initial_value of its attention module"
-        )
-    if name.endswith("wr_out.weight"):
-        return _draw(name, shape, shape[1] ** -0.5, seed)
-    writes_to_residual = name.endswith(("attention.wo.weight", "mlp.down.weight"))
-    residual_std = config.init_std / (2 * config.dimensions.num_layers) ** 0.5
-    return _draw(name, shape, residual_std if writes_to_residual else config.init_std, seed)
+
+    def __init__(self, model: Qwen3, seed: int) -> None:
+        self.config, self.seed = model.config, seed
+        self.parameters = model.unwrapped_parameters()
+        self._owners = {
+            parameter: (module, name)
+            for module in model.attention_modules()
+            for name, parameter in module.named_parameters()
+        }
+
+    def draw(self, name: str) -> torch.Tensor:
+        """Draw the initial value of a parameter.
+
+        Args:
+            name: Its name in the unwrapped model.
+
+        Returns:
+            The whole tensor, fp32, on the CPU.
+
+        Raises:
+            UserError: It is neither a matrix nor the gain of a norm, and its attention module gives no value.
+        """
+        shape, generator = self.parameters[name].shape, _generator(name, self.seed)
+        if self.parameters[name] in self._owners:
+            owner, own_name = self._owners[self.parameters[name]]
+            value = owner.initial_value(own_name, shape, generator)
+            if value is not None:
+                return value
+        if name.endswith("norm.weight"):
+            return torch.ones(shape)
+        if len(shape) < 2:
+            raise UserError(
+                f"{name} {tuple(shape)} has no initial value: it is neither a matrix nor the gain of a norm; "
+                "return one from initial_value of its attention module"
+            )
+        writes_to_residual = name.endswith(("attention.wo.weight", "mlp.down.weight"))
+        residual_std = self.config.init_std / (2 * self.config.dimensions.num_layers) ** 0.5
+        std = residual_std if writes_to_residual else self.config.init_std
+        return torch.empty(shape).normal_(0.0, std, generator=generator)
 
 
 @torch.no_grad()
@@ -80,16 +91,6 @@ def init_weights(model: Qwen3, seed: int) -> None:
         model: A model that is not on the meta device.
         seed: Seed of the run.
     """
-    owners = {
-        parameter: (module, name)
-        for module in model.attention_modules()
-        for name, parameter in module.named_parameters()
-    }
-    for name, parameter in model.unwrapped_parameters().items():
-        full = None
-        if parameter in owners:
-            owner, own_name = owners[parameter]
-            full = owner.initial_value(own_name, parameter.shape, _generator(name, seed))
-        if full is None:
-            full = initial_weight(model.config, name, parameter.shape, seed)
-        _assign(parameter, full)
+    initial = InitialWeights(model, seed)
+    for name, parameter in initial.parameters.items():
+        _assign(parameter, initial.draw(name))

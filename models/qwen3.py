@@ -4,7 +4,7 @@ Letters: B batch, T tokens, D width, F MLP width, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, Self, TypeAlias
+from typing import Any, Literal, Self, TypeAlias, assert_never
 
 import torch
 from torch import nn
@@ -74,6 +74,8 @@ def build_attention(config: ModelConfig, layer: int) -> Attention:
             return MesaNet(config.attention, size, eps)
         case Mamba2Config():
             return Mamba2(config.attention, size, eps)
+        case _:
+            assert_never(config.attention)
 
 
 class SwiGLU(nn.Module):

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from config import Table
 from disk import replacing
-from errors import UserError
+from errors import UserError, converting_panics
 from models.run_folder import RunFolder
 from tokens import TOKENIZER_FILE
 
@@ -67,6 +67,32 @@ def find_tokenizer(run: RunFolder, data: Table, given: Path | None = None) -> Pa
         f"{run.path} has no {run.tokenizer.name}/{TOKENIZER_FILE}, and its data.tokenizer {str(named)!r} is "
         f"neither a {TOKENIZER_FILE} nor a folder with one; give --tokenizer, the file or its folder"
     )
+
+
+def read_tokenizer(place: Path) -> Tokenizer:
+    """Read a tokenizer.
+
+    Args:
+        place: A tokenizer.json, or a folder with one.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    file = place / TOKENIZER_FILE if place.is_dir() else place
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"cannot load {file} as a tokenizer ({error}): restore it") from error
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return the token ids of a prompt, without added special tokens.
+
+    Raises:
+        UserError: The tokenizer's regular expressions fail on it.
+    """
+    with converting_panics("the tokenizer cannot encode the prompt"):
+        return tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def check_ids(tokenizer: Tokenizer, name: str, vocab_size: int) -> None:

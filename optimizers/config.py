@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 from errors import UserError, check_range
 
@@ -12,23 +12,59 @@ UpdateScale = Literal["match_rms_adamw", "spectral", "unit"]
 MuonDtype = Literal["float16", "bfloat16", "float32"]
 
 DEFAULT_DECAY_RATIO = 0.2
-KEYS_OF_ALL_GROUPS = ("parameters", "weight_decay", "weight_decay_gamma")
-"""Keys that survive a change of a group's kind; learning rates of different optimizers are not comparable."""
 DEFAULT_ITERATIONS: dict[Orthogonalization, int] = {"newton_schulz5": 5, "polar_express": 8}
 
 
-@dataclass(frozen=True, kw_only=True)
-class MuonGroup:
-    """Parameter group of matrices that Muon updates.
+class Misfit(NamedTuple):
+    """Why a parameter cannot be in a group.
 
     Attributes:
-        kind: "muon".
+        problem: What is wrong; the names of the parameters follow.
+        remedy: What to do.
+        detail: What the name of the parameter is followed by.
+    """
+
+    problem: str
+    remedy: str
+    detail: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """What parameter groups of every kind have.
+
+    Attributes:
         parameters: Regular expressions; the group contains the parameters whose full name matches one of
-            them, all of which must be two-dimensional.
+            them.
         lr: Peak learning rate; the schedule multiplies it by a factor in [0, 1].
         weight_decay: Decoupled weight decay: every step multiplies the parameters by 1 - lr * weight_decay.
         weight_decay_gamma: Exponent of weight-decay annealing: weight_decay (1 - t)^gamma over the decay
             phase (optimizers/schedule.py); None for a constant weight decay.
+    """
+
+    # learning rates of different optimizers are not comparable
+    KEYS_OF_ALL_KINDS: ClassVar[tuple[str, ...]] = ("parameters", "weight_decay", "weight_decay_gamma")
+
+    parameters: list[str]
+    lr: float
+    weight_decay: float = 0.0
+    weight_decay_gamma: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_patterns(self.parameters)
+        _check_rates(self)
+
+    def misfit(self, shape: Sequence[int]) -> Misfit | None:
+        """Return why a parameter of this shape cannot be in the group; None where it can."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MuonGroup(Group):
+    """Parameter group of matrices that Muon updates; all its parameters must be two-dimensional.
+
+    Attributes:
+        kind: "muon".
         momentum: Coefficient beta of the exponential moving average of gradients, in [0, 1).
         nesterov: Nesterov momentum.
         orthogonalization: Iteration that orthogonalizes the momentum.
@@ -43,13 +79,7 @@ class MuonGroup:
             for example 0.95; None for no row normalization.
     """
 
-    KEYS_OF_ALL_KINDS: ClassVar[tuple[str, ...]] = KEYS_OF_ALL_GROUPS
-
     kind: Literal["muon"] = "muon"
-    parameters: list[str]
-    lr: float
-    weight_decay: float = 0.0
-    weight_decay_gamma: float | None = None
     momentum: float = 0.95
     nesterov: bool = True
     orthogonalization: Orthogonalization = "newton_schulz5"
@@ -60,48 +90,44 @@ class MuonGroup:
     row_beta2: float | None = None
 
     def __post_init__(self) -> None:
-        _check_patterns(self.parameters)
-        _check_rates(self)
-        _check_coefficient("momentum", self.momentum)
-        if self.row_beta2 is not None:
-            _check_coefficient("row_beta2", self.row_beta2)
+        super().__post_init__()
+        check_coefficients(self, "momentum", "row_beta2")
         check_range(self, 1, 1_000_000, "block_rows")
         check_range(self, 1, 100, "num_iterations")
 
+    def misfit(self, shape: Sequence[int]) -> Misfit | None:
+        """See Group.misfit: parameters must be matrices, and block_rows must divide their rows."""
+        if len(shape) != 2:
+            problem = "Muon groups match parameters that are not matrices"
+            return Misfit(problem, "move them to an adamw group")
+        if shape[0] % (self.block_rows or 1):
+            return Misfit(
+                "block_rows does not divide the number of rows",
+                'set it to a divisor, such as the head width, or to "none"',
+                f", block_rows = {self.block_rows}",
+            )
+        return None
+
 
 @dataclass(frozen=True, kw_only=True)
-class AdamWGroup:
+class AdamWGroup(Group):
     """Parameter group that AdamW updates; parameters can have any shape.
 
     Attributes:
         kind: "adamw".
-        parameters: Regular expressions; the group contains the parameters whose full name matches one of
-            them.
-        lr: Peak learning rate; the schedule multiplies it by a factor in [0, 1].
         beta1: Coefficient of the exponential moving average of gradients, in [0, 1).
         beta2: Coefficient of the exponential moving average of squared gradients, in [0, 1).
         eps: Added to the square root of the second moment.
-        weight_decay: Decoupled weight decay: every step multiplies the parameters by 1 - lr * weight_decay.
-        weight_decay_gamma: Exponent of weight-decay annealing: weight_decay (1 - t)^gamma over the decay
-            phase (optimizers/schedule.py); None for a constant weight decay.
     """
 
-    KEYS_OF_ALL_KINDS: ClassVar[tuple[str, ...]] = KEYS_OF_ALL_GROUPS
-
     kind: Literal["adamw"] = "adamw"
-    parameters: list[str]
-    lr: float
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
-    weight_decay: float = 0.0
-    weight_decay_gamma: float | None = None
 
     def __post_init__(self) -> None:
-        _check_patterns(self.parameters)
-        _check_rates(self)
-        _check_coefficient("beta1", self.beta1)
-        _check_coefficient("beta2", self.beta2)
+        super().__post_init__()
+        check_coefficients(self, "beta1", "beta2")
         check_range(self, 1e-30, 1.0, "eps")
 
 
@@ -177,7 +203,7 @@ def _check_patterns(patterns: Sequence[str]) -> None:
             raise UserError(f"parameters: {pattern!r} is not a regular expression: {error}") from error
 
 
-def _check_rates(group: MuonGroup | AdamWGroup) -> None:
+def _check_rates(group: Group) -> None:
     check_range(group, 0.0, 10.0, "lr")
     check_range(group, 0.0, 10_000.0, "weight_decay")
     check_range(group, 0.0, 100.0, "weight_decay_gamma")
@@ -188,6 +214,13 @@ def _check_rates(group: MuonGroup | AdamWGroup) -> None:
         )
 
 
-def _check_coefficient(name: str, value: float) -> None:
-    if not 0.0 <= value < 1.0:
-        raise UserError(f"{name} ({value}) must be in [0, 1)")
+def check_coefficients(group: Group, *names: str) -> None:
+    """Raise unless coefficients of moving averages are in [0, 1); None passes.
+
+    Raises:
+        UserError: Names the first field that is outside.
+    """
+    for name in names:
+        value = getattr(group, name)
+        if value is not None and not 0.0 <= value < 1.0:
+            raise UserError(f"{name} ({value}) must be in [0, 1)")

@@ -9,11 +9,13 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from errors import UnsupportedError, UserError
+from optimizers.base import GroupOptimizer, local, local_gradient
 from optimizers.buckets import Bucket, plan_buckets
 from optimizers.config import DEFAULT_ITERATIONS, MuonDtype, Orthogonalization, UpdateScale
 from optimizers.exchange import AsyncResult, check_placements
 from optimizers.kernels.elementwise import apply_update, update_momentum
 from optimizers.orthogonalize import newton_schulz5, polar_express
+from optimizers.update_size import num_replicas
 
 _ORTHOGONALIZERS: dict[str, Callable[..., torch.Tensor]] = {
     "newton_schulz5": newton_schulz5,
@@ -37,7 +39,7 @@ _SCALES: dict[str, Callable[[int, int], float]] = {
 }
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(GroupOptimizer):
     """Muon with decoupled weight decay.
 
     For gradient G, momentum M (initially zero) and parameter P, all of the same shape:
@@ -85,15 +87,12 @@ class Muon(torch.optim.Optimizer):
             bounds the additional memory to about six times that number in dtype. A larger matrix has a bucket
             of its own.
 
-    Attributes:
-        found_inf: fp32 scalar on the device, or None. If it is not zero, a step changes nothing.
-        record_update_stats: Whether a step records what `local_update_squared_norms` and
-            `update_singular_values` return.
-
     Raises:
         UserError: A parameter is not a matrix, or a value is out of range.
         UnsupportedError: A parameter has a placement other than Shard and Replicate.
     """
+
+    measures_updates = True
 
     def __init__(
         self,
@@ -124,8 +123,6 @@ class Muon(torch.optim.Optimizer):
             "row_beta2": row_beta2,
         }
         self.max_bucket_elements = max_bucket_elements
-        self.found_inf: torch.Tensor | None = None
-        self.record_update_stats = False
         self._squared_norms: dict[str, torch.Tensor] = {}
         self._sampled_blocks: dict[str, torch.Tensor] = {}
         self._plan: tuple[Any, list[Bucket]] = (None, [])
@@ -186,21 +183,14 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def local_update_squared_norms(self) -> dict[str, torch.Tensor]:
-        """Return the squared norm of this rank's shards of the last recorded update, by group name.
-
-        Returns:
-            fp32 scalars on the device, of the update with its scale and without the learning rate.
-        """
+        """See GroupOptimizer.local_update_squared_norms; the update is that with its scale."""
         return dict(self._squared_norms)
 
     def update_singular_values(self) -> dict[str, tuple[float, float, float]]:
-        """Return the minimum, median and maximum singular value of one orthogonalized block, by group name.
+        """See GroupOptimizer.update_singular_values; synchronizes with the device.
 
-        Synchronizes with the device.
-
-        Returns:
-            The values of the first block of the first matrix that this rank owned in the last recorded step;
-            groups without one are left out.
+        The matrix is the first block of the first one that this rank owned in the last recorded step, before
+        scaling; groups without one are left out.
         """
         spread = {}
         for name, block in self._sampled_blocks.items():
@@ -222,8 +212,8 @@ class Muon(torch.optim.Optimizer):
             if "momentum_buffer" not in self.state[p]:
                 self.create_state(p, group)
         shards = update_momentum(
-            [_local_gradient(p) for p in bucket.params],
-            [_local(self.state[p]["momentum_buffer"]) for p in bucket.params],
+            [local_gradient(p) for p in bucket.params],
+            [local(self.state[p]["momentum_buffer"]) for p in bucket.params],
             weight=1.0 - group["momentum"],
             nesterov=group["nesterov"],
             dtype=_EXCHANGE_DTYPES[_DTYPES[group["dtype"]]],
@@ -232,12 +222,7 @@ class Muon(torch.optim.Optimizer):
         return bucket.exchange.to_owners(shards)
 
     def create_state(self, p: torch.Tensor, group: dict[str, Any]) -> None:
-        """Create the initial state of a parameter.
-
-        Args:
-            p: The parameter.
-            group: Its param group.
-        """
+        """See GroupOptimizer.create_state."""
         self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         if group["row_beta2"] is not None:
             # sharded by rows, like the parameter
@@ -268,14 +253,15 @@ class Muon(torch.optim.Optimizer):
         scale = _SCALES[group["scale"]](*_block_shape(bucket, group))
         if self.record_update_stats:
             squared_norm = (torch.linalg.vector_norm(updates, dtype=torch.float32) * scale).square()
+            squared_norm /= num_replicas(bucket.params[0])
             self._squared_norms[_name(group)] = self._squared_norms.get(_name(group), 0.0) + squared_norm
-        params = [_local(p) for p in bucket.params]
+        params = [local(p) for p in bucket.params]
         decay = 1.0 - lr * group["weight_decay"]
         apply_update(params, updates, decay=decay, alpha=-lr * scale, found_inf=self.found_inf)
 
     def _normalize_rows(self, bucket: Bucket, updates: torch.Tensor, beta2: float) -> torch.Tensor:
         """Normalize the rows of this rank's shards `[matrices, rows, cols]`, as in NorMuon."""
-        means = [_local(self.state[p]["row_mean_square"]) for p in bucket.params]
+        means = [local(self.state[p]["row_mean_square"]) for p in bucket.params]
         updates = updates.float()
         new_means = torch.stack(means).lerp(updates.square().mean(-1, keepdim=True), 1.0 - beta2)
         if self.found_inf is not None:
@@ -331,15 +317,3 @@ def _name(group: dict[str, Any]) -> str:
 def _block_shape(bucket: Bucket, group: dict[str, Any]) -> tuple[int, int]:
     rows, cols = bucket.layout.shape
     return group["block_rows"] or rows, cols
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _local_gradient(p: torch.Tensor) -> torch.Tensor:
-    gradient = p.grad
-    assert gradient is not None
-    if isinstance(p, DTensor) and isinstance(gradient, DTensor) and gradient.placements != p.placements:
-        gradient = gradient.redistribute(placements=p.placements)
-    return _local(gradient)

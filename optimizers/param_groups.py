@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from errors import UserError
-from optimizers.config import MuonGroup, ParameterGroup
+from optimizers.config import Misfit, ParameterGroup
 
 _NUM_NAMES_SHOWN = 8
 
@@ -42,8 +42,8 @@ def assign_parameters(
         The trainable parameters of each group, in the order of the model.
 
     Raises:
-        UserError: No group or several groups match a parameter, a group matches nothing, or a Muon group
-            matches a parameter that is not a matrix or whose rows block_rows does not divide.
+        UserError: No group or several groups match a parameter, a group matches nothing, or a group matches a
+            parameter that its kind cannot update.
     """
     patterns = {
         group_name: [re.compile(pattern) for pattern in group.parameters]
@@ -52,8 +52,7 @@ def assign_parameters(
     assigned: dict[str, list[nn.Parameter]] = {group_name: [] for group_name in groups}
     unmatched: list[str] = []
     ambiguous: list[str] = []
-    not_matrices: list[str] = []
-    not_divided: list[str] = []
+    misfits: dict[Misfit, list[str]] = {}
     for name, parameter in named_parameters:
         if not parameter.requires_grad:
             continue
@@ -64,24 +63,15 @@ def assign_parameters(
             ambiguous.append(f"{name} ({', '.join(matching)})")
         else:
             assigned[matching[0]].append(parameter)
-            group = groups[matching[0]]
-            if isinstance(group, MuonGroup):
-                described = f"{name} {list(parameter.shape)} ({matching[0]})"
-                if parameter.ndim != 2:
-                    not_matrices.append(described)
-                elif parameter.shape[0] % (group.block_rows or 1):
-                    not_divided.append(f"{described}, block_rows = {group.block_rows}")
+            misfit = groups[matching[0]].misfit(parameter.shape)
+            if misfit is not None:
+                described = f"{name} {list(parameter.shape)} ({matching[0]}){misfit.detail}"
+                misfits.setdefault(misfit, []).append(described)
     empty = [group_name for group_name, members in assigned.items() if not members]
     _raise_if("no group matches these parameters", unmatched, "add a pattern, or freeze them")
     _raise_if("several groups match these parameters", ambiguous, "make the patterns exclude each other")
-    _raise_if(
-        "Muon groups match parameters that are not matrices", not_matrices, "move them to an adamw group"
-    )
-    _raise_if(
-        "block_rows does not divide the number of rows",
-        not_divided,
-        'set it to a divisor, such as the head width, or to "none"',
-    )
+    for misfit, described in misfits.items():
+        _raise_if(misfit.problem, described, misfit.remedy)
     _raise_if("these groups match no trainable parameter", empty, "correct their patterns or remove them")
     return assigned
 

@@ -1,8 +1,7 @@
 """Optimizers and learning-rate scheduler as torchtitan's trainer takes them."""
 
 import functools
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,27 +15,21 @@ from torchtitan.components.lr_scheduler import LRSchedulersContainer
 from torchtitan.components.optimizer import OptimizersContainer
 
 from errors import UserError
-from optimizers.config import (
-    AdamWGroup,
-    MuonGroup,
-    OptimizerConfig,
-    ParameterGroup,
-    ScheduleConfig,
-)
-from optimizers.muon import Muon
+from optimizers.base import GroupOptimizer
+from optimizers.build import build_group_optimizers, create_missing_state
+from optimizers.config import OptimizerConfig, ScheduleConfig
 from optimizers.param_groups import assign_parameters, unwrapped_named_parameters
 from optimizers.schedule import lr_factor, weight_decay_factor
-from optimizers.update_size import SupportsUpdateStats, adamw_update_squared_norm, num_replicas
+from optimizers.update_size import WeightChange
 
 _STATE_PREFIX = "state."
 
 
-class ParamGroupOptimizers(OptimizersContainer[torch.optim.Optimizer]):
-    """The optimizers of a model: at most one Muon and one AdamW per model part.
+class ParamGroupOptimizers(OptimizersContainer[GroupOptimizer]):
+    """The optimizers of a model: at most one of each kind per model part.
 
     A checkpoint has their state tensors by parameter name and no hyperparameters: these always come from the
-    configuration of the run that loads it. Every param group has a "name", and the values that the scheduler
-    starts from: the peak learning rate "base_lr", "base_weight_decay", and "weight_decay_gamma", 0 for None.
+    configuration of the run that loads it.
 
     Args:
         model_parts: Modules with disjoint parameters, usually one, sharded and on their device.
@@ -50,9 +43,14 @@ class ParamGroupOptimizers(OptimizersContainer[torch.optim.Optimizer]):
         self.model_parts = list(model_parts)
         named = [named for part in self.model_parts for named in unwrapped_named_parameters(part)]
         assigned = assign_parameters(named, config.groups)
-        self._by_part = [_build_optimizers(part, assigned, config.groups) for part in self.model_parts]
+        self._by_part = []
+        for part in self.model_parts:
+            own = set(part.parameters())
+            members = {name: [p for p in all_parts if p in own] for name, all_parts in assigned.items()}
+            self._by_part.append(build_group_optimizers(members, config.groups))
         self.optimizers = [optimizer for own in self._by_part for optimizer in own]
         self._num_elements = {name: sum(p.numel() for p in members) for name, members in assigned.items()}
+        self._squared_norms: dict[GroupOptimizer, dict[str, torch.Tensor]] = {}
         # the container's own constructor would build its optimizers; step hooks need the base class's
         torch.optim.Optimizer.__init__(self, [p for members in assigned.values() for p in members], {})
 
@@ -65,10 +63,15 @@ class ParamGroupOptimizers(OptimizersContainer[torch.optim.Optimizer]):
                 torch's convention (GradScaler and fused AdamW): an attribute of each optimizer during its
                 step.
         """
+        self._squared_norms.clear()
         for optimizer in self.optimizers:
-            optimizer.found_inf = found_inf  # pyrefly: ignore [missing-attribute]
+            is_compared = optimizer.record_update_stats and not optimizer.measures_updates
+            change = WeightChange(optimizer) if is_compared else None
+            optimizer.found_inf = found_inf
             optimizer.step()
-            optimizer.found_inf = None  # pyrefly: ignore [missing-attribute]
+            optimizer.found_inf = None
+            if change is not None:
+                self._squared_norms[optimizer] = change.local_squared_norms(found_inf)
 
     def record_update_stats(self, enabled: bool) -> None:
         """Enable or disable the statistics of the next steps' updates.
@@ -77,8 +80,7 @@ class ParamGroupOptimizers(OptimizersContainer[torch.optim.Optimizer]):
             enabled: Whether `local_update_mean_squares` and `update_singular_values` are called after a step.
         """
         for optimizer in self.optimizers:
-            if isinstance(optimizer, SupportsUpdateStats):
-                optimizer.record_update_stats = enabled
+            optimizer.record_update_stats = enabled
 
     def local_update_mean_squares(self) -> dict[str, torch.Tensor]:
         """Return this rank's part of the last update's mean square, by group name.
@@ -89,17 +91,13 @@ class ParamGroupOptimizers(OptimizersContainer[torch.optim.Optimizer]):
         """
         mean_squares: dict[str, torch.Tensor] = {}
         for optimizer in self.optimizers:
-            recorded = isinstance(optimizer, SupportsUpdateStats)
-            squared_norms = optimizer.local_update_squared_norms() if recorded else {}
-            for group in optimizer.param_groups:
-                name = group["name"]
-                if isinstance(optimizer, torch.optim.AdamW):
-                    squared_norm = adamw_update_squared_norm(optimizer, group)
-                elif name in squared_norms:
-                    squared_norm = squared_norms[name] / num_replicas(group["params"][0])
-                else:
-                    continue
-                mean_squares[name] = mean_squares.get(name, 0.0) + squared_norm / self._num_elements[name]
+            if optimizer.measures_updates:
+                squared_norms = optimizer.local_update_squared_norms()
+            else:
+                squared_norms = self._squared_norms[optimizer]
+            for name in (group["name"] for group in optimizer.param_groups if group["name"] in squared_norms):
+                part = squared_norms[name] / self._num_elements[name]
+                mean_squares[name] = mean_squares.get(name, 0.0) + part
         return mean_squares
 
     def update_singular_values(self) -> dict[str, tuple[float, float, float]]:
@@ -111,8 +109,11 @@ class ParamGroupOptimizers(OptimizersContainer[torch.optim.Optimizer]):
             The values of the first matrix of the group that this rank orthogonalizes; groups without one are
             left out.
         """
-        recorders = [optimizer for optimizer in self.optimizers if isinstance(optimizer, SupportsUpdateStats)]
-        return {name: spread for each in recorders for name, spread in each.update_singular_values().items()}
+        return {
+            name: spread
+            for optimizer in self.optimizers
+            for name, spread in optimizer.update_singular_values().items()
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state tensors as "state.<parameter>.<name>", sharded like the parameters."""
@@ -146,7 +147,7 @@ class ParamGroupOptimizers(OptimizersContainer[torch.optim.Optimizer]):
     def _flattened(self) -> dict[str, Any]:
         """Return state and hyperparameters by parameter name; creates missing state."""
         for optimizer in self.optimizers:
-            _create_missing_state(optimizer)
+            create_missing_state(optimizer)
         flattened: dict[str, Any] = {}
         for part, own in zip(self.model_parts, self._by_part, strict=True):
             options = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -249,65 +250,3 @@ def build_lr_schedulers(
         UserError: Warm-up and decay together are longer than the run.
     """
     return ParamGroupScheduler(optimizers, schedule, total_steps)
-
-
-def _build_optimizers(
-    part: nn.Module, assigned: Mapping[str, list[nn.Parameter]], groups: Mapping[str, ParameterGroup]
-) -> list[torch.optim.Optimizer]:
-    """Build the Muon and the AdamW of a model part, each if it has parameters."""
-    own = set(part.parameters())
-    muon_groups: list[dict[str, Any]] = []
-    adamw_groups: list[dict[str, Any]] = []
-    for name, group in groups.items():
-        members = [p for p in assigned[name] if p in own]
-        if not members:
-            continue
-        param_group = {
-            "params": members,
-            "name": name,
-            "base_lr": group.lr,
-            "base_weight_decay": group.weight_decay,
-            "weight_decay_gamma": group.weight_decay_gamma or 0.0,
-        }
-        if isinstance(group, MuonGroup):
-            muon_groups.append({**param_group, **_muon_values(group)})
-        else:
-            adamw_groups.append({**param_group, **_adamw_values(group)})
-    optimizers: list[torch.optim.Optimizer] = []
-    if muon_groups:
-        optimizers.append(Muon(muon_groups, lr=0.0))
-    if adamw_groups:
-        # fused on CPU too: the other implementations do not support found_inf
-        optimizers.append(torch.optim.AdamW(adamw_groups, fused=True))
-    return optimizers
-
-
-def _create_missing_state(optimizer: torch.optim.Optimizer) -> None:
-    """Create the initial state of the parameters that have had no gradient yet.
-
-    A checkpoint is saved and loaded with the state of all parameters.
-    """
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if optimizer.state[p]:
-                continue
-            if isinstance(optimizer, Muon):
-                optimizer.create_state(p, group)
-            else:
-                step = torch.zeros((), dtype=torch.float32, device=p.device)
-                moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-                optimizer.state[p] = {"step": step, **moments}
-
-
-def _muon_values(group: MuonGroup) -> dict[str, Any]:
-    not_muons = ("kind", "parameters", "weight_decay_gamma")
-    return {key: value for key, value in asdict(group).items() if key not in not_muons}
-
-
-def _adamw_values(group: AdamWGroup) -> dict[str, Any]:
-    return {
-        "lr": group.lr,
-        "betas": (group.beta1, group.beta2),
-        "eps": group.eps,
-        "weight_decay": group.weight_decay,
-    }

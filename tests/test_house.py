@@ -3,6 +3,7 @@
 import ast
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,17 @@ def _imports(path: Path, modules: set[str]) -> set[str]:
     return found & modules
 
 
+def _external_imports(path: Path) -> set[str]:
+    """The first parts of the names of all modules that a file imports, anywhere in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            found.add(node.module.partition(".")[0])
+    return found
+
+
 @pytest.fixture(scope="module")
 def graph() -> dict[str, set[str]]:
     sources = _sources()
@@ -64,12 +76,21 @@ def test_modules_do_not_import_each_other_in_a_circle(graph: dict[str, set[str]]
 
 def test_the_ground_floor_imports_nothing_of_the_project(graph: dict[str, set[str]]) -> None:
     assert graph["errors"] == graph["tokens"] == set()
-    assert graph["config"] | graph["disk"] <= {"errors"}
+    assert graph["config"] | graph["disk"] | graph["scalars"] <= {"errors"}
 
 
 def test_parallax_stands_alone(graph: dict[str, set[str]]) -> None:
     above = {n for name, n_set in graph.items() if name.split(".")[0] == "parallax" for n in n_set}
     assert {name for name in above if name.split(".")[0] != "parallax"} == set()
+
+
+def test_parallax_imports_torch_and_triton_alone() -> None:
+    allowed = {*sys.stdlib_module_names, "parallax", "torch", "triton"}
+    found: dict[str, set[str]] = {}
+    for name, path in _sources().items():
+        if name.split(".")[0] == "parallax":
+            found[name] = _external_imports(path) - allowed
+    assert {name: imports for name, imports in found.items() if imports} == {}
 
 
 def test_nobody_imports_the_entry_point(graph: dict[str, set[str]]) -> None:

@@ -5,28 +5,36 @@ from errors import UserError
 from models.qwen3 import Qwen3
 from optimizers.param_groups import assign_parameters
 from training.disk_space import num_checkpoints
+from training.fit import describe_fit
+from training.gpus import GPUS, MEASURED, Gpu, find_gpu
 from training.memory import GIB, checkpoint_bytes, estimate_memory
 from training.preflight import build_meta_model
 from training.run_config import RunConfig
 from training.step_time import estimate_step_time
 
 
-def dry_run(config: RunConfig, world_size: int) -> str:
+def dry_run(config: RunConfig, world_size: int, *, gpu: str = MEASURED, mfu: float | None = None) -> str:
     """Describe the size and cost of a run; reads neither data nor tokenizer and needs no GPU.
 
     Args:
         config: The run.
-        world_size: Planned number of ranks.
+        world_size: Planned number of ranks, one GPU each.
+        gpu: A key of training/gpus.py.
+        mfu: Model FLOPs utilization in percent, by whole rows: the mfu_whole_rows_percent of metrics.jsonl.
+            None for that of training/step_time.py.
 
     Returns:
         A table of a few lines.
 
     Raises:
-        UserError: The batch does not fit the ranks, the optimizer groups do not fit the model, or the
-            schedule is longer than the run.
+        UserError: The batch does not fit the ranks, the optimizer groups do not fit the model, the schedule
+            is longer than the run, the GPU is unknown, or the MFU is no percentage.
     """
     if world_size < 1:
         raise UserError(f"--world-size must be at least 1, got {world_size}")
+    if mfu is not None and not 1.0 <= mfu <= 100.0:
+        raise UserError(f"--mfu is a percentage, at least 1 and at most 100; got {mfu}")
+    planned = find_gpu(gpu)
     accumulation = config.gradient_accumulation_steps(world_size)
     model = build_meta_model(config)
     groups = assign_parameters(model.named_parameters(), config.optimizer.groups)
@@ -44,27 +52,42 @@ def dry_run(config: RunConfig, world_size: int) -> str:
         ("whole run", f"{steps:,} steps, {steps * step_tokens / 1e9:.3f}B tokens, "
                       f"{steps * step_tokens * flops:.3e} FLOPs"),
         *((f"memory, {part}", f"{size / GIB:.2f} GiB") for part, size in vars(memory).items()),
-        *_time_rows(config, model, world_size),
+        *_time_rows(config, model, world_size, planned, mfu),
         ("checkpoint", f"{format_bytes(size)}, up to {kept} at a time: {format_bytes(kept * size)} of disk"),
         *(("note", sentence) for sentence in config.unread_keys()),
+        ("memory of the GPU", describe_fit(config, model, world_size, planned)),
         ("memory per rank, peak", f"{memory.peak / GIB:.2f} GiB"),
     ]  # fmt: skip
     return "\n".join(f"{name:<24}{value}" for name, value in rows)
 
 
-def _time_rows(config: RunConfig, model: Qwen3, world_size: int) -> list[tuple[str, str]]:
-    time = estimate_step_time(config, model, world_size)
-    if time is None:
-        return [("time", f"no estimate for attention.kind {config.model.attention.kind}")]
-    gpus = f"{world_size} H200" + ("s" if world_size > 1 else "")
-    parts = ", ".join(f"{name.replace('_', '-')} {1e3 * x:.0f}" for name, x in vars(time).items())
-    hours = config.training.steps * time.total / 3600
-    speed = config.tokens_per_step / time.total
+def _time_rows(
+    config: RunConfig, model: Qwen3, world_size: int, gpu: Gpu, stated: float | None
+) -> list[tuple[str, str]]:
+    """Return time and speed of a step and of the run: at a stated MFU, or by the model of a step's time."""
+    time = estimate_step_time(config, model, world_size) if stated is None else None
+    if stated is None and time is None:
+        kind = config.model.attention.kind
+        return [("time", f"no estimate for attention.kind {kind}; state an MFU by --mfu PERCENT")]
+    flops = config.tokens_per_step * model.num_flops_per_token(config.training.seq_len)
+    mfu, origin, parts = stated or 0.0, "as stated", ""
+    if time is not None:
+        mfu = 100 * flops / (time.total * world_size * GPUS[MEASURED].peak_flops)
+        origin = "by training/step_time.py"
+        parts = ", ".join(f"{name.replace('_', '-')} {1e3 * x:.0f}" for name, x in vars(time).items())
+        if gpu is GPUS[MEASURED]:
+            parts = f", compiled: {parts}"
+        else:
+            origin, parts = f"{origin} for {GPUS[MEASURED].name}s", ""
+    seconds = flops / (mfu / 100 * world_size * gpu.peak_flops)
+    hours, speed = config.training.steps * seconds / 3600, config.tokens_per_step / seconds
+    gpus = f"{world_size} {gpu.name}" + ("s" if world_size > 1 else "")
     return [
-        ("time per step", f"{1e3 * time.total:.0f} ms on {gpus}, compiled: {parts}"),
+        ("MFU", f"{mfu:.1f}% by whole rows (mfu_whole_rows_percent), {origin}"),
+        ("time per step", f"{1e3 * seconds:.0f} ms on {gpus}{parts}"),
         ("speed", f"{speed:,.0f} tokens/s, {speed / world_size:,.0f} per GPU"),
         (
             "time of the whole run",
-            f"{hours:,.1f} hours, {hours * world_size:,.0f} GPU-hours",
+            f"{hours:,.1f} hours, {hours * world_size:,.0f} GPU-hours, without evaluations and checkpoints",
         ),
     ]

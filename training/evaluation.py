@@ -16,15 +16,17 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from data.progress import Progress
 from data.titan import build_validation_loader
 from data.tokenizer import Tokenizer
 from eval.diagnostics.record import LAYERS
-from eval.distributed import EvaluationError, RankSafeModel, run_on_all_ranks
+from eval.distributed import EvaluationError, RankSafeModel, is_main_rank, run_on_all_ranks
 from eval.held_out import HeldOutLoss, held_out_loss
 from eval.report.task_records import Record, task_record
 from eval.scoring.language_model import Qwen3Model
 from eval.task_results import TaskResults, format_table
 from models.generation.generate import generate
+from models.generation.text_stream import decode_behind
 from models.qwen3 import Qwen3
 from models.run_folder import RunFolder
 from training.diagnostics import Diagnostics
@@ -37,6 +39,13 @@ from training.run_config import RunConfig
 # of the sampled continuations; our choice
 TEMPERATURE = 0.8
 TOP_P = 0.95
+
+
+def log_progress(step: int, name: str) -> Progress:
+    """Return a progress that logs lines: one that moves would mix with those of other ranks."""
+    progress = Progress(lambda line: logger.info(f"step {step}  {line}"), is_on=is_main_rank())
+    progress.start(name)
+    return progress
 
 
 class Evaluator:
@@ -131,6 +140,7 @@ class Evaluator:
             vocab_size=self.config.model.vocab_size,
             max_seqlen=training.seq_len,
             device=self.device,
+            progress=log_progress(step, "held-out loss"),
         )
         self.model.train()
         if not math.isfinite(result.loss):
@@ -142,11 +152,11 @@ class Evaluator:
             "standard_error": "validation_stderr",
             "num_tokens": "validation_tokens",
             "num_documents": "validation_documents",
+            "num_cut_documents": "validation_cut_documents",
         }
         record = {names.get(k, k): v for k, v in asdict(result).items()}
         self.metrics.record(step, {**record, "validation_perplexity": result.perplexity, **progress})
-        counts = f"{result.num_tokens:,} tokens of {result.num_documents:,} documents"
-        logger.info(f"step {step}  held-out loss {result} ({counts})")
+        logger.info(f"step {step}  held-out loss {result} ({result.counts})")
         return result
 
     def _evaluate_unsharded(self, step: int, progress: Record, *, has_samples: bool, has_tasks: bool) -> None:
@@ -197,16 +207,20 @@ class Evaluator:
         settings, end = self.config.eval, self.tokenizer.end_of_document_id
 
         def sample() -> list[str]:
+            prompts = self.tokenizer.encode_prompts(settings.sample_prompts)
             found = generate(
                 model,
-                self.tokenizer.encode_prompts(settings.sample_prompts),
+                prompts,
                 max_new_tokens=settings.sample_tokens,
                 temperature=TEMPERATURE,
                 top_p=TOP_P,
                 seed=self.config.run.seed,
                 stop_ids=(end,),
             )
-            return [self.tokenizer.decode([t for t in each.tokens if t != end]) for each in found]
+            return [
+                decode_behind(self.tokenizer.decode, prompt, [t for t in each.tokens if t != end])
+                for prompt, each in zip(prompts, found, strict=True)
+            ]
 
         texts = run_on_all_ranks(sample, self.device)
         pairs = zip(settings.sample_prompts, texts, strict=True)
@@ -223,8 +237,15 @@ class Evaluator:
 
         def evaluate() -> TaskResults:
             data = None if settings.tasks_data is None else Path(settings.tasks_data)
-            limit = settings.tasks_limit
-            results = evaluate_tasks(rank_safe, self.tokenizer, settings.tasks, data=data, limit=limit)
+            results = evaluate_tasks(
+                rank_safe,
+                self.tokenizer,
+                settings.tasks,
+                data=data,
+                limit=settings.tasks_limit,
+                num_fewshot=settings.tasks_num_fewshot,
+                progress=log_progress(step, "tasks"),
+            )
             rank_safe.finish()
             return results
 

@@ -12,13 +12,11 @@ import torch
 
 from models.loss import CHUNK_TOKENS
 from models.qwen3 import Qwen3
-from optimizers.param_groups import assign_parameters
+from optimizers.build import state_by_group
 from training.run_config import RunConfig
 
 GIB = 2**30
 FP32 = 4
-# tensors of a parameter's shape
-_NUM_STATES = {"muon": 1, "adamw": 2}
 # of a checkpoint: an entry's zip archive around its values, and its part of .metadata
 _ENTRY_BYTES = 1900
 
@@ -50,10 +48,10 @@ class MemoryEstimate:
         return sum(parts)
 
 
-def _optimizer_bytes(config: RunConfig, model: Qwen3) -> float:
-    groups = config.optimizer.groups
-    assigned = assign_parameters(model.named_parameters(), groups)
-    return sum(FP32 * _NUM_STATES[groups[name].kind] * p.numel() for name, ps in assigned.items() for p in ps)
+def _optimizer_state(config: RunConfig, model: Qwen3) -> list[torch.Tensor]:
+    """Return the optimizers' state on the meta device, without scalars."""
+    by_group = state_by_group(model.named_parameters(), config.optimizer.groups)
+    return [tensor for tensors in by_group.values() for tensor in tensors]
 
 
 def _activation_bytes(config: RunConfig, model: Qwen3) -> float:
@@ -77,10 +75,9 @@ def checkpoint_bytes(config: RunConfig, model: Qwen3, world_size: int) -> int:
         world_size: Number of ranks.
     """
     _, shard = config.parallelism.degrees(world_size)
-    groups = assign_parameters(model.named_parameters(), config.optimizer.groups)
-    num_states = sum(_NUM_STATES[config.optimizer.groups[name].kind] * len(ps) for name, ps in groups.items())
-    num_entries = (sum(map(len, groups.values())) + num_states) * shard
-    values = FP32 * model.num_parameters()["total"] + _optimizer_bytes(config, model)
+    state = _optimizer_state(config, model)
+    num_entries = (len(model.unwrapped_parameters()) + len(state)) * shard
+    values = FP32 * model.num_parameters()["total"] + sum(tensor.nbytes for tensor in state)
     return round(values + _ENTRY_BYTES * num_entries)
 
 
@@ -111,7 +108,7 @@ def estimate_memory(config: RunConfig, model: Qwen3, world_size: int) -> MemoryE
     return MemoryEstimate(
         weights=FP32 * counts["total"] / shard,
         gradients=FP32 * counts["total"] / shard if accumulates else 0.0,
-        optimizer=_optimizer_bytes(config, model) / shard,
+        optimizer=sum(tensor.nbytes for tensor in _optimizer_state(config, model)) / shard,
         gathered=element * (counts["embedding"] + gathered_blocks),
         activations=_activation_bytes(config, model),
         loss=2 * element * chunk * config.model.vocab_size + (FP32 + element) * counts["embedding"],

@@ -15,6 +15,7 @@ from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 
+from data.progress import format_duration
 from disk import DiskFullError, describe_free, write_text
 from errors import UserError
 from eval.diagnostics.record import means_of_layers
@@ -25,17 +26,6 @@ from training.metrics_file import JsonlWriter
 from training.run_config import MetricsConfig
 
 BAR_WIDTH = 20
-
-
-def format_duration(seconds: float) -> str:
-    """Format seconds as 1d02h, 3h05m, 4m07s or 9s."""
-    total = round(seconds)
-    days, hours, minutes = total // 86400, total // 3600 % 24, total // 60 % 60
-    if days:
-        return f"{days}d{hours:02}h"
-    if hours:
-        return f"{hours}h{minutes:02}m"
-    return f"{minutes}m{total % 60:02}s" if minutes else f"{total}s"
 
 
 def format_progress(step: int, steps: int) -> str:

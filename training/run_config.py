@@ -260,13 +260,14 @@ class RunConfig:
             ("max_tokens", has_loss, "data.validation is none"),
             ("tasks_every", has_tasks, "eval.tasks is empty"),
             ("tasks_limit", has_tasks, "eval.tasks is empty"),
+            ("tasks_num_fewshot", has_tasks, "eval.tasks is empty"),
             ("tasks_data", has_tasks, "eval.tasks is empty"),
         ):
             value = getattr(self.eval, name)
             if value is not None and not is_read:
                 told.append(f"eval.{name} is {value}, but {reason}: it has no effect")
         if self.diagnostics.every is not None and not self.has_diagnostics:
-            told.append("data.validation is none: there will be no diagnostics of the attention")
+            told.append("diagnostics need data.validation, which is none: there will be none")
         return told
 
     @property

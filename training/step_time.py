@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from models.config import ParallaxConfig, SoftmaxConfig
 from models.qwen3 import Qwen3
-from optimizers.config import DEFAULT_ITERATIONS
+from optimizers.build import state_by_group
+from optimizers.config import DEFAULT_ITERATIONS, MuonGroup
 from optimizers.param_groups import assign_parameters
 from training.memory import FP32
 from training.run_config import RunConfig
@@ -37,8 +38,9 @@ _UNBALANCED_SHARE = 0.4
 # reads and writes of each saved element, of each logit and, in bytes, per weight and micro-batch
 _ACTIVATION_PASSES = 5.5
 _WEIGHT_BYTES = 40
-# fused AdamW reads four and writes three fp32 values per weight, at half of the memory's bandwidth
-_ADAMW_BYTES = 2 * 7 * FP32
+# an element-wise optimizer reads weight, gradient and state and writes weight and state, at half of the
+# memory's bandwidth: fused AdamW seven fp32 values per weight
+_OPTIMIZER_PASSES = 2
 # seconds of host work per layer of a micro-batch, and per step
 _HOST_SECONDS_PER_LAYER = 3.4e-3
 _HOST_SECONDS_PER_STEP = 15e-3
@@ -152,12 +154,14 @@ def _exposed_seconds(config: RunConfig, model: Qwen3, world_size: int, micro_bat
 def _optimizer_seconds(config: RunConfig, model: Qwen3, world_size: int) -> float:
     groups = config.optimizer.groups
     _, shard = config.parallelism.degrees(world_size)
-    adamw = orthogonalization = exchange = 0.0
+    states = state_by_group(model.named_parameters(), groups)
+    elementwise = orthogonalization = exchange = 0.0
     for name, parameters in assign_parameters(model.named_parameters(), groups).items():
         group = groups[name]
         num_weights = sum(p.numel() for p in parameters)
-        if group.kind == "adamw":
-            adamw += num_weights * _ADAMW_BYTES / shard / _MEMORY_BANDWIDTH
+        if not isinstance(group, MuonGroup):
+            num_bytes = 3 * FP32 * num_weights + 2 * sum(state.nbytes for state in states[name])
+            elementwise += _OPTIMIZER_PASSES * num_bytes / shard / _MEMORY_BANDWIDTH
             continue
         iterations = group.num_iterations or DEFAULT_ITERATIONS[group.orthogonalization]
         for p in parameters:
@@ -168,4 +172,4 @@ def _optimizer_seconds(config: RunConfig, model: Qwen3, world_size: int) -> floa
         if world_size > 1:
             # 16-bit shards to the matrix's owner and back
             exchange += 4.0 * num_weights / shard / _bandwidth(world_size)
-    return adamw + max(orthogonalization, exchange)
+    return elementwise + max(orthogonalization, exchange)

@@ -39,8 +39,7 @@ def format_summary(
         lines.append(f"held-out loss        {each} ({when})")
     if "after training" in evaluated:
         after = evaluated["after training"]
-        counts = f"{after.num_tokens:,} tokens of {after.num_documents:,} documents"
-        lines.append(f"measured on          {counts}, +/- is the standard error over documents")
+        lines.append(f"measured on          {after.counts}, +/- is the standard error over documents")
         difference = after.unigram_entropy - after.loss
         side = f"{difference:.4f} below" if difference >= 0 else f"{-difference:.4f} above"
         entropy = f"{after.unigram_entropy:.4f} nats/token"

@@ -6,7 +6,7 @@ evaluated, and a signal stops the run with a checkpoint.
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,13 +19,14 @@ from torchtitan.train import Trainer as TitanTrainer
 
 from data.titan import TitanLoader
 from data.tokenizer import Tokenizer
-from errors import RunError
+from errors import RunError, UserError
 from eval.distributed import run_on_main_rank
 from eval.held_out import HeldOutLoss
 from models.checkpoint.load import load_weights
 from models.qwen3 import Qwen3
 from models.run_folder import RunFolder
 from optimizers.titan import ParamGroupOptimizers, ParamGroupScheduler
+from scalars import ScalarRecorder
 from tokens import IGNORE_INDEX
 from training import titan
 from training.branch import branch_step
@@ -33,6 +34,7 @@ from training.checkpoints import RunCheckpoints
 from training.evaluation import Evaluator
 from training.failures import describe_missing_ranks
 from training.fall_back import load_or_fall_back
+from training.flops import FlopCounter
 from training.launch_record import command_line, launch_facts
 from training.log import logger
 from training.memory import checkpoint_bytes
@@ -41,6 +43,7 @@ from training.micro_batches import MicroBatches
 from training.non_finite import check_step, check_weights
 from training.preflight import build_meta_model, check_shared
 from training.rank_monitor import DATA_SECONDS, RankMonitor
+from training.rank_sums import RankSums
 from training.resume import (
     StartPoint,
     describe_finished,
@@ -61,23 +64,15 @@ class StepResult(NamedTuple):
 
     Attributes:
         metrics: The step's record for metrics.jsonl; singular values on the main rank only.
+        scalars: What log_scalar was given in the step, for metrics.jsonl too.
         stop_requested: Whether any rank has received a signal.
         write_finished: Whether the background write of a checkpoint has ended on all ranks.
     """
 
     metrics: dict[str, Any]
+    scalars: dict[str, float]
     stop_requested: bool
     write_finished: bool
-
-
-class _RankSums(NamedTuple):
-    """Sums over all ranks, from one all-reduce per step."""
-
-    loss: float
-    flops: float
-    num_stop_requests: float
-    num_finished_writes: float
-    update_mean_squares: dict[str, float]
 
 
 class Trainer(TitanTrainer):
@@ -119,7 +114,8 @@ class Trainer(TitanTrainer):
         assert isinstance(self.model, Qwen3)
         self.checkpointer.checkpoint_bytes = checkpoint_bytes(config, build_meta_model(config), world_size)
         self.micro_batches = MicroBatches(self.model, config.training, self.device)
-        self.document_flops = self.model.document_flops(config.training.seq_len)
+        self.scalars, self.rank_sums = ScalarRecorder(self.device), RankSums(self.device)
+        self.flop_counter = FlopCounter(self.model, config.training.seq_len)
 
     def init_distributed(self) -> ParallelDims:
         """Connect the ranks, and take the run folder's lock before anything is written there.
@@ -262,30 +258,35 @@ class Trainer(TitanTrainer):
         rates, decays = self.lr_schedulers.lr_by_group(), self.lr_schedulers.weight_decay_by_group()
         self.monitor.enter("data", limit=DATA_SECONDS)
         batch = [next(micro_batches) for _ in range(self.num_micro_batches)]
-        loss, num_predicted = self._accumulate_gradients(batch)
-        self.monitor.enter("update")
-        grad_norm = dist_utils.clip_grad_norm_(
-            self.model.parameters(), self.config.training.max_grad_norm, foreach=True
-        )
-        self.checkpointer.maybe_wait_for_staging()
-        mean_squares = self._update(grad_norm)
+        with self.scalars.step():
+            loss, num_predicted = self._accumulate_gradients(batch)
+            grad_norm, mean_squares = self._update()
         self.lr_schedulers.step()
         self.monitor.enter("sum over ranks")
-        sums = self._sum_over_ranks(loss, sum(self._flops(inputs) for inputs, _ in batch), mean_squares)
+        sums, scalars = self.rank_sums.sum(
+            {
+                "loss": loss,
+                "flops": sum(self.flop_counter.count(inputs) for inputs, _ in batch),
+                "stop requests": self.stop.requested,
+                "finished writes": self.checkpointer.has_finished_write,
+                **{f"update {name}": value for name, value in mean_squares.items()},
+            },
+            self.scalars.totals(),
+        )
         norm = float(grad_norm)
-        check_step(self.step, sums.loss, norm, self.folder)
+        check_step(self.step, sums["loss"], norm, self.folder)
         metrics = {
-            "loss": sums.loss,
+            "loss": sums["loss"],
             "grad_norm": norm,
             **{f"lr/{name}": rate for name, rate in rates.items()},
             **{f"weight_decay/{name}": decay for name, decay in decays.items()},
-            **{f"update_rms/{name}": math.sqrt(x) for name, x in sums.update_mean_squares.items()},
+            **{f"update_rms/{name}": math.sqrt(sums[f"update {name}"]) for name in mean_squares},
             **self._update_singular_values(),
             "predicted_tokens": int(num_predicted),
-            "step_flops": sums.flops,
+            "step_flops": sums["flops"],
         }
-        write_finished = sums.num_finished_writes == dist.get_world_size()
-        return StepResult(metrics, sums.num_stop_requests > 0, write_finished)
+        write_finished = sums["finished writes"] == dist.get_world_size()
+        return StepResult(metrics, scalars, sums["stop requests"] > 0, write_finished)
 
     def _accumulate_gradients(self, batch: Sequence[MicroBatch]) -> tuple[torch.Tensor, torch.Tensor]:
         """Run forward and backward of all micro-batches.
@@ -306,32 +307,22 @@ class Trainer(TitanTrainer):
     def _is_due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
 
-    def _update(self, grad_norm: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Update the weights unless grad_norm is NaN or Inf; return this rank's part of the mean squares."""
+    def _update(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Clip the gradients and update the weights, unless the norm is NaN or Inf.
+
+        Returns:
+            The gradient norm before clipping, and this rank's part of the mean squares of the updates.
+        """
+        self.monitor.enter("update")
+        grad_norm = dist_utils.clip_grad_norm_(
+            self.model.parameters(), self.config.training.max_grad_norm, foreach=True
+        )
+        self.checkpointer.maybe_wait_for_staging()
         has_mean_squares = self._is_due(self.config.metrics.update_every)
         has_spectrum = self._is_due(self.config.metrics.spectrum_every)
         self.optimizers.record_update_stats(has_mean_squares or has_spectrum)
         self.optimizers.step(found_inf=(~grad_norm.isfinite()).float())
-        return self.optimizers.local_update_mean_squares() if has_mean_squares else {}
-
-    def _flops(self, inputs: Mapping[str, torch.Tensor]) -> float:
-        """Count the FLOPs of a micro-batch of this rank, by the lengths of its documents."""
-        cu_seqlens = inputs.get("cu_seqlens")
-        if cu_seqlens is None:
-            return len(inputs["input"]) * float(self.document_flops[-1])
-        return float(self.document_flops[cu_seqlens.diff()].sum())
-
-    def _sum_over_ranks(
-        self, loss: torch.Tensor, flops: float, mean_squares: Mapping[str, torch.Tensor]
-    ) -> _RankSums:
-        """Sum loss, FLOPs, flags and update sizes; the only synchronization with the device in most steps."""
-        from_host = [flops, self.stop.requested, self.checkpointer.has_finished_write]
-        values = torch.tensor(from_host, dtype=torch.float64, device=loss.device)
-        packed = torch.stack([value.double() for value in (loss, *values, *mean_squares.values())])
-        dist.all_reduce(packed)
-        total_loss, total_flops, num_stop_requests, num_finished_writes, *squares = packed.tolist()
-        by_group = dict(zip(mean_squares, squares, strict=True))
-        return _RankSums(total_loss, total_flops, num_stop_requests, num_finished_writes, by_group)
+        return grad_norm, self.optimizers.local_update_mean_squares() if has_mean_squares else {}
 
     def _update_singular_values(self) -> dict[str, float]:
         # the main rank writes metrics.jsonl: the values are those of the matrices that it orthogonalizes
@@ -344,7 +335,11 @@ class Trainer(TitanTrainer):
         }
 
     def record(self, result: StepResult) -> None:
-        """Record the metrics of a step."""
+        """Record the metrics of a step.
+
+        Raises:
+            UserError: log_scalar was given the name of another metric.
+        """
         self.monitor.enter("metrics")
         self.tokens += self.config.tokens_per_step
         record = {
@@ -353,7 +348,11 @@ class Trainer(TitanTrainer):
             "skipped_documents": sum(self.dataloader.loader.skipped.values()),
             **self.metrics_processor.throughput(result.metrics["step_flops"]),
         }
-        self.metrics_processor.record(self.step, record)
+        if clashes := sorted(record.keys() & result.scalars.keys()):
+            raise UserError(
+                f'log_scalar("{clashes[0]}"): the run has a metric of this name; take another one'
+            )
+        self.metrics_processor.record(self.step, {**record, **result.scalars})
         if self.step == 1 or self._is_due(self.config.metrics.console_every):
             self.metrics_processor.log_step(self.step, record, self.config.training.last_step)
 

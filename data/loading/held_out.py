@@ -18,7 +18,7 @@ from data.loading.global_batch import rank_rows, rows_per_micro_step
 from data.loading.packing import ConcatenatePacker, Document, PackedRow, PackerState, collate, padding_row
 from data.loading.prefetch import Prefetcher
 from data.loading.stream import tokenize
-from data.sources.base import DocumentSource, TokenSequence
+from data.sources.base import DocumentSource, Position, TokenSequence
 from data.tokenizer import Tokenizer
 
 
@@ -30,12 +30,16 @@ class HeldOutBatch(NamedTuple):
         labels: Ids to predict, int64, of the shape of the input ids; IGNORE_INDEX is no label.
         documents: Number of each label's document, from 0 over all ranks, int64, of the same shape.
         num_documents: Documents up to this micro-batch's last row on any rank, the same on all ranks.
+        num_cut_documents: Those of them that do not fit into one row.
+        fraction: Approximate share of the documents up to there, from 0 to 1.
     """
 
     inputs: dict[str, torch.Tensor]
     labels: torch.Tensor
     documents: torch.Tensor
     num_documents: int
+    num_cut_documents: int
+    fraction: float
 
 
 class HeldOutLoader:
@@ -97,30 +101,36 @@ class HeldOutLoader:
             # a new thread would pin memory on device 0 and create a context there for every rank of the node
             torch.cuda.set_device(pin_device)
         num_documents = 0
+        cut: set[int] = set()
         rows = (row for row, _ in self._packer.pack(self._documents(), PackerState(None, 0, {})))
         while step_rows := list(itertools.islice(rows, self._micro_step_rows)):
-            num_documents = max(num_documents, *(1 + _last_document(row) for row in step_rows))
+            last = max((_last_document(row) for row in step_rows), key=lambda each: each.number)
+            num_documents = max(num_documents, 1 + last.number)
+            cut |= {number for row in step_rows for number in _continued(row)}
+            fraction = self._source.progress(last.next_position)
             step_rows += [self._padding_row] * (self._micro_step_rows - len(step_rows))
             own = [step_rows[index] for index in self._rank_rows]
             inputs, labels = collate(own, mask_documents=self._mask_documents)
             documents = torch.from_numpy(np.stack([_document_of_label(row) for row in own]))
-            batch = HeldOutBatch(inputs, labels, documents.reshape(labels.shape), num_documents)
+            batch = HeldOutBatch(
+                inputs, labels, documents.reshape(labels.shape), num_documents, len(cut), fraction
+            )
             yield batch if pin_device is None else _pin(batch)
 
     def _documents(self) -> Iterator[Document]:
         number = 0
         for row, tokens in tokenize(self._source.read(repeat=False), self._tokenizer):
             if tokens is not None:
-                numbered = _NumberedTokens(number, tokens)
+                numbered = _NumberedTokens(number, row.next_position, tokens)
                 yield Document(tokens=numbered, position=None, next_position=row.next_position, skipped={})
                 number += 1
 
 
 class _NumberedTokens:
-    """Tokens of a document that know its number."""
+    """Tokens of a document that know its number and the position after it."""
 
-    def __init__(self, number: int, tokens: TokenSequence) -> None:
-        self.number = number
+    def __init__(self, number: int, next_position: Position, tokens: TokenSequence) -> None:
+        self.number, self.next_position = number, next_position
         self._tokens = tokens
 
     def __len__(self) -> int:
@@ -130,24 +140,33 @@ class _NumberedTokens:
         return self._tokens[which]
 
 
-def _number(tokens: TokenSequence) -> int:
+def _numbered(tokens: TokenSequence) -> _NumberedTokens:
     assert isinstance(tokens, _NumberedTokens)
-    return tokens.number
+    return tokens
 
 
-def _last_document(row: PackedRow) -> int:
+def _last_document(row: PackedRow) -> _NumberedTokens:
     *_, last = row.segments
-    return _number(last.tokens)
+    return _numbered(last.tokens)
+
+
+def _continued(row: PackedRow) -> list[int]:
+    """Return the numbers of documents whose tokens are predicted without those of an earlier row."""
+    # a single token is the last one of the earlier row, and only an input
+    return [
+        _numbered(each.tokens).number for each in row.segments if each.start and each.stop - each.start > 1
+    ]
 
 
 def _document_of_label(row: PackedRow) -> np.ndarray:
     """Return the number of the document of each label, int64 `[T]`; 0 for padding."""
     lengths = [segment.stop - segment.start for segment in row.segments]
     numbers = np.zeros(row.seq_len + 1, dtype=np.int64)
-    numbers[: sum(lengths)] = np.repeat([_number(each.tokens) for each in row.segments], lengths)
+    numbers[: sum(lengths)] = np.repeat([_numbered(each.tokens).number for each in row.segments], lengths)
     return numbers[1:]
 
 
 def _pin(batch: HeldOutBatch) -> HeldOutBatch:
     inputs = {name: tensor.pin_memory() for name, tensor in batch.inputs.items()}
-    return HeldOutBatch(inputs, batch.labels.pin_memory(), batch.documents.pin_memory(), batch.num_documents)
+    labels, documents = batch.labels.pin_memory(), batch.documents.pin_memory()
+    return batch._replace(inputs=inputs, labels=labels, documents=documents)

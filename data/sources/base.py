@@ -60,6 +60,14 @@ class DocumentSource(Protocol):
         """
         ...
 
+    def progress(self, position: Position | None) -> float:
+        """Return the approximate fraction of the first epoch that precedes a position, from 0 to 1.
+
+        Args:
+            position: A row's `next_position`; None for the start.
+        """
+        ...
+
 
 def batches(rows: Iterator[Row], max_rows: int, max_characters: int) -> Iterator[list[Row]]:
     """Group rows into batches; a batch ends with the row that reaches either limit.

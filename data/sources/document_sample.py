@@ -9,12 +9,13 @@ of equal content are drawn together.
 import hashlib
 import heapq
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
+from data.progress import Progress
 from data.sources.base import DocumentSource, Position, Row, TokenSequence, batches
 from data.tokenizer import Tokenizer
 from disk import replacing
@@ -66,6 +67,11 @@ class DocumentSample:
         for number, (start, stop) in enumerate(bounds[first:], first + 1):
             yield Row({"document": number}, tokens=self._tokens[start:stop])
 
+    def progress(self, position: Position | None) -> float:
+        """Return the fraction of the tokens that precede a position."""
+        num_documents = 0 if position is None else position["document"]
+        return float(self._ends[num_documents - 1]) / len(self._tokens) if num_documents else 0.0
+
     def save(self, path: Path) -> None:
         """Write the sample to a .npz file, atomically; creates its folder."""
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,7 +121,11 @@ class _SmallestHashes:
 
 
 def draw_sample(
-    sources: Iterable[DocumentSource], tokenizer: Tokenizer, max_tokens: int, fingerprint: str
+    sources: Sequence[DocumentSource],
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    fingerprint: str,
+    progress: Progress | None = None,
 ) -> DocumentSample:
     """Draw documents until they have a number of tokens; reads every document of the sources once.
 
@@ -125,12 +135,13 @@ def draw_sample(
         tokenizer: Tokenizes text.
         max_tokens: Number of tokens; the last document is truncated to it.
         fingerprint: Hash of what the sample is drawn from.
+        progress: Told how much of the sources is read.
 
     Raises:
         UserError: A source is damaged.
     """
     drawn = _SmallestHashes(max_tokens)
-    for source in sources:
+    for index, source in enumerate(sources):
         shards, number = source.fingerprint, 0
         for batch in batches(source.read(repeat=False), _BATCH_ROWS, _BATCH_CHARACTERS):
             candidates: list[tuple[int, Row]] = []
@@ -148,6 +159,8 @@ def draw_sample(
                 if tokens is None:
                     tokens = np.array([*next(encoded), tokenizer.end_of_document_id], dtype=np.int32)
                 drawn.add(value, tokens)
+            if progress is not None:
+                progress.update((index + source.progress(batch[-1].next_position)) / len(sources))
     documents = drawn.tokens()
     ends = np.cumsum([len(tokens) for tokens in documents], dtype=np.int64)
     return DocumentSample(np.concatenate(documents), ends, fingerprint)

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from data.config import DataConfig, HubSource, LeafSource, MixtureSource, ShardsSource, Source
+from data.progress import Progress
 from data.sources.base import DocumentSource, Position, Row, TokenSequence
 from data.sources.document_sample import DocumentSample, draw_sample
 from data.sources.open import open_source
@@ -108,12 +109,17 @@ class FirstTokens:
         num_left = self._max_tokens
         for row in self._source.read(repeat=False):
             if row.tokens is None:
-                yield row
+                yield row._replace(next_position={"num_left": num_left})
                 continue
-            yield row._replace(tokens=_Head(row.tokens, min(num_left, len(row.tokens))))
-            num_left -= len(row.tokens)
-            if num_left <= 0:
+            length = min(num_left, len(row.tokens))
+            num_left -= length
+            yield Row({"num_left": num_left}, tokens=_Head(row.tokens, length))
+            if not num_left:
                 return
+
+    def progress(self, position: Position | None) -> float:
+        """Return the fraction of the tokens that precede a position; the source may have fewer of them."""
+        return 0.0 if position is None else 1 - position["num_left"] / self._max_tokens
 
 
 class _Head:
@@ -135,7 +141,9 @@ def _draw(
     names = ", ".join(map(str, sources))
     logger.info(f"drawing {max_tokens:,} held-out tokens in one pass over {names}; kept for a resume")
     start = time.monotonic()
-    sample = draw_sample(sources, tokenizer, max_tokens, fingerprint)
+    progress = Progress(logger.info)
+    progress.start("drawing held-out tokens")
+    sample = draw_sample(sources, tokenizer, max_tokens, fingerprint, progress)
     seconds = time.monotonic() - start
     logger.info(f"drew {sample.num_tokens:,} tokens of {sample.num_documents:,} documents in {seconds:.0f} s")
     return sample

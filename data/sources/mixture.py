@@ -63,6 +63,14 @@ class MixtureDocuments:
             state = {**state, name: {"position": row.next_position, "drawn": drawn}}
             yield row._replace(next_position=state)
 
+    def progress(self, position: Position | None) -> float:
+        """Return the mean over the sources of the fraction of each that precedes a position."""
+        found = [
+            source.progress(None if position is None else position[name]["position"])
+            for name, source in self._sources.items()
+        ]
+        return sum(found) / len(found)
+
 
 def _num_characters(row: Row) -> int:
     if row.tokens is not None:

@@ -295,6 +295,10 @@ class ShardDocuments:
                     skipped="damaged_document" if is_damaged else None,
                 )
 
+    def progress(self, position: Position | None) -> float:
+        """Return the fraction of the documents of the first epoch that precede a position."""
+        return 0.0 if position is None else position["epoch"] or position["place"] / self._num_documents
+
     def chunks(self, position: Position | None = None, *, repeat: bool) -> Iterator[DocumentChunk]:
         """Yield the documents' numbers in order from a position, as `read` yields documents.
 
@@ -323,13 +327,8 @@ class ShardDocuments:
                 yield DocumentChunk(epoch=epoch, place=first, numbers=numbers, is_damaged=is_damaged)
             num_good = num_read - num_damaged
             if num_damaged and self._log_skipped:
-                logger.warning(
-                    "epoch %d of %s: %d documents, %d damaged ones skipped",
-                    epoch,
-                    self,
-                    num_good,
-                    num_damaged,
-                )
+                text = "epoch %d of %s: %d documents, %d damaged ones skipped"
+                logger.warning(text, epoch, self, num_good, num_damaged)
             if is_whole_epoch and not num_good:
                 raise UserError(f"{self} holds only damaged documents: prepare the shards again")
             if not repeat:

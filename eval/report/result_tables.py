@@ -9,6 +9,7 @@ from eval.report.rows import Row
 from eval.report.run_values import (
     FINAL_STEPS,
     Value,
+    held_out_cut_documents,
     held_out_documents,
     held_out_error,
     held_out_loss,
@@ -114,6 +115,7 @@ def results_table(rows: Sequence[Row]) -> Table:
             ]
             columns["Held-out tokens"] = [_counts(row, held_out_tokens) for row in rows]
             columns["Held-out documents"] = [_counts(row, held_out_documents) for row in rows]
+            columns["Documents cut into rows"] = [_counts(row, held_out_cut_documents) for row in rows]
         if column.paper_value is not None:
             stated = [None if paper is None else column.paper_value(paper) for paper in papers]
             columns[f"{column.heading}, paper"] = [plain(value, ",.2f") for value in stated]

@@ -44,6 +44,11 @@ def held_out_documents(run: RunRecord) -> float | None:
     return _final_held_out(run, "validation_documents")
 
 
+def held_out_cut_documents(run: RunRecord) -> float | None:
+    """Return how many of held_out_documents were cut into rows; None where it was not recorded."""
+    return _final_held_out(run, "validation_cut_documents")
+
+
 def task_metric(run: RunRecord, task: str, metric: str) -> float | None:
     """Return a task's metric after the last step; None where there is none.
 

@@ -22,11 +22,14 @@ def task_record(results: Record) -> Record:
         results: The fields of an eval.task_results.TaskResults, as in results.json.
 
     Returns:
-        "tasks/<task>/<metric>", num_documents being one of the metrics, and "tasks/mean_accuracy" and
-        "tasks/mean_plain_accuracy" unless None.
+        "tasks/<task>/<metric>", num_documents, num_cut (requests that did not fit into the model) and
+        num_fewshot being metrics too, and "tasks/mean_accuracy" and "tasks/mean_plain_accuracy" unless None.
     """
     record = {f"tasks/{task}/{m}": x for task, found in results["metrics"].items() for m, x in found.items()}
     record |= {f"tasks/{task}/num_documents": num for task, num in results["num_documents"].items()}
+    # results of earlier versions have neither
+    record |= {f"tasks/{task}/num_cut": cut["num_cut"] for task, cut in results.get("cut", {}).items()}
+    record |= {f"tasks/{task}/num_fewshot": num for task, num in results.get("num_fewshot", {}).items()}
     return record | {f"tasks/{name}": results[name] for name in _MEANS if results[name] is not None}
 
 

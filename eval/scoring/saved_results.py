@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from errors import UserError
+from errors import UserError, decode_text
 from eval.distributed import is_main_rank, run_on_main_rank
 
 
@@ -47,14 +47,14 @@ class SavedResults:
 
 def _open(path: Path, fingerprint: str) -> dict[str, Any]:
     """Read the results of a file and prepare it for appending."""
-    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+    lines = decode_text(path.read_bytes(), str(path)).split("\n") if path.exists() else []
     # an interrupted write leaves a last line without a line end
     complete = lines[:-1]
     results: dict[str, Any] = {}
     for number, line in enumerate(complete, 1):
         try:
             key, value = json.loads(line)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise UserError(f"{path}, line {number} is not a saved result ({error}): delete it") from None
         if number == 1 and (key, value) != ("fingerprint", fingerprint):
             raise UserError(

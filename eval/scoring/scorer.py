@@ -1,40 +1,18 @@
-"""Batched scoring: requests are truncated, grouped by context, sorted by length and spread over ranks."""
+"""Batched scoring: requests are grouped by context, sorted by length and spread over ranks."""
 
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
+from data.progress import Progress
 from errors import UserError
 from eval.distributed import all_gather, check_same_requests, rank_and_world_size
 from eval.scoring.groups import Group, Scores, Tokens
 from eval.scoring.language_model import LanguageModel
+from eval.scoring.requests import Request, truncate
 from eval.scoring.saved_results import SavedResults
 
-Request: TypeAlias = tuple[Tokens, Tokens]
-"""Context and continuation."""
-
 K = TypeVar("K")
-
-
-def truncate(context: Tokens, continuation: Tokens, max_length: int) -> Request:
-    """Truncate a context from the left to what fits into the model, as the harness does.
-
-    The last token of the continuation is no input, so max_length + 1 tokens fit.
-
-    Args:
-        context: Token ids, at least one.
-        continuation: Token ids.
-        max_length: Most tokens of an input.
-
-    Raises:
-        UserError: The continuation leaves no room for a token of context.
-    """
-    if len(continuation) > max_length:
-        raise UserError(
-            f"a continuation has {len(continuation)} tokens, but the model's max_length is {max_length}; "
-            "give a larger --max-length if it can, or leave the task out"
-        )
-    return context[-(max_length + 1 - len(continuation)) :], continuation
 
 
 def windows(
@@ -194,16 +172,25 @@ class Scorer:
         model: The model.
         token_budget: Most tokens per batch.
         saved: Results of earlier requests, to which new ones are added; None to save nothing.
+        progress: Told how much of each call is done.
 
     Attributes:
         num_tokens: Tokens that went through the model, on all ranks.
         num_reused: Requests whose results were saved already.
     """
 
-    def __init__(self, model: LanguageModel, *, token_budget: int, saved: SavedResults | None = None) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        *,
+        token_budget: int,
+        saved: SavedResults | None = None,
+        progress: Progress | None = None,
+    ) -> None:
         self._model = model
         self._token_budget = token_budget
         self._saved = saved
+        self._progress = progress or Progress(is_on=False)
         self.num_tokens = 0
         self.num_reused = 0
 
@@ -229,6 +216,9 @@ class Scorer:
         saved = self._take_saved(keys)
         results |= {request: (found[0], found[1]) for request, found in saved.items()}
         groups = group_requests([request for request in wanted if request not in results])
+        self._progress.start(f"log-likelihoods after {len(groups):,} contexts")
+        num_left = sum(sum(self._model.row_lengths(group)) for group in groups)
+        num_done = 0
         for round_scores, num_tokens in score_groups(self._model, groups, self._token_budget):
             new: dict[Request, tuple[float, bool]] = {}
             for index, scores in round_scores:
@@ -236,6 +226,8 @@ class Scorer:
                 for continuation, each in zip(group.continuations, scores, strict=True):
                     new[group.context, continuation] = (sum(each.log_probs), all(each.greedy))
             self.num_tokens += num_tokens
+            num_done += num_tokens
+            self._progress.update(num_done / num_left)
             results |= new
             if self._saved is not None:
                 self._saved.add({keys[request]: result for request, result in new.items()})
@@ -274,6 +266,8 @@ class Scorer:
         digest = SavedResults.key(*keys)
         rank, world_size = rank_and_world_size()
         lengths = {index: len(prompts[index]) + max_new_tokens for index in missing.values()}
+        self._progress.start(f"answers to {len(missing):,} prompts")
+        num_done = 0
         for shares in plan_generation(lengths, self._token_budget, world_size):
             found = self._generate_share(prompts, shares[rank], max_new_tokens, stop_ids, stop)
             gathered = all_gather((found, digest))
@@ -284,6 +278,8 @@ class Scorer:
                     new[keys[index]] = tokens
                     self.num_tokens += len(prompts[index]) + len(tokens)
             results |= new
+            num_done += len(new)
+            self._progress.update(num_done / len(missing))
             if self._saved is not None:
                 self._saved.add(new)
         return [results[key] for key in keys]

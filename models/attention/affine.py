@@ -37,12 +37,16 @@ class ValueAverage(Attention):
         self.wv = nn.Linear(size.width, size.num_kv_heads * size.head_dim, bias=False)
         self.wo = nn.Linear(size.num_kv_heads * size.head_dim, size.width, bias=False)
 
+    def output(self, o_BTGK: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:
+        """See HeadProjections.output."""
+        return self.wo(o_BTGK.flatten(2))
+
     def forward(
         self, x_BTD: torch.Tensor, rope: Rope, cu_seqlens: torch.Tensor | None, max_seqlen: int
     ) -> torch.Tensor:
         """See Attention.forward."""
         v_BTGK = self.wv(x_BTD).unflatten(-1, (-1, self.size.head_dim))
-        return self.wo(value_average(v_BTGK, cu_seqlens=cu_seqlens).flatten(2))
+        return self.output(value_average(v_BTGK, cu_seqlens=cu_seqlens), x_BTD)
 
     def new_state(self, batch: int, max_seqlen: int, *, device: torch.device, dtype: torch.dtype) -> State:
         """See Attention.new_state: the sum of the values."""
@@ -55,7 +59,7 @@ class ValueAverage(Attention):
         v_BTGK = self.wv(x_BTD).unflatten(-1, (-1, self.size.head_dim))
         for row, (start, stop) in enumerate(pairwise(cu_seqlens.tolist())):
             add_keys(state, None, v_BTGK[:, start:stop], slice(row, row + 1))
-        return self.wo(value_average(v_BTGK, cu_seqlens=cu_seqlens).flatten(2))
+        return self.output(value_average(v_BTGK, cu_seqlens=cu_seqlens), x_BTD)
 
     def extend(self, x_BTD: torch.Tensor, rope: Rope, state: State, lengths_B: torch.Tensor) -> torch.Tensor:
         """See Attention.extend."""
@@ -64,7 +68,7 @@ class ValueAverage(Attention):
         for index in range(num_tokens):
             add_keys(state, None, v_BTGK[:, index : index + 1])
             outputs.append(state["v"] / (lengths_B - num_tokens + index + 1)[:, None, None])
-        return self.wo(torch.stack(outputs, 1).to(x_BTD.dtype).flatten(2))
+        return self.output(torch.stack(outputs, 1).to(x_BTD.dtype), x_BTD)
 
     def projection_flops_per_token(self) -> float:
         """See Attention.projection_flops_per_token."""
@@ -106,7 +110,7 @@ class _RunningSumAttention(HeadProjections):
         self, x_BTD: torch.Tensor, rope: Rope, cu_seqlens: torch.Tensor | None, max_seqlen: int
     ) -> torch.Tensor:
         """See Attention.forward."""
-        return self.wo(self.attend(*self.project(x_BTD, rope), cu_seqlens).flatten(2))
+        return self.output(self.attend(*self.project(x_BTD, rope), cu_seqlens), x_BTD)
 
     def new_state(self, batch: int, max_seqlen: int, *, device: torch.device, dtype: torch.dtype) -> State:
         """See Attention.new_state: the sums over the past."""
@@ -119,7 +123,7 @@ class _RunningSumAttention(HeadProjections):
         q, k, v = self.project(x_BTD, rope)
         for row, (start, stop) in enumerate(pairwise(cu_seqlens.tolist())):
             add_keys(state, k[:, start:stop], v[:, start:stop], slice(row, row + 1))
-        return self.wo(self.attend(q, k, v, cu_seqlens).flatten(2))
+        return self.output(self.attend(q, k, v, cu_seqlens), x_BTD)
 
     def extend(self, x_BTD: torch.Tensor, rope: Rope, state: State, lengths_B: torch.Tensor) -> torch.Tensor:
         """See Attention.extend."""
@@ -128,7 +132,7 @@ class _RunningSumAttention(HeadProjections):
         for index in range(num_tokens):
             add_keys(state, k[:, index : index + 1], v[:, index : index + 1])
             outputs.append(self.attend_sums(state, lengths_B - num_tokens + index + 1, q[:, index]))
-        return self.wo(torch.stack(outputs, 1).to(x_BTD.dtype).flatten(2))
+        return self.output(torch.stack(outputs, 1).to(x_BTD.dtype), x_BTD)
 
     def causal_product_flops_per_token(self, num_products: int, seq_len: int) -> float:
         """Count the FLOPs per token of chunked causal products: state updates and reads, scores in chunks."""

@@ -48,7 +48,7 @@ class Attention(nn.Module, ABC):
         """
 
     def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor | None:
-        """Return the initial value of a parameter that models.init should not draw by its own rules.
+        """Return the initial value of a parameter that models/init.py should not draw by its own rules.
 
         Args:
             name: The parameter's name in this module.
@@ -56,7 +56,7 @@ class Attention(nn.Module, ABC):
             generator: Used for this parameter only; seeded by the run's seed and the parameter's name.
 
         Returns:
-            The whole tensor, fp32, on the CPU; None for the rules of models.init, which cover matrices and
+            The whole tensor, fp32, on the CPU; None for the rules of models/init.py, which cover matrices and
             gains of norms.
         """
         return None
@@ -200,6 +200,18 @@ class HeadProjections(Attention):
         q_BTHK = rope(self.q_norm(self.split_heads(self.wq(x_BTD))))
         k_BTGK = rope(self.k_norm(self.split_heads(self.wk(x_BTD))))
         return q_BTHK, k_BTGK, self.split_heads(self.wv(x_BTD))
+
+    def output(self, o_BTHK: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:
+        """Compute the module's output from that of its heads: the place of an output gate.
+
+        Args:
+            o_BTHK: Output of the heads `[B, T, H, K]`.
+            x_BTD: The module's input at the same tokens.
+
+        Returns:
+            `[B, T, D]`; each token's depends on that token alone.
+        """
+        return self.wo(o_BTHK.flatten(2))
 
     def projection_flops_per_token(self) -> float:
         """See Attention.projection_flops_per_token."""

@@ -54,7 +54,7 @@ class KeyValueAttention(HeadProjections):
         """See Attention.forward."""
         q, k, v = self.project(x_BTD, rope)
         o_BTHK = self.attend(q, self.probe(x_BTD, rope), k, v, cu_seqlens, max_seqlen)
-        return self.wo(o_BTHK.flatten(2))
+        return self.output(o_BTHK, x_BTD)
 
     def new_state(self, batch: int, max_seqlen: int, *, device: torch.device, dtype: torch.dtype) -> State:
         """See Attention.new_state: keys and values `[B, S, G, K]`."""
@@ -74,7 +74,7 @@ class KeyValueAttention(HeadProjections):
         for name, x in (("k", k), ("v", v)):
             state[name][o_row, o_position % state[name].shape[1]] = x[0, is_kept]
         o_BTHK = self.attend(q, self.probe(x_BTD, rope), k, v, cu_seqlens, max_seqlen)
-        return self.wo(o_BTHK.flatten(2))
+        return self.output(o_BTHK, x_BTD)
 
     def extend(self, x_BTD: torch.Tensor, rope: Rope, state: State, lengths_B: torch.Tensor) -> torch.Tensor:
         """See Attention.extend; more than 64 tokens at once synchronize with the device."""
@@ -84,7 +84,7 @@ class KeyValueAttention(HeadProjections):
         if num_tokens > _MAX_TOKENS_IN_PIECES:
             o_BTHK = self._attend_to_past_and_new(q, r, k, v, state, lengths_B)
             self._write(k[:, -capacity:], v[:, -capacity:], state, lengths_B)
-            return self.wo(o_BTHK.flatten(2))
+            return self.output(o_BTHK, x_BTD)
         # with a window each token overwrites a key that the token before it still sees
         size = _PIECE_TOKENS if self.window_size is None else 1
         pieces = []
@@ -97,7 +97,7 @@ class KeyValueAttention(HeadProjections):
             r_piece = None if r is None else r[:, piece]
             pieces.append(self.attend_cached(q[:, piece], r_piece, state, num_keys_B))
         o_BTHK = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
-        return self.wo(o_BTHK.flatten(2))
+        return self.output(o_BTHK, x_BTD)
 
     def _write(
         self, k_BTGK: torch.Tensor, v_BTGK: torch.Tensor, state: State, lengths_B: torch.Tensor

@@ -39,6 +39,14 @@ class ParallaxAttention(KeyValueAttention):
         if config.gate is not None:
             self.wg = nn.Linear(size.width, size.num_heads if config.gate == "head" else 1, bias=False)
 
+    def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor | None:
+        """See Attention.initial_value: the probe's gain, and a wr_out by which wr_out wr_in has init_std."""
+        if name == "r_norm.weight":
+            return torch.full(shape, self.config.r_gain_init)
+        if name == "wr_out.weight":
+            return torch.empty(shape).normal_(0.0, shape[1] ** -0.5, generator=generator)
+        return None
+
     def probe(self, x_BTD: torch.Tensor, rope: Rope) -> torch.Tensor:
         """Compute the probe rho = g * r_scale * rope(norm(W_R x)), `[B, T, H, K]`."""
         config = self.config

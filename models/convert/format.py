@@ -1,15 +1,19 @@
 """Hugging Face's weight names and config.json, of stock Qwen3 and of modeling_parallax.py."""
 
 import dataclasses
-import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from errors import UnsupportedError, UserError
+import torch
+
+from errors import UnsupportedError, UserError, check_range
+from models.attention.softmax import SoftmaxAttention
 from models.config import ModelConfig, ParallaxConfig, SoftmaxConfig
+from models.convert.config_types import is_of_type, wrong_types
 from models.sizes import SIZES, ModelSize
 
 T = TypeVar("T")
@@ -37,6 +41,12 @@ _DIMENSIONS = {
     "num_key_value_heads": "num_kv_heads",
     "head_dim": "head_dim",
     "intermediate_size": "mlp_width",
+}
+# keys of ModelConfig and HuggingFaceConfig -> keys of config.json
+_OTHER_NAMES = {
+    "norm_eps": "rms_norm_eps",
+    "init_std": "initializer_range",
+    "num_positions": "max_position_embeddings",
 }
 _PROBE_KEYS = [f.name for f in dataclasses.fields(ParallaxConfig) if f.name not in ("kind", "impl")]
 # keys with a single supported value
@@ -75,17 +85,9 @@ class HuggingFaceConfig:
     num_positions: int | None
     eos_token_id: int | None
 
-
-def read_json(path: Path) -> Table:
-    """Read a JSON file.
-
-    Raises:
-        UserError: It is not valid JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
+    def __post_init__(self) -> None:
+        check_range(self, 1, 2**31 - 1, "num_positions")
+        check_range(self, 0, 2**31 - 1, "eos_token_id")
 
 
 def to_hugging_face(weights: Mapping[str, T]) -> dict[str, T]:
@@ -175,64 +177,86 @@ def to_config_json(
     return dict(sorted(table.items()))
 
 
-def from_config_json(table: Table) -> HuggingFaceConfig:
+def from_config_json(table: Table, source: Path | str = "config.json") -> HuggingFaceConfig:
     """Decode a config.json.
 
     Args:
         table: JSON values by key.
+        source: The file, for error messages.
 
     Returns:
         The architecture; its size is the row of models/sizes.py with these dimensions, or else "custom".
 
     Raises:
-        UserError: The architecture or some of its keys are not supported; lists all of these keys.
+        UserError: The architecture or some of its keys are not supported, or of another type (lists all of
+            them), or a value is out of range.
     """
-    kind = _architecture(table)
+    is_parallax = table.get("model_type") == PARALLAX_TYPE
+    problems = wrong_types(table, _PROBE_KEYS if is_parallax else ())
+    if problems:
+        raise UserError(f"{source} is not supported: {'; '.join(problems)}")
+    kind = _architecture(table, source)
     problems = [
         f"{name} is {table[name]!r}, wanted {value!r}"
         for name, value in _FIXED.items()
         if name in table and table[name] != value
     ]
-    theta, window_size = _rope_theta(table, problems), _window(table, problems)
     needed = [name for name in (*_DIMENSIONS, "vocab_size", "rms_norm_eps") if name not in table]
     problems += [f"{name} is missing" for name in needed]
-    known = {*_FIXED, *_WITHOUT_EFFECT, *_READ, *(_PROBE_KEYS if kind == PARALLAX_TYPE else ())}
+    theta, window_size = _rope_theta(table, problems), _window(table, problems)
+    known = {*_FIXED, *_WITHOUT_EFFECT, *_READ, *(_PROBE_KEYS if is_parallax else ())}
     problems += [f"{name} is not supported; remove it if it has no effect" for name in {*table} - known]
     # what save_pretrained writes has both
     if kind == PARALLAX_TYPE and window_size not in (None, table.get("window_size")):
         problems.append(f"sliding_window is {window_size}, window_size {table.get('window_size')}")
     if problems:
-        raise UserError(f"config.json is not supported: {'; '.join(sorted(problems))}")
+        raise UserError(f"{source} is not supported: {'; '.join(sorted(problems))}")
+    try:
+        return _decode(table, kind, theta, window_size)
+    except UserError as error:
+        # ours and theirs are the names of the same dimensions
+        theirs = {ours: theirs for theirs, ours in _DIMENSIONS.items()} | _OTHER_NAMES
+        theirs |= {} if kind == PARALLAX_TYPE else {"window_size": "sliding_window"}
+        pattern = rf"(?:custom_size\.|attention\.)?\b({'|'.join(theirs)})\b"
+        message = re.sub(pattern, lambda match: theirs[match[1]], str(error))
+        raise UserError(f"{source}: {message}") from None
+
+
+def _decode(table: Table, kind: str, theta: float, window_size: int | None) -> HuggingFaceConfig:
+    """Decode a config.json whose keys are all known, of the right types and supported."""
     size = ModelSize(**{field: table[name] for name, field in _DIMENSIONS.items()})
     row_name = next((name for name, row in SIZES.items() if row == size), None)
     attention = SoftmaxConfig(window_size=window_size)
     if kind == PARALLAX_TYPE:
         attention = ParallaxConfig(**{name: table[name] for name in _PROBE_KEYS if name in table})
     eos = table.get("eos_token_id")
+    model = ModelConfig(
+        size=row_name or "custom",
+        custom_size=size if row_name is None else None,
+        vocab_size=table["vocab_size"],
+        tie_embeddings=table.get("tie_word_embeddings", False),
+        attention=attention,
+        rope_theta=float(theta),
+        norm_eps=float(table["rms_norm_eps"]),
+        init_std=float(table.get("initializer_range", 0.02)),
+    )
+    with torch.device("meta"):
+        SoftmaxAttention(SoftmaxConfig(), size, model.norm_eps)  # checks the heads
     return HuggingFaceConfig(
-        model=ModelConfig(
-            size=row_name or "custom",
-            custom_size=size if row_name is None else None,
-            vocab_size=table["vocab_size"],
-            tie_embeddings=table.get("tie_word_embeddings", False),
-            attention=attention,
-            rope_theta=float(theta),
-            norm_eps=float(table["rms_norm_eps"]),
-            init_std=float(table.get("initializer_range", 0.02)),
-        ),
+        model=model,
         num_positions=table.get("max_position_embeddings"),
-        eos_token_id=eos[0] if isinstance(eos, list) else eos,
+        eos_token_id=(eos or [None])[0] if isinstance(eos, list) else eos,
     )
 
 
-def _architecture(table: Table) -> str:
+def _architecture(table: Table, source: Path | str) -> str:
     """Return the model_type of a supported architecture."""
     kind = table.get("model_type")
     wanted = {SOFTMAX_TYPE: SOFTMAX_ARCHITECTURE, PARALLAX_TYPE: PARALLAX_ARCHITECTURE}
     architectures = table.get("architectures") or [wanted.get(kind or "", kind)]
     if kind not in wanted or architectures != [wanted[kind]]:
         raise UserError(
-            f"config.json: unsupported architecture {', '.join(map(str, architectures))} "
+            f"{source}: unsupported architecture {', '.join(map(str, architectures))} "
             f"(model_type {kind!r}); wanted {SOFTMAX_ARCHITECTURE} (model_type {SOFTMAX_TYPE!r}), dense, or "
             f"{PARALLAX_ARCHITECTURE}"
         )
@@ -249,6 +273,9 @@ def _rope_theta(table: Table, problems: list[str]) -> float:
         values = {key: value for key, value in values.items() if value is not None}
         if rope_type != "default" or values:
             problems.append(f"{name} is {table[name]!r}, wanted rope_type 'default' and no factors")
+        if not is_of_type(theta, float | None):
+            problems.append(f"{name} has rope_theta {theta!r}, wanted a number")
+            return 0.0
         if found is not None and theta != found:
             problems.append(f"{name} has rope_theta {theta!r}, rope_theta is {found!r}")
         found = theta
@@ -261,18 +288,22 @@ def _window(table: Table, problems: list[str]) -> int | None:
     """Return the window size, None without one; appends to problems if layers differ."""
     num_layers = table.get("num_hidden_layers", 0)
     window_size = table.get("sliding_window") if table.get("use_sliding_window") else None
-    num_full = table.get("max_window_layers", num_layers)
-    layers = table.get("layer_types") or [
-        "full_attention" if window_size is None or layer < num_full else "sliding_attention"
-        for layer in range(num_layers)
-    ]
-    if len({*layers}) > 1 or {*layers} - {"full_attention", "sliding_attention"}:
-        field = "layer_types" if table.get("layer_types") else "max_window_layers"
-        kinds = ", ".join(f"{layers.count(kind)} {kind}" for kind in dict.fromkeys(layers))
+    listed = table.get("layer_types")
+    if listed:
+        field, counts = "layer_types", Counter(listed)
+    else:
+        limit = table.get("max_window_layers")
+        num_full = num_layers if window_size is None or limit is None else min(max(limit, 0), num_layers)
+        kinds = {"full_attention": num_full, "sliding_attention": num_layers - num_full}
+        field, counts = "max_window_layers", Counter({kind: num for kind, num in kinds.items() if num})
+    if len(counts) > 1 or {*counts} - {"full_attention", "sliding_attention"}:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in counts.items())
         problems.append(
             f"{field} ({table.get(field)!r}) mixes {kinds}; wanted one kind, full or sliding, in all layers"
         )
-    if "sliding_attention" not in layers:
+    if listed and len(listed) != num_layers:
+        problems.append(f"layer_types has {len(listed)} entries for {num_layers} layers")
+    if "sliding_attention" not in counts:
         return None
     if window_size is None:
         problems.append(

@@ -2,37 +2,34 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from errors import UserError
 from models.config import ModelConfig, ParallaxConfig
-from models.convert.format import from_config_json, read_json, to_hugging_face
-from models.convert.tokenizer import import_tokenizer
-from models.init import initial_weight
+from models.convert.format import from_config_json, to_hugging_face
+from models.convert.hf_folder import (
+    SavedTensor,
+    check_finite,
+    file_in,
+    read_headers,
+    read_json,
+    read_tensor,
+)
+from models.convert.tokenizer import check_tokenizer_files, import_tokenizer
+from models.init import InitialWeights
 from models.qwen3 import Qwen3
 from models.run_folder import RunFolder
 
-_SINGLE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
-
-@dataclass(frozen=True)
-class _Saved:
-    """A tensor in a safetensors file."""
-
-    file: Path
-    shape: list[int]
-    dtype: str
 
 
 class _LazyPlanner(DefaultSavePlanner):
@@ -71,30 +68,31 @@ def convert_from_hf(
         A summary of a few lines.
 
     Raises:
-        UserError: config.json is not supported; tensors are missing, unexpected, or of other shapes or dtypes
-            (lists them all); or out already has a run.
+        UserError: config.json is not supported; tensors are missing, unexpected, of other shapes or dtypes,
+            NaN or Inf (lists them all); a file leads out of the folder; or out already has a run.
     """
     run = RunFolder(out)
     if run.config_file.exists() or run.step_folders():
         raise UserError(f"{out} already has a run; give --out another folder")
-    config_path = source / "config.json"
+    config_path = file_in(source, "config.json")
     if not config_path.is_file():
         raise UserError(
             f"{source} has no config.json; wanted a folder written by transformers' save_pretrained"
         )
-    theirs = from_config_json(read_json(config_path))
+    theirs = from_config_json(read_json(config_path), config_path)
     config = _with_attention(theirs.model, attention)
-    saved = _read_headers(source)
-    names = _check_tensors(saved, theirs.model, source)
-    wanted = getattr(torch, dtype)
+    check_tokenizer_files(source)
+    saved, wanted = read_headers(source), getattr(torch, dtype)
+    names = _check_tensors(saved, theirs.model, source, wanted)
 
     def read(name: str) -> torch.Tensor:
         if name in names:
-            return _read(saved[names[name]].file, names[name]).to(wanted, copy=True)
-        return initial_weight(config, name, shapes[name], seed).to(wanted)
+            return read_tensor(saved[names[name]].file, names[name]).to(wanted, copy=True)
+        return initial.draw(name).to(wanted)
 
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in Qwen3(config).named_parameters()}
+        initial = InitialWeights(Qwen3(config), seed)
+    shapes = {name: p.shape for name, p in initial.parameters.items()}
     data = import_tokenizer(source, run.tokenizer, theirs.eos_token_id)
     weights = {name: torch.empty(shape, dtype=wanted, device="meta") for name, shape in shapes.items()}
     # one file per tensor: the writer keeps all tensors of a file in memory
@@ -119,38 +117,14 @@ def _with_attention(config: ModelConfig, attention: str | None) -> ModelConfig:
     return replace(config, attention=ParallaxConfig(r_gain_init=0.0, window_size=softmax.window_size))
 
 
-def _read_headers(source: Path) -> dict[str, _Saved]:
-    """Read the shape, dtype and file of every tensor in a folder."""
-    index = source / _INDEX
-    if index.is_file():
-        listed: dict[str, str] = read_json(index)["weight_map"]
-        files = sorted({*listed.values()})
-    elif (source / _SINGLE_FILE).is_file():
-        listed, files = {}, [_SINGLE_FILE]
-    else:
-        raise UserError(f"{source} has neither {_SINGLE_FILE} nor {_INDEX}; no other format is supported")
-    missing = [name for name in files if not (source / name).is_file()]
-    if missing:
-        raise UserError(f"{source} lacks files listed in {_INDEX}: {', '.join(missing)}")
-    saved: dict[str, _Saved] = {}
-    for name in files:
-        try:
-            with safe_open(source / name, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118  (safe_open has no __iter__)
-                    header = file.get_slice(key)
-                    saved[key] = _Saved(source / name, header.get_shape(), header.get_dtype())
-        except SafetensorError as error:
-            raise UserError(
-                f"{source / name} is not a complete safetensors file ({error}); download it again"
-            ) from None
-    return saved
-
-
-def _check_tensors(saved: Mapping[str, _Saved], config: ModelConfig, source: Path) -> dict[str, str]:
+def _check_tensors(
+    saved: Mapping[str, SavedTensor], config: ModelConfig, source: Path, dtype: torch.dtype
+) -> dict[str, str]:
     """Check a folder's tensors, and return Hugging Face's name of every weight by this project's.
 
     Raises:
-        UserError: The tensors do not match the folder's config.json; lists all that differ.
+        UserError: The tensors do not match the folder's config.json, or are not finite in the dtype; lists
+            all of them.
     """
     with torch.device("meta"):
         shapes = {name: list(p.shape) for name, p in Qwen3(config).named_parameters()}
@@ -173,20 +147,15 @@ def _check_tensors(saved: Mapping[str, _Saved], config: ModelConfig, source: Pat
     ]
     if wrong:
         raise UserError(f"{source} does not contain the model of its config.json: {'; '.join(wrong)}")
+    check_finite(saved, sorted({*wanted} | (tied & saved.keys())), dtype)
     if tied & saved.keys() and not torch.equal(
-        *(_read(saved[name].file, name) for name in (_HEAD, _EMBEDDING))
+        *(read_tensor(saved[name].file, name) for name in (_HEAD, _EMBEDDING))
     ):
         raise UserError(
             f"{source}: tie_word_embeddings is true, but {_HEAD} differs from {_EMBEDDING}; set it to false "
             "to keep both, or remove the wrong one"
         )
     return names
-
-
-def _read(path: Path, name: str) -> torch.Tensor:
-    """Read a tensor as a view of the memory-mapped file."""
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor(name)
 
 
 def _report(
@@ -196,7 +165,7 @@ def _report(
     dtype: str,
     *,
     new: set[str],
-    saved: Mapping[str, _Saved],
+    saved: Mapping[str, SavedTensor],
     data: dict[str, str] | None,
 ) -> str:
     dtypes = Counter(_DTYPES[entry.dtype] for entry in saved.values())

@@ -4,11 +4,10 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from tokenizers import Tokenizer
-
+from config import Table
 from errors import UserError
-from models.convert.format import Table, read_json
-from models.run_tokenizer import OTHER_FILES, SETTINGS_FILE, check_ids, copy_tokenizer
+from models.convert.hf_folder import file_in, read_json
+from models.run_tokenizer import OTHER_FILES, SETTINGS_FILE, check_ids, copy_tokenizer, read_tokenizer
 from tokens import END_OF_DOCUMENT, TOKENIZER_FILE
 
 PAD_TOKEN = "<|pad|>"
@@ -28,6 +27,19 @@ class SpecialTokens(NamedTuple):
     bos: int
     eos: int
     pad: int | None
+
+
+def check_tokenizer_files(source: Path) -> None:
+    """Check the files of a tokenizer in a folder from outside.
+
+    Raises:
+        UserError: One leads out of the folder, or its eos_token is no text.
+    """
+    for name in (TOKENIZER_FILE, SETTINGS_FILE, *OTHER_FILES):
+        file_in(source, name)
+    if (source / TOKENIZER_FILE).is_file():
+        read_tokenizer(source)
+        _token(source, "eos_token")
 
 
 def import_tokenizer(source: Path, out: Path, eos_token_id: int | None) -> Table | None:
@@ -52,9 +64,9 @@ def import_tokenizer(source: Path, out: Path, eos_token_id: int | None) -> Table
             )
         return None
     if eos_token_id is None:
-        token = _plain_token(_settings(source).get("eos_token"))
+        token = _token(source, "eos_token")
     else:
-        token = Tokenizer.from_file(str(source / TOKENIZER_FILE)).id_to_token(eos_token_id)
+        token = read_tokenizer(source).id_to_token(eos_token_id)
     if token is None:
         raise UserError(
             f"eos_token_id in {source / 'config.json'} is {eos_token_id}, which is not a token of "
@@ -88,7 +100,7 @@ def export_tokenizer(
         UserError: The tokenizer lacks the end-of-document token, or has ids beyond vocab_size.
     """
     file = source / TOKENIZER_FILE if source.is_dir() else source
-    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer = read_tokenizer(source)
     check_ids(tokenizer, str(file), vocab_size)
     eos = tokenizer.token_to_id(end_of_document)
     if eos is None:
@@ -99,7 +111,8 @@ def export_tokenizer(
         settings = _settings(source) or settings
     copy_tokenizer(source, out)
     settings |= {"eos_token": end_of_document}
-    token = _plain_token(settings.pop("pad_token", None))
+    settings.pop("pad_token", None)
+    token = _token(source, "pad_token") if source.is_dir() else None
     if token is None or token == end_of_document or tokenizer.token_to_id(token) is None:
         token = PAD_TOKEN
         # transformers gives it the same id as it loads the settings
@@ -118,6 +131,10 @@ def _settings(folder: Path) -> Table:
     return read_json(path) if path.is_file() else {}
 
 
-def _plain_token(token: str | Table | None) -> str | None:
+def _token(folder: Path, key: str) -> str | None:
     """Return a token's text; settings contain either the text or a table of properties."""
-    return token["content"] if isinstance(token, dict) else token
+    found = _settings(folder).get(key)
+    token = found.get("content") if isinstance(found, dict) else found
+    if found is not None and not isinstance(token, str):
+        raise UserError(f"{folder / SETTINGS_FILE}: {key} is {found!r}, wanted a text")
+    return token

@@ -5,6 +5,7 @@ the continuation; without --prompt the prompt is read from stdin. Several --prom
 """
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -12,15 +13,15 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from errors import UserError, run_command
+from errors import UserError, decode_text, run_command
 from models.checkpoint.load import load_model, model_config
 from models.generation.generate import stream
 from models.generation.sampling import Sampling
 from models.generation.text_stream import TextStream, stop_at
 from models.qwen3 import Qwen3
 from models.run_folder import RunFolder, find_checkpoint, read_run_table
-from models.run_tokenizer import check_ids, find_tokenizer
-from tokens import END_OF_DOCUMENT, TOKENIZER_FILE
+from models.run_tokenizer import check_ids, encode_prompt, find_tokenizer, read_tokenizer
+from tokens import END_OF_DOCUMENT
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -66,7 +67,7 @@ def load(options: argparse.Namespace) -> tuple[Qwen3, Tokenizer, int]:
     file = find_tokenizer(RunFolder.of_checkpoint(checkpoint), data, options.tokenizer)
     if file is None:
         raise UserError(f"the run of {checkpoint} names no tokenizer; give --tokenizer")
-    tokenizer = Tokenizer.from_file(str(file / TOKENIZER_FILE if file.is_dir() else file))
+    tokenizer = read_tokenizer(file)
     check_ids(tokenizer, str(file), model_config(table, checkpoint).vocab_size)
     end_of_document = data.get("end_of_document", END_OF_DOCUMENT)
     end_id = tokenizer.token_to_id(end_of_document)
@@ -93,19 +94,24 @@ def main() -> None:
     sampling = Sampling(
         temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed
     )
+    prompts, stops = _texts(options.prompt or [], "--prompt"), _texts(options.stop, "--stop")
     model, tokenizer, end_id = load(options)
-    stop = stop_at(tokenizer, options.stop)
+
+    def decode(tokens: list[int]) -> str:
+        return tokenizer.decode(tokens, skip_special_tokens=False)
+
     # the newline that a shell appends to piped text is not part of the prompt
-    prompts = options.prompt or [sys.stdin.read().removesuffix("\n")]
-    ids = [tokenizer.encode(prompt, add_special_tokens=False).ids or [end_id] for prompt in prompts]
-    streams = [TextStream(tokenizer, options.stop) for _ in prompts]
+    prompts = prompts or [decode_text(sys.stdin.buffer.read(), "stdin").removesuffix("\n")]
+    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    stop = stop_at(decode, stops, ids)
+    streams = [TextStream(decode, stops, each) for each in ids]
     texts = list(prompts)
     is_single = len(prompts) == 1
     print(prompts[0] if is_single else "", end="", flush=True)
     num_tokens, started, first = 0, time.perf_counter(), None
     for new in stream(
         model,
-        ids,
+        [each or [end_id] for each in ids],
         max_new_tokens=options.max_new_tokens,
         sampling=sampling,
         stop_ids=(end_id,),
@@ -126,6 +132,11 @@ def main() -> None:
         f"{num_tokens} tokens; first after {(first or finished) - started:.2f} s, then {rate:,.1f} tokens/s",
         file=sys.stderr,
     )
+
+
+def _texts(words: list[str], option: str) -> list[str]:
+    """Return an option's texts; the bytes of a word that is not UTF-8 come as surrogates."""
+    return [decode_text(os.fsencode(word), option) for word in words]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The command `python -m eval.downstream`: it prints a table, writes results, and refuses bad options."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from config import to_table, to_toml
 from data.tokenizer import Tokenizer
 from errors import UserError
 from eval.downstream import main
+from eval.report.task_records import read_results
 from eval.task_results import PAPER
 from models.qwen3 import Qwen3
 from tests.eval.conftest import build
@@ -54,3 +56,26 @@ def test_the_command_prints_a_table_and_writes_results(
         main(["--checkpoint", f"{tmp_path}/none", "--tasks", "paper"])
     with pytest.raises(UserError, match=r"--limit is 0, must be at least 1"):
         main([*words, "--limit", "0"])
+    with pytest.raises(UserError, match=r"--num-fewshot is -1, must be at least 0"):
+        main([*words, "--num-fewshot", "-1"])
+
+
+def test_cut_contexts_and_few_shot_examples_are_on_screen_in_results_json_and_in_the_report_s_data(
+    tasks_folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_run(tmp_path / "run", corpus, build(vocab_size=304))
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("sciq", "sciq.train"):
+        (data / f"{name}.jsonl").write_text((tasks_folder / "sciq.jsonl").read_text())
+    words = ["--checkpoint", f"{tmp_path}/run", "--tasks", "sciq", "--data", f"{data}", "--max-length", "40"]
+    main([*words, "--num-fewshot", "3", "--out", f"{tmp_path}/run/eval"])
+    printed = capsys.readouterr().out
+    results = json.loads((tmp_path / "run" / "eval" / "results.json").read_text())
+    cut = results["cut"]["sciq"]
+    assert results["num_fewshot"] == {"sciq": 3}
+    assert cut["num_requests"] == cut["num_cut"] == 48
+    assert f"sciq: 48 of 48 requests did not fit: {cut['num_dropped']:,} of {cut['num_tokens']:,}" in printed
+    assert re.search(r"sciq +acc +[\d.]+ +[\d.]+ +12 +3$", printed, re.MULTILINE)
+    (record,), _ = read_results(tmp_path / "run", None)
+    assert (record["tasks/sciq/num_cut"], record["tasks/sciq/num_fewshot"]) == (48, 3)

@@ -29,7 +29,7 @@ def label_as_loss(tokens: torch.Tensor, *, labels_BT: torch.Tensor, **_: object)
 
 def batch(labels: list[int], documents: list[int] | None = None) -> HeldOutBatch:
     rows, numbers = torch.tensor([labels]), torch.tensor([documents or [0] * len(labels)])
-    return HeldOutBatch({"input": rows.clone()}, rows, numbers, int(numbers.max()) + 1)
+    return HeldOutBatch({"input": rows.clone()}, rows, numbers, int(numbers.max()) + 1, 0, 1.0)
 
 
 def test_tokens_have_equal_weight_over_batches_of_different_sizes() -> None:

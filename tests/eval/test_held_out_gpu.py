@@ -22,7 +22,7 @@ def make_batches(pinned: bool) -> list[HeldOutBatch]:
         documents = torch.full((1, T), number // 3)
         tensors = [labels.clone().clamp(min=0), labels, documents]
         inputs, labels, documents = [each.pin_memory() if pinned else each for each in tensors]
-        batches.append(HeldOutBatch({"input": inputs}, labels, documents, number // 3 + 1))
+        batches.append(HeldOutBatch({"input": inputs}, labels, documents, number // 3 + 1, 0, 1.0))
     return batches
 
 

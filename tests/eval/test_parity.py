@@ -79,6 +79,39 @@ def test_log_likelihoods_of_real_documents_equal_those_of_hflm(
     assert parity.choices_differ == {}
 
 
+def test_scores_differ_from_those_of_hflm_only_where_a_token_spans_the_join(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    network = build(vocab_size=tokenizer.vocab_size)
+    model = Qwen3Model(network, max_length=96)
+    ours = HarnessModel(model, tokenizer, Scorer(model, token_budget=500))
+    fast = to_fast_tokenizer(tokenizer, tmp_path)
+    theirs = harness_model(to_transformers(network), fast, max_length=96, batch_size=4)
+    texts = list(dict.fromkeys(make_text(seed, 3) for seed in range(60)))
+    pairs = [(text[: 3 + n % 9], text[3 + n % 9 :]) for n, text in enumerate(texts)]
+    requests = [Instance("loglikelihood", {}, pair, n) for n, pair in enumerate(pairs)]
+    tokens = [tokenizer.encode_prompts([context.rstrip(), context + rest]) for context, rest in pairs]
+    # the harness scores what is left behind as many tokens as the context has
+    swallowed = [len(whole) <= len(before) for before, whole in tokens]
+    found = ours.loglikelihood(requests)
+    assert all(score < 0 for score, _ in found)
+    assert 2 < sum(swallowed) < len(pairs) / 2
+    for request, is_swallowed in zip(requests, swallowed, strict=True):
+        if is_swallowed:
+            with pytest.raises(AssertionError):
+                theirs.loglikelihood([request], disable_tqdm=True)
+    kept = [index for index, is_swallowed in enumerate(swallowed) if not is_swallowed]
+    # one by one: HFLM takes requests of equal tokens but another split for one
+    scores = [theirs.loglikelihood([requests[index]], disable_tqdm=True)[0] for index in kept]
+    same = 0
+    for index, (score, is_greedy) in zip(kept, scores, strict=True):
+        before, whole = tokens[index]
+        if whole[: len(before)] == before:
+            same += 1
+            assert found[index] == (pytest.approx(score, rel=1e-5), is_greedy)
+    assert len(pairs) / 4 < same < len(kept)
+
+
 def test_generated_texts_equal_those_of_hflm(tokenizer: Tokenizer, tmp_path: Path) -> None:
     network = build(vocab_size=tokenizer.vocab_size)
     model = Qwen3Model(network, max_length=96)

@@ -43,6 +43,14 @@ def test_the_command_reads_the_run_s_held_out_text_or_the_named_one(
     assert f"{own['loss']:.4f} +/- {own['standard_error']:.4f} nats/token" in capsys.readouterr().out
     main(["--checkpoint", f"{run}", "--files", f"{corpus}/train.parquet", "--stride", "16"])
     assert "of 200 documents" in capsys.readouterr().out
+    main(["--checkpoint", f"{run}", "--limit", "3", "--max-tokens", "100000", "--out", f"{tmp_path}/few"])
+    few = json.loads((tmp_path / "few" / "perplexity.json").read_text())
+    assert (few["limit"], few["max_tokens"], few["num_documents"]) == (3, 100000, 3)
+    assert (few["bytes_of"], few["skipped"]) == ("text", {})
+    assert f"{few['num_cut_documents']} of 3 documents are longer than max_length" in capsys.readouterr().out
+    for option in ("--limit", "--max-tokens"):
+        with pytest.raises(UserError, match=f"{option} is 0, must be at least 1"):
+            main(["--checkpoint", f"{run}", option, "0"])
     with pytest.raises(ValueError, match=r"nothing.parquet"):
         main(["--checkpoint", f"{run}", "--files", f"{corpus}/nothing.parquet"])
 

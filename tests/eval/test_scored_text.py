@@ -1,6 +1,7 @@
 """The source of a run's held-out documents, and the tokens of documents and of task text."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -31,13 +32,13 @@ def test_a_held_out_document_cannot_write_its_end_and_task_text_has_the_ids_of_t
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"text": text}))
     source = open_text(JsonlSource(files=[str(path)]))
-    (document,) = read_texts(source, tokenizer, "documents")
+    (document,) = read_texts(source, tokenizer, "documents", Counter())
     assert document.tokens.count(end) == 1
     assert document.tokens[-1] == end
     (ids,) = tokenizer.encode_prompts([text])
     assert ids.count(end) == 1
-    (page,) = read_texts(source, tokenizer, "wikitext")
+    (page,) = read_texts(source, tokenizer, "wikitext", Counter())
     assert page.tokens == [end, *ids]
-    (line,) = read_texts(source, tokenizer, "last-word")
+    (line,) = read_texts(source, tokenizer, "last-word", Counter())
     assert line.tokens == ids
     assert tokenizer.decode(ids[line.first_predicted :]) == " model"

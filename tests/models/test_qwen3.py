@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -104,7 +104,7 @@ def test_parallax_with_zero_probe_gain_equals_softmax(
     assert (other(ids) - softmax(ids)).abs().max() > 100 * tolerance
 
 
-ATTENTIONS = [
+VARIANTS: list[AttentionConfig] = [
     SoftmaxConfig(),
     SoftmaxConfig(window_size=6),
     ParallaxConfig(),
@@ -124,6 +124,8 @@ ATTENTIONS = [
     MesaNetConfig(num_iterations=20),
     Mamba2Config(state_size=8),
 ]
+# every kind there is: one without an entry above joins with its defaults
+ATTENTIONS = [*VARIANTS, *(kind() for kind in get_args(AttentionConfig) if kind not in map(type, VARIANTS))]
 each_attention = pytest.mark.parametrize("attention", ATTENTIONS, ids=lambda a: str(a).split("(", 1)[1][:60])
 
 

@@ -2,10 +2,12 @@
 
 from tests.mutate.mutant import Mutant
 
+CONTINUATIONS = "tests/eval/test_continuations.py"
 HARNESS = "tests/eval/test_harness.py"
 HELD_OUT = "tests/eval/test_held_out.py"
 REPORT_TASKS = "tests/eval/report/test_report_tasks.py"
 SCORER = "tests/eval/scoring/test_scorer.py"
+TEXT_COUNTS = "tests/eval/test_text_counts.py"
 TEXT_LOSS = "tests/eval/test_text_loss.py"
 
 MUTANTS = [
@@ -23,9 +25,45 @@ MUTANTS = [
     ),
     Mutant(
         "eval/scored_text.py",
-        "- tokenizer.num_bytes(tokens[0])",
+        "- tokenizer.num_first_bytes(text, ids[0])",
         "- 1",
         f"{TEXT_LOSS}::test_a_first_token_of_several_bytes_is_not_counted",
+    ),
+    Mutant(
+        "eval/scored_text.py",
+        "- tokenizer.num_bytes(tokens[0])",
+        "- 2",
+        f"{TEXT_COUNTS}::test_bits_per_byte_of_shards_say_that_their_bytes_are_those_of_the_tokens",
+    ),
+    Mutant(
+        "eval/scored_text.py",
+        "first = continuation_start(context_ids, ids)",
+        "first = len(context_ids)",
+        f"{TEXT_COUNTS}::test_a_token_across_the_start_of_the_last_word_is_predicted",
+    ),
+    Mutant(
+        "eval/scored_text.py",
+        "[text.rstrip() for text in texts]",
+        "texts",
+        f"{TEXT_COUNTS}::test_white_space_behind_the_last_word_is_dropped",
+    ),
+    Mutant(
+        "eval/text_loss.py",
+        "self.num_cut += len(text.tokens) > len(self.counts)",
+        "self.num_cut += len(text.tokens) >= len(self.counts)",
+        f"{TEXT_COUNTS}::test_skipped_rows_and_documents_that_do_not_fit_are_counted",
+    ),
+    Mutant(
+        "eval/harness.py",
+        "value=(own or 0) if num_fewshot is None or is_fixed else num_fewshot",
+        "value=(own or 0) if num_fewshot is None else num_fewshot",
+        f"{CONTINUATIONS}::test_the_number_of_few_shot_examples_is_chosen_and_written_down",
+    ),
+    Mutant(
+        "eval/harness.py",
+        "text = decode_behind(decode, ids, ",
+        "text = decode_behind(decode, [], ",
+        f"{CONTINUATIONS}::test_an_answer_keeps_the_space_that_its_first_token_begins_with",
     ),
     Mutant(
         "eval/scored_text.py",
@@ -47,8 +85,8 @@ MUTANTS = [
     ),
     Mutant(
         "eval/text_loss.py",
-        "                num_pending = 0\n",
-        "",
+        "        done, num_pending = fraction, 0\n",
+        "        done = fraction\n",
         f"{TEXT_LOSS}::test_pending_windows_of_a_long_document_are_bounded",
     ),
     Mutant(
@@ -90,14 +128,14 @@ MUTANTS = [
         f"{HARNESS}::test_empty_contexts_and_continuations",
     ),
     Mutant(
-        "eval/harness.py",
-        "len(end.encode()) for end in ends",
-        "len(end) for end in ends",
+        "models/generation/text_stream.py",
+        "len(each.encode()) for each in strings",
+        "len(each) for each in strings",
         f"{HARNESS}::test_a_stop_string_of_several_bytes_per_character_is_found",
     ),
     Mutant(
         "eval/harness.py",
-        "(ids or [self.eot_token_id])[-room:]",
+        "(ids or [self.eot_token_id])[excess:]",
         "(ids or [self.eot_token_id])[:room]",
         f"{HARNESS}::test_a_long_prompt_keeps_its_end_for_generation",
     ),
@@ -108,10 +146,22 @@ MUTANTS = [
         f"{HARNESS}::test_shuffled_answers_keep_their_order_within_an_evaluation_and_between_processes",
     ),
     Mutant(
-        "eval/scoring/scorer.py",
-        "context[-(max_length + 1 - len(continuation)) :]",
-        "context[-(max_length - len(continuation)) :]",
+        "eval/scoring/requests.py",
+        "len(context) + len(continuation) - max_length - 1",
+        "len(context) + len(continuation) - max_length",
         SCORER,
+    ),
+    Mutant(
+        "eval/scoring/requests.py",
+        "return min(common, len(whole) - 1)",
+        "return min(len(context), len(whole) - 1)",
+        f"{CONTINUATIONS}::test_a_token_across_the_join_is_predicted_as_a_whole",
+    ),
+    Mutant(
+        "eval/scoring/requests.py",
+        "return min(common, len(whole) - 1)",
+        "return common",
+        f"{CONTINUATIONS}::test_a_continuation_that_the_normalizer_removes_does_not_score_0",
     ),
     Mutant("eval/scoring/scorer.py", "rows * longest if model.is_padded else tokens", "tokens", SCORER),
     Mutant("eval/scoring/scorer.py", "gathered = gathered[: len(batches) - first]\n", "pass\n", SCORER),

@@ -6,6 +6,7 @@ CACHE = "tests/models/generation/test_cache.py"
 CHECKPOINT = "tests/models/test_checkpoint.py"
 CONVERT = "tests/models/convert/test_convert.py"
 FORMAT = "tests/models/convert/test_format.py"
+HOSTILE = "tests/models/convert/test_hostile_folders.py"
 GENERATION = "tests/models/generation/test_generation.py"
 LOSS = "tests/models/test_loss.py"
 QWEN3 = "tests/models/test_qwen3.py"
@@ -37,11 +38,11 @@ MUTANTS = [
         "logits_TV",
         LOSS,
     ),
-    Mutant("models/init.py", "config.init_std / (2 * config", "config.init_std / (1 * config", QWEN3),
+    Mutant("models/init.py", "init_std / (2 * self", "init_std / (1 * self", QWEN3),
     Mutant(
-        "models/init.py",
-        "shape[1] ** -0.5, seed)",
-        "shape[0] ** -0.5, seed)",
+        "models/attention/parallax.py",
+        "normal_(0.0, shape[1] ** -0.5",
+        "normal_(0.0, shape[0] ** -0.5",
         "tests/models/attention/test_parallax_variants.py",
     ),
     Mutant("models/init.py", 'f"{seed}/{name}".encode()', 'f"{seed}/{name[:8]}".encode()', QWEN3),
@@ -82,12 +83,30 @@ MUTANTS = [
         'table.get("tie_word_embeddings", True)',
         FORMAT,
     ),
-    Mutant("models/convert/format.py", "eos[0] if", "eos[-1] if", FORMAT),
+    Mutant("models/convert/format.py", "(eos or [None])[0]", "(eos or [None])[-1]", FORMAT),
     Mutant(
         "models/convert/format.py",
-        "window_size is None or layer < num_full",
-        "window_size is None or layer <= num_full",
+        "min(max(limit, 0), num_layers)",
+        "min(max(limit, 1), num_layers)",
         FORMAT,
+    ),
+    Mutant(
+        "models/convert/hf_folder.py",
+        "if PurePath(name).is_absolute() or",
+        "if",
+        f"{HOSTILE}::test_shards_outside_the_folder_are_refused",
+    ),
+    Mutant(
+        "models/convert/hf_folder.py",
+        " or not is_inside",
+        "",
+        f"{HOSTILE}::test_no_file_of_the_folder_may_be_a_link_that_leads_out",
+    ),
+    Mutant(
+        "models/convert/hf_folder.py",
+        "read_tensor(saved[name].file, name).to(dtype)",
+        "read_tensor(saved[name].file, name)",
+        f"{HOSTILE}::test_weights_beyond_the_chosen_dtype_are_named",
     ),
     Mutant("models/convert/format.py", "if found is not None and theta != found:", "if False:", FORMAT),
     Mutant(

@@ -3,6 +3,7 @@
 from tests.mutate.mutant import Mutant
 
 DISTRIBUTED = "tests/optimizers/test_distributed.py"
+EVERY = "tests/optimizers/test_every_optimizer.py"
 EXCHANGE = "tests/optimizers/test_exchange.py"
 GROUPS = "tests/optimizers/test_param_groups.py"
 MUON = "tests/optimizers/test_muon.py"
@@ -103,23 +104,22 @@ MUTANTS = [
         "return step / config.warmup_steps",
         SCHEDULE,
     ),
-    Mutant(
-        "optimizers/update_size.py", "(1.0 - beta1**num_steps).square()", "(1.0 - beta1**num_steps)", SKIPPED
-    ),
-    Mutant(
-        "optimizers/update_size.py", "torch.where(num_steps > 0, squared_norm, 0.0)", "squared_norm", SKIPPED
-    ),
+    Mutant("optimizers/adamw.py", "(1.0 - beta1**num_steps).square()", "(1.0 - beta1**num_steps)", SKIPPED),
+    Mutant("optimizers/adamw.py", "torch.where(num_steps > 0, squared_norm, 0.0)", "squared_norm", SKIPPED),
     Mutant(
         "optimizers/titan.py",
-        "            optimizer.found_inf = None  # pyrefly: ignore [missing-attribute]\n",
+        "            optimizer.found_inf = None\n",
         "",
         SKIPPED,
     ),
+    Mutant("optimizers/base.py", "if self.found_inf is not None:", "if False:", EVERY),
+    Mutant("optimizers/build.py", "if not optimizer.state[p]:", "if True:", EVERY),
+    Mutant("optimizers/update_size.py", ".sum() / num_replicas(p)", ".sum()", EVERY),
     Mutant("optimizers/titan.py", "        if differing:\n", "        if False:\n", TITAN),
     Mutant(
-        "optimizers/titan.py",
-        'squared_norms[name] / num_replicas(group["params"][0])',
-        "squared_norms[name]",
+        "optimizers/muon.py",
+        "            squared_norm /= num_replicas(bucket.params[0])\n",
+        "",
         SKIPPED,
     ),
     Mutant(

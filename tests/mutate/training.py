@@ -16,6 +16,8 @@ BRANCH = " ".join(
 CONFIG = "tests/test_config.py tests/training/test_config_values.py"
 DRY_RUN = "tests/training/test_dry_run.py"
 METRICS = "tests/training/test_metrics.py"
+PLAN = "tests/training/test_plan.py"
+RANK_SUMS = "tests/training/test_rank_sums.py"
 STATE = "tests/training/test_state.py"
 STEP_TIME = "tests/training/test_step_time.py"
 
@@ -23,8 +25,8 @@ MUTANTS = [
     Mutant("training/trainer.py", '        torch.set_rng_state(state_dict["rng"]["cpu"])\n', "", STATE),
     Mutant(
         "training/trainer.py",
-        "StepResult(metrics, sums.num_stop_requests > 0, write_finished)",
-        "StepResult(metrics, sums.num_stop_requests == dist.get_world_size(), write_finished)",
+        'sums["stop requests"] > 0, write_finished)',
+        'sums["stop requests"] == dist.get_world_size(), write_finished)',
         "tests/training/test_stop_of_one_rank.py",
     ),
     Mutant(
@@ -129,7 +131,12 @@ MUTANTS = [
         DRY_RUN,
     ),
     Mutant("training/memory.py", "if accumulates else 0.0", "", DRY_RUN),
-    Mutant("training/memory.py", '{"muon": 1, "adamw": 2}', '{"muon": 1, "adamw": 1}', DRY_RUN),
+    Mutant("training/dry_run.py", "mfu / 100 * world_size * gpu", "mfu / 100 * gpu", PLAN),
+    Mutant("training/fit.py", "if rows_per_rank % n == 0", "", PLAN),
+    Mutant("training/rank_sums.py", "if number}", "}", RANK_SUMS),
+    Mutant("scalars.py", "            _totals = None\n", "            pass\n", "tests/test_scalars.py"),
+    Mutant("scalars.py", "value = value.detach()", "pass", "tests/test_scalars.py"),
+    Mutant("optimizers/build.py", "isinstance(x, torch.Tensor) and x.ndim > 0", "True", DRY_RUN),
     Mutant(
         "training/step_time.py",
         "    if not config.data.mask_documents:\n        return 1.0, 0.0\n",

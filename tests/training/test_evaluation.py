@@ -81,6 +81,9 @@ def test_task_results_are_those_of_the_checkpoint_with_tokens_and_flops(
     for metric in ("acc", "acc_norm"):
         assert last[f"tasks/sciq/{metric}"] == expected.metrics["sciq"][metric]
     assert last["tasks/sciq/num_documents"] == 8
+    # max_length is the run's 32
+    assert last["tasks/sciq/num_cut"] == expected.cut["sciq"].num_cut > 0
+    assert last["tasks/sciq/num_fewshot"] == 0
     launch = lines[0]["launch"]
     assert launch["num_ranks"] == 2
     assert launch["num_parameters"] == sum(p.numel() for p in load_model(evaluated).parameters())
@@ -176,6 +179,9 @@ def test_an_evaluation_interrupted_by_a_kill_is_repeated_by_the_next_launch(
     assert again[-1] == lost
     assert 0 < lost["validation_documents"] < 10
     assert lost["validation_tokens"] == 999 - lost["validation_documents"]
+    # of rows of 32 tokens
+    assert 0 < lost["validation_cut_documents"] <= lost["validation_documents"]
+    assert f"documents, {lost['validation_cut_documents']} cut into rows)" in printed
     assert lost["validation_stderr"] > 0
     assert f"held-out loss {lost['validation_loss']:.4f} +/- {lost['validation_stderr']:.4f}" in printed
     # not repeated once it is recorded

@@ -11,6 +11,7 @@ import pytest
 import tokenizers
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from config import ConfigError
 from config import load as load_config
@@ -20,7 +21,7 @@ from models.checkpoint.load import load_model
 from models.config import ModelConfig
 from models.convert.format import to_config_json, to_hugging_face
 from models.convert.from_hf import convert_from_hf
-from models.init import init_weights, initial_weight
+from models.init import init_weights
 from models.qwen3 import Qwen3
 from models.run_folder import RunFolder
 from tests.training.launch import EXACT, ROOT, SMALL, losses, records, train
@@ -51,9 +52,10 @@ def held_out(folder: Path) -> dict[int, float]:
 
 
 def test_a_parameter_without_an_initial_value_raises() -> None:
-    model = ModelConfig(size="debug", vocab_size=300)
-    with pytest.raises(ValueError, match=r"layers\.0\.attention\.tau \(4,\) has no initial value"):
-        initial_weight(model, "layers.0.attention.tau", torch.Size([4]), 0)
+    model = Qwen3(ModelConfig(size="debug", vocab_size=300))
+    next(model.attention_modules()).register_parameter("tau", nn.Parameter(torch.empty(4)))
+    with pytest.raises(UserError, match=r"layers\.0\.attention\.tau \(4,\) has no initial value"):
+        init_weights(model, 0)
 
 
 def test_a_model_converted_to_parallax_is_trained(corpus: Path, tmp_path: Path) -> None:

@@ -17,11 +17,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 
+from data.progress import format_duration
 from errors import UserError
 from eval.report.run_records import read_run
 from training import log
 from training.log import logger
-from training.metrics import RunMetrics, format_duration, format_progress
+from training.metrics import RunMetrics, format_progress
 from training.metrics_file import JsonlWriter
 from training.run_config import MetricsConfig
 

@@ -65,6 +65,16 @@ def test_labels_of_all_ranks_are_the_documents_tokens_by_number(
     documents = [[*byte_tokenizer.encode(text), byte_tokenizer.end_of_document_id] for text in texts]
     expected = {n: tokens if n and not mask else tokens[1:] for n, tokens in enumerate(documents)}
     assert found == expected
+    if mask:
+        # its labels are in several rows; micro-batches of a rank are rows of T labels
+        rows: dict[int, set[Any]] = defaultdict(set)
+        for place in itertools.product(range(len(ranks[0])), range(world), range(local)):
+            step, rank, row = place
+            labels = ranks[rank][step].labels.reshape(local, seq_len)[row]
+            numbers = ranks[rank][step].documents.reshape(local, seq_len)[row]
+            for number in numbers[labels != IGNORE_INDEX].tolist():
+                rows[number].add(place)
+        assert ranks[0][-1].num_cut_documents == sum(len(each) > 1 for each in rows.values())
 
 
 def test_skipped_rows_have_no_number_and_an_iterator_starts_anew(

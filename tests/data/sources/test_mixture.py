@@ -46,6 +46,9 @@ class _TokenDocuments:
         for number in itertools.count():
             yield Row(tokens=np.zeros(10, dtype=np.int32), next_position={"n": number})
 
+    def progress(self, position: Any) -> float:
+        return 0.0
+
 
 def test_a_token_of_shards_weighs_four_characters_of_text(list_source: Any) -> None:
     text = list_source([["x" * 40] * 9])

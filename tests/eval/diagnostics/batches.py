@@ -29,4 +29,4 @@ def make_batch(lengths: Sequence[int], seq_len: int, *, masked: bool = True, see
         labels = labels.reshape(1, -1)
     else:
         labels = labels.reshape(num_rows, seq_len)
-    return HeldOutBatch(inputs, labels, document[1:].reshape(labels.shape), len(lengths))
+    return HeldOutBatch(inputs, labels, document[1:].reshape(labels.shape), len(lengths), 0, 1.0)

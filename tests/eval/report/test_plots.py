@@ -61,8 +61,8 @@ def grid(tmp_path: Path) -> list[Path]:
     return [
         *seeds(tmp_path, "softmax", (2.50, 2.54, 2.52)),
         *seeds(tmp_path, "parallax", (2.40, 2.41, 2.42)),
-        *seeds(tmp_path, "softmax", (2.60, 2.61, 2.65), optimizer="adamw"),
-        *seeds(tmp_path, "parallax", (2.55, 2.55, 2.56), optimizer="adamw"),
+        *seeds(tmp_path, "softmax", (2.60, 2.61, 2.65), rate, "0.002", optimizer="adamw"),
+        *seeds(tmp_path, "parallax", (2.55, 2.55, 2.56), rate, "0.002", optimizer="adamw"),
         *seeds(tmp_path, "parallax", (2.45,), rate, "0.02"),
         *seeds(tmp_path, "parallax", (2.43,), rate, "0.005"),
     ]

@@ -96,7 +96,7 @@ def test_arms_are_compared_at_their_best_learning_rates(tmp_path: Path) -> None:
         ),
         *seeds(tmp_path, "parallax", (2.42, 2.40), rate, "0.02"),
         *seeds(tmp_path, "parallax", (2.45,)),
-        *seeds(tmp_path, "parallax", (2.9,), optimizer="adamw"),
+        *seeds(tmp_path, "parallax", (2.9,), rate, "0.002", optimizer="adamw"),
         # stopped at a loss of NaN
         make_run(tmp_path / "x", [launch(), *training(2.0, last=3)], rate, "0.4"),
     ]
@@ -188,6 +188,11 @@ def test_the_tokens_and_documents_behind_a_held_out_loss_stand_beside_it(tmp_pat
     counts = {"validation_tokens": 99_859, "validation_documents": 141, "validation_stderr": 0.3}
     folder = make_run(tmp_path / "a", [launch(), *training(2.0), {**held_out(STEPS, 2.0), **counts}])
     row = cells(report([folder], tmp_path), "Results", "Parallax, Muon")
+    assert "Documents cut into rows" not in row
+    counts["validation_cut_documents"] = 0
+    folder = make_run(tmp_path / "b", [launch(), *training(2.0), {**held_out(STEPS, 2.0), **counts}])
+    row = cells(report([folder], tmp_path), "Results", "Parallax, Muon")
+    assert row["Documents cut into rows"] == "0"
     assert row["Held-out tokens"] == "99,859"
     assert row["Held-out documents"] == "141"
     assert row["S.e. over documents (nats/token)"] == "0.3000"

@@ -55,6 +55,23 @@ def test_a_task_is_not_confused_with_one_whose_name_it_begins(tmp_path: Path) ->
     assert [cells(text, "Results", row)["LAMBADA perplexity"] for row in rows] == ["19.00", "-"]
 
 
+def test_what_was_cut_and_the_few_shot_examples_are_shown_and_the_latter_must_be_equal(
+    tmp_path: Path,
+) -> None:
+    folders = []
+    for name, num_fewshot in (("parallax", 0), ("softmax", 5)):
+        folders.append(make_run(tmp_path / name, [launch(), *training(2.0)], name=f"debug_{name}_muon"))
+        counts = {"num_requests": 4, "num_cut": num_fewshot + 1, "num_tokens": 90, "num_dropped": 7}
+        checkpoint = folders[-1] / "checkpoint" / f"step-{STEPS}"
+        more = {"cut": {"sciq": counts}, "num_fewshot": {"sciq": num_fewshot}}
+        write_results(folders[-1] / "tasks" / "results.json", checkpoint, {"sciq": 0.5}, 4, **more)
+    text = report(folders, tmp_path, allow_different=True)
+    assert [*cells(text, "All tasks", "sciq/num_cut").values()][1:] == ["1", "6"]
+    assert [*cells(text, "All tasks", "sciq/num_fewshot").values()][1:] == ["0", "5"]
+    with pytest.raises(ValueError, match="sciq/num_fewshot is 0 in parallax and 5 in softmax"):
+        report(folders, tmp_path)
+
+
 def test_results_of_a_later_evaluation_of_a_checkpoint_are_included(tmp_path: Path) -> None:
     folders = []
     for name in ("parallax", "softmax"):

@@ -11,10 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing as mp
 
+from errors import UserError
 from eval.scoring.groups import Group, Scores, rows_of
 from eval.scoring.language_model import LanguageModel, Qwen3Model
+from eval.scoring.requests import truncate
 from eval.scoring.saved_results import SavedResults
-from eval.scoring.scorer import Scorer, group_requests, plan_batches, truncate, windows
+from eval.scoring.scorer import Scorer, group_requests, plan_batches, windows
 from models.config import SoftmaxConfig
 from tests.eval.conftest import build, ids
 
@@ -145,6 +147,20 @@ def test_saved_results_of_another_checkpoint_are_refused(tmp_path: Path) -> None
     path.write_text('["fingerprint", "a"]\nnonsense\n')
     with pytest.raises(ValueError, match=r"requests.jsonl, line 2 is not a saved result"):
         SavedResults(path, "a")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'["fingerprint", "f"]\n3\n', "line 2 is not a saved result"),
+        (b'["fingerprint", "f"]\n["k", "\xe9"]\n', "is not UTF-8: byte 8 of line 2 is 0xe9"),
+    ],
+)
+def test_a_damaged_file_of_results_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "requests.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"{path}.*{message}"):
+        SavedResults(path, "f")
 
 
 def test_equal_prompts_are_generated_once_and_saved(tmp_path: Path) -> None:

@@ -155,7 +155,8 @@ def test_options_out_of_range_raise() -> None:
 
 def test_streamed_text_has_whole_characters_and_ends_before_a_stop_string(byte_tokenizer: Tokenizer) -> None:
     ids = byte_tokenizer.encode("caf\u00e9 \u20ac END tail").ids
-    text, stop = TextStream(byte_tokenizer, ["END", "never"]), stop_at(byte_tokenizer, ["END", "never"])
+    decode, strings = byte_tokenizer.decode, ["END", "never"]
+    text, stop = TextStream(decode, strings, []), stop_at(decode, strings, [[]])
     shown, count = [], 0
     for count in range(1, len(ids) + 1):
         shown.append(text.add(ids[count - 1]))
