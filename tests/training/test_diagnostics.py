@@ -137,6 +137,16 @@ def test_a_resume_cuts_the_records_back_and_repeats_none(
     assert {**again, "seconds": 0} == {**lines[-1], "seconds": 0}
 
 
+def test_a_failure_on_one_rank_is_recorded_and_training_continues(corpus: Path, tmp_path: Path) -> None:
+    program = ("-m", "tests.training.failing_diagnostics")
+    train("debug_parallax_muon", corpus, tmp_path, *EXACT, *OFTEN, ranks=2, program=program)
+    (failure,) = (record for record in records(tmp_path) if "eval_error" in record)
+    assert failure["step"] == 0
+    assert failure["eval_error"] == "diagnostics: rank 1: RuntimeError: out of memory"
+    assert [record["step"] for record in diagnostics(tmp_path)] == [2, 4, 5]
+    assert len(losses(tmp_path)) == 5
+
+
 def test_without_held_out_documents_there_are_none_and_the_run_says_so(corpus: Path, tmp_path: Path) -> None:
     words = ("--data.validation", "none", "--training.stop_at_step", "1")
     path = ROOT / "configs" / "debug_parallax_muon.toml"
