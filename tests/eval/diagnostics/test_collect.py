@@ -1,9 +1,14 @@
 """Measurements of whole models, of every attention: as dense computations, and without traces."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from eval.diagnostics import collect as collect_module
 from eval.diagnostics.collect import LayerDiagnostics, collect
@@ -140,6 +145,29 @@ def test_nothing_is_left_behind_in_a_compiled_model_and_nothing_drawn_at_random(
     assert all(parameter.grad is None for parameter in model.parameters())
     eager = collect(build(ParallaxConfig()), SAMPLE, set="cheap")
     assert layers == eager
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_sharded_weights_are_sharded_again(
+    fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unsharded = collect(build(ParallaxConfig()), SAMPLE, set="cheap")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = build(ParallaxConfig())
+        mesh = init_device_mesh("cpu", (1,))
+        groups: list[Any] = [[model.tok_embeddings, model.norm, model.output], *model.layers, model]
+        for group in groups:
+            fully_shard(group, mesh=mesh, reshard_after_forward=False)
+        if fails:
+            monkeypatch.setattr(collect_module, "measure_layer", lambda *_, **__: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                collect(model, SAMPLE, set="cheap")
+        else:
+            assert collect(model, SAMPLE, set="cheap") == unsharded
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_failed_measurement_is_raised_when_the_forward_has_ended(
