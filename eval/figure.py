@@ -50,10 +50,33 @@ def new_axes(*, title: str, x: str, y: str) -> tuple[Figure, Axes]:
         x: Label of the x axis, in sentence case, with its unit in parentheses.
         y: Label of the y axis, likewise.
     """
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, ((axes,),) = new_panels(1, 1, size=(6.4, 4.2))
     axes.set_title(title, fontsize=11)
+    label_axes(axes, x=x, y=y)
+    return figure, axes
+
+
+def new_panels(
+    num_rows: int, num_columns: int, *, size: tuple[float, float]
+) -> tuple[Figure, list[list[Axes]]]:
+    """Create a figure with a grid of axes.
+
+    Args:
+        num_rows: Rows of the grid.
+        num_columns: Columns of the grid.
+        size: Width and height in inches.
+
+    Returns:
+        The figure, and its axes row by row.
+    """
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(num_rows, num_columns, squeeze=False)
+    return figure, [list(row) for row in grid]
+
+
+def label_axes(axes: Axes, *, x: str, y: str) -> None:
+    """Label axes and give them the look of all figures: a faint grid, no frame above and to the right."""
     axes.set_xlabel(x, fontsize=10)
     axes.set_ylabel(y, fontsize=10)
     axes.tick_params(labelsize=9, color=_INK)
@@ -61,15 +84,18 @@ def new_axes(*, title: str, x: str, y: str) -> tuple[Figure, Axes]:
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    return figure, axes
 
 
-def add_legend(axes: Axes) -> None:
-    """Add a legend below the axes, where it covers no curve, in as many columns as fit."""
-    handles, labels = axes.get_legend_handles_labels()
-    if not handles:
+def add_legend(*panels: Axes) -> None:
+    """Add a legend below all axes of a figure, where it covers no curve, in as many columns as fit."""
+    found: dict[str, Any] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    if not found:
         return
-    figure = axes.get_figure()
+    labels, handles = list(found), list(found.values())
+    figure = panels[0].get_figure()
     assert isinstance(figure, Figure)
     width = 0.75 + 0.064 * max(map(len, labels))  # of a column in inches
     num_columns = max(1, min(len(labels), int(figure.get_figwidth() / width)))

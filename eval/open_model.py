@@ -86,6 +86,17 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_out(out: Path | None) -> None:
+    """Raise unless --out can be a folder.
+
+    Raises:
+        UserError: It, or a part of its path, is a file.
+    """
+    file = next((path for path in (out, *out.parents) if path.is_file()), None) if out is not None else None
+    if file is not None:
+        raise UserError(f"--out is {out}, but {file} is a file; want a folder")
+
+
 def check_at_least_1(options: argparse.Namespace, name: str) -> None:
     """Raise unless an option is at least 1, or was not given.
 

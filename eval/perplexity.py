@@ -14,57 +14,28 @@ predicted tokens:
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import get_args
 
-from data.config import Source
 from data.progress import Progress
-from data.sources.base import DocumentSource
-from data.sources.cli import add_source_arguments, source_from
-from data.sources.open import open_source
 from errors import UserError, run_command
 from eval.distributed import is_main_rank
-from eval.open_model import OpenedModel, add_model_arguments, check_at_least_1, open_model, ranks
-from eval.scored_text import Mode, held_out_source
+from eval.open_model import add_model_arguments, check_at_least_1, check_out, open_model, ranks
+from eval.scored_text import Mode
+from eval.source_options import open_documents, parse_source, source_parser
 from eval.text_loss import TextLoss, format_result, text_loss
 
-
-def _open_source(opened: OpenedModel, named: Source | None) -> DocumentSource:
-    source, split = held_out_source(opened.table.get("data", {})) if named is None else (named, "all")
-    return open_source(source, tokenizer_fingerprint=opened.tokenizer.fingerprint, split=split)
-
-
-def _source_parser() -> argparse.ArgumentParser:
-    """Return a parser of SOURCE alone: SOURCE is optional, but one of its options is required."""
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.perplexity", usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False
-    )
-    add_source_arguments(parser)
-    return parser
-
-
-def _parse_source(words: list[str]) -> Source | None:
-    """Parse SOURCE; None without words. Words that are not its options end in an argparse error."""
-    if not words:
-        return None
-    parser = _source_parser()
-    known = set(re.findall(r"--[a-z][a-z-]*", parser.format_help()))
-    options = [word for word in words if word.startswith("-")]
-    unknown = [word for word in options if word.startswith("--") and word.partition("=")[0] not in known]
-    if unknown or not options:
-        parser.error(f"unrecognized arguments: {' '.join(unknown or words)}")
-    return source_from(parser.parse_args(words))
+_PROGRAM = "python -m eval.perplexity"
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m eval.perplexity",
+        prog=_PROGRAM,
         description=__doc__,
-        epilog=f"SOURCE:\n\n{_source_parser().format_help()}",
+        epilog=f"SOURCE:\n\n{source_parser(_PROGRAM).format_help()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -80,12 +51,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="for perplexity.json and perplexity.png")
     return parser
-
-
-def _check_out(out: Path | None) -> None:
-    file = next((path for path in (out, *out.parents) if path.is_file()), None) if out is not None else None
-    if file is not None:
-        raise UserError(f"--out is {out}, but {file} is a file; want a folder")
 
 
 def _import_plot() -> Callable[[TextLoss, Path, str], None]:
@@ -109,11 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     options, words = _parser().parse_known_args(arguments)
     out: Path | None = options.out
-    _check_out(out)
+    check_out(out)
     for name in ("limit", "max_tokens"):
         check_at_least_1(options, name)
     plot = None if out is None else _import_plot()
-    named = _parse_source(words)
+    named = parse_source(_PROGRAM, words)
     with ranks() as device:
         opened = open_model(options, device)
         progress = Progress(is_on=is_main_rank())
@@ -121,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         result = text_loss(
             opened.model,
             opened.tokenizer,
-            _open_source(opened, named),
+            open_documents(opened, named),
             mode=options.mode,
             stride=options.stride,
             limit=options.limit,

@@ -5,6 +5,7 @@ config.toml         the resolved config; config.1.toml, config.2.toml, ... are t
 tokenizer/          the run's own tokenizer (models/run_tokenizer.py)
 metrics.jsonl       every step
 log.txt             what a sweep's launches of the run printed
+diagnostics.jsonl   diagnostics of the attention (eval/diagnostics/record.py)
 held_out/           samples of held-out text (data/sources/held_out.py)
 checkpoint/step-N/  the state after optimizer step N; complete once it has .metadata
 run.lock            held by the main rank of the launch that uses the folder (data/folder_lock.py)
@@ -60,6 +61,11 @@ class RunFolder:
     def log_file(self) -> Path:
         """What the launches of a sweep printed."""
         return self.path / "log.txt"
+
+    @property
+    def diagnostics_file(self) -> Path:
+        """The diagnostics of the attention."""
+        return self.path / "diagnostics.jsonl"
 
     @property
     def tokenizer(self) -> Path:

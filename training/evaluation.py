@@ -1,4 +1,4 @@
-"""Evaluation during training: held-out loss, sampled continuations, downstream tasks.
+"""Evaluation during training: held-out loss, diagnostics, sampled continuations, downstream tasks.
 
 The held-out loss is computed with the sharded model, as in training. Samples and tasks use an unsharded copy
 of the model on every rank, in the run's precision, which is freed afterwards. If they fail on any rank, they
@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from data.progress import Progress
 from data.titan import build_validation_loader
 from data.tokenizer import Tokenizer
+from eval.diagnostics.record import LAYERS
 from eval.distributed import EvaluationError, RankSafeModel, is_main_rank, run_on_all_ranks
 from eval.held_out import HeldOutLoss, held_out_loss
 from eval.report.task_records import Record, task_record
@@ -29,6 +30,7 @@ from models.generation.text_stream import decode_behind
 from models.qwen3 import Qwen3
 from models.run_folder import RunFolder
 from training.average import WeightAverage
+from training.diagnostics import Diagnostics
 from training.log import logger
 from training.metrics import RunMetrics
 from training.non_finite import NonFiniteLossError
@@ -78,6 +80,7 @@ class Evaluator:
         self.metrics = metrics
         self.monitor = monitor
         self.device = device
+        self.diagnostics = Diagnostics(config, tokenizer, model, metrics, device)
 
     def are_tasks_due(self, step: int) -> bool:
         """Return whether tasks are evaluated after a step; a checkpoint is written before."""
@@ -104,10 +107,17 @@ class Evaluator:
         has_loss = is_due and "validation_loss" not in recorded
         has_samples = is_due and bool(self.config.eval.sample_prompts) and "samples" not in recorded
         has_tasks = self.are_tasks_due(step) and "task_seconds" not in recorded
-        if not (has_loss or has_samples or has_tasks):
+        has_diagnostics = self.diagnostics.is_due(step) and LAYERS not in recorded
+        if not (has_loss or has_samples or has_tasks or has_diagnostics):
             return None
         progress = self.metrics.progress(tokens)
         result = self._evaluate_held_out(step, progress) if has_loss else None
+        if has_diagnostics:
+            self.monitor.enter_slow("diagnostics")
+            try:
+                self.diagnostics.measure(step, progress)
+            except EvaluationError as error:
+                self._record_failure(step, "diagnostics", error, progress)
         if has_tasks or has_samples:
             self._evaluate_unsharded(step, progress, has_samples=has_samples, has_tasks=has_tasks)
         self.metrics.reset_throughput()

@@ -18,6 +18,7 @@ from torchtitan.distributed import ParallelDims
 from data.progress import format_duration, format_progress
 from disk import DiskFullError, describe_free, write_text
 from errors import UserError
+from eval.diagnostics.record import means_of_layers
 from models.run_folder import RunFolder
 from training.log import logger
 from training.memory import GIB
@@ -33,6 +34,7 @@ class RunMetrics(MetricsProcessor):
         parallel_dims: Degrees of parallelism.
         config: The [metrics] table.
         resolved_config: The whole config of the run, for wandb.
+        has_diagnostics: Whether the run records diagnostics of the attention.
 
     Raises:
         UserError: The run folder cannot be written, or wandb cannot be started.
@@ -45,6 +47,7 @@ class RunMetrics(MetricsProcessor):
         *,
         config: MetricsConfig,
         resolved_config: Mapping[str, Any],
+        has_diagnostics: bool = False,
     ) -> None:
         super().__init__(job_config, parallel_dims)
         self.config = config
@@ -54,13 +57,17 @@ class RunMetrics(MetricsProcessor):
         self.folder = Path(job_config.job.dump_folder)
         self._num_steps = 0  # of this launch
         self._first_step_end = 0.0
-        self.jsonl = self.wandb_run = None
+        self.jsonl = self.diagnostics_jsonl = self.wandb_run = None
         self.tensorboard: SummaryWriter | None = None  # set by start_recording
         self._ended: set[str] = set()  # sinks that a full disk has ended
         if self.is_main_rank:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self.jsonl = JsonlWriter(RunFolder(self.folder).metrics_file)
+                diagnostics_file = RunFolder(self.folder).diagnostics_file
+                # a file of an earlier launch is cut back even if this one adds nothing to it
+                if has_diagnostics or diagnostics_file.exists():
+                    self.diagnostics_jsonl = JsonlWriter(diagnostics_file)
             except OSError as error:
                 raise UserError(
                     f"run.folder is {str(self.folder)!r}, which cannot be written ({error}); give another one"
@@ -82,7 +89,9 @@ class RunMetrics(MetricsProcessor):
             )
 
     def _write_record(self, record: Mapping[str, Any]) -> None:
-        jsonl = self.jsonl
+        self._append(self.jsonl, record)
+
+    def _append(self, jsonl: JsonlWriter | None, record: Mapping[str, Any]) -> None:
         if jsonl is not None:
             self._guard(jsonl.path.name, lambda: jsonl.write(record))
 
@@ -104,14 +113,9 @@ class RunMetrics(MetricsProcessor):
                 the steps since then that have no record.
         """
         if self.jsonl is not None:
-            has_checkpoint = RunFolder(self.folder).newest_checkpoint() is not None
-            if not has_checkpoint and self.jsonl.has_records_after(last_step or 0):
-                rotated = self.jsonl.rotate()
-                logger.warning(
-                    f"{self.folder} has no checkpoint to resume from; the metrics of the previous launch are "
-                    f"kept in {rotated}"
-                )
-            self.jsonl.truncate_after(-1 if last_step is None else last_step)
+            self._cut_back(self.jsonl, last_step)
+            if self.diagnostics_jsonl is not None:
+                self._cut_back(self.diagnostics_jsonl, last_step)
             missing = self.jsonl.missing_steps(first_step, last_step or 0)
             if missing:
                 logger.warning(
@@ -123,9 +127,21 @@ class RunMetrics(MetricsProcessor):
                 self._guard("tensorboard", lambda: self._start_tensorboard(purge_step))
         self.reset_throughput()
 
+    def _cut_back(self, jsonl: JsonlWriter, last_step: int | None) -> None:
+        """Delete the records after a step, or keep all under another name if there is no checkpoint."""
+        has_checkpoint = RunFolder(self.folder).newest_checkpoint() is not None
+        if not has_checkpoint and jsonl.has_records_after(last_step or 0):
+            rotated = jsonl.rotate()
+            logger.warning(
+                f"{self.folder} has no checkpoint to resume from; the metrics of the previous launch are "
+                f"kept in {rotated}"
+            )
+        jsonl.truncate_after(-1 if last_step is None else last_step)
+
     def names_at(self, step: int) -> set[str]:
-        """Return the names of the metrics recorded for a step, on all ranks; a collective call."""
-        names = [self.jsonl.names_at(step) if self.jsonl is not None else set()]
+        """Return the names recorded for a step, diagnostics' too, on all ranks; a collective call."""
+        files = [each for each in (self.jsonl, self.diagnostics_jsonl) if each is not None]
+        names = [{name for each in files for name in each.names_at(step)}]
         torch.distributed.broadcast_object_list(names)
         return names[0]
 
@@ -216,6 +232,19 @@ class RunMetrics(MetricsProcessor):
             metrics: Numbers, None for one that is not available, and texts; metrics.jsonl alone gets these.
         """
         self._write_record({"step": step, **metrics})
+        self._record_numbers(step, metrics)
+
+    def record_diagnostics(self, step: int, record: Mapping[str, Any]) -> None:
+        """Append to diagnostics.jsonl, and write the means of layers to the other sinks.
+
+        Args:
+            step: Completed optimizer steps.
+            record: From eval.diagnostics.record.make_record.
+        """
+        self._append(self.diagnostics_jsonl, {"step": step, **record})
+        self._record_numbers(step, means_of_layers(record))
+
+    def _record_numbers(self, step: int, metrics: Mapping[str, Any]) -> None:
         numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
         if self.tensorboard is not None:
             self._guard("tensorboard", lambda: _add_scalars(self.tensorboard, step, numbers))
@@ -247,8 +276,9 @@ class RunMetrics(MetricsProcessor):
     def close(self) -> None:
         """Flush and close every sink."""
         super().close()
-        if self.jsonl is not None:
-            self.jsonl.close()
+        for jsonl in (self.jsonl, self.diagnostics_jsonl):
+            if jsonl is not None:
+                jsonl.close()
         if self.tensorboard is not None:
             self._guard("tensorboard", self.tensorboard.close)
         if self.wandb_run is not None:

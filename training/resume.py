@@ -24,6 +24,9 @@ from training.saved_config import (
     training_differences,
 )
 
+# a run that has finished may be launched with others: what is not on record is made up for
+_WATCHING_TABLES = ("eval.", "diagnostics.")
+
 
 @dataclass(frozen=True)
 class StartPoint:
@@ -128,7 +131,7 @@ def start_warnings(config: RunConfig, start: StartPoint, fingerprint: str) -> li
 
 
 def describe_finished(config: RunConfig, step: int) -> str:
-    """Describe a run that has nothing left to train, and the keys of [eval] that its config has otherwise."""
+    """Describe a run that has nothing left to train, and the keys that its config has otherwise."""
     saved = RunFolder(Path(config.run.folder)).read_config()
     differing = [] if saved is None else config_differences(config, saved)
     return (
@@ -271,11 +274,11 @@ def _check_same_origin(config: RunConfig, saved: Table) -> None:
 def _check_unfinished(config: RunConfig, saved: Table, step: int) -> None:
     """Raise if nothing is left to train, and the steps were trained with another config.
 
-    Other keys of [eval] are no reason: evaluations that are not on record are made up for.
+    Other keys of [eval] and [diagnostics] are no reason.
     """
     if step < config.training.last_step:
         return
-    differing = [each for each in config_differences(config, saved) if not each.startswith("eval.")]
+    differing = [each for each in config_differences(config, saved) if not each.startswith(_WATCHING_TABLES)]
     if differing:
         raise UserError(
             f"{config.run.folder} has finished at step {step} with another config: {'; '.join(differing)}. "

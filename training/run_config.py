@@ -8,6 +8,7 @@ from data.config import DataConfig
 from data.loading.global_batch import gradient_accumulation_steps
 from errors import UserError, check_not_empty, check_range
 from eval.config import EvalConfig
+from eval.diagnostics.config import DiagnosticsConfig
 from models.config import ModelConfig
 from optimizers.config import OptimizerConfig, ScheduleConfig
 from training.other_names import OTHER_NAMES
@@ -271,6 +272,7 @@ class RunConfig:
         average: Moving average of the weights.
         data: Tokenizer, documents and packing.
         eval: Evaluation during training.
+        diagnostics: Diagnostics of the attention during training.
         parallelism: FSDP2 or HSDP.
         checkpoint: Checkpoints, and what the run starts from.
         metrics: Metrics and profiles.
@@ -286,9 +288,13 @@ class RunConfig:
     data: DataConfig
     average: AverageConfig = field(default_factory=AverageConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+
+    def __post_init__(self) -> None:
+        self.diagnostics.check_layers(self.model.dimensions.num_layers)
 
     @staticmethod
     def name_after_file(table: dict[str, Any], path: Path) -> None:
@@ -318,7 +324,14 @@ class RunConfig:
             value = getattr(self.eval, name)
             if value is not None and not is_read:
                 told.append(f"eval.{name} is {value}, but {reason}: it has no effect")
+        if self.diagnostics.every is not None and not self.has_diagnostics:
+            told.append("diagnostics need data.validation, which is none: there will be none")
         return told
+
+    @property
+    def has_diagnostics(self) -> bool:
+        """Whether the attention is measured during training, on held-out rows."""
+        return self.diagnostics.every is not None and self.data.validation is not None
 
     @property
     def tokens_per_step(self) -> int:

@@ -119,7 +119,11 @@ def build_train_spec(config: RunConfig, tokenizer: Tokenizer) -> TrainSpec:
         build_tokenizer_fn=None,
         build_loss_fn=lambda job, **parts: cross_entropy,
         build_metrics_processor_fn=lambda job, dims, args: RunMetrics(
-            job, dims, config=config.metrics, resolved_config=to_table(config)
+            job,
+            dims,
+            config=config.metrics,
+            resolved_config=to_table(config),
+            has_diagnostics=config.has_diagnostics,
         ),
     )
 

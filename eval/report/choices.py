@@ -19,7 +19,10 @@ NO_KEY = "-"
 """The value of a key that a run's kind of attention or optimizer does not have."""
 
 # names, folders, and what changes how a run is computed, watched or measured, and not what is computed
-_FREE_PREFIXES = ("run.", "checkpoint.", "metrics.", "parallelism.", "eval.", "average.")
+_FREE_PREFIXES = (
+    *("run.", "checkpoint.", "metrics.", "parallelism."),
+    *("eval.", "average.", "diagnostics."),
+)
 _FREE_KEYS = (
     *(*SEED_KEYS, "data.prefetch_batches", "data.tokenizer", "model.attention.impl"),
     *("training.stop_at_step", "training.stop_at_tokens"),

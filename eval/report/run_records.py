@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from errors import UserError
+from eval.diagnostics.record import compact, read_records
 from eval.report.task_records import Record, merge_tasks, read_results
 from models.run_folder import RunFolder, step_of
 
@@ -23,6 +24,7 @@ class RunRecord:
         held_out: Records of the held-out loss by step, with "tokens", "flops", "seconds" as in steps.
         tasks: Task records by step, merged by merge_tasks from those of training and of results.json files.
             "origins": task -> path of its results.json, None for training.
+        diagnostics: Records of diagnostics by step, as eval.diagnostics.record.compact returns them.
         num_trunk_steps: Number of steps that the trunk took.
         notes: Damaged lines and missing parts, for the report.
     """
@@ -32,6 +34,7 @@ class RunRecord:
     steps: list[Record] = field(default_factory=list)
     held_out: list[Record] = field(default_factory=list)
     tasks: list[Record] = field(default_factory=list)
+    diagnostics: list[Record] = field(default_factory=list)
     num_trunk_steps: int = 0
     notes: list[str] = field(default_factory=list)
 
@@ -160,6 +163,20 @@ def _read_folder(folder: Path, seen: tuple[Path, ...] = ()) -> tuple[Record, lis
     return config, trunk + [r for r in own if r["step"] > step], step, notes + parent_notes
 
 
+def _read_diagnostics(folder: Path, config: Record, seen: tuple[Path, ...] = ()) -> list[Record]:
+    """Return the diagnostics of a run by step, those of a branch with its trunk's."""
+    file = RunFolder(folder).diagnostics_file
+    own = [compact(record) for record in read_records(file)] if file.exists() else []
+    start_from = config.get("checkpoint.start_from")
+    step = None if start_from is None else step_of(Path(start_from))
+    if start_from is None or step is None or folder.resolve() in seen:
+        return own
+    parent = _parent_folder(folder, Path(start_from))
+    table = RunFolder(parent).read_config()
+    earlier = _read_diagnostics(parent, flatten(table or {}), (*seen, folder.resolve()))
+    return [r for r in earlier if r["step"] <= step] + [r for r in own if r["step"] > step]
+
+
 def _is_run(folder: Path) -> bool:
     run = RunFolder(folder)
     return run.metrics_file.exists() or run.config_file.exists()
@@ -254,6 +271,7 @@ def read_run(folder: Path) -> RunRecord:
         steps=steps,
         held_out=held_out,
         tasks=tasks,
+        diagnostics=_read_diagnostics(folder, config),
         num_trunk_steps=sum(step["step"] <= trunk_step for step in steps),
         notes=notes,
     )

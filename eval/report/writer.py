@@ -6,10 +6,13 @@ from pathlib import Path
 
 from disk import write_text
 from errors import UserError
+from eval.diagnostics.families import FAMILIES
+from eval.diagnostics.plots import plot_by_context, plot_family
 from eval.report import plots
 from eval.report.comparable import incomparable
 from eval.report.cost_table import cost_notes, cost_table
 from eval.report.curves import SMOOTHED_PART
+from eval.report.diagnostics_arms import diagnostics_arms
 from eval.report.difference_tables import arms_table, differences_note, differences_table
 from eval.report.gradient_plot import plot_gradient_norms
 from eval.report.rate_plot import plot_rates
@@ -120,6 +123,10 @@ def _plot_lines(rows: Sequence[Row], baseline: Row | None, out: Path) -> list[st
     add("differences", title, partial(plots.plot_differences, rows, styles, baseline))
     add("learning_rates", "Loss against learning rate", partial(plot_rates, make_arms(rows), styles))
     add("gradient_norm", "Gradient norm", partial(plot_gradient_norms, rows, styles))
+    arms = diagnostics_arms(rows, styles)
+    for family in FAMILIES:
+        add(family.file, f"Diagnostics: {family.title}", partial(plot_family, arms, family))
+    add("diagnostics_by_context", "Diagnostics: By context length", partial(plot_by_context, arms))
     notes = (
         "Means over seeds; bands and error bars are one standard error. Training losses are running means "
         f"over 1/{SMOOTHED_PART} of a run. Color tells the attention, line style and filling the optimizer; "

@@ -91,6 +91,11 @@ class Qwen3Model(LanguageModel):
         # sharded weights are gathered in a forward of the whole model only
         self._can_extend = has_kv_cache and not any(isinstance(weight, DTensor) for weight in weights)
 
+    @property
+    def qwen3(self) -> Qwen3:
+        """The model itself."""
+        return self._model
+
     def row_lengths(self, group: Group) -> list[int]:
         """See LanguageModel."""
         rows = rows_of(group)

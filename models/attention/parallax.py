@@ -60,8 +60,12 @@ class ParallaxAttention(KeyValueAttention):
         if config.r_heads == "kv":
             r_BTHK = r_BTHK.repeat_interleave(self.size.num_heads // self.size.num_kv_heads, dim=2)
         if config.gate is not None:
-            r_BTHK = r_BTHK * torch.sigmoid(self.wg(x_BTD)).unsqueeze(-1)
+            r_BTHK = r_BTHK * self.openness(x_BTD).unsqueeze(-1)
         return r_BTHK
+
+    def openness(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """Compute the gate of the probe, `[B, T, H]`, or `[B, T, 1]` for one per token."""
+        return torch.sigmoid(self.wg(x_BTD))
 
     def attend(
         self,

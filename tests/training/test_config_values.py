@@ -111,10 +111,11 @@ def test_evaluation_keys_without_effect_are_said(caplog: pytest.LogCaptureFixtur
     assert run.unread_keys() == [
         "eval.every is 5, but data.validation is none: it has no effect",
         "eval.tasks_limit is 3, but eval.tasks is empty: it has no effect",
+        "diagnostics need data.validation, which is none: there will be none",
     ]
     assert re.search("^note +eval.every is 5, but", dry_run(run, 1), re.MULTILINE)
     # samples are generated at the same steps
-    assert load(*words[:3], '--eval.sample_prompts=["a"]').unread_keys() == []
+    assert load(*words[:3], '--eval.sample_prompts=["a"]', "--diagnostics.every=none").unread_keys() == []
     assert load("--eval.every=5").unread_keys() == []
 
 
