@@ -104,6 +104,11 @@ _HARD_CHANGES: dict[Task, dict[str, tuple[int | float, ...]]] = {
 }
 
 
+def tasks_of(level: Level) -> list[Task]:
+    """Return the tasks that have settings of a level: all, but at "hard" not memorization."""
+    return [task for task in TASKS if level != "hard" or task in _HARD_CHANGES]
+
+
 def settings(task: Task, level: Level) -> list[Setting]:
     """Return the settings of a task.
 
@@ -119,7 +124,7 @@ def settings(task: Task, level: Level) -> list[Setting]:
     if level == "baseline":
         return [baseline]
     if level == "hard" and task not in _HARD_CHANGES:
-        tasks = ",".join(_HARD_CHANGES)
+        tasks = ",".join(tasks_of(level))
         raise UserError(f"--tasks {task} has no settings at --level hard; want --tasks {tasks}")
     changes = _HARD_CHANGES[task] if level == "hard" else _CHANGES[task]
     changed = [replace(baseline, **{name: value}) for name, values in changes.items() for value in values]

@@ -41,28 +41,39 @@ _HIDDEN = r"encoder\.layers\.\d+\.(attention\.w[qkvorz]|mlp\.(gate|up|down))\.we
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """One training run of the grid of a setting.
+class Recipe:
+    """What is scored, on any setting: a column of the table of scores.
 
     Attributes:
         attention: The attention, as attention.kind of a config.
-        setting: The sizes.
         optimizer: "adamw", or "muon" for the matrices of attention and MLP with AdamW for the rest.
-        lr: Learning rate; with muon that of Muon, beside AdamW at 1e-3.
-        weight_decay: Decoupled weight decay of all parameters.
         schedule: "constant", which mad-lab's code runs, or "cosine" by epoch down to 1e-6, which it asks for.
         seed: Seed of data, weights and order.
         max_epochs: Epochs, unless the test accuracy reaches 0.999 before.
     """
 
     attention: str
-    setting: Setting
     optimizer: Optimizer = "adamw"
-    lr: float
-    weight_decay: float
     schedule: Schedule = "constant"
     seed: int = 12345
     max_epochs: int = MAX_EPOCHS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training run of the grid of a setting.
+
+    Attributes:
+        recipe: Attention, optimizer, schedule, seed and epochs.
+        setting: The sizes.
+        lr: Learning rate; with Muon its own, beside AdamW at 1e-3.
+        weight_decay: Decoupled weight decay of all parameters.
+    """
+
+    recipe: Recipe
+    setting: Setting
+    lr: float
+    weight_decay: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,28 +93,17 @@ class Outcome:
     seconds: float
 
 
-def grid(
-    attention: str, setting: Setting, optimizer: Optimizer, schedule: Schedule, seed: int, max_epochs: int
-) -> list[Run]:
+def grid(recipe: Recipe, setting: Setting) -> list[Run]:
     """Return the runs of a setting, of which the best counts: three rates by two weight decays."""
     return [
-        Run(
-            attention=attention,
-            setting=setting,
-            optimizer=optimizer,
-            lr=lr,
-            weight_decay=weight_decay,
-            schedule=schedule,
-            seed=seed,
-            max_epochs=max_epochs,
-        )
-        for lr in RATES[optimizer]
+        Run(recipe=recipe, setting=setting, lr=lr, weight_decay=weight_decay)
+        for lr in RATES[recipe.optimizer]
         for weight_decay in WEIGHT_DECAYS
     ]
 
 
 def _groups(run: Run) -> dict[str, ParameterGroup]:
-    if run.optimizer == "adamw":
+    if run.recipe.optimizer == "adamw":
         return {"all": AdamWGroup(parameters=[".*"], lr=run.lr, weight_decay=run.weight_decay, beta2=_BETA2)}
     return {
         "hidden": MuonGroup(parameters=[_HIDDEN], lr=run.lr, weight_decay=run.weight_decay, scale="spectral"),
@@ -127,9 +127,10 @@ def set_rates(optimizers: list[GroupOptimizer], run: Run, epoch: int) -> None:
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         base = group["base_lr"]
         schedule = ScheduleConfig(
-            kind=run.schedule, min_lr_ratio=_MIN_RATE / base if run.schedule == "cosine" else 0.0
+            kind=run.recipe.schedule,
+            min_lr_ratio=_MIN_RATE / base if run.recipe.schedule == "cosine" else 0.0,
         )
-        group["lr"] = base * lr_factor(epoch, schedule, run.max_epochs)
+        group["lr"] = base * lr_factor(epoch, schedule, run.recipe.max_epochs)
 
 
 def _train_epoch(
@@ -165,14 +166,14 @@ def train(run: Run, device: torch.device) -> Outcome:
         UserError: There is no such attention.
     """
     start = time.perf_counter()
-    model = build_model(run.attention, run.setting, run.seed).to(device)
+    model = build_model(run.recipe.attention, run.setting, run.recipe.seed).to(device)
     train_set, test_set = (
-        tuple(x.to(device) for x in examples) for examples in draw_sets(run.setting, run.seed)
+        tuple(x.to(device) for x in examples) for examples in draw_sets(run.setting, run.recipe.seed)
     )
     optimizers = build_optimizers(model, run)
-    shuffle = torch.Generator().manual_seed(run.seed)
+    shuffle = torch.Generator().manual_seed(run.recipe.seed)
     accuracy, loss, epoch = 0.0, float("nan"), 0
-    for epoch in range(run.max_epochs):
+    for epoch in range(run.recipe.max_epochs):
         set_rates(optimizers, run, epoch)
         order_N = torch.randperm(run.setting.num_train_rows, generator=shuffle).to(device)
         loss = _train_epoch(model, optimizers, *train_set, order_N)

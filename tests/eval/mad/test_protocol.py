@@ -1,7 +1,7 @@
 """The models of MAD, and the protocol by which a run is trained and scored."""
 
 import math
-from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from errors import UserError
 from eval.mad.accuracy import batch_accuracy, macro_accuracy
 from eval.mad.model import AutoEncoder, LanguageModel, attention_kinds, build_model, sinusoids
 from eval.mad.settings import TASKS, Setting, settings
-from eval.mad.train import RATES, Run, build_optimizers, grid, set_rates, train
+from eval.mad.train import RATES, Recipe, Run, build_optimizers, grid, set_rates, train
 from models.attention.base import HeadProjections
 from tokens import IGNORE_INDEX
 
@@ -19,8 +19,9 @@ CPU = torch.device("cpu")
 SMALL = Setting(task="memorization", vocab_size=8, seq_len=4, num_train_rows=256)
 
 
-def _run(setting: Setting, **fields: object) -> Run:
-    return replace(Run(attention="softmax", setting=setting, lr=1e-3, weight_decay=0.0), **fields)
+def _run(*, lr: float = 1e-3, weight_decay: float = 0.0, **fields: Any) -> Run:
+    recipe = Recipe(attention="softmax", **fields)
+    return Run(recipe=recipe, setting=SMALL, lr=lr, weight_decay=weight_decay)
 
 
 @pytest.mark.parametrize("kind", attention_kinds())
@@ -132,10 +133,10 @@ def test_the_score_is_the_mean_over_batches() -> None:
 
 
 def test_a_run_ends_when_it_is_solved() -> None:
-    outcome = train(_run(SMALL, max_epochs=60), CPU)
+    outcome = train(_run(max_epochs=60), CPU)
     assert outcome.accuracy >= 0.999
     assert outcome.num_epochs < 60
-    again = train(_run(SMALL, max_epochs=60), CPU)
+    again = train(_run(max_epochs=60), CPU)
     assert (again.accuracy, again.loss, again.num_epochs) == (
         outcome.accuracy,
         outcome.loss,
@@ -144,12 +145,12 @@ def test_a_run_ends_when_it_is_solved() -> None:
 
 
 def test_muon_solves_it_too() -> None:
-    outcome = train(_run(SMALL, optimizer="muon", lr=1e-2, schedule="cosine", max_epochs=60), CPU)
+    outcome = train(_run(optimizer="muon", lr=1e-2, schedule="cosine", max_epochs=60), CPU)
     assert outcome.accuracy >= 0.999
 
 
 def test_the_grid_is_three_rates_by_two_weight_decays() -> None:
-    runs = grid("softmax", SMALL, "adamw", "constant", 1, 200)
+    runs = grid(Recipe(attention="softmax"), SMALL)
     assert len(set(runs)) == 6
     assert {run.lr for run in runs} == {1e-4, 5e-4, 1e-3}
     assert {run.weight_decay for run in runs} == {0.0, 0.1}
@@ -159,7 +160,7 @@ def test_the_grid_is_three_rates_by_two_weight_decays() -> None:
 @pytest.mark.parametrize("kind", attention_kinds())
 def test_weight_decay_holds_for_every_parameter(kind: str, optimizer: str) -> None:
     model = build_model(kind, settings("compression", "baseline")[0], seed=0)
-    run = _run(SMALL, optimizer=optimizer, weight_decay=0.1)
+    run = _run(optimizer=optimizer, weight_decay=0.1)
     groups = [group for each in build_optimizers(model, run) for group in each.param_groups]
     assert {id(p) for group in groups for p in group["params"]} == {id(p) for p in model.parameters()}
     assert {group["weight_decay"] for group in groups} == {0.1}
@@ -172,7 +173,7 @@ def test_weight_decay_holds_for_every_parameter(kind: str, optimizer: str) -> No
 def test_schedules() -> None:
     model = build_model("softmax", SMALL, seed=0)
     for schedule in ("constant", "cosine"):
-        run = _run(SMALL, schedule=schedule, lr=1e-3, max_epochs=200)
+        run = _run(schedule=schedule, lr=1e-3, max_epochs=200)
         optimizers = build_optimizers(model, run)
         reference = torch.optim.AdamW(model.parameters(), lr=1e-3)
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR(reference, T_max=200, eta_min=1e-6)
