@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from eval.mad.examples import Examples
 from eval.mad.model import compute_logits
 from tokens import IGNORE_INDEX
 
@@ -30,17 +31,16 @@ def macro_accuracy(predictions: Tensor, targets: Tensor, vocab_size: int) -> Ten
 
 
 @torch.inference_mode()
-def batch_accuracy(model: torch.nn.Module, inputs_NT: Tensor, targets_NT: Tensor, batch: int) -> float:
+def batch_accuracy(model: torch.nn.Module, examples: Examples, batch: int) -> float:
     """Return the mean over batches of the macro accuracy of each, as MAD logs and scores it.
 
     Args:
         model: Computes logits `[B, T, V]` of tokens `[B, T]`.
-        inputs_NT: Tokens `[N, T]`, int64.
-        targets_NT: Tokens to predict `[N, T]`, int64.
+        examples: The rows.
         batch: Rows of a batch.
     """
     accuracies = []
-    for inputs_BT, targets_BT in zip(inputs_NT.split(batch), targets_NT.split(batch), strict=True):
+    for inputs_BT, targets_BT in zip(*(x.split(batch) for x in examples), strict=True):
         logits_BTV = compute_logits(model, inputs_BT)
         accuracy = macro_accuracy(logits_BTV.argmax(-1), targets_BT, logits_BTV.shape[-1])
         accuracies.append(accuracy)

@@ -1,7 +1,7 @@
 """The settings of MAD: six tasks, each with a baseline from which one size at a time is changed."""
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from errors import UserError
 
@@ -64,7 +64,7 @@ _BASELINES = (
     Setting(task="compression", vocab_size=16, seq_len=32),
     Setting(task="memorization", vocab_size=256, seq_len=32, num_train_rows=256),
 )
-_CHANGES: dict[Task, dict[str, tuple[int | float, ...]]] = {
+_CHANGES: dict[Task, dict[str, tuple[Any, ...]]] = {
     "in-context-recall": {
         "vocab_size": (32, 64, 128),
         "seq_len": (256, 512, 1024),
@@ -95,7 +95,7 @@ _CHANGES: dict[Task, dict[str, tuple[int | float, ...]]] = {
     "memorization": {"vocab_size": (512, 1024, 2048, 4096, 8192)},
 }
 # our choice: beyond MAD, which ends at a vocabulary of 128 and 1024 tokens
-_HARD_CHANGES: dict[Task, dict[str, tuple[int | float, ...]]] = {
+_HARD_CHANGES: dict[Task, dict[str, tuple[Any, ...]]] = {
     "in-context-recall": {"vocab_size": (256, 512), "seq_len": (2048,)},
     "noisy-in-context-recall": {"vocab_size": (272, 528), "seq_len": (2048,)},
     "fuzzy-in-context-recall": {"vocab_size": (256, 512), "seq_len": (2048,)},

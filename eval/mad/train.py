@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from eval.mad.accuracy import batch_accuracy
-from eval.mad.examples import draw_sets
+from eval.mad.examples import Examples, draw_sets
 from eval.mad.model import build_model, compute_logits
 from eval.mad.settings import Setting
 from optimizers.base import GroupOptimizer
@@ -136,16 +136,15 @@ def set_rates(optimizers: list[GroupOptimizer], run: Run, epoch: int) -> None:
 def _train_epoch(
     model: torch.nn.Module,
     optimizers: list[GroupOptimizer],
-    inputs_NT: torch.Tensor,
-    targets_NT: torch.Tensor,
+    examples: Examples,
     order_N: torch.Tensor,
 ) -> float:
     """Train on all rows in an order; return the mean loss of its batches."""
     losses = []
     for rows_B in order_N.split(BATCH):
-        logits_BTV = compute_logits(model, inputs_NT[rows_B])
+        logits_BTV = compute_logits(model, examples.inputs_NT[rows_B])
         loss = F.cross_entropy(
-            logits_BTV.flatten(0, 1), targets_NT[rows_B].flatten(), ignore_index=IGNORE_INDEX
+            logits_BTV.flatten(0, 1), examples.targets_NT[rows_B].flatten(), ignore_index=IGNORE_INDEX
         )
         loss.backward()
         for optimizer in optimizers:
@@ -168,7 +167,7 @@ def train(run: Run, device: torch.device) -> Outcome:
     start = time.perf_counter()
     model = build_model(run.recipe.attention, run.setting, run.recipe.seed).to(device)
     train_set, test_set = (
-        tuple(x.to(device) for x in examples) for examples in draw_sets(run.setting, run.recipe.seed)
+        Examples(*(x.to(device) for x in examples)) for examples in draw_sets(run.setting, run.recipe.seed)
     )
     optimizers = build_optimizers(model, run)
     shuffle = torch.Generator().manual_seed(run.recipe.seed)
@@ -176,8 +175,8 @@ def train(run: Run, device: torch.device) -> Outcome:
     for epoch in range(run.recipe.max_epochs):
         set_rates(optimizers, run, epoch)
         order_N = torch.randperm(run.setting.num_train_rows, generator=shuffle).to(device)
-        loss = _train_epoch(model, optimizers, *train_set, order_N)
-        accuracy = batch_accuracy(model, *test_set, BATCH)
+        loss = _train_epoch(model, optimizers, train_set, order_N)
+        accuracy = batch_accuracy(model, test_set, BATCH)
         if accuracy >= SOLVED:
             break
     seconds = time.perf_counter() - start

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from errors import UserError
 from eval.mad.accuracy import batch_accuracy, macro_accuracy
+from eval.mad.examples import Examples
 from eval.mad.model import AutoEncoder, LanguageModel, attention_kinds, build_model, sinusoids
 from eval.mad.settings import TASKS, Setting, settings
 from eval.mad.train import RATES, Recipe, Run, build_optimizers, grid, set_rates, train
@@ -52,7 +53,8 @@ def test_softmax_of_width_8_is_torch_attention() -> None:
     module = next(module for module in model.modules() if isinstance(module, HeadProjections))
     q, k, v = (torch.randn(2, 9, 16, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
     got = module.attend(q, None, k, v, None, 9)  # pyrefly: ignore
-    wanted = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    wanted = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     torch.testing.assert_close(got, wanted.transpose(1, 2))
 
 
@@ -129,7 +131,7 @@ def test_the_score_is_the_mean_over_batches() -> None:
 
     targets = torch.tensor([[0, 0], [0, 0], [1, 0], [1, 1]])
     # batches of two rows: all of class 0, then class 0 in full and class 1 not at all
-    assert batch_accuracy(Constant(), targets, targets, 2) == pytest.approx((1.0 + 0.5) / 2)
+    assert batch_accuracy(Constant(), Examples(targets, targets), 2) == pytest.approx((1.0 + 0.5) / 2)
 
 
 def test_a_run_ends_when_it_is_solved() -> None:
