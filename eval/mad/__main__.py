@@ -18,7 +18,7 @@ import torch
 from disk import write_text
 from errors import UserError, run_command
 from eval.mad.model import attention_kinds
-from eval.mad.results import ResultsFile, read_results, task_grids
+from eval.mad.results import open_results, read_results, task_grids
 from eval.mad.settings import TASKS, Level, Task, tasks_of
 from eval.mad.table import score_table
 from eval.mad.train import MAX_EPOCHS, RATES, Outcome, Recipe, Run, Schedule, train
@@ -110,21 +110,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tasks = cast(list[Task], _some_of("--tasks", chosen, TASKS))
     device = _device(options.device)
     others = [read_results(folder) for folder in options.others]
-    if options.out.is_file():
-        raise UserError(f"--out is {options.out}, which is a file; want a folder")
-    file = ResultsFile(options.out, device)
     runs = _runs(options, kinds, tasks)
-    for number, run in enumerate(runs, start=1):
-        if run not in file.outcomes:
-            outcome = train(run, device)
-            file.add(run, outcome)
-            print(f"{number} of {len(runs)}: {_describe(run, outcome)}", flush=True)
-    results: dict[Run, Outcome] = {}
-    for each in (*others, file.outcomes):
-        results |= each
-    text = "\n".join(score_table(results, tasks, options.level).markdown())
-    print(text)
-    write_text(options.out / "mad.md", text + "\n")
+    with open_results(options.out, device) as file:
+        for number, run in enumerate(runs, start=1):
+            if run not in file.outcomes:
+                outcome = train(run, device)
+                file.add(run, outcome)
+                print(f"{number} of {len(runs)}: {_describe(run, outcome)}", flush=True)
+        results: dict[Run, Outcome] = {}
+        for each in (*others, file.outcomes):
+            results |= each
+        text = "\n".join(score_table(results, tasks, options.level).markdown())
+        print(text)
+        write_text(options.out / "mad.md", text + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Results of runs in a folder, and the scores that they add up to."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,19 +10,21 @@ from typing import Any
 import torch
 
 from config import from_table, to_table
+from data.folder_lock import FolderLock, LockedError
 from disk import write_text
 from errors import UserError
 from eval.mad.settings import Level, Task, settings
 from eval.mad.train import Outcome, Recipe, Run, grid
 
 _FILE = "mad.jsonl"
+_LOCK = "mad.lock"
 
 
 class ResultsFile:
     """The outcomes of runs in a folder, a line each; a run that has a line is not trained again.
 
     Args:
-        folder: The folder; made with the first line.
+        folder: The folder.
         device: What the runs are trained on, for the record.
 
     Raises:
@@ -39,9 +42,38 @@ class ResultsFile:
         """Write the outcome of a run; the file is replaced atomically."""
         facts = {"device": self._hardware, "torch": torch.__version__}
         self._lines.append(json.dumps({"run": to_table(run), "outcome": to_table(outcome), **facts}))
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         write_text(self._path, "\n".join(self._lines) + "\n")
         self.outcomes[run] = outcome
+
+
+@contextmanager
+def open_results(folder: Path, device: torch.device) -> Iterator[ResultsFile]:
+    """Open the results of a folder, which no other process may write meanwhile.
+
+    Args:
+        folder: The folder; made if it is not there.
+        device: What the runs are trained on, for the record.
+
+    Yields:
+        The results.
+
+    Raises:
+        UserError: The folder is a file or in use, or a line cannot be read.
+    """
+    if folder.is_file():
+        raise UserError(f"--out is {folder}, which is a file; want a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FolderLock(folder / _LOCK)
+    try:
+        lock.acquire()
+    except LockedError as error:
+        raise UserError(
+            f"--out {folder} is in use by {error}; give another folder, and show both together by --with"
+        ) from None
+    try:
+        yield ResultsFile(folder, device)
+    finally:
+        lock.release()
 
 
 def read_results(folder: Path) -> dict[Run, Outcome]:

@@ -10,7 +10,7 @@ import torch
 from errors import UserError
 from eval.mad import __main__ as command
 from eval.mad import examples
-from eval.mad.results import ResultsFile, read_results, task_grids, task_score
+from eval.mad.results import ResultsFile, open_results, read_results, task_grids, task_score
 from eval.mad.settings import TASKS, settings, tasks_of
 from eval.mad.table import score_table
 from eval.mad.train import Outcome, Recipe, Run
@@ -51,14 +51,26 @@ def test_a_score_is_the_mean_over_settings_of_the_best_of_six() -> None:
 
 def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
     run = task_grids(PARALLAX, "noisy-in-context-recall", "full")[2][3]
-    file = ResultsFile(tmp_path / "new", CPU)
-    file.add(run, _outcome(0.5))
     diverged = replace(_outcome(0.0), loss=float("nan"))
-    file.add(replace(run, lr=0.5), diverged)
+    with open_results(tmp_path / "new", CPU) as file:
+        file.add(run, _outcome(0.5))
+        file.add(replace(run, lr=0.5), diverged)
     read = read_results(tmp_path / "new")
     assert read[run] == _outcome(0.5)
     assert str(read[replace(run, lr=0.5)]) == str(diverged)
     assert ResultsFile(tmp_path / "new", CPU).outcomes.keys() == read.keys()
+
+
+def test_a_folder_has_one_writer(tmp_path: Path, trained: list[Run]) -> None:
+    arguments = ["--attention", "softmax", "--tasks", "compression", "--out", str(tmp_path)]
+    with (
+        open_results(tmp_path, CPU),
+        pytest.raises(UserError, match=r"--out .* is in use by process .*--with"),
+    ):
+        command.main(arguments)
+    assert trained == []
+    command.main(arguments)
+    assert len(trained) == 6
 
 
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from eval.mad.examples import Examples
 from eval.mad.model import AutoEncoder, LanguageModel, attention_kinds, build_model, sinusoids
 from eval.mad.settings import TASKS, Setting, settings
 from eval.mad.train import RATES, Recipe, Run, build_optimizers, grid, set_rates, train
-from models.attention.base import HeadProjections
+from models.attention.base import Attention, HeadProjections
 from tokens import IGNORE_INDEX
 
 CPU = torch.device("cpu")
@@ -46,6 +46,14 @@ def test_attention_has_16_heads_of_width_8_and_its_scale(kind: str) -> None:
     modules = [module for module in model.modules() if isinstance(module, HeadProjections)]
     assert [(m.size.num_heads, m.size.num_kv_heads, m.size.head_dim) for m in modules] == [(16, 16, 8)] * 2
     assert {m.size.mlp_width for m in modules} == {352}
+
+
+@pytest.mark.parametrize("kind", ["linear", "gated-deltanet", "kda", "mesanet", "mamba2"])
+def test_fixed_states_have_4096_elements(kind: str) -> None:
+    model = build_model(kind, settings("in-context-recall", "baseline")[0], seed=0)
+    module = next(module for module in model.modules() if isinstance(module, Attention))
+    state = module.new_state(1, 8, device=CPU, dtype=torch.float32)
+    assert [state[name].numel() for name in ("state", "value_state", "vk") if name in state] == [4096]
 
 
 def test_softmax_of_width_8_is_torch_attention() -> None:
