@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MODULES = [
     *("data.sample", "data.shards", "data.train_tokenizer"),
-    *("eval.diagnostics", "eval.downstream", "eval.perplexity", "eval.report"),
+    *("eval.diagnostics", "eval.downstream", "eval.mad", "eval.perplexity", "eval.report"),
     *("models.average", "models.checkpoint", "models.convert", "models.generation", "models.size_table"),
     "training.sweep",
 ]

@@ -1,0 +1,164 @@
+"""`python -m eval.mad`: results that resume, scores and their table."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from errors import UserError
+from eval.mad import __main__ as command
+from eval.mad import examples
+from eval.mad.results import ResultsFile, open_results, read_results, task_grids, task_score
+from eval.mad.settings import TASKS, settings, tasks_of
+from eval.mad.table import score_table
+from eval.mad.train import Outcome, Recipe, Run
+
+CPU = torch.device("cpu")
+SOFTMAX, PARALLAX = Recipe(attention="softmax"), Recipe(attention="parallax")
+
+
+def _outcome(accuracy: float) -> Outcome:
+    return Outcome(accuracy=accuracy, loss=1.5, num_epochs=200, seconds=3.25)
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
+    """Replace training by a list of what was asked for; accuracy is that of the rate's place."""
+    runs: list[Run] = []
+
+    def train(run: Run, device: torch.device) -> Outcome:
+        runs.append(run)
+        return _outcome(run.lr * 1000 - run.weight_decay)
+
+    monkeypatch.setattr(command, "train", train)
+    return runs
+
+
+def test_a_score_is_the_mean_over_settings_of_the_best_of_six() -> None:
+    grids = task_grids(SOFTMAX, "memorization", "full")
+    results = {
+        run: _outcome(0.01 * i + 0.1 * j) for i, runs in enumerate(grids) for j, run in enumerate(runs)
+    }
+    score = task_score(results, grids)
+    assert score.value == pytest.approx(sum(0.01 * i + 0.5 for i in range(6)) / 6)
+    assert (score.num_done, score.num_runs) == (36, 36)
+    del results[grids[3][2]]
+    score = task_score(results, grids)
+    assert (score.value, score.num_done, score.num_runs) == (None, 35, 36)
+
+
+def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
+    run = task_grids(PARALLAX, "noisy-in-context-recall", "full")[2][3]
+    diverged = replace(_outcome(0.0), loss=float("nan"))
+    with open_results(tmp_path / "new", CPU) as file:
+        file.add(run, _outcome(0.5))
+        file.add(replace(run, lr=0.5), diverged)
+    read = read_results(tmp_path / "new")
+    assert read[run] == _outcome(0.5)
+    assert str(read[replace(run, lr=0.5)]) == str(diverged)
+    assert ResultsFile(tmp_path / "new", CPU).outcomes.keys() == read.keys()
+
+
+def test_a_folder_has_one_writer(tmp_path: Path, trained: list[Run]) -> None:
+    arguments = ["--attention", "softmax", "--tasks", "compression", "--out", str(tmp_path)]
+    with (
+        open_results(tmp_path, CPU),
+        pytest.raises(UserError, match=r"--out .* is in use by process .*--with"),
+    ):
+        command.main(arguments)
+    assert trained == []
+    command.main(arguments)
+    assert len(trained) == 6
+
+
+def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+    file = ResultsFile(tmp_path, CPU)
+    file.add(task_grids(SOFTMAX, "compression", "baseline")[0][0], _outcome(0.5))
+    path = tmp_path / "mad.jsonl"
+    path.write_text(path.read_text() + '{"run": 3')
+    with pytest.raises(UserError, match=r"line 2 of .*mad\.jsonl.*remove it"):
+        ResultsFile(tmp_path, CPU)
+    record = json.loads(path.read_text().splitlines()[0])
+    record["run"]["recipe"]["optimiser"] = "adamw"
+    path.write_text(json.dumps(record) + "\n")
+    with pytest.raises(UserError, match="optimiser"):
+        read_results(tmp_path)
+
+
+def test_a_second_command_trains_what_is_missing(tmp_path: Path, trained: list[Run]) -> None:
+    arguments = ["--attention", "softmax", "--tasks", "compression,memorization", "--out", str(tmp_path)]
+    command.main(arguments)
+    assert len(trained) == len(set(trained)) == 12
+    lines = (tmp_path / "mad.jsonl").read_text().splitlines()
+    (tmp_path / "mad.jsonl").write_text("\n".join(lines[:5]) + "\n")
+    trained.clear()
+    command.main(arguments)
+    assert len(trained) == 7
+    assert sorted((tmp_path / "mad.jsonl").read_text().splitlines()) == sorted(lines)
+    trained.clear()
+    command.main([*arguments, "--seed", "1"])
+    assert len(trained) == 12
+    assert {run.recipe.seed for run in trained} == {1}
+
+
+def test_results_of_several_folders_are_in_one_table(
+    tmp_path: Path, trained: list[Run], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for kind in ("softmax", "parallax"):
+        command.main(["--attention", kind, "--tasks", "compression", "--out", str(tmp_path / kind)])
+    capsys.readouterr()
+    one, other = str(tmp_path / "softmax"), str(tmp_path / "parallax")
+    command.main(["--attention", "softmax", "--tasks", "compression", "--out", one, "--with", other])
+    table = capsys.readouterr().out
+    assert table.splitlines()[0] == "| task | parallax, adamw | softmax, adamw |"
+    assert table == (tmp_path / "softmax" / "mad.md").read_text()
+    assert len(trained) == 12
+
+
+def test_the_table_shows_missing_runs_and_the_mean() -> None:
+    results = {
+        run: _outcome(0.5 if task == "compression" else 0.75)
+        for task in TASKS
+        for run in task_grids(SOFTMAX, task, "baseline")[0]
+    }
+    results |= dict.fromkeys(task_grids(PARALLAX, "compression", "baseline")[0][:4], _outcome(1.0))
+    lines = score_table(results, TASKS, "baseline").markdown()
+    assert lines[0] == "| task | softmax, adamw | parallax, adamw |"
+    assert lines[6] == "| compression | 0.500 | 4 of 6 runs |"
+    assert lines[-1] == "| mean | 0.708 | - |"
+    cosine = {replace(run, recipe=replace(SOFTMAX, schedule="cosine")): o for run, o in results.items()}
+    assert "softmax, adamw, constant" in score_table(results | cosine, TASKS, "baseline").markdown()[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--attention", "softmax,sofmax"], r"--attention has 'sofmax', want some of softmax,parallax"),
+        (["--attention", "softmax", "--tasks", "recall"], r"--tasks has 'recall', want some of in-context"),
+        (["--attention", "softmax", "--tasks", "memorization", "--level", "hard"], r"no settings at"),
+        (["--attention", "softmax", "--max-epochs", "0"], r"--max-epochs is 0"),
+        (["--attention", "softmax", "--with", "nowhere"], r"nowhere has no mad\.jsonl"),
+    ],
+)
+def test_wrong_options_are_named(tmp_path: Path, arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        command.main([*arguments, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_tasks_of_a_level_have_settings() -> None:
+    for level in ("baseline", "full", "hard"):
+        assert all(settings(task, level) for task in tasks_of(level))
+
+
+def test_a_real_run_of_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(examples, "NUM_TEST_ROWS", 64)
+    arguments = ["--attention", "softmax", "--tasks", "memorization", "--max-epochs", "1", "--device", "cpu"]
+    command.main([*arguments, "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert printed.count(", 1 epochs, ") == 6
+    assert "| memorization | 0.0" in printed
