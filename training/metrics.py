@@ -26,6 +26,28 @@ from training.run_config import MetricsConfig
 
 BAR_WIDTH = 20
 
+# before the slash in names of the run's own
+_OWN_GROUPS = ("lr", "weight_decay", "update_rms", "update_sv_min", "update_sv_median", "update_sv_max")
+_OWN_GROUPS += ("tasks", "samples")
+
+
+def check_scalar_names(names: Iterable[str]) -> None:
+    """Refuse names for log_scalar that the run may write, in this record or another.
+
+    All names of the run are without a slash, or have one of _OWN_GROUPS before it: a report, and a resume,
+    would take a scalar called "validation_loss" for the held-out loss, and one called "step" for the step.
+
+    Raises:
+        UserError: Names the first one.
+    """
+    for name in sorted(names):
+        group, slash, _ = name.partition("/")
+        if not slash or group in _OWN_GROUPS:
+            raise UserError(
+                f'log_scalar("{name}"): names without a slash, and {", ".join(f"{each}/" for each in _OWN_GROUPS)}'
+                f' are for the run\'s own metrics; want a group of your own, such as "my/{name}"'
+            )
+
 
 def format_progress(step: int, steps: int) -> str:
     """Format progress as [######..............]  30%."""

@@ -38,7 +38,7 @@ from training.flops import FlopCounter
 from training.launch_record import command_line, launch_facts
 from training.log import logger
 from training.memory import checkpoint_bytes
-from training.metrics import RunMetrics
+from training.metrics import RunMetrics, check_scalar_names
 from training.micro_batches import MicroBatches
 from training.non_finite import check_step, check_weights
 from training.preflight import build_meta_model, check_shared
@@ -338,7 +338,7 @@ class Trainer(TitanTrainer):
         """Record the metrics of a step.
 
         Raises:
-            UserError: log_scalar was given the name of another metric.
+            UserError: log_scalar was given a name of the run's own metrics.
         """
         self.monitor.enter("metrics")
         self.tokens += self.config.tokens_per_step
@@ -348,10 +348,7 @@ class Trainer(TitanTrainer):
             "skipped_documents": sum(self.dataloader.loader.skipped.values()),
             **self.metrics_processor.throughput(result.metrics["step_flops"]),
         }
-        if clashes := sorted(record.keys() & result.scalars.keys()):
-            raise UserError(
-                f'log_scalar("{clashes[0]}"): the run has a metric of this name; take another one'
-            )
+        check_scalar_names(result.scalars)
         self.metrics_processor.record(self.step, {**record, **result.scalars})
         if self.step == 1 or self._is_due(self.config.metrics.console_every):
             self.metrics_processor.log_step(self.step, record, self.config.training.last_step)
