@@ -27,8 +27,10 @@ from training.run_config import MetricsConfig
 BAR_WIDTH = 20
 
 # before the slash in names of the run's own
-_OWN_GROUPS = ("lr", "weight_decay", "update_rms", "update_sv_min", "update_sv_median", "update_sv_max")
-_OWN_GROUPS += ("tasks", "samples")
+_OWN_GROUPS = (
+    *("lr/", "weight_decay/", "update_rms/", "update_sv_min/", "update_sv_median/", "update_sv_max/"),
+    *("tasks/", "samples/"),
+)
 
 
 def check_scalar_names(names: Iterable[str]) -> None:
@@ -41,11 +43,10 @@ def check_scalar_names(names: Iterable[str]) -> None:
         UserError: Names the first one.
     """
     for name in sorted(names):
-        group, slash, _ = name.partition("/")
-        if not slash or group in _OWN_GROUPS:
+        if "/" not in name or name.startswith(_OWN_GROUPS):
             raise UserError(
-                f'log_scalar("{name}"): names without a slash, and {", ".join(f"{each}/" for each in _OWN_GROUPS)}'
-                f' are for the run\'s own metrics; want a group of your own, such as "my/{name}"'
+                f'log_scalar("{name}"): names without a slash, and {", ".join(_OWN_GROUPS)} are those of '
+                f'the run itself; want a group of your own, such as "my/{name}"'
             )
 
 

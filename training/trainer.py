@@ -19,7 +19,7 @@ from torchtitan.train import Trainer as TitanTrainer
 
 from data.titan import TitanLoader
 from data.tokenizer import Tokenizer
-from errors import RunError, UserError
+from errors import RunError
 from eval.distributed import run_on_main_rank
 from eval.held_out import HeldOutLoss
 from models.checkpoint.load import load_weights
