@@ -28,7 +28,8 @@ def log_scalar(name: str, value: torch.Tensor | float) -> None:
     compiled.
 
     Args:
-        name: Name of the metric, the same on all ranks; not one that the run has already.
+        name: Name of the metric with a group, "gate/mean", the same on all ranks; names without a slash are
+            those of the run's own metrics.
         value: A scalar, of this rank alone: of a DTensor, take to_local() first.
 
     Raises:

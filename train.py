@@ -41,8 +41,8 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--dry-run", action="store_true", help="print parameters, FLOPs, time and memory and exit"
     )
-    parser.add_argument("--world-size", type=int, default=1, help="ranks that --dry-run plans for (1)")
-    parser.add_argument("--gpu", default="h200", help="GPU that --dry-run plans for (h200): training/gpus.py")
+    parser.add_argument("--world-size", type=int, help="ranks that --dry-run plans for (1)")
+    parser.add_argument("--gpu", help="GPU that --dry-run plans for (h200): training/gpus.py")
     parser.add_argument(
         "--mfu",
         type=float,
@@ -53,6 +53,11 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     options, overrides = parser.parse_known_args(arguments)
     if options.config is None and options.help_config is None:
         parser.error("the following arguments are required: --config")
+    if not options.dry_run:
+        # else who leaves out --dry-run would start the run that was to be planned
+        plans = ("world_size", "gpu", "mfu")
+        for name in (name for name in plans if getattr(options, name) is not None):
+            parser.error(f"--{name.replace('_', '-')} is an option of --dry-run; add that to plan the run")
     if options.checkpoint is not None:
         overrides += ["--checkpoint.start_from", options.checkpoint]
     return options, overrides
@@ -97,8 +102,10 @@ def _run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
         print(config.to_toml(run_config), end="", flush=True)
     elif options.dry_run:
         from training.dry_run import dry_run
+        from training.gpus import MEASURED
 
-        text = dry_run(run_config, options.world_size, gpu=options.gpu, mfu=options.mfu)
+        world_size = 1 if options.world_size is None else options.world_size
+        text = dry_run(run_config, world_size, gpu=options.gpu or MEASURED, mfu=options.mfu)
         print(text, flush=True)
     else:
         _train(run_config)

@@ -29,6 +29,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from data.progress import Progress
+from disk import write_text
 from errors import UserError, run_command
 from eval.distributed import is_main_rank
 from eval.open_model import add_model_arguments, check_at_least_1, open_model, ranks
@@ -42,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m eval.downstream",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add_model_arguments(parser)
     parser.add_argument("--tasks", nargs="+", required=True, metavar="NAME")
@@ -101,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         facts = {"checkpoint": str(opened.checkpoint.resolve()), "harness": harness_version}
         facts |= {"limit": options.limit, **opened.facts}
         text = json.dumps({**facts, **asdict(results)}, indent=1)
-        (options.out / RESULTS_FILE).write_text(text + "\n", encoding="utf-8")
+        write_text(options.out / RESULTS_FILE, text + "\n")
 
 
 if __name__ == "__main__":

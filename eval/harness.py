@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -263,9 +264,11 @@ def load_tasks(names: Sequence[str], data: Path | None, num_fewshot: int | None 
     manager = _task_manager()
     unknown = [name for name in wanted if name not in manager.all_tasks]
     if unknown or not wanted:
+        close = [get_close_matches(name, manager.all_tasks, n=1) for name in unknown]
+        nearest = f"nearest is {', '.join(each[0] for each in close if each)}; " if any(close) else ""
         raise UserError(
             f"lm-evaluation-harness {harness_version} has no task "
-            f'{", ".join(unknown) or "(none was named)"}; "paper" stands for the ten of the paper'
+            f'{", ".join(unknown) or "(none was named)"}; {nearest}"paper" stands for the ten of the paper'
         )
     if data is None:
         downloaded: dict[str, Task] = {}

@@ -21,6 +21,13 @@ from pathlib import Path
 from typing import get_args
 
 from data.progress import Progress
+<<<<<<< HEAD
+=======
+from data.sources.base import DocumentSource
+from data.sources.cli import add_source_arguments, source_from
+from data.sources.open import open_source
+from disk import write_text
+>>>>>>> review
 from errors import UserError, run_command
 from eval.distributed import is_main_rank
 from eval.open_model import add_model_arguments, check_at_least_1, check_out, open_model, ranks
@@ -105,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         facts |= {"stride": options.stride or opened.model.max_length}
         facts |= {"limit": options.limit, "max_tokens": options.max_tokens}
         text = json.dumps({**facts, **asdict(result)}, indent=1)
-        (out / "perplexity.json").write_text(text + "\n", encoding="utf-8")
+        write_text(out / "perplexity.json", text + "\n")
         plot(result, out / "perplexity.png", str(opened.checkpoint))
 
 

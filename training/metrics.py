@@ -25,6 +25,40 @@ from training.memory import GIB
 from training.metrics_file import JsonlWriter
 from training.run_config import MetricsConfig
 
+<<<<<<< HEAD
+=======
+BAR_WIDTH = 20
+
+# before the slash in names of the run's own
+_OWN_GROUPS = (
+    *("lr/", "weight_decay/", "update_rms/", "update_sv_min/", "update_sv_median/", "update_sv_max/"),
+    *("tasks/", "samples/"),
+)
+
+
+def check_scalar_names(names: Iterable[str]) -> None:
+    """Refuse names for log_scalar that the run may write, in this record or another.
+
+    All names of the run are without a slash, or have one of _OWN_GROUPS before it: a report, and a resume,
+    would take a scalar called "validation_loss" for the held-out loss, and one called "step" for the step.
+
+    Raises:
+        UserError: Names the first one.
+    """
+    for name in sorted(names):
+        if "/" not in name or name.startswith(_OWN_GROUPS):
+            raise UserError(
+                f'log_scalar("{name}"): names without a slash, and {", ".join(_OWN_GROUPS)} are those of '
+                f'the run itself; want a group of your own, such as "my/{name}"'
+            )
+
+
+def format_progress(step: int, steps: int) -> str:
+    """Format progress as [######..............]  30%."""
+    filled = BAR_WIDTH * step // steps
+    return f"[{'#' * filled}{'.' * (BAR_WIDTH - filled)}] {100 * step // steps:3}%"
+
+>>>>>>> review
 
 class RunMetrics(MetricsProcessor):
     """torchtitan's metrics processor with our sinks; the main rank writes.

@@ -73,7 +73,7 @@ def log_validation_documents(config: RunConfig) -> None:
     if config.data.validation is None or config.data.validation_documents == "held_out":
         return
     num_trained, num_counted = count_not_held_out(config.data.validation)
-    if num_counted:
+    if num_trained:
         logger.info(
             f"{num_trained} of {num_counted} documents of data.validation are not held out by their content: "
             "where data.train has the same documents, it trains on them"

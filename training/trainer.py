@@ -18,7 +18,7 @@ from torchtitan.train import Trainer as TitanTrainer
 
 from data.titan import TitanLoader
 from data.tokenizer import Tokenizer
-from errors import RunError, UserError
+from errors import RunError
 from eval.distributed import run_on_main_rank
 from eval.held_out import HeldOutLoss
 from models.checkpoint.load import load_weights
@@ -39,7 +39,7 @@ from training.gradient_norm import GradientNorm
 from training.launch_record import command_line, launch_facts
 from training.log import logger
 from training.memory import checkpoint_bytes
-from training.metrics import RunMetrics
+from training.metrics import RunMetrics, check_scalar_names
 from training.micro_batches import MicroBatches
 from training.non_finite import check_step, check_weights
 from training.preflight import build_meta_model, check_shared
@@ -334,7 +334,7 @@ class Trainer(TitanTrainer):
         """Record the metrics of a step.
 
         Raises:
-            UserError: log_scalar was given the name of another metric.
+            UserError: log_scalar was given a name of the run's own metrics.
         """
         self.monitor.enter("metrics")
         self.tokens += self.config.tokens_per_step
@@ -344,10 +344,7 @@ class Trainer(TitanTrainer):
             "skipped_documents": sum(self.dataloader.loader.skipped.values()),
             **self.metrics_processor.throughput(result.metrics["step_flops"]),
         }
-        if clashes := sorted(record.keys() & result.scalars.keys()):
-            raise UserError(
-                f'log_scalar("{clashes[0]}"): the run has a metric of this name; take another one'
-            )
+        check_scalar_names(result.scalars)
         self.metrics_processor.record(self.step, {**record, **result.scalars})
         if self.step == 1 or is_due(self.step, self.config.metrics.console_every):
             self.metrics_processor.log_step(self.step, record, self.config.training.last_step)

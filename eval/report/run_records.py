@@ -123,9 +123,9 @@ def tokenizer_fingerprint(run: RunFolder) -> str | None:
     return _last_fingerprint(read_metrics(path)[0]) if path.exists() else None
 
 
-def _by_step(records: Iterable[Record], prefix: str) -> list[Record]:
-    """Return the records with a key that starts so, the last one of each step."""
-    found = {record["step"]: record for record in records if any(k.startswith(prefix) for k in record)}
+def _by_step(records: Iterable[Record], key: str) -> list[Record]:
+    """Return the records with a key, the last one of each step."""
+    found = {record["step"]: record for record in records if key in record}
     return [found[step] for step in sorted(found)]
 
 

@@ -10,6 +10,7 @@ from torchtitan.tools.utils import get_peak_flops
 
 from config import load
 from errors import UserError
+from train import main
 from training.dry_run import dry_run
 from training.fit import describe_fit
 from training.gpus import GPUS, find_gpu
@@ -128,3 +129,12 @@ def test_the_options_of_the_command_line() -> None:
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: --mfu is a percentage, at least 1 and at most 100; got 0.4\n"
+
+
+@pytest.mark.parametrize("option", [("--gpu", "h100"), ("--mfu", "40"), ("--world-size", "64")])
+def test_an_option_of_a_plan_does_not_start_a_run(
+    option: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["--config", "configs/no_such_run.toml", *option])
+    assert f"{option[0]} is an option of --dry-run; add that" in capsys.readouterr().err

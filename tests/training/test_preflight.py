@@ -1,5 +1,6 @@
 """What a launch says before anything is built."""
 
+import json
 import logging
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from data.config import ParquetSource
 from data.sources.open import open_text
 from data.sources.split import is_held_out
 from tests.training.launch import ROOT, arguments
-from training.preflight import check_run
+from training.preflight import check_run, log_validation_documents
 from training.run_config import RunConfig
 
 
@@ -39,3 +40,21 @@ def test_the_main_rank_says_how_many_validation_documents_are_not_held_out(
     assert 0 < num_trained < len(texts)
     said = f"{num_trained} of {len(texts)} documents of data.validation are not held out"
     assert (said in caplog.text) == (rank == "0" and documents == "all")
+
+
+def test_a_launch_whose_validation_documents_are_all_held_out_says_nothing_of_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = [text for text in (f"document {number}" for number in range(10_000)) if is_held_out(text)]
+    assert texts
+    file = tmp_path / "held_out.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    source = ["--data.validation.kind", "jsonl", "--data.validation.files", json.dumps([str(file)])]
+    config = load(
+        RunConfig,
+        ROOT / "configs/debug_softmax_adamw.toml",
+        [*source, "--data.validation_documents", "all"],
+    )
+    caplog.set_level(logging.INFO, logger="parallax")
+    log_validation_documents(config)
+    assert caplog.text == ""

@@ -58,8 +58,11 @@ def test_a_logged_scalar_with_the_name_of_another_metric_is_refused() -> None:
     trainer.metrics_processor.throughput.return_value = {"step_seconds": 1.0}
     trainer.dataloader.loader.skipped = {}
     metrics = {"loss": 1.0, "step_flops": 1.0}
-    for name in ("loss", "tokens", "step_seconds", "skipped_documents"):
-        with pytest.raises(UserError, match=rf'log_scalar\("{name}"\): the run has a metric of this name'):
+    # those of this record, of others, and of a launch, whose keys a report gives to every record
+    names = ["loss", "tokens", "step", "launch", "num_ranks", "samples", "validation_loss", "task_seconds"]
+    names += ["update_rms/hidden", "update_sv_min/hidden", "tasks/mean_accuracy", "lr/gate"]
+    for name in names:
+        with pytest.raises(UserError, match=rf'log_scalar\("{name}"\): names without a slash, and lr/'):
             Trainer.record(trainer, StepResult(metrics, {name: 0.0}, False, False))
     Trainer.record(trainer, StepResult(metrics, {"gate/mean": 0.5}, False, False))
     _, record = trainer.metrics_processor.record.call_args.args
