@@ -16,7 +16,7 @@ class GroupOptimizer(torch.optim.Optimizer, ABC):
 
     Attributes:
         found_inf: fp32 scalar on the device, equal on all ranks, or None. Where it is not zero, a step leaves
-            parameters and state as they are, without a host-device synchronization.
+            parameters and state as they are; without a host-device synchronization but in SOAP.
         record_update_stats: Whether a step records what the two methods for statistics return.
         measures_updates: Whether `local_update_squared_norms` is implemented. Where it is not, the container
             compares the weights before and after the steps that are recorded, which takes a copy of them.

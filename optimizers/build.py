@@ -8,12 +8,20 @@ from torch import nn
 
 from optimizers.adamw import AdamW
 from optimizers.base import GroupOptimizer
-from optimizers.config import AdamWGroup, MuonGroup, ParameterGroup
+from optimizers.config import (
+    AdamWGroup,
+    MuonGroup,
+    OrthogonalizedAdamWGroup,
+    ParameterGroup,
+    SOAPGroup,
+)
 from optimizers.muon import Muon
+from optimizers.orthogonalized_adamw import OrthogonalizedAdamW
 from optimizers.param_groups import assign_parameters
+from optimizers.soap import SOAP
 
 # of a group's config: not values of its param group under these names
-_OTHERS = ("kind", "parameters", "lr", "weight_decay", "weight_decay_gamma")
+_OTHERS = ("kind", "parameters", "lr", "weight_decay", "weight_decay_gamma", "schedule")
 
 
 def _optimizer(group: ParameterGroup) -> tuple[Callable[..., GroupOptimizer], dict[str, Any]]:
@@ -24,6 +32,10 @@ def _optimizer(group: ParameterGroup) -> tuple[Callable[..., GroupOptimizer], di
             return Muon, options
         case AdamWGroup():
             return AdamW, {"betas": (options.pop("beta1"), options.pop("beta2")), **options}
+        case SOAPGroup():
+            return SOAP, options
+        case OrthogonalizedAdamWGroup():
+            return OrthogonalizedAdamW, options
         case _:
             assert_never(group)
 

@@ -1,4 +1,4 @@
-"""All-to-all exchange between the shards of matrices and the ranks that orthogonalize them.
+"""All-to-all exchange between the shards of matrices and the ranks that update them.
 
 Every matrix has one owner among the ranks of its mesh. For a bucket of equally shaped matrices, one
 all-to-all gathers whole matrices on their owners, and another scatters the results back to the shards. HSDP
@@ -54,7 +54,7 @@ def check_placements(p: Tensor) -> None:
     for placement in p.placements if isinstance(p, DTensor) else ():
         if not isinstance(placement, Shard | _StridedShard | Replicate):
             raise UnsupportedError(
-                "Muon supports the placements of FSDP2, HSDP and tensor parallelism, "
+                "optimizers of matrices support the placements of FSDP2, HSDP and tensor parallelism, "
                 f"Shard and Replicate, got {placement}"
             )
 

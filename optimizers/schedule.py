@@ -1,9 +1,64 @@
 """Learning-rate and weight-decay schedules as pure functions of the step."""
 
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 
 from errors import UserError
-from optimizers.config import DEFAULT_DECAY_RATIO, ScheduleConfig
+from optimizers.config import DEFAULT_DECAY_RATIO, Group, ScheduleConfig
+
+
+def group_schedule(group: Group, schedule: ScheduleConfig) -> ScheduleConfig:
+    """Return the schedule of a parameter group: the run's, with what the group's own table gives.
+
+    A decay of the group replaces the run's, whether a ratio or a number of steps; with a kind of its own the
+    group takes over warm-up and minimum alone.
+
+    Args:
+        group: The group.
+        schedule: The run's schedule.
+
+    Raises:
+        UserError: The group gives a decay, and the kind is not wsd.
+    """
+    if group.schedule is None:
+        return schedule
+    given = {name: value for name, value in vars(group.schedule).items() if value is not None}
+    if given.get("kind", schedule.kind) != schedule.kind:
+        schedule = ScheduleConfig(
+            kind=given["kind"], warmup_steps=schedule.warmup_steps, min_lr_ratio=schedule.min_lr_ratio
+        )
+    elif given.keys() & {"decay_ratio", "decay_steps"}:
+        schedule = replace(schedule, decay_ratio=None, decay_steps=None)
+    return replace(schedule, **given)
+
+
+def schedules_by_group(
+    groups: Mapping[str, Group], schedule: ScheduleConfig, total_steps: int
+) -> dict[str, ScheduleConfig]:
+    """Return the schedule of every group, each of which fits the run.
+
+    Args:
+        groups: Groups by name.
+        schedule: The run's schedule.
+        total_steps: Number of steps of the run.
+
+    Returns:
+        Schedules by the name of the group.
+
+    Raises:
+        UserError: Warm-up and decay together are longer than the run, or a group's own schedule contradicts
+            itself; names the group that has one.
+    """
+    decay_start(schedule, total_steps)
+    schedules = {}
+    for name, group in groups.items():
+        try:
+            schedules[name] = group_schedule(group, schedule)
+            decay_start(schedules[name], total_steps)
+        except UserError as error:
+            raise UserError(f"optimizer.groups.{name}.schedule: {error}") from None
+    return schedules
 
 
 def lr_factor(step: int, config: ScheduleConfig, total_steps: int) -> float:

@@ -1,6 +1,5 @@
 """Optimizers and learning-rate scheduler as torchtitan's trainer takes them."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,8 +17,9 @@ from errors import UserError
 from optimizers.base import GroupOptimizer
 from optimizers.build import build_group_optimizers, create_missing_state
 from optimizers.config import OptimizerConfig, ScheduleConfig
+from optimizers.hyperball import FixedNorms
 from optimizers.param_groups import assign_parameters, unwrapped_named_parameters
-from optimizers.schedule import lr_factor, weight_decay_factor
+from optimizers.schedule import lr_factor, schedules_by_group, weight_decay_factor
 from optimizers.update_size import WeightChange
 
 _STATE_PREFIX = "state."
@@ -41,6 +41,7 @@ class ParamGroupOptimizers(OptimizersContainer[GroupOptimizer]):
 
     def __init__(self, model_parts: Sequence[nn.Module], config: OptimizerConfig) -> None:
         self.model_parts = list(model_parts)
+        self.groups = config.groups
         named = [named for part in self.model_parts for named in unwrapped_named_parameters(part)]
         assigned = assign_parameters(named, config.groups)
         self._by_part = []
@@ -65,11 +66,12 @@ class ParamGroupOptimizers(OptimizersContainer[GroupOptimizer]):
         """
         self._squared_norms.clear()
         for optimizer in self.optimizers:
-            is_compared = optimizer.record_update_stats and not optimizer.measures_updates
-            change = WeightChange(optimizer) if is_compared else None
+            spheres = FixedNorms(optimizer)
+            change = WeightChange(_compared_groups(optimizer)) if optimizer.record_update_stats else None
             optimizer.found_inf = found_inf
             optimizer.step()
             optimizer.found_inf = None
+            spheres.apply()
             if change is not None:
                 self._squared_norms[optimizer] = change.local_squared_norms(found_inf)
 
@@ -91,10 +93,8 @@ class ParamGroupOptimizers(OptimizersContainer[GroupOptimizer]):
         """
         mean_squares: dict[str, torch.Tensor] = {}
         for optimizer in self.optimizers:
-            if optimizer.measures_updates:
-                squared_norms = optimizer.local_update_squared_norms()
-            else:
-                squared_norms = self._squared_norms[optimizer]
+            measured = optimizer.local_update_squared_norms() if optimizer.measures_updates else {}
+            squared_norms = {**measured, **self._squared_norms.get(optimizer, {})}
             for name in (group["name"] for group in optimizer.param_groups if group["name"] in squared_norms):
                 part = squared_norms[name] / self._num_elements[name]
                 mean_squares[name] = mean_squares.get(name, 0.0) + part
@@ -155,6 +155,12 @@ class ParamGroupOptimizers(OptimizersContainer[GroupOptimizer]):
         return flattened
 
 
+def _compared_groups(optimizer: GroupOptimizer) -> list[dict[str, Any]]:
+    """Return the param groups whose updates the optimizer does not measure, or that FixedNorms changes."""
+    groups = optimizer.param_groups
+    return [group for group in groups if group.get("fixed_norm") or not optimizer.measures_updates]
+
+
 class ParamGroupScheduler(LRSchedulersContainer):
     """Scheduler of every group's learning rate and weight decay.
 
@@ -162,19 +168,18 @@ class ParamGroupScheduler(LRSchedulersContainer):
 
     Args:
         optimizers: From build_optimizers.
-        schedule: The schedule.
+        schedule: The schedule of the groups without one of their own.
         total_steps: Number of steps of the run.
 
     Raises:
-        UserError: Warm-up and decay together are longer than the run.
+        UserError: As schedules_by_group.
     """
 
     def __init__(self, optimizers: OptimizersContainer, schedule: ScheduleConfig, total_steps: int) -> None:
+        assert isinstance(optimizers, ParamGroupOptimizers)
         self._optimizers = optimizers
-        self._lr_factor = functools.partial(lr_factor, config=schedule, total_steps=total_steps)
-        self._weight_decay_factor = functools.partial(
-            weight_decay_factor, config=schedule, total_steps=total_steps
-        )
+        self._schedules = schedules_by_group(optimizers.groups, schedule, total_steps)
+        self._total_steps = total_steps
         self._step = 0
         self._apply()
 
@@ -209,12 +214,11 @@ class ParamGroupScheduler(LRSchedulersContainer):
         return [group for optimizer in self._optimizers for group in optimizer.param_groups]
 
     def _apply(self) -> None:
-        factor = self._lr_factor(self._step)
         for group in self._groups():
-            group["lr"] = group["base_lr"] * factor
-            group["weight_decay"] = group["base_weight_decay"] * self._weight_decay_factor(
-                self._step, gamma=group["weight_decay_gamma"]
-            )
+            at = self._step, self._schedules[group["name"]], self._total_steps
+            group["lr"] = group["base_lr"] * lr_factor(*at)
+            decay_factor = weight_decay_factor(*at, gamma=group["weight_decay_gamma"])
+            group["weight_decay"] = group["base_weight_decay"] * decay_factor
 
 
 def build_optimizers(model_parts: Sequence[nn.Module], config: OptimizerConfig) -> ParamGroupOptimizers:
@@ -240,13 +244,13 @@ def build_lr_schedulers(
 
     Args:
         optimizers: From build_optimizers.
-        schedule: The schedule.
+        schedule: The schedule of the groups without one of their own.
         total_steps: Number of steps of the run.
 
     Returns:
         The scheduler, at step 0.
 
     Raises:
-        UserError: Warm-up and decay together are longer than the run.
+        UserError: As schedules_by_group.
     """
     return ParamGroupScheduler(optimizers, schedule, total_steps)

@@ -1,25 +1,27 @@
 """Squared norms of an optimizer's last update, measured by the change of the weights."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate
 
-from optimizers.base import GroupOptimizer, local
+from optimizers.base import local
 
 
 class WeightChange:
-    """Compares the weights of an optimizer before and after a step; takes a copy of this rank's shards.
+    """Compares the weights of param groups before and after a step; takes a copy of this rank's shards.
 
     The difference is that of rounded weights: in fp32 it is off by about 1e-7 of a weight over its update.
 
     Args:
-        optimizer: The optimizer, before its step.
+        groups: The groups, before the step.
     """
 
-    def __init__(self, optimizer: GroupOptimizer) -> None:
-        self.optimizer = optimizer
+    def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
         # a learning rate of 0 says nothing about the update
-        self._groups = [group for group in optimizer.param_groups if group["lr"] != 0.0]
+        self._groups = [group for group in groups if group["lr"] != 0.0]
         self._before = [[local(p).detach().clone() for p in group["params"]] for group in self._groups]
 
     def local_squared_norms(self, found_inf: torch.Tensor | None) -> dict[str, torch.Tensor]:

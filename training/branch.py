@@ -9,7 +9,7 @@ from pathlib import Path
 
 from errors import UserError
 from models.run_folder import RunFolder, is_whole, nearby_checkpoints, step_of
-from optimizers.schedule import decay_start
+from optimizers.schedule import decay_start, schedules_by_group
 from training.run_config import RunConfig
 from training.saved_config import (
     check_compatible,
@@ -105,7 +105,8 @@ def _check_step(config: RunConfig, step: int) -> None:
             f"checkpoint.start_from is a checkpoint of step {step}, but this run ends at step "
             f"{training.last_step}; raise training.{key}, or start from an earlier checkpoint"
         )
-    start = decay_start(config.schedule, training.steps)
+    schedules = schedules_by_group(config.optimizer.groups, config.schedule, training.steps)
+    start = min(decay_start(schedule, training.steps) for schedule in schedules.values())
     if step > start:
         raise UserError(
             f"checkpoint.start_from is a checkpoint of step {step}, but the decay of this run begins after "

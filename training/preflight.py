@@ -15,7 +15,7 @@ from data.tokenizer import Tokenizer, check_vocabulary
 from errors import UserError
 from models.qwen3 import Qwen3
 from optimizers.param_groups import assign_parameters
-from optimizers.schedule import lr_factor
+from optimizers.schedule import schedules_by_group
 from training.disk_space import check_space
 from training.log import logger
 from training.memory import checkpoint_bytes
@@ -90,13 +90,13 @@ def build_meta_model(config: RunConfig) -> Qwen3:
         The model; its parameters hold no memory.
 
     Raises:
-        UserError: The model's dimensions do not fit each other, a parameter is in no group or in several, or
-            warm-up and decay are longer than the run.
+        UserError: The model's dimensions do not fit each other, a parameter is in no group or in several,
+            warm-up and decay are longer than the run, or a group's own schedule contradicts itself.
     """
     with torch.device("meta"):
         model = Qwen3(config.model)
     assign_parameters(model.named_parameters(), config.optimizer.groups)
-    lr_factor(0, config.schedule, config.training.steps)
+    schedules_by_group(config.optimizer.groups, config.schedule, config.training.steps)
     return model
 
 

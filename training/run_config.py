@@ -191,7 +191,7 @@ class MetricsConfig:
         update_every: Steps between two records of update_rms, the root mean square of each group's update
             before learning rate and weight decay; None for no records.
         spectrum_every: Steps between two records of update_sv_min, update_sv_median and update_sv_max,
-            singular values of one orthogonalized matrix of each Muon group (synchronizes with the device);
+            singular values of one matrix of each group that orthogonalizes (synchronizes with the device);
             None for no records.
     """
 

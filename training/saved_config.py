@@ -15,7 +15,7 @@ from config import Table, from_table, to_table
 from errors import UserError
 from models.qwen3 import Qwen3
 from optimizers.config import OptimizerConfig, ScheduleConfig
-from optimizers.schedule import lr_factor, weight_decay_factor
+from optimizers.schedule import group_schedule, lr_factor, weight_decay_factor
 from training.config_differences import KeyPath, describe_difference, differences, differences_at
 from training.run_config import RunConfig
 
@@ -29,8 +29,8 @@ _TRAINING_KEYS: tuple[KeyPath, ...] = (
 )
 # keys of [model] that change neither the weights' shapes nor the function that they compute
 _FREE_MODEL_KEYS = ("impl", "init_std", "r_gain_init")
-# of an optimizer group: check_compatible compares the parameters, _rate_differences the others
-_GROUP_KEYS_COMPARED_ELSEWHERE = ("parameters", "lr", "weight_decay", "weight_decay_gamma")
+# of an optimizer group: _rate_differences compares what they make of each step
+_RATE_KEYS = ("lr", "weight_decay", "weight_decay_gamma", "schedule")
 
 
 def check_model(config: RunConfig, saved: Table, source: Path, remedy: str) -> None:
@@ -110,9 +110,9 @@ def training_differences(config: RunConfig, saved: Table, step: int, source: Pat
     """
     keys = [*_TRAINING_KEYS]
     for name, group in to_table(config.optimizer)["groups"].items():
-        keys += [
-            ("optimizer", "groups", name, key) for key in group if key not in _GROUP_KEYS_COMPARED_ELSEWHERE
-        ]
+        # check_compatible compares the parameters
+        others = (key for key in group if key not in ("parameters", *_RATE_KEYS))
+        keys += [("optimizer", "groups", name, key) for key in others]
     rates = _rate_differences(config, saved, step, source)
     # a schedule that differs only after the checkpoint changes nothing
     causes = differences_at(config, saved, _schedule_keys(config)) if rates else []
@@ -121,11 +121,7 @@ def training_differences(config: RunConfig, saved: Table, step: int, source: Pat
 
 def _schedule_keys(config: RunConfig) -> list[tuple[str, ...]]:
     schedule = [("schedule", field.name) for field in dataclasses.fields(config.schedule)]
-    groups = [
-        ("optimizer", "groups", name, key)
-        for name in config.optimizer.groups
-        for key in ("lr", "weight_decay", "weight_decay_gamma")
-    ]
+    groups = [("optimizer", "groups", name, key) for name in config.optimizer.groups for key in _RATE_KEYS]
     return [("training", "steps"), *schedule, *groups]
 
 
@@ -187,9 +183,9 @@ def _rates(
     steps = range(num_steps)
     rates: dict[str, list[float]] = {}
     for name, group in optimizer.groups.items():
-        gamma = group.weight_decay_gamma or 0.0
-        rates[f"lr of group {name}"] = [group.lr * lr_factor(s, schedule, total_steps) for s in steps]
+        gamma, own = group.weight_decay_gamma or 0.0, group_schedule(group, schedule)
+        rates[f"lr of group {name}"] = [group.lr * lr_factor(s, own, total_steps) for s in steps]
         rates[f"weight_decay of group {name}"] = [
-            group.weight_decay * weight_decay_factor(s, schedule, total_steps, gamma) for s in steps
+            group.weight_decay * weight_decay_factor(s, own, total_steps, gamma) for s in steps
         ]
     return rates

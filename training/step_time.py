@@ -8,12 +8,13 @@ Ranks wait in every micro-batch for the one with the most attention. Every step 
 host work that nothing hides. docs/performance.md compares estimates with measurements.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from models.config import ParallaxConfig, SoftmaxConfig
 from models.qwen3 import Qwen3
 from optimizers.build import state_by_group
-from optimizers.config import DEFAULT_ITERATIONS, MuonGroup
+from optimizers.config import DEFAULT_ITERATIONS, OrthogonalizedGroup, SOAPGroup
 from optimizers.param_groups import assign_parameters
 from training.memory import FP32
 from training.run_config import RunConfig
@@ -41,6 +42,9 @@ _WEIGHT_BYTES = 40
 # an element-wise optimizer reads weight, gradient and state and writes weight and state, at half of the
 # memory's bandwidth: fused AdamW seven fp32 values per weight
 _OPTIMIZER_PASSES = 2
+# assumed, not measured: SOAP's fp32 products, and its QR decompositions of 10/3 n^3 FLOPs each
+_FP32_FLOPS = 40e12
+_QR_FLOPS = 1e12
 # seconds of host work per layer of a micro-batch, and per step
 _HOST_SECONDS_PER_LAYER = 3.4e-3
 _HOST_SECONDS_PER_STEP = 15e-3
@@ -57,7 +61,7 @@ class StepTime:
         launch_bound: What the host needs beyond those to launch them.
         waiting: Waiting for the rank with the most attention.
         communication: Collectives that nothing hides.
-        optimizer: The optimizer's step, with Muon's exchange.
+        optimizer: The optimizer's step, with the exchange of whole matrices.
         host: Work of the host between two steps.
     """
 
@@ -155,11 +159,18 @@ def _optimizer_seconds(config: RunConfig, model: Qwen3, world_size: int) -> floa
     groups = config.optimizer.groups
     _, shard = config.parallelism.degrees(world_size)
     states = state_by_group(model.named_parameters(), groups)
-    elementwise = orthogonalization = exchange = 0.0
+    elementwise = orthogonalization = exchange = soap = 0.0
     for name, parameters in assign_parameters(model.named_parameters(), groups).items():
         group = groups[name]
         num_weights = sum(p.numel() for p in parameters)
-        if not isinstance(group, MuonGroup):
+        if isinstance(group, SOAPGroup):
+            soap += sum(_soap_seconds(p.shape, group) for p in parameters) / world_size
+            if world_size > 1:
+                # gradient or update, and the state, to the matrix's owner and back
+                num_bytes = FP32 * num_weights + sum(state.nbytes for state in states[name])
+                soap += 2.0 * num_bytes / shard / _bandwidth(world_size)
+            continue
+        if not isinstance(group, OrthogonalizedGroup):
             num_bytes = 3 * FP32 * num_weights + 2 * sum(state.nbytes for state in states[name])
             elementwise += _OPTIMIZER_PASSES * num_bytes / shard / _MEMORY_BANDWIDTH
             continue
@@ -172,4 +183,16 @@ def _optimizer_seconds(config: RunConfig, model: Qwen3, world_size: int) -> floa
         if world_size > 1:
             # 16-bit shards to the matrix's owner and back
             exchange += 4.0 * num_weights / shard / _bandwidth(world_size)
-    return elementwise + max(orthogonalization, exchange)
+    return elementwise + max(orthogonalization, exchange) + soap
+
+
+def _soap_seconds(shape: Sequence[int], group: SOAPGroup) -> float:
+    """Return the seconds of SOAP's products and decompositions for a matrix, per step on average."""
+    seconds, (rows, cols) = 0.0, shape
+    for side in shape:
+        if side <= group.max_factor_size:
+            # into the basis the gradient and the momentum, back the update, and the factor
+            seconds += 4 * 2.0 * rows * cols * side / _FP32_FLOPS
+            refresh = 2.0 * side**3 / _FP32_FLOPS + 10 / 3 * side**3 / _QR_FLOPS
+            seconds += refresh / group.refresh_every
+    return seconds

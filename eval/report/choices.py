@@ -9,7 +9,7 @@ from typing import Any
 import config
 from models.config import AttentionConfig, ModelConfig
 from models.sizes import split_size
-from optimizers.config import ParameterGroup, ScheduleConfig
+from optimizers.config import GroupSchedule, ParameterGroup, ScheduleConfig
 
 Config = Mapping[str, Any]
 """A resolved config: dotted key -> value; keys that are "none" are left out."""
@@ -35,6 +35,8 @@ def _schemas(table: str) -> dict[str | None, type]:
         return {None: ModelConfig}
     if table == "schedule":
         return {None: ScheduleConfig}
+    if table.startswith("optimizer.groups.") and table.endswith(".schedule"):
+        return {None: GroupSchedule}
     hint = AttentionConfig if table == "model.attention" else None
     hint = ParameterGroup if table.startswith("optimizer.groups.") else hint
     return {} if hint is None else {config.kind_of(each): each for each in config.variants(hint)}

@@ -12,6 +12,7 @@ _KINDS = {
     **{"linear": "Linear", "affine-linear": "Affine linear", "affine-mesanet": "Affine MesaNet"},
     **{"gated-deltanet": "Gated DeltaNet", "kda": "KDA", "mesanet": "MesaNet", "mamba2": "Mamba-2"},
     **{"muon": "Muon", "adamw": "AdamW", "mixed": "Muon and AdamW"},
+    **{"soap": "SOAP", "orthogonalized-adamw": "Orthogonalized AdamW"},
 }
 _MAX_VALUE = 24  # characters; a longer value, such as a list of files, makes no name
 

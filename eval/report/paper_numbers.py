@@ -7,6 +7,7 @@ For AdamW with a cosine schedule the paper states only a difference: Parallax ha
 accuracy than the Transformer.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -97,13 +98,19 @@ def _attention_change(attention: Mapping[str, Any]) -> str | None:
     return "no_rope_on_r" if changed == ["rope_on_r"] else ", ".join(changed)
 
 
+def _has_other_updates(config: Mapping[str, Any]) -> bool:
+    """Return whether a group has NorMuon, fixed norms or a schedule of its own, which the paper has not."""
+    other = re.compile(r"optimizer\.groups\..+\.(row_beta2|fixed_norm|schedule\..+)")
+    return any(other.fullmatch(key) and value is not False for key, value in config.items())
+
+
 def paper_row(config: Mapping[str, Any]) -> PaperRow | None:
     """Return the row of the paper that a run reproduces; None without one.
 
     Args:
         config: The resolved config, dotted key -> value, without keys that are "none".
     """
-    if "checkpoint.initial_weights" in config:
+    if "checkpoint.initial_weights" in config or _has_other_updates(config):
         return None
     size, control = split_size(config.get("model.size", ""))
     prefix = "model.attention."

@@ -11,7 +11,10 @@ from eval.report.rows import Row, make_arms
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255")
 """Those of Okabe and Ito, which dichromats tell apart, without yellow (faint on white), and one more."""
 MARKERS = ("o", "s", "^", "D", "v", "P")
-DASHES = ("solid", (0, (5, 1.8)), (0, (1.2, 1.4)), (0, (6, 1.5, 1.2, 1.5)), (0, (9, 3)), (0, (3, 3)))
+DASHES = (
+    *("solid", (0, (5, 1.8)), (0, (1.2, 1.4)), (0, (6, 1.5, 1.2, 1.5)), (0, (9, 3)), (0, (3, 3))),
+    *((0, (1.2, 3.5)), (0, (9, 2, 3, 2)), (0, (6, 1.5, 1.2, 1.5, 1.2, 1.5)), (0, (12, 2, 1.2, 2))),
+)
 
 _OWN_COLORS = {"softmax": 0, "parallax": 1}
 _OWN_DASHES = {"muon": 0, "adamw": 1}

@@ -5,10 +5,12 @@ from tests.mutate.mutant import Mutant
 DISTRIBUTED = "tests/optimizers/test_distributed.py"
 EVERY = "tests/optimizers/test_every_optimizer.py"
 EXCHANGE = "tests/optimizers/test_exchange.py"
+HYPERBALL = "tests/optimizers/test_hyperball.py"
 GROUPS = "tests/optimizers/test_param_groups.py"
 MUON = "tests/optimizers/test_muon.py"
 ORTHOGONALIZE = "tests/optimizers/test_orthogonalize.py"
 SCHEDULE = "tests/optimizers/test_schedule.py"
+SOAP = "tests/optimizers/test_soap.py"
 SKIPPED = "tests/optimizers/test_skipped_step.py"
 TITAN = "tests/optimizers/test_titan.py"
 
@@ -66,14 +68,14 @@ MUTANTS = [
         MUON,
     ),
     Mutant(
-        "optimizers/muon.py",
+        "optimizers/orthogonalized.py",
         '_SCALES[group["scale"]](*_block_shape(bucket, group))',
         '_SCALES[group["scale"]](*bucket.layout.shape)',
         MUON,
     ),
     Mutant("optimizers/muon.py", "if bucket.layout.num_ranks > 1:", "if False:", DISTRIBUTED),
-    Mutant("optimizers/muon.py", "        self._sampled_blocks.clear()\n", "", MUON),
-    Mutant("optimizers/muon.py", "            self.param_groups.pop()\n", "", MUON),
+    Mutant("optimizers/orthogonalized.py", "        self._sampled_blocks.clear()\n", "", MUON),
+    Mutant("optimizers/orthogonalized.py", "            self.param_groups.pop()\n", "", MUON),
     Mutant(
         "optimizers/param_groups.py",
         "any(p.fullmatch(name) for p in own)",
@@ -117,15 +119,15 @@ MUTANTS = [
     Mutant("optimizers/update_size.py", ".sum() / num_replicas(p)", ".sum()", EVERY),
     Mutant("optimizers/titan.py", "        if differing:\n", "        if False:\n", TITAN),
     Mutant(
-        "optimizers/muon.py",
+        "optimizers/orthogonalized.py",
         "            squared_norm /= num_replicas(bucket.params[0])\n",
         "",
         SKIPPED,
     ),
     Mutant(
         "optimizers/titan.py",
-        'group["weight_decay"] = group["base_weight_decay"] * self',
-        'group["weight_decay"] = group["weight_decay"] * self',
+        'group["weight_decay"] = group["base_weight_decay"] * decay_factor',
+        'group["weight_decay"] = group["weight_decay"] * decay_factor',
         TITAN,
     ),
     Mutant(
@@ -134,4 +136,12 @@ MUTANTS = [
         '        self._step = int(state_dict["step"])\n',
         f"{TITAN} {SCHEDULE}",
     ),
+    Mutant("optimizers/schedule.py", "decay_ratio=None, decay_steps=None)", "decay_steps=None)", SCHEDULE),
+    Mutant("optimizers/hyperball.py", "(weight > 0.0) & (change > 0.0)", "weight > 0.0", HYPERBALL),
+    Mutant("optimizers/hyperball.py", "- 2.0 * length * product", "", HYPERBALL),
+    Mutant("optimizers/hyperball.py", "    if layout.num_ranks > 1:\n", "    if False:\n", HYPERBALL),
+    Mutant("optimizers/soap.py", "index_select(dim, order)", "clone()", SOAP),
+    Mutant("optimizers/soap.py", "beta2**num_steps", "beta2 ** (num_steps + 1)", SOAP),
+    Mutant("optimizers/soap.py", "range(sum(num_owned[:rank])", "range(sum(num_owned[1:rank])", SOAP),
+    Mutant("optimizers/eigenbasis.py", "torch.where(is_null, standard[:, order], vectors)", "vectors", SOAP),
 ]

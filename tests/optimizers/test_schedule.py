@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,8 +9,14 @@ from torchtitan.components.lr_scheduler import build_lr_schedulers as build_tita
 from torchtitan.config import LRScheduler
 
 from errors import UserError
-from optimizers.config import AdamWGroup, OptimizerConfig, ScheduleConfig
-from optimizers.schedule import decay_start, lr_factor, weight_decay_factor
+from optimizers.config import AdamWGroup, GroupSchedule, OptimizerConfig, ScheduleConfig
+from optimizers.schedule import (
+    decay_start,
+    group_schedule,
+    lr_factor,
+    schedules_by_group,
+    weight_decay_factor,
+)
 from optimizers.titan import ParamGroupOptimizers, build_lr_schedulers, build_optimizers
 
 
@@ -131,3 +138,65 @@ def test_warmup_and_decay_longer_than_the_run_are_an_error() -> None:
 @pytest.mark.parametrize(("total_steps", "start"), [(7, 6), (8, 6), (12, 10), (13, 10)])
 def test_the_decay_takes_the_nearest_number_of_steps(total_steps: int, start: int) -> None:
     assert decay_start(ScheduleConfig(decay_ratio=0.2), total_steps) == start
+
+
+RUN = ScheduleConfig(kind="wsd", warmup_steps=4, decay_ratio=0.5, min_lr_ratio=0.1)
+
+
+def group_of(**schedule: Any) -> AdamWGroup:
+    return AdamWGroup(parameters=["weight"], lr=1.0, schedule=GroupSchedule(**schedule))
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ({}, RUN),
+        ({"decay_shape": "one_minus_sqrt"}, replace(RUN, decay_shape="one_minus_sqrt")),
+        ({"decay_steps": 3}, replace(RUN, decay_ratio=None, decay_steps=3)),
+        ({"decay_ratio": 0.1, "min_lr_ratio": 0.0}, replace(RUN, decay_ratio=0.1, min_lr_ratio=0.0)),
+        ({"kind": "wsd", "decay_ratio": 0.25}, replace(RUN, decay_ratio=0.25)),
+        ({"kind": "constant"}, ScheduleConfig(kind="constant", warmup_steps=4, min_lr_ratio=0.1)),
+        ({"kind": "cosine"}, ScheduleConfig(kind="cosine", warmup_steps=4, min_lr_ratio=0.1)),
+    ],
+)
+def test_a_group_takes_over_what_its_own_schedule_leaves_open(
+    own: dict[str, Any], expected: ScheduleConfig
+) -> None:
+    assert group_schedule(group_of(**own), RUN) == expected
+    assert group_schedule(AdamWGroup(parameters=["weight"], lr=1.0), RUN) == RUN
+
+
+def test_each_group_follows_its_own_schedule() -> None:
+    model = torch.nn.Linear(2, 2)
+    groups = {
+        "own": AdamWGroup(
+            parameters=["weight"],
+            lr=2.0,
+            weight_decay=0.1,
+            weight_decay_gamma=1.0,
+            schedule=GroupSchedule(decay_steps=5),
+        ),
+        "run": AdamWGroup(parameters=["bias"], lr=1.0),
+    }
+    optimizers = build_optimizers([model], OptimizerConfig(groups={**groups}))
+    scheduler = build_lr_schedulers(optimizers, RUN, 20)
+    own = ScheduleConfig(kind="wsd", warmup_steps=4, decay_steps=5, min_lr_ratio=0.1)
+    for step in range(20):
+        lr, decay = scheduler.lr_by_group(), scheduler.weight_decay_by_group()
+        assert lr == {"own": 2.0 * lr_factor(step, own, 20), "run": lr_factor(step, RUN, 20)}
+        assert decay["own"] == 0.1 * weight_decay_factor(step, own, 20, 1.0)
+        scheduler.step()
+
+
+def test_a_schedule_of_a_group_that_makes_no_sense_is_refused() -> None:
+    refused: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"decay_steps": 17}, r"optimizer.groups.own.schedule: warmup_steps \(4\) and the decay \(17"),
+        ({"kind": "cosine", "decay_ratio": 0.1}, "optimizer.groups.own.schedule: decay_ratio is 0.1"),
+    )
+    for own, message in refused:
+        with pytest.raises(UserError, match=message):
+            schedules_by_group({"own": group_of(**own)}, RUN, 20)
+    with pytest.raises(UserError, match="both given"):
+        GroupSchedule(decay_ratio=0.1, decay_steps=2)
+    with pytest.raises(UserError, match=r"^warmup_steps"):
+        schedules_by_group({"own": group_of(decay_ratio=0.1)}, RUN, 4)

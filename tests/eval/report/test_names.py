@@ -121,6 +121,23 @@ def test_a_schedule_s_keys_are_compared_where_it_reads_them() -> None:
     assert found.get("schedule.decay_ratio", [0.25, "-"]) == [0.25, "-"]
 
 
+def test_options_of_any_optimizer_and_schedules_of_groups_make_names() -> None:
+    own = [
+        flat("60m_softmax_muon", "--optimizer.groups.hidden.schedule.decay_ratio", x) for x in ("0.5", "0.6")
+    ]
+    embedding = flat("60m_softmax_muon", "--optimizer.groups.embedding.schedule.kind", "constant")
+    assert names(flat("60m_softmax_muon"), *own, embedding) == [
+        "Softmax, Muon",
+        "Softmax, Muon, decay_ratio 0.5",
+        "Softmax, Muon, decay_ratio 0.6",
+        "Softmax, Muon, embedding kind constant",
+    ]
+    kinds = ("soap", "hyperball_soap", "normuon_muon", "orthogonalized-adamw")
+    assert names(*(flat(f"60m_softmax_{kind}") for kind in kinds)) == [
+        *("Softmax, SOAP", "Softmax, SOAP, fixed_norm true", "Softmax, Muon", "Softmax, Orthogonalized AdamW")
+    ]
+
+
 def test_seeds_of_other_tokenizers_or_choices_are_no_seeds_of_a_row(tmp_path: Path) -> None:
     plain = make_run(tmp_path / "a", [launch(), *training(2.0)])
     other = make_run(

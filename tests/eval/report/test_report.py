@@ -342,6 +342,23 @@ def test_the_final_training_loss_of_a_short_run_is_over_all_its_steps(tmp_path: 
     assert "The training loss is averaged over the last 5 steps" in report([folder], tmp_path)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        ["row_beta2", "0.95"],
+        ["schedule.decay_shape", "cosine"],
+        ["fixed_norm", "true", "--optimizer.groups.hidden.weight_decay", "0"],
+        ["kind", "soap", "--optimizer.groups.hidden.lr", "0.01"],
+        ["kind", "orthogonalized-adamw", "--optimizer.groups.hidden.lr", "0.01"],
+    ],
+)
+def test_updates_that_the_paper_has_not_have_no_row(change: list[str]) -> None:
+    words = [f"--optimizer.groups.hidden.{change[0]}", *change[1:]]
+    for overrides, has_row in (([], True), (words, False)):
+        run = config.load(RunConfig, CONFIGS / "0.6b_parallax_muon.toml", overrides)
+        assert (paper_row(flatten(to_table(run))) is not None) == has_row
+
+
 def test_every_config_of_the_paper_has_its_row_and_no_other_config_has_one() -> None:
     found = {}
     for path in CONFIGS.glob("*.toml"):
