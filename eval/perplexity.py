@@ -21,13 +21,7 @@ from pathlib import Path
 from typing import get_args
 
 from data.progress import Progress
-<<<<<<< HEAD
-=======
-from data.sources.base import DocumentSource
-from data.sources.cli import add_source_arguments, source_from
-from data.sources.open import open_source
 from disk import write_text
->>>>>>> review
 from errors import UserError, run_command
 from eval.distributed import is_main_rank
 from eval.open_model import add_model_arguments, check_at_least_1, check_out, open_model, ranks

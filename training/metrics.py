@@ -25,14 +25,10 @@ from training.memory import GIB
 from training.metrics_file import JsonlWriter
 from training.run_config import MetricsConfig
 
-<<<<<<< HEAD
-=======
-BAR_WIDTH = 20
-
 # before the slash in names of the run's own
 _OWN_GROUPS = (
     *("lr/", "weight_decay/", "update_rms/", "update_sv_min/", "update_sv_median/", "update_sv_max/"),
-    *("tasks/", "samples/"),
+    *("tasks/", "samples/", "diagnostics/"),
 )
 
 
@@ -52,13 +48,6 @@ def check_scalar_names(names: Iterable[str]) -> None:
                 f'the run itself; want a group of your own, such as "my/{name}"'
             )
 
-
-def format_progress(step: int, steps: int) -> str:
-    """Format progress as [######..............]  30%."""
-    filled = BAR_WIDTH * step // steps
-    return f"[{'#' * filled}{'.' * (BAR_WIDTH - filled)}] {100 * step // steps:3}%"
-
->>>>>>> review
 
 class RunMetrics(MetricsProcessor):
     """torchtitan's metrics processor with our sinks; the main rank writes.
