@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,13 +58,14 @@ def plain(value: float | None, spec: str) -> Number | None:
 
 
 def mark_best(cells: Sequence[Cell], better: Better | None) -> list[Cell]:
-    """Mark the best of at least two numbers, and those that look like it.
+    """Mark the best of at least two numbers that are not NaN, and those that look like it.
 
     Args:
         cells: The cells to compare.
         better: Which numbers are better; None to mark none.
     """
-    numbers = [cell for cell in cells if isinstance(cell, Number)]
+    # every comparison with NaN is false: it would be the best where it is the first
+    numbers = [cell for cell in cells if isinstance(cell, Number) and not math.isnan(cell.value)]
     if better is None or len(numbers) < 2:
         return list(cells)
     best = (min if better == "lower" else max)(numbers, key=lambda each: each.value)

@@ -73,3 +73,14 @@ def test_what_the_runs_of_a_seed_have_in_common_drops_out_of_their_difference() 
         assert found.error is not None
         assert abs(found.mean + 0.25) < 1e-12
         assert found.error < 1e-12
+
+
+def test_nan_is_never_the_best() -> None:
+    values = [math.nan, 2.0, 3.0, math.inf]
+    for _ in values:
+        values.append(values.pop(0))
+        for better, expected in (("lower", 2.0), ("higher", math.inf)):
+            cells = mark_best([plain(value, ".2f") for value in values], better)
+            assert [each.value for each in cells if isinstance(each, Number) and each.is_best] == [expected]
+    alone = mark_best([plain(value, ".2f") for value in (math.nan, 1.0)], "lower")
+    assert not any(isinstance(each, Number) and each.is_best for each in alone)
