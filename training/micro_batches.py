@@ -197,6 +197,7 @@ class _Graphs:
                 function(**static)
                 gradients = [parameter.grad for parameter in self._parameters]
                 self._gradients = [gradient for gradient in gradients if gradient is not None]
+                assert len(self._gradients) == len(gradients), "a parameter has no gradient"
         current.wait_stream(self._stream)
 
     def _static(self, name: str, value: torch.Tensor) -> torch.Tensor:

@@ -44,15 +44,16 @@ def difference(ours: Mapping[_Seed, float], base: Mapping[_Seed, float]) -> Esti
         base: Seed -> the value to subtract.
 
     Returns:
-        Where they share seeds, the mean of the differences at these, with its standard error s / sqrt(n), or
-        no error at one seed. Else the difference of the means, with sqrt(s1^2/n1 + s2^2/n2), or no error if
-        either has one seed. None if either has no value.
+        Where they share two seeds or more, the mean of the differences at these, with its standard error
+        s / sqrt(n). Else the difference of the means, with sqrt(s1^2/n1 + s2^2/n2). Without an error, since
+        one of them has a single seed, the difference at the shared seed where there is one. None if either
+        has no value.
     """
     shared = [seed for seed in ours if seed in base]
-    if shared:
-        return estimate([ours[seed] - base[seed] for seed in shared])
     one, two = estimate([*ours.values()]), estimate([*base.values()])
     if one is None or two is None:
         return None
     error = None if one.error is None or two.error is None else math.hypot(one.error, two.error)
+    if len(shared) > 1 or (shared and error is None):
+        return estimate([ours[seed] - base[seed] for seed in shared])
     return Estimate(mean=one.mean - two.mean, error=error, num_seeds=min(one.num_seeds, two.num_seeds))

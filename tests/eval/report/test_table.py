@@ -5,6 +5,8 @@ import math
 import random
 from pathlib import Path
 
+import pytest
+
 from eval.report.seed_statistics import Estimate, difference, estimate
 from eval.report.table import Number, Table, mark_best, number, plain
 
@@ -84,3 +86,15 @@ def test_nan_is_never_the_best() -> None:
             assert [each.value for each in cells if isinstance(each, Number) and each.is_best] == [expected]
     alone = mark_best([plain(value, ".2f") for value in (math.nan, 1.0)], "lower")
     assert not any(isinstance(each, Number) and each.is_best for each in alone)
+
+
+def test_one_shared_seed_of_several_is_no_reason_to_drop_the_others() -> None:
+    ours, base = {0: 1.0, 1: 1.2, 2: 1.4}, {2: 2.0, 3: 2.2, 4: 2.4}
+    found = difference(ours, base)
+    assert found is not None
+    assert found.error is not None
+    assert found.mean == pytest.approx(-1.0)
+    assert found.error == pytest.approx(math.hypot(0.2 / math.sqrt(3), 0.2 / math.sqrt(3)))
+    # with a single run on one side, the pair
+    single = difference({2: 1.5}, base)
+    assert single == Estimate(mean=-0.5, error=None, num_seeds=1)
