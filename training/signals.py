@@ -38,6 +38,7 @@ class StopRequest:
         self._first_signal: float | None = None  # of those that insist
         # a process started from a shell outlives it
         self._torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self._told_end = threading.Lock()  # held once the end of torchrun has been told
 
     def install(self) -> None:
         """Install the handlers; a SIGHUP that is ignored, as under nohup, stays ignored."""
@@ -67,14 +68,18 @@ class StopRequest:
     def _exit_after_torchrun(self) -> None:
         while not self._is_orphan:
             time.sleep(_POLL_SECONDS)
-        if os.environ.get("LOCAL_RANK") == "0":
+        self._tell_end_of_torchrun()
+        time.sleep(ORPHAN_SECONDS)
+        logger.error(f"ended without a checkpoint, {ORPHAN_SECONDS:.0f} s after torchrun")
+        os._exit(RUN_ERROR_CODE)
+
+    def _tell_end_of_torchrun(self) -> None:
+        """Warn once, from the thread or the training loop, whichever is first."""
+        if os.environ.get("LOCAL_RANK") == "0" and self._told_end.acquire(blocking=False):
             logger.warning(
                 f"torchrun (process {self._torchrun}) has ended without its workers: finishing the step and "
                 f"writing a checkpoint, for {ORPHAN_SECONDS:.0f} s at most"
             )
-        time.sleep(ORPHAN_SECONDS)
-        logger.error(f"ended without a checkpoint, {ORPHAN_SECONDS:.0f} s after torchrun")
-        os._exit(RUN_ERROR_CODE)
 
     @property
     def _is_orphan(self) -> bool:
@@ -83,7 +88,10 @@ class StopRequest:
     @property
     def requested(self) -> bool:
         """Whether to stop after this step."""
-        return self._is_asked or self._is_orphan
+        if self._is_orphan:
+            self._tell_end_of_torchrun()
+            return True
+        return self._is_asked
 
     @property
     def cause(self) -> str:

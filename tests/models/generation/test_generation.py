@@ -130,7 +130,9 @@ def test_cuda_without_an_index_is_the_current_device(
     save_run(tmp_path, ModelConfig(size="debug", vocab_size=257))
     byte_tokenizer.save(str(tmp_path / "tokenizer.json"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(command_line, "load_model", lambda checkpoint, *, device, dtype: (device, dtype))
+    monkeypatch.setattr(
+        command_line, "load_model", lambda checkpoint, *, device, dtype, average: (device, dtype)
+    )
     words = ["--checkpoint", str(tmp_path), "--tokenizer", str(tmp_path)]
     assert command_line.load(command_line.make_parser().parse_args(words))[0] == ("cuda", torch.bfloat16)
 
