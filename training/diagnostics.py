@@ -12,8 +12,7 @@ from torch import nn
 
 from data.sources.held_out import open_held_out
 from data.tokenizer import Tokenizer
-from eval.diagnostics.collect import collect
-from eval.diagnostics.record import make_record
+from eval.diagnostics.collect import collect, make_record
 from eval.diagnostics.sample import QuerySample, draw_queries, num_rows, read_batch
 from eval.distributed import is_main_rank, run_on_all_ranks
 from eval.report.task_records import Record

@@ -24,10 +24,10 @@ from data.sources.held_out import open_held_out
 from disk import write_text
 from errors import UserError, run_command
 from eval.diagnostics.attention_map import plot_map, prompt_map, token_labels
-from eval.diagnostics.collect import collect
+from eval.diagnostics.collect import collect, make_record
 from eval.diagnostics.config import DiagnosticsConfig, DiagnosticsSet
 from eval.diagnostics.families import FAMILIES, format_layers
-from eval.diagnostics.record import Record, compact, make_record
+from eval.diagnostics.record import Record, compact
 from eval.diagnostics.sample import MAX_TOKENS, NUM_QUERIES, QuerySample, draw_queries, num_rows, read_batch
 from eval.open_model import OpenedModel, add_model_arguments, check_out, open_model, ranks
 from eval.source_options import open_documents, parse_source, source_parser

@@ -5,9 +5,9 @@ gradients: before each attention module runs, a hook computes its heads once mor
 gathered. No random generator is used.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -17,10 +17,11 @@ from torch.distributed.fsdp import FSDPModule
 
 from eval.diagnostics.config import DiagnosticsSet
 from eval.diagnostics.covariance import covariance_statistics
+from eval.diagnostics.record import LAYERS, Record
 from eval.diagnostics.row_statistics import row_statistics
 from eval.diagnostics.sample import QuerySample
 from eval.diagnostics.spectra import head_spectra, weight_spectra
-from eval.diagnostics.summary import Values, rounded, summarize
+from eval.diagnostics.summary import Values, context_counts, rounded, summarize
 from eval.scoring.head_scores import head_input_hook
 from models.attention.base import Attention, Rope
 from models.attention.key_values import KeyValueAttention
@@ -189,3 +190,19 @@ def _gains(module: nn.Module) -> dict[str, dict[str, float]]:
 
 def _rounded(values: dict[str, dict[str, float]]) -> dict[str, dict[str, float | None]]:
     return {name: {key: rounded(x) for key, x in each.items()} for name, each in values.items()}
+
+
+def make_record(layers: Sequence[LayerDiagnostics], sample: QuerySample, set: DiagnosticsSet) -> Record:
+    """Make the record of a measurement, without its step.
+
+    Args:
+        layers: From collect.
+        sample: The sampled rows.
+        set: Which quantities were measured.
+    """
+    return {
+        "set": set,
+        "sample": sample.facts(),
+        "context": context_counts(sample),
+        LAYERS: [asdict(layer) for layer in layers],
+    }

@@ -1,36 +1,17 @@
-"""Records of diagnostics: a JSON object per measurement, with values of heads; means of layers from it."""
+"""Records of diagnostics: a JSON object per measurement, with values of heads; means of layers from it.
+
+Without torch: reports, and a sweep that looks whether a member has finished, read them.
+"""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from eval.diagnostics.collect import LayerDiagnostics
-from eval.diagnostics.config import DiagnosticsSet
-from eval.diagnostics.sample import QuerySample
-from eval.diagnostics.summary import context_counts
 
 Record = dict[str, Any]
 
 LAYERS = "layers"
 """The key of a record under which the layers are."""
-
-
-def make_record(layers: Sequence[LayerDiagnostics], sample: QuerySample, set: DiagnosticsSet) -> Record:
-    """Make the record of a measurement, without its step.
-
-    Args:
-        layers: From collect.
-        sample: The sampled rows.
-        set: Which quantities were measured.
-    """
-    return {
-        "set": set,
-        "sample": sample.facts(),
-        "context": context_counts(sample),
-        LAYERS: [asdict(layer) for layer in layers],
-    }
 
 
 def layer_values(layer: Mapping[str, Any]) -> dict[str, float]:

@@ -52,7 +52,8 @@ def test_sums_and_means_over_ranks(num_ranks: int, tmp_path: Path) -> None:
 
 
 def test_a_logged_scalar_with_the_name_of_another_metric_is_refused() -> None:
-    trainer = Mock()
+    trainer = Mock(step=5)
+    trainer.config.metrics.console_every = 10
     trainer.config.tokens_per_step = trainer.tokens = 1
     trainer.metrics_processor.progress.return_value = {"tokens": 1}
     trainer.metrics_processor.throughput.return_value = {"step_seconds": 1.0}

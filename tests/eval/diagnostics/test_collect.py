@@ -11,8 +11,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from eval.diagnostics import collect as collect_module
-from eval.diagnostics.collect import LayerDiagnostics, collect
-from eval.diagnostics.record import compact, layer_values, make_record, means_of_layers
+from eval.diagnostics.collect import LayerDiagnostics, collect, make_record
+from eval.diagnostics.record import compact, layer_values, means_of_layers
 from eval.diagnostics.sample import draw_queries
 from models.attention.key_values import KeyValueAttention
 from models.config import (

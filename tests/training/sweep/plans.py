@@ -71,7 +71,8 @@ def start(
         return subprocess.Popen(
             [sys.executable, "-m", module, str(path), *words],
             cwd=ROOT,
-            env={**environment(), "CUDA_VISIBLE_DEVICES": gpus},
+            # the stand-in is no file of the root, which Python adds for those
+            env={**environment(), "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": gpus},
             stdout=output,
             stderr=subprocess.STDOUT,
         )

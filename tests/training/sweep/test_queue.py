@@ -13,7 +13,7 @@ import pytest
 
 from eval.report.plan_file import read_plan
 from eval.report.run_records import read_run
-from tests.training.launch import environment
+from tests.training.launch import ROOT, environment
 from tests.training.sweep.plans import observe, rates, run, start, write_plan
 from training.sweep.overview import Overview
 
@@ -87,7 +87,7 @@ def test_a_finished_plan_imports_no_torch(tmp_path: Path) -> None:
         f"    assert main([{str(path)!r}, *words]) == 0\n"
         "assert not {'torch', 'numpy', 'torchtitan'} & set(sys.modules)"
     )
-    assert os.spawnve(os.P_WAIT, sys.executable, [sys.executable, "-c", code], environment()) == 0
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), check=True)
 
 
 def test_a_failing_member_is_reported_and_the_others_go_on(tmp_path: Path) -> None:
@@ -164,9 +164,9 @@ def test_a_second_sweep_is_refused_and_one_of_single_members_is_not(tmp_path: Pa
     first = start(path, stand_in=True)
     wait_until(lambda: bool(holders(tmp_path / "plan")), first)
     assert "is being worked off by process" in run(path, code=2)
+    assert "\na sweep is working it off" in run(path, "--status")
     run(path, "--member", "3")
     assert states(observe(path).look())[3] == "finished"
-    assert "a sweep is working it off" in run(path, "--status")
     first.send_signal(signal.SIGTERM)
     assert first.wait(timeout=SECONDS) == 0
     assert not holders(tmp_path / "plan")
