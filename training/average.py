@@ -51,18 +51,19 @@ class WeightAverage:
         return self._is_loaded
 
     @torch.no_grad()
-    def update(self, step: int, *, is_skipped: bool) -> None:
+    def update(self, step: int, *, is_skipped: torch.Tensor) -> None:
         """Take in the weights after a step.
 
         Args:
             step: The step.
-            is_skipped: Whether the step has left the weights as they were.
+            is_skipped: 1 if the step has left the weights as they were, else 0: an fp32 scalar on the device.
         """
         averages, weights = self._local(self._averages), self._local(self._weights)
         if not self.has_started(step):
             torch._foreach_copy_(averages, weights)
-        elif not is_skipped:
-            torch._foreach_lerp_(averages, weights, 1.0 - self._decay)
+        else:
+            weight = (1.0 - self._decay) * (1.0 - is_skipped)
+            torch._foreach_lerp_(averages, weights, [weight] * len(weights))
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:

@@ -88,6 +88,14 @@ class Evaluator:
         is_due = step == self.config.training.last_step or (every is not None and step % every == 0)
         return bool(self.config.eval.tasks) and step > 0 and is_due
 
+    def is_due(self, step: int) -> bool:
+        """Return whether anything is evaluated after a step."""
+        return self._is_loss_due(step) or self.are_tasks_due(step) or self.diagnostics.is_due(step)
+
+    def _is_loss_due(self, step: int) -> bool:
+        every, ends = self.config.eval.every, (0, self.config.training.last_step)
+        return step in ends or (every is not None and step % every == 0)
+
     def evaluate(self, step: int, tokens: int, recorded: Collection[str] = ()) -> HeldOutLoss | None:
         """Run and record the evaluations that are due after a step; a collective call.
 
@@ -102,8 +110,7 @@ class Evaluator:
         Raises:
             NonFiniteLossError: The held-out loss is NaN or Inf.
         """
-        every, ends = self.config.eval.every, (0, self.config.training.last_step)
-        is_due = step in ends or (every is not None and step % every == 0)
+        is_due = self._is_loss_due(step)  # and that of samples
         has_loss = is_due and "validation_loss" not in recorded
         has_samples = is_due and bool(self.config.eval.sample_prompts) and "samples" not in recorded
         has_tasks = self.are_tasks_due(step) and "task_seconds" not in recorded

@@ -1,6 +1,6 @@
 """The gradient norm of a step: clipping, and spikes, which are far above the norms of the steps before."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +54,9 @@ class GradientNorm:
     Args:
         config: The [training] table.
         device: Device of the model.
+
+    Attributes:
+        last: What describe() takes, of the last step, `[3]` on the device.
     """
 
     def __init__(self, config: TrainingConfig, device: torch.device) -> None:
@@ -61,7 +64,7 @@ class GradientNorm:
         self._skips = config.skip_spikes
         self._running = torch.zeros((), device=device)
         self._num_steps = torch.zeros((), device=device)  # up to WINDOW
-        self._step = torch.zeros(3, device=device)  # norm, running norm before, whether it is a spike
+        self.last = torch.zeros(3, device=device)  # norm, running norm before, whether it is a spike
 
     @torch.no_grad()
     def clip(self, parameters: Iterable[nn.Parameter]) -> torch.Tensor:
@@ -82,7 +85,7 @@ class GradientNorm:
         limit = self._ratio * self._running
         is_spike = (self._num_steps >= MIN_STEPS) & (self._running > 0) & (norm > limit)
         is_finite = norm.isfinite()
-        torch.stack((norm, self._running, is_spike.float()), out=self._step)
+        torch.stack((norm, self._running, is_spike.float()), out=self.last)
         counted = torch.where(is_spike, limit, norm)
         num_steps = (self._num_steps + 1).clamp(max=WINDOW)
         running = self._running + (counted - self._running) / num_steps
@@ -90,9 +93,9 @@ class GradientNorm:
         self._num_steps.copy_(torch.where(is_finite, num_steps, self._num_steps))
         return (~is_finite | is_spike if self._skips else ~is_finite).float()
 
-    def read(self) -> StepNorm:
-        """Return the norm of the last step; waits for the device."""
-        norm, running, is_spike = self._step.tolist()
+    def describe(self, last: Sequence[float]) -> StepNorm:
+        """Return the norm of a step whose `last` was copied to the host."""
+        norm, running, is_spike = last
         return StepNorm(norm, running, bool(is_spike), bool(is_spike) and self._skips)
 
     def state_dict(self) -> dict[str, Any]:

@@ -170,16 +170,17 @@ class RunMetrics(MetricsProcessor):
 
     def reset_throughput(self) -> None:
         """Start a new interval of throughput(), which excludes the evaluation or checkpoint before it."""
-        self.ntokens_since_last_log = 0
         self.data_loading_times.clear()
         self.time_last_log = time.perf_counter()
         self.device_memory_monitor.reset_peak_stats()
 
-    def throughput(self, flops: float) -> dict[str, float | None]:
+    def throughput(self, num_tokens: int, flops: float, graph_bytes: int = 0) -> dict[str, float | None]:
         """Measure the step that ends now, and start the next interval.
 
         Args:
+            num_tokens: Tokens of the step over all ranks.
             flops: Training FLOPs of the step over all ranks, by the lengths of its documents.
+            graph_bytes: Memory that CUDA graphs use while they run, which torch counts only at their capture.
 
         Returns:
             tokens/s over all ranks; model FLOPs utilization in percent of the bf16 peak, by `flops` and as if
@@ -191,18 +192,19 @@ class RunMetrics(MetricsProcessor):
         self._num_steps += 1
         if self._num_steps == 1:
             self._first_step_end = now
-        tokens_per_second = self.ntokens_since_last_log * self.world_size / seconds
+        tokens_per_second = num_tokens / seconds
         on_gpu = torch.cuda.is_available()
         whole_rows = self.num_flops_per_token * tokens_per_second
         # of the peak of all ranks, in percent per FLOP/s
         utilization = 100 / (self.gpu_peak_flops * self.world_size) if on_gpu else None
+        peak = max(torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated() + graph_bytes)
         record = {
             "tokens_per_second": tokens_per_second,
             "mfu_percent": utilization and utilization * flops / seconds,
             "mfu_whole_rows_percent": utilization and utilization * whole_rows,
             "step_seconds": seconds,
             "data_wait_percent": 100 * sum(self.data_loading_times) / seconds,
-            "peak_memory_gib": torch.cuda.max_memory_allocated() / GIB if on_gpu else None,
+            "peak_memory_gib": peak / GIB if on_gpu else None,
             "peak_reserved_gib": torch.cuda.max_memory_reserved() / GIB if on_gpu else None,
         }
         self.reset_throughput()

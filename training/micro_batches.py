@@ -129,6 +129,11 @@ class MicroBatches:
         """Return this rank's part of the z-loss per token since begin_step, fp32; 0 for none."""
         return self._z_loss.clone()
 
+    @property
+    def graph_bytes(self) -> int:
+        """Memory that the graphs use while they run, beside inputs and gradients."""
+        return 0 if self._graphs is None else self._graphs.num_bytes
+
     def close(self) -> None:
         """Free the graphs, before the process groups whose collectives they hold are destroyed."""
         self._graphs = None
@@ -160,9 +165,13 @@ class _Graphs:
     Args:
         parameters: The model's shards, whose gradients the graphs add to.
         device: Device of the model.
+
+    Attributes:
+        num_bytes: Memory that the largest graph uses while it runs, beside inputs and gradients.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], device: torch.device) -> None:
+        self.num_bytes = 0
         self._parameters, self._device = parameters, device
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
@@ -215,10 +224,13 @@ class _Graphs:
         if shapes in self._graphs:
             return self._graphs[shapes]
         graph = torch.cuda.CUDAGraph()
+        torch.cuda.reset_peak_memory_stats(self._device)
+        before = torch.cuda.memory_allocated(self._device)
         # "relaxed": kernels of a new length of bounds may be loaded meanwhile
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="relaxed"):
             function(**static)
         self._graphs[shapes] = graph
+        self.num_bytes = max(self.num_bytes, torch.cuda.max_memory_allocated(self._device) - before)
         logger.info(f"captured a CUDA graph of a micro-batch, for {_describe(static)}")
         return graph
 

@@ -88,7 +88,7 @@ class TrainingConfig:
     z_loss: float = 0.0
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     compile: bool = True
-    cuda_graphs: bool = False
+    cuda_graphs: bool = True
     activation_checkpointing: Literal["selective", "full"] | None = None
 
     def __post_init__(self) -> None:

@@ -6,9 +6,10 @@ evaluated, and a signal stops the run with a checkpoint.
 
 import math
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,6 +38,7 @@ from training.fall_back import load_or_fall_back
 from training.flops import FlopCounter
 from training.gradient_norm import GradientNorm
 from training.launch_record import command_line, launch_facts
+from training.launched_step import LaunchedStep
 from training.log import logger
 from training.memory import checkpoint_bytes
 from training.metrics import RunMetrics, check_scalar_names
@@ -44,7 +46,7 @@ from training.micro_batches import MicroBatches
 from training.non_finite import check_step, check_weights
 from training.preflight import build_meta_model, check_shared
 from training.rank_monitor import DATA_SECONDS, RankMonitor
-from training.rank_sums import RankSums
+from training.rank_sums import RankSums, to_device
 from training.resume import (
     StartPoint,
     describe_finished,
@@ -59,22 +61,6 @@ from training.summary import format_summary
 from training.update_stats import UpdateStats, is_due
 
 MicroBatch = tuple[dict[str, torch.Tensor], torch.Tensor]
-
-
-class StepResult(NamedTuple):
-    """Result of an optimizer step.
-
-    Attributes:
-        metrics: The step's record for metrics.jsonl; singular values on the main rank only.
-        scalars: What log_scalar was given in the step, for metrics.jsonl too.
-        stop_requested: Whether any rank has received a signal.
-        write_finished: Whether the background write of a checkpoint has ended on all ranks.
-    """
-
-    metrics: dict[str, Any]
-    scalars: dict[str, float]
-    stop_requested: bool
-    write_finished: bool
 
 
 class Trainer(TitanTrainer):
@@ -123,6 +109,7 @@ class Trainer(TitanTrainer):
         )
         self.checkpointer.checkpoint_bytes = checkpoint_bytes(config, build_meta_model(config), world_size)
         self.micro_batches = MicroBatches(self.model, config.training, self.device)
+        self._write_failed = False  # in the background: another checkpoint is due at once
         self.scalars, self.rank_sums = ScalarRecorder(self.device), RankSums(self.device)
         self.flop_counter = FlopCounter(self.model, config.training.seq_len)
 
@@ -159,7 +146,7 @@ class Trainer(TitanTrainer):
 
         Raises:
             UserError: See start.
-            NonFiniteLossError: See optimizer_step and save.
+            NonFiniteLossError: See read and save.
         """
         before = self.start()
         last_step = self.config.training.last_step
@@ -167,6 +154,7 @@ class Trainer(TitanTrainer):
             return
         logger.info(f"training from step {self.step + 1} to {last_step}")
         loss, after, stopped = math.nan, None, False
+        launched: deque[LaunchedStep] = deque()
         with maybe_enable_profiling(
             self.job_config.profiling, global_step=self.step, base_folder=self.job_config.job.dump_folder
         ) as profiler:
@@ -176,11 +164,14 @@ class Trainer(TitanTrainer):
                 self.step += 1
                 self.monitor.begin_step(self.step)
                 titan.collect_garbage(self, self.step)
-                result = self.optimizer_step(data)
-                self.record(result)
-                self.save(result)
-                loss, stopped = result.metrics["loss"], result.stop_requested
-                after = None if stopped else self.evaluator.evaluate(self.step, self.tokens)
+                launched.append(self.optimizer_step(data))
+                # a step is read while the device computes the next one, unless something is due after it
+                while launched and (len(launched) > 1 or stopped or self._is_read_at_once()):
+                    loss, stop_requested = self.read(launched.popleft())
+                    stopped = stopped or stop_requested
+                if not launched:
+                    self.save(is_last=stopped or self.step == last_step)
+                    after = None if stopped else self.evaluator.evaluate(self.step, self.tokens)
                 if profiler:
                     self.monitor.enter_slow("profile")
                     profiler.step()
@@ -252,74 +243,67 @@ class Trainer(TitanTrainer):
                 logger.info(f"the average starts with the weights of step {self.step}: no other is saved")
         return start
 
-    def optimizer_step(self, micro_batches: Iterator[MicroBatch]) -> StepResult:
-        """Take one optimizer step.
+    def _is_read_at_once(self) -> bool:
+        """Return whether the step just launched is read before the next one is launched."""
+        profile_every = self.config.metrics.profile_every
+        return (
+            self.step == self.config.training.last_step
+            or is_due(self.step, self.config.checkpoint.every)
+            or self._write_failed
+            or self.evaluator.is_due(self.step)
+            or self.update_stats.has_spectrum
+            # the profiler's warm-up of three steps, and the step whose trace it writes
+            or (profile_every is not None and -self.step % profile_every < 4)
+        )
+
+    def optimizer_step(self, micro_batches: Iterator[MicroBatch]) -> LaunchedStep:
+        """Launch one optimizer step, without waiting for the device.
+
+        A gradient norm of NaN or Inf leaves weights and optimizer state unchanged.
 
         Args:
             micro_batches: This rank's micro-batches; num_micro_batches of them are used.
-
-        Returns:
-            The result. Its metrics: loss in nats/token over the global batch, gradient norm before clipping
-            and whether it is a spike, learning rate and weight decay of each group, predicted tokens, FLOPs
-            by the lengths of the documents, and at some steps the size of each group's update.
-
-        Raises:
-            NonFiniteLossError: The loss or the gradient norm is NaN or Inf. Nothing is saved; a gradient norm
-                of NaN or Inf leaves weights and optimizer state unchanged.
         """
         rates, decays = self.lr_schedulers.lr_by_group(), self.lr_schedulers.weight_decay_by_group()
         self.monitor.enter("data", limit=DATA_SECONDS)
         batch = [next(micro_batches) for _ in range(self.num_micro_batches)]
+        num_predicted = sum(int((labels != IGNORE_INDEX).sum()) for _, labels in batch)
         with self.scalars.step():
-            loss, num_predicted = self._accumulate_gradients(batch)
+            self._accumulate_gradients(batch, num_predicted)
             mean_squares = self._update()
         self.lr_schedulers.step()
+        self.tokens += self.config.tokens_per_step
         self.monitor.enter("sum over ranks")
-        sums, scalars = self.rank_sums.sum(
+        sums = self.rank_sums.begin(
             {
-                "loss": loss,
+                "loss": self.micro_batches.loss(),
                 "z loss": self.micro_batches.z_loss(),
+                "predicted tokens": num_predicted,
                 "flops": sum(self.flop_counter.count(inputs) for inputs, _ in batch),
                 "stop requests": self.stop.requested,
                 "finished writes": self.checkpointer.has_finished_write,
                 **mean_squares,
             },
             self.scalars.totals(),
+            self.gradient_norm.last,
         )
-        norm = self.gradient_norm.read()
-        check_step(self.step, sums["loss"], norm.norm, self.folder)
-        if norm.is_spike:
-            logger.info(f"step {self.step}  {norm.describe_spike()}")
-        if self.average is not None:
-            self.average.update(self.step, is_skipped=norm.is_skipped)
-        metrics = {
-            "loss": sums["loss"],
-            **({"z_loss": sums["z loss"]} if self.config.training.z_loss else {}),
-            **norm.metrics(),
+        record = {
             **{f"lr/{name}": rate for name, rate in rates.items()},
             **{f"weight_decay/{name}": decay for name, decay in decays.items()},
-            **({} if norm.is_skipped else self.update_stats.metrics(sums)),
-            "predicted_tokens": int(num_predicted),
-            "step_flops": sums["flops"],
+            **self.metrics_processor.progress(self.tokens),
+            "skipped_documents": sum(self.dataloader.loader.skipped.values()),
         }
-        write_finished = sums["finished writes"] == dist.get_world_size()
-        return StepResult(metrics, scalars, sums["stop requests"] > 0, write_finished)
+        return LaunchedStep(self.step, sums, self.update_stats.has_spectrum, record)
 
-    def _accumulate_gradients(self, batch: Sequence[MicroBatch]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run forward and backward of all micro-batches.
-
-        Returns:
-            This rank's part of the loss in nats/token, and the number of predicted tokens over all ranks.
-        """
+    def _accumulate_gradients(self, batch: Sequence[MicroBatch], num_predicted: int) -> None:
+        """Run forward and backward of all micro-batches, which have num_predicted targets on this rank."""
         self.monitor.enter("token count")
-        num_predicted = sum((labels != IGNORE_INDEX).sum() for _, labels in batch)
-        num_predicted = torch.as_tensor(num_predicted, device=self.device)
-        dist.all_reduce(num_predicted)
-        self.micro_batches.begin_step(num_predicted)
+        over_ranks = to_device([num_predicted], torch.int64, self.device)[0]
+        dist.all_reduce(over_ranks)
+        self.micro_batches.begin_step(over_ranks)
         for index, (inputs, labels) in enumerate(batch, start=1):
             self.monitor.enter(f"micro-batch {index} of {len(batch)}")
             self.micro_batches.add(inputs, labels)
-        return self.micro_batches.loss(), num_predicted
 
     def _update(self) -> dict[str, torch.Tensor]:
         """Clip the gradients and update the weights; return the parts of the updates' mean squares."""
@@ -328,41 +312,69 @@ class Trainer(TitanTrainer):
         is_skipped = self.gradient_norm.clip(self.model.parameters())
         self.update_stats.begin_step(self.step)
         self.optimizers.step(found_inf=is_skipped)
+        if self.average is not None:
+            self.average.update(self.step, is_skipped=is_skipped)
         return self.update_stats.local_mean_squares()
 
-    def record(self, result: StepResult) -> None:
-        """Record the metrics of a step.
+    def read(self, launched: LaunchedStep) -> tuple[float, bool]:
+        """Wait for a step, check and record it.
+
+        The record has the loss in nats/token over the global batch, the gradient norm before clipping and
+        whether it is a spike, learning rate and weight decay of each group, predicted tokens, FLOPs by the
+        lengths of the documents, and at some steps the size of each group's update.
+
+        Returns:
+            The loss, and whether any rank has received a signal.
 
         Raises:
+            NonFiniteLossError: The loss or the gradient norm is NaN or Inf. Nothing is saved.
             UserError: log_scalar was given a name of the run's own metrics.
         """
+        self.monitor.enter("sum over ranks")
+        step = launched.step
+        sums, scalars, last_norm = self.rank_sums.read(launched.sums)
         self.monitor.enter("metrics")
-        self.tokens += self.config.tokens_per_step
+        norm = self.gradient_norm.describe(last_norm)
+        update_stats = self.update_stats.metrics(sums, has_spectrum=launched.has_spectrum)
+        check_step(step, sums["loss"], norm.norm, self.folder)
+        if norm.is_spike:
+            logger.info(f"step {step}  {norm.describe_spike()}")
+        check_scalar_names(scalars)
         record = {
-            **result.metrics,
-            **self.metrics_processor.progress(self.tokens),
-            "skipped_documents": sum(self.dataloader.loader.skipped.values()),
-            **self.metrics_processor.throughput(result.metrics["step_flops"]),
+            "loss": sums["loss"],
+            **({"z_loss": sums["z loss"]} if self.config.training.z_loss else {}),
+            **norm.metrics(),
+            **({} if norm.is_skipped else update_stats),
+            "predicted_tokens": int(sums["predicted tokens"]),
+            "step_flops": sums["flops"],
+            **launched.record,
+            **self.metrics_processor.throughput(
+                self.config.tokens_per_step, sums["flops"], self.micro_batches.graph_bytes
+            ),
         }
-        check_scalar_names(result.scalars)
-        self.metrics_processor.record(self.step, {**record, **result.scalars})
-        if self.step == 1 or is_due(self.step, self.config.metrics.console_every):
-            self.metrics_processor.log_step(self.step, record, self.config.training.last_step)
+        self.metrics_processor.record(step, {**record, **scalars})
+        if step == 1 or is_due(step, self.config.metrics.console_every):
+            self.metrics_processor.log_step(step, record, self.config.training.last_step)
+        if sums["finished writes"] == dist.get_world_size():
+            self._write_failed |= not self.checkpointer.finish_background_write()
+        return sums["loss"], sums["stop requests"] > 0
 
-    def save(self, result: StepResult) -> None:
-        """Write a checkpoint if one is due after a step.
+    def save(self, *, is_last: bool) -> None:
+        """Write a checkpoint if one is due after a step, which has been read.
+
+        Args:
+            is_last: Whether the launch ends with this step.
 
         Raises:
             NonFiniteLossError: A weight is NaN or Inf. The previous checkpoint remains the newest.
         """
         self.monitor.enter_slow("checkpoint")
-        write_failed = result.write_finished and not self.checkpointer.finish_background_write()
-        is_last = result.stop_requested or self.step == self.config.training.last_step
         # not in the background: the checkpoint is on disk before the tasks are evaluated
-        blocking = is_last or write_failed or self.evaluator.are_tasks_due(self.step)
+        blocking = is_last or self._write_failed or self.evaluator.are_tasks_due(self.step)
         if blocking or is_due(self.step, self.config.checkpoint.every):
             check_weights(self.step, self.model)
             self.checkpointer.save(self.step, last_step=blocking)
+            self._write_failed = False
             self.metrics_processor.reset_throughput()
 
     def close(self) -> None:

@@ -25,9 +25,9 @@ def _state(trainer: Any) -> list[torch.Tensor]:
 
 def poison() -> None:
     """Patch the trainer with the gradient and the comparison."""
+    from training.launched_step import LaunchedStep
     from training.micro_batches import MicroBatches
-    from training.non_finite import NonFiniteLossError
-    from training.trainer import StepResult, Trainer
+    from training.trainer import Trainer
 
     rank, last = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")) - 1
     add, optimizer_step = MicroBatches.add, Trainer.optimizer_step
@@ -40,15 +40,14 @@ def poison() -> None:
                 assert isinstance(parameter.grad, DTensor)
                 parameter.grad.to_local().mul_(math.nan)
 
-    def compared_step(self: Trainer, *batches: Any) -> StepResult:
+    def compared_step(self: Trainer, *batches: Any) -> LaunchedStep:
         steps.append(self.step)
         before = _state(self)
-        try:
-            return optimizer_step(self, *batches)
-        except NonFiniteLossError:
+        launched = optimizer_step(self, *batches)
+        if self.step == BAD_STEP:
             same = all(torch.equal(a, b) for a, b in zip(before, _state(self), strict=True))
             print(f"rank {rank}: {len(before)} tensors are {'unchanged' if same else 'changed'}", flush=True)
-            raise
+        return launched
 
     MicroBatches.add, Trainer.optimizer_step = poisoned_add, compared_step  # pyrefly: ignore [bad-assignment]
 

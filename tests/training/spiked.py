@@ -5,9 +5,11 @@ Prints for every rank whether that step changed weights, optimizer state or thei
 
 import os
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 import train
@@ -24,29 +26,31 @@ def _state(trainer: Any) -> list[torch.Tensor]:
 
 def spike() -> None:
     """Patch the trainer with the gradients and the comparison."""
-    from training.micro_batches import MicroBatches
-    from training.trainer import StepResult, Trainer
+    from training.gradient_norm import GradientNorm
+    from training.launched_step import LaunchedStep
+    from training.trainer import Trainer
 
-    loss, optimizer_step = MicroBatches.loss, Trainer.optimizer_step
+    clip, optimizer_step = GradientNorm.clip, Trainer.optimizer_step
     steps: list[int] = []
 
-    def spiked_loss(self: MicroBatches) -> torch.Tensor:
-        for parameter in self.model.parameters() if steps[-1] == SPIKE else ():
+    def spiked_clip(self: GradientNorm, parameters: Iterable[nn.Parameter]) -> torch.Tensor:
+        parameters = list(parameters)
+        for parameter in parameters if steps[-1] == SPIKE else ():
             assert isinstance(parameter.grad, DTensor)
             parameter.grad.to_local().mul_(1000.0)
-        return loss(self)
+        return clip(self, parameters)
 
-    def compared_step(self: Trainer, *batches: Any) -> StepResult:
+    def compared_step(self: Trainer, *batches: Any) -> LaunchedStep:
         steps.append(self.step)
         before = _state(self)
-        result = optimizer_step(self, *batches)
+        launched = optimizer_step(self, *batches)
         if self.step == SPIKE:
             same = all(torch.equal(a, b) for a, b in zip(before, _state(self), strict=True))
             rank = os.environ.get("RANK", "0")
             print(f"rank {rank}: {'unchanged' if same else 'changed'} in step {SPIKE}", flush=True)
-        return result
+        return launched
 
-    MicroBatches.loss, Trainer.optimizer_step = spiked_loss, compared_step  # pyrefly: ignore [bad-assignment]
+    GradientNorm.clip, Trainer.optimizer_step = spiked_clip, compared_step  # pyrefly: ignore [bad-assignment]
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def follow(rank: int, num_ranks: int, store: str) -> None:
                 shard.add_(0.05 * torch.randn(shard.shape, generator=generator))
         model.zero_grad()
         before = {name: whole(x) for name, x in average.state_dict().items()}
-        average.update(step, is_skipped=is_skipped)
+        average.update(step, is_skipped=torch.tensor(float(is_skipped)))
         now = {name: whole(p).double() for name, p in weights.items()}
         by_hand = (
             {n: w if step <= 1 else DECAY * by_hand[n] + (1 - DECAY) * w for n, w in now.items()}

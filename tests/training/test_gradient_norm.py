@@ -46,7 +46,7 @@ def test_gradients_are_clipped_as_in_torch_or_not_at_all(max_norm: float | None)
         norm = make(max_grad_norm=max_norm)
         assert norm.clip(ours) == 0.0
         expected = nn.utils.clip_grad_norm_(theirs, math.inf if max_norm is None else max_norm)
-        assert norm.read().norm == float(expected)
+        assert norm.describe(norm.last.tolist()).norm == float(expected)
         for a, b in zip(ours, theirs, strict=True):
             assert a.grad is not None
             assert b.grad is not None
@@ -61,7 +61,7 @@ def test_spikes_follow_the_rule(skip: bool) -> None:
         for step in range(150):
             value = math.exp(draw.gauss(0.0, 0.3)) * (draw.choice((6.0, 200.0)) if step % 9 == 8 else 1.0)
             flag = norm.clip([parameter(value)])
-            found = norm.read()
+            found = norm.describe(norm.last.tolist())
             is_spike = count >= MIN_STEPS and value > 4.0 * running
             assert found.norm == pytest.approx(value, rel=1e-6)
             assert found.running == pytest.approx(running, rel=1e-4)
@@ -81,7 +81,7 @@ def test_a_lasting_rise_ends_to_be_a_spike() -> None:
     norm, found = make(), []
     for step in range(300):
         norm.clip([parameter(1.0 if step < 100 else 1000.0)])
-        found.append(norm.read().is_spike)
+        found.append(norm.describe(norm.last.tolist()).is_spike)
     assert found[100]
     assert not any(found[:100] + found[250:])
 
@@ -91,7 +91,7 @@ def test_a_first_gradient_after_many_of_zero_is_no_spike() -> None:
     for _ in range(30):
         norm.clip([parameter(0.0)])
     assert norm.clip([parameter(1.0)]) == 0.0
-    assert "grad_norm_spike" not in norm.read().metrics()
+    assert "grad_norm_spike" not in norm.describe(norm.last.tolist()).metrics()
 
 
 @pytest.mark.parametrize("skip", [False, True])
@@ -115,7 +115,7 @@ def test_a_saved_running_norm_goes_on_bit_identically() -> None:
     for _ in range(60):
         value = draw.random() * draw.choice((1.0, 20.0))
         assert norm.clip([parameter(value)]) == again.clip([parameter(value)])
-        assert norm.read() == again.read()
+        assert norm.describe(norm.last.tolist()) == again.describe(again.last.tolist())
 
 
 def spiked_run(corpus: Path, folder: Path, *, skip: str, ranks: int) -> str:

@@ -60,10 +60,9 @@ NAMES: list[tuple[Callable[..., Any], str, str]] = [
     (
         MetricsProcessor.__init__,
         "training/metrics.py",
-        "ntokens_since_last_log data_loading_times time_last_log device_memory_monitor gpu_peak_flops "
-        "num_flops_per_token",
+        "data_loading_times time_last_log device_memory_monitor gpu_peak_flops num_flops_per_token",
     ),
-    (Trainer.batch_generator, "training/metrics.py", "ntokens_since_last_log data_loading_times"),
+    (Trainer.batch_generator, "training/metrics.py", "data_loading_times"),
     (get_device_info, "training/device.py", "_get_available_device_type _get_device_module"),
     (OptimizersContainer.zero_grad, "optimizers/titan.py", "optimizers"),
 ]
