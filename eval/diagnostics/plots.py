@@ -116,7 +116,12 @@ def _draw(
         curve = curves[arm.label]
         if curve is not None and curve.x:
             draw_curve(axes, curve, arm.style, label=arm.label, marked=marked)
-            values += [value for value in curve.mean if math.isfinite(value)]
+            ends = (
+                mean + sign * error
+                for mean, error in zip(curve.mean, curve.error, strict=True)
+                for sign in (-1, 1)
+            )
+            values += [value for value in ends if math.isfinite(value)]
     if values:
         low, high = min(values), max(values)
         if 0 <= low < 0.5 * high:

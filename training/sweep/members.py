@@ -223,7 +223,8 @@ def _trunk(stage: Stage, variant: Variant, seed: int, earlier: Sequence[Member])
     if len(found) != 1:
         raise UserError(
             f"stage {stage.name}: {variant.name}, seed {seed}, has {len(found)} members to start from in "
-            f"stage {stage.start_from}; want one of the same config and seed and, on axes of both, the same values"
+            f"stage {stage.start_from}; want one of the same config and seed and, on axes of both, the same "
+            "values"
         )
     return found[0]
 
