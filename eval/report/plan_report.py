@@ -62,7 +62,7 @@ def write_plan_report(
             plan, stage, runs, out, is_page=figures is not None, allow_different=allow_different
         )
         drawn = partial(plot_gains_over_training, arms[stage.name])
-        title, file = f"Gains of {stage.name} over training", f"{stage.name}/gains.png"
+        title, file = f"Gains of {stage.name} over training", f"{stage.name}/gains_over_training.png"
         lines += _shown(title, drawn, out, file, with_pdf=figures is None)
     missing = [line for stage in plan.stages for line in _missing(stage, runs)]
     lines += ["## Missing", "", *(f"* {line}" for line in missing or ["Nothing."]), ""]
