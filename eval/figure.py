@@ -116,7 +116,8 @@ def save(figure: Figure, path: Path) -> None:
         path: The PNG; the PDF has the same name and the ending .pdf.
     """
     figure.savefig(path, dpi=_DPI)
-    shrink_png(path)
+    if not any(axes.images for axes in figure.axes):  # a scale of colors needs them all
+        shrink_png(path)
     # no time of creation: the same records give the same file
     with matplotlib.rc_context({"pdf.fonttype": 42}):
         figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
