@@ -1,7 +1,7 @@
 """The attention map of a prompt: base softmax, correction and combined weights of one head, as a picture."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from eval.scoring.head_scores import head_input_hook
 from models.attention.key_values import KeyValueAttention
 from models.qwen3 import Qwen3
 
+_SCALED_PART = 0.99  # of the weights, within the scale of colors
 MAX_TOKENS = 64
 """Most tokens of a prompt, so that each has a legible label."""
 
@@ -111,6 +112,9 @@ def token_labels(tokens: list[int], tokenizer: Tokenizer) -> list[str]:
 def plot_map(found: AttentionMap, labels: list[str], title: str, path: Path) -> None:
     """Draw an attention map, as PNG and PDF: queries downwards, keys to the right.
 
+    Weights beyond the 99th percentile of all panels have the color of the end of the scale: the first queries
+    see few keys, and their weights would leave the others pale.
+
     Args:
         found: From prompt_map.
         labels: Label of each token.
@@ -123,21 +127,40 @@ def plot_map(found: AttentionMap, labels: list[str], title: str, path: Path) -> 
     if found.correction_TT is not None:
         panels.append((r"Correction $p\,(\bar{t} - t)$", found.correction_TT))
         panels.append((r"Combined $p\,(1 + \bar{t} - t)$", found.combined_TT))
-    side = 1.4 + 0.17 * len(labels)
-    figure, (row,) = new_panels(1, len(panels), size=(side * len(panels) + 1.2, side + 0.9))
+    # two panels side by side are legible on a page, three are not
+    size = 2 if len(panels) > 1 else 1
+    side = 1.2 + 0.17 * len(labels)
+    figure, grid = new_panels(
+        size, size, size=(side * size + (0.0 if size > 1 else 1.2), (side + 0.3) * size)
+    )
     figure.set_layout_engine("compressed")
     figure.suptitle(title, fontsize=11)
+    flat = [axes for row in grid for axes in row]
+    is_visible = torch.ones_like(found.softmax_TT, dtype=torch.bool).tril()
+    weights = torch.stack([weights_TT[is_visible].abs() for _, weights_TT in panels])
     # one scale: the panels add up
-    top = max(float(weights_TT.abs().max()) for _, weights_TT in panels)
-    for axes, (name, weights_TT) in zip(row, panels, strict=True):
-        is_hidden = torch.ones_like(weights_TT, dtype=torch.bool).triu(1)
-        shown = weights_TT.masked_fill(is_hidden, torch.nan).cpu().numpy()
+    top = float(weights.flatten().quantile(_SCALED_PART))
+    for index, (axes, (name, weights_TT)) in enumerate(zip(flat, panels, strict=False)):
+        shown = weights_TT.masked_fill(~is_visible, torch.nan).cpu().numpy()
         image = axes.imshow(shown, cmap="RdBu_r", vmin=-top, vmax=top, interpolation="none")
+        is_left = index % size == 0
         axes.set_title(name, fontsize=10)
         axes.set_xticks(range(len(labels)), labels, fontsize=7, rotation=90)
-        axes.set_yticks(range(len(labels)), labels if axes is row[0] else [""] * len(labels), fontsize=7)
+        axes.set_yticks(range(len(labels)), labels if is_left else [""] * len(labels), fontsize=7)
         axes.set_xlabel("Key", fontsize=9)
-        axes.set_ylabel("Query" if axes is row[0] else "", fontsize=9)
-        if axes is row[-1]:
-            figure.colorbar(image, ax=row, shrink=0.7).ax.tick_params(labelsize=7)
+        axes.set_ylabel("Query" if is_left else "", fontsize=9)
+        if index == len(panels) - 1:
+            _add_scale(figure, image, axes, flat[len(panels) :])
     save(figure, path)
+
+
+def _add_scale(figure: Any, image: Any, axes: Any, free: list[Any]) -> None:
+    """Add the color scale: in the free place of the grid, or beside the only panel."""
+    if not free:
+        figure.colorbar(image, ax=axes, shrink=0.7, extend="both").ax.tick_params(labelsize=7)
+        return
+    free[0].set_axis_off()
+    scale = free[0].inset_axes((0.15, 0.5, 0.7, 0.05))
+    bar = figure.colorbar(image, cax=scale, orientation="horizontal", extend="both")
+    bar.set_label("Weight", fontsize=9)
+    bar.ax.tick_params(labelsize=8)

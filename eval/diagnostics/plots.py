@@ -11,12 +11,13 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from eval.diagnostics.families import Family, shown_names
 from eval.diagnostics.quantities import QUANTITIES, label_of
-from eval.figure import add_legend, format_counts, label_axes, new_panels, padded, save
+from eval.figure import add_legend, format_counts, format_log_axis, label_axes, new_panels, padded, save
 from eval.report.curves import Curve
 from eval.report.drawing import draw_curve
 from eval.report.styles import Style
 
 _PANEL = (3.7, 2.3)  # inches
+_LOG_RATIO = 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,14 +111,25 @@ def _two_columns(num_panels: int, title: str) -> tuple[Figure, list[Axes]]:
 def _draw(
     axes: Axes, arms: Sequence[Arm], curves: Mapping[str, Curve | None], *, marked: bool = False
 ) -> None:
-    """Draw one value of every arm that has it, the y axis from 0 where the values come near it."""
+    """Draw one value of every arm that has it.
+
+    The y axis is logarithmic where values differ by more than _LOG_RATIO, and begins at 0 where they come
+    near it.
+    """
     values: list[float] = []
     for arm in arms:
         curve = curves[arm.label]
         if curve is not None and curve.x:
             draw_curve(axes, curve, arm.style, label=arm.label, marked=marked)
-            values += [value for value in curve.mean if math.isfinite(value)]
-    if values:
+            ends = (
+                mean + sign * error
+                for mean, error in zip(curve.mean, curve.error, strict=True)
+                for sign in (-1, 1)
+            )
+            values += [value for value in ends if math.isfinite(value)]
+    if values and 0 < min(values) < max(values) / _LOG_RATIO:
+        format_log_axis(axes, "y", values)
+    elif values:
         low, high = min(values), max(values)
         if 0 <= low < 0.5 * high:
             low = 0.0

@@ -3,6 +3,7 @@
     python -m eval.report runs [--baseline a] [--out report] [--allow-different]
     python -m eval.report runs/a runs/b
     python -m eval.report runs/PLAN               # a plan of training.sweep, with its own baseline
+    python -m eval.report runs/PLAN --figures seeds --out docs/claims
 
 Runs that differ only in run.seed, data.shuffle_seed and names are seeds of one row. The report is made from
 what the runs recorded; no model is built or evaluated. Tables are also written
@@ -29,6 +30,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--baseline", help="row to subtract from the others: its name, or one of its runs")
     parser.add_argument(
         "--out", type=Path, default=Path("report"), help="folder to write to (default %(default)s)"
+    )
+    parser.add_argument(
+        "--figures",
+        nargs="+",
+        metavar="STAGE",
+        help="of a plan: one page with the figures of these stages, instead of a report of each stage",
     )
     parser.add_argument(
         "--allow-different",
@@ -62,7 +69,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"{' '.join(map(str, options.runs))}: give the folder of a plan alone, without --baseline "
                 "(a key of the plan); or give folders in it"
             )
-        path = write_plan_report(options.runs[0], out=options.out, allow_different=options.allow_different)
+        path = write_plan_report(
+            options.runs[0],
+            out=options.out,
+            figures=options.figures,
+            allow_different=options.allow_different,
+        )
+    elif options.figures is not None:
+        raise UserError("--figures names stages: give the folder of a plan")
     else:
         path = write_report(
             options.runs,

@@ -34,8 +34,16 @@ def _format_choice(key: str, value: Any) -> str:
     if key == "schedule.kind":
         return str(value)
     if key.startswith("optimizer.groups.") and not key.startswith("optimizer.groups.hidden."):
-        name = f"{key.split('.')[2]} {name}"
+        group = key.split(".")[2]
+        if _is_kind_of_group(key):
+            return f"{display_kind(str(value))} for {group}"
+        name = f"{group} {name}"
     return f"{name} {format_value(value)}"
+
+
+def _is_kind_of_group(key: str) -> bool:
+    """Return whether a key chooses the optimizer of a group: runs with other groups lack it."""
+    return key.startswith("optimizer.groups.") and key.endswith(".kind") and key.count(".") == 3
 
 
 def _model_names(runs: Sequence[Config], differing: Sequence[str]) -> list[str]:
@@ -75,7 +83,7 @@ def name_configs(runs: Sequence[Config], folders: Sequence[Path], *, with_rates:
         same = _of_the_same_name(parts, differing[key])
         # of a sweep every row has its rate; what else differs is named where it tells rows apart
         for index in range(len(runs)) if same and is_rate(key) else same:
-            if not is_default(runs[index], key):
+            if not is_default(runs[index], key) or (_is_kind_of_group(key) and key in runs[index]):
                 parts[index].append(_format_choice(key, runs[index][key]))
     names = [", ".join(part) for part in parts]
     short = [_unless_shared(name, folder.name, names) for name, folder in zip(names, folders, strict=True)]

@@ -19,6 +19,8 @@ class PlannedRun:
         number: Number of the member in the plan, from 0.
         run: Path of its run folder in the plan's folder; None while what it takes from an earlier stage is
             not chosen. Members of two stages that are the same run share it.
+        compared_with: Path of the run of equal seed that it is compared with in the table of gains; None for
+            none.
         arm: Its arm: what it is apart from tuned values and seed.
         values: Short name of an axis -> its value.
         seed: Its seed.
@@ -26,6 +28,7 @@ class PlannedRun:
 
     number: int
     run: str | None = None
+    compared_with: str | None = None
     arm: str
     values: dict[str, Any] = field(default_factory=dict)
     seed: int

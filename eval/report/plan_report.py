@@ -1,56 +1,120 @@
 """The report of a plan: what is missing, the choices, and a report of each stage."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from disk import write_text
 from errors import UserError
+from eval.report.gain_plot import plot_gains, plot_gains_over_training
 from eval.report.names import format_value
 from eval.report.plan_file import PlanFile, PlannedRun, PlannedStage, read_plan
+from eval.report.plan_tables import ARMS_NOTE, arms_table, runs_table, totals
+from eval.report.plan_values import ArmRuns, arms_of
 from eval.report.run_records import RunRecord, read_run
 from eval.report.run_values import held_out_loss
 from eval.report.table import Cell, Table, plain
-from eval.report.writer import write_report
+from eval.report.writer import write_figures, write_report
 
 
-def write_plan_report(folder: Path, *, out: Path, allow_different: bool = False) -> Path:
+def write_plan_report(
+    folder: Path, *, out: Path, figures: Sequence[str] | None = None, allow_different: bool = False
+) -> Path:
     """Write report.md of a plan, and the report of each stage in a folder of its name.
 
     Args:
         folder: The plan's folder; its plan.toml and the members' records are read.
         out: Folder to write to.
+        figures: Stages whose figures report.md shows, instead of reports of stages; None for these.
         allow_different: See write_report.
 
     Returns:
         The path of report.md.
 
     Raises:
-        UserError: plan.toml is damaged, or no member has a training step; see write_report.
+        UserError: plan.toml is damaged, no member has a training step, or there is no such stage; see
+            write_report.
     """
     plan = read_plan(folder)
+    for name in figures or ():
+        if name not in [stage.name for stage in plan.stages]:
+            known = ", ".join(stage.name for stage in plan.stages)
+            raise UserError(f"--figures {name}: the plan has the stages {known}")
     runs = _read_runs(folder, plan)
     if not any(run.steps for run in runs.values()):
         raise UserError(f"nothing to report in {folder}: no member of the plan has a training step")
     out.mkdir(parents=True, exist_ok=True)
-    missing = [line for stage in plan.stages for line in _missing(stage, runs)]
-    lines = [f"# Report of the plan {folder.name}", "", *_stages_table(plan, runs, out).markdown(), ""]
-    lines += ["## Missing", "", *(f"* {line}" for line in missing or ["Nothing."]), ""]
+    arms = {stage.name: arms_of(plan, stage, runs) for stage in plan.stages}
+    lines = [f"# Report of the plan {folder.name}", "", totals(runs), ""]
+    lines += [*_stages_table(plan, runs, out).markdown(), ""]
+    drawn = partial(plot_gains, [arm for found in arms.values() for arm in found])
+    lines += [*_shown("Gains", drawn, out, "gains.png", with_pdf=figures is None), ARMS_NOTE, ""]
     for stage in plan.stages:
-        lines += [f"## Stage {stage.name}", "", *_choices(stage, out)]
-        folders = [runs[path].folder for path in _paths(stage) if path in runs and runs[path].steps]
-        if not folders:
-            lines += ["No member has a training step.", ""]
+        lines += [
+            f"## Stage {stage.name}",
+            "",
+            *_choices(stage, out),
+            *_arms(stage.name, arms[stage.name], out),
+        ]
+        if figures is not None and stage.name not in figures:
             continue
-        write_report(
-            folders,
-            baseline=_baseline(plan, stage, runs),
-            out=out / stage.name,
-            allow_different=allow_different,
+        lines += _details(
+            plan, stage, runs, out, is_page=figures is not None, allow_different=allow_different
         )
-        lines += [f"[Report of its {len(folders)} runs]({stage.name}/report.md)", ""]
+        drawn = partial(plot_gains_over_training, arms[stage.name])
+        title, file = f"Gains of {stage.name} over training", f"{stage.name}/gains_over_training.png"
+        lines += _shown(title, drawn, out, file, with_pdf=figures is None)
+    missing = [line for stage in plan.stages for line in _missing(stage, runs)]
+    lines += ["## Missing", "", *(f"* {line}" for line in missing or ["Nothing."]), ""]
+    table = runs_table(plan, runs)
+    table.write_csv(out / "runs.csv")
+    lines += ["## Runs", "", *table.markdown(), ""]
     path = out / "report.md"
     write_text(path, "\n".join(lines))
     return path
+
+
+def _arms(name: str, arms: Sequence[ArmRuns], out: Path) -> list[str]:
+    """Return the table of a stage's arms, and write it; nothing where no member has a training step."""
+    path = out / f"arms_of_{name}.csv"
+    if not arms:
+        path.unlink(missing_ok=True)  # of an earlier report
+        return []
+    table = arms_table(arms)
+    table.write_csv(path)
+    return [*table.markdown(), ""]
+
+
+def _details(
+    plan: PlanFile,
+    stage: PlannedStage,
+    runs: dict[str, RunRecord],
+    out: Path,
+    *,
+    is_page: bool,
+    allow_different: bool,
+) -> list[str]:
+    """Write the report of a stage, or for a page of the plan its figures; return the lines that show them."""
+    folders = [runs[path].folder for path in _paths(stage) if path in runs and runs[path].steps]
+    if not folders:
+        return ["No member has a training step.", ""]
+    baseline = _baseline(plan, stage, runs)
+    if is_page:
+        return write_figures(folders, baseline=baseline, out=out / stage.name)
+    write_report(folders, baseline=baseline, out=out / stage.name, allow_different=allow_different)
+    return [f"[Report of its {len(folders)} runs]({stage.name}/report.md)", ""]
+
+
+def _shown(title: str, draw: Callable[[Path], bool], out: Path, file: str, *, with_pdf: bool) -> list[str]:
+    """Draw a figure, and return the lines that show it; none where there is nothing to draw."""
+    path = out / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_drawn = draw(path)
+    if not is_drawn:
+        path.unlink(missing_ok=True)  # of an earlier report
+    if not (is_drawn and with_pdf):
+        path.with_suffix(".pdf").unlink(missing_ok=True)
+    return [f"![{title}]({file})", ""] if is_drawn else []
 
 
 def _paths(stage: PlannedStage) -> list[str]:

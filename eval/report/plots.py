@@ -128,17 +128,31 @@ def plot_differences(
     if baseline is None:
         return False
     others = [row for row in rows if row is not baseline and styles[row.name].is_main]
-    lines = [difference_curve(row, baseline, loss_series, smoothed=True) for row in others]
-    points = [difference_curve(row, baseline, held_out_series) for row in others]
+    title = f"Loss minus that of {baseline.name}"
+    return plot_pairs([(row, baseline) for row in others], styles, title, path)
+
+
+def plot_pairs(pairs: Sequence[tuple[Row, Row]], styles: Mapping[str, Style], title: str, path: Path) -> bool:
+    """Plot the loss of rows minus that of others: lines for training, points for held-out.
+
+    Args:
+        pairs: Each row, and the one to subtract.
+        styles: Name of a row -> its style.
+        title: Title of the figure.
+        path: The PNG to write; a PDF is written beside it.
+
+    Returns:
+        Whether any pair has a loss at the same number of tokens; without one no file is written.
+    """
+    lines = [difference_curve(row, base, loss_series, smoothed=True) for row, base in pairs]
+    points = [difference_curve(row, base, held_out_series) for row, base in pairs]
     if not any(each.x for each in (*lines, *points)):
         return False
-    figure, axes = new_axes(
-        title=f"Loss minus that of {baseline.name}", x="Training tokens", y="Difference in loss (nats/token)"
-    )
+    figure, axes = new_axes(title=title, x="Training tokens", y="Difference in loss (nats/token)")
     format_counts(axes)
     axes.axhline(0.0, color="#333333", linewidth=0.8)
     late: list[float] = []
-    for row, line, held_out, place in zip(others, lines, points, places(len(others)), strict=True):
+    for (row, _), line, held_out, place in zip(pairs, lines, points, places(len(pairs)), strict=True):
         style = styles[row.name]
         draw_curve(axes, line, style, label=row.name)
         draw_points(axes, spread(held_out, place), style, label=None, line=False)

@@ -130,9 +130,13 @@ def _by_step(records: Iterable[Record], key: str) -> list[Record]:
 
 
 def _parent_folder(folder: Path, checkpoint: Path) -> Path:
-    """Return the folder of the run that wrote a checkpoint; if it has been moved, the one beside folder."""
+    """Return the folder of the run that wrote a checkpoint; if it has been moved, one of its name.
+
+    That is beside folder, or in a plan's folder, where runs are in folders of their stages.
+    """
     parent = RunFolder.of_checkpoint(checkpoint).path
-    return parent if parent.exists() else folder.parent / parent.name
+    in_plan = folder.parent.parent / parent.parent.name / parent.name
+    return next((each for each in (parent, in_plan) if each.exists()), folder.parent / parent.name)
 
 
 def _read_folder(folder: Path, seen: tuple[Path, ...] = ()) -> tuple[Record, list[Record], int, list[str]]:

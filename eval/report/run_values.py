@@ -3,8 +3,11 @@
 import statistics
 from collections.abc import Callable
 
+from config import from_table
 from eval.report.run_records import RunRecord
 from eval.report.spikes import find_spikes
+from optimizers.config import ScheduleConfig
+from optimizers.schedule import decay_start
 
 FINAL_STEPS = 20
 """Steps over which the final training loss is averaged."""
@@ -27,6 +30,58 @@ def _final_held_out(run: RunRecord, key: str) -> float | None:
 def held_out_loss(run: RunRecord) -> float | None:
     """Return the held-out loss after the last step in nats/token; None where there is none yet."""
     return _final_held_out(run, "validation_loss")
+
+
+def average_loss(run: RunRecord) -> float | None:
+    """Return the held-out loss of the average of the weights after the last step in nats/token, or None."""
+    return _final_held_out(run, "average_validation_loss")
+
+
+def _before_decay(run: RunRecord, key: str) -> float | None:
+    schedule = from_table(
+        ScheduleConfig,
+        {name.removeprefix("schedule."): x for name, x in run.config.items() if name.startswith("schedule.")},
+        run.folder,
+        "schedule",
+    )
+    steps = run.config["training.steps"]
+    # a branch without a decay phase is compared with the others of its trunk
+    start = run.num_trunk_steps or decay_start(schedule, steps)
+    found = [record for record in run.held_out if record["step"] == start < steps]
+    return found[-1].get(key) if found else None
+
+
+def loss_before_decay(run: RunRecord) -> float | None:
+    """Return the held-out loss at the last step before the decay phase in nats/token.
+
+    Args:
+        run: A run, or a branch: then at the step that it branches from.
+
+    Returns:
+        None without a decay phase, or where no held-out loss of that step is on record.
+
+    Raises:
+        UserError: The run's schedule is not one of this version of the code.
+    """
+    return _before_decay(run, "validation_loss")
+
+
+def average_loss_before_decay(run: RunRecord) -> float | None:
+    """Return loss_before_decay of the average of the weights; None where it is not on record."""
+    return _before_decay(run, "average_validation_loss")
+
+
+def own_device_hours(run: RunRecord) -> float | None:
+    """Return the time of the run's own training steps times ranks in hours; None where it is unknown."""
+    whole, steps = device_hours(run), run.steps[: run.num_trunk_steps]
+    trunk = steps[-1]["rank_seconds"] if steps else 0.0
+    return None if whole is None or trunk is None else whole - trunk / 3600
+
+
+def own_tokens(run: RunRecord) -> int:
+    """Return the number of tokens that the run itself was trained on, without those of its trunk."""
+    trunk = run.steps[run.num_trunk_steps - 1]["tokens"] if run.num_trunk_steps else 0
+    return run.steps[-1]["tokens"] - trunk
 
 
 def held_out_error(run: RunRecord) -> float | None:

@@ -24,6 +24,14 @@ from eval.report.spikes import FACTOR, MIN_STEPS, WINDOW
 from eval.report.styles import row_styles
 from eval.report.table import Table
 
+_PLOT_NOTES = (
+    "Means over seeds; bands and error bars are one standard error. Training losses are running means over "
+    f"1/{SMOOTHED_PART} of a run. Color tells the attention, line style and filling the optimizer; learning "
+    "rates other than the best are thin and faint.",
+    f"A spike of the gradient norm is a step of more than {FACTOR:g} times the median of the {WINDOW} steps "
+    f"before it (adjacent steps are one spike; the first {MIN_STEPS} steps are not judged).",
+)
+
 
 def write_report(
     folders: Sequence[Path], *, baseline: str | None, out: Path, allow_different: bool = False
@@ -69,6 +77,30 @@ def write_report(
     return path
 
 
+def write_figures(folders: Sequence[Path], *, baseline: str | None, out: Path) -> list[str]:
+    """Write the plots of a report alone, as PNG, for a page that shows them.
+
+    Args:
+        folders: See write_report.
+        baseline: See write_report.
+        out: Folder to write to.
+
+    Returns:
+        Lines of Markdown that show them, for a page in the folder above.
+
+    Raises:
+        UserError: See write_report; incomparable runs are no error.
+    """
+    rows = make_rows(_with_steps([read_run(folder) for folder in find_runs(folders)], folders))
+    base = find_row(rows, baseline) if baseline is not None else None
+    out.mkdir(parents=True, exist_ok=True)
+    drawn = _draw(sort_rows(rows, base), base, out)
+    for file in drawn:
+        (out / f"{file}.pdf").unlink(missing_ok=True)
+    shown = [line for file, title in drawn.items() for line in (f"![{title}]({out.name}/{file}.png)", "")]
+    return [*(line for note in _PLOT_NOTES for line in (note, "")), *shown]
+
+
 def _with_steps(runs: Sequence[RunRecord], folders: Sequence[Path]) -> list[RunRecord]:
     """Return the runs that have a training step; at least one."""
     found = [run for run in runs if run.steps]
@@ -110,11 +142,23 @@ def _table_lines(rows: Sequence[Row], baseline: Row | None, out: Path) -> list[s
 
 def _plot_lines(rows: Sequence[Row], baseline: Row | None, out: Path) -> list[str]:
     """Write the plots, and return the sections of the report that show them."""
+    notes = (*_PLOT_NOTES, "Each plot is also a PDF beside its PNG.")
+    lines = ["## Plots", "", *(line for note in notes for line in (note, ""))]
+    drawn = _draw(rows, baseline, out)
+    return [*lines, *(line for file, title in drawn.items() for line in (f"![{title}]({file}.png)", ""))]
+
+
+def _draw(rows: Sequence[Row], baseline: Row | None, out: Path) -> dict[str, str]:
+    """Write the plots that the rows have values for, and return name of a file -> title."""
     styles = row_styles(rows, baseline)
-    drawn: dict[str, tuple[str, bool]] = {}
+    drawn: dict[str, str] = {}
 
     def add(file: str, title: str, draw: Callable[[Path], bool]) -> None:
-        drawn[file] = title, draw(out / f"{file}.png")
+        if draw(out / f"{file}.png"):
+            drawn[file] = title
+            return
+        for ending in (".png", ".pdf"):
+            (out / f"{file}{ending}").unlink(missing_ok=True)  # of an earlier report
 
     for axis, name in plots.AXES.items():
         add(f"loss_{axis}", f"Training loss against {name}", partial(plots.plot_loss, rows, styles, axis))
@@ -127,18 +171,4 @@ def _plot_lines(rows: Sequence[Row], baseline: Row | None, out: Path) -> list[st
     for family in FAMILIES:
         add(family.file, f"Diagnostics: {family.title}", partial(plot_family, arms, family))
     add("diagnostics_by_context", "Diagnostics: By context length", partial(plot_by_context, arms))
-    notes = (
-        "Means over seeds; bands and error bars are one standard error. Training losses are running means "
-        f"over 1/{SMOOTHED_PART} of a run. Color tells the attention, line style and filling the optimizer; "
-        "learning rates other than the best are thin and faint. Each plot is also a PDF beside its PNG.",
-        f"A spike of the gradient norm is a step of more than {FACTOR:g} times the median of the {WINDOW} "
-        f"steps before it (adjacent steps are one spike; the first {MIN_STEPS} steps are not judged).",
-    )
-    lines = ["## Plots", "", *(line for note in notes for line in (note, ""))]
-    for file, (title, is_there) in drawn.items():
-        if is_there:
-            lines += [f"![{title}]({file}.png)", ""]
-        else:
-            for ending in (".png", ".pdf"):
-                (out / f"{file}{ending}").unlink(missing_ok=True)  # of an earlier report
-    return lines
+    return drawn

@@ -3,19 +3,22 @@
     python -m training.sweep configs/plans/X.toml              # start, or resume after any kind of end
     python -m training.sweep configs/plans/X.toml --dry-run    # members, FLOPs, GPU-hours
     python -m training.sweep configs/plans/X.toml --status     # from another shell
+    python -m training.sweep configs/plans/X.toml --stage seeds --seed 1 --set.data.tokenizer PATH
     python -m eval.report runs/X
 
-docs/sweeps.md has the keys of a plan.
+docs/sweeps.md has the keys of a plan. Each can be given on the command line: --set.training.steps 100.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from errors import run_command
 from training.sweep import commands
-from training.sweep.overview import Observer
+from training.sweep.member_queue import Selection
+from training.sweep.overview import Observer, select
 from training.sweep.plan import load_plan
 
 
@@ -34,6 +37,12 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="N",
         help="work off these members only, by number; others may run in the same folder",
+    )
+    parser.add_argument(
+        "--stage", nargs="+", metavar="NAME", help="work off the members of these stages only"
+    )
+    parser.add_argument(
+        "--seed", type=int, nargs="+", metavar="N", help="work off the members of these seeds only"
     )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--dry-run", action="store_true", help="print members, FLOPs and GPU-hours and exit")
@@ -61,21 +70,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         UserError: The plan or a config is wrong, or another sweep works in the folder.
     """
-    options = _parser().parse_args(arguments)
-    observer = Observer(load_plan(options.plan, options.folder), options.plan)
+    options, overrides = _parser().parse_known_args(arguments)
+    observer = Observer(load_plan(options.plan, options.folder, overrides), options.plan)
     if options.dry_run:
         from training.sweep.costs import describe_costs  # imports torch
 
-        print(describe_costs(observer.plan, observer.look()))
+        print(describe_costs(observer.plan, observer.look(), _selection(options)))
     elif options.status:
         commands.print_status(observer)
     elif options.sbatch:
-        commands.print_array(observer)
+        commands.print_array(observer, overrides)
     elif options.collect:
         commands.bring_together(observer, options.collect)
     else:
-        return commands.work(observer, options.member)
+        return commands.work(observer, _selection(options))
     return 0
+
+
+def _selection(options: argparse.Namespace) -> Selection | None:
+    """Return what selects the members to work off; None for all."""
+    given = {"numbers": options.member, "stages": options.stage, "seeds": options.seed}
+    return None if all(value is None for value in given.values()) else partial(select, **given)
 
 
 if __name__ == "__main__":

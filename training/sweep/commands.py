@@ -9,30 +9,31 @@ from pathlib import Path
 from data.folder_lock import FolderLock, LockedError, is_held
 from errors import RUN_ERROR_CODE, RunError, UserError
 from training.sweep.collect import collect
-from training.sweep.member_queue import Queue
-from training.sweep.overview import Observer, Overview, Status
+from training.sweep.member_queue import Queue, Selection
+from training.sweep.overview import Observer, Overview, Status, select
 from training.sweep.sbatch import array_script
 from training.sweep.slots import make_slots, visible_gpus
 from training.sweep.table import Display, format_table
 
 
-def work(observer: Observer, numbers: Collection[int] | None) -> int:
+def work(observer: Observer, selection: Selection | None) -> int:
     """Work members off.
 
     Args:
         observer: Of the plan.
-        numbers: Numbers of the members; None for all, which no other sweep may do in the folder.
+        selection: Those to work off; None for all, which no other sweep may do in the folder.
 
     Returns:
         0 if all of them have finished or a signal has stopped the sweep, else 1.
 
     Raises:
-        UserError: Another sweep works in the folder, or there is no such member.
+        UserError: Another sweep works in the folder, or the selection is empty.
     """
     slots = make_slots(observer.plan, visible_gpus(os.environ))
     display = Display(observer.plan, len(slots))
-    with _only_one(observer) if numbers is None else nullcontext():
-        queue = Queue(observer, slots, selected=numbers, show=display.show, writes_plan=numbers is None)
+    is_whole = selection is None
+    with _only_one(observer) if is_whole else nullcontext():
+        queue = Queue(observer, slots, selection=selection or select, show=display.show, writes_plan=is_whole)
         overview = queue.run()
     display.finish(overview)
     if queue.is_stopped:
@@ -57,7 +58,13 @@ def _reasons(observer: Observer, unfinished: Sequence[Status], launched: Collect
         left = [s for s in unfinished if s.member.stage == stage.name and s.member.number not in launched]
         if any(not status.member.is_known and status.state == "waiting" for status in left):
             yield f"stage {stage.name} waits until all members of {', '.join(stage.best_of)} have ended"
-        num_ready = sum(s.member.is_known and s.state in ("waiting", "stopped") for s in left)
+        num_lost = sum(s.member.is_known and not s.has_start and s.state == "waiting" for s in left)
+        if num_lost:
+            yield (
+                f"stage {stage.name}: {num_lost} members have no checkpoint to start from: work stage "
+                f"{stage.start_from} off in the same folder"
+            )
+        num_ready = sum(s.is_ready and s.state in ("waiting", "stopped") for s in left)
         if num_ready:
             yield f"stage {stage.name} has no room for {num_ready} members: raise its gpu_hours"
 
@@ -72,7 +79,7 @@ def _only_one(observer: Observer) -> Iterator[None]:
     except LockedError as holder:
         raise UserError(
             f"{observer.folder.path} is being worked off by {holder}: look at it with --status, or work some "
-            "of its members off with --member"
+            "of its members off with --member or --stage"
         ) from holder
     try:
         yield
@@ -89,8 +96,12 @@ def print_status(observer: Observer) -> None:
     print("a sweep is working it off" if is_worked_off else "no sweep is working it off")
 
 
-def print_array(observer: Observer) -> None:
+def print_array(observer: Observer, overrides: Sequence[str]) -> None:
     """Print a SLURM job array of the ready members.
+
+    Args:
+        observer: Of the plan.
+        overrides: Words that override keys of the plan.
 
     Raises:
         RunError: None is ready.
@@ -98,7 +109,12 @@ def print_array(observer: Observer) -> None:
     overview = observer.look()
     _write_plan(observer, overview)
     script = array_script(
-        observer.plan, observer.source, overview, python=sys.executable, directory=Path.cwd()
+        observer.plan,
+        observer.source,
+        overview,
+        overrides=overrides,
+        python=sys.executable,
+        directory=Path.cwd(),
     )
     if script is None:
         raise RunError("no member can be started: see --status")

@@ -2,13 +2,15 @@
 
 from typing import NamedTuple
 
+from training.branch import branch_step
 from training.gpus import GPUS, MEASURED
 from training.memory import GIB, estimate_memory
 from training.preflight import build_meta_model
 from training.run_config import RunConfig
 from training.step_time import estimate_step_time
+from training.sweep.member_queue import Selection
 from training.sweep.members import Member
-from training.sweep.overview import Overview
+from training.sweep.overview import Overview, select
 from training.sweep.plan import Plan
 
 _NOTE = (
@@ -31,12 +33,13 @@ class RunCost(NamedTuple):
     memory_gib: float
 
 
-def describe_costs(plan: Plan, overview: Overview) -> str:
+def describe_costs(plan: Plan, overview: Overview, selection: Selection | None = None) -> str:
     """Describe members, FLOPs and GPU-hours; reads neither data nor tokenizer and needs no GPU.
 
     Args:
         plan: The plan.
         overview: Its members.
+        selection: The members to count; None for all.
 
     Returns:
         A line for each member, a sum for each stage and for the plan.
@@ -46,16 +49,24 @@ def describe_costs(plan: Plan, overview: Overview) -> str:
     """
     costs: dict[str, RunCost] = {}
     lines: list[str] = []
-    total = RunCost(0.0, 0.0, 0.0)
+    total, num_runs = RunCost(0.0, 0.0, 0.0), 0
+    selected = (selection or select)(overview)
     for stage in plan.stages:
         of_stage = RunCost(0.0, 0.0, 0.0)
-        members = [status.member for status in overview.statuses if status.member.stage == stage.name]
+        members = [
+            status.member
+            for status in overview.statuses
+            if status.member.stage == stage.name and _run_of(status.member) in selected
+        ]
+        if not members:
+            continue
         for member in members:
             key = _shape(member.config)
             if key not in costs:
                 costs[key] = _cost(member.config, plan.gpus_per_member)
             lines.append(_line(member, costs[key], plan.gpus_per_member))
             if member.same_as is None:
+                num_runs += 1
                 of_stage = _sum(of_stage, costs[key])
         hours = None if of_stage.hours is None else of_stage.hours * plan.gpus_per_member
         limit = "" if stage.gpu_hours is None else f", budget {stage.gpu_hours:g}"
@@ -65,7 +76,7 @@ def describe_costs(plan: Plan, overview: Overview) -> str:
         if hours is not None and stage.gpu_hours is not None and hours > stage.gpu_hours:
             lines.append(f"warning: stage {stage.name} is estimated to need more than its budget")
         total = _sum(total, of_stage)
-    lines += [f"plan: {len(overview.own)} runs, {_format(total, plan.gpus_per_member)}", _NOTE]
+    lines += [f"plan: {num_runs} runs, {_format(total, plan.gpus_per_member)}", _NOTE]
     gpu, memory = GPUS[MEASURED], total.memory_gib * plan.members_per_gpu
     lines.append(
         f"memory: up to {total.memory_gib:.1f} GiB per member and GPU, with {plan.members_per_gpu} on each "
@@ -74,6 +85,10 @@ def describe_costs(plan: Plan, overview: Overview) -> str:
     if memory > gpu.memory_gib:
         lines.append("warning: they do not fit: lower members_per_gpu or training.local_batch_size")
     return "\n".join(lines)
+
+
+def _run_of(member: Member) -> int:
+    return member.number if member.same_as is None else member.same_as
 
 
 def _line(member: Member, cost: RunCost, num_gpus: int) -> str:
@@ -93,7 +108,7 @@ def _sum(one: RunCost, other: RunCost) -> RunCost:
 
 
 def _cost(run: RunConfig, num_gpus: int) -> RunCost:
-    model, steps = build_meta_model(run), run.training.last_step
+    model, steps = build_meta_model(run), run.training.last_step - branch_step(run)
     flops = model.num_flops_per_token(run.training.seq_len) * run.tokens_per_step * steps
     time = estimate_step_time(run, model, num_gpus)
     memory = estimate_memory(run, model, num_gpus).peak / GIB
@@ -103,4 +118,5 @@ def _cost(run: RunConfig, num_gpus: int) -> RunCost:
 def _shape(run: RunConfig) -> str:
     """Return what the cost depends on: members that differ in rates and seeds cost the same."""
     kinds = {name: group.kind for name, group in run.optimizer.groups.items()}
-    return repr((run.model, run.training, run.parallelism, kinds, run.data.mask_documents))
+    shape = (run.model, run.training, run.parallelism, kinds, run.data.mask_documents, branch_step(run))
+    return repr(shape)

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
 from training.signals import StopRequest
 from training.sweep.budget import members_in_budget
@@ -16,6 +16,7 @@ _POLL_SECONDS = 0.2
 _LOOK_SECONDS, _LOOK_SHARE = 2.0, 20.0
 
 Show = Callable[[Overview], None]
+Selection = Callable[[Overview], set[int]]
 
 
 class Queue:
@@ -24,7 +25,7 @@ class Queue:
     Args:
         observer: Of the plan.
         slots: Where members run.
-        selected: Numbers of the members to work off; None for all.
+        selection: The members to work off, of an overview; all of them by default.
         show: Called with each new overview.
         writes_plan: Whether to write plan.toml: not where several processes work in one folder.
 
@@ -38,7 +39,7 @@ class Queue:
         observer: Observer,
         slots: list[Slot],
         *,
-        selected: Collection[int] | None,
+        selection: Selection = select,
         show: Show,
         writes_plan: bool,
     ) -> None:
@@ -51,7 +52,7 @@ class Queue:
         self._processes: dict[int, MemberProcess] = {}
         self.launched: set[int] = set()
         self.selected: set[int] = set()
-        self.selected = select(self._look(), selected)
+        self.selected = selection(self._look())
 
     @property
     def is_stopped(self) -> bool:
@@ -107,7 +108,7 @@ class Queue:
             status.member
             for status in members_in_budget(self._plan, overview)
             if status.member.number in self.selected - self.launched
-            and status.member.is_known
+            and status.is_ready
             and status.state in ("waiting", "stopped")
         ]
         return sorted(members, key=lambda member: (-priority[member.stage], member.number))

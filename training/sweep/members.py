@@ -11,6 +11,7 @@ from typing import Any
 
 import config
 from errors import UserError
+from models.run_folder import RunFolder
 from training.run_config import RunConfig
 from training.sweep.plan import Axis, Plan, Stage
 
@@ -58,6 +59,7 @@ class Member:
         config: The resolved config; with values that stand in for the best while that is not chosen.
         is_known: Whether what it takes from earlier stages is chosen.
         same_as: Number of the member of an earlier stage that is the same run; None for a run of its own.
+        trunk: The member that it is a branch of; None for a run from the first step.
     """
 
     number: int
@@ -68,6 +70,13 @@ class Member:
     config: RunConfig
     is_known: bool = True
     same_as: int | None = None
+    trunk: "Member | None" = None
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The checkpoint that it starts from."""
+        start_from = self.config.checkpoint.start_from
+        return None if start_from is None else Path(start_from)
 
 
 Chosen = Mapping[tuple[str, str], Variant]
@@ -94,14 +103,17 @@ def stage_members(
     variants = _variants(plan, stage, source, earlier, chosen)
     for (variant, is_known), seed in itertools.product(variants, stage.seeds):
         path = f"{stage.name}/{variant.name}_seed{seed}"
+        trunk = _trunk(stage, variant, seed, earlier)
+        run = _load(plan, stage, source, variant, seed, path)
         member = Member(
             number=len(earlier) + len(members),
             stage=stage.name,
             path=path,
             variant=variant,
             seed=seed,
-            config=_load(plan, stage, source, variant, seed, path),
-            is_known=is_known,
+            config=run if trunk is None else _branch(plan, run, trunk),
+            is_known=is_known and (trunk is None or trunk.is_known),
+            trunk=trunk,
         )
         same = known.get(_identity(member.config)) if is_known else None
         if same is not None:
@@ -194,6 +206,37 @@ def _load(plan: Plan, stage: Stage, source: Path, variant: Variant, seed: int, p
 def _load_file(path: Path, words: tuple[str, ...], origin: str) -> RunConfig:
     """Load a config once: an edit does not change a plan that is being worked off."""
     return config.load(RunConfig, path, words, overrides_from=origin)
+
+
+def _trunk(stage: Stage, variant: Variant, seed: int, earlier: Sequence[Member]) -> Member | None:
+    """Find the member that one of this stage is a branch of; None for a stage without start_from."""
+    if stage.start_from is None:
+        return None
+    found = [
+        member
+        for member in earlier
+        if member.stage == stage.start_from
+        and member.seed == seed
+        and member.variant.config_file == variant.config_file
+        and _agree(member.variant.values, variant.values)
+    ]
+    if len(found) != 1:
+        raise UserError(
+            f"stage {stage.name}: {variant.name}, seed {seed}, has {len(found)} members to start from in "
+            f"stage {stage.start_from}; want one of the same config and seed and, on axes of both, the same "
+            "values"
+        )
+    return found[0]
+
+
+def _agree(values: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
+    return all(values[name] == others[name] for name in values.keys() & others.keys())
+
+
+def _branch(plan: Plan, run: RunConfig, trunk: Member) -> RunConfig:
+    """Return a run that starts from the last checkpoint of a member."""
+    checkpoint = RunFolder(Path(plan.folder) / trunk.path).checkpoint(trunk.config.training.last_step)
+    return replace(run, checkpoint=replace(run.checkpoint, start_from=str(checkpoint)))
 
 
 def _identity(run: RunConfig) -> str:

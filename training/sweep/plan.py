@@ -1,6 +1,7 @@
 """The schema of a plan's TOML file: stages of runs that differ in configs, keys and seeds."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,10 @@ class Stage:
             `best_of`.
         best_of: Earlier stages: their arms, each with the best value of its tuned axes, are the first axis of
             this one. It starts when all members of these stages have finished or failed.
+        start_from: An earlier stage: each member is a branch from the last checkpoint of the member there
+            that has its config, its seed and, on axes of both, its values. None for runs of their own.
+        compare_with: The stage of the arms in `pairs` that those of this one are compared with; None for this
+            one.
         set: Keys of the config that all members of the stage share, after those of the plan.
         axes: Further axes.
         seeds: Each is run.seed and, where the config shuffles, data.shuffle_seed.
@@ -80,6 +85,8 @@ class Stage:
     name: str
     configs: list[str] = field(default_factory=list)
     best_of: list[str] = field(default_factory=list)
+    start_from: str | None = None
+    compare_with: str | None = None
     set: dict[str, Any] = field(default_factory=dict)
     axes: list[Axis] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0])
@@ -112,6 +119,8 @@ class Plan:
         folder: The plan's folder, which has the run folders of all members; by default runs/<name of the
             file>.
         baseline: Name of the arm that the report subtracts from the others; None for no differences.
+        pairs: Stem of a config file -> that of the config it is compared with in the report's table of gains:
+            members of equal seed, and of equal values where both are of one stage.
         set: Keys of the config that all members share, over those of their config files.
         gpus_per_member: GPUs that each member trains on, by torchrun if there are several.
         members_per_gpu: Members that run on one GPU at a time, and on a machine without GPUs in all. Several
@@ -121,6 +130,7 @@ class Plan:
 
     folder: str
     baseline: str | None = None
+    pairs: dict[str, str] = field(default_factory=dict)
     set: dict[str, Any] = field(default_factory=dict)
     gpus_per_member: int = 1
     members_per_gpu: int = 1
@@ -132,12 +142,17 @@ class Plan:
         for stage in self.stages:
             if stage.name in seen:
                 raise UserError(f"stages: two of them are called {stage.name!r}")
-            for name in stage.best_of:
-                if name not in seen:
-                    known = ", ".join(seen) or "none"
-                    raise UserError(
-                        f"stages: best_of of {stage.name} names {name!r}, want stages before it: {known}"
-                    )
+            for key, names in (
+                ("best_of", stage.best_of),
+                ("start_from", [stage.start_from]),
+                ("compare_with", [stage.compare_with]),
+            ):
+                for name in names:
+                    if name is not None and name not in seen:
+                        known = ", ".join(seen) or "none"
+                        raise UserError(
+                            f"stages: {key} of {stage.name} names {name!r}, want stages before it: {known}"
+                        )
             seen.append(stage.name)
         if not seen:
             raise UserError("stages: a plan needs at least one [[stages]]")
@@ -148,15 +163,16 @@ class Plan:
         table.setdefault("folder", f"runs/{path.stem}")
 
 
-def load_plan(path: Path, folder: str | None = None) -> Plan:
+def load_plan(path: Path, folder: str | None = None, overrides: Sequence[str] = ()) -> Plan:
     """Read a plan.
 
     Args:
         path: The TOML file.
         folder: Another folder than the plan's own; None for that.
+        overrides: Words such as "--set.data.tokenizer", "X": keys of the plan.
 
     Raises:
         UserError: Names the file, the key, what was got and what is allowed.
     """
     words = [] if folder is None else [f"--folder={json.dumps(folder)}"]
-    return config.load(Plan, path, words, overrides_from="--folder")
+    return config.load(Plan, path, [*words, *overrides])

@@ -16,6 +16,7 @@ from disk import write_text
 from eval.report.plan_file import Choice, PlanFile, PlannedRun, PlannedStage
 from models.run_folder import RunFolder
 from training.sweep.members import Member
+from training.sweep.pairs import partner
 from training.sweep.plan import Plan
 
 
@@ -63,7 +64,7 @@ class PlanFolder:
         stages = [
             PlannedStage(
                 name=stage.name,
-                members=[_planned(member) for member in members if member.stage == stage.name],
+                members=[_planned(plan, each, members) for each in members if each.stage == stage.name],
                 choices=list(choices.get(stage.name, ())),
             )
             for stage in plan.stages
@@ -71,10 +72,12 @@ class PlanFolder:
         PlanFile(baseline=plan.baseline, stages=stages).write(self.path)
 
 
-def _planned(member: Member) -> PlannedRun:
+def _planned(plan: Plan, member: Member, members: Sequence[Member]) -> PlannedRun:
+    other = partner(plan, member, members)
     return PlannedRun(
         number=member.number,
         run=member.path if member.is_known else None,
+        compared_with=other.path if other is not None and other.is_known else None,
         arm=member.variant.arm,
         values=member.variant.values if member.is_known else {},
         seed=member.seed,

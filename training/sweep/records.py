@@ -16,6 +16,7 @@ FAILED = "sweep: failed with code"
 """How the last line of a member's log begins where its last launch failed."""
 _RECENT_STEPS = 20
 _LOG_BYTES = 4000
+_PARTS_IN_PLAN = 4  # STAGE/NAME/checkpoint/step-N
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,10 +119,18 @@ def log_lines(folder: RunFolder) -> list[str]:
 
 
 def _differences(folder: RunFolder, config: RunConfig) -> list[str]:
-    """Describe the keys that differ from the config in a folder; those of [eval] may."""
+    """Describe the keys that differ from the config in a folder; those of [eval] may.
+
+    A branch may have been trained in another folder of the plan: its start is compared within that.
+    """
     saved = folder.read_config()
-    differing = [] if saved is None else config_differences(config, saved)
-    return [each for each in differing if not each.startswith("eval.")]
+    if saved is None:
+        return []
+    free = ["eval."]
+    starts = [config.checkpoint.start_from, saved.get("checkpoint", {}).get("start_from")]
+    if None not in starts and len({Path(str(start)).parts[-_PARTS_IN_PLAN:] for start in starts}) == 1:
+        free.append("checkpoint.start_from:")
+    return [each for each in config_differences(config, saved) if not each.startswith(tuple(free))]
 
 
 def _is_evaluated(run: RunRecord, config: RunConfig) -> bool:

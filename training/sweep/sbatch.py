@@ -15,17 +15,26 @@ _SCRIPT = """\
 # {count} members are ready. Each stops with a checkpoint 300 s before the time limit; print and submit the
 # array again for those that are left, and for later stages once their members are ready.
 cd {directory}
-exec {python} -m training.sweep {plan} --folder {folder} --member "$SLURM_ARRAY_TASK_ID"
+exec {python} -m training.sweep {plan} --folder {folder}{overrides} --member "$SLURM_ARRAY_TASK_ID"
 """
 
 
-def array_script(plan: Plan, source: Path, overview: Overview, *, python: str, directory: Path) -> str | None:
+def array_script(
+    plan: Plan,
+    source: Path,
+    overview: Overview,
+    *,
+    overrides: Sequence[str] = (),
+    python: str,
+    directory: Path,
+) -> str | None:
     """Write the script of a job array, one task for each member that can be started.
 
     Args:
         plan: The plan.
         source: Its file.
         overview: Its members.
+        overrides: Words that override keys of the plan.
         python: The interpreter.
         directory: Where the command runs.
 
@@ -35,7 +44,7 @@ def array_script(plan: Plan, source: Path, overview: Overview, *, python: str, d
     ready = [
         status.member.number
         for status in overview.own
-        if status.member.is_known and status.state in ("waiting", "stopped", "failed")
+        if status.is_ready and status.state in ("waiting", "stopped", "failed")
     ]
     if not ready:
         return None
@@ -44,6 +53,7 @@ def array_script(plan: Plan, source: Path, overview: Overview, *, python: str, d
         numbers=_ranges(ready),
         gpus=f" --gpus={plan.gpus_per_member}",
         folder=shlex.quote(plan.folder),
+        overrides="".join(f" {shlex.quote(word)}" for word in overrides),
         count=len(ready),
         directory=shlex.quote(str(directory)),
         python=shlex.quote(python),

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from data.tokenizer import Tokenizer
 from errors import UserError
+from eval import figure
 from eval.diagnostics.attention_map import map_of, plot_map, prompt_map, token_labels
 from models.attention.key_values import KeyValueAttention
 from models.config import GatedDeltaNetConfig, ParallaxConfig, SoftmaxConfig
@@ -73,3 +75,23 @@ def test_a_picture_is_written_with_a_label_for_each_token(corpus: Path, tmp_path
     plot_map(found, labels, "a head", tmp_path / "map.png")
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "map.pdf").exists()
+
+
+def test_the_scale_of_colors_is_that_of_most_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(figure, "save", lambda found, _: drawn.append(found))
+    for attention, num_panels in ((ParallaxConfig(), 3), (SoftmaxConfig(), 1)):
+        found = prompt_map(build(attention), TOKENS, layer=1, head=2)
+        plot_map(found, [str(token) for token in TOKENS], "a head", tmp_path / "map.png")
+        maps = [axes for axes in drawn[-1].axes if axes.images]
+        shown = [found.softmax_TT, found.correction_TT, found.combined_TT][:num_panels]
+        assert len(maps) == num_panels
+        size = len(TOKENS)
+        flat = [
+            abs(float(w[i, j])) for w in shown if w is not None for i in range(size) for j in range(i + 1)
+        ]
+        top = float(torch.tensor(flat).quantile(0.99))
+        for axes in maps:
+            assert axes.images[0].get_clim() == (pytest.approx(-top), pytest.approx(top))
+            assert [label.get_text() for label in axes.get_xticklabels()] == [str(token) for token in TOKENS]
+        drawn[-1].draw_without_rendering()

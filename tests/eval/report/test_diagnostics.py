@@ -8,10 +8,12 @@ import pytest
 from matplotlib.figure import Figure
 
 from eval.diagnostics import plots
+from eval.diagnostics.families import Family
+from eval.report.curves import Curve
 from eval.report.diagnostics_arms import diagnostics_arms
 from eval.report.rows import make_rows
 from eval.report.run_records import read_run
-from eval.report.styles import row_styles
+from eval.report.styles import COLORS, Style, row_styles
 from eval.report.writer import write_report
 from tests.eval.report.run_folders import STEP_TOKENS, STEPS, launch, make_run, training
 
@@ -107,3 +109,20 @@ def test_a_branch_has_those_of_its_trunk(tmp_path: Path) -> None:
     found = read_run(branch).diagnostics
     assert [each["step"] for each in found] == [0, 10, 20, STEPS]
     assert [each["values"][0]["correction_ratio/median"] for each in found] == [1.0, 2.0, 7.0, 8.0]
+
+
+def test_axes_hold_bands_and_are_logarithmic_where_values_span_much(
+    tmp_path: Path, figures: dict[str, Figure]
+) -> None:
+    family = Family(file="x", title="X", names=("entropy/mean",))
+    style = Style(color=COLORS[0], dash="solid", marker="o", is_main=True)
+    for mean, scale in (([4.0, 5.0], "linear"), ([1.0, 100.0], "log"), ([0.0, 100.0], "linear")):
+        curve = Curve(x=[0, 1], mean=mean, error=[0.5, 0.5], num_seeds=2)
+        assert plots.plot_family(
+            [plots.Arm(label="a", style=style, by_layer={"entropy/mean": curve})], family, tmp_path / "x.png"
+        )
+        axes = figures["x.png"].axes[0]
+        assert axes.get_yscale() == scale
+        low, high = axes.get_ylim()
+        assert low <= max(0.0, mean[0] - 0.5)
+        assert high >= mean[1] + 0.5

@@ -15,7 +15,7 @@ from pathlib import Path
 import config
 from data.folder_lock import FolderLock, LockedError
 from errors import RunError, UserError, run_command
-from models.run_folder import RunFolder, metadata_file, step_of
+from models.run_folder import RunFolder, is_whole, metadata_file, step_of
 from training.run_config import RunConfig
 from training.signals import StopRequest
 
@@ -43,7 +43,10 @@ def train(words: list[str]) -> None:
     stop.install()
     folder.write_config(run)
     newest = folder.newest_checkpoint()
-    first = 0 if newest is None else step_of(newest) or 0
+    start = Path(run.checkpoint.start_from) if newest is None and run.checkpoint.start_from else newest
+    if start is not None and not is_whole(start):
+        raise UserError(f"checkpoint.start_from is {start}, but there is no such folder")
+    first = 0 if start is None else step_of(start) or 0
     lines = folder.metrics_file.read_text().splitlines() if folder.metrics_file.exists() else []
     kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= first]
     folder.metrics_file.write_text("".join(f"{line}\n" for line in kept))

@@ -1,0 +1,105 @@
+"""Plots of gains: each arm of a plan minus the one it is compared with, at the end and over training."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from eval.figure import add_legend, label_axes, new_panels, save
+from eval.report.plan_values import ArmRuns
+from eval.report.plots import plot_pairs
+from eval.report.rows import Row
+from eval.report.run_values import Value, average_loss, held_out_loss, loss_before_decay
+from eval.report.styles import row_styles
+
+_INCHES = 0.2  # of a line
+_OFFSET = 0.22  # of the points of one line, in lines
+
+
+class _Look(NamedTuple):
+    """How a loss is drawn."""
+
+    label: str
+    value: Value
+    place: int
+    marker: str
+    color: str
+    face: str
+
+
+_LOOKS = (
+    _Look("Before the decay", loss_before_decay, -1, "o", "#0072B2", "white"),
+    _Look("After the last step", held_out_loss, 0, "o", "#D55E00", "#D55E00"),
+    _Look("After it, average of the weights", average_loss, 1, "D", "#009E73", "#009E73"),
+)
+
+
+def plot_gains(arms: Sequence[ArmRuns], path: Path) -> bool:
+    """Plot the differences of arms to those that they are compared with, grouped by stage.
+
+    Args:
+        arms: The arms of all stages, in the order of the plan.
+        path: The PNG to write; a PDF is written beside it.
+
+    Returns:
+        Whether any arm has a difference; without one no file is written.
+    """
+    drawn = [arm for arm in arms if any(arm.gain(value) is not None for _, value, *_ in _LOOKS)]
+    if not drawn:
+        return False
+    places, height = [], 0.0
+    for index, arm in enumerate(drawn):
+        height += 1.8 if index and arm.stage != drawn[index - 1].stage else 1.0
+        places.append(height)
+    figure, ((axes,),) = new_panels(1, 1, size=(7.4, 1.1 + _INCHES * (height + 1.8)))
+    for look in _LOOKS:
+        found = [
+            (y + _OFFSET * look.place, arm.gain(look.value)) for y, arm in zip(places, drawn, strict=True)
+        ]
+        points = [(y, each.mean, each.error or 0.0) for y, each in found if each is not None]
+        if points:
+            ys, xs, errors = zip(*points, strict=True)
+            axes.errorbar(
+                xs,
+                ys,
+                xerr=errors,
+                label=look.label,
+                fmt=look.marker,
+                markersize=4.5,
+                elinewidth=1.0,
+                color=look.color,
+                markerfacecolor=look.face,
+            )
+    axes.axvline(0.0, color="#333333", linewidth=0.8)
+    axes.set_yticks(places, [f"{arm.name} - {arm.other}" for arm in drawn])
+    label_axes(axes, x="Difference in held-out loss (nats/token)", y="")
+    axes.tick_params(axis="y", labelsize=7, length=0)
+    axes.set_ylim(height + 1.0, -0.4)
+    beside = axes.get_yaxis_transform()
+    for index, (place, arm) in enumerate(zip(places, drawn, strict=True)):
+        if not index or arm.stage != drawn[index - 1].stage:
+            axes.text(0.01, place - 0.75, arm.stage, fontsize=8, weight="bold", transform=beside)
+    add_legend(axes)
+    save(figure, path)
+    return True
+
+
+def plot_gains_over_training(arms: Sequence[ArmRuns], path: Path) -> bool:
+    """Plot the differences of a stage's arms to those that they are compared with against tokens.
+
+    Args:
+        arms: The arms.
+        path: The PNG to write; a PDF is written beside it.
+
+    Returns:
+        Whether any arm has a difference; without one no file is written.
+    """
+    pairs = [
+        (Row(name=arm.name, runs=[*arm.runs.values()]), Row(name=arm.other, runs=[*arm.others.values()]))
+        for arm in arms
+        if arm.other is not None and arm.others
+    ]
+    styles = row_styles([row for row, _ in pairs])
+    # other learning rates have no others: every row is drawn in full
+    styles = {name: replace(style, is_main=True) for name, style in styles.items()}
+    return plot_pairs(pairs, styles, "Loss minus that of the arm it is compared with", path)
