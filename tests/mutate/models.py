@@ -7,6 +7,7 @@ CHECKPOINT = "tests/models/test_checkpoint.py"
 CONVERT = "tests/models/convert/test_convert.py"
 FORMAT = "tests/models/convert/test_format.py"
 HOSTILE = "tests/models/convert/test_hostile_folders.py"
+NORM_ROPE = "tests/models/kernels/test_norm_rope.py"
 GENERATION = "tests/models/generation/test_generation.py"
 LOSS = "tests/models/test_loss.py"
 AVERAGE = "tests/models/test_average.py"
@@ -49,18 +50,8 @@ MUTANTS = [
     Mutant("models/init.py", 'f"{seed}/{name}".encode()', 'f"{seed}/{name[:8]}".encode()', QWEN3),
     Mutant(
         "models/attention/parallax.py",
-        "        if config.r_norm:\n"
-        "            r_BTHK = self.r_norm(r_BTHK)\n"
-        "        if config.r_scale != 1.0:\n"
-        "            r_BTHK = r_BTHK * config.r_scale\n"
-        "        if config.rope_on_r:\n"
-        "            r_BTHK = rope(r_BTHK)\n",
-        "        if config.rope_on_r:\n"
-        "            r_BTHK = rope(r_BTHK)\n"
-        "        if config.r_norm:\n"
-        "            r_BTHK = self.r_norm(r_BTHK)\n"
-        "        if config.r_scale != 1.0:\n"
-        "            r_BTHK = r_BTHK * config.r_scale\n",
+        "rope if config.rope_on_r else None",
+        "None",
         QWEN3,
     ),
     Mutant("models/attention/base.py", "positions.to(torch.float32)", "positions.to(torch.bfloat16)", QWEN3),
@@ -179,4 +170,12 @@ MUTANTS = [
         "                pass\n",
         GENERATION,
     ),
+    Mutant(
+        "models/kernels/norm_rope.py",
+        "b_dright * b_cos - b_dleft * b_sin",
+        "b_dright * b_cos + b_dleft * b_sin",
+        NORM_ROPE,
+    ),
+    Mutant("models/kernels/norm_rope.py", "b_dleft - b_left * b_mean", "b_dleft", NORM_ROPE),
+    Mutant("models/kernels/norm_rope.py", "i_b * s_table + i_t * HALF", "i_t * HALF", NORM_ROPE),
 ]
