@@ -7,6 +7,7 @@ CHECKPOINT = "tests/models/test_checkpoint.py"
 CONVERT = "tests/models/convert/test_convert.py"
 FORMAT = "tests/models/convert/test_format.py"
 HOSTILE = "tests/models/convert/test_hostile_folders.py"
+CROSS_ENTROPY = "tests/models/kernels/test_cross_entropy.py"
 NORM_ROPE = "tests/models/kernels/test_norm_rope.py"
 GENERATION = "tests/models/generation/test_generation.py"
 LOSS = "tests/models/test_loss.py"
@@ -18,14 +19,14 @@ TOKENIZER = "tests/models/convert/test_tokenizer.py"
 MUTANTS = [
     Mutant(
         "models/loss.py",
-        "dx = (dx.to(dloss.dtype) * dloss).to(dx.dtype)",
-        "dx = dx * dloss.to(dx.dtype)",
+        "factor = dloss.reshape(1)",
+        "factor = dloss",
         LOSS,
     ),
     Mutant(
         "models/loss.py",
-        "dweight = torch.zeros_like(weight_VD, dtype=accumulator) if needs_grad else None",
-        "dweight = torch.zeros_like(weight_VD) if needs_grad else None",
+        "part = (dlogits_TV.T @ x_TD).to(accumulator)",
+        "part = dlogits_TV.T @ x_TD",
         LOSS,
     ),
     Mutant(
@@ -178,4 +179,17 @@ MUTANTS = [
     ),
     Mutant("models/kernels/norm_rope.py", "b_dleft - b_left * b_mean", "b_dleft", NORM_ROPE),
     Mutant("models/kernels/norm_rope.py", "i_b * s_table + i_t * HALF", "i_t * HALF", NORM_ROPE),
+    Mutant("models/kernels/cross_entropy.py", "1.0 + 2.0 * z_loss", "1.0 + z_loss", CROSS_ENTROPY),
+    Mutant(
+        "models/kernels/cross_entropy.py",
+        "    b_sum *= tl.exp2(b_max * _LOG2_E - b_shift)\n",
+        "",
+        CROSS_ENTROPY,
+    ),
+    Mutant(
+        "models/kernels/cross_entropy.py",
+        "i_last = (V - 1) // BV * BV",
+        "i_last = V // BV * BV - BV",
+        CROSS_ENTROPY,
+    ),
 ]
