@@ -2,8 +2,8 @@
 
 `python -m benchmarks.memory_passes` runs on a GPU. It checks the errors of both against fp64, then times them
 in turns, with a cold L2 cache: for q, k and r together forward and backward, for the loss both in one. GB/s
-counts what must be read and written once: x and y forward, x, dy and dx backward; for the loss the logits read
-and their gradient written. `--tune` also times other tiles of the kernels.
+counts what must be read and written once: x and y forward, x, dy and dx backward; for the loss the logits and
+their gradient. `--tune` also times other tiles of the kernels.
 """
 
 import argparse
@@ -238,6 +238,7 @@ def measure_loss(args: argparse.Namespace) -> dict[str, Any]:
         for name, results in (("compiled", small.compiled_results), ("ours", small.results))
     }
     result: dict[str, Any] = {"errors": errors, "error_ratios": _ratios(errors)}
+    torch.compiler.reset()  # a second shape would be compiled for all shapes
     head = Head(args.tokens, args.width, args.vocab_size)
     functions: dict[str, Callable[[], Any]] = {"compiled 4096": lambda: head.compiled_results(4096)}
     for chunk in (4096, 8192, 16384):
@@ -254,6 +255,7 @@ def measure_loss(args: argparse.Namespace) -> dict[str, Any]:
     result["loss_ms"] = _cold_times(functions, args.rounds)
     result["speedup"] = result["loss_ms"]["compiled 4096"] / result["loss_ms"]["ours 8192"]
     torch.cuda.empty_cache()
+    torch.compiler.reset()
     rows, labels = head.x.detach()[0, : loss.CHUNK_TOKENS], head.labels[0, : loss.CHUNK_TOKENS]
     logits, gradient = (
         torch.randn(len(rows), args.vocab_size, device="cuda", dtype=torch.bfloat16) for _ in range(2)
