@@ -19,6 +19,8 @@ from errors import UserError, run_command
 _CLASSES = {
     "communication": ("nccl",),
     "compiled": ("triton_",),
+    "norm and RoPE": ("norm_rope",),
+    "loss": ("cross_entropy",),
     "attention": ("parallax_", "softmax_", "key_norms", "document_bounds", "flash", "fmha", "sdpa"),
     "orthogonalization": ("symmetric_product",),
     "optimizer": ("multi_tensor", "adam", "update_momentum", "apply_update"),

@@ -1,7 +1,9 @@
 """Chunked cross-entropy of a linear head: the logits of all tokens are never materialized.
 
-The fp32 logits of 32k tokens over 151,936 ids take 20 GB; a chunk of 4096 tokens takes an eighth of that. The
-forward also computes the gradients, chunk by chunk; the backward multiplies them by the incoming scalar.
+The fp32 logits of 32k tokens over 151,936 ids take 20 GB; the 16-bit ones of a chunk of 8192 tokens an eighth
+of that. The forward also computes the gradients, chunk by chunk; the backward multiplies them by the incoming
+scalar. On a GPU the gradient of 16-bit logits replaces them, and the weight's is added up in fp32 by the
+products themselves.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -10,10 +12,12 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from models.kernels import cross_entropy as kernel
 from parallax.api import cast_under_autocast
 from tokens import IGNORE_INDEX
 
-CHUNK_TOKENS = 4096
+CHUNK_TOKENS = 8192
+"""Tokens per chunk: the more, the less often the weight's gradient, in fp32, is read and written."""
 
 
 def autocast_disabled(x: torch.Tensor) -> AbstractContextManager[Any]:
@@ -39,25 +43,47 @@ def _chunk_token_losses(x_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: t
 
 
 def _chunk_loss(
-    x_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.Tensor, z_loss: float
+    logits_TV: torch.Tensor, labels_T: torch.Tensor, z_loss: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute summed cross-entropy and z-loss of a chunk, `[2]`, and the gradient of its logits, `[T, V]`.
 
-    The gradient is that of their sum, in x's dtype.
+    The gradient is that of their sum, in the logits' dtype.
     """
-    logits = x_TD @ weight_VD.T
-    losses, wide, lse, target, valid = _token_losses(logits, labels_T)
+    losses, wide, lse, target, valid = _token_losses(logits_TV, labels_T)
     columns = torch.arange(wide.shape[1], device=wide.device)
     probabilities, z_losses = torch.exp(wide - lse), torch.zeros_like(lse)
     if z_loss:
         probabilities = probabilities * (1.0 + 2.0 * z_loss * lse)
         z_losses = torch.where(valid, z_loss * lse.square(), 0.0)
     grad = torch.where(valid, probabilities - (columns == target).to(wide.dtype), 0.0)
-    return torch.stack((losses.sum(), z_losses.sum())), grad.to(logits.dtype)
+    return torch.stack((losses.sum(), z_losses.sum())), grad.to(logits_TV.dtype)
 
 
 _compiled_chunk_loss = torch.compile(_chunk_loss)
 _compiled_chunk_token_losses = torch.compile(_chunk_token_losses)
+
+
+def _loss_and_gradient(
+    logits_TV: torch.Tensor, labels_T: torch.Tensor, z_loss: float, needs_grad: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute `_chunk_loss`, by the kernel in place of the logits where it serves."""
+    if kernel.serves(logits_TV):
+        return kernel.cross_entropy_(logits_TV, labels_T, z_loss, needs_grad=needs_grad).sum(0), logits_TV
+    chunk_loss = _compiled_chunk_loss if logits_TV.is_cuda else _chunk_loss
+    return chunk_loss(logits_TV, labels_T, z_loss)
+
+
+def _add_weight_gradient(
+    dweight_VD: torch.Tensor | None, dlogits_TV: torch.Tensor, x_TD: torch.Tensor, accumulator: torch.dtype
+) -> torch.Tensor:
+    """Add a chunk's part to the gradient of the weight in the accumulator's dtype; None stands for zeros."""
+    if dlogits_TV.is_cuda and dlogits_TV.dtype != accumulator:
+        # the product is not rounded to 16 bits on its way into the sum
+        if dweight_VD is None:
+            return torch.mm(dlogits_TV.T, x_TD, out_dtype=accumulator)
+        return torch.addmm(dweight_VD, dlogits_TV.T, x_TD, out_dtype=accumulator, out=dweight_VD)
+    part = (dlogits_TV.T @ x_TD).to(accumulator)
+    return part if dweight_VD is None else dweight_VD.add_(part)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -71,19 +97,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk_tokens: int,
         needs_grad: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        chunk_loss = _compiled_chunk_loss if x_TD.is_cuda else _chunk_loss
         accumulator = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
         sums = torch.zeros(2, dtype=accumulator, device=x_TD.device)
         dx = torch.empty_like(x_TD) if needs_grad else None
-        dweight = torch.zeros_like(weight_VD, dtype=accumulator) if needs_grad else None
+        dweight = None
         for start in range(0, x_TD.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
-            part, dlogits = chunk_loss(x_TD[rows], weight_VD, labels_T[rows], z_loss)
+            logits = x_TD[rows] @ weight_VD.T
+            part, dlogits = _loss_and_gradient(logits, labels_T[rows], z_loss, needs_grad)
             sums += part
-            if dx is not None and dweight is not None:
+            if dx is not None:
                 torch.mm(dlogits, weight_VD, out=dx[rows])
-                dweight += dlogits.T @ x_TD[rows]
-        if dx is not None and dweight is not None:
+                dweight = _add_weight_gradient(dweight, dlogits, x_TD[rows], accumulator)
+            # before the next chunk's are allocated
+            del logits, dlogits
+        if dx is not None:
+            if dweight is None:
+                dweight = torch.zeros_like(weight_VD, dtype=accumulator)
             ctx.save_for_backward(dx, dweight)
             ctx.weight_dtype = weight_VD.dtype
         loss, z = sums.sum(), sums[1]
@@ -99,9 +129,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             )
         dloss, _ = grad_outputs
         dx, dweight = ctx.saved_tensors
-        # in dloss's precision: rounding the factor to 16 bits would bias all gradients by the same ratio
-        dx = (dx.to(dloss.dtype) * dloss).to(dx.dtype)
-        return dx, (dweight * dloss).to(ctx.weight_dtype), None, None, None, None
+        # one element, not a scalar, which torch would round to dx's dtype: that biases all gradients alike
+        factor = dloss.reshape(1)
+        scaled_dweight = torch.empty_like(dweight, dtype=ctx.weight_dtype)
+        torch.mul(dweight, factor, out=scaled_dweight)
+        return torch.mul(dx, factor, out=torch.empty_like(dx)), scaled_dweight, None, None, None, None
 
 
 def linear_cross_entropy(
@@ -115,7 +147,8 @@ def linear_cross_entropy(
     Args:
         x_BTD: Hidden states `[B, T, D]`.
         weight_VD: Weight of the head `[V, D]`, x's dtype.
-        labels_BT: Token ids `[B, T]`, int64; IGNORE_INDEX is skipped.
+        labels_BT: Token ids `[B, T]`, int64; IGNORE_INDEX is skipped. Any other label that is not one raises
+            on the CPU; on a GPU the loss is NaN.
         chunk_tokens: Tokens per chunk.
 
     Returns:

@@ -1,9 +1,8 @@
 """Estimate the peak GPU memory of a training step from the shapes.
 
 The peak is reached in the loss: fp32 master weights, optimizer state, the gathered embedding, the activations
-that every block saves for the backward, one chunk of logits with its gradients, and with gradient
-accumulation the gradients of the previous micro-batches. torch.compile decides what a block saves; the count
-is measured.
+that every block saves for the backward, one chunk of logits, and with gradient accumulation the gradients of
+the previous micro-batches. torch.compile decides what a block saves; the count is measured.
 """
 
 from dataclasses import dataclass
@@ -32,7 +31,8 @@ class MemoryEstimate:
         average: fp32 average of this rank's shard of the weights; 0 without [average].
         gathered: Largest set of weights that is gathered at a time.
         activations: Activations saved for the backward.
-        loss: Logits of one chunk, and the gradients computed by the loss.
+        loss: Logits of one chunk, twice in fp32 (their gradient replaces 16-bit ones), and the gradients
+            computed by the loss.
     """
 
     weights: float
@@ -106,7 +106,9 @@ def estimate_memory(config: RunConfig, model: Qwen3, world_size: int) -> MemoryE
     gathered_blocks = 2 * blocks / model.config.dimensions.num_layers
     if not config.parallelism.reshard_after_forward:
         gathered_blocks = float(blocks)
-    chunk = min(CHUNK_TOKENS, config.tokens_per_micro_batch)
+    logits = element * min(CHUNK_TOKENS, config.tokens_per_micro_batch) * config.model.vocab_size
+    if element == FP32:
+        logits *= 2  # with their gradient
     return MemoryEstimate(
         weights=FP32 * counts["total"] / shard,
         gradients=FP32 * counts["total"] / shard if accumulates else 0.0,
@@ -114,5 +116,5 @@ def estimate_memory(config: RunConfig, model: Qwen3, world_size: int) -> MemoryE
         average=0.0 if config.average.decay is None else FP32 * counts["total"] / shard,
         gathered=element * (counts["embedding"] + gathered_blocks),
         activations=_activation_bytes(config, model),
-        loss=2 * element * chunk * config.model.vocab_size + (FP32 + element) * counts["embedding"],
+        loss=logits + (FP32 + element) * counts["embedding"],
     )

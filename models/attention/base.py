@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from errors import UnsupportedError, UserError
+from models.kernels import norm_rope
 from models.sizes import ModelSize
 
 State = dict[str, torch.Tensor]
@@ -157,6 +158,25 @@ class Rope:
         return rotated.to(x_BTHK.dtype)
 
 
+def normalize_heads(x_BTHK: torch.Tensor, norm: nn.RMSNorm, rope: Rope | None) -> torch.Tensor:
+    """Normalize each head and rotate it, `rope(norm(x))`; on a GPU by one kernel.
+
+    Args:
+        x_BTHK: Projected heads `[B, T, H, K]`, any strides.
+        norm: Norm of the K elements of a head, with a gain.
+        rope: Rotary embedding of the T positions; None for none.
+
+    Returns:
+        `[B, T, H, K]`, x's dtype.
+    """
+    if norm_rope.serves(x_BTHK):
+        cos, sin = (None, None) if rope is None else (rope.cos, rope.sin)
+        assert norm.eps is not None
+        return norm_rope.norm_rope_forward(x_BTHK, norm.weight, cos, sin, norm.eps)
+    x_BTHK = norm(x_BTHK)
+    return x_BTHK if rope is None else rope(x_BTHK)
+
+
 def mean_visible_keys(seq_len: int, window_size: int | None) -> float:
     """Return the mean number of keys that a query sees in a causal row of seq_len tokens."""
     window = seq_len if window_size is None else min(window_size, seq_len)
@@ -197,8 +217,8 @@ class HeadProjections(Attention):
 
     def project(self, x_BTD: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Compute queries `[B, T, H, K]`, keys and values `[B, T, G, K]`, with QK-norm and RoPE."""
-        q_BTHK = rope(self.q_norm(self.split_heads(self.wq(x_BTD))))
-        k_BTGK = rope(self.k_norm(self.split_heads(self.wk(x_BTD))))
+        q_BTHK = normalize_heads(self.split_heads(self.wq(x_BTD)), self.q_norm, rope)
+        k_BTGK = normalize_heads(self.split_heads(self.wk(x_BTD)), self.k_norm, rope)
         return q_BTHK, k_BTGK, self.split_heads(self.wv(x_BTD))
 
     def output(self, o_BTHK: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:

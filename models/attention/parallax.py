@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from models.attention.base import Rope, State
+from models.attention.base import Rope, State, normalize_heads
 from models.attention.key_values import KeyValueAttention
 from models.config import ParallaxConfig
 from models.sizes import ModelSize
@@ -52,11 +52,11 @@ class ParallaxAttention(KeyValueAttention):
         config = self.config
         r_BTHK = self.split_heads(self.wr(x_BTD) if config.r_rank is None else self.wr_out(self.wr_in(x_BTD)))
         if config.r_norm:
-            r_BTHK = self.r_norm(r_BTHK)
+            r_BTHK = normalize_heads(r_BTHK, self.r_norm, rope if config.rope_on_r else None)
+        elif config.rope_on_r:
+            r_BTHK = rope(r_BTHK)
         if config.r_scale != 1.0:
             r_BTHK = r_BTHK * config.r_scale
-        if config.rope_on_r:
-            r_BTHK = rope(r_BTHK)
         if config.r_heads == "kv":
             r_BTHK = r_BTHK.repeat_interleave(self.size.num_heads // self.size.num_kv_heads, dim=2)
         if config.gate is not None:
@@ -100,12 +100,12 @@ class ParallaxAttention(KeyValueAttention):
     def num_saved_elements_per_token(self) -> int:
         """See Attention: those of HeadProjections, vbar, and those of the probe.
 
-        Those are r as input of the attention; the input of its norm; the gate, and its input unless the
-        compiler recomputes it from the norm (without RoPE); and the output of wr_in.
+        Those are r as input of the attention; the input of its norm; the gate and its input; and the output
+        of wr_in.
         """
         config, size = self.config, self.size
         num_probes = size.num_kv_heads if config.r_heads == "kv" else size.num_heads
-        num_saved = int(config.r_norm) + (config.gate is not None and (config.rope_on_r or not config.r_norm))
+        num_saved = int(config.r_norm) + int(config.gate is not None)
         elements = (2 * size.num_heads + num_saved * num_probes) * size.head_dim + (config.r_rank or 0)
         if config.gate is not None:
             elements += size.num_heads if config.gate == "head" else 1

@@ -39,6 +39,8 @@ def test_union_of_intervals_equals_a_count_of_points() -> None:
     ("kernel", "expected"),
     [
         ("triton_poi_fused_silu_mul_0", "compiled"),
+        ("norm_rope_backward_kernel", "norm and RoPE"),
+        ("cross_entropy_kernel", "loss"),
         ("_softmax_bwd_dq_hopper_kernel", "attention"),
         ("triton_per_fused__softmax_0", "compiled"),
         ("_symmetric_product_kernel", "orthogonalization"),

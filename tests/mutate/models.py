@@ -7,6 +7,8 @@ CHECKPOINT = "tests/models/test_checkpoint.py"
 CONVERT = "tests/models/convert/test_convert.py"
 FORMAT = "tests/models/convert/test_format.py"
 HOSTILE = "tests/models/convert/test_hostile_folders.py"
+CROSS_ENTROPY = "tests/models/kernels/test_cross_entropy.py"
+NORM_ROPE = "tests/models/kernels/test_norm_rope.py"
 GENERATION = "tests/models/generation/test_generation.py"
 LOSS = "tests/models/test_loss.py"
 AVERAGE = "tests/models/test_average.py"
@@ -17,14 +19,14 @@ TOKENIZER = "tests/models/convert/test_tokenizer.py"
 MUTANTS = [
     Mutant(
         "models/loss.py",
-        "dx = (dx.to(dloss.dtype) * dloss).to(dx.dtype)",
-        "dx = dx * dloss.to(dx.dtype)",
+        "factor = dloss.reshape(1)",
+        "factor = dloss",
         LOSS,
     ),
     Mutant(
         "models/loss.py",
-        "dweight = torch.zeros_like(weight_VD, dtype=accumulator) if needs_grad else None",
-        "dweight = torch.zeros_like(weight_VD) if needs_grad else None",
+        "part = (dlogits_TV.T @ x_TD).to(accumulator)",
+        "part = dlogits_TV.T @ x_TD",
         LOSS,
     ),
     Mutant(
@@ -49,18 +51,8 @@ MUTANTS = [
     Mutant("models/init.py", 'f"{seed}/{name}".encode()', 'f"{seed}/{name[:8]}".encode()', QWEN3),
     Mutant(
         "models/attention/parallax.py",
-        "        if config.r_norm:\n"
-        "            r_BTHK = self.r_norm(r_BTHK)\n"
-        "        if config.r_scale != 1.0:\n"
-        "            r_BTHK = r_BTHK * config.r_scale\n"
-        "        if config.rope_on_r:\n"
-        "            r_BTHK = rope(r_BTHK)\n",
-        "        if config.rope_on_r:\n"
-        "            r_BTHK = rope(r_BTHK)\n"
-        "        if config.r_norm:\n"
-        "            r_BTHK = self.r_norm(r_BTHK)\n"
-        "        if config.r_scale != 1.0:\n"
-        "            r_BTHK = r_BTHK * config.r_scale\n",
+        "rope if config.rope_on_r else None",
+        "None",
         QWEN3,
     ),
     Mutant("models/attention/base.py", "positions.to(torch.float32)", "positions.to(torch.bfloat16)", QWEN3),
@@ -178,5 +170,26 @@ MUTANTS = [
         "                del unfinished[row]\n",
         "                pass\n",
         GENERATION,
+    ),
+    Mutant(
+        "models/kernels/norm_rope.py",
+        "b_dright * b_cos - b_dleft * b_sin",
+        "b_dright * b_cos + b_dleft * b_sin",
+        NORM_ROPE,
+    ),
+    Mutant("models/kernels/norm_rope.py", "b_dleft - b_left * b_mean", "b_dleft", NORM_ROPE),
+    Mutant("models/kernels/norm_rope.py", "i_b * s_table + i_t * HALF", "i_t * HALF", NORM_ROPE),
+    Mutant("models/kernels/cross_entropy.py", "1.0 + 2.0 * z_loss", "1.0 + z_loss", CROSS_ENTROPY),
+    Mutant(
+        "models/kernels/cross_entropy.py",
+        "    b_sum *= tl.exp2(b_max * _LOG2_E - b_shift)\n",
+        "",
+        CROSS_ENTROPY,
+    ),
+    Mutant(
+        "models/kernels/cross_entropy.py",
+        "i_last = (V - 1) // BV * BV",
+        "i_last = V // BV * BV - BV",
+        CROSS_ENTROPY,
     ),
 ]

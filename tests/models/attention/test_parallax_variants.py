@@ -1,5 +1,7 @@
 """The options of Parallax: equivalences, parameters and FLOPs, errors."""
 
+from unittest.mock import MagicMock
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from models.attention.parallax import ParallaxAttention
 from models.attention.softmax import SoftmaxAttention
 from models.config import AttentionConfig, ModelConfig, ParallaxConfig, SoftmaxConfig
 from models.init import init_weights
+from models.kernels import norm_rope
 from models.qwen3 import Qwen3
 
 VOCAB = 97
@@ -197,7 +200,10 @@ def measure_saved(attention: AttentionConfig) -> float:
     return sum(sizes_by_storage.values()) / num_tokens
 
 
-def test_saved_elements_equal_those_saved_by_the_compiler() -> None:
+def test_saved_elements_equal_those_saved_by_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    # as on a GPU, norm and RoPE are an operator that the compiler does not look into; only sizes matter here
+    monkeypatch.setattr(norm_rope, "serves", lambda x: True)
+    monkeypatch.setattr(norm_rope, "norm_rope_forward_kernel", MagicMock())
     counted = build(ParallaxConfig()).num_saved_elements_per_token()[0]
     saved = measure_saved(ParallaxConfig())
     for variant in (
@@ -212,7 +218,7 @@ def test_saved_elements_equal_those_saved_by_the_compiler() -> None:
         ParallaxConfig(r_rank=24),
     ):
         difference = build(variant).num_saved_elements_per_token()[0] - counted
-        # the norm's reciprocal RMS per head is not counted
+        # the reciprocal RMS of the block's norms is not counted
         assert measure_saved(variant) - saved == pytest.approx(difference, abs=TINY.num_heads), variant
 
 

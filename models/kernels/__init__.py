@@ -1,0 +1,1 @@
+"""Triton kernels of the model beside those of attention; their callers have the same in PyTorch."""
