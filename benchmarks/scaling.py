@@ -86,7 +86,8 @@ def measure(member: Member, gpus: Sequence[str], overrides: Sequence[str]) -> di
     }
     words = [word for key, value in arguments.items() for word in (f"--{key}", str(value))]
     with tempfile.TemporaryDirectory() as folder:
-        launch(member.config, gpus, member.num_gpus, [*overrides, *words, "--run.folder", folder])
+        program = ["train.py", "--config", member.config, *overrides, *words, "--run.folder", folder]
+        launch(program, gpus, member.num_gpus)
         records = read_steps(Path(folder))
         profile = Path(folder) / "profile"
         traces = [read_trace(last_trace(profile, rank)) for rank in range(member.num_gpus)]
