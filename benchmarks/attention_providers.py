@@ -4,36 +4,17 @@ import re
 from collections.abc import Callable
 from functools import cache, partial
 from importlib import import_module
-from typing import Any, NamedTuple
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.attention_timing import Provider
 from errors import UserError
 from parallax import parallax_attention
-
-
-class Provider(NamedTuple):
-    """An attention implementation to time.
-
-    Attributes:
-        label: Column header in the table.
-        attend: Called as attend(q, r, k, v), without r for softmax attention, in the provider's layout.
-        is_parallax: Whether it takes the probe r.
-        heads_first: Whether inputs have the layout `[B, H, T, K]`.
-    """
-
-    label: str
-    attend: Callable[..., Tensor]
-    is_parallax: bool
-    heads_first: bool = False
-
-    @property
-    def products(self) -> tuple[int, int]:
-        """Number of products counted as FLOPs, forward and backward."""
-        return (4, 8) if self.is_parallax else (2, 5)
 
 
 def _our_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -76,16 +57,32 @@ def _fla(q: Tensor, r: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return import_module("fla.ops.parallax").parallel_parallax(q, r, k, v)
 
 
+def _fa4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    found = import_module("flash_attn.cute").flash_attn_func(q, k, v, causal=True)
+    # some releases return the log-sum-exp too
+    return found[0] if isinstance(found, tuple) else found
+
+
 PROVIDERS = {
     "ours": Provider("ours", parallax_attention, is_parallax=True),
     "ours_softmax": Provider("ours, softmax", _our_softmax, is_parallax=False),
-    "fla": Provider("fla, Parallax", _fla, is_parallax=True),
+    "fla": Provider("fla, Parallax", _fla, is_parallax=True, module="fla"),
     "cudnn": Provider("cuDNN, softmax", partial(_softmax, SDPBackend.CUDNN_ATTENTION), is_parallax=False),
     "fa2": Provider(
         "FlashAttention-2, softmax", partial(_softmax, SDPBackend.FLASH_ATTENTION), is_parallax=False
     ),
+    "fa4": Provider("FlashAttention-4, softmax", _fa4, is_parallax=False, module="flash_attn.cute"),
     "flex": Provider("FlexAttention, softmax", _flex, is_parallax=False, heads_first=True),
 }
+
+
+def missing_module(provider: Provider) -> str | None:
+    """Return the module that a provider needs and that is not installed, or None."""
+    name = provider.module
+    try:
+        return None if name is None or find_spec(name) is not None else name
+    except ModuleNotFoundError:  # of the package that would hold it
+        return name
 
 
 def parse_heads(text: str) -> tuple[int, int]:

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.attention import BARS, Shape, draw
+from benchmarks.attention import BARS
 from benchmarks.attention_providers import parse_heads
+from benchmarks.attention_timing import Shape, draw
 from benchmarks.machine import RESULTS, write_result
 from errors import UserError, run_command
 from parallax import parallax_attention
 from parallax.reference import parallax_reference
-from parallax.testing import cu_seqlens_of, make_inputs, output_and_gradients, relative_error
+from parallax.testing import Inputs, cu_seqlens_of, make_inputs, output_and_gradients, relative_error
 
 TILE = 64
 LENGTHS = (512, 1024, 2048, 4096)
@@ -61,7 +62,8 @@ class Problem:
         self.tiles = num_tiles(lengths) if is_packed else num_tokens // row * num_tiles(lengths)
         num_heads, num_kv_heads = parse_heads(args.heads)
         shape = Shape(row, args.head_dim, num_heads, num_kv_heads, num_tokens // row)
-        inputs = draw(shape).without_probes() if args.softmax else draw(shape)
+        inputs = Inputs(*draw(shape))
+        inputs = inputs.without_probes() if args.softmax else inputs
         self.do = inputs.do
         self.arguments = inputs[:4]
         self.leaves = [x.requires_grad_() for x in inputs[:4] if x is not None]

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import RESULTS, describe, visible_gpus, write_result
-from benchmarks.step_trace import last_trace, read_trace
+from benchmarks.step_trace import read_trace
 from benchmarks.training import WARMUP_STEPS, launch, local_batch_size, medians, read_steps
 from errors import UserError, run_command
 
@@ -86,10 +86,10 @@ def measure(member: Member, gpus: Sequence[str], overrides: Sequence[str]) -> di
     }
     words = [word for key, value in arguments.items() for word in (f"--{key}", str(value))]
     with tempfile.TemporaryDirectory() as folder:
-        launch(member.config, gpus, member.num_gpus, [*overrides, *words, "--run.folder", folder])
+        program = ["train.py", "--config", member.config, *overrides, *words, "--run.folder", folder]
+        launch(program, gpus, member.num_gpus)
         records = read_steps(Path(folder))
-        profile = Path(folder) / "profile"
-        traces = [read_trace(last_trace(profile, rank)) for rank in range(member.num_gpus)]
+        traces = [read_trace(Path(folder), rank) for rank in range(member.num_gpus)]
     timed = [r for r in records if r["step"] > WARMUP_STEPS and abs(r["step"] - TRACED_STEP) > 4]
     trace = min(traces, key=lambda each: each.exposed_communication)
     values = medians(timed)

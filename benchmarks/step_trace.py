@@ -1,135 +1,184 @@
-"""Where the GPU time of a training step goes: kernels by class, idle time, exposed communication.
+"""Where the time of a training step goes: kernels by class, idle time, exposed communication.
 
-`python -m benchmarks.step_trace RUN/profile` summarizes the last step that a run with metrics.profile_every
-traced.
+`python -m benchmarks.step_trace RUN` summarizes the last step that a run with metrics.profile_every traced,
+such as `--metrics.profile_every 12 --training.stop_at_step 20`: the last step, which writes a checkpoint, is
+not traced. The profiler adds to the host's work, so idle time is an upper bound. Matrix products have roles
+by the sizes of their operands, which kernels of a CUDA graph do not show.
 """
 
 import argparse
 import json
 import sys
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.kernel_classes import COMMUNICATION, OTHER, ModelSizes, class_of
+from benchmarks.trace_kernels import Kernel, kernels_of, step_ms
+from config import from_table
 from errors import UserError, run_command
-
-# the first pattern that occurs in a kernel's name decides
-_CLASSES = {
-    "communication": ("nccl",),
-    "compiled": ("triton_",),
-    "norm and RoPE": ("norm_rope",),
-    "loss": ("cross_entropy",),
-    "attention": ("parallax_", "softmax_", "key_norms", "document_bounds", "flash", "fmha", "sdpa"),
-    "orthogonalization": ("symmetric_product",),
-    "optimizer": ("multi_tensor", "adam", "update_momentum", "apply_update"),
-    "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "cublas"),
-    "copies": ("memcpy", "memset"),
-}
+from models.config import ModelConfig
+from models.run_folder import RunFolder
 
 Interval = tuple[float, float]
 
+_NUM_LARGEST = 25
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class StepTrace:
-    """The kernels of a traced step of one rank, in ms; kernels that run at the same time count in each class.
+    """A traced step of one rank, in ms. The classes and the two kinds of idle time add up to the step.
 
     Attributes:
-        span: From the start of the first kernel to the end of the last.
+        step: From the start of the step to that of the next.
+        span: From the start of its first kernel to the end of the last.
         idle: Time within the span without any kernel.
+        idle_between: Time of the step outside the span: the host reads the results and prepares the next
+            step.
         communication: Time with a collective running; it includes waiting for the slowest rank.
         exposed_communication: Time with a collective running and nothing else.
-        by_class: Sum of the kernels' durations, by class.
-        largest: The same by name of the kernel, the largest first.
+        by_class: Time by class, the longest first. Time with several kernels counts once, for the first to
+            start; communication counts where it is exposed.
+        largest: Sum of durations by the kernels' names, the largest first.
+        largest_other: The same of kernels whose class is not known.
     """
 
+    step: float
     span: float
     idle: float
+    idle_between: float
     communication: float
     exposed_communication: float
     by_class: dict[str, float]
     largest: dict[str, float]
+    largest_other: dict[str, float]
 
-
-def class_of(kernel: str) -> str:
-    """Return the class of a kernel, by its name."""
-    name = kernel.lower()
-    return next((each for each, parts in _CLASSES.items() if any(p in name for p in parts)), "other")
+    @property
+    def named_percent(self) -> float:
+        """Percentage of the step that is idle or of a class that is known."""
+        return 100 * (1 - self.by_class.get(OTHER, 0.0) / self.step)
 
 
 def union_length(intervals: Iterable[Interval]) -> float:
     """Return the length of a union of (start, end) intervals."""
-    length, last = 0.0, float("-inf")
-    for start, end in sorted(intervals):
-        length += max(0.0, end - max(start, last))
+    return sum(_uncovered(sorted(intervals)))
+
+
+def _uncovered(intervals: Iterable[Interval]) -> list[float]:
+    """Return what each interval adds to the union of those before it, which start no later."""
+    added, last = list[float](), float("-inf")
+    for start, end in intervals:
+        added.append(max(0.0, end - max(start, last)))
         last = max(last, end)
-    return length
+    return added
 
 
-def summarize(trace: Mapping[str, Any], num_largest: int = 25) -> StepTrace:
+def summarize(trace: Mapping[str, Any], sizes: ModelSizes | None = None) -> StepTrace:
     """Summarize a trace of torch's profiler with one traced step.
 
     Args:
         trace: The content of the JSON file.
-        num_largest: Number of kernels to list by name.
+        sizes: The model's sizes, by which matrix products have roles; None where they are not known.
 
     Raises:
         UserError: The trace holds no kernels.
     """
-    kernels = [
-        (event["name"], event["ts"] / 1e3, (event["ts"] + event["dur"]) / 1e3)
-        for event in trace["traceEvents"]
-        if event.get("ph") == "X" and event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
-    ]
+    kernels = kernels_of(trace)
     if not kernels:
         raise UserError("the trace holds no GPU kernels: trace a run on a GPU")
-    by_class, by_name = Counter[str](), Counter[str]()
-    collectives, others = list[Interval](), list[Interval]()
-    for name, start, end in kernels:
-        which = class_of(name)
-        by_class[which] += end - start
-        by_name[name] += end - start
-        (collectives if which == "communication" else others).append((start, end))
-    span = max(end for _, _, end in kernels) - min(start for _, start, _ in kernels)
-    busy, busy_with_others = union_length([*collectives, *others]), union_length(others)
+    classified = [(kernel, class_of(kernel, sizes)) for kernel in kernels]
+    collectives = [_interval(kernel) for kernel, which in classified if which == COMMUNICATION]
+    others = [(kernel, which) for kernel, which in classified if which != COMMUNICATION]
+    by_class: defaultdict[str, float] = defaultdict(float)
+    for (_, which), time in zip(others, _uncovered(_interval(kernel) for kernel, _ in others), strict=True):
+        by_class[which] += time
+    busy = union_length(map(_interval, kernels))
+    exposed = busy - sum(by_class.values())
+    if collectives:
+        by_class[COMMUNICATION] = exposed
+    span = max(kernel.end for kernel in kernels) - kernels[0].start
+    step = max(span, step_ms(trace) or 0.0)
     return StepTrace(
+        step=step,
         span=span,
         idle=span - busy,
+        idle_between=step - span,
         communication=union_length(collectives),
-        exposed_communication=busy - busy_with_others,
-        by_class=dict(by_class.most_common()),
-        largest=dict(by_name.most_common(num_largest)),
+        exposed_communication=exposed,
+        by_class=_longest_first(by_class),
+        largest=_durations(kernels),
+        largest_other=_durations([kernel for kernel, which in classified if which == OTHER]),
     )
+
+
+def _interval(kernel: Kernel) -> Interval:
+    return kernel.start, kernel.end
+
+
+def _longest_first(times: Mapping[str, float]) -> dict[str, float]:
+    return dict(sorted(times.items(), key=lambda item: -item[1]))
+
+
+def _durations(kernels: Sequence[Kernel]) -> dict[str, float]:
+    by_name: defaultdict[str, float] = defaultdict(float)
+    for kernel in kernels:
+        by_name[kernel.name] += kernel.end - kernel.start
+    return dict(list(_longest_first(by_name).items())[:_NUM_LARGEST])
 
 
 def last_trace(folder: Path, rank: int = 0) -> Path:
     """Return the last trace that a rank wrote.
 
     Args:
-        folder: RUN/profile of a run.
+        folder: The run folder.
         rank: The rank.
 
     Raises:
         UserError: There is none.
     """
-    found = folder.glob(f"iteration_*/rank{rank}_trace.json")
+    found = RunFolder(folder).profile.glob(f"iteration_*/rank{rank}_trace.json")
     last = max(found, key=lambda path: int(path.parent.name.split("_")[1]), default=None)
     if last is None:
         raise UserError(f"{folder} holds no trace of rank {rank}: run with metrics.profile_every")
     return last
 
 
-def read_trace(path: Path) -> StepTrace:
-    """Summarize a trace file.
+def read_trace(folder: Path, rank: int = 0) -> StepTrace:
+    """Summarize the last trace of a run.
+
+    Args:
+        folder: The run folder.
+        rank: The rank whose trace is read.
 
     Raises:
-        UserError: It is no trace with GPU kernels; names it.
+        UserError: There is none, or it is no trace with GPU kernels; names it.
     """
+    path, run = last_trace(folder, rank), RunFolder(folder)
+    table = run.read_config()
+    model = None if table is None else from_table(ModelConfig, table["model"], run.config_file, "model")
     try:
-        return summarize(json.loads(path.read_text(encoding="utf-8")))
+        trace = json.loads(path.read_text(encoding="utf-8"))
+        return summarize(trace, model and ModelSizes.of(model))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def format_table(trace: StepTrace) -> str:
+    """Format the step as a Markdown table, classes first, and list the largest kernels."""
+    lines = ["| ms | % of the step | |", "|---|---|---|"]
+    idle = {"idle within the step": trace.idle, "idle between steps": trace.idle_between}
+    for name, time in {**trace.by_class, **idle, "step": trace.step}.items():
+        lines.append(f"| {time:.2f} | {100 * time / trace.step:.1f} | {name} |")
+    lines.append(
+        f"\n{trace.named_percent:.1f}% of the step is idle or of a known class; communication "
+        f"{trace.communication:.1f} ms, exposed {trace.exposed_communication:.1f}"
+    )
+    for title, times in (("kernel", trace.largest), (f'kernel, class "{OTHER}"', trace.largest_other)):
+        lines += [f"\n| ms | {title} |", "|---|---|"]
+        lines += [f"| {time:.2f} | {name[:100]} |" for name, time in times.items()]
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -137,23 +186,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="RUN/profile")
+    parser.add_argument("folder", type=Path, help="the run folder")
     parser.add_argument("--rank", type=int, default=0, help="rank whose trace to read (0)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()
-    path = last_trace(options.folder, options.rank)
-    trace = read_trace(path)
+    trace = read_trace(options.folder, options.rank)
     if options.json:
-        print(json.dumps(asdict(trace), indent=1))
-        return
-    print(
-        f"{path}\n{trace.span:.1f} ms, idle {trace.idle:.1f}, communication {trace.communication:.1f} "
-        f"(exposed {trace.exposed_communication:.1f})"
-    )
-    for title, times in (("class", trace.by_class), ("kernel", trace.largest)):
-        print(f"\n| ms | {title} |\n|---|---|")
-        for name, time in times.items():
-            print(f"| {time:.2f} | {name[:100]} |")
+        print(json.dumps({**asdict(trace), "named_percent": trace.named_percent}, indent=1))
+    else:
+        print(format_table(trace))
 
 
 if __name__ == "__main__":

@@ -83,6 +83,11 @@ class RunFolder:
         return self.path / "tensorboard"
 
     @property
+    def profile(self) -> Path:
+        """The folder of traces."""
+        return self.path / "profile"
+
+    @property
     def wandb_id_file(self) -> Path:
         """The id of the run at Weights & Biases."""
         return self.path / "wandb_id"

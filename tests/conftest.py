@@ -1,5 +1,7 @@
-"""Fixtures that several packages' tests share."""
+"""Fixtures that several packages' tests share, and how pytest-xdist's workers share cores and a GPU."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,6 +12,26 @@ import torch
 from data.train_tokenizer import train_byte_level_bpe
 
 WORDS = "the a model of attention and its probe reads keys values from past tokens while gradients flow"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_core_per_worker() -> None:
+    """Keep pytest-xdist's workers, and what they launch, from starting a thread or compiler per core each."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    import torch._inductor.config as inductor
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+    inductor.compile_threads = 1
+
+
+@pytest.fixture(autouse=True)
+def _free_gpu_memory(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Return what a test has left cached on the GPU, for the other workers."""
+    yield
+    if request.node.get_closest_marker("gpu") is not None:
+        torch.cuda.empty_cache()
 
 
 def make_text(seed: int, num_words: int) -> str:

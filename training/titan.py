@@ -21,6 +21,7 @@ from data.tokenizer import Tokenizer
 from errors import UserError
 from models.checkpoint.load import AVERAGE, load_state
 from models.loss import cross_entropy
+from models.run_folder import RunFolder
 from models.titan import TitanModelArgs, TitanQwen3, device_mesh, parallelize
 from optimizers.titan import build_lr_schedulers, build_optimizers
 from training.metrics import RunMetrics
@@ -76,7 +77,7 @@ def to_job_config(config: RunConfig, world_size: int) -> JobConfig:
             )
         job.profiling.enable_profiling = True
         job.profiling.profile_freq = config.metrics.profile_every
-        job.profiling.save_traces_folder = "profile"
+        job.profiling.save_traces_folder = RunFolder(Path(config.run.folder)).profile.name
     return job
 
 

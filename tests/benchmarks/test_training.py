@@ -1,4 +1,4 @@
-"""`benchmarks.training --resume` after an interrupted run."""
+"""`benchmarks.training`: resuming an interrupted benchmark, and stock torchtitan beside the configs."""
 
 import json
 import subprocess
@@ -7,9 +7,12 @@ import sys
 import pytest
 
 import benchmarks.training as benchmark
+from benchmarks.training import Job, Settings, stock_jobs
+from benchmarks.training_table import format_table, relative_to_stock
 from errors import UserError
 
 CONFIGS = ["configs/debug_softmax_adamw.toml", "configs/debug_parallax_muon.toml"]
+STOCK = [Job(CONFIGS[0], 4), Job(CONFIGS[0], 8)]
 ROW = {
     "peak_memory_gib": 1.0,
     "tokens_per_second": 1.0,
@@ -17,6 +20,8 @@ ROW = {
     "data_wait_percent": 0.0,
     "first_loss": 9.0,
     "final_loss": 5.0,
+    "size": {"name": "debug"},
+    "rows": 4,
 }
 
 
@@ -27,14 +32,14 @@ def run(tmp_path, monkeypatch):
     def call(*words, fails=()):
         trained = []
 
-        def measure(path, **_):
-            trained.append(path)
-            if path in fails:
-                raise subprocess.CalledProcessError(1, path)
+        def measure(job, settings, gpus):
+            trained.append(job if job.stock_rows else job.config)
+            if job.config in fails:
+                raise subprocess.CalledProcessError(1, job.config)
             return dict(ROW)
 
         monkeypatch.setattr(benchmark, "measure", measure)
-        monkeypatch.setattr(benchmark, "predicted_peak_gib", lambda path, **_: 1.0)
+        monkeypatch.setattr(benchmark, "predicted_peak_gib", lambda path, settings: 1.0)
         monkeypatch.setattr(sys, "argv", ["training.py", *CONFIGS, "--out", str(tmp_path), *words])
         benchmark.main()
         return trained
@@ -77,3 +82,57 @@ def test_resume_on_another_machine_is_an_error(run, tmp_path):
     path.write_text(json.dumps(result))
     with pytest.raises(UserError, match="has device an abacus, this machine"):
         run("--resume")
+
+
+def _settings(*overrides, rows_per_step=None):
+    return Settings(steps=6, num_ranks=1, rows_per_step=rows_per_step, overrides=overrides)
+
+
+def test_stock_torchtitan_is_measured_once_per_size_and_after_the_configs(run):
+    assert run("--stock") == [*CONFIGS, *STOCK]
+    assert run("--stock", "--resume") == []
+
+
+def test_configs_of_other_sizes_or_vocabularies_have_stock_runs_of_their_own():
+    configs = ["configs/60m_softmax_adamw.toml", "configs/60m_softmax_parameter_matched_muon.toml", *CONFIGS]
+    counts = stock_jobs(configs, _settings("--training.local_batch_size", "16"))
+    assert counts == [Job(path, rows) for path in (configs[0], CONFIGS[0]) for rows in (4, 8, 16)]
+
+
+def test_stock_micro_batches_are_a_part_of_the_step():
+    assert stock_jobs(CONFIGS, _settings(rows_per_step=12)) == [Job(CONFIGS[0], 4)]
+    assert stock_jobs(CONFIGS, _settings(rows_per_step=16)) == STOCK
+
+
+def test_ratios_are_to_stock_torchtitan_of_the_same_size():
+    other = {"name": "0.6b"}
+    ours = ROW | {"config": "x.toml", "stock_rows": None, "tokens_per_second": 6.0, "dry_run_peak_gib": 2.0}
+    stock = [
+        ROW | {"config": "x.toml", "stock_rows": 4, "tokens_per_second": 4.0, "dry_run_peak_gib": None},
+        ROW
+        | {
+            "config": "x.toml",
+            "stock_rows": 8,
+            "rows": 8,
+            "tokens_per_second": 5.0,
+            "dry_run_peak_gib": None,
+        },
+        ROW | {"config": "y.toml", "stock_rows": 4, "size": other, "dry_run_peak_gib": None},
+    ]
+    assert relative_to_stock(ours, [ours, *stock]) == (1.5, 1.2)
+    assert relative_to_stock(ours | {"rows": 2}, stock) == (None, 1.2)
+    assert relative_to_stock(ours, [ours]) == (None, None)
+    lines = format_table([ours, *stock]).splitlines()
+    assert "| x | 4 | 6 | 1.500 / 1.200 |" in lines[2]
+    assert lines[3].startswith("| stock torchtitan, debug, softmax, AdamW | 4 | 4 |  |")
+
+
+def test_stock_torchtitan_trains_in_a_process_of_its_own():
+    overrides = ("--training.seq_len", "32", "--model.vocab_size", "512", "--training.compile", "false")
+    row = benchmark.measure(Job(CONFIGS[1], 2), _settings(*overrides, rows_per_step=4), ())
+    assert row["rows"] == 2
+    assert row["size"]["vocab_size"] == 512
+    # 4 rows of 32 tokens per step
+    assert row["tokens_per_second"] == pytest.approx(128 / row["step_seconds"], rel=0.5)
+    # uniform random tokens: there is nothing to learn but the vocabulary's size
+    assert 6 < row["final_loss"] < 12

@@ -111,9 +111,15 @@ def assert_within_budget(
 
 
 @pytest.mark.parametrize(
-    ("width", "dtype"), [(64, torch.bfloat16), (128, torch.bfloat16), (64, torch.float32)], ids=str
+    ("layout", "width", "dtype"),
+    [
+        *((layout, 64, torch.bfloat16) for layout in LAYOUTS),
+        # each width, dtype and kind of layout compiles some 15 kernels
+        ("packed", 128, torch.bfloat16),
+        ("rows", 64, torch.float32),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", RECURRENCES)
 def test_kernels_equal_the_chunked_code(kind: str, layout: str, width: int, dtype: torch.dtype) -> None:
     lengths, recurrence = LAYOUTS[layout], RECURRENCES[kind]
