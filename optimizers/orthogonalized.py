@@ -20,18 +20,18 @@ _ORTHOGONALIZERS: dict[str, Callable[..., torch.Tensor]] = {
     "newton_schulz5": newton_schulz5,
     "polar_express": polar_express,
 }
-_DTYPES: dict[str, torch.dtype] = {
+DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
 }
 # what is orthogonalized can have any magnitude, so it is never communicated in fp16
-_EXCHANGE_DTYPES = {
+EXCHANGE_DTYPES = {
     torch.float16: torch.bfloat16,
     torch.bfloat16: torch.bfloat16,
     torch.float32: torch.float32,
 }
-_SCALES: dict[str, Callable[[int, int], float]] = {
+SCALES: dict[str, Callable[[int, int], float]] = {
     "match_rms_adamw": lambda rows, cols: 0.2 * math.sqrt(max(rows, cols)),
     "spectral": lambda rows, cols: math.sqrt(max(1.0, rows / cols)),
     "unit": lambda rows, cols: 1.0,
@@ -126,7 +126,7 @@ class OrthogonalizedOptimizer(GroupOptimizer):
                 raise UserError(f"{key} ({group[key]}) must be finite and not negative")
         if group["num_iterations"] is not None and group["num_iterations"] < 1:
             raise UserError(f"num_iterations ({group['num_iterations']}) must be at least 1, or None")
-        for key, table in (("orthogonalization", _ORTHOGONALIZERS), ("scale", _SCALES), ("dtype", _DTYPES)):
+        for key, table in (("orthogonalization", _ORTHOGONALIZERS), ("scale", SCALES), ("dtype", DTYPES)):
             if group[key] not in table:
                 raise UserError(f"{key} ({group[key]!r}) must be one of {', '.join(table)}")
 
@@ -213,13 +213,13 @@ class OrthogonalizedOptimizer(GroupOptimizer):
         for p in bucket.params:
             if not self.state[p]:
                 self.create_state(p, group)
-        dtype = _EXCHANGE_DTYPES[_DTYPES[group["dtype"]]]
+        dtype = EXCHANGE_DTYPES[DTYPES[group["dtype"]]]
         return bucket.exchange.to_owners(self.matrices_to_orthogonalize(bucket.params, group, dtype))
 
     def _orthogonalize(self, bucket: Bucket, matrices: torch.Tensor) -> torch.Tensor:
         """Orthogonalize the matrices of a bucket that this rank owns, `[owned, rows, cols]`."""
         group = self.param_groups[bucket.group]
-        dtype = _DTYPES[group["dtype"]]
+        dtype = DTYPES[group["dtype"]]
         if group["lr"] == 0.0 or not len(matrices):
             # lr 0 changes no parameter
             return matrices.to(dtype)
@@ -237,7 +237,7 @@ class OrthogonalizedOptimizer(GroupOptimizer):
         if lr == 0.0:
             return
         updates = self.finish_updates(updates, bucket, group)
-        scale = _SCALES[group["scale"]](*_block_shape(bucket, group))
+        scale = SCALES[group["scale"]](*_block_shape(bucket, group))
         if self.record_update_stats:
             squared_norm = (torch.linalg.vector_norm(updates, dtype=torch.float32) * scale).square()
             squared_norm /= num_replicas(bucket.params[0])

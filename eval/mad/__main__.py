@@ -3,13 +3,14 @@
     python -m eval.mad --attention softmax,parallax [--tasks all] [--level baseline] --out DIR
 
 Trains six models (three learning rates by two weight decays) for every setting of every task, of which the
-best counts, and writes a line for each to DIR/mad.jsonl. Run again after a kill, it trains what is missing.
-The table of all scores is printed and written to DIR/mad.md.
+best counts: the six at once, on every GPU in a process of its own. Writes a line for each to DIR/mad.jsonl;
+run again after a kill, it trains what is missing. The table of all scores is printed and written to
+DIR/mad.md, with plots beside it.
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import cast, get_args
 
@@ -18,10 +19,15 @@ import torch
 from disk import write_text
 from errors import UserError, run_command
 from eval.mad.model import attention_kinds
-from eval.mad.results import open_results, read_results, task_grids
+from eval.mad.packs import pack
+from eval.mad.plots import plot_difficulty, plot_scores
+from eval.mad.results import open_results, read_results
+from eval.mad.runs import MAX_EPOCHS, RATES, Outcome, Recipe, Run, Schedule
+from eval.mad.scores import task_grids
 from eval.mad.settings import TASKS, Level, Task, tasks_of
 from eval.mad.table import score_table
-from eval.mad.train import MAX_EPOCHS, RATES, Outcome, Recipe, Run, Schedule, train
+from eval.mad.train import train
+from eval.mad.workers import train_all
 from eval.open_model import check_at_least_1
 
 
@@ -41,9 +47,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--schedule", choices=get_args(Schedule), default="constant", help="default: constant"
     )
-    parser.add_argument("--seed", type=int, default=12345, help="of data, weights and order (default: 12345)")
+    parser.add_argument(
+        "--seeds", default="12345", help="some, of data, weights and order: 12345,1 (default: 12345)"
+    )
     parser.add_argument("--max-epochs", type=int, default=MAX_EPOCHS, help=f"default: {MAX_EPOCHS}")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is a GPU")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], help="default: cuda, all GPUs, where there is one"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile the blocks where the attention can be traced"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for mad.jsonl and mad.md")
     parser.add_argument(
         "--with", dest="others", type=Path, nargs="+", default=[], metavar="DIR",
@@ -61,10 +74,21 @@ def _some_of(option: str, words: str, known: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(chosen))
 
 
-def _device(name: str | None) -> torch.device:
+def _seeds(words: str) -> list[int]:
+    """Split a list of seeds."""
+    try:
+        return list(dict.fromkeys(int(word) for word in words.split(",")))
+    except ValueError:
+        raise UserError(f"--seeds is {words!r}, want integers with commas, such as 12345,1") from None
+
+
+def _devices(name: str | None) -> list[torch.device]:
+    """Return the devices to train on: all GPUs, or the CPU."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device is cuda, but torch sees no GPU; want cpu")
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if name == "cpu" or not torch.cuda.is_available():
+        return [torch.device("cpu")]
+    return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
 
 
 def _runs(options: argparse.Namespace, kinds: Sequence[str], tasks: Sequence[Task]) -> list[Run]:
@@ -74,10 +98,11 @@ def _runs(options: argparse.Namespace, kinds: Sequence[str], tasks: Sequence[Tas
             attention=kind,
             optimizer=options.optimizer,
             schedule=options.schedule,
-            seed=options.seed,
+            seed=seed,
             max_epochs=options.max_epochs,
         )
         for kind in kinds
+        for seed in _seeds(options.seeds)
     ]
     return [
         run
@@ -89,7 +114,8 @@ def _runs(options: argparse.Namespace, kinds: Sequence[str], tasks: Sequence[Tas
 
 
 def _describe(run: Run, outcome: Outcome) -> str:
-    chosen = f"{run.recipe.attention} {run.setting.task} {run.setting.name} {run.recipe.optimizer}"
+    recipe, setting = run.recipe, run.setting
+    chosen = f"{recipe.attention} {setting.task} {setting.name} {recipe.optimizer} seed {recipe.seed}"
     rates = f"lr {run.lr:g} weight decay {run.weight_decay:g}"
     return f"{chosen} {rates}: {outcome.accuracy:.3f}, {outcome.num_epochs} epochs, {outcome.seconds:.0f} s"
 
@@ -102,27 +128,57 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     Raises:
         UserError: An option or a file of results cannot be used.
+        RunError: Runs have failed; the others are trained.
     """
     options = _parser().parse_args(arguments)
     check_at_least_1(options, "max_epochs")
     kinds = _some_of("--attention", options.attention, [*attention_kinds()])
     chosen = ",".join(tasks_of(options.level)) if options.tasks == "all" else options.tasks
     tasks = cast(list[Task], _some_of("--tasks", chosen, TASKS))
-    device = _device(options.device)
+    devices = _devices(options.device)
     others = [read_results(folder) for folder in options.others]
     runs = _runs(options, kinds, tasks)
-    with open_results(options.out, device) as file:
-        for number, run in enumerate(runs, start=1):
-            if run not in file.outcomes:
-                outcome = train(run, device)
-                file.add(run, outcome)
-                print(f"{number} of {len(runs)}: {_describe(run, outcome)}", flush=True)
-        results: dict[Run, Outcome] = {}
-        for each in (*others, file.outcomes):
-            results |= each
-        text = "\n".join(score_table(results, tasks, options.level).markdown())
-        print(text)
-        write_text(options.out / "mad.md", text + "\n")
+    with open_results(options.out, devices[0]) as file:
+        missing = [run for run in runs if run not in file.outcomes]
+        num_done = len(runs) - len(missing)
+
+        def report(run: Run, outcome: Outcome) -> None:
+            nonlocal num_done
+            num_done += 1
+            file.add(run, outcome)
+            print(f"{num_done} of {len(runs)}: {_describe(run, outcome)}", flush=True)
+
+        try:
+            _train(pack(missing), devices, report, is_compiled=options.compile)
+        finally:
+            results: dict[Run, Outcome] = {}
+            for each in (*others, file.outcomes):
+                results |= each
+            _write(results, tasks, options.level, options.out)
+
+
+def _train(
+    packs: Sequence[Sequence[Run]],
+    devices: Sequence[torch.device],
+    report: Callable[[Run, Outcome], None],
+    *,
+    is_compiled: bool,
+) -> None:
+    """Train packs of runs: on the CPU in this process, on GPUs in one for each."""
+    if devices[0].type == "cuda":
+        train_all(packs, devices, report, is_compiled=is_compiled)
+        return
+    for runs in packs:
+        train(runs, devices[0], report, is_compiled=is_compiled)
+
+
+def _write(results: Mapping[Run, Outcome], tasks: Sequence[Task], level: Level, folder: Path) -> None:
+    """Print the table of scores and write it and the plots to a folder."""
+    text = "\n".join(score_table(results, tasks, level).markdown())
+    print(text)
+    write_text(folder / "mad.md", text + "\n")
+    plot_scores(results, tasks, level, folder / "mad.png")
+    plot_difficulty(results, tasks, folder / "mad_difficulty.png")
 
 
 if __name__ == "__main__":

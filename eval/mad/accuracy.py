@@ -3,45 +3,32 @@
 import torch
 from torch import Tensor
 
-from eval.mad.examples import Examples
-from eval.mad.model import compute_logits
 from tokens import IGNORE_INDEX
 
 
-def macro_accuracy(predictions: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """Return the mean over classes of the share of a class's targets that are predicted.
+def macro_accuracy(predictions_NM: Tensor, targets_NM: Tensor, vocab_size: int) -> Tensor:
+    """Return the mean over classes of the share of a class's targets that are predicted, in each row.
 
     As in torchmetrics 1.x, a class that is predicted but no target counts as 0; one that is neither does not
-    count.
+    count. It does not wait for the device.
 
     Args:
-        predictions: Tokens, any shape, int64.
-        targets: Tokens, the same shape; IGNORE_INDEX is skipped.
+        predictions_NM: Tokens `[N, M]`, int64.
+        targets_NM: Tokens `[N, M]`, int64; IGNORE_INDEX is skipped.
         vocab_size: Number of classes V.
 
     Returns:
-        A scalar, fp64.
+        Accuracies `[N]`, fp64; NaN where all targets are skipped.
     """
-    is_scored = targets != IGNORE_INDEX
-    predictions, targets = predictions[is_scored], targets[is_scored]
-    num_targets = targets.bincount(minlength=vocab_size).double()
-    num_hits = targets[predictions == targets].bincount(minlength=vocab_size).double()
-    counts = (num_targets > 0) | (predictions.bincount(minlength=vocab_size) > 0)
-    return (num_hits / num_targets.clamp(min=1.0)).sum() / counts.sum()
+    is_scored = targets_NM != IGNORE_INDEX
 
+    def count(tokens_NM: Tensor, is_counted: Tensor) -> Tensor:
+        """Count the tokens of each class, `[N, V]`."""
+        counts = torch.zeros(len(tokens_NM), vocab_size + 1, dtype=torch.float64, device=tokens_NM.device)
+        classes = torch.where(is_counted, tokens_NM, vocab_size)
+        return counts.scatter_add_(1, classes, torch.ones_like(classes, dtype=torch.float64))[:, :-1]
 
-@torch.inference_mode()
-def batch_accuracy(model: torch.nn.Module, examples: Examples, batch: int) -> float:
-    """Return the mean over batches of the macro accuracy of each, as MAD logs and scores it.
-
-    Args:
-        model: Computes logits `[B, T, V]` of tokens `[B, T]`.
-        examples: The rows.
-        batch: Rows of a batch.
-    """
-    accuracies = []
-    for inputs_BT, targets_BT in zip(*(x.split(batch) for x in examples), strict=True):
-        logits_BTV = compute_logits(model, inputs_BT)
-        accuracy = macro_accuracy(logits_BTV.argmax(-1), targets_BT, logits_BTV.shape[-1])
-        accuracies.append(accuracy)
-    return float(torch.stack(accuracies).mean())
+    num_targets = count(targets_NM, is_scored)
+    num_hits = count(targets_NM, is_scored & (predictions_NM == targets_NM))
+    is_class = (num_targets > 0) | (count(predictions_NM, is_scored) > 0)
+    return (num_hits / num_targets.clamp(min=1.0)).sum(1) / is_class.sum(1)

@@ -9,10 +9,12 @@ from typing import get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from errors import UserError
 from eval.mad.settings import Setting
 from models.attention.base import Attention, Rope
+from models.attention.parallax import ParallaxAttention
 from models.config import (
     AttentionConfig,
     LocalLinearConfig,
@@ -23,6 +25,8 @@ from models.config import (
 )
 from models.qwen3 import Block, document_positions
 from models.sizes import ModelSize
+from parallax import parallax_attention
+from parallax.kernels.tiles import HEAD_DIMS
 
 WIDTH = 128
 
@@ -40,16 +44,20 @@ _MAMBA2_STATE_SIZE = 16
 def attention_kinds() -> dict[str, AttentionConfig]:
     """Return the attentions that MAD can test, by their kind."""
     configs = {config().kind: config() for config in get_args(AttentionConfig)}
-    return configs | {"mamba2": Mamba2Config(state_size=_MAMBA2_STATE_SIZE)}
+    ours = {
+        "softmax": SoftmaxConfig(impl="torch"),
+        "mamba2": Mamba2Config(state_size=_MAMBA2_STATE_SIZE),
+    }
+    return configs | ours
 
 
 def model_config(kind: str, vocab_size: int) -> ModelConfig:
     """Return the dimensions and the attention of a model of MAD.
 
-    Attentions over all keys have MAD's 16 heads of width 8, which the eager implementation computes on every
-    device (the kernels begin at a width of 64). Attentions with a fixed state have heads such that a layer's
-    state has MAD's 4096 elements: two of 32 x 64 for Gated DeltaNet, four of 16 x 64 for Mamba-2, four of
-    32 x 32 for others; a second state, such as MesaNet's of the keys, is not counted.
+    Attentions over all keys have MAD's 16 heads of width 8, of which softmax attention is torch's own (the
+    kernels of this project begin at a width of 64). Attentions with a fixed state have heads such that a
+    layer's state has MAD's 4096 elements: two of 32 x 64 for Gated DeltaNet, four of 16 x 64 for Mamba-2,
+    four of 32 x 32 for others; a second state, such as MesaNet's of the keys, is not counted.
 
     Args:
         kind: The attention, as attention.kind of a config.
@@ -80,6 +88,30 @@ def model_config(kind: str, vocab_size: int) -> ModelConfig:
     )
 
 
+class NarrowParallaxAttention(ParallaxAttention):
+    """Parallax attention of heads narrower than the kernels', which on CUDA get zeros up to that width.
+
+    Zeros change no product with the keys, and the values' are cut off again; the scale is that of the heads.
+    """
+
+    def attend(
+        self,
+        q_BTHK: Tensor,
+        r_BTHK: Tensor | None,
+        k_BTGK: Tensor,
+        v_BTGK: Tensor,
+        cu_seqlens: Tensor | None,
+        max_seqlen: int,
+    ) -> Tensor:
+        """See KeyValueAttention.attend."""
+        if not q_BTHK.is_cuda:
+            return super().attend(q_BTHK, r_BTHK, k_BTGK, v_BTGK, cu_seqlens, max_seqlen)
+        assert r_BTHK is not None
+        width = q_BTHK.shape[-1]
+        q, r, k, v = (F.pad(x, (0, HEAD_DIMS[0] - width)) for x in (q_BTHK, r_BTHK, k_BTGK, v_BTGK))
+        return parallax_attention(q, r, k, v, scale=width**-0.5, cu_seqlens=cu_seqlens)[..., :width]
+
+
 class _Encoder(nn.Module):
     """Embedding and blocks."""
 
@@ -88,6 +120,11 @@ class _Encoder(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, WIDTH)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.dimensions.num_layers))
+        if isinstance(config.attention, ParallaxConfig):
+            for layer in self.layers:
+                layer.attention = NarrowParallaxAttention(
+                    config.attention, config.dimensions, config.norm_eps
+                )
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Compute the states of tokens `[B, T]`, `[B, T, D]`."""
@@ -155,6 +192,11 @@ def sinusoids(num_positions: int, device: torch.device) -> Tensor:
     return torch.cat((angles.sin(), angles.cos()), dim=1)
 
 
+def is_autoencoder(setting: Setting) -> bool:
+    """Return whether a setting has an autoencoder as its model."""
+    return setting.task == "compression"
+
+
 def build_model(kind: str, setting: Setting, seed: int) -> LanguageModel | AutoEncoder:
     """Build the model of a setting on the CPU: an autoencoder for compression, else a language model.
 
@@ -171,7 +213,7 @@ def build_model(kind: str, setting: Setting, seed: int) -> LanguageModel | AutoE
         UserError: There is no such attention.
     """
     config = model_config(kind, setting.vocab_size)
-    model = AutoEncoder(config) if setting.task == "compression" else LanguageModel(config)
+    model = AutoEncoder(config) if is_autoencoder(setting) else LanguageModel(config)
     _init_weights(model, torch.Generator().manual_seed(seed))
     return model
 

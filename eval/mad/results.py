@@ -1,9 +1,8 @@
-"""Results of runs in a folder, and the scores that they add up to."""
+"""Results of runs in a folder."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,7 @@ from config import from_table, to_table
 from data.folder_lock import FolderLock, LockedError
 from disk import write_text
 from errors import UserError
-from eval.mad.settings import Level, Task, settings
-from eval.mad.train import Outcome, Recipe, Run, grid
+from eval.mad.runs import Outcome, Run
 
 _FILE = "mad.jsonl"
 _LOCK = "mad.lock"
@@ -99,36 +97,3 @@ def _decode(lines: Sequence[str], path: Path) -> dict[Run, Outcome]:
             raise UserError(f"{source} is no result of python -m eval.mad ({error}); remove it") from None
         outcomes[from_table(Run, run, source, "run")] = from_table(Outcome, outcome, source, "outcome")
     return outcomes
-
-
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """The score of an attention on a task.
-
-    Attributes:
-        value: Mean over settings of the best accuracy of a grid; None unless all runs are there.
-        num_done: Runs that are there.
-        num_runs: Runs of the score.
-    """
-
-    value: float | None
-    num_done: int
-    num_runs: int
-
-
-def task_score(results: Mapping[Run, Outcome], grids: Iterable[Sequence[Run]]) -> Score:
-    """Compute the score of the grids of a task's settings."""
-    best: list[float | None] = []
-    num_done = num_runs = 0
-    for runs in grids:
-        found = [results[run].accuracy for run in runs if run in results]
-        num_done, num_runs = num_done + len(found), num_runs + len(runs)
-        best.append(max(found) if len(found) == len(runs) else None)
-    complete = [each for each in best if each is not None]
-    value = sum(complete) / len(complete) if len(complete) == len(best) else None
-    return Score(value=value, num_done=num_done, num_runs=num_runs)
-
-
-def task_grids(recipe: Recipe, task: Task, level: Level) -> list[list[Run]]:
-    """Return the grids of a task's settings."""
-    return [grid(recipe, setting) for setting in settings(task, level)]

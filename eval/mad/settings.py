@@ -48,6 +48,12 @@ class Setting:
         return _NUM_NOISE_TOKENS if self.task == "noisy-in-context-recall" else 0
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens of a row as the model sees it."""
+        is_shifted = self.task in ("in-context-recall", "noisy-in-context-recall")
+        return self.seq_len - 1 if is_shifted else self.seq_len
+
+    @property
     def name(self) -> str:
         """What sets it apart from the other settings of its task, as "V16 L128 N12800"."""
         name = f"V{self.vocab_size} L{self.seq_len} N{self.num_train_rows}"

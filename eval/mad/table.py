@@ -1,17 +1,19 @@
-"""The table of scores: a line for each task, a column for each attention, optimizer, schedule and seed."""
+"""The table of scores: a line for each task, a column for each attention and optimizer, and the paper's."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-from eval.mad.results import Score, task_grids, task_score
+from eval.mad.runs import Outcome, Run
+from eval.mad.scores import Column, make_columns
 from eval.mad.settings import Level, Task
-from eval.mad.train import MAX_EPOCHS, Outcome, Recipe, Run
-from eval.report.table import Cell, Number, Table, mark_best
+from eval.report.paper_numbers import MAD_SCORES
+from eval.report.seed_statistics import Estimate
+from eval.report.table import Cell, Table, mark_best, number, plain
 
 _SPEC = ".3f"
 
 
 def score_table(results: Mapping[Run, Outcome], tasks: Sequence[Task], level: Level) -> Table:
-    """Make the table of all recipes that have a run of the level.
+    """Make the table of all attentions and optimizers that have a run of the level.
 
     Args:
         results: Outcomes of runs.
@@ -19,34 +21,34 @@ def score_table(results: Mapping[Run, Outcome], tasks: Sequence[Task], level: Le
         level: The settings that a task's score is the mean of.
 
     Returns:
-        The table; a score with runs missing is their number.
+        The table. A score is the mean over seeds that have all runs, with its standard error; without one it
+        is the number of runs that are there. Behind our columns are the paper's, of MAD's own settings, for
+        the attentions of these columns.
     """
-    recipes = dict.fromkeys(run.recipe for run in results)
-    columns = {
-        recipe: [task_score(results, task_grids(recipe, task, level)) for task in tasks] for recipe in recipes
+    columns = make_columns(results, tasks, level)
+    cells = [_cells(column, results, tasks, level) for column in columns]
+    lines = [mark_best(line, "higher") for line in zip(*cells, strict=True)]
+    ours = {column.name: [line[i] for line in lines] for i, column in enumerate(columns)}
+    kinds = dict.fromkeys(column.recipes[0].attention for column in columns)
+    rows = [*tasks, "mean"]
+    paper: dict[str, list[Cell]] = {
+        f"{kind}, paper": [plain(MAD_SCORES[kind].get(row), _SPEC) for row in rows]
+        for kind in kinds
+        if kind in MAD_SCORES
     }
-    columns = {recipe: scores for recipe, scores in columns.items() if any(each.num_done for each in scores)}
-    lines = [mark_best(line, "higher") for line in zip(*map(_cells, columns.values()), strict=True)]
-    names = [_name(recipe, columns) for recipe in columns]
-    cells = {name: [line[i] for line in lines] for i, name in enumerate(names)}
-    return Table({"task": [*tasks, "mean"], **cells})
+    return Table({"task": [*rows], **ours, **paper})
 
 
-def _cells(scores: Sequence[Score]) -> list[Cell]:
+def _cells(column: Column, results: Mapping[Run, Outcome], tasks: Sequence[Task], level: Level) -> list[Cell]:
     cells: list[Cell] = []
-    for score in scores:
-        missing = f"{score.num_done} of {score.num_runs} runs"
-        cells.append(missing if score.value is None else Number(value=score.value, spec=_SPEC))
-    values = [score.value for score in scores if score.value is not None]
-    mean = sum(values) / len(values) if len(values) == len(scores) else None
-    return [*cells, None if mean is None else Number(value=mean, spec=_SPEC)]
+    for task in tasks:
+        score = column.task_estimate(results, task, level)
+        num_done, num_runs = column.count_runs(results, task, level)
+        cells.append(_number(score, column) if score else f"{num_done} of {num_runs} runs")
+    return [*cells, _number(column.mean_estimate(results, tasks, level), column)]
 
 
-def _name(recipe: Recipe, columns: Iterable[Recipe]) -> str:
-    """Name a column by its attention and optimizer, and by what else is not the same in all columns."""
-    name = f"{recipe.attention}, {recipe.optimizer}"
-    if any(other.schedule != recipe.schedule for other in columns):
-        name += f", {recipe.schedule}"
-    if any(other.seed != recipe.seed for other in columns):
-        name += f", seed {recipe.seed}"
-    return name if recipe.max_epochs == MAX_EPOCHS else f"{name}, {recipe.max_epochs} epochs"
+def _number(score: Estimate | None, column: Column) -> Cell:
+    num_seeds = len(column.recipes)
+    is_complete = score is None or score.num_seeds == num_seeds
+    return number(score, _SPEC, "" if is_complete or score is None else f"{score.num_seeds} of {num_seeds}")

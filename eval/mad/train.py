@@ -1,183 +1,231 @@
-"""Training of one model on one setting, by the protocol of MAD."""
+"""Training of runs on settings of one shape, all at once, by the protocol of MAD.
+
+Letters: N members, B rows of a batch, T tokens, V vocabulary; D data sets of R rows.
+"""
 
 import time
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eval.mad.accuracy import batch_accuracy
+from eval.mad.accuracy import macro_accuracy
 from eval.mad.examples import Examples, draw_sets
 from eval.mad.model import build_model, compute_logits
-from eval.mad.settings import Setting
-from optimizers.base import GroupOptimizer
-from optimizers.build import build_group_optimizers
-from optimizers.config import AdamWGroup, MuonGroup, ParameterGroup, ScheduleConfig
-from optimizers.param_groups import assign_parameters
-from optimizers.schedule import lr_factor
+from eval.mad.optimizers import MemberOptimizers
+from eval.mad.packs import shape_of
+from eval.mad.replay import Replayed
+from eval.mad.runs import BATCH, SOLVED, Outcome, Run
+from eval.mad.stack import stack_modules
+from models.attention.base import Attention
 from tokens import IGNORE_INDEX
 
-Optimizer = Literal["adamw", "muon"]
-Schedule = Literal["constant", "cosine"]
 
-BATCH = 128
-MAX_EPOCHS = 200
-# training ends at this test accuracy
-SOLVED = 0.999
-
-RATES: dict[Optimizer, tuple[float, ...]] = {
-    "adamw": (1e-4, 5e-4, 1e-3),
-    # our choice, since MAD has no Muon: around the best rate of docs/optimizers.md
-    "muon": (3e-3, 1e-2, 3e-2),
-}
-WEIGHT_DECAYS = (0.0, 0.1)
-
-_MIN_RATE = 1e-6
-_BETA2 = 0.999
-# of what Muon does not update: the largest of AdamW's
-_RATE_BESIDE_MUON = 1e-3
-_HIDDEN = r"encoder\.layers\.\d+\.(attention\.w[qkvorz]|mlp\.(gate|up|down))\.weight"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """What is scored, on any setting: a column of the table of scores.
-
-    Attributes:
-        attention: The attention, as attention.kind of a config.
-        optimizer: "adamw", or "muon" for the matrices of attention and MLP with AdamW for the rest.
-        schedule: "constant", which mad-lab's code runs, or "cosine" by epoch down to 1e-6, which it asks for.
-        seed: Seed of data, weights and order.
-        max_epochs: Epochs, unless the test accuracy reaches 0.999 before.
-    """
-
-    attention: str
-    optimizer: Optimizer = "adamw"
-    schedule: Schedule = "constant"
-    seed: int = 12345
-    max_epochs: int = MAX_EPOCHS
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """One training run of the grid of a setting.
-
-    Attributes:
-        recipe: Attention, optimizer, schedule, seed and epochs.
-        setting: The sizes.
-        lr: Learning rate; with Muon its own, beside AdamW at 1e-3.
-        weight_decay: Decoupled weight decay of all parameters.
-    """
-
-    recipe: Recipe
-    setting: Setting
-    lr: float
-    weight_decay: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What a run ended with.
-
-    Attributes:
-        accuracy: Test accuracy of the last weights: the macro average over classes, its mean over batches.
-        loss: Mean training loss of the last epoch in nats per target; NaN or Inf where training diverged.
-        num_epochs: Epochs that were trained.
-        seconds: Wall time.
-    """
-
-    accuracy: float
-    loss: float
-    num_epochs: int
-    seconds: float
-
-
-def grid(recipe: Recipe, setting: Setting) -> list[Run]:
-    """Return the runs of a setting, of which the best counts: three rates by two weight decays."""
-    return [
-        Run(recipe=recipe, setting=setting, lr=lr, weight_decay=weight_decay)
-        for lr in RATES[recipe.optimizer]
-        for weight_decay in WEIGHT_DECAYS
-    ]
-
-
-def _groups(run: Run) -> dict[str, ParameterGroup]:
-    if run.recipe.optimizer == "adamw":
-        return {"all": AdamWGroup(parameters=[".*"], lr=run.lr, weight_decay=run.weight_decay, beta2=_BETA2)}
-    return {
-        "hidden": MuonGroup(parameters=[_HIDDEN], lr=run.lr, weight_decay=run.weight_decay, scale="spectral"),
-        "others": AdamWGroup(
-            parameters=[f"(?!{_HIDDEN}$).*"],
-            lr=_RATE_BESIDE_MUON,
-            weight_decay=run.weight_decay,
-            beta2=_BETA2,
-        ),
-    }
-
-
-def build_optimizers(model: torch.nn.Module, run: Run) -> list[GroupOptimizer]:
-    """Build the optimizers of a run; MAD's weight decay holds for gains, biases and embeddings too."""
-    groups = _groups(run)
-    return build_group_optimizers(assign_parameters(model.named_parameters(), groups), groups)
-
-
-def set_rates(optimizers: list[GroupOptimizer], run: Run, epoch: int) -> None:
-    """Set the learning rates of an epoch, counted from 0."""
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        base = group["base_lr"]
-        schedule = ScheduleConfig(
-            kind=run.recipe.schedule,
-            min_lr_ratio=_MIN_RATE / base if run.recipe.schedule == "cosine" else 0.0,
-        )
-        group["lr"] = base * lr_factor(epoch, schedule, run.recipe.max_epochs)
-
-
-def _train_epoch(
-    model: torch.nn.Module,
-    optimizers: list[GroupOptimizer],
-    examples: Examples,
-    order_N: torch.Tensor,
-) -> float:
-    """Train on all rows in an order; return the mean loss of its batches."""
-    losses = []
-    for rows_B in order_N.split(BATCH):
-        logits_BTV = compute_logits(model, examples.inputs_NT[rows_B])
-        loss = F.cross_entropy(
-            logits_BTV.flatten(0, 1), examples.targets_NT[rows_B].flatten(), ignore_index=IGNORE_INDEX
-        )
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-        model.zero_grad()
-        losses.append(loss.detach())
-    return float(torch.stack(losses).mean())
-
-
-def train(run: Run, device: torch.device) -> Outcome:
-    """Train a run to its end.
+class DataSets:
+    """The examples of all members, each set once, and the orders of their epochs.
 
     Args:
-        run: The run.
-        device: Device of the model and its data.
+        runs: The members.
+        device: Where to keep them.
+    """
+
+    def __init__(self, runs: Sequence[Run], device: torch.device) -> None:
+        keys = list(dict.fromkeys((run.setting, run.recipe.seed) for run in runs))
+        self.of_run = {run: keys.index((run.setting, run.recipe.seed)) for run in runs}
+        drawn = [draw_sets(*key) for key in keys]
+        self.train, self.test = (
+            Examples(*(torch.stack(parts).to(device) for parts in zip(*sets, strict=True)))
+            for sets in zip(*drawn, strict=True)
+        )
+        self._generators = [torch.Generator().manual_seed(seed) for _, seed in keys]
+
+    def draw_order(self) -> Tensor:
+        """Draw the order of the training rows in the next epoch, `[D, R]`."""
+        num_rows = self.train.inputs_NT.shape[1]
+        orders = [torch.randperm(num_rows, generator=generator) for generator in self._generators]
+        return torch.stack(orders).to(self.train.inputs_NT.device)
+
+
+class Stack:
+    """Members that are trained at once, with work that can be replayed.
+
+    Args:
+        runs: The members, of one shape.
+        data: Their examples.
+        pool: Memory pool for CUDA graphs, or None.
+        is_compiled: Whether to compile the blocks.
+    """
+
+    def __init__(
+        self,
+        runs: Sequence[Run],
+        data: DataSets,
+        pool: Any = None,
+        *,
+        is_compiled: bool = False,
+    ) -> None:
+        self.runs, self._data, self._pool, self._is_compiled = list(runs), data, pool, is_compiled
+        device = data.train.inputs_NT.device
+        models = [build_model(run.recipe.attention, run.setting, run.recipe.seed) for run in runs]
+        self.model = stack_modules(models).to(device)
+        if is_compiled:
+            _compile_blocks(self.model)
+        self.optimizers = MemberOptimizers(self.model, runs)
+        self._set_N1 = torch.tensor([data.of_run[run] for run in runs], device=device).unsqueeze(1)
+        self._loss_N = torch.zeros(len(runs), device=device)
+        self._accuracy_N = torch.zeros(len(runs), dtype=torch.float64, device=device)
+        self._rows: dict[tuple[bool, int], Tensor] = {}
+        self._works: dict[tuple[bool, int], Replayed] = {}
+
+    def train_epoch(self, epoch: int, is_active: Sequence[bool]) -> Tensor:
+        """Train the active members on all rows in their next order.
+
+        Args:
+            epoch: The epoch, from 0.
+            is_active: Whether a member is trained; the weights of others stay.
+
+        Returns:
+            The mean loss of the batches, `[N]`, on the device.
+        """
+        self.optimizers.set_rates(epoch, is_active)
+        order_DR = self._data.draw_order()
+        return self._pass_over(order_DR, is_training=True) / -(-order_DR.shape[1] // BATCH)
+
+    def test(self) -> Tensor:
+        """Return the mean over batches of the macro accuracy of each, `[N]`, as MAD logs and scores it."""
+        num_sets, num_rows = self._data.test.inputs_NT.shape[:2]
+        order_DR = torch.arange(num_rows, device=self._set_N1.device).expand(num_sets, -1)
+        return self._pass_over(order_DR, is_training=False) / -(-num_rows // BATCH)
+
+    def smaller(self, runs: Sequence[Run]) -> "Stack":
+        """Return a stack of some of the members, as they are now."""
+        stack = Stack(runs, self._data, self._pool, is_compiled=self._is_compiled)
+        stack.optimizers.take_over(self.optimizers, [self.runs.index(run) for run in runs])
+        return stack
+
+    def _pass_over(self, order_DR: Tensor, *, is_training: bool) -> Tensor:
+        total_N = (self._loss_N if is_training else self._accuracy_N).zero_()
+        for rows_DB in order_DR.split(BATCH, dim=1):
+            key = (is_training, rows_DB.shape[1])
+            if key not in self._works:
+                self._rows[key] = torch.empty_like(rows_DB, memory_format=torch.contiguous_format)
+                self._works[key] = Replayed(self._work(key), self._pool)
+            self._rows[key].copy_(rows_DB)
+            self._works[key]()
+        return total_N
+
+    def _work(self, key: tuple[bool, int]) -> Callable[[], None]:
+        is_training, _ = key
+
+        def work() -> None:
+            examples = self._data.train if is_training else self._data.test
+            rows_NB = self._rows[key][self._set_N1.squeeze(1)]
+            batch = Examples(*(x[self._set_N1, rows_NB] for x in examples))
+            if is_training:
+                self._train(batch)
+            else:
+                self._score(batch)
+
+        return work
+
+    def _train(self, batch: Examples) -> None:
+        """Train one step on rows `[N, B, T]`."""
+        self.optimizers.zero_gradients()
+        loss_N = member_losses(self.model, batch)
+        loss_N.sum().backward()
+        self.optimizers.step()
+        self._loss_N.add_(loss_N.detach())
+
+    @torch.no_grad()
+    def _score(self, batch: Examples) -> None:
+        """Add the accuracies on rows `[N, B, T]`."""
+        # a second compilation, without gradients, would take longer than it saves
+        with torch.compiler.set_stance("force_eager") if self._is_compiled else nullcontext():
+            logits = compute_logits(self.model, batch.inputs_NT.flatten(0, 1))
+        predictions_NM = logits.argmax(-1).view(len(self.runs), -1)
+        self._accuracy_N.add_(macro_accuracy(predictions_NM, batch.targets_NT.flatten(1), logits.shape[-1]))
+
+
+def member_losses(model: nn.Module, batch: Examples) -> Tensor:
+    """Compute the mean loss of each member over its targets, `[N]`, in nats.
+
+    Args:
+        model: A stack of N members.
+        batch: Inputs and targets `[N, B, T]`.
+    """
+    logits = compute_logits(model, batch.inputs_NT.flatten(0, 1))
+    targets_NM = batch.targets_NT.flatten(1)
+    losses = F.cross_entropy(
+        logits.flatten(0, 1), targets_NM.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
+    )
+    return losses.view(targets_NM.shape).sum(1) / (targets_NM != IGNORE_INDEX).sum(1)
+
+
+def _compile_blocks(model: nn.Module) -> None:
+    """Compile what is not a kernel already, unless an attention cannot be traced."""
+    encoder = model.get_submodule("encoder")
+    if any(each.has_graph_breaks for each in encoder.modules() if isinstance(each, Attention)):
+        return
+    for layer in encoder.get_submodule("layers").children():
+        layer.compile(dynamic=False)
+
+
+def _can_capture(run: Run) -> bool:
+    """Return whether a step never waits for the device."""
+    model = build_model(run.recipe.attention, run.setting, 0)
+    return all(each.supports_cuda_graph for each in model.modules() if isinstance(each, Attention))
+
+
+def train(
+    runs: Sequence[Run],
+    device: torch.device,
+    report: Callable[[Run, Outcome], None],
+    *,
+    is_compiled: bool = False,
+) -> None:
+    """Train runs of one shape to their ends.
+
+    A run that is solved is not trained further: its learning rate is 0 until at most half of the members are
+    left, which then go on as a smaller stack. On a GPU the step of all members is replayed as a CUDA graph,
+    but for attentions that wait for the device (lla and affine-mesanet, whose solvers test for convergence).
+
+    Args:
+        runs: The runs, of one shape_of.
+        device: Device of the models and their data.
+        report: Called with a run and its outcome as soon as it ends.
+        is_compiled: Whether torch.compile fuses what is between the products, where the attention can be
+            traced.
 
     Raises:
         UserError: There is no such attention.
     """
+    assert len({shape_of(run) for run in runs}) == 1, "runs of different shapes"
+    with ExitStack() as contexts:
+        pool = None
+        if device.type == "cuda":
+            contexts.enter_context(torch.cuda.device(device))
+            contexts.enter_context(torch.cuda.stream(torch.cuda.Stream(device)))
+            pool = torch.cuda.graph_pool_handle() if _can_capture(runs[0]) else None
+        _train(Stack(runs, DataSets(runs, device), pool, is_compiled=is_compiled), report)
+
+
+def _train(stack: Stack, report: Callable[[Run, Outcome], None]) -> None:
     start = time.perf_counter()
-    model = build_model(run.recipe.attention, run.setting, run.recipe.seed).to(device)
-    train_set, test_set = (
-        Examples(*(x.to(device) for x in examples)) for examples in draw_sets(run.setting, run.recipe.seed)
-    )
-    optimizers = build_optimizers(model, run)
-    shuffle = torch.Generator().manual_seed(run.recipe.seed)
-    accuracy, loss, epoch = 0.0, float("nan"), 0
-    for epoch in range(run.recipe.max_epochs):
-        set_rates(optimizers, run, epoch)
-        order_N = torch.randperm(run.setting.num_train_rows, generator=shuffle).to(device)
-        loss = _train_epoch(model, optimizers, train_set, order_N)
-        accuracy = batch_accuracy(model, test_set, BATCH)
-        if accuracy >= SOLVED:
-            break
-    seconds = time.perf_counter() - start
-    return Outcome(accuracy=accuracy, loss=loss, num_epochs=epoch + 1, seconds=round(seconds, 2))
+    open_runs = list(stack.runs)
+    max_epochs = open_runs[0].recipe.max_epochs
+    for epoch in range(max_epochs):
+        losses_N = stack.train_epoch(epoch, [run in open_runs for run in stack.runs])
+        # one transfer for both: the device waits while the host reads
+        loss_and_accuracy_N2 = torch.stack((losses_N.double(), stack.test()), dim=1).tolist()
+        seconds = round(time.perf_counter() - start, 2)
+        for run, (loss, accuracy) in zip(stack.runs, loss_and_accuracy_N2, strict=True):
+            if run in open_runs and (accuracy >= SOLVED or epoch + 1 == max_epochs):
+                open_runs.remove(run)
+                report(run, Outcome(accuracy=accuracy, loss=loss, num_epochs=epoch + 1, seconds=seconds))
+        if not open_runs:
+            return
+        if 2 * len(open_runs) <= len(stack.runs):
+            stack = stack.smaller(open_runs)

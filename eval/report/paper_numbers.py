@@ -79,6 +79,22 @@ PAPER_ROWS: tuple[PaperRow, ...] = (
     _row("0.6b", "softmax", None, None, None, 52.61, optimizer="adamw"),
 )
 
+MAD_SCORES: dict[str, dict[str, float]] = {
+    "softmax": {
+        "in-context-recall": 0.803,
+        "noisy-in-context-recall": 0.861,
+        "selective-copying": 0.950,
+        "mean": 0.672,
+    },
+    "parallax": {
+        "in-context-recall": 0.951,
+        "noisy-in-context-recall": 0.937,
+        "selective-copying": 0.988,
+        "mean": 0.716,
+    },
+}
+"""Attention -> task of MAD, or "mean" for that of all six -> score; for the other tasks it gives none."""
+
 # the paper does not state which of the two compute-matched models it trained
 _CONTROL_VARIANTS = {"compute_parameter_matched": "compute_matched"}
 # the paper states no initial gain, and every implementation computes the same function

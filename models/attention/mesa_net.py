@@ -57,7 +57,7 @@ class MesaNet(RecurrentAttention):
         )
         dtype = torch.promote_types(x_BTD.dtype, torch.float32)
         g_BTH, beta_BTH = F.logsigmoid(self.wa(x_BTD).to(dtype)), self.wb(x_BTD).to(dtype).sigmoid()
-        ridge_HK = (F.softplus(self.ridge.to(dtype)) + _MIN_RIDGE).unflatten(0, (self.size.num_heads, -1))
+        ridge_HK = (F.softplus(self.ridge.to(dtype)) + _MIN_RIDGE).unflatten(-1, (self.size.num_heads, -1))
         o_BTHK = context.scan(MESA, (q, k, v, g_BTH, beta_BTH), ridge_HK, self.config.num_iterations)
         return self.wo(self.o_norm(o_BTHK).flatten(2))
 

@@ -69,8 +69,8 @@ MUTANTS = [
     ),
     Mutant(
         "optimizers/orthogonalized.py",
-        '_SCALES[group["scale"]](*_block_shape(bucket, group))',
-        '_SCALES[group["scale"]](*bucket.layout.shape)',
+        'SCALES[group["scale"]](*_block_shape(bucket, group))',
+        'SCALES[group["scale"]](*bucket.layout.shape)',
         MUON,
     ),
     Mutant("optimizers/muon.py", "if bucket.layout.num_ranks > 1:", "if False:", DISTRIBUTED),

@@ -1,0 +1,98 @@
+"""Scores of MAD: the best run of a grid, the mean over a task's settings, and the spread over seeds."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from eval.mad.runs import MAX_EPOCHS, Outcome, Recipe, Run, grid
+from eval.mad.settings import Level, Setting, Task, settings
+from eval.report.seed_statistics import Estimate, estimate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """The score of an attention on a task.
+
+    Attributes:
+        value: Mean over settings of the best accuracy of a grid; None unless all runs are there.
+        num_done: Runs that are there.
+        num_runs: Runs of the score.
+    """
+
+    value: float | None
+    num_done: int
+    num_runs: int
+
+
+def task_score(results: Mapping[Run, Outcome], grids: Iterable[Sequence[Run]]) -> Score:
+    """Compute the score of the grids of a task's settings."""
+    best: list[float | None] = []
+    num_done = num_runs = 0
+    for runs in grids:
+        found = [results[run].accuracy for run in runs if run in results]
+        num_done, num_runs = num_done + len(found), num_runs + len(runs)
+        best.append(max(found) if len(found) == len(runs) else None)
+    complete = [each for each in best if each is not None]
+    value = sum(complete) / len(complete) if len(complete) == len(best) else None
+    return Score(value=value, num_done=num_done, num_runs=num_runs)
+
+
+def task_grids(recipe: Recipe, task: Task, level: Level) -> list[list[Run]]:
+    """Return the grids of a task's settings."""
+    return [grid(recipe, setting) for setting in settings(task, level)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """An attention with its optimizer, over all seeds that have a run.
+
+    Attributes:
+        name: What sets it apart from the other columns.
+        recipes: One for each seed.
+    """
+
+    name: str
+    recipes: list[Recipe]
+
+    def task_estimate(self, results: Mapping[Run, Outcome], task: Task, level: Level) -> Estimate | None:
+        """Return the mean score on a task over the seeds that have all runs; None if there is none."""
+        scores = [task_score(results, task_grids(recipe, task, level)).value for recipe in self.recipes]
+        return estimate([score for score in scores if score is not None])
+
+    def mean_estimate(
+        self, results: Mapping[Run, Outcome], tasks: Sequence[Task], level: Level
+    ) -> Estimate | None:
+        """Return the mean score over tasks, over the seeds that have all runs of all tasks."""
+        means: list[float] = []
+        for recipe in self.recipes:
+            scores = [task_score(results, task_grids(recipe, task, level)).value for task in tasks]
+            values = [score for score in scores if score is not None]
+            if len(values) == len(tasks):
+                means.append(sum(values) / len(values))
+        return estimate(means)
+
+    def setting_estimate(self, results: Mapping[Run, Outcome], setting: Setting) -> Estimate | None:
+        """Return the mean of the best accuracy on one setting over the seeds that have all its runs."""
+        scores = [task_score(results, [grid(recipe, setting)]).value for recipe in self.recipes]
+        return estimate([score for score in scores if score is not None])
+
+    def count_runs(self, results: Mapping[Run, Outcome], task: Task, level: Level) -> tuple[int, int]:
+        """Return the numbers of runs of a task that are there and that there have to be, of all seeds."""
+        scores = [task_score(results, task_grids(recipe, task, level)) for recipe in self.recipes]
+        return sum(score.num_done for score in scores), sum(score.num_runs for score in scores)
+
+
+def make_columns(results: Mapping[Run, Outcome], tasks: Sequence[Task], level: Level) -> list[Column]:
+    """Return the columns that have a run of the tasks and level, in the order of the results."""
+    by_seed: dict[Recipe, list[Recipe]] = {}
+    for recipe in dict.fromkeys(run.recipe for run in results):
+        if any(task_score(results, task_grids(recipe, task, level)).num_done for task in tasks):
+            by_seed.setdefault(replace(recipe, seed=0), []).append(recipe)
+    return [Column(name=_name(recipe, [*by_seed]), recipes=recipes) for recipe, recipes in by_seed.items()]
+
+
+def _name(recipe: Recipe, others: Sequence[Recipe]) -> str:
+    """Name a column by its attention and optimizer, and by what else is not the same in all columns."""
+    name = f"{recipe.attention}, {recipe.optimizer}"
+    if any(other.schedule != recipe.schedule for other in others):
+        name += f", {recipe.schedule}"
+    return name if recipe.max_epochs == MAX_EPOCHS else f"{name}, {recipe.max_epochs} epochs"

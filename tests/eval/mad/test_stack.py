@@ -1,0 +1,143 @@
+"""Members that are trained at once, against each trained alone."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from eval.mad import optimizers as mad_optimizers
+from eval.mad import train as training
+from eval.mad.model import attention_kinds, build_model
+from eval.mad.optimizers import parameter_groups
+from eval.mad.packs import pack
+from eval.mad.runs import BATCH, RATES, Optimizer, Outcome, Recipe, Run, grid
+from eval.mad.settings import Setting, settings
+from eval.mad.stack import named_stacked_parameters, split_members, stack_modules
+from eval.mad.train import DataSets, Stack, train
+from optimizers.config import MuonGroup, ParameterGroup
+from tests.eval.mad.literal_training import train_literally
+
+CPU = torch.device("cpu")
+SMALL = Setting(task="memorization", vocab_size=8, seq_len=4, num_train_rows=256)
+RECALL = Setting(task="in-context-recall", vocab_size=16, seq_len=16, num_train_rows=20)
+ROWS = 4
+
+
+def _in_fp32(run: Run) -> dict[str, ParameterGroup]:
+    return {
+        name: replace(group, dtype="float32") if isinstance(group, MuonGroup) else group
+        for name, group in parameter_groups(run).items()
+    }
+
+
+@pytest.mark.parametrize("task", ["in-context-recall", "compression"])
+@pytest.mark.parametrize("kind", attention_kinds())
+def test_a_stack_computes_what_its_members_do(kind: str, task: str) -> None:
+    setting = settings("compression" if task == "compression" else "in-context-recall", "baseline")[0]
+    models = [build_model(kind, setting, seed).double() for seed in range(3)]
+    generator = torch.Generator().manual_seed(0)
+    for parameter in (parameter for model in models for parameter in model.parameters()):
+        parameter.data += 0.1 * torch.rand(parameter.shape, generator=generator, dtype=torch.float64)
+    stack = stack_modules([build_model(kind, setting, 0).double() for _ in models])
+    own = [dict(model.named_parameters()) for model in models]
+    for name, stacked in named_stacked_parameters(stack):
+        for part, parameters in zip(split_members(stacked, 3), own, strict=True):
+            part.copy_(parameters[name].detach())
+
+    # more than a chunk of the recurrences
+    tokens_NBT = torch.randint(16, (3, 2, 70), generator=generator)
+    weights = torch.rand(3, 2, 70, 16, generator=generator, dtype=torch.float64)
+    wanted = torch.stack([model(tokens) for model, tokens in zip(models, tokens_NBT, strict=True)])
+    (wanted.log_softmax(-1) * weights).sum().backward()
+    got = stack(tokens_NBT.flatten(0, 1)).unflatten(0, (3, 2))
+    (got.log_softmax(-1) * weights).sum().backward()
+    torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
+    assert {name for name, _ in named_stacked_parameters(stack)} == own[0].keys()
+    for name, stacked in named_stacked_parameters(stack):
+        assert stacked.grad is not None
+        for part, parameters in zip(split_members(stacked.grad, 3), own, strict=True):
+            gradient = parameters[name].grad
+            assert gradient is not None
+            # affine-mesanet and lla stop their solvers at a tolerance
+            error = (part - gradient).abs().max() / gradient.abs().max()
+            assert error < 1e-5, name
+
+
+@pytest.mark.parametrize("optimizer", RATES)
+@pytest.mark.parametrize("kind", ["softmax", "parallax", "mamba2"])
+def test_50_steps_are_those_of_single_runs(
+    kind: str, optimizer: Optimizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "BATCH", ROWS)
+    monkeypatch.setattr(mad_optimizers, "parameter_groups", _in_fp32)
+    recipe = Recipe(attention=kind, optimizer=optimizer, schedule="cosine", max_epochs=10)
+    runs = [*grid(recipe, RECALL)[2:4], grid(replace(recipe, seed=7), RECALL)[4]]
+    stack = Stack(runs, DataSets(runs, CPU))
+    losses = [stack.train_epoch(epoch, [True] * len(runs)).tolist() for epoch in range(10)]
+    for member, run in enumerate(runs):
+        model, wanted = train_literally(run, _in_fp32(run), ROWS, 10)
+        assert [each[member] for each in losses] == pytest.approx(wanted, abs=1e-5)
+        parameters = dict(model.named_parameters())
+        for name, stacked in named_stacked_parameters(stack.model):
+            part = split_members(stacked, len(runs))[member]
+            # AdamW moves by its rate even where a gradient is rounding error alone
+            torch.testing.assert_close(part, parameters[name].detach(), rtol=0.0, atol=0.3 * run.lr)
+
+
+def _train(runs: list[Run]) -> dict[Run, Outcome]:
+    outcomes: dict[Run, Outcome] = {}
+    train(runs, CPU, lambda run, outcome: outcomes.update({run: outcome}))
+    return {run: replace(outcome, seconds=0.0) for run, outcome in outcomes.items()}
+
+
+def test_solved_members_end_and_the_others_go_on_as_if_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    smaller = Stack.smaller
+
+    def spy(self: Stack, runs: list[Run]) -> Stack:
+        sizes.append(len(runs))
+        return smaller(self, runs)
+
+    monkeypatch.setattr(Stack, "smaller", spy)
+    for optimizer in RATES:
+        sizes.clear()
+        runs = grid(Recipe(attention="softmax", optimizer=optimizer, max_epochs=25), SMALL)
+        together = _train(runs)
+        assert together.keys() == set(runs)
+        assert len({outcome.num_epochs for outcome in together.values()}) > 2
+        assert sizes, "no stack got smaller"
+        assert all(size <= 3 for size in sizes)
+        for run in runs[::3]:
+            alone = _train([run])[run]
+            assert (alone.num_epochs, alone.accuracy) == (together[run].num_epochs, together[run].accuracy)
+            assert alone.loss == pytest.approx(together[run].loss, abs=1e-5)
+
+
+def test_a_member_that_is_not_active_keeps_its_weights() -> None:
+    for optimizer in RATES:
+        runs = grid(Recipe(attention="softmax", optimizer=optimizer), SMALL)[:2]
+        stack = Stack(runs, DataSets(runs, CPU))
+        stack.train_epoch(0, [True, True])
+        before = {name: p.detach().clone() for name, p in named_stacked_parameters(stack.model)}
+        stack.train_epoch(1, [False, True])
+        for name, parameter in named_stacked_parameters(stack.model):
+            first, second = split_members(parameter, 2)
+            old_first, old_second = split_members(before[name], 2)
+            assert torch.equal(first, old_first), name
+            assert not torch.equal(second, old_second), name
+
+
+def test_packs_have_one_shape_whole_grids_and_fit() -> None:
+    recipes = [Recipe(attention="softmax", seed=seed) for seed in (1, 2)]
+    tasks = ("compression", "in-context-recall", "noisy-in-context-recall")
+    runs = [run for task in tasks for recipe in recipes for run in grid(recipe, settings(task, "baseline")[0])]
+    assert [len(each) for each in pack(runs)] == [6, 6, 6, 6, 12]
+    noises = settings("noisy-in-context-recall", "full")[-3:]
+    assert [each.frac_noise for each in noises] == [0.4, 0.6, 0.8]
+    # half of them were trained before
+    short = [replace(each, seq_len=64) for each in noises]
+    assert [len(each) for each in pack([run for each in short for run in grid(recipes[0], each)[::2]])] == [9]
+    long = grid(recipes[0], settings("compression", "hard")[-1])
+    packs = pack(long)
+    assert [run for each in packs for run in each] == long
+    assert all(len(each) * BATCH * 2048 <= 2**20 for each in packs)
