@@ -3,9 +3,9 @@
     python -m benchmarks.held_out_sample runs/A runs/B [...] --max-tokens 250000 [--orders 3] [--name NAME]
 
 Runs must have the same `data.validation`, tokenizer and length of rows. The whole set is measured as
-`eval.max_tokens = "none"` does. Samples are evenly spaced rows, as `eval.max_tokens` takes them: of each of some
-random orders of the documents, at seven offsets, of which the project uses the middle one. For comparison,
-samples of whole documents: the first ones of random orders, from the documents' losses on the whole set.
+`eval.max_tokens = "none"` does. Samples are evenly spaced rows, as `eval.max_tokens` takes them: of each of
+some random orders of the documents, at seven offsets, of which the project uses the middle one. For
+comparison, samples of whole documents: the first of random orders, from their losses on the whole set.
 """
 
 import argparse

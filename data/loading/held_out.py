@@ -6,9 +6,9 @@ anew. The last row is padded, and rows of padding give every rank equally many m
 the first (with document masking, but the first of each document) is a label exactly once over all ranks.
 
 A limit of tokens takes rows at even distances: of N rows the middle one of each of K equal parts (systematic
-sampling: Cochran, Sampling Techniques, 3rd edition 1977, chapter 8). A long document, whose tokens have much in
-common, then counts as much as in the whole set, where a sample of whole documents has it or has it not; and a
-token is predicted from the same context as without the limit.
+sampling: Cochran, Sampling Techniques, 3rd edition 1977, chapter 8). A long document, whose tokens have much
+in common, then counts as much as in the whole set, while a sample of whole documents has all of it or
+nothing; and a token is predicted from the same context as without the limit.
 """
 
 import itertools
@@ -146,7 +146,7 @@ class HeldOutLoader:
 
 
 def evenly_spaced(num_rows: int, max_rows: int) -> np.ndarray:
-    """Choose rows at even distances: the middle one of each of K equal parts; all if there are no more than K.
+    """Choose rows at even distances: the middle one of each of K equal parts, or all of at most K rows.
 
     Args:
         num_rows: Number of rows N.

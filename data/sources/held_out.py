@@ -1,11 +1,12 @@
 """The documents of a held-out loss: all of data.validation, or a sample of them drawn by a fixed seed.
 
-The sample has many times the tokens of an evaluation, which takes evenly spaced rows of it
-(data/loading/held_out.py). The seed is a constant: all runs of a comparison draw the same documents of the same
-source, on any number of ranks. From shards they are taken in the permuted order of the index (data/permutation.py). From text and
-mixtures they are drawn in one pass (data/sources/document_sample.py), by the main rank before the first
-evaluation, and kept in the run folder for the other ranks and for a resume. A mixture is sampled as the union
-of its sources, which is what it reads without a limit. The last document is truncated.
+The sample has eight times the tokens of an evaluation, which takes evenly spaced rows of it
+(data/loading/held_out.py). The seed is a constant: all runs of a comparison draw the same documents of the
+same source, on any number of ranks. From shards they are taken in the permuted order of the index
+(data/permutation.py). From text and mixtures they are drawn in one pass (data/sources/document_sample.py), by
+the main rank before the first evaluation, and kept in the run folder for the other ranks and for a resume. A
+mixture is sampled as the union of its sources, which is what it reads without a limit. The last document is
+truncated.
 """
 
 import hashlib
@@ -29,7 +30,7 @@ logger = logging.getLogger("parallax")
 
 SEED = 0
 DRAWN_PER_TOKEN = 8
-"""Tokens of the sample per token of an evaluation. More cost a pass over text nothing, but memory and disk."""
+"""Tokens of the sample per token of an evaluation: more would cost memory, and of text disk."""
 
 MAX_HUB_FILES = 8
 """Files of a hub source from which a sample is drawn: a file of Ultra-FineWeb takes over a gigabyte."""

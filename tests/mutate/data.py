@@ -114,7 +114,9 @@ MUTANTS = [
         HELD_OUT,
     ),
     Mutant("data/loading/held_out.py", "(2 * np.arange(count) + 1)", "(2 * np.arange(count))", HELD_OUT_ROWS),
-    Mutant("data/loading/held_out.py", "math.ceil(max_tokens / seq_len)", "max_tokens // seq_len", HELD_OUT_ROWS),
+    Mutant(
+        "data/loading/held_out.py", "math.ceil(max_tokens / seq_len)", "max_tokens // seq_len", HELD_OUT_ROWS
+    ),
     Mutant(
         "data/loading/packing.py",
         "labels[index, max(row.num_tokens - 1, 0) :] = IGNORE_INDEX",

@@ -85,7 +85,8 @@ def test_a_run_that_changes_its_held_out_text_says_so(tmp_path: Path) -> None:
         f"{folder}: from step {STEPS} on the held-out loss is measured on other text: 249321 tokens of 701 "
         "documents, before 249708 of 292"
     ]
-    other = make_run(tmp_path / "b", [launch(), *training(2.0), *evaluations[:1], {**evaluations[1], "step": STEPS}])
+    same = [evaluations[0], {**evaluations[1], "step": STEPS}]
+    other = make_run(tmp_path / "b", [launch(), *training(2.0), *same])
     assert not [note for note in read_run(other).notes if "other text" in note]
     with pytest.raises(ValueError, match="validation_documents is 701 in a and 292 in b"):
         write_report([folder, other], baseline=None, out=tmp_path / "out")
