@@ -18,7 +18,8 @@
 6. Divide. `PackedLoader` (loading/loader.py) takes its rank's rows of each micro-step
    (loading/global_batch.py) and collates them into a `MicroBatch`: `{"input", "cu_seqlens"}` and labels. The
    state does not depend on the rank, so a run resumes on any number of ranks. For validation `HeldOutLoader`
-   (loading/held_out.py) does so, with the documents that `open_held_out` (sources/held_out.py) draws.
+   (loading/held_out.py) does so, with evenly spaced rows of the documents that `open_held_out`
+   (sources/held_out.py) draws.
 7. Prefetch. A `Prefetcher` (loading/prefetch.py) prepares micro-batches ahead in a thread of torchdata.
    `TitanLoader` (titan.py) is the loader that torchtitan's trainer iterates over and checkpoints.
 """

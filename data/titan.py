@@ -159,7 +159,7 @@ def build_validation_loader(
         tokenizer: Tokenizes text.
         seq_len: Tokens per sequence, T.
         local_batch_size: Sequences per micro-batch.
-        max_tokens: Sample documents of this many tokens, over all ranks; None for all documents.
+        max_tokens: Predict only a sample of this many tokens, over all ranks; None for all of them.
         kept_in: Folder where a sample of text is kept, shared by all ranks.
         dp_rank: Index of this data-parallel rank.
         dp_world_size: Number of data-parallel ranks.
@@ -178,6 +178,7 @@ def build_validation_loader(
         local_batch_size=local_batch_size,
         dp_rank=dp_rank,
         dp_world_size=dp_world_size,
+        max_tokens=max_tokens,
         mask_documents=config.mask_documents,
         prefetch_batches=config.prefetch_batches,
     )

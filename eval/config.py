@@ -12,9 +12,10 @@ class EvalConfig:
     Attributes:
         every: Steps between evaluations of the held-out loss; None for those before the first step and after
             the last, which always take place.
-        max_tokens: Held-out tokens per evaluation, of documents that a fixed seed draws from the whole of
-            data.validation, the same for every run and number of ranks; None for all. From sources other than
-            shards they are drawn in one pass before the first evaluation (of a hub source from at most 8 of
+        max_tokens: Held-out tokens per evaluation, rounded up to whole rows, the same for every run and
+            number of ranks; None for all. They are evenly spaced rows of documents with 8 times as many
+            tokens, which a fixed seed draws from the whole of data.validation. From sources other than shards
+            the documents are drawn in one pass before the first evaluation (of a hub source from at most 8 of
             its files, which are downloaded) and kept in the run folder.
         tasks: Downstream tasks of `python -m eval.downstream --tasks`; "paper" for the paper's ten. They are
             evaluated after the last step, and never before the first.

@@ -4,9 +4,15 @@ Rows are concatenated documents, in order, whatever the packing of training, so 
 across packings: a document that does not fit into its row continues in the next one, where its context starts
 anew. The last row is padded, and rows of padding give every rank equally many micro-batches. Every token but
 the first (with document masking, but the first of each document) is a label exactly once over all ranks.
+
+A limit of tokens takes rows at even distances: of N rows the middle one of each of K equal parts (systematic
+sampling: Cochran, Sampling Techniques, 3rd edition 1977, chapter 8). A long document, whose tokens have much
+in common, then counts as much as in the whole set, while a sample of whole documents has all of it or
+nothing; and a token is predicted from the same context as without the limit.
 """
 
 import itertools
+import math
 from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
@@ -52,6 +58,8 @@ class HeldOutLoader:
         local_batch_size: Rows per micro-batch, b.
         dp_rank: Index of this data-parallel rank.
         dp_world_size: Number of data-parallel ranks.
+        max_tokens: Take evenly spaced rows with this many tokens in all, rounded up to a whole row; None for
+            all rows.
         mask_documents: Whether a token attends only to its own document.
         prefetch_batches: Micro-batches that a background thread prepares ahead; 0 for no thread.
 
@@ -68,11 +76,14 @@ class HeldOutLoader:
         local_batch_size: int,
         dp_rank: int = 0,
         dp_world_size: int = 1,
+        max_tokens: int | None = None,
         mask_documents: bool = True,
         prefetch_batches: int = 0,
     ) -> None:
         self._source = source
         self._tokenizer = tokenizer
+        self._seq_len = seq_len
+        self._max_rows = None if max_tokens is None else math.ceil(max_tokens / seq_len)
         self._packer = ConcatenatePacker(seq_len, tokenizer.end_of_document_id)
         self._padding_row = padding_row(seq_len, tokenizer.end_of_document_id)
         self._rank_rows = rank_rows(local_batch_size, dp_rank, dp_world_size)
@@ -102,7 +113,7 @@ class HeldOutLoader:
             torch.cuda.set_device(pin_device)
         num_documents = 0
         cut: set[int] = set()
-        rows = (row for row, _ in self._packer.pack(self._documents(), PackerState(None, 0, {})))
+        rows = self._rows()
         while step_rows := list(itertools.islice(rows, self._micro_step_rows)):
             last = max((_last_document(row) for row in step_rows), key=lambda each: each.number)
             num_documents = max(num_documents, 1 + last.number)
@@ -117,6 +128,14 @@ class HeldOutLoader:
             )
             yield batch if pin_device is None else _pin(batch)
 
+    def _rows(self) -> Iterator[PackedRow]:
+        rows = (row for row, _ in self._packer.pack(self._documents(), PackerState(None, 0, {})))
+        if self._max_rows is None:
+            return rows
+        num_tokens = sum(len(document.tokens) for document in self._documents())
+        chosen = evenly_spaced(math.ceil((num_tokens - 1) / self._seq_len), self._max_rows)
+        return itertools.compress(rows, chosen)
+
     def _documents(self) -> Iterator[Document]:
         number = 0
         for row, tokens in tokenize(self._source.read(repeat=False), self._tokenizer):
@@ -124,6 +143,22 @@ class HeldOutLoader:
                 numbered = _NumberedTokens(number, row.next_position, tokens)
                 yield Document(tokens=numbered, position=None, next_position=row.next_position, skipped={})
                 number += 1
+
+
+def evenly_spaced(num_rows: int, max_rows: int) -> np.ndarray:
+    """Choose rows at even distances: the middle one of each of K equal parts, or all of at most K rows.
+
+    Args:
+        num_rows: Number of rows N.
+        max_rows: Number of rows to choose K.
+
+    Returns:
+        Whether each row is chosen, bool `[N]`.
+    """
+    count = min(num_rows, max_rows)
+    chosen = np.zeros(num_rows, dtype=bool)
+    chosen[(2 * np.arange(count) + 1) * num_rows // (2 * max(count, 1))] = True
+    return chosen
 
 
 class _NumberedTokens:

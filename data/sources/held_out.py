@@ -1,10 +1,12 @@
 """The documents of a held-out loss: all of data.validation, or a sample of them drawn by a fixed seed.
 
-The seed is a constant: all runs of a comparison draw the same documents of the same source, on any number of
-ranks. From shards they are taken in the permuted order of the index (data/permutation.py). From text and
-mixtures they are drawn in one pass (data/sources/document_sample.py), by the main rank before the first
-evaluation, and kept in the run folder for the other ranks and for a resume. A mixture is sampled as the union
-of its sources, which is what it reads without a limit. The last document is truncated.
+The sample has eight times the tokens of an evaluation, which takes evenly spaced rows of it
+(data/loading/held_out.py). The seed is a constant: all runs of a comparison draw the same documents of the
+same source, on any number of ranks. From shards they are taken in the permuted order of the index
+(data/permutation.py). From text and mixtures they are drawn in one pass (data/sources/document_sample.py), by
+the main rank before the first evaluation, and kept in the run folder for the other ranks and for a resume. A
+mixture is sampled as the union of its sources, which is what it reads without a limit. The last document is
+truncated.
 """
 
 import hashlib
@@ -27,6 +29,9 @@ from data.tokenizer import Tokenizer
 logger = logging.getLogger("parallax")
 
 SEED = 0
+DRAWN_PER_TOKEN = 8
+"""Tokens of the sample per token of an evaluation: more would cost memory, and of text disk."""
+
 MAX_HUB_FILES = 8
 """Files of a hub source from which a sample is drawn: a file of Ultra-FineWeb takes over a gigabyte."""
 
@@ -41,7 +46,8 @@ def open_held_out(
     Args:
         config: The `[data]` table; it has a validation source.
         tokenizer: Tokenizes text.
-        max_tokens: Tokens to sample; None for all documents.
+        max_tokens: Tokens of an evaluation, of which the sample has DRAWN_PER_TOKEN times as many; None for
+            all documents.
         kept_in: Folder of the samples drawn from text, shared by all ranks.
         is_main_rank: Whether this rank draws a sample that is not there yet; the others wait for the file:
             a collective would time out.
@@ -64,14 +70,15 @@ def open_held_out(
     if max_tokens is None:
         return opened(source)
     if isinstance(source, ShardsSource):
-        return FirstTokens(opened(source, SEED), max_tokens)
+        return FirstTokens(opened(source, SEED), DRAWN_PER_TOKEN * max_tokens)
     leaves = [_bounded(leaf) for leaf in _leaves(source)]
     sources = [opened(leaf) for leaf in leaves]
-    parts = [SEED, max_tokens, tokenizer.fingerprint, *(each.fingerprint for each in sources)]
+    num_tokens = DRAWN_PER_TOKEN * max_tokens
+    parts = [SEED, num_tokens, tokenizer.fingerprint, *(each.fingerprint for each in sources)]
     fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     file = kept_in / f"{fingerprint}.npz"
     if is_main_rank and not file.exists():
-        _draw(sources, tokenizer, max_tokens, fingerprint).save(file)
+        _draw(sources, tokenizer, num_tokens, fingerprint).save(file)
     while not file.exists():
         time.sleep(_POLL_SECONDS)
     return DocumentSample.load(file, fingerprint)

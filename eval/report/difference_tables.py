@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from eval.report.choices import NO_KEY
 from eval.report.names import format_value
-from eval.report.result_tables import HELD_OUT, RESULTS, TRAINING, difference_cell, over_seeds
+from eval.report.result_tables import AVERAGE, HELD_OUT, TRAINING, difference_cell, over_seeds, result_columns
 from eval.report.rows import Arm, Row, loss_of, rate_key, seed_of
 from eval.report.run_values import Value, held_out_loss
 from eval.report.table import Cell, Number, Table, mark_best, plain
@@ -17,7 +17,7 @@ def differences_table(rows: Sequence[Row], baseline: Row) -> Table:
         "Row": [row.name for row in others],
         "Seeds of row / baseline": [_seeds(row, baseline) for row in others],
     }
-    for column in RESULTS:
+    for column in result_columns(rows):
         columns[column.heading] = [
             difference_cell(row, baseline, column.value, column.spec) for row in others
         ]
@@ -84,6 +84,9 @@ def arms_table(arms: Sequence[Arm], baseline: Row | None) -> Table | None:
         "Seeds": [plain(len(row.runs), "d") for row in best],
         column.heading: mark_best([over_seeds(row, loss, column.spec) for row in best], column.better),
     }
+    if AVERAGE in result_columns(best):
+        averages = [over_seeds(row, AVERAGE.value, AVERAGE.spec) for row in best]
+        columns[AVERAGE.heading] = mark_best(averages, AVERAGE.better)
     base = next((arm.best for arm in arms if baseline in arm.rows), None)
     if base is not None:
         columns[f"Minus {base.name}"] = [

@@ -1,18 +1,21 @@
 """The report of a plan: what is missing, the choices, and a report of each stage."""
 
+import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from disk import write_text
 from errors import UserError
 from eval.report.gain_plot import plot_gains, plot_gains_over_training
 from eval.report.names import format_value
-from eval.report.plan_file import PlanFile, PlannedRun, PlannedStage, read_plan
+from eval.report.plan_file import Choice, PlanFile, PlannedRun, PlannedStage, read_plan
 from eval.report.plan_tables import ARMS_NOTE, arms_table, runs_table, totals
 from eval.report.plan_values import ArmRuns, arms_of
+from eval.report.result_tables import AVERAGE, HELD_OUT
 from eval.report.run_records import RunRecord, read_run
-from eval.report.run_values import held_out_loss
+from eval.report.run_values import average_held_out_loss, held_out_loss
 from eval.report.table import Cell, Table, plain
 from eval.report.writer import write_figures, write_report
 
@@ -53,7 +56,7 @@ def write_plan_report(
         lines += [
             f"## Stage {stage.name}",
             "",
-            *_choices(stage, out),
+            *_choices(stage, runs, out),
             *_arms(stage.name, arms[stage.name], out),
         ]
         if figures is not None and stage.name not in figures:
@@ -165,7 +168,25 @@ def _progress(stage: PlannedStage, member: PlannedRun, runs: dict[str, RunRecord
     return f"{member.run}: step {run.steps[-1]['step']:,} of {run.last_step or 0:,}"
 
 
-def _choices(stage: PlannedStage, out: Path) -> list[str]:
+def _runs_at(
+    stage: PlannedStage, arm: str, values: dict[str, Any], runs: dict[str, RunRecord]
+) -> list[RunRecord]:
+    """Return the runs of an arm that have some values, of all seeds."""
+    return [
+        runs[member.run]
+        for member in stage.members
+        if member.arm == arm and member.run in runs and values.items() <= member.values.items()
+    ]
+
+
+def _average_loss(stage: PlannedStage, choice: Choice, runs: dict[str, RunRecord]) -> float | None:
+    """Return the held-out loss of the averaged weights at an arm's best values, the mean over seeds."""
+    found = [average_held_out_loss(run) for run in _runs_at(stage, choice.arm, choice.values, runs)]
+    losses = [loss for loss in found if loss is not None]
+    return statistics.fmean(losses) if losses else None
+
+
+def _choices(stage: PlannedStage, runs: dict[str, RunRecord], out: Path) -> list[str]:
     """Return the table of the best tuned values by arm, and write it; nothing for a stage that tunes none."""
     path = out / f"best_of_{stage.name}.csv"
     chosen = [choice for choice in stage.choices if choice.values]
@@ -178,9 +199,12 @@ def _choices(stage: PlannedStage, out: Path) -> list[str]:
         **{
             f"Best {name}": [format_value(choice.values.get(name, "")) for choice in chosen] for name in names
         },
-        "Held-out loss (nats/token)": [plain(choice.loss, ",.4f") for choice in chosen],
-        "Warning": [choice.warning for choice in chosen],
+        HELD_OUT.heading: [plain(choice.loss, HELD_OUT.spec) for choice in chosen],
     }
+    averages = [_average_loss(stage, choice, runs) for choice in chosen]
+    if any(loss is not None for loss in averages):
+        columns[AVERAGE.heading] = [plain(loss, AVERAGE.spec) for loss in averages]
+    columns["Warning"] = [choice.warning for choice in chosen]
     table = Table({heading: list(cells) for heading, cells in columns.items()})
     table.write_csv(path)
     return [*table.markdown(), ""]

@@ -9,6 +9,8 @@ from eval.report.rows import Row
 from eval.report.run_values import (
     FINAL_STEPS,
     Value,
+    average_held_out_error,
+    average_held_out_loss,
     held_out_cut_documents,
     held_out_documents,
     held_out_error,
@@ -46,6 +48,7 @@ def _percent(value: float | None) -> float | None:
 
 TRAINING = Column("Training loss (nats/token)", training_loss, ",.4f", "lower")
 HELD_OUT = Column("Held-out loss (nats/token)", held_out_loss, ",.4f", "lower")
+AVERAGE = Column("Held-out loss of the average (nats/token)", average_held_out_loss, ",.4f", "lower")
 _TASKS = (
     Column(
         "LAMBADA perplexity",
@@ -69,7 +72,12 @@ _TASKS = (
         lambda row: row.mean_accuracy,
     ),
 )
-RESULTS = (TRAINING, HELD_OUT, *_TASKS)
+
+
+def result_columns(rows: Sequence[Row]) -> tuple[Column, ...]:
+    """Return the results to show: the loss of the averaged weights only where a run has kept an average."""
+    has_average = any(average_held_out_loss(run) is not None for row in rows for run in row.runs)
+    return (TRAINING, HELD_OUT, *((AVERAGE,) if has_average else ()), *_TASKS)
 
 
 def over_seeds(row: Row, value: Value, spec: str) -> Number | None:
@@ -106,13 +114,19 @@ def results_table(rows: Sequence[Row]) -> Table:
         "Seeds": [plain(len(row.runs), "d") for row in rows],
     }
     papers = [row.paper for row in rows]
-    for column in RESULTS:
+    shown = result_columns(rows)
+    for column in shown:
         cells = [over_seeds(row, column.value, column.spec) for row in rows]
         columns[column.heading] = mark_best(cells, column.better)
         if column is HELD_OUT:
             columns["S.e. over documents (nats/token)"] = [
                 plain(_mean(row, held_out_error), ",.4f") for row in rows
             ]
+        if column is AVERAGE:
+            columns["S.e. of the average (nats/token)"] = [
+                plain(_mean(row, average_held_out_error), ",.4f") for row in rows
+            ]
+        if column is (AVERAGE if AVERAGE in shown else HELD_OUT):
             columns["Held-out tokens"] = [_counts(row, held_out_tokens) for row in rows]
             columns["Held-out documents"] = [_counts(row, held_out_documents) for row in rows]
             columns["Documents cut into rows"] = [_counts(row, held_out_cut_documents) for row in rows]
@@ -128,12 +142,15 @@ def results_notes(rows: Sequence[Row]) -> str:
     finished = (run for row in rows for run in row.runs if run.is_finished)
     averaged = {min(FINAL_STEPS, len(run.steps)) for run in finished} or {FINAL_STEPS}
     with_paper = any(row.paper is not None for row in rows)
+    average = ""
+    if AVERAGE in result_columns(rows):
+        average = "The average is that of the weights which training keeps, measured on the same tokens. "
     source = f"Paper: {SOURCE}." if with_paper else f"No row is in the paper ({SOURCE})."
     return (
         "After the last step: mean ± standard error over seeds, with (n of m) where only n of a row's m "
         "seeds have a value; the best of each column is bold. The training loss is averaged over the last "
         f"{' or '.join(map(str, sorted(averaged)))} steps. S.e. over documents: of one run's held-out loss "
-        f"(the mean over seeds), over the documents it was measured on, which runs share. {source}"
+        f"(the mean over seeds), over the documents it was measured on, which runs share. {average}{source}"
     )
 
 

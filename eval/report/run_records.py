@@ -3,7 +3,9 @@
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from errors import UserError
 from eval.diagnostics.record import compact, read_records
@@ -214,6 +216,21 @@ def _runs_in(folder: Path) -> list[Path]:
     return [run for each in inside if not each.name.startswith(".") for run in _runs_in(each)]
 
 
+def _other_samples(folder: Path, held_out: list[Record]) -> list[str]:
+    """Return a note where the held-out text changes within a run, as by a resume with another version."""
+
+    def counts(record: Record) -> tuple[Any, ...]:
+        return tuple(record.get(key) for key in ("validation_tokens", "validation_documents"))
+
+    return [
+        f"{folder}: from step {later['step']} on the held-out loss is measured on other text: "
+        f"{counts(later)[0]} tokens of {counts(later)[1]} documents, before {counts(earlier)[0]} of "
+        f"{counts(earlier)[1]}"
+        for earlier, later in pairwise(held_out)
+        if counts(earlier) != counts(later)
+    ]
+
+
 def _add_costs(steps: list[Record]) -> None:
     """Add cumulative seconds, rank-seconds and FLOPs to training records."""
     seconds, rank_seconds, flops, tokens = 0.0, 0.0, 0.0, 0
@@ -258,6 +275,7 @@ def read_run(folder: Path) -> RunRecord:
     _add_costs(steps)
     _add_progress(held_out, steps)
     _add_progress(tasks, steps)
+    notes += _other_samples(folder, held_out)
     notes += [
         f"{folder}: at step {record['step']} an evaluation failed: {record['eval_error']}"
         for record in records

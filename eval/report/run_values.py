@@ -89,6 +89,16 @@ def held_out_error(run: RunRecord) -> float | None:
     return _final_held_out(run, "validation_stderr")
 
 
+def average_held_out_loss(run: RunRecord) -> float | None:
+    """Return the held-out loss of the averaged weights after the last step; None where there is none."""
+    return _final_held_out(run, "average_validation_loss")
+
+
+def average_held_out_error(run: RunRecord) -> float | None:
+    """Return the standard error over documents of average_held_out_loss; None where there is none."""
+    return _final_held_out(run, "average_validation_stderr")
+
+
 def held_out_tokens(run: RunRecord) -> float | None:
     """Return the number of tokens that held_out_loss is the mean over; None where there is none."""
     return _final_held_out(run, "validation_tokens")

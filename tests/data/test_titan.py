@@ -132,17 +132,21 @@ def test_validation_reads_its_own_files_once(
         assert byte_tokenizer.decode(labels[labels != -100].tolist()) == "eld out<|endoftext|>"
 
 
-def test_a_number_of_held_out_tokens_fills_exactly_their_rows(
+def test_a_number_of_held_out_tokens_takes_as_many_rows_of_all_documents(
     config: DataConfig, write_parquet: Callable[..., Path], tmp_path: Path
 ) -> None:
     path = str(write_parquet("held_out.parquet", ["abcdefghij" * 3] * 4))
     changed = DataConfig(
         tokenizer=config.tokenizer, train=config.train, validation=ParquetSource(files=[path])
     )
+    whole = list(_validation(changed, tmp_path, max_tokens=None))
+    # 124 tokens, 123 of them after the first, in rows of 4
+    assert len(whole) == 31
     batches = list(_validation(changed, tmp_path, max_tokens=18))
-    # 17 predicted tokens in rows of 4
-    assert len(batches) == 5
-    assert sum(int((batch.labels != -100).sum()) for batch in batches) == 17
+    assert [len(batches), batches[-1].num_documents] == [5, 4]
+    # the middle rows of five parts
+    middle = [whole[row].inputs["input"] for row in (3, 9, 15, 21, 27)]
+    assert torch.equal(torch.cat([batch.inputs["input"] for batch in batches]), torch.cat(middle))
 
 
 def test_validation_without_document_masks_attends_and_predicts_across_documents(

@@ -5,6 +5,7 @@ from tests.mutate.mutant import Mutant
 BEST_FIT = "tests/data/loading/test_best_fit.py"
 FILES = "tests/data/sources/test_files.py"
 FINGERPRINT = "tests/data/test_fingerprint.py"
+HELD_OUT_ROWS = "tests/data/loading/test_held_out.py"
 HELD_OUT = "tests/data/sources/test_held_out.py"
 JSONL = "tests/data/sources/test_jsonl.py"
 MIXTURE = "tests/data/sources/test_mixture.py"
@@ -105,6 +106,16 @@ MUTANTS = [
         "while self._num_tokens - len(self._heap[0][2]) >= self._max_tokens:",
         "while self._num_tokens - len(self._heap[0][2]) > self._max_tokens:",
         HELD_OUT,
+    ),
+    Mutant(
+        "data/sources/held_out.py",
+        "FirstTokens(opened(source, SEED), DRAWN_PER_TOKEN * max_tokens)",
+        "FirstTokens(opened(source, SEED), max_tokens)",
+        HELD_OUT,
+    ),
+    Mutant("data/loading/held_out.py", "(2 * np.arange(count) + 1)", "(2 * np.arange(count))", HELD_OUT_ROWS),
+    Mutant(
+        "data/loading/held_out.py", "math.ceil(max_tokens / seq_len)", "max_tokens // seq_len", HELD_OUT_ROWS
     ),
     Mutant(
         "data/loading/packing.py",

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.loading.held_out import HeldOutLoader
+from data.loading.held_out import HeldOutLoader, evenly_spaced
 from data.tokenizer import Tokenizer
 from tests.data.loading.loaders import FILES, TEXTS
 from tokens import IGNORE_INDEX
@@ -75,6 +75,74 @@ def test_labels_of_all_ranks_are_the_documents_tokens_by_number(
             for number in numbers[labels != IGNORE_INDEX].tolist():
                 rows[number].add(place)
         assert ranks[0][-1].num_cut_documents == sum(len(each) > 1 for each in rows.values())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=10),
+    seq_len=st.integers(1, 13),
+    world=st.integers(1, 3),
+    local=st.integers(1, 3),
+    max_tokens=st.integers(1, 300),
+)
+def test_a_limit_takes_evenly_spaced_rows_of_those_without_it_on_any_number_of_ranks(
+    byte_tokenizer: Tokenizer,
+    list_source: Any,
+    lengths: list[int],
+    seq_len: int,
+    world: int,
+    local: int,
+    max_tokens: int,
+) -> None:
+    source = list_source([[ALPHABET[:length] for length in lengths]])
+
+    def rows(world: int, local: int, max_tokens: int | None) -> list[tuple[Any, ...]]:
+        sizes: dict[str, Any] = {"seq_len": seq_len, "local_batch_size": local, "max_tokens": max_tokens}
+        ranks = [
+            list(HeldOutLoader(source, byte_tokenizer, dp_rank=rank, dp_world_size=world, **sizes))
+            for rank in range(world)
+        ]
+        found = [
+            tuple(tuple(part[row].tolist()) for part in parts)
+            for step in zip(*ranks, strict=True)
+            for row in range(local)
+            for batch in step
+            for parts in [
+                [x.reshape(local, seq_len) for x in (batch.inputs["input"], batch.labels, batch.documents)]
+            ]
+        ]
+        # without rows of padding, or with no label, which come last on each rank
+        return sorted(each for each in found if any(label != IGNORE_INDEX for label in each[1]))
+
+    whole = rows(1, 1, None)
+    num_rows = -(-(sum(length + 1 for length in lengths) - 1) // seq_len)
+    in_order = [
+        (tuple(batch.inputs["input"][0].tolist()), tuple(batch.labels[0].tolist()), batch.documents[0])
+        for batch in HeldOutLoader(source, byte_tokenizer, seq_len=seq_len, local_batch_size=1)
+    ]
+    assert len(in_order) == num_rows
+    chosen = evenly_spaced(num_rows, -(-max_tokens // seq_len))
+    wanted = [
+        (ids, labels, tuple(numbers.tolist()))
+        for (ids, labels, numbers), is_chosen in zip(in_order, chosen, strict=True)
+        if is_chosen and any(label != IGNORE_INDEX for label in labels)
+    ]
+    assert rows(world, local, max_tokens) == sorted(wanted)
+    if max_tokens >= sum(length + 1 for length in lengths):
+        assert sorted(wanted) == whole
+
+
+@given(num_rows=st.integers(0, 400), max_rows=st.integers(1, 400))
+def test_rows_are_at_even_distances(num_rows: int, max_rows: int) -> None:
+    chosen = evenly_spaced(num_rows, max_rows)
+    assert (len(chosen), chosen.sum()) == (num_rows, min(num_rows, max_rows))
+    if num_rows > max_rows:
+        places = chosen.nonzero()[0]
+        distance = num_rows / max_rows
+        gaps = [places[0] + num_rows - places[-1], *(places[1:] - places[:-1])]
+        assert max(abs(gap - distance) for gap in gaps) < 1
+        # as far from the start as from the end
+        assert abs(places[0] - (num_rows - 1 - places[-1])) <= 1
 
 
 def test_skipped_rows_have_no_number_and_an_iterator_starts_anew(

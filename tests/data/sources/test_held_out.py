@@ -15,7 +15,7 @@ from data.shards.prepare import PrepareOptions, prepare
 from data.sources import held_out
 from data.sources.base import DocumentSource
 from data.sources.document_sample import draw_sample
-from data.sources.held_out import MAX_HUB_FILES, open_held_out
+from data.sources.held_out import DRAWN_PER_TOKEN, MAX_HUB_FILES, open_held_out
 from data.tokenizer import Tokenizer
 from data.train_tokenizer import train_byte_level_bpe
 
@@ -141,7 +141,7 @@ def test_shards_are_sampled_from_their_index(
     assert abs(np.mean(numbers[:200]) - 500) < 4 * 1000 / np.sqrt(12 * 200)
     for max_tokens in (1, 7, 1000, 1001):
         found = documents_of(opened(shards, byte_tokenizer, tmp_path / "kept", max_tokens))
-        assert sum(map(len, found)) == max_tokens
+        assert sum(map(len, found)) == DRAWN_PER_TOKEN * max_tokens
         assert found[:-1] == everything[: len(found) - 1]
         assert found[-1] == everything[len(found) - 1][: len(found[-1])]
     assert not (tmp_path / "kept").exists()
@@ -152,12 +152,12 @@ def test_a_mixture_is_sampled_as_the_union_of_its_sources(
 ) -> None:
     text = ParquetSource(files=[str(write_parquet("a.parquet", make_texts(0, 3000)))])
     mixture = MixtureSource(weights={"a": 0.99, "b": 0.01}, sources={"a": shards, "b": text})
-    found = documents_of(opened(mixture, byte_tokenizer, tmp_path / "kept", 20_000))
-    assert sum(map(len, found)) == 20_000
+    found = documents_of(opened(mixture, byte_tokenizer, tmp_path / "kept", 2500))
+    assert sum(map(len, found)) == DRAWN_PER_TOKEN * 2500
     of_shards = sum(byte_tokenizer.decode(list(tokens)).startswith("3 ") for tokens in found[:-1])
     share = of_shards / (len(found) - 1)
     assert abs(share - 0.25) < 4 * np.sqrt(0.25 * 0.75 / len(found))
-    assert documents_of(opened(mixture, byte_tokenizer, tmp_path / "other", 20_000)) == found
+    assert documents_of(opened(mixture, byte_tokenizer, tmp_path / "other", 2500)) == found
 
 
 def test_a_pass_over_the_hub_is_bounded() -> None:

@@ -130,7 +130,9 @@ def test_a_member_that_is_not_active_keeps_its_weights() -> None:
 def test_packs_have_one_shape_whole_grids_and_fit() -> None:
     recipes = [Recipe(attention="softmax", seed=seed) for seed in (1, 2)]
     tasks = ("compression", "in-context-recall", "noisy-in-context-recall")
-    runs = [run for task in tasks for recipe in recipes for run in grid(recipe, settings(task, "baseline")[0])]
+    runs = [
+        run for task in tasks for recipe in recipes for run in grid(recipe, settings(task, "baseline")[0])
+    ]
     assert [len(each) for each in pack(runs)] == [6, 6, 6, 6, 12]
     noises = settings("noisy-in-context-recall", "full")[-3:]
     assert [each.frac_noise for each in noises] == [0.4, 0.6, 0.8]

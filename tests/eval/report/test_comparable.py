@@ -72,6 +72,26 @@ def test_losses_of_other_held_out_documents_are_not_compared(tmp_path: Path) -> 
         write_report(folders[1:], baseline=None, out=tmp_path / "out")
 
 
+def test_a_run_that_changes_its_held_out_text_says_so(tmp_path: Path) -> None:
+    # a resume with a version that samples rows instead of documents
+    counts = [(249_708, 292), (249_708, 292), (249_321, 701)]
+    evaluations = [
+        {**held_out(step, 2.0), "validation_tokens": tokens, "validation_documents": documents}
+        for step, (tokens, documents) in zip((0, 15, STEPS), counts, strict=True)
+    ]
+    folder = make_run(tmp_path / "a", [launch(), *training(2.0), *evaluations])
+    notes = [note for note in read_run(folder).notes if "other text" in note]
+    assert notes == [
+        f"{folder}: from step {STEPS} on the held-out loss is measured on other text: 249321 tokens of 701 "
+        "documents, before 249708 of 292"
+    ]
+    same = [evaluations[0], {**evaluations[1], "step": STEPS}]
+    other = make_run(tmp_path / "b", [launch(), *training(2.0), *same])
+    assert not [note for note in read_run(other).notes if "other text" in note]
+    with pytest.raises(ValueError, match="validation_documents is 701 in a and 292 in b"):
+        write_report([folder, other], baseline=None, out=tmp_path / "out")
+
+
 def test_a_branch_that_restarts_its_data_is_not_compared_with_a_run_on_one_data_set(tmp_path: Path) -> None:
     trunk = make_run(tmp_path / "trunk", [launch(), *training(2.0)])
     start = ("--checkpoint.start_from", str(trunk / "checkpoint" / "step-20"))

@@ -14,7 +14,13 @@ RATE = "--optimizer.groups.hidden.lr"
 LOSSES = {("softmax", 0.01): 3.0, ("softmax", 0.02): 3.2, ("parallax", 0.01): 2.9, ("parallax", 0.02): 2.8}
 
 
-def make_plan(folder: Path, *, missing: tuple[str, ...] = (), unfinished: tuple[str, ...] = ()) -> PlanFile:
+def make_plan(
+    folder: Path,
+    *,
+    missing: tuple[str, ...] = (),
+    unfinished: tuple[str, ...] = (),
+    averaged: tuple[str, ...] = (),
+) -> PlanFile:
     """Write a plan of two attentions, two rates and two seeds, and a stage that waits for it."""
     members = []
     (folder / "rates").mkdir(parents=True)
@@ -28,7 +34,8 @@ def make_plan(folder: Path, *, missing: tuple[str, ...] = (), unfinished: tuple[
             loss = LOSSES[kind, rate] + 0.01 * seed
             last = 12 if run in unfinished else STEPS
             records = [launch(), held_out(0, 8.0), *training(loss, last=last)]
-            records += [held_out(STEPS, loss)] if last == STEPS else []
+            average = {"average_validation_loss": loss - 0.3} if run in averaged else {}
+            records += [{**held_out(STEPS, loss), **average}] if last == STEPS else []
             words = (RATE, str(rate), "--run.seed", str(seed), "--data.shuffle_seed", str(seed))
             make_run(folder / run, records, *words, name=f"debug_{kind}_muon")
     choices = [
@@ -64,6 +71,19 @@ def test_the_baseline_is_its_arm_at_its_best(tmp_path: Path) -> None:
     difference = cells(stage, "Difference to Softmax, Muon, lr 0.01", "Parallax, Muon, lr 0.02")
     assert difference["Held-out loss (nats/token)"] == "-0.2000 ± 0.0000"
     assert len(rows_of(stage, "Results")) == 4
+
+
+def test_the_loss_of_the_averaged_weights_stands_beside_the_plain_one(tmp_path: Path) -> None:
+    average = "Held-out loss of the average (nats/token)"
+    runs = tuple(f"rates/parallax_lr0.02_seed{seed}" for seed in (0, 1))
+    make_plan(tmp_path / "x", averaged=runs)
+    text = write_plan_report(tmp_path / "x", out=tmp_path / "out").read_text()
+    assert cells(text, "Stage rates", "parallax")[average] == "2.5050"
+    assert cells(text, "Stage rates", "softmax")[average] == "-"
+    stage = (tmp_path / "out/rates/report.md").read_text()
+    assert cells(stage, "Results", "Parallax, Muon, lr 0.02")[average].startswith("2.5050 ± ")
+    make_plan(tmp_path / "y")
+    assert average not in write_plan_report(tmp_path / "y", out=tmp_path / "out").read_text()
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
