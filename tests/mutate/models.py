@@ -20,7 +20,7 @@ MUTANTS = [
     Mutant(
         "models/loss.py",
         "factor = dloss.reshape(1)",
-        "factor = dloss",
+        "factor = dloss.reshape(1).to(dx.dtype)",
         LOSS,
     ),
     Mutant(
