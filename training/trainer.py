@@ -247,7 +247,8 @@ class Trainer(TitanTrainer):
         """Return whether the step just launched is read before the next one is launched."""
         profile_every = self.config.metrics.profile_every
         return (
-            self.step == self.config.training.last_step
+            self.device.type == "cpu"  # has computed it
+            or self.step == self.config.training.last_step
             or is_due(self.step, self.config.checkpoint.every)
             or self._write_failed
             or self.evaluator.is_due(self.step)
