@@ -38,6 +38,7 @@ _ATTENTION_OPERATORS: _Classes = {
 _OPERATORS: _Classes = {
     "loss": ("crossentropy", "cross_entropy", "nll_loss", "log_softmax"),
     "embedding": ("embedding",),
+    "norms and RoPE": ("rms_norm", "rmsnorm"),
     "gradient norm": ("clip_grad", "vector_norm", "foreach_norm"),
     _FSDP: ("fsdp::",),
 }

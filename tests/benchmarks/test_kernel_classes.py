@@ -61,6 +61,7 @@ def test_class_by_name(name: str, expected: str) -> None:
         ("nvjet", ("aten::_scaled_dot_product_cudnn_attention_backward",), "attention, backward"),
         ("reduce_kernel", ("aten::_flash_attention_forward",), "attention, forward"),
         ("indexSelectLargeIndex", ("aten::embedding",), "embedding"),
+        ("vectorized_elementwise_kernel", ("aten::rms_norm", "aten::mul"), "norms and RoPE"),
     ],
 )
 def test_class_by_operators(name: str, operators: tuple[str, ...], expected: str) -> None:
