@@ -7,7 +7,7 @@ NPROC := $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c ^GPU); [ "$${n:-0}" -g
 ROWS := $(shell echo $$((4 * $(NPROC) * ((8 + $(NPROC) - 1) / $(NPROC)))))
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test test-training test-others test-faults lint clean
+.PHONY: train test test-training test-others test-faults test-gpu lint clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -41,6 +41,10 @@ test-others: .venv/installed
 # kills, two launches, damaged checkpoints, full disks: all of tests/faults, the slow ones too
 test-faults: .venv/installed
 	$(BIN)/pytest -m "not gpu and not multi_gpu and not network" tests/faults
+
+# on one GPU; a worker gets tests that stand together, which share compiled kernels
+test-gpu: .venv/installed
+	$(BIN)/pytest -m "gpu and not multi_gpu" -n 14 --dist worksteal --durations 40
 
 clean:
 	rm -rf .venv .cache runs

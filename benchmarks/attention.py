@@ -207,6 +207,7 @@ def main() -> None:
         print(", ".join(f"{c.provider} {c.sum_ms:.2f}" for c in found if c.shape == shape), shape, flush=True)
         result = {
             "command": shlex.join(["python", "-m", "benchmarks.attention", *sys.argv[1:]]),
+            "authors": authors and authors.describe(),
             "accuracy": errors,
             "cells": [asdict(c) | {"shape": c.shape._asdict()} for c in found],
         }

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -31,6 +32,7 @@ def _helion(q: Tensor, r: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return import_module("parallax.helion").parallax_func(q, r, k, v)
 
 
+_EFFORT = "HELION_AUTOTUNE_EFFORT"
 PROVIDERS = {
     "authors": Provider("authors', Triton", _triton, is_parallax=True, heads_first=True),
     "authors_helion": Provider("authors', Helion", _helion, is_parallax=True, heads_first=True),
@@ -63,7 +65,7 @@ class AuthorsProcess:
                 str(folder.resolve()),
             ],
             pass_fds=[theirs.fileno()],
-            env={"HELION_AUTOTUNE_EFFORT": "quick", **os.environ},
+            env={_EFFORT: "quick", **os.environ},
         )
         theirs.close()  # so that its end is seen here if the process dies
 
@@ -90,6 +92,10 @@ class AuthorsProcess:
             inputs: q, r, k, v and the gradient of the output, `[B, T, H or G, K]`.
         """
         return _unpack(self.ask("results", name, _pack(list(inputs)), str(inputs[0].device)))
+
+    def describe(self) -> dict[str, str | None]:
+        """Return the versions of their packages, None for one that is not installed, and Helion's effort."""
+        return self.ask("describe")
 
     def close(self) -> None:
         """End the process."""
@@ -147,9 +153,20 @@ class _Server:
     def run_alone(self, name: str, shape: tuple[int, ...], num_runs: int) -> Pair:
         return self._runner(name, shape).run_alone(num_runs)
 
+    def describe(self) -> dict[str, str | None]:
+        packages = ("parallax-kernel", "helion", "torch", "triton")
+        return {**{package: _version(package) for package in packages}, _EFFORT: os.environ[_EFFORT]}
+
     def results(self, name: str, inputs: bytes, device: str) -> bytes:
         tensors = [x.to(device) for x in _unpack(inputs)]
         return _pack({key: x.cpu() for key, x in LocalRunner(PROVIDERS[name], tensors).results().items()})
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _pack(tensors: Any) -> bytes:

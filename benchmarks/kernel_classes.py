@@ -40,6 +40,7 @@ _ATTENTION_OPERATORS: _Classes = {
 _OPERATORS: _Classes = {
     "loss": ("crossentropy", "cross_entropy", "nll_loss", "log_softmax"),
     "embedding": ("embedding",),
+    "norms and RoPE": ("rms_norm", "rmsnorm"),
     "gradient norm": ("clip_grad", "vector_norm", "foreach_norm"),
     _FSDP: ("fsdp::",),
 }
@@ -50,7 +51,11 @@ _FUSED_KERNELS: _Classes = {
     "norms and RoPE": ("norm", "rsqrt", "rope", "pow", "neg_slice", "split_sub", "mul_sum"),
     "embedding": ("embedding",),
 }
-_COPIES: _Classes = {"copies and casts": ("memcpy", "memset", "copy", "fillfunctor", "catarray")}
+# torch's own, by what they do: in a CUDA graph there are no operators to tell what for
+_TORCH_KERNELS: _Classes = {
+    "copies and casts": ("memcpy", "memset", "copy", "fillfunctor", "catarray"),
+    "sums": ("functor_add", "functoronself_add", "reduce_kernel"),
+}
 # parts of Inductor's names that do not say what a kernel is for
 _PLAIN_PARTS = {
     *("triton", "poi", "per", "red", "fused", "to", "copy", "view", "unsafe", "clone", "t", "transpose"),
@@ -101,7 +106,7 @@ def class_of(kernel: Kernel, sizes: ModelSizes | None = None) -> str:
     found = found or _first(operators, _OPERATORS) or _first(name, _FUSED_KERNELS)
     if found is None and name.startswith("triton_"):
         return OTHER if _parts(name) - _PLAIN_PARTS else _RESIDUALS
-    return found or _first(name, _COPIES) or OTHER
+    return found or _first(name, _TORCH_KERNELS) or OTHER
 
 
 def _first(text: str, classes: _Classes) -> str | None:

@@ -1,5 +1,6 @@
 """`benchmarks.attention`: the order of turns, the tables, missing peers, and the process of the authors."""
 
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,18 @@ def test_authors_package_runs_in_a_process_of_its_own(authors: AuthorsProcess) -
     assert {"dr", *truth} == set(results)
     for name in truth:
         torch.testing.assert_close(results[name], truth[name], rtol=1e-4, atol=1e-5)
+
+
+def test_versions_of_the_authors_process(
+    authors: AuthorsProcess, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = authors.describe()
+    assert (found["parallax-kernel"], found["torch"]) == (None, version("torch"))
+    assert found["HELION_AUTOTUNE_EFFORT"] == "quick"
+    monkeypatch.setenv("HELION_AUTOTUNE_EFFORT", "full")
+    process = AuthorsProcess(tmp_path / "site")
+    assert process.describe()["HELION_AUTOTUNE_EFFORT"] == "full"
+    process.close()
 
 
 def test_error_of_the_authors_package_is_that_of_the_provider(authors: AuthorsProcess) -> None:

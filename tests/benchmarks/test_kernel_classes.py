@@ -41,6 +41,7 @@ FUSED = "triton_per_fused__to_copy"
         (f"{FUSED}__unsafe_view_add_7", "residuals and casts"),
         (f"{FUSED}_bernoulli_7", "other"),
         ("Memcpy DtoD (Device -> Device)", "copies and casts"),
+        ("at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>", "sums"),
         ("some_kernel", "other"),
     ],
 )
@@ -60,6 +61,7 @@ def test_class_by_name(name: str, expected: str) -> None:
         ("nvjet", ("aten::_scaled_dot_product_cudnn_attention_backward",), "attention, backward"),
         ("reduce_kernel", ("aten::_flash_attention_forward",), "attention, forward"),
         ("indexSelectLargeIndex", ("aten::embedding",), "embedding"),
+        ("vectorized_elementwise_kernel", ("aten::rms_norm", "aten::mul"), "norms and RoPE"),
     ],
 )
 def test_class_by_operators(name: str, operators: tuple[str, ...], expected: str) -> None:

@@ -30,5 +30,5 @@ def fast_autotuning() -> None:
         for kernel in list(vars(module).values()) if name.startswith("fla.") else []:
             while kernel is not None and not hasattr(kernel, "configs"):
                 kernel = getattr(kernel, "fn", None)
-            if kernel is not None:
+            if kernel is not None and len(kernel.configs) > 1:
                 kernel.configs = [min(kernel.configs, key=_cost)]
