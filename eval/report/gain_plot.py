@@ -71,8 +71,8 @@ def plot_gains(arms: Sequence[ArmRuns], path: Path) -> bool:
                 markerfacecolor=look.face,
             )
     axes.axvline(0.0, color="#333333", linewidth=0.8)
-    axes.set_yticks(places, [f"{arm.name} - {arm.other}" for arm in drawn])
-    label_axes(axes, x="Difference in held-out loss (nats/token)", y="")
+    axes.set_yticks(places, [arm.name for arm in drawn])
+    label_axes(axes, x="Held-out loss minus that of the arm it is compared with (nats/token)", y="")
     axes.tick_params(axis="y", labelsize=7, length=0)
     axes.set_ylim(height + 1.0, -0.4)
     beside = axes.get_yaxis_transform()

@@ -14,7 +14,7 @@ from eval.report.plan_values import ArmRuns, arms_of
 from eval.report.run_records import RunRecord, read_run
 from eval.report.run_values import held_out_loss
 from eval.report.table import Cell, Table, plain
-from eval.report.writer import write_figures, write_report
+from eval.report.writer import PLOT_NOTES, write_figures, write_report
 
 
 def write_plan_report(
@@ -48,7 +48,9 @@ def write_plan_report(
     lines = [f"# Report of the plan {folder.name}", "", totals(runs), ""]
     lines += [*_stages_table(plan, runs, out).markdown(), ""]
     drawn = partial(plot_gains, [arm for found in arms.values() for arm in found])
-    lines += [*_shown("Gains", drawn, out, "gains.png", with_pdf=figures is None), ARMS_NOTE, ""]
+    lines += _shown("Gains", drawn, out, "gains.png", with_pdf=figures is None)
+    notes = (ARMS_NOTE,) if figures is None else (ARMS_NOTE, *PLOT_NOTES)
+    lines += [line for note in notes for line in (note, "")]
     for stage in plan.stages:
         lines += [
             f"## Stage {stage.name}",

@@ -170,7 +170,7 @@ def test_what_is_drawn_of_gains_stands_in_the_plot(
     make_plan(tmp_path / "x")
     write_plan_report(tmp_path / "x", out=tmp_path / "out", figures=["seeds"])
     (axes,) = figures["gains.png"].axes
-    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["parallax - softmax"] * 2
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["parallax"] * 2
     assert [text.get_text() for text in axes.texts] == ["seeds", "no_decay"]
     ends = next(each for each in axes.containers if each.get_label() == "After the last step")
     assert isinstance(ends, ErrorbarContainer)
