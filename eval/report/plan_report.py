@@ -6,6 +6,7 @@ from pathlib import Path
 
 from disk import write_text
 from errors import UserError
+from eval.report.comparable import incomparable
 from eval.report.gain_plot import plot_gains, plot_gains_over_training
 from eval.report.names import format_value
 from eval.report.plan_file import PlanFile, PlannedRun, PlannedStage, read_plan
@@ -101,8 +102,13 @@ def _details(
     if not folders:
         return ["No member has a training step.", ""]
     baseline = _baseline(plan, stage, runs)
+    problems = incomparable([runs[path] for path in _paths(stage) if path in runs and runs[path].steps])
+    warning = [f"Its runs are comparable in pairs alone; they differ: {'; '.join(problems)}.", ""]
     if is_page:
-        return write_figures(folders, baseline=baseline, out=out / stage.name)
+        shown = write_figures(folders, baseline=baseline, out=out / stage.name)
+        return [*(warning if problems else []), *shown]
+    if problems and not allow_different:
+        return [*warning, "No report of the stage: give --allow-different.", ""]
     write_report(folders, baseline=baseline, out=out / stage.name, allow_different=allow_different)
     return [f"[Report of its {len(folders)} runs]({stage.name}/report.md)", ""]
 

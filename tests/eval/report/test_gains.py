@@ -186,3 +186,20 @@ def test_what_is_drawn_of_gains_stands_in_the_plot(
     with Image.open(tmp_path / "gains.png") as image:
         assert image.mode == "P"
     assert (tmp_path / "gains.png").stat().st_size < 50_000
+
+
+def test_a_stage_of_rows_of_other_lengths_does_not_end_the_report(tmp_path: Path) -> None:
+    make_plan(tmp_path / "x")
+    config = tmp_path / "x/no_decay/softmax_seed1/config.toml"
+    config.write_text(config.read_text().replace("seq_len = 32", "seq_len = 16"))
+    text = write_plan_report(tmp_path / "x", out=tmp_path / "out").read_text()
+    assert "comparable in pairs alone; they differ: training.seq_len is 16" in text
+    assert "give --allow-different" in text
+    assert (tmp_path / "out/seeds/report.md").exists()
+    assert not (tmp_path / "out/no_decay/report.md").exists()
+    assert cells(text, "Stage no_decay", "parallax")["Minus"] == "softmax"
+    text = write_plan_report(tmp_path / "x", out=tmp_path / "page", figures=["no_decay"]).read_text()
+    assert "comparable in pairs alone" in text
+    assert "no_decay/held_out.png" in text
+    write_plan_report(tmp_path / "x", out=tmp_path / "out", allow_different=True)
+    assert (tmp_path / "out/no_decay/report.md").exists()
