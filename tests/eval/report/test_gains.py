@@ -2,6 +2,7 @@
 
 import csv
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 
 from errors import UserError
 from eval.report import __main__
-from eval.report.gain_plot import plot_gains
+from eval.report.gain_plot import plot_gains, plot_gains_over_training
 from eval.report.plan_file import PlanFile, PlannedRun, PlannedStage, read_plan
 from eval.report.plan_report import write_plan_report
 from eval.report.plan_values import arms_of
@@ -25,6 +26,7 @@ from eval.report.run_values import (
     own_device_hours,
     own_tokens,
 )
+from eval.report.styles import COLORS
 from tests.eval.report.run_folders import STEP_TOKENS, STEPS, cells, launch, make_run, rows_of, training
 
 BEFORE = 22  # of 30 steps, the decay of the debug configs takes the last 8
@@ -203,3 +205,17 @@ def test_a_stage_of_rows_of_other_lengths_does_not_end_the_report(tmp_path: Path
     assert "no_decay/held_out.png" in text
     write_plan_report(tmp_path / "x", out=tmp_path / "out", allow_different=True)
     assert (tmp_path / "out/no_decay/report.md").exists()
+
+
+def test_arms_of_one_model_differ_in_color(tmp_path: Path, figures: dict[str, Figure]) -> None:
+    plan = make_plan(tmp_path / "x")
+    _, parallax = arms_of(plan, plan.stages[0], runs_of(tmp_path / "x", plan))
+    assert plot_gains_over_training([parallax, replace(parallax, name="other")], tmp_path / "x.png")
+    (axes,) = figures["x.png"].axes
+    lines = {line.get_label(): line for line in axes.lines}
+    assert lines["parallax"].get_color() == COLORS[1]
+    assert lines["other"].get_color() != COLORS[1]
+    points = [each for each in axes.containers if isinstance(each, ErrorbarContainer)]
+    assert len(points) == 2
+    # softmax has nothing to be compared with
+    assert not plot_gains_over_training([replace(parallax, other=None, others={})], tmp_path / "y.png")
