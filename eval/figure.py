@@ -16,7 +16,7 @@ _UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 _LOG_TICKS = ((100, (1.0, 2.0, 5.0)), (10_000, (1.0, 3.0)))  # ratio of the values up to which ticks are these
 _INK = "#333333"
 _DPI = 150
-_NUM_COLORS = 128
+_NUM_COLORS = 64
 
 
 def format_count(value: float) -> str:

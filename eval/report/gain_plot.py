@@ -10,9 +10,10 @@ from eval.report.plan_values import ArmRuns
 from eval.report.plots import plot_pairs
 from eval.report.rows import Row
 from eval.report.run_values import Value, average_loss, held_out_loss, loss_before_decay
-from eval.report.styles import row_styles
+from eval.report.styles import COLORS, row_styles
 
 _INCHES = 0.2  # of a line
+_OWN_COLOR = 1  # Parallax's, for the first arm
 _OFFSET = 0.22  # of the points of one line, in lines
 
 
@@ -71,8 +72,9 @@ def plot_gains(arms: Sequence[ArmRuns], path: Path) -> bool:
                 markerfacecolor=look.face,
             )
     axes.axvline(0.0, color="#333333", linewidth=0.8)
-    axes.set_yticks(places, [f"{arm.name} - {arm.other}" for arm in drawn])
-    label_axes(axes, x="Difference in held-out loss (nats/token)", y="")
+    axes.set_yticks(places, [arm.name for arm in drawn])
+    axes.set_title("Held-out loss minus that of the arm it is compared with", fontsize=11)
+    label_axes(axes, x="Difference (nats/token)", y="")
     axes.tick_params(axis="y", labelsize=7, length=0)
     axes.set_ylim(height + 1.0, -0.4)
     beside = axes.get_yaxis_transform()
@@ -102,4 +104,9 @@ def plot_gains_over_training(arms: Sequence[ArmRuns], path: Path) -> bool:
     styles = row_styles([row for row, _ in pairs])
     # other learning rates have no others: every row is drawn in full
     styles = {name: replace(style, is_main=True) for name, style in styles.items()}
+    if len({style.color for style in styles.values()}) == 1:  # of one model: colors tell the optimizers
+        styles = {
+            name: replace(style, color=COLORS[index % len(COLORS)])
+            for index, (name, style) in enumerate(styles.items(), _OWN_COLOR)
+        }
     return plot_pairs(pairs, styles, "Loss minus that of the arm it is compared with", path)

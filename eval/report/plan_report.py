@@ -8,6 +8,7 @@ from typing import Any
 
 from disk import write_text
 from errors import UserError
+from eval.report.comparable import incomparable
 from eval.report.gain_plot import plot_gains, plot_gains_over_training
 from eval.report.names import format_value
 from eval.report.plan_file import Choice, PlanFile, PlannedRun, PlannedStage, read_plan
@@ -17,7 +18,7 @@ from eval.report.result_tables import AVERAGE, HELD_OUT
 from eval.report.run_records import RunRecord, read_run
 from eval.report.run_values import average_held_out_loss, held_out_loss
 from eval.report.table import Cell, Table, plain
-from eval.report.writer import write_figures, write_report
+from eval.report.writer import PLOT_NOTES, write_figures, write_report
 
 
 def write_plan_report(
@@ -51,7 +52,9 @@ def write_plan_report(
     lines = [f"# Report of the plan {folder.name}", "", totals(runs), ""]
     lines += [*_stages_table(plan, runs, out).markdown(), ""]
     drawn = partial(plot_gains, [arm for found in arms.values() for arm in found])
-    lines += [*_shown("Gains", drawn, out, "gains.png", with_pdf=figures is None), ARMS_NOTE, ""]
+    lines += _shown("Gains", drawn, out, "gains.png", with_pdf=figures is None)
+    notes = (ARMS_NOTE,) if figures is None else (ARMS_NOTE, *PLOT_NOTES)
+    lines += [line for note in notes for line in (note, "")]
     for stage in plan.stages:
         lines += [
             f"## Stage {stage.name}",
@@ -102,8 +105,13 @@ def _details(
     if not folders:
         return ["No member has a training step.", ""]
     baseline = _baseline(plan, stage, runs)
+    problems = incomparable([runs[path] for path in _paths(stage) if path in runs and runs[path].steps])
+    warning = [f"Its runs are comparable in pairs alone; they differ: {'; '.join(problems)}.", ""]
     if is_page:
-        return write_figures(folders, baseline=baseline, out=out / stage.name)
+        shown = write_figures(folders, baseline=baseline, out=out / stage.name)
+        return [*(warning if problems else []), *shown]
+    if problems and not allow_different:
+        return [*warning, "No report of the stage: give --allow-different.", ""]
     write_report(folders, baseline=baseline, out=out / stage.name, allow_different=allow_different)
     return [f"[Report of its {len(folders)} runs]({stage.name}/report.md)", ""]
 

@@ -24,13 +24,14 @@ from eval.report.spikes import FACTOR, MIN_STEPS, WINDOW
 from eval.report.styles import row_styles
 from eval.report.table import Table
 
-_PLOT_NOTES = (
+PLOT_NOTES = (
     "Means over seeds; bands and error bars are one standard error. Training losses are running means over "
     f"1/{SMOOTHED_PART} of a run. Color tells the attention, line style and filling the optimizer; learning "
     "rates other than the best are thin and faint.",
     f"A spike of the gradient norm is a step of more than {FACTOR:g} times the median of the {WINDOW} steps "
     f"before it (adjacent steps are one spike; the first {MIN_STEPS} steps are not judged).",
 )
+"""What the plots show, in sentences."""
 
 
 def write_report(
@@ -97,8 +98,7 @@ def write_figures(folders: Sequence[Path], *, baseline: str | None, out: Path) -
     drawn = _draw(sort_rows(rows, base), base, out)
     for file in drawn:
         (out / f"{file}.pdf").unlink(missing_ok=True)
-    shown = [line for file, title in drawn.items() for line in (f"![{title}]({out.name}/{file}.png)", "")]
-    return [*(line for note in _PLOT_NOTES for line in (note, "")), *shown]
+    return [line for file, title in drawn.items() for line in (f"![{title}]({out.name}/{file}.png)", "")]
 
 
 def _with_steps(runs: Sequence[RunRecord], folders: Sequence[Path]) -> list[RunRecord]:
@@ -142,7 +142,7 @@ def _table_lines(rows: Sequence[Row], baseline: Row | None, out: Path) -> list[s
 
 def _plot_lines(rows: Sequence[Row], baseline: Row | None, out: Path) -> list[str]:
     """Write the plots, and return the sections of the report that show them."""
-    notes = (*_PLOT_NOTES, "Each plot is also a PDF beside its PNG.")
+    notes = (*PLOT_NOTES, "Each plot is also a PDF beside its PNG.")
     lines = ["## Plots", "", *(line for note in notes for line in (note, ""))]
     drawn = _draw(rows, baseline, out)
     return [*lines, *(line for file, title in drawn.items() for line in (f"![{title}]({file}.png)", ""))]

@@ -13,7 +13,7 @@ from training.sweep.records import Records
 
 
 def collect(observer: Observer, sources: Sequence[Path]) -> list[str]:
-    """Copy config, metrics, log and results of members that have ended into the plan's folder.
+    """Copy config, metrics, diagnostics, log and results of members that have ended into the plan's folder.
 
     Args:
         observer: Of the plan.
@@ -72,7 +72,8 @@ def _best_source(records: Records, status: Status, sources: Sequence[Path]) -> t
 def _copy(source: RunFolder, target: RunFolder) -> None:
     """Copy the records of a run, the metrics last: only they make it a finished one."""
     results = (*source.path.glob(RESULTS_FILE), *source.path.glob(f"*/{RESULTS_FILE}"))
-    files = [*source.path.glob("config*.toml"), *results, source.log_file, source.metrics_file]
+    configs = source.path.glob("config*.toml")
+    files = [*configs, *results, source.log_file, source.diagnostics_file, source.metrics_file]
     for file in files:
         if file.exists():
             path = target.path / file.relative_to(source.path)

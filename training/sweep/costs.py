@@ -98,7 +98,7 @@ def _line(member: Member, cost: RunCost, num_gpus: int) -> str:
 
 
 def _format(cost: RunCost, num_gpus: int) -> str:
-    hours = "no estimate of time" if cost.hours is None else f"{cost.hours * num_gpus:.2f} GPU-hours"
+    hours = "no estimate of time" if cost.hours is None else f"{cost.hours * num_gpus:.3f} GPU-hours"
     return f"{cost.flops:.3e} FLOPs, {hours}"
 
 

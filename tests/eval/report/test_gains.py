@@ -2,6 +2,7 @@
 
 import csv
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 
 from errors import UserError
 from eval.report import __main__
-from eval.report.gain_plot import plot_gains
+from eval.report.gain_plot import plot_gains, plot_gains_over_training
 from eval.report.plan_file import PlanFile, PlannedRun, PlannedStage, read_plan
 from eval.report.plan_report import write_plan_report
 from eval.report.plan_values import arms_of
@@ -25,6 +26,7 @@ from eval.report.run_values import (
     own_device_hours,
     own_tokens,
 )
+from eval.report.styles import COLORS
 from tests.eval.report.run_folders import STEP_TOKENS, STEPS, cells, launch, make_run, rows_of, training
 
 BEFORE = 22  # of 30 steps, the decay of the debug configs takes the last 8
@@ -170,7 +172,7 @@ def test_what_is_drawn_of_gains_stands_in_the_plot(
     make_plan(tmp_path / "x")
     write_plan_report(tmp_path / "x", out=tmp_path / "out", figures=["seeds"])
     (axes,) = figures["gains.png"].axes
-    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["parallax - softmax"] * 2
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["parallax"] * 2
     assert [text.get_text() for text in axes.texts] == ["seeds", "no_decay"]
     ends = next(each for each in axes.containers if each.get_label() == "After the last step")
     assert isinstance(ends, ErrorbarContainer)
@@ -186,3 +188,34 @@ def test_what_is_drawn_of_gains_stands_in_the_plot(
     with Image.open(tmp_path / "gains.png") as image:
         assert image.mode == "P"
     assert (tmp_path / "gains.png").stat().st_size < 50_000
+
+
+def test_a_stage_of_rows_of_other_lengths_does_not_end_the_report(tmp_path: Path) -> None:
+    make_plan(tmp_path / "x")
+    config = tmp_path / "x/no_decay/softmax_seed1/config.toml"
+    config.write_text(config.read_text().replace("seq_len = 32", "seq_len = 16"))
+    text = write_plan_report(tmp_path / "x", out=tmp_path / "out").read_text()
+    assert "comparable in pairs alone; they differ: training.seq_len is 16" in text
+    assert "give --allow-different" in text
+    assert (tmp_path / "out/seeds/report.md").exists()
+    assert not (tmp_path / "out/no_decay/report.md").exists()
+    assert cells(text, "Stage no_decay", "parallax")["Minus"] == "softmax"
+    text = write_plan_report(tmp_path / "x", out=tmp_path / "page", figures=["no_decay"]).read_text()
+    assert "comparable in pairs alone" in text
+    assert "no_decay/held_out.png" in text
+    write_plan_report(tmp_path / "x", out=tmp_path / "out", allow_different=True)
+    assert (tmp_path / "out/no_decay/report.md").exists()
+
+
+def test_arms_of_one_model_differ_in_color(tmp_path: Path, figures: dict[str, Figure]) -> None:
+    plan = make_plan(tmp_path / "x")
+    _, parallax = arms_of(plan, plan.stages[0], runs_of(tmp_path / "x", plan))
+    assert plot_gains_over_training([parallax, replace(parallax, name="other")], tmp_path / "x.png")
+    (axes,) = figures["x.png"].axes
+    lines = {line.get_label(): line for line in axes.lines}
+    assert lines["parallax"].get_color() == COLORS[1]
+    assert lines["other"].get_color() != COLORS[1]
+    points = [each for each in axes.containers if isinstance(each, ErrorbarContainer)]
+    assert len(points) == 2
+    # softmax has nothing to be compared with
+    assert not plot_gains_over_training([replace(parallax, other=None, others={})], tmp_path / "y.png")

@@ -97,10 +97,12 @@ def test_branches_of_other_folders_are_brought_together(tmp_path: Path) -> None:
     part, whole = tmp_path / "part", tmp_path / "whole"
     run(path, "--folder", str(part))
     shutil.rmtree(part / "stable/debug_softmax_muon_seed1/checkpoint")
+    (part / "decay/debug_softmax_muon_seed1/diagnostics.jsonl").write_text("{}\n")
     observer = observe(path, whole)
     assert len(collect(observer, [part])) == 8
     overview = observer.look()
     assert states(overview) == ["finished"] * 8
+    assert (whole / "decay/debug_softmax_muon_seed1/diagnostics.jsonl").exists()
     # the trunk is found in the folder of its stage, also where the one it was trained in is gone
     losses = all_losses(part)
     shutil.rmtree(part)
