@@ -10,7 +10,7 @@ DIR/mad.md, with plots beside it.
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast, get_args
 
@@ -26,7 +26,7 @@ from eval.mad.runs import MAX_EPOCHS, RATES, Outcome, Recipe, Run, Schedule
 from eval.mad.scores import task_grids
 from eval.mad.settings import TASKS, Level, Task, tasks_of
 from eval.mad.table import score_table
-from eval.mad.train import train
+from eval.mad.train import Report, train
 from eval.mad.workers import train_all
 from eval.open_model import check_at_least_1
 
@@ -160,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _train(
     packs: Sequence[Sequence[Run]],
     devices: Sequence[torch.device],
-    report: Callable[[Run, Outcome], None],
+    report: Report,
     *,
     is_compiled: bool,
 ) -> None:

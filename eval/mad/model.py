@@ -26,6 +26,7 @@ from models.config import (
 from models.qwen3 import Block, document_positions
 from models.sizes import ModelSize
 from parallax import parallax_attention
+from parallax.api import cast_under_autocast
 from parallax.kernels.tiles import HEAD_DIMS
 
 WIDTH = 128
@@ -108,7 +109,9 @@ class NarrowParallaxAttention(ParallaxAttention):
             return super().attend(q_BTHK, r_BTHK, k_BTGK, v_BTGK, cu_seqlens, max_seqlen)
         assert r_BTHK is not None
         width = q_BTHK.shape[-1]
-        q, r, k, v = (F.pad(x, (0, HEAD_DIMS[0] - width)) for x in (q_BTHK, r_BTHK, k_BTGK, v_BTGK))
+        # cast first: zeros of 16 bits are half as many bytes
+        heads = cast_under_autocast(q_BTHK, r_BTHK, k_BTGK, v_BTGK)
+        q, r, k, v = (F.pad(x, (0, HEAD_DIMS[0] - width)) for x in heads)
         return parallax_attention(q, r, k, v, scale=width**-0.5, cu_seqlens=cu_seqlens)[..., :width]
 
 

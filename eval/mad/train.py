@@ -23,6 +23,9 @@ from eval.mad.stack import stack_modules
 from models.attention.base import Attention
 from tokens import IGNORE_INDEX
 
+Report = Callable[[Run, Outcome], None]
+"""Called with a run and its outcome as soon as it ends."""
+
 
 class DataSets:
     """The examples of all members, each set once, and the orders of their epochs.
@@ -169,6 +172,8 @@ def _compile_blocks(model: nn.Module) -> None:
     encoder = model.get_submodule("encoder")
     if any(each.has_graph_breaks for each in encoder.modules() if isinstance(each, Attention)):
         return
+    # the code of earlier stacks counts towards the limit of versions of a block, above which none is made
+    torch.compiler.reset()
     for layer in encoder.get_submodule("layers").children():
         layer.compile(dynamic=False)
 
@@ -182,7 +187,7 @@ def _can_capture(run: Run) -> bool:
 def train(
     runs: Sequence[Run],
     device: torch.device,
-    report: Callable[[Run, Outcome], None],
+    report: Report,
     *,
     is_compiled: bool = False,
 ) -> None:
@@ -212,7 +217,7 @@ def train(
         _train(Stack(runs, DataSets(runs, device), pool, is_compiled=is_compiled), report)
 
 
-def _train(stack: Stack, report: Callable[[Run, Outcome], None]) -> None:
+def _train(stack: Stack, report: Report) -> None:
     start = time.perf_counter()
     open_runs = list(stack.runs)
     max_epochs = open_runs[0].recipe.max_epochs

@@ -5,19 +5,17 @@ import os
 import queue
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
 
 from errors import RunError
-from eval.mad.runs import Outcome, Run
-from eval.mad.train import train
+from eval.mad.runs import Run
+from eval.mad.train import Report, train
 
 _POLL_SECONDS = 0.5
-
-Report = Callable[[Run, Outcome], None]
 
 
 def train_all(
