@@ -55,7 +55,9 @@ def _parser() -> argparse.ArgumentParser:
         "--device", choices=["cpu", "cuda"], help="default: cuda, all GPUs, where there is one"
     )
     parser.add_argument(
-        "--compile", action="store_true", help="torch.compile the blocks where the attention can be traced"
+        "--compile",
+        action="store_true",
+        help="torch.compile the blocks: steps take less time, a grid's start more",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for mad.jsonl and mad.md")
     parser.add_argument(

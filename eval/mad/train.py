@@ -168,13 +168,10 @@ def member_losses(model: nn.Module, batch: Examples) -> Tensor:
 
 
 def _compile_blocks(model: nn.Module) -> None:
-    """Compile what is not a kernel already, unless an attention cannot be traced."""
-    encoder = model.get_submodule("encoder")
-    if any(each.has_graph_breaks for each in encoder.modules() if isinstance(each, Attention)):
-        return
+    """Compile what is between the kernels; all blocks share one compilation for each shape."""
     # the code of earlier stacks counts towards the limit of versions of a block, above which none is made
     torch.compiler.reset()
-    for layer in encoder.get_submodule("layers").children():
+    for layer in model.get_submodule("encoder.layers").children():
         layer.compile(dynamic=False)
 
 
@@ -201,8 +198,7 @@ def train(
         runs: The runs, of one shape_of.
         device: Device of the models and their data.
         report: Called with a run and its outcome as soon as it ends.
-        is_compiled: Whether torch.compile fuses what is between the products, where the attention can be
-            traced.
+        is_compiled: Whether torch.compile fuses what is between the kernels.
 
     Raises:
         UserError: There is no such attention.

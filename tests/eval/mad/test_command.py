@@ -206,7 +206,9 @@ def test_workers_train_all_packs_but_the_one_that_fails() -> None:
     packs.insert(1, [packs[0][0], replace(packs[0][1], setting=replace(setting, vocab_size=16))])
     outcomes: dict[Run, Outcome] = {}
     devices = [torch.device("cpu", 0), torch.device("cpu", 1)]
-    with pytest.raises(RunError, match=r"softmax adamw on memorization .* failed on cpu.*different shapes"):
+    with pytest.raises(
+        RunError, match=r"(?s)softmax adamw on memorization .* failed on cpu.*different shapes"
+    ):
         train_all(packs, devices, lambda run, outcome: outcomes.update({run: outcome}), is_compiled=False)
     assert outcomes.keys() == {run for index in (0, 2, 3) for run in packs[index]}
 
