@@ -3,6 +3,7 @@
 Letters: N members, B rows of a batch, T tokens, V vocabulary; D data sets of R rows.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
@@ -223,7 +224,9 @@ def _train(stack: Stack, report: Report) -> None:
         loss_and_accuracy_N2 = torch.stack((losses_N.double(), stack.test()), dim=1).tolist()
         seconds = round(time.perf_counter() - start, 2)
         for run, (loss, accuracy) in zip(stack.runs, loss_and_accuracy_N2, strict=True):
-            if run in open_runs and (accuracy >= SOLVED or epoch + 1 == max_epochs):
+            # after a loss of NaN all weights are NaN, and stay so
+            is_over = accuracy >= SOLVED or math.isnan(loss) or epoch + 1 == max_epochs
+            if run in open_runs and is_over:
                 open_runs.remove(run)
                 report(run, Outcome(accuracy=accuracy, loss=loss, num_epochs=epoch + 1, seconds=seconds))
         if not open_runs:

@@ -198,19 +198,28 @@ def test_all_tasks_of_a_level_have_settings() -> None:
 
 
 @pytest.mark.slow
-def test_workers_train_all_packs_but_the_one_that_fails() -> None:
+def test_workers_train_all_packs_but_the_one_that_fails(capfd: pytest.CaptureFixture[str]) -> None:
     setting = replace(settings("memorization", "baseline")[0], vocab_size=8, seq_len=4)
     recipes = [Recipe(attention="softmax", seed=seed, max_epochs=1) for seed in range(3)]
     packs = [grid(recipe, setting)[:2] for recipe in recipes]
     # runs of two shapes cannot be trained at once
     packs.insert(1, [packs[0][0], replace(packs[0][1], setting=replace(setting, vocab_size=16))])
     outcomes: dict[Run, Outcome] = {}
-    devices = [torch.device("cpu", 0), torch.device("cpu", 1)]
-    with pytest.raises(
-        RunError, match=r"(?s)softmax adamw on memorization .* failed on cpu.*different shapes"
-    ):
-        train_all(packs, devices, lambda run, outcome: outcomes.update({run: outcome}), is_compiled=False)
+    with pytest.raises(RunError, match=r"softmax adamw on memorization .* failed on GPU [01]; the same"):
+        train_all(packs, ["0", "1"], lambda run, outcome: outcomes.update({run: outcome}), is_compiled=False)
     assert outcomes.keys() == {run for index in (0, 2, 3) for run in packs[index]}
+    assert "runs of different shapes" in capfd.readouterr().err
+
+
+def test_without_attention_only_the_table_is_written(
+    tmp_path: Path, trained: list[Run], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command.main(["--attention", "softmax", "--tasks", "compression", "--out", str(tmp_path / "one")])
+    trained.clear()
+    capsys.readouterr()
+    command.main(["--out", str(tmp_path / "two"), "--with", str(tmp_path / "one"), "--tasks", "compression"])
+    assert capsys.readouterr().out.startswith("| task | softmax, adamw |")
+    assert trained == []
 
 
 def test_a_real_run_of_the_command(

@@ -1,5 +1,6 @@
 """Members that are trained at once, against each trained alone."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -138,7 +139,10 @@ def test_packs_have_one_shape_whole_grids_and_fit() -> None:
     runs = [
         run for task in tasks for recipe in recipes for run in grid(recipe, settings(task, "baseline")[0])
     ]
-    assert [len(each) for each in pack(runs)] == [6, 6, 6, 6, 12]
+    packs = pack(runs)
+    assert [len(each) for each in packs] == [6, 6, 12, 6, 6]
+    # seed by seed
+    assert [each[0].recipe.seed for each in packs] == [1, 1, 1, 2, 2]
     noises = settings("noisy-in-context-recall", "full")[-3:]
     assert [each.frac_noise for each in noises] == [0.4, 0.6, 0.8]
     # half of them were trained before
@@ -148,3 +152,17 @@ def test_packs_have_one_shape_whole_grids_and_fit() -> None:
     packs = pack(long)
     assert [run for each in packs for run in each] == long
     assert all(len(each) * BATCH * 2048 <= 2**20 for each in packs)
+
+
+def test_a_run_that_diverged_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = grid(Recipe(attention="softmax", max_epochs=4), SMALL)[:2]
+    train_epoch = Stack.train_epoch
+
+    def with_nan(self: Stack, epoch: int, is_active: list[bool]) -> torch.Tensor:
+        losses = train_epoch(self, epoch, is_active)
+        return torch.where(losses == losses[0], float("nan"), losses) if epoch == 1 else losses
+
+    monkeypatch.setattr(Stack, "train_epoch", with_nan)
+    outcomes = _train(runs)
+    assert math.isnan(outcomes[runs[0]].loss)
+    assert [outcomes[run].num_epochs for run in runs] == [2, 4]
