@@ -1,6 +1,6 @@
 """Chunked cross-entropy of a linear head: the logits of all tokens are never materialized.
 
-The fp32 logits of 32k tokens over 151,936 ids take 20 GB; the 16-bit ones of a chunk of 8192 tokens an eighth
+The fp32 logits of 32k tokens over 151,936 ids take 20 GB; the 16-bit ones of a chunk of 4096 tokens a sixteenth
 of that. The forward also computes the gradients, chunk by chunk; the backward multiplies them by the incoming
 scalar. On a GPU the gradient of 16-bit logits replaces them, and the weight's is added up in fp32 by the
 products themselves.
@@ -16,8 +16,8 @@ from models.kernels import cross_entropy as kernel
 from parallax.api import cast_under_autocast
 from tokens import IGNORE_INDEX
 
-CHUNK_TOKENS = 8192
-"""Tokens per chunk: the more, the less often the weight's gradient, in fp32, is read and written."""
+CHUNK_TOKENS = 4096
+"""Tokens per chunk. Larger ones are no faster (benchmarks/results/memory_passes_h200_202611.json)."""
 
 
 def autocast_disabled(x: torch.Tensor) -> AbstractContextManager[Any]:

@@ -10,7 +10,7 @@ DIR/mad.md, with plots beside it.
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast, get_args
 
@@ -26,8 +26,8 @@ from eval.mad.runs import MAX_EPOCHS, RATES, Outcome, Recipe, Run, Schedule
 from eval.mad.scores import task_grids
 from eval.mad.settings import TASKS, Level, Task, tasks_of
 from eval.mad.table import score_table
-from eval.mad.train import train
-from eval.mad.workers import train_all
+from eval.mad.train import Report, train
+from eval.mad.workers import train_all, visible_gpus
 from eval.open_model import check_at_least_1
 
 
@@ -39,7 +39,9 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--attention", required=True, metavar="KINDS", help=f"some of {','.join(attention_kinds())}"
+        "--attention",
+        metavar="KINDS",
+        help=f"some of {','.join(attention_kinds())}; without it nothing is trained",
     )
     parser.add_argument("--tasks", default="all", help=f"all, or some of {','.join(TASKS)} (default: all)")
     parser.add_argument("--level", choices=get_args(Level), default="baseline", help="default: baseline")
@@ -55,7 +57,9 @@ def _parser() -> argparse.ArgumentParser:
         "--device", choices=["cpu", "cuda"], help="default: cuda, all GPUs, where there is one"
     )
     parser.add_argument(
-        "--compile", action="store_true", help="torch.compile the blocks where the attention can be traced"
+        "--compile",
+        action="store_true",
+        help="torch.compile the blocks: steps take less time, a grid's start more",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for mad.jsonl and mad.md")
     parser.add_argument(
@@ -82,13 +86,10 @@ def _seeds(words: str) -> list[int]:
         raise UserError(f"--seeds is {words!r}, want integers with commas, such as 12345,1") from None
 
 
-def _devices(name: str | None) -> list[torch.device]:
-    """Return the devices to train on: all GPUs, or the CPU."""
+def _device(name: str | None) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device is cuda, but torch sees no GPU; want cpu")
-    if name == "cpu" or not torch.cuda.is_available():
-        return [torch.device("cpu")]
-    return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _runs(options: argparse.Namespace, kinds: Sequence[str], tasks: Sequence[Task]) -> list[Run]:
@@ -132,13 +133,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     options = _parser().parse_args(arguments)
     check_at_least_1(options, "max_epochs")
-    kinds = _some_of("--attention", options.attention, [*attention_kinds()])
+    kinds = _some_of("--attention", options.attention, [*attention_kinds()]) if options.attention else []
     chosen = ",".join(tasks_of(options.level)) if options.tasks == "all" else options.tasks
     tasks = cast(list[Task], _some_of("--tasks", chosen, TASKS))
-    devices = _devices(options.device)
+    device = _device(options.device)
     others = [read_results(folder) for folder in options.others]
     runs = _runs(options, kinds, tasks)
-    with open_results(options.out, devices[0]) as file:
+    with open_results(options.out, device) as file:
         missing = [run for run in runs if run not in file.outcomes]
         num_done = len(runs) - len(missing)
 
@@ -149,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{num_done} of {len(runs)}: {_describe(run, outcome)}", flush=True)
 
         try:
-            _train(pack(missing), devices, report, is_compiled=options.compile)
+            _train(pack(missing), device, report, is_compiled=options.compile)
         finally:
             results: dict[Run, Outcome] = {}
             for each in (*others, file.outcomes):
@@ -159,17 +160,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _train(
     packs: Sequence[Sequence[Run]],
-    devices: Sequence[torch.device],
-    report: Callable[[Run, Outcome], None],
+    device: torch.device,
+    report: Report,
     *,
     is_compiled: bool,
 ) -> None:
     """Train packs of runs: on the CPU in this process, on GPUs in one for each."""
-    if devices[0].type == "cuda":
-        train_all(packs, devices, report, is_compiled=is_compiled)
+    if device.type == "cuda":
+        train_all(packs, visible_gpus(), report, is_compiled=is_compiled)
         return
     for runs in packs:
-        train(runs, devices[0], report, is_compiled=is_compiled)
+        train(runs, device, report, is_compiled=is_compiled)
 
 
 def _write(results: Mapping[Run, Outcome], tasks: Sequence[Task], level: Level, folder: Path) -> None:

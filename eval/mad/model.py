@@ -26,11 +26,13 @@ from models.config import (
 from models.qwen3 import Block, document_positions
 from models.sizes import ModelSize
 from parallax import parallax_attention
-from parallax.kernels.tiles import HEAD_DIMS
+from parallax.api import cast_under_autocast
 
 WIDTH = 128
 
 _INIT_STD = 0.02
+# the least head width of the kernels of Parallax attention
+_KERNEL_WIDTH = 16
 _ROPE_THETA = 10_000.0
 _NORM_EPS = 1e-5
 _FULL = ModelSize(width=WIDTH, num_layers=2, num_heads=16, num_kv_heads=16, head_dim=8, mlp_width=352)
@@ -55,7 +57,7 @@ def model_config(kind: str, vocab_size: int) -> ModelConfig:
     """Return the dimensions and the attention of a model of MAD.
 
     Attentions over all keys have MAD's 16 heads of width 8, of which softmax attention is torch's own (the
-    kernels of this project begin at a width of 64). Attentions with a fixed state have heads such that a
+    kernels of this project begin at a width of 16). Attentions with a fixed state have heads such that a
     layer's state has MAD's 4096 elements: two of 32 x 64 for Gated DeltaNet, four of 16 x 64 for Mamba-2,
     four of 32 x 32 for others; a second state, such as MesaNet's of the keys, is not counted.
 
@@ -108,7 +110,9 @@ class NarrowParallaxAttention(ParallaxAttention):
             return super().attend(q_BTHK, r_BTHK, k_BTGK, v_BTGK, cu_seqlens, max_seqlen)
         assert r_BTHK is not None
         width = q_BTHK.shape[-1]
-        q, r, k, v = (F.pad(x, (0, HEAD_DIMS[0] - width)) for x in (q_BTHK, r_BTHK, k_BTGK, v_BTGK))
+        # cast first: zeros of 16 bits are half as many bytes
+        heads = cast_under_autocast(q_BTHK, r_BTHK, k_BTGK, v_BTGK)
+        q, r, k, v = (F.pad(x, (0, _KERNEL_WIDTH - width)) for x in heads)
         return parallax_attention(q, r, k, v, scale=width**-0.5, cu_seqlens=cu_seqlens)[..., :width]
 
 

@@ -19,10 +19,11 @@ def shape_of(run: Run) -> Hashable:
 
 
 def pack(runs: Sequence[Run]) -> list[list[Run]]:
-    """Divide runs into those that are trained at once, the longest first.
+    """Divide runs into those that are trained at once: seed by seed, and the longest first.
 
     Grids are put together as long as that is faster, and divided where they do not fit in memory.
     """
+    seeds = list(dict.fromkeys(run.recipe.seed for run in runs))
     by_shape: dict[Hashable, list[Run]] = {}
     for run in runs:
         by_shape.setdefault(shape_of(run), []).append(run)
@@ -39,7 +40,7 @@ def pack(runs: Sequence[Run]) -> list[list[Run]]:
             open_packs[-1] += members
         size = max(1, _MAX_TOKENS // num_tokens)
         packs += [each[start : start + size] for each in open_packs for start in range(0, len(each), size)]
-    return sorted(packs, key=_cost, reverse=True)
+    return sorted(packs, key=lambda each: (seeds.index(each[0].recipe.seed), -_cost(each)))
 
 
 def _cost(runs: Sequence[Run]) -> int:

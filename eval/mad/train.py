@@ -3,6 +3,7 @@
 Letters: N members, B rows of a batch, T tokens, V vocabulary; D data sets of R rows.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
@@ -22,6 +23,9 @@ from eval.mad.runs import BATCH, SOLVED, Outcome, Run
 from eval.mad.stack import stack_modules
 from models.attention.base import Attention
 from tokens import IGNORE_INDEX
+
+Report = Callable[[Run, Outcome], None]
+"""Called with a run and its outcome as soon as it ends."""
 
 
 class DataSets:
@@ -165,11 +169,10 @@ def member_losses(model: nn.Module, batch: Examples) -> Tensor:
 
 
 def _compile_blocks(model: nn.Module) -> None:
-    """Compile what is not a kernel already, unless an attention cannot be traced."""
-    encoder = model.get_submodule("encoder")
-    if any(each.has_graph_breaks for each in encoder.modules() if isinstance(each, Attention)):
-        return
-    for layer in encoder.get_submodule("layers").children():
+    """Compile what is between the kernels; all blocks share one compilation for each shape."""
+    # the code of earlier stacks counts towards the limit of versions of a block, above which none is made
+    torch.compiler.reset()
+    for layer in model.get_submodule("encoder.layers").children():
         layer.compile(dynamic=False)
 
 
@@ -182,7 +185,7 @@ def _can_capture(run: Run) -> bool:
 def train(
     runs: Sequence[Run],
     device: torch.device,
-    report: Callable[[Run, Outcome], None],
+    report: Report,
     *,
     is_compiled: bool = False,
 ) -> None:
@@ -196,8 +199,7 @@ def train(
         runs: The runs, of one shape_of.
         device: Device of the models and their data.
         report: Called with a run and its outcome as soon as it ends.
-        is_compiled: Whether torch.compile fuses what is between the products, where the attention can be
-            traced.
+        is_compiled: Whether torch.compile fuses what is between the kernels.
 
     Raises:
         UserError: There is no such attention.
@@ -212,7 +214,7 @@ def train(
         _train(Stack(runs, DataSets(runs, device), pool, is_compiled=is_compiled), report)
 
 
-def _train(stack: Stack, report: Callable[[Run, Outcome], None]) -> None:
+def _train(stack: Stack, report: Report) -> None:
     start = time.perf_counter()
     open_runs = list(stack.runs)
     max_epochs = open_runs[0].recipe.max_epochs
@@ -222,7 +224,9 @@ def _train(stack: Stack, report: Callable[[Run, Outcome], None]) -> None:
         loss_and_accuracy_N2 = torch.stack((losses_N.double(), stack.test()), dim=1).tolist()
         seconds = round(time.perf_counter() - start, 2)
         for run, (loss, accuracy) in zip(stack.runs, loss_and_accuracy_N2, strict=True):
-            if run in open_runs and (accuracy >= SOLVED or epoch + 1 == max_epochs):
+            # after a loss of NaN all weights are NaN, and stay so
+            is_over = accuracy >= SOLVED or math.isnan(loss) or epoch + 1 == max_epochs
+            if run in open_runs and is_over:
                 open_runs.remove(run)
                 report(run, Outcome(accuracy=accuracy, loss=loss, num_epochs=epoch + 1, seconds=seconds))
         if not open_runs:

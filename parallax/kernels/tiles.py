@@ -18,8 +18,8 @@ _WITH_PROBES: dict[KernelName, KernelName] = {
 }
 """Softmax kernel -> Parallax kernel, whose tile it uses where none was measured: it needs less memory."""
 
-HEAD_DIMS = (64, 96, 128, 256)
-"""Supported head widths."""
+HEAD_DIMS = (16, 64, 96, 128, 256)
+"""Supported head widths; 16, the least of a product, by the plain kernels with the tiles of 64."""
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Supported dtypes."""
@@ -136,7 +136,8 @@ def tile_of(kernel: KernelName, x: Tensor, use_descriptors: bool, reach: int) ->
     if x.dtype == torch.float32:
         return (_FP32_HOPPER if capability[0] == 9 else _FP32)[plain, width]
     specialized = _HOPPER_SPECIALIZED | (_HOPPER_SHORT if reach <= SHORT else {})
-    if capability[0] == 9 and use_descriptors and (kernel, width) in specialized:
+    is_specialized = x.shape[3] >= 64 and (kernel, width) in specialized
+    if capability[0] == 9 and use_descriptors and is_specialized:
         return specialized[kernel, width]
     return (_HOPPER if capability >= (9, 0) else _AMPERE)[plain, width]
 

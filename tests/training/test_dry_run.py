@@ -155,9 +155,9 @@ def test_memory_of_weights_gradients_and_optimizer_by_hand() -> None:
     assert kept.gathered == weights / 2 > 2 * found.gathered
     # in fp32 a chunk's logits have twice the bytes, and their gradient is beside them
     vocab_size, width = 151_936, 1024
-    assert found.loss == 2 * 8192 * vocab_size + 6 * vocab_size * width
+    assert found.loss == 2 * 4096 * vocab_size + 6 * vocab_size * width
     exact = memory("--training.precision", "float32")
-    assert exact.loss == 8 * 8192 * vocab_size + 8 * vocab_size * width
+    assert exact.loss == 8 * 4096 * vocab_size + 8 * vocab_size * width
 
 
 def count_groups(config: RunConfig) -> dict[str, int]:

@@ -7,16 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from errors import UserError
+from errors import RunError, UserError
 from eval.mad import __main__ as command
 from eval.mad import examples
-from eval.mad.results import ResultsFile, open_results, read_results, task_grids, task_score
+from eval.mad.plots import difficulties, plot_difficulty, plot_scores
+from eval.mad.results import ResultsFile, open_results, read_results
+from eval.mad.runs import Outcome, Recipe, Run, grid
+from eval.mad.scores import task_grids, task_score
 from eval.mad.settings import TASKS, settings, tasks_of
 from eval.mad.table import score_table
-from eval.mad.train import Outcome, Recipe, Run
+from eval.mad.train import Report
+from eval.mad.workers import train_all
 
 CPU = torch.device("cpu")
 SOFTMAX, PARALLAX = Recipe(attention="softmax"), Recipe(attention="parallax")
+KDA = Recipe(attention="kda")
 
 
 def _outcome(accuracy: float) -> Outcome:
@@ -28,9 +33,10 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
     """Replace training by a list of what was asked for; accuracy is that of the rate's place."""
     runs: list[Run] = []
 
-    def train(run: Run, device: torch.device) -> Outcome:
-        runs.append(run)
-        return _outcome(run.lr * 1000 - run.weight_decay)
+    def train(members: list[Run], device: torch.device, report: Report, *, is_compiled: bool) -> None:
+        for run in members:
+            runs.append(run)
+            report(run, _outcome(run.lr * 1000 - run.weight_decay))
 
     monkeypatch.setattr(command, "train", train)
     return runs
@@ -98,7 +104,7 @@ def test_a_second_command_trains_what_is_missing(tmp_path: Path, trained: list[R
     assert len(trained) == 7
     assert sorted((tmp_path / "mad.jsonl").read_text().splitlines()) == sorted(lines)
     trained.clear()
-    command.main([*arguments, "--seed", "1"])
+    command.main([*arguments, "--seeds", "12345,1"])
     assert len(trained) == 12
     assert {run.recipe.seed for run in trained} == {1}
 
@@ -112,24 +118,61 @@ def test_results_of_several_folders_are_in_one_table(
     one, other = str(tmp_path / "softmax"), str(tmp_path / "parallax")
     command.main(["--attention", "softmax", "--tasks", "compression", "--out", one, "--with", other])
     table = capsys.readouterr().out
-    assert table.splitlines()[0] == "| task | parallax, adamw | softmax, adamw |"
+    head = "| task | parallax, adamw | softmax, adamw | parallax, paper | softmax, paper |"
+    assert table.splitlines()[0] == head
     assert table == (tmp_path / "softmax" / "mad.md").read_text()
     assert len(trained) == 12
 
 
-def test_the_table_shows_missing_runs_and_the_mean() -> None:
+def test_the_table_shows_missing_runs_the_mean_and_the_paper() -> None:
     results = {
         run: _outcome(0.5 if task == "compression" else 0.75)
         for task in TASKS
-        for run in task_grids(SOFTMAX, task, "baseline")[0]
+        for run in task_grids(KDA, task, "baseline")[0]
     }
     results |= dict.fromkeys(task_grids(PARALLAX, "compression", "baseline")[0][:4], _outcome(1.0))
     lines = score_table(results, TASKS, "baseline").markdown()
-    assert lines[0] == "| task | softmax, adamw | parallax, adamw |"
-    assert lines[6] == "| compression | 0.500 | 4 of 6 runs |"
-    assert lines[-1] == "| mean | 0.708 | - |"
-    cosine = {replace(run, recipe=replace(SOFTMAX, schedule="cosine")): o for run, o in results.items()}
-    assert "softmax, adamw, constant" in score_table(results | cosine, TASKS, "baseline").markdown()[0]
+    assert lines[0] == "| task | kda, adamw | parallax, adamw | parallax, paper |"
+    assert lines[2] == "| in-context-recall | 0.750 | 0 of 6 runs | 0.951 |"
+    assert lines[6] == "| compression | 0.500 | 4 of 6 runs | - |"
+    assert lines[-1] == "| mean | 0.708 | - | 0.716 |"
+    cosine = {replace(run, recipe=replace(KDA, schedule="cosine")): o for run, o in results.items()}
+    assert "kda, adamw, constant" in score_table(results | cosine, TASKS, "baseline").markdown()[0]
+
+
+def test_the_table_has_means_over_seeds() -> None:
+    (runs,) = task_grids(KDA, "compression", "baseline")
+    others = [replace(run, recipe=replace(KDA, seed=1)) for run in runs]
+    results = dict.fromkeys(runs, _outcome(0.5)) | dict.fromkeys(others, _outcome(0.7))
+    lines = score_table(results, ["compression"], "baseline").markdown()
+    assert lines[0] == "| task | kda, adamw |"
+    assert lines[2] == "| compression | 0.600 ± 0.100 |"
+    del results[others[3]]
+    assert (
+        score_table(results, ["compression"], "baseline").markdown()[2] == "| compression | 0.500 (1 of 2) |"
+    )
+
+
+def test_plots_are_drawn_where_there_are_scores(tmp_path: Path) -> None:
+    path = tmp_path / "plot.png"
+    results = {task_grids(KDA, "compression", "baseline")[0][0]: _outcome(0.5)}
+    assert not plot_scores(results, TASKS, "baseline", path)
+    assert not plot_difficulty(results, TASKS, path)
+    results = {run: _outcome(0.5) for runs in task_grids(KDA, "compression", "full") for run in runs}
+    assert not path.exists()
+    assert plot_scores(results, TASKS, "baseline", path)
+    assert path.exists()
+    path.unlink()
+    assert plot_difficulty(results, TASKS, path)
+    assert path.exists()
+
+
+def test_difficulty_goes_from_the_baseline_to_the_hardest() -> None:
+    by_size = difficulties("in-context-recall")
+    assert [each.vocab_size for each in by_size["vocab_size"]] == [16, 32, 64, 128, 256, 512]
+    assert [each.seq_len for each in by_size["seq_len"]] == [128, 256, 512, 1024, 2048]
+    assert [each.num_train_rows for each in by_size["num_train_rows"]] == [800, 1600, 3200, 6400, 12800]
+    assert [*difficulties("memorization")] == ["vocab_size"]
 
 
 @pytest.mark.parametrize(
@@ -139,6 +182,7 @@ def test_the_table_shows_missing_runs_and_the_mean() -> None:
         (["--attention", "softmax", "--tasks", "recall"], r"--tasks has 'recall', want some of in-context"),
         (["--attention", "softmax", "--tasks", "memorization", "--level", "hard"], r"no settings at"),
         (["--attention", "softmax", "--max-epochs", "0"], r"--max-epochs is 0"),
+        (["--attention", "softmax", "--seeds", "1,x"], r"--seeds is '1,x'"),
         (["--attention", "softmax", "--with", "nowhere"], r"nowhere has no mad\.jsonl"),
     ],
 )
@@ -151,6 +195,31 @@ def test_wrong_options_are_named(tmp_path: Path, arguments: list[str], message: 
 def test_all_tasks_of_a_level_have_settings() -> None:
     for level in ("baseline", "full", "hard"):
         assert all(settings(task, level) for task in tasks_of(level))
+
+
+@pytest.mark.slow
+def test_workers_train_all_packs_but_the_one_that_fails(capfd: pytest.CaptureFixture[str]) -> None:
+    setting = replace(settings("memorization", "baseline")[0], vocab_size=8, seq_len=4)
+    recipes = [Recipe(attention="softmax", seed=seed, max_epochs=1) for seed in range(3)]
+    packs = [grid(recipe, setting)[:2] for recipe in recipes]
+    # runs of two shapes cannot be trained at once
+    packs.insert(1, [packs[0][0], replace(packs[0][1], setting=replace(setting, vocab_size=16))])
+    outcomes: dict[Run, Outcome] = {}
+    with pytest.raises(RunError, match=r"softmax adamw on memorization .* failed on GPU [01]; the same"):
+        train_all(packs, ["0", "1"], lambda run, outcome: outcomes.update({run: outcome}), is_compiled=False)
+    assert outcomes.keys() == {run for index in (0, 2, 3) for run in packs[index]}
+    assert "runs of different shapes" in capfd.readouterr().err
+
+
+def test_without_attention_only_the_table_is_written(
+    tmp_path: Path, trained: list[Run], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command.main(["--attention", "softmax", "--tasks", "compression", "--out", str(tmp_path / "one")])
+    trained.clear()
+    capsys.readouterr()
+    command.main(["--out", str(tmp_path / "two"), "--with", str(tmp_path / "one"), "--tasks", "compression"])
+    assert capsys.readouterr().out.startswith("| task | softmax, adamw |")
+    assert trained == []
 
 
 def test_a_real_run_of_the_command(

@@ -1,6 +1,7 @@
 """The models of MAD, and the protocol by which a run is trained and scored."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,11 +9,15 @@ import torch
 from torch.nn import functional as F
 
 from errors import UserError
-from eval.mad.accuracy import batch_accuracy, macro_accuracy
-from eval.mad.examples import Examples
+from eval.mad import train as training
+from eval.mad.accuracy import macro_accuracy
+from eval.mad.examples import Examples, draw_sets
 from eval.mad.model import AutoEncoder, LanguageModel, attention_kinds, build_model, sinusoids
+from eval.mad.optimizers import MemberOptimizers
+from eval.mad.runs import RATES, Outcome, Recipe, Run, grid
 from eval.mad.settings import TASKS, Setting, settings
-from eval.mad.train import RATES, Recipe, Run, build_optimizers, grid, set_rates, train
+from eval.mad.stack import stack_modules
+from eval.mad.train import DataSets, Stack, train
 from models.attention.base import Attention, HeadProjections
 from tokens import IGNORE_INDEX
 
@@ -109,53 +114,61 @@ def test_an_unknown_attention_is_named() -> None:
 
 def test_accuracy_is_the_mean_over_classes() -> None:
     # class 0: 3 of 4, class 1: 0 of 1, class 2: predicted only, class 3: neither
-    targets = torch.tensor([[0, 0, 0], [0, 1, IGNORE_INDEX]])
-    predictions = torch.tensor([[0, 0, 0], [2, 0, 3]])
+    targets = torch.tensor([[0, 0, 0, 0, 1, IGNORE_INDEX]])
+    predictions = torch.tensor([[0, 0, 0, 2, 0, 3]])
     assert macro_accuracy(predictions, targets, 5).item() == pytest.approx(0.75 / 3)
 
 
 def test_accuracy_on_random_batches_is_the_literal_rule() -> None:
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
-        targets = torch.randint(-3, 6, (7, 5), generator=generator)
+        targets = torch.randint(-3, 6, (3, 35), generator=generator)
         targets[targets < 0] = IGNORE_INDEX
-        predictions = torch.randint(6, (7, 5), generator=generator)
-        pairs = [
-            (p, t)
-            for p, t in zip(predictions.flatten().tolist(), targets.flatten().tolist(), strict=True)
-            if t >= 0
-        ]
-        shares = []
-        for label in {each for pair in pairs for each in pair}:
-            own = [p == t for p, t in pairs if t == label]
-            shares.append(sum(own) / len(own) if own else 0.0)
-        assert macro_accuracy(predictions, targets, 8).item() == pytest.approx(sum(shares) / len(shares))
+        predictions = torch.randint(6, (3, 35), generator=generator)
+        wanted = []
+        for row in zip(predictions.tolist(), targets.tolist(), strict=True):
+            pairs = [(p, t) for p, t in zip(*row, strict=True) if t >= 0]
+            shares = []
+            for label in {each for pair in pairs for each in pair}:
+                own = [p == t for p, t in pairs if t == label]
+                shares.append(sum(own) / len(own) if own else 0.0)
+            wanted.append(sum(shares) / len(shares))
+        assert macro_accuracy(predictions, targets, 8).tolist() == pytest.approx(wanted)
 
 
-def test_the_score_is_the_mean_over_batches() -> None:
+def test_the_score_is_the_mean_over_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     class Constant(torch.nn.Module):
         def forward(self, tokens: torch.Tensor) -> torch.Tensor:
             return F.one_hot(torch.zeros_like(tokens), 4).float()
 
-    targets = torch.tensor([[0, 0], [0, 0], [1, 0], [1, 1]])
-    # batches of two rows: all of class 0, then class 0 in full and class 1 not at all
-    assert batch_accuracy(Constant(), Examples(targets, targets), 2) == pytest.approx((1.0 + 0.5) / 2)
+    monkeypatch.setattr(training, "BATCH", 2)
+    runs = [_run(), _run(weight_decay=0.1)]
+    data = DataSets(runs, CPU)
+    stack = Stack(runs, data)
+    stack.model = Constant()
+    # batches of two rows: all of class 0, then class 0 in full and class 1 not at all; then a row of class 0
+    targets = torch.tensor([[0, 0], [0, 0], [1, 0], [1, 1], [0, 0]])
+    data.test = Examples(targets[None], targets[None])
+    assert stack.test().tolist() == pytest.approx([(1.0 + 0.5 + 1.0) / 3] * 2)
+
+
+def _train(run: Run) -> Outcome:
+    outcomes: list[Outcome] = []
+    train([run], CPU, lambda _, outcome: outcomes.append(outcome))
+    (outcome,) = outcomes
+    return outcome
 
 
 def test_a_run_ends_when_it_is_solved() -> None:
-    outcome = train(_run(max_epochs=60), CPU)
+    outcome = _train(_run(max_epochs=60))
     assert outcome.accuracy >= 0.999
     assert outcome.num_epochs < 60
-    again = train(_run(max_epochs=60), CPU)
-    assert (again.accuracy, again.loss, again.num_epochs) == (
-        outcome.accuracy,
-        outcome.loss,
-        outcome.num_epochs,
-    )
+    again = _train(_run(max_epochs=60))
+    assert replace(again, seconds=0.0) == replace(outcome, seconds=0.0)
 
 
 def test_muon_solves_it_too() -> None:
-    outcome = train(_run(optimizer="muon", lr=1e-2, schedule="cosine", max_epochs=60), CPU)
+    outcome = _train(_run(optimizer="muon", lr=1e-2, schedule="cosine", max_epochs=60))
     assert outcome.accuracy >= 0.999
 
 
@@ -168,31 +181,45 @@ def test_the_grid_is_three_rates_by_two_weight_decays() -> None:
 
 @pytest.mark.parametrize("optimizer", RATES)
 @pytest.mark.parametrize("kind", attention_kinds())
-def test_weight_decay_holds_for_every_parameter(kind: str, optimizer: str) -> None:
-    model = build_model(kind, settings("compression", "baseline")[0], seed=0)
-    run = _run(optimizer=optimizer, weight_decay=0.1)
-    groups = [group for each in build_optimizers(model, run) for group in each.param_groups]
-    assert {id(p) for group in groups for p in group["params"]} == {id(p) for p in model.parameters()}
-    assert {group["weight_decay"] for group in groups} == {0.1}
-    if optimizer == "muon":
-        hidden = next(group["params"] for group in groups if group["name"] == "hidden")
-        assert all(p.ndim == 2 for p in hidden)
+def test_every_parameter_has_the_rate_and_the_weight_decay_of_its_run(kind: str, optimizer: Any) -> None:
+    setting = settings("compression", "baseline")[0]
+    runs = [each for each in grid(Recipe(attention=kind, optimizer=optimizer), setting) if each.lr < 1e-2]
+    stack = stack_modules([build_model(kind, setting, 0) for _ in runs])
+    optimizers = MemberOptimizers(stack, runs)
+    optimizers.set_rates(0, [True] * len(runs))
+    hidden = [] if optimizers.muon is None else optimizers.muon.parameters
+    own = {id(p) for p in stack.parameters()} - {id(p) for p in hidden}
+    for run, adamw in zip(runs, optimizers.adamw, strict=True):
+        for group in adamw.param_groups:
+            assert len(group["params"]) == len(own)
+            assert group["weight_decay"] == run.weight_decay
+            assert float(group["lr"]) == pytest.approx(run.lr if optimizer == "adamw" else 1e-3)
+    if optimizers.muon is not None:
+        assert all(p.ndim == 3 for p in hidden)
         assert len(hidden) >= 2 * (3 + 2)
+        assert optimizers.muon.lr_N11.flatten().tolist() == pytest.approx([run.lr for run in runs])
+        assert optimizers.muon.weight_decay_N11.flatten().tolist() == pytest.approx(
+            [run.weight_decay for run in runs]
+        )
 
 
 def test_schedules() -> None:
-    model = build_model("softmax", SMALL, seed=0)
     for schedule in ("constant", "cosine"):
-        run = _run(schedule=schedule, lr=1e-3, max_epochs=200)
-        optimizers = build_optimizers(model, run)
-        reference = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        recipe = Recipe(attention="softmax", schedule=schedule, max_epochs=200)
+        reference = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))], lr=1e-3)
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR(reference, T_max=200, eta_min=1e-6)
         for epoch in range(200):
-            set_rates(optimizers, run, epoch)
             wanted = cosine.get_last_lr()[0] if schedule == "cosine" else 1e-3
-            assert optimizers[0].param_groups[0]["lr"] == pytest.approx(wanted, rel=1e-6)
+            assert recipe.epoch_rate(1e-3, epoch) == pytest.approx(wanted, rel=1e-6)
             reference.step()
             cosine.step()
+
+
+def test_rows_have_the_tokens_that_a_setting_says() -> None:
+    for task in TASKS:
+        setting = replace(settings(task, "baseline")[0], num_train_rows=2)
+        train_set, test_set = draw_sets(setting, 0)
+        assert train_set.inputs_NT.shape[1] == test_set.inputs_NT.shape[1] == setting.num_tokens
 
 
 def test_every_task_has_a_model() -> None:
