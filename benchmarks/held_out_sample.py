@@ -1,16 +1,18 @@
 """How well samples of held-out tokens tell the losses of models, and their differences.
 
-    python -m benchmarks.held_out_sample runs/A runs/B [...] --max-tokens 250000 [--orders 3] [--name NAME]
+    python -m benchmarks.held_out_sample runs/A runs/B [...] --max-tokens 250000 [--name NAME]
 
-Runs must have the same `data.validation`, tokenizer and length of rows. The whole set is measured as
-`eval.max_tokens = "none"` does. Samples are evenly spaced rows, as `eval.max_tokens` takes them: of each of
-some random orders of the documents, at seven offsets, of which the project uses the middle one. For
-comparison, samples of whole documents: the first of random orders, from their losses on the whole set.
+Runs must have the same `data.validation`, tokenizer and length of rows. The loss of each token is measured
+once, on the whole set, as `eval.max_tokens = "none"` does. Samples of evenly spaced rows are computed from
+these losses: documents in a random order, cut into rows, of which each sample takes those that
+`eval.max_tokens` would. For comparison, samples of whole documents: the first ones of random orders; and what
+tokens drawn one by one would give: sqrt((1 - n / N) / n) standard deviations of a token's loss.
 """
 
 import argparse
 import itertools
-import shlex
+import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +24,7 @@ import torch
 from benchmarks.machine import write_result
 from config import from_table
 from data.config import DataConfig
-from data.loading.held_out import HeldOutLoader
+from data.loading.held_out import HeldOutLoader, evenly_spaced
 from data.loading.stream import tokenize
 from data.sources.document_sample import DocumentSample
 from data.sources.open import open_source
@@ -35,17 +37,16 @@ from models.run_folder import RunFolder, find_checkpoint, read_run_table
 from models.run_tokenizer import find_tokenizer
 from tokens import IGNORE_INDEX
 
-_OFFSETS = tuple((2 * number + 1) / 14 for number in range(7))
+_ROW_SAMPLES = 200
 _DOCUMENT_SAMPLES = 2000
 _TOKENS = 4096
 
 
 class Losses(NamedTuple):
-    """Of each predicted token: the loss in nats of each model `[M, n]`, its document and its row `[n]`."""
+    """Of each predicted token in order: the loss in nats of each model `[M, n]`, and its document `[n]`."""
 
     nats: np.ndarray
     document: np.ndarray
-    row: np.ndarray
 
     def means(self, which: np.ndarray | slice = slice(None)) -> np.ndarray:
         """Return the models' mean losses over some tokens, `[M]`."""
@@ -60,8 +61,7 @@ class Losses(NamedTuple):
 
 @torch.no_grad()
 def _measure(models: Sequence[Qwen3], loader: HeldOutLoader, seq_len: int) -> Losses:
-    nats, documents, rows = [], [], []
-    num_rows = 0
+    nats, documents = [], []
     for batch in loader:
         losses = [
             model(
@@ -76,9 +76,7 @@ def _measure(models: Sequence[Qwen3], loader: HeldOutLoader, seq_len: int) -> Lo
         is_label = batch.labels.flatten() != IGNORE_INDEX
         nats.append(torch.stack([each.flatten()[is_label] for each in losses]).double().numpy())
         documents.append(batch.documents.flatten()[is_label].numpy())
-        rows.append(num_rows + is_label.nonzero().flatten().numpy() // seq_len)
-        num_rows += batch.labels.numel() // seq_len
-    return Losses(np.concatenate(nats, axis=1), np.concatenate(documents), np.concatenate(rows))
+    return Losses(np.concatenate(nats, axis=1), np.concatenate(documents))
 
 
 def _read_documents(config: DataConfig, tokenizer: Tokenizer) -> list[np.ndarray]:
@@ -90,27 +88,34 @@ def _read_documents(config: DataConfig, tokenizer: Tokenizer) -> list[np.ndarray
     return [tokens[:].astype(np.int32) for _, tokens in rows if tokens is not None]
 
 
-def _samples(losses: Losses, max_rows: int) -> list[dict[str, Any]]:
-    """Take evenly spaced rows at each offset."""
-    num_rows = int(losses.row.max()) + 1
-    found = []
-    for offset in _OFFSETS:
-        chosen = ((np.arange(max_rows) + offset) * num_rows / max_rows).astype(np.int64)
-        which = np.isin(losses.row, chosen)
-        *sums, tokens = torch.from_numpy(losses.by_document(which))
-        found.append(
-            {
-                "offset": offset,
-                "tokens": int(tokens.sum()),
-                "documents": int((tokens > 0).sum()),
-                "losses": losses.means(which).tolist(),
-                "standard_errors": [ratio_standard_error(each, tokens) for each in sums],
-            }
-        )
-    return found
+def _rows(losses: Losses, lengths: np.ndarray, seq_len: int, max_tokens: int) -> dict[str, Any]:
+    """Draw samples of evenly spaced rows.
+
+    Args:
+        losses: Of the documents in file order.
+        lengths: Their numbers of tokens, of which all but the first are predicted, `[N]`.
+        seq_len: Tokens per row.
+        max_tokens: Tokens of a sample.
+    """
+    firsts = np.cumsum(lengths - 1) - (lengths - 1)
+    num_rows = math.ceil((lengths.sum() - 1) / seq_len)
+    chosen = evenly_spaced(num_rows, math.ceil(max_tokens / seq_len))
+    means, errors, counts = [], [], []
+    for seed in range(_ROW_SAMPLES):
+        order = np.random.default_rng(seed).permutation(len(lengths))
+        # the label at place n of the stream is its token n + 1
+        ends = np.cumsum(lengths[order])
+        places = [np.arange(end - length, end - 1) for end, length in zip(ends, lengths[order], strict=True)]
+        tokens = [np.arange(firsts[number], firsts[number] + lengths[number] - 1) for number in order]
+        which = np.concatenate(tokens)[chosen[np.concatenate(places) // seq_len]]
+        means.append(losses.means(which))
+        *sums, per_document = torch.from_numpy(losses.by_document(which))
+        errors.append([ratio_standard_error(each, per_document) for each in sums])
+        counts.append([len(which), int((per_document > 0).sum())])
+    return {"losses": np.array(means), "standard_errors": np.array(errors), "counts": np.array(counts)}
 
 
-def _losses_of_documents(sums: np.ndarray, max_tokens: int) -> np.ndarray:
+def _documents(sums: np.ndarray, max_tokens: int) -> np.ndarray:
     """Return losses on the first documents of random orders, `[samples, M]`, from sums by document."""
     found = []
     for seed in range(_DOCUMENT_SAMPLES):
@@ -122,10 +127,13 @@ def _losses_of_documents(sums: np.ndarray, max_tokens: int) -> np.ndarray:
 
 
 def _errors(rows: np.ndarray, documents: np.ndarray) -> dict[str, float]:
-    def rms(values: np.ndarray) -> float:
-        return float(np.sqrt(np.mean(np.square(values))))
-
-    return {"rms": rms(rows), "largest": float(np.abs(rows).max()), "rms_of_documents": rms(documents)}
+    """Summarize the errors of samples of rows, and of samples of documents."""
+    return {
+        "rms_of_rows": float(np.sqrt(np.mean(rows**2))),
+        "p99_of_rows": float(np.quantile(np.abs(rows), 0.99)),
+        "largest_of_rows": float(np.abs(rows).max()),
+        "rms_of_documents": float(np.sqrt(np.mean(documents**2))),
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -137,7 +145,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.held_out_sample", description=__doc__)
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--max-tokens", type=int, nargs="+", required=True)
-    parser.add_argument("--orders", type=int, default=3)
     parser.add_argument("--name", default="held_out_sample_cpu_202611")
     options = parser.parse_args(arguments)
     table = read_run_table(find_checkpoint(options.runs[0]))
@@ -148,52 +155,47 @@ def main(arguments: Sequence[str] | None = None) -> None:
     documents = _read_documents(data, tokenizer)
     models = [load_model(run) for run in options.runs]
 
-    def measure(order: Sequence[int]) -> Losses:
-        ends = np.cumsum([len(documents[number]) for number in order], dtype=np.int64)
-        source = DocumentSample(np.concatenate([documents[number] for number in order]), ends, "")
-        batch_size = max(1, _TOKENS // seq_len)
-        loader = HeldOutLoader(
-            source,
-            tokenizer,
-            seq_len=seq_len,
-            local_batch_size=batch_size,
-            mask_documents=data.mask_documents,
-        )
-        return _measure(models, loader, seq_len)
-
-    in_file_order = measure(range(len(documents)))
-    orders = []
-    for seed in range(options.orders):
-        orders.append(measure(np.random.default_rng(seed).permutation(len(documents)).tolist()))
-        print(f"order {seed}: {orders[-1].means() - in_file_order.means()} off", flush=True)
-    sums, whole = in_file_order.by_document(), in_file_order.means()
+    lengths = np.array([len(tokens) for tokens in documents])
+    source = DocumentSample(np.concatenate(documents), np.cumsum(lengths), "")
+    sizes = {"seq_len": seq_len, "local_batch_size": max(1, _TOKENS // seq_len)}
+    losses = _measure(models, HeldOutLoader(source, tokenizer, **sizes), seq_len)
+    sums, whole = losses.by_document(), losses.means()
     *nats, tokens = torch.from_numpy(sums)
+    words = [*(f"runs/{run.name}" for run in options.runs), "--max-tokens", *map(str, options.max_tokens)]
     result: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "benchmarks.held_out_sample", *(arguments or sys.argv[1:])]),
-        "runs": [run.name for run in options.runs],
+        "command": f"python -m benchmarks.held_out_sample {' '.join(words)}",
+        "runs": {run.name: loss for run, loss in zip(options.runs, whole.tolist(), strict=True)},
+        "standard_errors": [ratio_standard_error(each, tokens) for each in nats],
+        "tokens": len(losses.document),
+        "documents": len(documents),
         "row_length": seq_len,
         "vocab_size": tokenizer.vocab_size,
-        "whole": {
-            "tokens": int(tokens.sum()),
-            "documents": int((tokens > 0).sum()),
-            "losses": whole.tolist(),
-            "standard_errors": [ratio_standard_error(each, tokens) for each in nats],
-        },
+        "samples": {"rows": _ROW_SAMPLES, "documents": _DOCUMENT_SAMPLES},
         "by_max_tokens": {},
     }
     for max_tokens in options.max_tokens:
-        samples = [each for losses in orders for each in _samples(losses, -(-max_tokens // seq_len))]
-        off = np.array([each["losses"] for each in samples]) - whole
-        off_of_documents = _losses_of_documents(sums, max_tokens) - whole
-        pairs = {}
+        rows = _rows(losses, lengths, seq_len, max_tokens)
+        off, off_of_documents = rows["losses"] - whole, _documents(sums, max_tokens) - whole
+        num_tokens = rows["counts"][:, 0].mean()
+        scale = math.sqrt((1 / num_tokens) - 1 / len(losses.document))
+        found: dict[str, Any] = {
+            "tokens": num_tokens,
+            "documents": rows["counts"][:, 1].mean(),
+            "standard_errors": rows["standard_errors"].mean(0).tolist(),
+            "within_two_standard_errors": (np.abs(off) < 2 * rows["standard_errors"]).mean(0).tolist(),
+        }
+        for number, run in enumerate(options.runs):
+            found[run.name] = _errors(off[:, number], off_of_documents[:, number])
         for a, b in itertools.combinations(range(len(models)), 2):
-            name = f"{options.runs[b].name} - {options.runs[a].name}"
-            pairs[name] = {"whole": whole[b] - whole[a]}
-            pairs[name] |= _errors(off[:, b] - off[:, a], off_of_documents[:, b] - off_of_documents[:, a])
-            print(max_tokens, name, {key: round(value, 5) for key, value in pairs[name].items()})
-        single = [_errors(off[:, number], off_of_documents[:, number]) for number in range(len(models))]
-        print(max_tokens, single, samples[0]["documents"], samples[0]["standard_errors"])
-        result["by_max_tokens"][max_tokens] = {"losses": single, "differences": pairs, "samples": samples}
+            found[f"{options.runs[b].name} - {options.runs[a].name}"] = {
+                "whole": whole[b] - whole[a],
+                **_errors(off[:, b] - off[:, a], off_of_documents[:, b] - off_of_documents[:, a]),
+                "rms_of_tokens": (losses.nats[b] - losses.nats[a]).std() * scale,
+                "share_within_0.003": float((np.abs(off[:, b] - off[:, a]) < 0.003).mean()),
+                "first_20": (off[:20, b] - off[:20, a]).tolist(),
+            }
+        result["by_max_tokens"][max_tokens] = found
+        print(max_tokens, json.dumps(found))
     print(write_result(options.name, result))
 
 

@@ -2,13 +2,20 @@
 
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).parents[2]
+_TIMEOUT = 150
 
 SMALL = [
     *("--model.vocab_size", "300"),
@@ -54,6 +61,55 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "PYTHONUNBUFFERED": "1"}
 
 
+class _Warm:
+    """The process of warm.py, started at the first run."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._environment = _without_test(environment())
+        self._lock = threading.Lock()
+
+    def can_run(self) -> bool:
+        """Return whether a fork would do as a new process does."""
+        # modules have read some of the environment, and CUDA does not survive a fork
+        return _without_test(environment()) == self._environment and not torch.cuda.is_available()
+
+    def run(self, words: Sequence[str]) -> tuple[int, str]:
+        """Run train.py, and return its exit code and output."""
+        with self._lock, tempfile.TemporaryDirectory() as folder:
+            if self._process is None:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "tests.training.warm"],
+                    cwd=ROOT,
+                    env=self._environment,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    bufsize=0,
+                )
+            process = self._process
+            assert process.stdin is not None
+            assert process.stdout is not None
+            files = [Path(folder) / name for name in ("stdout", "stderr")]
+            request = {"words": [*words], **{file.name: str(file) for file in files}}
+            process.stdin.write(json.dumps(request).encode() + b"\n")
+            fork = int(process.stdout.readline())
+            is_done = bool(select.select([process.stdout], [], [], _TIMEOUT)[0])
+            if not is_done:
+                os.kill(fork, signal.SIGKILL)
+            code = int(process.stdout.readline())
+            printed = "".join(file.read_text() for file in files)
+            assert is_done, f"not done after {_TIMEOUT} s: {printed[-4000:]}"
+            return code, printed
+
+
+def _without_test(variables: dict[str, str]) -> dict[str, str]:
+    """Leave out pytest's name of the current test."""
+    return {key: value for key, value in variables.items() if key != "PYTEST_CURRENT_TEST"}
+
+
+_warm = _Warm()
+
+
 def train(
     config: str,
     corpus: Path,
@@ -63,18 +119,25 @@ def train(
     code: int = 0,
     program: Sequence[str] = ("train.py",),
 ) -> str:
-    """Run train.py or another program, check its exit code, and return its output."""
-    done = subprocess.run(
-        [*command(ranks), *arguments(config, corpus, folder, *overrides, program=program)],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-    )
-    printed = done.stdout + done.stderr
-    assert done.returncode == code, printed[-4000:]
+    """Run train.py or another program, check its exit code, and return its output.
+
+    One rank of train.py is a fork of a process that has imported it (warm.py), all else a program of its own.
+    """
+    words = arguments(config, corpus, folder, *overrides, program=program)
+    if ranks == 1 and tuple(program) == ("train.py",) and _warm.can_run():
+        found, printed = _warm.run(words[1:])
+    else:
+        done = subprocess.run(
+            [*command(ranks), *words],
+            cwd=ROOT,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT,
+            check=False,
+        )
+        found, printed = done.returncode, done.stdout + done.stderr
+    assert found == code, printed[-4000:]
     return printed
 
 
