@@ -80,6 +80,7 @@ class RunMetrics(MetricsProcessor):
         self.folder = Path(job_config.job.dump_folder)
         self._num_steps = 0  # of this launch
         self._first_step_end = 0.0
+        self._interval_start: torch.cuda.Event | None = None
         self.jsonl = self.diagnostics_jsonl = self.wandb_run = None
         self.tensorboard: SummaryWriter | None = None  # set by start_recording
         self._ended: set[str] = set()  # sinks that a full disk has ended
@@ -168,18 +169,29 @@ class RunMetrics(MetricsProcessor):
         torch.distributed.broadcast_object_list(names)
         return names[0]
 
-    def reset_throughput(self) -> None:
-        """Start a new interval of throughput(), which excludes the evaluation or checkpoint before it."""
+    def reset_throughput(self, start: torch.cuda.Event | None = None) -> None:
+        """Start a new interval of throughput(), which excludes the evaluation or checkpoint before it.
+
+        Args:
+            start: Where the GPU's interval starts; by default where it is now.
+        """
         self.data_loading_times.clear()
         self.time_last_log = time.perf_counter()
+        if start is None and torch.cuda.is_available():
+            start = torch.cuda.Event(enable_timing=True)
+            start.record()
+        self._interval_start = start
         self.device_memory_monitor.reset_peak_stats()
 
-    def throughput(self, num_tokens: int, flops: float, graph_bytes: int = 0) -> dict[str, float | None]:
+    def throughput(
+        self, num_tokens: int, flops: float, graph_bytes: int = 0, end: torch.cuda.Event | None = None
+    ) -> dict[str, float | None]:
         """Measure the step that ends now, and start the next interval.
 
         Args:
             num_tokens: Tokens of the step over all ranks.
             flops: Training FLOPs of the step over all ranks, by the lengths of its documents.
+            end: The end of the step on a GPU, which has been waited for; the host may be further on.
             graph_bytes: Memory that CUDA graphs use while they run, which torch counts only at their capture.
 
         Returns:
@@ -189,6 +201,8 @@ class RunMetrics(MetricsProcessor):
         """
         now = time.perf_counter()
         seconds = now - self.time_last_log
+        if end is not None and self._interval_start is not None:
+            seconds = self._interval_start.elapsed_time(end) / 1e3
         self._num_steps += 1
         if self._num_steps == 1:
             self._first_step_end = now
@@ -207,7 +221,7 @@ class RunMetrics(MetricsProcessor):
             "peak_memory_gib": peak / GIB if on_gpu else None,
             "peak_reserved_gib": torch.cuda.max_memory_reserved() / GIB if on_gpu else None,
         }
-        self.reset_throughput()
+        self.reset_throughput(end)
         return record
 
     def record_launch(

@@ -68,7 +68,7 @@ class RankSums:
         packed, copied = torch.cat([packed, same.double()]), None
         if packed.is_cuda:
             packed = torch.empty_like(packed, device="cpu", pin_memory=True).copy_(packed, non_blocking=True)
-            copied = torch.cuda.Event()
+            copied = torch.cuda.Event(enable_timing=True)
             copied.record()
         return PendingSums(
             values=packed, copied=copied, names=[*from_host, "", *on_device], logged=known, new=new

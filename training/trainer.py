@@ -350,7 +350,10 @@ class Trainer(TitanTrainer):
             "step_flops": sums["flops"],
             **launched.record,
             **self.metrics_processor.throughput(
-                self.config.tokens_per_step, sums["flops"], self.micro_batches.graph_bytes
+                self.config.tokens_per_step,
+                sums["flops"],
+                self.micro_batches.graph_bytes,
+                launched.sums.copied,
             ),
         }
         self.metrics_processor.record(step, {**record, **scalars})
