@@ -1,9 +1,9 @@
 """Chunked cross-entropy of a linear head: the logits of all tokens are never materialized.
 
 The fp32 logits of 32k tokens over 151,936 ids take 20 GB; the 16-bit ones of a chunk of 4096 tokens a
-sixteenth of that. The forward also computes the gradients, chunk by chunk; the backward multiplies them by the incoming
-scalar. On a GPU the gradient of 16-bit logits replaces them, and the weight's is added up in fp32 by the
-products themselves.
+sixteenth of that. The forward also computes the gradients, chunk by chunk; the backward multiplies them by
+the incoming scalar. On a GPU the gradient of 16-bit logits replaces them, and the weight's is added up in
+fp32 by the products themselves.
 """
 
 from contextlib import AbstractContextManager, nullcontext
