@@ -16,6 +16,8 @@ FAILED = "sweep: failed with code"
 """How the last line of a member's log begins where its last launch failed."""
 _RECENT_STEPS = 20
 _LOG_BYTES = 4000
+_FREE = ("eval.", *(f"checkpoint.{key}:" for key in ("every", "keep", "fall_back", "async_save")))
+"""Keys of a member that may differ from its folder's: they do not change what is trained."""
 _PARTS_IN_PLAN = 4  # STAGE/NAME/checkpoint/step-N
 
 
@@ -119,14 +121,14 @@ def log_lines(folder: RunFolder) -> list[str]:
 
 
 def _differences(folder: RunFolder, config: RunConfig) -> list[str]:
-    """Describe the keys that differ from the config in a folder; those of [eval] may.
+    """Describe the keys that differ from the config in a folder, but for _FREE.
 
     A branch may have been trained in another folder of the plan: its start is compared within that.
     """
     saved = folder.read_config()
     if saved is None:
         return []
-    free = ["eval."]
+    free = [*_FREE]
     starts = [config.checkpoint.start_from, saved.get("checkpoint", {}).get("start_from")]
     if None not in starts and len({Path(str(start)).parts[-_PARTS_IN_PLAN:] for start in starts}) == 1:
         free.append("checkpoint.start_from:")
