@@ -102,7 +102,8 @@ def test_solved_members_end_and_the_others_go_on_as_if_alone(monkeypatch: pytest
     sizes: list[int] = []
     smaller = Stack.smaller
 
-    def spy(self: Stack, runs: list[Run]) -> Stack:
+    def spy(self: Stack, runs: list[Run], *, is_compiled: bool) -> Stack:
+        assert not is_compiled
         sizes.append(len(runs))
         return smaller(self, runs)
 
