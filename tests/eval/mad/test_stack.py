@@ -147,6 +147,25 @@ def test_a_member_that_is_not_active_keeps_its_weights() -> None:
             assert not torch.equal(second, old_second), name
 
 
+@pytest.mark.parametrize("kind", ["parallax", "mamba2"])
+def test_compiled_blocks_compute_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # traced and differentiated by torch.compile, without the compiler for CPUs
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(training, "BATCH", ROWS)
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda self, **options: compile_module(self, backend="aot_eager", **options),
+    )
+    runs = grid(Recipe(attention=kind), RECALL)[:2]
+    results = []
+    for is_compiled in (False, True):
+        stack = Stack(runs, DataSets(runs, CPU), is_compiled=is_compiled)
+        results.append([*stack.train_epoch(0, [True, True]).tolist(), *stack.test().tolist()])
+    torch.compiler.reset()
+    assert results[1] == pytest.approx(results[0], abs=1e-5)
+
+
 def test_packs_have_one_shape_whole_grids_and_fit() -> None:
     recipes = [Recipe(attention="softmax", seed=seed) for seed in (1, 2)]
     tasks = ("compression", "in-context-recall", "noisy-in-context-recall")
