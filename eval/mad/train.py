@@ -3,6 +3,7 @@
 Letters: N members, B rows of a batch, T tokens, V vocabulary; D data sets of R rows.
 """
 
+import gc
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -185,6 +186,12 @@ def _can_capture(run: Run) -> bool:
     return all(each.supports_cuda_graph for each in model.modules() if isinstance(each, Attention))
 
 
+def free_memory() -> None:
+    """Free the memory of stacks that have ended: their graphs hold it, in circles of references."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 def train(
     runs: Sequence[Run],
     device: torch.device,
@@ -211,6 +218,7 @@ def train(
     with ExitStack() as contexts:
         pool = None
         if device.type == "cuda":
+            contexts.callback(free_memory)
             contexts.enter_context(torch.cuda.device(device))
             contexts.enter_context(torch.cuda.stream(torch.cuda.Stream(device)))
             pool = torch.cuda.graph_pool_handle() if _can_capture(runs[0]) else None
