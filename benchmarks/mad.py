@@ -23,7 +23,7 @@ from errors import UserError, run_command
 from eval.mad.model import attention_kinds, build_model
 from eval.mad.runs import BATCH, RATES, Recipe, Run, grid
 from eval.mad.settings import TASKS, Setting, Task, settings
-from eval.mad.train import DataSets, Stack
+from eval.mad.train import DataSets, Stack, free_memory
 from models.attention.key_values import KeyValueAttention
 from parallax.testing import assert_attention_within_budget, make_inputs
 
@@ -62,6 +62,7 @@ def time_mode(runs: list[Run], mode: str) -> dict[str, Any]:
         ms of a step and of a test, seconds of the first epoch with all preparation, the mean losses of the
         first epoch, and the peak of memory in GB.
     """
+    free_memory()
     torch.cuda.reset_peak_memory_stats()
     pool = None if mode == "launched" else torch.cuda.graph_pool_handle()
     with torch.cuda.stream(torch.cuda.Stream()):

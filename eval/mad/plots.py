@@ -4,13 +4,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import NullLocator
 
 from eval.figure import add_legend, label_axes, new_axes, new_panels, save
 from eval.mad.runs import Outcome, Run
 from eval.mad.scores import Column, make_columns
 from eval.mad.settings import Level, Setting, Task, settings, tasks_of
+from eval.report.curves import Curve
+from eval.report.drawing import draw_points
 from eval.report.seed_statistics import Estimate
-from eval.report.styles import COLORS, MARKERS
+from eval.report.styles import COLORS, DASHES, MARKERS, Style
 
 # size of a setting -> label of its axis
 _SIZES = {
@@ -23,21 +26,32 @@ _SIZES = {
 _PANEL = (2.6, 2.2)
 
 
-def _draw(axes: Axes, index: int, column: Column, points: Mapping[float, Estimate], style: str) -> None:
+def _styles(columns: Sequence[Column]) -> dict[str, Style]:
+    """Return the look of each column: color and marker by attention, line and filling by optimizer."""
+    kinds = dict.fromkeys(["softmax", "parallax", *(column.recipes[0].attention for column in columns)])
+    place = {kind: index for index, kind in enumerate(kinds)}
+    styles: dict[str, Style] = {}
+    for column in columns:
+        index = place[column.recipes[0].attention]
+        styles[column.name] = Style(
+            color=COLORS[index % len(COLORS)],
+            dash=DASHES[0 if column.recipes[0].optimizer == "muon" else 1],
+            marker=MARKERS[index % len(MARKERS)],
+            is_main=True,
+        )
+    return styles
+
+
+def _draw(axes: Axes, name: str, points: Mapping[float, Estimate], style: Style, *, line: bool) -> None:
     """Draw the scores of a column with error bars over seeds."""
     values = list(points.values())
-    axes.errorbar(
-        list(points),
-        [value.mean for value in values],
-        yerr=[value.error or 0.0 for value in values] if any(value.error for value in values) else None,
-        fmt=MARKERS[index % len(MARKERS)],
-        linestyle=style,
-        color=COLORS[index % len(COLORS)],
-        markersize=4.5,
-        linewidth=1.3,
-        capsize=2.5,
-        label=column.name,
+    curve = Curve(
+        x=list(points),
+        mean=[value.mean for value in values],
+        error=[value.error or 0.0 for value in values],
+        num_seeds=max((value.num_seeds for value in values), default=0),
     )
+    draw_points(axes, curve, style, label=name, line=line)
 
 
 def plot_scores(results: Mapping[Run, Outcome], tasks: Sequence[Task], level: Level, path: Path) -> bool:
@@ -57,10 +71,11 @@ def plot_scores(results: Mapping[Run, Outcome], tasks: Sequence[Task], level: Le
     if not any(each is not None for line in estimates for each in line):
         return False
     figure, axes = new_axes(title=f"MAD, {level} settings", x="", y="Score")
+    styles = _styles(columns)
     for index, (column, line) in enumerate(zip(columns, estimates, strict=True)):
         shift = 0.6 * ((index + 0.5) / len(columns) - 0.5)
         points = {place + shift: each for place, each in enumerate(line) if each is not None}
-        _draw(axes, index, column, points, "none")
+        _draw(axes, column.name, points, styles[column.name], line=False)
     axes.set_xticks(range(len(tasks)), [task.replace("-", "\n", 1) for task in tasks], fontsize=7)
     axes.set_xlim(-0.5, len(tasks) - 0.5)
     axes.set_ylim(0.0, 1.03)
@@ -119,19 +134,23 @@ def plot_difficulty(results: Mapping[Run, Outcome], tasks: Sequence[Task], path:
                 panels.append((task, size, curves))
     if not panels:
         return False
+    styles = _styles([*columns.values()])
     num_columns = min(4, len(panels))
     num_rows = -(-len(panels) // num_columns)
     figure, grid = new_panels(num_rows, num_columns, size=(_PANEL[0] * num_columns, _PANEL[1] * num_rows))
     every = [axes for row in grid for axes in row]
     for axes, (task, size, curves) in zip(every, panels, strict=False):
-        for index, (name, points) in enumerate(curves.items()):
+        for name, points in curves.items():
             if points:
-                _draw(axes, index, columns[name], points, "solid")
+                _draw(axes, name, points, styles[name], line=True)
         axes.set_title(task, fontsize=9)
         label_axes(axes, x=_SIZES[size], y="Accuracy")
         axes.set_ylim(0.0, 1.03)
+        values = sorted({value for points in curves.values() for value in points})
         if size != "frac_noise":
             axes.set_xscale("log", base=2)
+        axes.set_xticks(values, [f"{value:g}" for value in values], fontsize=7)
+        axes.xaxis.set_minor_locator(NullLocator())
     for axes in every[len(panels) :]:
         axes.set_visible(False)
     add_legend(*every[: len(panels)])

@@ -19,6 +19,8 @@ from models.attention.recurrent.base import Recurrence, RecurrentAttention, RowS
 
 # the gradient of a weight sums over all tokens of a member: in so many parts there are enough tiles for a GPU
 _MAX_ROW_PARTS = 16
+# torch's norm has a thread block for every row: too many where heads are narrow
+_MIN_KERNEL_WIDTH = 64
 
 
 def _stacked(members: Sequence[Tensor]) -> nn.Parameter:
@@ -59,14 +61,19 @@ class StackedRMSNorm(nn.Module):
     def __init__(self, members: Sequence[nn.RMSNorm]) -> None:
         super().__init__()
         self.weight = _stacked([member.weight for member in members])
+        assert members[0].eps is not None
         self.eps = members[0].eps
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize `[N * B, ..., K]`."""
         num_members, width = self.weight.shape
-        normalized = F.rms_norm(x, (width,), eps=self.eps).unflatten(0, (num_members, -1))
+        if width < _MIN_KERNEL_WIDTH:
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            normalized = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        else:
+            normalized = F.rms_norm(x, (width,), eps=self.eps)
         gain = self.weight.view(num_members, *(1,) * (x.ndim - 1), width)
-        return (normalized * gain).flatten(0, 1)
+        return (normalized.unflatten(0, (num_members, -1)) * gain).flatten(0, 1)
 
 
 class StackedEmbedding(nn.Module):

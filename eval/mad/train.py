@@ -3,6 +3,7 @@
 Letters: N members, B rows of a batch, T tokens, V vocabulary; D data sets of R rows.
 """
 
+import gc
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,9 @@ from eval.mad.runs import BATCH, SOLVED, Outcome, Run
 from eval.mad.stack import stack_modules
 from models.attention.base import Attention
 from tokens import IGNORE_INDEX
+
+# below so many steps the time of a compilation is not won back
+_MIN_COMPILED_STEPS = 2000
 
 Report = Callable[[Run, Outcome], None]
 """Called with a run and its outcome as soon as it ends."""
@@ -104,9 +108,9 @@ class Stack:
         order_DR = torch.arange(num_rows, device=self._set_N1.device).expand(num_sets, -1)
         return self._pass_over(order_DR, is_training=False) / -(-num_rows // BATCH)
 
-    def smaller(self, runs: Sequence[Run]) -> "Stack":
+    def smaller(self, runs: Sequence[Run], *, is_compiled: bool = False) -> "Stack":
         """Return a stack of some of the members, as they are now."""
-        stack = Stack(runs, self._data, self._pool, is_compiled=self._is_compiled)
+        stack = Stack(runs, self._data, self._pool, is_compiled=is_compiled)
         stack.optimizers.take_over(self.optimizers, [self.runs.index(run) for run in runs])
         return stack
 
@@ -182,6 +186,12 @@ def _can_capture(run: Run) -> bool:
     return all(each.supports_cuda_graph for each in model.modules() if isinstance(each, Attention))
 
 
+def free_memory() -> None:
+    """Free the memory of stacks that have ended: their graphs hold it, in circles of references."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 def train(
     runs: Sequence[Run],
     device: torch.device,
@@ -199,7 +209,7 @@ def train(
         runs: The runs, of one shape_of.
         device: Device of the models and their data.
         report: Called with a run and its outcome as soon as it ends.
-        is_compiled: Whether torch.compile fuses what is between the kernels.
+        is_compiled: Whether torch.compile fuses what is between the kernels, in stacks of enough steps.
 
     Raises:
         UserError: There is no such attention.
@@ -208,16 +218,22 @@ def train(
     with ExitStack() as contexts:
         pool = None
         if device.type == "cuda":
+            contexts.callback(free_memory)
             contexts.enter_context(torch.cuda.device(device))
             contexts.enter_context(torch.cuda.stream(torch.cuda.Stream(device)))
             pool = torch.cuda.graph_pool_handle() if _can_capture(runs[0]) else None
-        _train(Stack(runs, DataSets(runs, device), pool, is_compiled=is_compiled), report)
+        _train(runs, DataSets(runs, device), pool, report, is_compiled=is_compiled)
 
 
-def _train(stack: Stack, report: Report) -> None:
+def _train(runs: Sequence[Run], data: DataSets, pool: Any, report: Report, *, is_compiled: bool) -> None:
     start = time.perf_counter()
-    open_runs = list(stack.runs)
-    max_epochs = open_runs[0].recipe.max_epochs
+    max_epochs = runs[0].recipe.max_epochs
+
+    def is_worth_compiling(epoch: int) -> bool:
+        num_steps = (max_epochs - epoch) * -(-runs[0].setting.num_train_rows // BATCH)
+        return is_compiled and num_steps >= _MIN_COMPILED_STEPS
+
+    stack, open_runs = Stack(runs, data, pool, is_compiled=is_worth_compiling(0)), list(runs)
     for epoch in range(max_epochs):
         losses_N = stack.train_epoch(epoch, [run in open_runs for run in stack.runs])
         # one transfer for both: the device waits while the host reads
@@ -232,4 +248,4 @@ def _train(stack: Stack, report: Report) -> None:
         if not open_runs:
             return
         if 2 * len(open_runs) <= len(stack.runs):
-            stack = stack.smaller(open_runs)
+            stack = stack.smaller(open_runs, is_compiled=is_worth_compiling(epoch + 1))
