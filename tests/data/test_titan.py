@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -147,6 +148,10 @@ def test_a_number_of_held_out_tokens_takes_as_many_rows_of_all_documents(
     # the middle rows of five parts
     middle = [whole[row].inputs["input"] for row in (3, 9, 15, 21, 27)]
     assert torch.equal(torch.cat([batch.inputs["input"] for batch in batches]), torch.cat(middle))
+    # of a larger set, documents of 8 times as many tokens
+    _validation(changed, tmp_path / "kept", max_tokens=6)
+    (file,) = (tmp_path / "kept").iterdir()
+    assert len(np.load(file)["tokens"]) == 48
 
 
 def test_validation_without_document_masks_attends_and_predicts_across_documents(

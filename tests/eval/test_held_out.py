@@ -107,7 +107,7 @@ def test_the_standard_error_is_the_jackknife_s_over_documents(
 
 def test_the_first_documents_were_taken_for_the_whole_set(corpus: Path, tmp_path: Path) -> None:
     tokenizer, inside = Tokenizer.load(corpus), []
-    for seed in range(10):
+    for seed in range(5):
         texts = make_texts(seed, 4000)
         write_parquet(tmp_path / f"{seed}.parquet", texts)
         source = ParquetSource(files=[str(tmp_path / f"{seed}.parquet")])
@@ -119,7 +119,7 @@ def test_the_first_documents_were_taken_for_the_whole_set(corpus: Path, tmp_path
         count = int(np.searchsorted(tokens.cumsum(), 20_000))
         first = nats[:count].sum() / tokens[:count].sum()
         assert abs(first - whole) > 10 * result.standard_error
-    assert sum(inside) >= 9
+    assert all(inside)
 
 
 def long_and_short_texts(seed: int) -> list[str]:
@@ -187,10 +187,11 @@ def evaluate_on_rank(rank: int, world: int, source: ParquetSource, corpus: Path,
 def test_one_two_and_three_ranks_have_the_same_result(corpus: Path, tmp_path: Path) -> None:
     write_parquet(tmp_path / "texts.parquet", make_texts(0, 300))
     source = ParquetSource(files=[str(tmp_path / "texts.parquet")])
-    for world in (1, 2, 3):
+    tokenizer = Tokenizer.load(corpus)
+    one = [vars(evaluate(source, tokenizer, tmp_path / "kept1", limit)) for limit in (None, 3000)]
+    for world in (2, 3):
         mp.spawn(evaluate_on_rank, (world, source, corpus, tmp_path), nprocs=world)
-    one, *others = (torch.load(tmp_path / f"{world}.pt") for world in (1, 2, 3))
-    for other in others:
+        other = torch.load(tmp_path / f"{world}.pt")
         for found, wanted in zip(other, one, strict=True):
             assert found == pytest.approx(wanted, rel=1e-12)
     assert one[0]["num_documents"] == 300

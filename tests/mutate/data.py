@@ -71,10 +71,10 @@ MUTANTS = [
     ),
     Mutant(
         "data/titan.py",
-        "        dp_world_size=dp_world_size,\n"
+        "        max_tokens=max_tokens,\n"
         "        mask_documents=config.mask_documents,\n"
         "        prefetch_batches=config.prefetch_batches,\n",
-        "        dp_world_size=dp_world_size,\n        prefetch_batches=config.prefetch_batches,\n",
+        "        max_tokens=max_tokens,\n        prefetch_batches=config.prefetch_batches,\n",
         TITAN,
     ),
     Mutant(
@@ -112,6 +112,12 @@ MUTANTS = [
         "FirstTokens(opened(source, SEED), DRAWN_PER_TOKEN * max_tokens)",
         "FirstTokens(opened(source, SEED), max_tokens)",
         HELD_OUT,
+    ),
+    Mutant(
+        "data/titan.py",
+        "        max_tokens=max_tokens,\n        mask_documents",
+        "        mask_documents",
+        TITAN,
     ),
     Mutant("data/loading/held_out.py", "(2 * np.arange(count) + 1)", "(2 * np.arange(count))", HELD_OUT_ROWS),
     Mutant(
