@@ -88,7 +88,8 @@ def test_spectra_of_heads_are_those_of_the_products() -> None:
             "ov_stable_rank": maps.wo.weight[:, own] @ maps.wv.weight[shared],
         }
         for name, product in wanted.items():
-            assert found[name][head] == pytest.approx(float(stable_rank_of(torch.linalg.svdvals(product))))
+            wanted_rank = stable_rank_of(torch.linalg.svdvals(product.detach()))
+            assert float(found[name][head]) == pytest.approx(float(wanted_rank))
 
 
 def test_weights_of_a_module_and_the_product_of_those_of_low_rank() -> None:
@@ -99,5 +100,5 @@ def test_weights_of_a_module_and_the_product_of_those_of_low_rank() -> None:
     assert cheap["wr"]["stable_rank"] <= 3
     for name, values in cheap.items():
         for quantity, value in values.items():
-            assert value == pytest.approx(exact[name][quantity], rel=0.008)
-    assert exact["wq"]["condition_number"] >= 1
+            assert float(value) == pytest.approx(float(exact[name][quantity]), rel=0.008)
+    assert float(exact["wq"]["condition_number"]) >= 1
