@@ -8,7 +8,7 @@ results are copied to the host at once and reduced there: a run measures itself 
 
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -266,5 +266,5 @@ def make_record(layers: Sequence[LayerDiagnostics], sample: QuerySample, set: Di
         "set": set,
         "sample": sample.facts(),
         "context": context_counts(sample),
-        LAYERS: [asdict(layer) for layer in layers],
+        LAYERS: [{**vars(layer)} for layer in layers],
     }

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from eval.diagnostics import spectra
 from eval.diagnostics.spectra import (
     head_spectra,
     product_singular_values,
@@ -54,6 +55,32 @@ def test_the_norm_lies_within_its_bound(shape: tuple[int, int], scale: float) ->
             assert n ** (-0.5 / 1025) - slack <= norm <= 1 + slack
         exact = stable_rank_of(torch.linalg.svdvals(w))
         assert float(stable_rank(w.float())) == pytest.approx(float(exact), rel=0.008)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 1e6])
+def test_powers_rounded_to_fp16_as_on_a_gpu_keep_the_norm_within_its_bound(
+    scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def square(power: torch.Tensor) -> torch.Tensor:
+        assert float(power.abs().max()) <= 1 + 1e-6
+        half = power.half()
+        return half.float() @ half.float()
+
+    monkeypatch.setattr(spectra, "_square", square)
+    n = 256
+    for seed, values in enumerate(
+        [
+            [1.0] * n,
+            [1.0 - 0.0005 * i for i in range(n)],
+            [0.9**i for i in range(n)],
+            [1.0] + [0.999] * (n - 1),
+            [1.0] + [0.97] * (n - 1),
+            [1.0, 0.9995] + [0.01] * (n - 2),
+        ]
+    ):
+        norm = float(spectral_norm(scale * with_spectrum(values, n, 300, seed).float())) / scale
+        assert n ** (-0.5 / 1025) - 1e-4 <= norm <= 1 + 2e-5, (seed, norm)
+    assert float(spectral_norm(torch.zeros(4, 6))) == 0
 
 
 def test_few_squarings_are_below_the_norm_by_no_more_than_their_bound() -> None:
