@@ -47,7 +47,7 @@ class Diagnostics:
         self.model = model
         self.metrics = metrics
         self.device = device
-        self._sample: QuerySample | None = None  # drawn when it is needed first
+        self._sample: QuerySample | None = None  # on the host, drawn when it is needed first
 
     def is_due(self, step: int) -> bool:
         """Return whether the attention is measured after a step."""
@@ -67,7 +67,9 @@ class Diagnostics:
         settings, model = self.config.diagnostics, self.model
         assert isinstance(model, Qwen3)
         start = time.perf_counter()
-        sample = run_on_all_ranks(self._read_sample, self.device)
+        if self._sample is None:
+            self._sample = run_on_all_ranks(self._read_sample, self.device)
+        sample = self._sample
         layers = run_on_all_ranks(
             lambda: collect(model, sample, set=settings.set, layers=settings.layers), self.device
         )
@@ -77,21 +79,19 @@ class Diagnostics:
         logger.info(f"step {step}  diagnostics of {sample.num_queries} rows in {seconds:.1f} s")
 
     def _read_sample(self) -> QuerySample:
-        if self._sample is None:
-            config = self.config
-            seq_len = config.training.seq_len
-            batch = read_batch(
-                open_held_out(
-                    config.data,
-                    self.tokenizer,
-                    max_tokens=config.eval.max_tokens,
-                    kept_in=RunFolder(Path(config.run.folder)).held_out,
-                    is_main_rank=is_main_rank(),
-                ),
+        config = self.config
+        seq_len = config.training.seq_len
+        batch = read_batch(
+            open_held_out(
+                config.data,
                 self.tokenizer,
-                seq_len=seq_len,
-                num_rows=num_rows(seq_len, config.tokens_per_step),
-                mask_documents=config.data.mask_documents,
-            )
-            self._sample = draw_queries(batch, seq_len).to(self.device)
-        return self._sample
+                max_tokens=config.eval.max_tokens,
+                kept_in=RunFolder(Path(config.run.folder)).held_out,
+                is_main_rank=is_main_rank(),
+            ),
+            self.tokenizer,
+            seq_len=seq_len,
+            num_rows=num_rows(seq_len, config.tokens_per_step),
+            mask_documents=config.data.mask_documents,
+        )
+        return draw_queries(batch, seq_len)

@@ -97,7 +97,7 @@ def _read_sample(opened: OpenedModel, named: Source | None, num_queries: int | N
         num_rows=num_rows(seq_len, tokens_per_step),
         mask_documents=opened.table.get("data", {}).get("mask_documents", True),
     )
-    return draw_queries(batch, seq_len, num_queries=num_queries).to(opened.device)
+    return draw_queries(batch, seq_len, num_queries=num_queries)
 
 
 def _name(opened: OpenedModel) -> str:

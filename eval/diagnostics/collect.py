@@ -2,12 +2,13 @@
 
 Compiled blocks and CUDA graphs hide queries, keys and probes, so this is a forward of its own, eager, without
 gradients: before each attention module runs, a hook computes its heads once more, while FSDP2 has its weights
-gathered. No random generator is used.
+gathered. No random generator is used. With the cheap set nothing waits for the device until the end, when all
+results are copied to the host at once and reduced there: a run measures itself every 100 steps.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from eval.diagnostics.row_statistics import row_statistics
 from eval.diagnostics.sample import QuerySample
 from eval.diagnostics.spectra import head_spectra, weight_spectra
 from eval.diagnostics.summary import Values, context_counts, rounded, summarize
+from eval.diagnostics.transfer import to_host
 from eval.scoring.head_scores import head_input_hook
 from models.attention.base import Attention, Rope
 from models.attention.key_values import KeyValueAttention
@@ -53,6 +55,30 @@ class LayerDiagnostics:
     gains: dict[str, dict[str, float | None]]
 
 
+@dataclass(frozen=True, kw_only=True)
+class LayerTensors:
+    """What was measured of one layer, not yet reduced.
+
+    Attributes:
+        layer: Its index, from 0.
+        attention: Class of its attention module.
+        window_size: Number of newest keys that a query sees; None for all.
+        values: "rows/<quantity>" -> `[B, N, H]`; "heads/<quantity>" -> `[H]`; "weights/<name>/<quantity>" and
+            "gains/<name>/<quantity>" -> scalar.
+    """
+
+    layer: int
+    attention: str
+    window_size: int | None
+    values: dict[str, Tensor]
+
+    def part(self, name: str) -> dict[str, Tensor]:
+        """Return the values whose names begin with a part's, without it."""
+        return {
+            key.removeprefix(f"{name}/"): x for key, x in self.values.items() if key.startswith(f"{name}/")
+        }
+
+
 @torch.no_grad()
 def collect(
     model: Qwen3, sample: QuerySample, *, set: DiagnosticsSet, layers: Collection[int] | None = None
@@ -61,7 +87,7 @@ def collect(
 
     Args:
         model: The model; compiled or not, sharded or not. Sharded weights are sharded again at the end.
-        sample: The sampled rows, on the model's device.
+        sample: The sampled rows, on the host.
         set: Which quantities.
         layers: Indices of the layers; None for all.
 
@@ -72,15 +98,16 @@ def collect(
         Exception: What a measurement raised first, after the forward has ended, whose collectives other ranks
             take part in.
     """
-    found: list[LayerDiagnostics] = []
+    found: list[LayerTensors] = []
     failures: list[Exception] = []
+    there = sample.to(model.tok_embeddings.weight.device)
 
     def measure(layer: int, module: nn.Module, arguments: tuple[Any, ...]) -> None:
         assert isinstance(module, Attention)
         if failures:
             return
         try:
-            found.append(measure_layer(module, layer, arguments[0], arguments[1], sample, set=set))
+            found.append(measure_layer(module, layer, arguments[0], arguments[1], there, set=set))
         except Exception as error:  # of any kind: raised when no rank waits for this one
             failures.append(error)
 
@@ -91,14 +118,17 @@ def collect(
             if layers is None or layer in layers:
                 handle = module.register_forward_pre_hook(partial(measure, layer))
                 stack.callback(handle.remove)
-        seq_len = sample.tokens_BT.shape[1]
-        model(sample.tokens_BT.reshape(1, -1), cu_seqlens=sample.cu_seqlens, max_seqlen=seq_len)
+        seq_len = there.tokens_BT.shape[1]
+        model(there.tokens_BT.reshape(1, -1), cu_seqlens=there.cu_seqlens, max_seqlen=seq_len)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
     if failures:
         raise failures[0]
-    return found
+    values = to_host([layer.values for layer in found])
+    return _summarize(
+        [replace(layer, values=each) for layer, each in zip(found, values, strict=True)], sample
+    )
 
 
 def _keep_first_position(head: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -109,34 +139,70 @@ def _keep_first_position(head: nn.Module, arguments: tuple[Any, ...]) -> tuple[A
 
 def measure_layer(
     module: Attention, layer: int, x_BTD: Tensor, rope: Rope, sample: QuerySample, *, set: DiagnosticsSet
-) -> LayerDiagnostics:
-    """Measure an attention module.
+) -> LayerTensors:
+    """Measure an attention module; with the cheap set, without synchronizing with the device.
 
     Args:
         module: The module, its weights gathered.
         layer: Its index.
         x_BTD: Its input: the sampled rows, flattened to `[1, B * T, D]`.
         rope: Rotary embedding of their positions.
-        sample: The sampled rows.
+        sample: The sampled rows, on the module's device.
         set: Which quantities.
     """
-    heads: dict[str, Values] = {}
-    by_context: dict[str, dict[str, Values]] = {}
+    values: dict[str, Tensor] = {}
     if isinstance(module, KeyValueAttention):
-        statistics = _row_quantities(module, x_BTD, rope, sample, set)
-        heads, by_context = summarize(statistics, sample, sample.visible_keys(module.window_size))
+        rows = _row_quantities(module, x_BTD, rope, sample, set)
+        values |= {f"rows/{name}": x_BNH for name, x_BNH in rows.items()}
         if set == "full":
             ranks = head_spectra(module, module.size.head_dim)
-            heads |= {f"heads/{name}": [rounded(x) for x in values] for name, values in ranks.items()}
+            values |= {f"heads/{name}": x_H for name, x_H in ranks.items()}
     weights = weight_spectra(module, exact=set == "full")
-    return LayerDiagnostics(
+    for part, tables in (("weights", weights), ("gains", _gains(module))):
+        values |= {f"{part}/{name}/{key}": x for name, table in tables.items() for key, x in table.items()}
+    return LayerTensors(
         layer=layer,
         attention=type(module).__name__,
-        heads=heads,
-        by_context=by_context,
-        weights=_rounded(weights),
-        gains=_rounded(_gains(module)),
+        window_size=module.window_size if isinstance(module, KeyValueAttention) else None,
+        values=values,
     )
+
+
+def _summarize(layers: Sequence[LayerTensors], sample: QuerySample) -> list[LayerDiagnostics]:
+    """Reduce the rows of layers, on the host; those with the same quantities and window at once."""
+    rows, per_head = ([layer.part(name) for layer in layers] for name in ("rows", "heads"))
+    reduced: dict[int, tuple[dict[str, Values], dict[str, dict[str, Values]]]] = {}
+    kinds: dict[tuple[Any, ...], list[int]] = {}
+    for i, (layer, quantities) in enumerate(zip(layers, rows, strict=True)):
+        kinds.setdefault((layer.window_size, *quantities), []).append(i)
+    for (window_size, *names), members in kinds.items():
+        statistics = {name: torch.stack([rows[i][name] for i in members]) for name in names}
+        visible = sample.visible_keys(window_size)
+        results = summarize(statistics, sample, visible) if names else [({}, {})] * len(members)
+        reduced |= zip(members, results, strict=True)
+    return [
+        LayerDiagnostics(
+            layer=layer.layer,
+            attention=layer.attention,
+            heads=reduced[i][0]
+            | {
+                f"heads/{key}": [rounded(x) for x in x_H.tolist()] for key, x_H in layer.part("heads").items()
+            },
+            by_context=reduced[i][1],
+            weights=_by_name(layer.part("weights")),
+            gains=_by_name(layer.part("gains")),
+        )
+        for i, (layer, heads) in enumerate(zip(layers, per_head, strict=True))
+    ]
+
+
+def _by_name(values: Mapping[str, Tensor]) -> dict[str, dict[str, float | None]]:
+    """Return name -> quantity -> value, of "<name>/<quantity>" -> scalar."""
+    found: dict[str, dict[str, float | None]] = {}
+    for key, x in values.items():
+        name, quantity = key.split("/")
+        found.setdefault(name, {})[quantity] = rounded(float(x))
+    return found
 
 
 def _row_quantities(
@@ -178,18 +244,14 @@ def _row_quantities(
     return found
 
 
-def _gains(module: nn.Module) -> dict[str, dict[str, float]]:
-    """Return the root mean square and the largest magnitude of the gains of a module's norms."""
+def _gains(module: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """Return the root mean square and the largest magnitude of the gains of a module's norms, scalars."""
     norms = {name: child for name, child in module.named_children() if isinstance(child, nn.RMSNorm)}
     gains = {name: norm.weight.float() for name, norm in norms.items()}
     return {
-        name: {"rms": float(gain.square().mean().sqrt()), "largest": float(gain.abs().max())}
+        name: {"rms": gain.square().mean().sqrt(), "largest": gain.abs().max()}
         for name, gain in gains.items()
     }
-
-
-def _rounded(values: dict[str, dict[str, float]]) -> dict[str, dict[str, float | None]]:
-    return {name: {key: rounded(x) for key, x in each.items()} for name, each in values.items()}
 
 
 def make_record(layers: Sequence[LayerDiagnostics], sample: QuerySample, set: DiagnosticsSet) -> Record:
@@ -204,5 +266,5 @@ def make_record(layers: Sequence[LayerDiagnostics], sample: QuerySample, set: Di
         "set": set,
         "sample": sample.facts(),
         "context": context_counts(sample),
-        LAYERS: [asdict(layer) for layer in layers],
+        LAYERS: [{**vars(layer)} for layer in layers],
     }

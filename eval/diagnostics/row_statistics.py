@@ -1,7 +1,7 @@
 """Quantities of single query rows of attention, from their queries and probes and all keys and values.
 
-Equations are those of parallax/reference.py. Rows are computed one key/value head at a time, and in pieces,
-so that no T x T matrix exists.
+Equations are those of parallax/reference.py. Rows are computed in pieces, so that no T x T matrix exists, and
+no result is read before the end: on a GPU nothing waits.
 
 Letters: B rows of text, N queries in each, T keys of each, H query heads, G key/value heads, M = H / G, K
 head width.
@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-PIECE_ELEMENTS = 1 << 23
-"""Most elements of a matrix of weights `[B, N, M, T]`: 32 MiB in fp32."""
+PIECE_ELEMENTS = 1 << 24
+"""Most elements of a matrix of weights of all heads, `[B, G, N, M, T]`: 64 MiB in fp32."""
 
 
 def visible_mask(first_BN: Tensor, query_BN: Tensor, num_keys: int) -> Tensor:
@@ -37,10 +37,10 @@ def pieces(query_BN: Tensor, num_elements_per_query: int) -> Iterator[slice]:
 def softmax_rows(
     q_BNMK: Tensor, k_BTK: Tensor, visible_BNT: Tensor, scale: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Compute logits, -inf where a key is hidden, and weights (1), both `[B, N, M, T]`."""
+    """Compute logits, -inf where a key is hidden, and weights (1), both `[B, N, M, T]`; B may be two axes."""
     scale = q_BNMK.shape[-1] ** -0.5 if scale is None else scale
-    s_BNMT = scale * torch.einsum("bnmk,btk->bnmt", q_BNMK, k_BTK)
-    s_BNMT = s_BNMT.masked_fill(~visible_BNT[:, :, None], float("-inf"))
+    s_BNMT = torch.einsum("...nmk,...tk->...nmt", scale * q_BNMK, k_BTK)
+    s_BNMT = s_BNMT.masked_fill_(~visible_BNT[..., None, :], float("-inf"))
     return s_BNMT, s_BNMT.softmax(-1)
 
 
@@ -72,55 +72,62 @@ def row_statistics(
         weights w combined_first_mass, negative_share (of the visible keys), smallest_weight and
         largest_weight, and largest_probe_score (largest |t|).
     """
-    num_groups = q_BNHK.shape[2] // k_BTGK.shape[2]
-    heads = []
-    for head in range(k_BTGK.shape[2]):
-        own = slice(head * num_groups, (head + 1) * num_groups)
-        found = []
-        for piece in pieces(query_BN, num_groups * k_BTGK.shape[1]):
-            visible_BNT = visible_mask(first_BN[:, piece], query_BN[:, piece], k_BTGK.shape[1])
-            r_BNMK = None if r_BNHK is None else r_BNHK[:, piece, own]
-            q_BNMK, k_BTK, v_BTK = q_BNHK[:, piece, own], k_BTGK[:, :, head], v_BTGK[:, :, head]
-            found.append(_of_head(q_BNMK, r_BNMK, k_BTK, v_BTK, visible_BNT, first_BN[:, piece], scale))
-        heads.append({name: torch.cat([each[name] for each in found], 1) for name in found[0]})
-    return {name: torch.cat([each[name] for each in heads], 2) for name in heads[0]}
+    num_keys, num_kv_heads = k_BTGK.shape[1:3]
+
+    def by_group(x_BNHK: Tensor) -> Tensor:
+        return x_BNHK.unflatten(2, (num_kv_heads, -1)).transpose(1, 2)
+
+    q_BGNMK, r_BGNMK = by_group(q_BNHK), None if r_BNHK is None else by_group(r_BNHK)
+    k_BGTK, v_BGTK = (x_BTGK.transpose(1, 2).contiguous() for x_BTGK in (k_BTGK, v_BTGK))
+    found = []
+    for piece in pieces(query_BN, q_BNHK.shape[2] * num_keys):
+        first_BN1 = first_BN[:, piece, None]
+        visible_B1NT = visible_mask(first_BN[:, piece], query_BN[:, piece], num_keys)[:, None]
+        r = None if r_BGNMK is None else r_BGNMK[:, :, piece]
+        found.append(_of_piece(q_BGNMK[:, :, piece], r, k_BGTK, v_BGTK, visible_B1NT, first_BN1, scale))
+    return {
+        name: torch.cat([each[name] for each in found], 2).transpose(1, 2).flatten(2) for name in found[0]
+    }
 
 
-def _of_head(
-    q_BNMK: Tensor,
-    r_BNMK: Tensor | None,
-    k_BTK: Tensor,
-    v_BTK: Tensor,
-    visible_BNT: Tensor,
-    first_BN: Tensor,
+def _of_piece(
+    q_BGNMK: Tensor,
+    r_BGNMK: Tensor | None,
+    k_BGTK: Tensor,
+    v_BGTK: Tensor,
+    visible_B1NT: Tensor,
+    first_BN1: Tensor,
     scale: float | None,
 ) -> dict[str, Tensor]:
-    """Compute the quantities of one key/value head's query heads, `[B, N, M]`."""
-    s_BNMT, p_BNMT = softmax_rows(q_BNMK, k_BTK, visible_BNT, scale)
-    o_first = first_BN[:, :, None, None].expand(*p_BNMT.shape[:3], 1)
+    """Compute the quantities of some queries, `[B, G, N, M]`."""
+    s_BGNMT, p_BGNMT = softmax_rows(q_BGNMK, k_BGTK, visible_B1NT, scale)
+    o_first = first_BN1[:, None, ..., None].expand(*p_BGNMT.shape[:4], 1)
     found = {
-        "first_mass": p_BNMT.gather(-1, o_first)[..., 0],
-        "entropy": torch.special.entr(p_BNMT).sum(-1),
-        "participation": 1 / p_BNMT.square().sum(-1),
-        "largest_logit": s_BNMT.amax(-1),
+        "first_mass": p_BGNMT.gather(-1, o_first)[..., 0],
+        "entropy": torch.special.entr(p_BGNMT).sum(-1),
+        "participation": p_BGNMT.norm(dim=-1) ** -2,
+        "largest_logit": s_BGNMT.amax(-1),
     }
-    if r_BNMK is None:
+    if r_BGNMK is None:
         return found
-    visible_BN1T = visible_BNT[:, :, None]
-    t_BNMT = torch.einsum("bnmk,btk->bnmt", r_BNMK, k_BTK).masked_fill(~visible_BN1T, 0.0)
-    tbar_BNM1 = (p_BNMT * t_BNMT).sum(-1, keepdim=True)
-    vbar_BNMK = torch.einsum("bnmt,btk->bnmk", p_BNMT, v_BTK)
+    del s_BGNMT
+    is_hidden_B1N1T = ~visible_B1NT[..., None, :]
+    t_BGNMT = torch.einsum("...nmk,...tk->...nmt", r_BGNMK, k_BGTK).masked_fill_(is_hidden_B1N1T, 0.0)
+    found["largest_probe_score"] = t_BGNMT.norm(float("inf"), dim=-1)
+    tbar_BGNM1 = torch.linalg.vecdot(p_BGNMT, t_BGNMT)[..., None]
+    vbar_BGNMK = torch.einsum("...nmt,...tk->...nmk", p_BGNMT, v_BGTK)
     # (4); the second term is what rounding leaves of sum_j p_ij (t_ij - tbar_i) = 0
-    d_BNMT = p_BNMT * (t_BNMT - tbar_BNM1)
-    correction_BNMK = torch.einsum("bnmt,btk->bnmk", d_BNMT, v_BTK) - d_BNMT.sum(-1, keepdim=True) * vbar_BNMK
-    w_BNMT = p_BNMT - d_BNMT
-    is_negative = (w_BNMT < 0) & visible_BN1T
+    d_BGNMT = t_BGNMT.sub_(tbar_BGNM1).mul_(p_BGNMT)
+    dv_BGNMK = torch.einsum("...nmt,...tk->...nmk", d_BGNMT, v_BGTK)
+    correction_BGNMK = dv_BGNMK - d_BGNMT.sum(-1, keepdim=True) * vbar_BGNMK
+    # 0 where a key is hidden; the largest is above 0, since a row's sum is 1
+    w_BGNMT = p_BGNMT.sub_(d_BGNMT)
+    num_keys_B1N1 = visible_B1NT.sum(-1)[..., None].to(w_BGNMT.dtype)
     return found | {
-        "correction_ratio": correction_BNMK.norm(dim=-1) / vbar_BNMK.norm(dim=-1),
-        "probe_norm": r_BNMK.norm(dim=-1),
-        "combined_first_mass": w_BNMT.gather(-1, o_first)[..., 0],
-        "negative_share": is_negative.sum(-1) / visible_BN1T.sum(-1).to(w_BNMT.dtype),
-        "smallest_weight": w_BNMT.masked_fill(~visible_BN1T, float("inf")).amin(-1),
-        "largest_weight": w_BNMT.masked_fill(~visible_BN1T, float("-inf")).amax(-1),
-        "largest_probe_score": t_BNMT.abs().amax(-1),
+        "correction_ratio": correction_BGNMK.norm(dim=-1) / vbar_BGNMK.norm(dim=-1),
+        "probe_norm": r_BGNMK.norm(dim=-1),
+        "combined_first_mass": w_BGNMT.gather(-1, o_first)[..., 0],
+        "negative_share": (w_BGNMT < 0).sum(-1) / num_keys_B1N1,
+        "largest_weight": w_BGNMT.amax(-1),
+        "smallest_weight": w_BGNMT.masked_fill_(is_hidden_B1N1T, float("inf")).amin(-1),
     }

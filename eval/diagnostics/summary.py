@@ -30,46 +30,54 @@ def context_bounds(seq_len: int) -> list[tuple[int, int]]:
 
 def summarize(
     statistics: Mapping[str, Tensor], sample: QuerySample, visible: VisibleKeys
-) -> tuple[dict[str, Values], dict[str, dict[str, Values]]]:
-    """Reduce rows to heads, and to context lengths.
+) -> list[tuple[dict[str, Values], dict[str, dict[str, Values]]]]:
+    """Reduce rows to heads, and to context lengths, of several layers at once.
 
     Args:
-        statistics: Name of a quantity -> `[B, N, H]`; NaN where a row has no value.
+        statistics: Name of a quantity -> `[L, B, N, H]` of L layers; NaN where a row has no value.
         sample: The sampled rows.
         visible: Which keys they see.
 
     Returns:
-        "<quantity>/<reduction>" -> value of each head, and quantity -> "mean" and "stderr" -> value of each
-        of context_bounds, of the means over heads. Quantities of the first token are those of rows that see
-        the first token of their document, "middle_mean" and "middle_stderr" those of the others.
+        Of each layer "<quantity>/<reduction>" -> value of each head, and quantity -> "mean" and "stderr" ->
+        value of each of context_bounds, of the means over heads. Quantities of the first token are those of
+        rows that see the first token of their document, "middle_mean" and "middle_stderr" those of the
+        others.
     """
-    heads: dict[str, Values] = {}
-    by_context: dict[str, dict[str, Values]] = {}
+    heads: dict[str, list[Values]] = {}
+    by_context: dict[str, dict[str, list[Values]]] = {}
     sees_start_R = visible.is_document_start_BN[sample.is_sampled_BN]
     context_R = sample.context_lengths
-    for name, values_BNH in statistics.items():
+    bounds = context_bounds(sample.tokens_BT.shape[1])
+    for name, values_LBNH in statistics.items():
         quantity = QUANTITIES[name]
-        values_RH = values_BNH[sample.is_sampled_BN].double()
+        values_LRH = values_LBNH[:, sample.is_sampled_BN].double()
         kept_R = sees_start_R if quantity.needs_start else torch.ones_like(sees_start_R)
         groups = {"": kept_R} | ({"middle_": ~kept_R} if quantity.needs_start else {})
         for prefix, is_in_R in groups.items():
+            rows_LRH = values_LRH if is_in_R.all() else values_LRH[:, is_in_R]
             for reduction in quantity.reductions:
-                found = _reduce(values_RH[is_in_R], reduction)
-                heads[f"{name}/{prefix}{reduction}"] = _values(found)
+                heads[f"{name}/{prefix}{reduction}"] = _values(_reduce(rows_LRH, reduction))
                 if reduction == "mean":
-                    errors = _standard_error(values_RH[is_in_R], sample)
-                    heads[f"{name}/{prefix}stderr"] = _values(errors)
+                    heads[f"{name}/{prefix}stderr"] = _values(_standard_error(rows_LRH, sample))
         if quantity.by_context:
-            means_R1 = values_RH.mean(1, keepdim=True)
-            rows = [
-                means_R1[kept_R & (context_R >= low) & (context_R <= high)]
-                for low, high in context_bounds(sample.tokens_BT.shape[1])
-            ]
+            means_LR = values_LRH.mean(2)
+            rows = [means_LR[:, kept_R & (context_R >= low) & (context_R <= high)] for low, high in bounds]
             by_context[name] = {
-                "mean": [_values(_reduce(each, "mean"))[0] for each in rows],
-                "stderr": [_values(_standard_error(each, sample))[0] for each in rows],
+                "mean": _values(torch.stack([_reduce(each, "mean") for each in rows], 1)),
+                "stderr": _values(torch.stack([_standard_error(each, sample) for each in rows], 1)),
             }
-    return heads, by_context
+    num_layers = len(next(iter(statistics.values())))
+    return [
+        (
+            {name: values[layer] for name, values in heads.items()},
+            {
+                name: {key: values[layer] for key, values in found.items()}
+                for name, found in by_context.items()
+            },
+        )
+        for layer in range(num_layers)
+    ]
 
 
 def context_counts(sample: QuerySample) -> dict[str, Any]:
@@ -85,30 +93,30 @@ def rounded(value: float) -> float | None:
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-def _values(x: Tensor) -> Values:
-    return [rounded(each) for each in x.tolist()]
+def _values(x_LH: Tensor) -> list[Values]:
+    return [[rounded(each) for each in values] for values in x_LH.tolist()]
 
 
-def _reduce(values_RH: Tensor, reduction: Reduction) -> Tensor:
-    """Reduce the rows of each head, without those that are NaN; NaN without rows."""
-    if not len(values_RH):
-        return values_RH.new_full(values_RH.shape[1:], torch.nan)
+def _reduce(values_LRH: Tensor, reduction: Reduction) -> Tensor:
+    """Reduce the rows, without those that are NaN; NaN without rows."""
+    if not values_LRH.shape[1]:
+        return values_LRH.sum(1) + torch.nan
     match reduction:
         case "mean":
-            return values_RH.nanmean(0)
+            return values_LRH.nanmean(1)
         case "median":
-            return values_RH.nanquantile(0.5, dim=0)
+            return values_LRH.nanquantile(0.5, dim=1)
         case "p95":
-            return values_RH.nanquantile(0.95, dim=0)
+            return values_LRH.nanquantile(0.95, dim=1)
         case "max":
-            return values_RH.amax(0)
+            return values_LRH.amax(1)
         case "min":
-            return values_RH.amin(0)
+            return values_LRH.amin(1)
 
 
-def _standard_error(values_RH: Tensor, sample: QuerySample) -> Tensor:
+def _standard_error(values_LRH: Tensor, sample: QuerySample) -> Tensor:
     """Compute the standard error of the mean over rows; NaN for fewer than two rows."""
-    num_H = values_RH.isfinite().sum(0)
-    squares_H = (values_RH - values_RH.nanmean(0)).square().nansum(0)
+    num_LH = values_LRH.isfinite().sum(1)
+    squares_LH = (values_LRH - values_LRH.nanmean(1, keepdim=True)).square().nansum(1)
     unsampled = 1 - sample.num_queries / sample.num_candidates
-    return (squares_H / (num_H - 1) / num_H * unsampled).sqrt()
+    return (squares_LH / (num_LH - 1) / num_LH * unsampled).sqrt()

@@ -23,6 +23,14 @@ def values_of(sample: QuerySample, seed: int = 0) -> torch.Tensor:
     return table[torch.arange(len(sample.query_BN))[:, None], sample.query_BN]
 
 
+def summarize_one(
+    statistics: dict[str, torch.Tensor], sample: QuerySample
+) -> tuple[dict[str, Values], dict[str, dict[str, Values]]]:
+    """The summary of one layer, `[B, N, H]`, as the second of two."""
+    both = {name: torch.stack((x.flip(2).exp(), x)) for name, x in statistics.items()}
+    return summarize(both, sample, sample.visible_keys(None))[1]
+
+
 def numbers(values: Values) -> list[float]:
     return [value for value in values if value is not None]
 
@@ -33,7 +41,7 @@ def test_reductions_are_those_of_the_sampled_rows_alone() -> None:
     visible = sample.visible_keys(None)
     x = values_of(sample)
     names = ("correction_ratio", "first_mass", "smallest_weight", "largest_logit")
-    heads, by_context = summarize(dict.fromkeys(names, x), sample, visible)
+    heads, by_context = summarize_one(dict.fromkeys(names, x), sample)
     pairs = sample.is_sampled_BN.nonzero().tolist()
     sees_start = [bool(visible.is_document_start_BN[b, n]) for b, n in pairs]
     assert 5 < sum(sees_start) < 95
@@ -79,14 +87,14 @@ def test_means_over_samples_are_within_their_standard_errors(monkeypatch: pytest
     batch = make_batch(LENGTHS, SEQ_LEN)
     everything = draw_queries(batch, SEQ_LEN, num_queries=None)
     x = {"entropy": values_of(everything)}
-    exact, _ = summarize(x, everything, everything.visible_keys(None))
+    exact, _ = summarize_one(x, everything)
     assert exact["entropy/stderr"] == [0.0, 0.0, 0.0]
     wanted = numbers(exact["entropy/mean"])
     errors, stated = [], []
     for seed in range(300):
         monkeypatch.setattr(sample_module, "SEED", seed)
         sample = draw_queries(batch, SEQ_LEN, num_queries=120)
-        heads, _ = summarize({"entropy": values_of(sample)}, sample, sample.visible_keys(None))
+        heads, _ = summarize_one({"entropy": values_of(sample)}, sample)
         errors += [a - b for a, b in zip(numbers(heads["entropy/mean"]), wanted, strict=True)]
         stated += numbers(heads["entropy/stderr"])
     # without bias, and of the stated size, which without 1 - R / M would be a quarter larger
@@ -102,9 +110,7 @@ def test_rows_without_a_value_are_left_out_and_a_group_without_rows_is_none() ->
     sample = draw_queries(make_batch([40], 64), 64, num_queries=None)
     x = values_of(sample)
     x[:, 0] = torch.nan
-    heads, by_context = summarize(
-        {"probe_alignment": x, "combined_first_mass": x}, sample, sample.visible_keys(None)
-    )
+    heads, by_context = summarize_one({"probe_alignment": x, "combined_first_mass": x}, sample)
     assert heads["probe_alignment/mean"] == pytest.approx(x[0, 1:39].double().mean(0).tolist(), rel=1e-5)
     assert heads["combined_first_mass/middle_mean"] == [None] * 3
     assert None not in by_context["combined_first_mass"]["mean"]
