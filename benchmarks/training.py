@@ -22,9 +22,10 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import RESULTS, describe, visible_gpus, write_result
+from benchmarks.machine import RESULTS, describe, write_result
 from config import load
 from errors import UserError, run_command
+from eval.gpus import visible_gpus
 from models.run_folder import RunFolder
 from training.run_config import RunConfig
 
