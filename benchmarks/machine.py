@@ -1,7 +1,6 @@
 """Hardware and software versions of a benchmark, and the file of its result."""
 
 import json
-import os
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -37,12 +36,6 @@ def describe() -> dict[str, Any]:
         "commit": git.stdout.strip() or None,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def visible_gpus() -> list[str]:
-    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; empty without a GPU."""
-    every = ",".join(map(str, range(torch.cuda.device_count())))
-    return [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",") if gpu]
 
 
 def write_result(name: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:

@@ -22,10 +22,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import RESULTS, describe, visible_gpus, write_result
+from benchmarks.machine import RESULTS, describe, write_result
 from benchmarks.step_trace import read_trace
 from benchmarks.training import WARMUP_STEPS, launch, local_batch_size, medians, read_steps
 from errors import UserError, run_command
+from eval.gpus import visible_gpus
 
 # the traced step is not the last one, which writes a checkpoint; the profiler slows the steps around it
 TRACED_STEP = 12

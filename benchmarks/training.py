@@ -28,11 +28,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.machine import RESULTS, describe, visible_gpus, write_result
+from benchmarks.machine import RESULTS, describe, write_result
 from benchmarks.stock_size import StockSize
 from benchmarks.training_table import format_table
 from config import load
 from errors import UserError, run_command
+from eval.gpus import visible_gpus
 from models.run_folder import RunFolder
 from training.run_config import RunConfig
 

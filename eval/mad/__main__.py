@@ -18,6 +18,7 @@ import torch
 
 from disk import write_text
 from errors import UserError, run_command
+from eval.gpus import visible_gpus
 from eval.mad.model import attention_kinds
 from eval.mad.packs import pack
 from eval.mad.plots import plot_difficulty, plot_scores
@@ -27,7 +28,7 @@ from eval.mad.scores import task_grids
 from eval.mad.settings import TASKS, Level, Task, tasks_of
 from eval.mad.table import score_table
 from eval.mad.train import Report, train
-from eval.mad.workers import train_all, visible_gpus
+from eval.mad.workers import train_all
 from eval.open_model import check_at_least_1
 
 

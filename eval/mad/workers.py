@@ -13,17 +13,11 @@ from typing import Any
 import torch
 
 from errors import RunError
+from eval.gpus import VISIBLE
 from eval.mad.runs import Run
 from eval.mad.train import Report, train
 
 _POLL_SECONDS = 0.5
-_VISIBLE = "CUDA_VISIBLE_DEVICES"
-
-
-def visible_gpus() -> list[str]:
-    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; empty without a GPU."""
-    every = ",".join(map(str, range(torch.cuda.device_count())))
-    return [gpu for gpu in os.environ.get(_VISIBLE, every).split(",") if gpu]
 
 
 def train_all(
@@ -35,7 +29,7 @@ def train_all(
 
     Args:
         packs: Runs that are trained at once; packs are begun in this order.
-        gpus: The GPUs, as CUDA_VISIBLE_DEVICES names them; without a GPU in the machine, names of processes.
+        gpus: The GPUs, as CUDAVISIBLE_DEVICES names them; without a GPU in the machine, names of processes.
         report: Called in this process with a run and its outcome as soon as it ends.
         is_compiled: As in train.
 
@@ -85,15 +79,15 @@ class _Workers:
         self._inboxes[gpu] = self._context.Queue()
         arguments = (gpu, self._inboxes[gpu], self._messages, self._is_compiled)
         self._processes[gpu] = self._context.Process(target=_work, args=arguments)
-        visible = os.environ.get(_VISIBLE)
-        os.environ[_VISIBLE] = gpu
+        visible = os.environ.get(VISIBLE)
+        os.environ[VISIBLE] = gpu
         try:
             self._processes[gpu].start()
         finally:
             if visible is None:
-                del os.environ[_VISIBLE]
+                del os.environ[VISIBLE]
             else:
-                os.environ[_VISIBLE] = visible
+                os.environ[VISIBLE] = visible
 
     def handle(self, report: Report) -> None:
         """Handle the next message, or the death of processes that send none any more."""

@@ -5,6 +5,7 @@ from tests.mutate.mutant import Mutant
 CONTINUATIONS = "tests/eval/test_continuations.py"
 HARNESS = "tests/eval/test_harness.py"
 HELD_OUT = "tests/eval/test_held_out.py"
+MAD_STACK = "tests/eval/mad/test_stack.py"
 REPORT_TASKS = "tests/eval/report/test_report_tasks.py"
 SCORER = "tests/eval/scoring/test_scorer.py"
 TEXT_COUNTS = "tests/eval/test_text_counts.py"
@@ -203,4 +204,47 @@ MUTANTS = [
         "",
         REPORT_TASKS,
     ),
+    Mutant(
+        "eval/mad/stack.py",
+        "x[first, 0] if isinstance",
+        "x[0, 0] if isinstance",
+        f"{MAD_STACK}::test_a_stack_computes_what_its_members_do",
+    ),
+    Mutant(
+        "eval/mad/optimizers.py",
+        "momentum.copy_(old_momentum[list(members)])",
+        "pass",
+        f"{MAD_STACK}::test_a_smaller_stack_goes_on_as_the_larger_would",
+    ),
+    Mutant(
+        "eval/mad/optimizers.py",
+        "value.copy_(old_optimizer.state[old_p][key])",
+        "pass",
+        f"{MAD_STACK}::test_a_smaller_stack_goes_on_as_the_larger_would",
+    ),
+    Mutant(
+        "eval/mad/optimizers.py",
+        "run.recipe.epoch_rate(run.lr, epoch) if active else 0.0",
+        "run.recipe.epoch_rate(run.lr, epoch)",
+        f"{MAD_STACK}::test_a_member_that_is_not_active_keeps_its_weights",
+    ),
+    Mutant(
+        "eval/mad/train.py",
+        "data.of_run[run] for run in runs",
+        "0 for run in runs",
+        f"{MAD_STACK}::test_50_steps_are_those_of_single_runs",
+    ),
+    Mutant(
+        "eval/mad/train.py",
+        "if 2 * len(open_runs) <= len(stack.runs):",
+        "if False:",
+        f"{MAD_STACK}::test_solved_members_end_and_the_others_go_on_as_if_alone",
+    ),
+    Mutant(
+        "eval/mad/packs.py",
+        "_cost(each)))",
+        "0))",
+        f"{MAD_STACK}::test_packs_have_one_shape_whole_grids_and_fit",
+    ),
+    Mutant("eval/mad/replay.py", "self._graph.replay()", "pass", "tests/eval/mad/test_replay.py"),
 ]

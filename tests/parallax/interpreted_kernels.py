@@ -144,6 +144,13 @@ def test_tile_depends_on_gpu_width_and_document_length(width: int, monkeypatch: 
     assert tile((8, 0), tiles.SHORT) == tiles._AMPERE[key]
 
 
+def test_the_narrowest_heads_are_left_to_the_plain_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    x: Any = SimpleNamespace(shape=(1, 127, 16, 16), dtype=torch.bfloat16, device=torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for kernel, plain in (("forward", "forward"), ("softmax_dq", "dqdr"), ("dkdv", "dkdv")):
+        assert tiles.tile_of(kernel, x, True, 127) == tiles._HOPPER[plain, 64]
+
+
 def test_document_bounds_are_written_for_every_row_even_if_they_end_early() -> None:
     for bounds in ([0, 3, 3, 7, 10], [0, 3, 3, 7, 8], [1, 3, 3, 7, 9]):
         first, end = document_bounds(torch.tensor(bounds, dtype=torch.int32), 10)

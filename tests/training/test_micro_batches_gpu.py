@@ -46,7 +46,7 @@ def train(attention: SoftmaxConfig | ParallaxConfig, *, cuda_graphs: bool) -> tu
         compile_blocks=True, reshard_after_forward=True,
     )  # fmt: skip
     settings = TrainingConfig(
-        steps=1, seq_len=2048, global_batch_size=8, local_batch_size=4, cuda_graphs=cuda_graphs
+        steps=1, seq_len=T, global_batch_size=2, local_batch_size=1, cuda_graphs=cuda_graphs
     )
     micro_batches = MicroBatches(model, settings, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
