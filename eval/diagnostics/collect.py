@@ -212,18 +212,18 @@ def _row_quantities(
     seq_len = sample.tokens_BT.shape[1]
 
     def rows(x_1THK: Tensor) -> Tensor:
-        """Unflatten the rows, `[B, T, H, K]`, in fp32."""
-        return x_1THK[0].unflatten(0, (-1, seq_len)).float()
+        """Unflatten the rows, `[B, T, H, K]`."""
+        return x_1THK[0].unflatten(0, (-1, seq_len))
 
     o_row = torch.arange(len(sample.query_BN), device=x_BTD.device)[:, None]
 
     def queries(x_1THK: Tensor) -> Tensor:
-        return rows(x_1THK)[o_row, sample.query_BN]
+        return rows(x_1THK)[o_row, sample.query_BN].float()
 
     q, k, v = module.project(x_BTD, rope)
     r = module.probe(x_BTD, rope)
     q_BNHK, r_BNHK = queries(q), None if r is None else queries(r)
-    k_BTGK, v_BTGK = rows(k), rows(v)
+    k_BTGK, v_BTGK = rows(k).float(), rows(v).float()
     keys = sample.query_BN, sample.visible_keys(module.window_size).first_BN
     found: dict[str, Tensor] = {}
     if set == "full":
