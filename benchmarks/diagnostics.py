@@ -2,12 +2,12 @@
 
     python -m benchmarks.diagnostics configs/0.6b_parallax_muon.toml [...] [-- --data.tokenizer DIR ...]
 
-trains each config on one GPU, one micro-batch per step, and measures every 10 steps. It prints the seconds
-of the first measurement, which is cold and reads the held-out text, and the median of the others; and the share
-of training time that a measurement every 100 steps takes, for one micro-batch per step and for the config's own
-global batch on one GPU (the same step times the number of micro-batches). Arguments after `--` are overrides
-of every run, for example the folder of the data. The measured text is that of the training shards unless they
-name another `data.validation`.
+trains each config on one GPU, one micro-batch per step, and measures every 10 steps. It prints the seconds of
+the first measurement, which is cold and reads the held-out text, and the median of the others; and the share
+of training time that a measurement every 100 steps takes, for one micro-batch per step and for the config's
+own global batch on one GPU (the same step times the number of micro-batches). Arguments after `--` are
+overrides of every run, for example the folder of the data. The measured text is held out of the training
+shards unless they name another `data.validation`.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def run_overrides(config: RunConfig) -> list[str]:
     words += ["--diagnostics.every", str(EVERY), "--eval.every", "none", "--eval.max_tokens", "65536"]
     data = config.data
     if isinstance(data.train, ShardsSource) and isinstance(data.validation, ShardsSource):
-        words += ["--data.validation.folder", data.train.folder, "--data.validation_documents", "all"]
+        words += ["--data.validation.folder", data.train.folder, "--data.validation_documents", "held_out"]
     return words
 
 

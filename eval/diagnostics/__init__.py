@@ -2,6 +2,7 @@
 
 In this order: `sample` draws query rows of held-out text, `collect` runs a forward over it and measures every
 attention module, `row_statistics` and `covariance` compute quantities of single rows, `spectra` those of
-weights, `summary` reduces rows to heads, `record` makes the JSON record, and `plots` draws it.
+weights, `transfer` copies them all to the host, `summary` reduces rows to heads, `record` makes the JSON
+record, and `plots` draws it.
 docs/diagnostics.md has the definitions.
 """

@@ -126,9 +126,8 @@ def collect(
     if failures:
         raise failures[0]
     values = to_host([layer.values for layer in found])
-    return _summarize(
-        [replace(layer, values=each) for layer, each in zip(found, values, strict=True)], sample
-    )
+    here = [replace(layer, values=each) for layer, each in zip(found, values, strict=True)]
+    return _summarize(here, sample)
 
 
 def _keep_first_position(head: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -170,30 +169,31 @@ def measure_layer(
 
 def _summarize(layers: Sequence[LayerTensors], sample: QuerySample) -> list[LayerDiagnostics]:
     """Reduce the rows of layers, on the host; those with the same quantities and window at once."""
-    rows, per_head = ([layer.part(name) for layer in layers] for name in ("rows", "heads"))
+    parts = {name: [layer.part(name) for layer in layers] for name in ("rows", "heads", "weights", "gains")}
     reduced: dict[int, tuple[dict[str, Values], dict[str, dict[str, Values]]]] = {}
     kinds: dict[tuple[Any, ...], list[int]] = {}
-    for i, (layer, quantities) in enumerate(zip(layers, rows, strict=True)):
+    for i, (layer, quantities) in enumerate(zip(layers, parts["rows"], strict=True)):
         kinds.setdefault((layer.window_size, *quantities), []).append(i)
     for (window_size, *names), members in kinds.items():
-        statistics = {name: torch.stack([rows[i][name] for i in members]) for name in names}
+        statistics = {name: torch.stack([parts["rows"][i][name] for i in members]) for name in names}
         visible = sample.visible_keys(window_size)
         results = summarize(statistics, sample, visible) if names else [({}, {})] * len(members)
         reduced |= zip(members, results, strict=True)
-    return [
-        LayerDiagnostics(
-            layer=layer.layer,
-            attention=layer.attention,
-            heads=reduced[i][0]
-            | {
-                f"heads/{key}": [rounded(x) for x in x_H.tolist()] for key, x_H in layer.part("heads").items()
-            },
-            by_context=reduced[i][1],
-            weights=_by_name(layer.part("weights")),
-            gains=_by_name(layer.part("gains")),
+    found = []
+    for i, layer in enumerate(layers):
+        heads, by_context = reduced[i]
+        spectra = parts["heads"][i].items()
+        found.append(
+            LayerDiagnostics(
+                layer=layer.layer,
+                attention=layer.attention,
+                heads=heads | {f"heads/{name}": [rounded(x) for x in x_H.tolist()] for name, x_H in spectra},
+                by_context=by_context,
+                weights=_by_name(parts["weights"][i]),
+                gains=_by_name(parts["gains"][i]),
+            )
         )
-        for i, (layer, heads) in enumerate(zip(layers, per_head, strict=True))
-    ]
+    return found
 
 
 def _by_name(values: Mapping[str, Tensor]) -> dict[str, dict[str, float | None]]:
@@ -212,18 +212,18 @@ def _row_quantities(
     seq_len = sample.tokens_BT.shape[1]
 
     def rows(x_1THK: Tensor) -> Tensor:
-        """Unflatten the rows, `[B, T, H, K]`, in fp32."""
-        return x_1THK[0].unflatten(0, (-1, seq_len)).float()
+        """Unflatten the rows, `[B, T, H, K]`."""
+        return x_1THK[0].unflatten(0, (-1, seq_len))
 
     o_row = torch.arange(len(sample.query_BN), device=x_BTD.device)[:, None]
 
     def queries(x_1THK: Tensor) -> Tensor:
-        return rows(x_1THK)[o_row, sample.query_BN]
+        return rows(x_1THK)[o_row, sample.query_BN].float()
 
     q, k, v = module.project(x_BTD, rope)
     r = module.probe(x_BTD, rope)
     q_BNHK, r_BNHK = queries(q), None if r is None else queries(r)
-    k_BTGK, v_BTGK = rows(k), rows(v)
+    k_BTGK, v_BTGK = rows(k).float(), rows(v).float()
     keys = sample.query_BN, sample.visible_keys(module.window_size).first_BN
     found: dict[str, Tensor] = {}
     if set == "full":

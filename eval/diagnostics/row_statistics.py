@@ -113,7 +113,7 @@ def _of_piece(
     del s_BGNMT
     is_hidden_B1N1T = ~visible_B1NT[..., None, :]
     t_BGNMT = torch.einsum("...nmk,...tk->...nmt", r_BGNMK, k_BGTK).masked_fill_(is_hidden_B1N1T, 0.0)
-    found["largest_probe_score"] = t_BGNMT.norm(float("inf"), dim=-1)
+    largest_t_BGNM = t_BGNMT.norm(float("inf"), dim=-1)
     tbar_BGNM1 = torch.linalg.vecdot(p_BGNMT, t_BGNMT)[..., None]
     vbar_BGNMK = torch.einsum("...nmt,...tk->...nmk", p_BGNMT, v_BGTK)
     # (4); the second term is what rounding leaves of sum_j p_ij (t_ij - tbar_i) = 0
@@ -122,12 +122,14 @@ def _of_piece(
     correction_BGNMK = dv_BGNMK - d_BGNMT.sum(-1, keepdim=True) * vbar_BGNMK
     # 0 where a key is hidden; the largest is above 0, since a row's sum is 1
     w_BGNMT = p_BGNMT.sub_(d_BGNMT)
+    largest_w_BGNM = w_BGNMT.amax(-1)
     num_keys_B1N1 = visible_B1NT.sum(-1)[..., None].to(w_BGNMT.dtype)
     return found | {
         "correction_ratio": correction_BGNMK.norm(dim=-1) / vbar_BGNMK.norm(dim=-1),
         "probe_norm": r_BGNMK.norm(dim=-1),
         "combined_first_mass": w_BGNMT.gather(-1, o_first)[..., 0],
         "negative_share": (w_BGNMT < 0).sum(-1) / num_keys_B1N1,
-        "largest_weight": w_BGNMT.amax(-1),
         "smallest_weight": w_BGNMT.masked_fill_(is_hidden_B1N1T, float("inf")).amin(-1),
+        "largest_weight": largest_w_BGNM,
+        "largest_probe_score": largest_t_BGNM,
     }

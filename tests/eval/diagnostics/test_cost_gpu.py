@@ -18,9 +18,14 @@ from tests.eval.diagnostics.test_cost import SAMPLE as DRAWN
 pytestmark = pytest.mark.gpu
 
 
-def test_values_are_those_of_the_cpu() -> None:
+@pytest.mark.parametrize(
+    "attention",
+    [ParallaxConfig(), ParallaxConfig(gate="token", r_rank=8, r_norm=False, num_plain_layers=2)],
+    ids=["parallax", "gate-low-rank-plain"],
+)
+def test_values_are_those_of_the_cpu(attention: ParallaxConfig) -> None:
     ours, theirs = (
-        make_record(collect(build(ParallaxConfig()).to(device), SAMPLE, set="cheap"), SAMPLE, "cheap")
+        make_record(collect(build(attention).to(device), SAMPLE, set="cheap"), SAMPLE, "cheap")
         for device in ("cuda", "cpu")
     )
     for one, two in zip(ours["layers"], theirs["layers"], strict=True):

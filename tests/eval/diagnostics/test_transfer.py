@@ -33,7 +33,8 @@ def test_one_copy_leaves_the_device() -> None:
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # pyrefly: ignore
             if func is torch.ops.aten.cat.default:
-                sources.append(len(args[0]))
+                (tensors,) = args[:1]
+                sources.append(len(tensors))
             return func(*args, **(kwargs or {}))
 
     with Watch():
