@@ -30,6 +30,16 @@ def test_the_cpu_takes_the_plain_path() -> None:
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
+def test_a_norm_of_another_kind_keeps_its_own_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Doubled(nn.RMSNorm):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    monkeypatch.setattr(norm_rope, "serves", lambda x: True)
+    x, norm = torch.randn(1, 600, 2, 64), Doubled(64)
+    assert torch.equal(normalize_heads(x, norm, None), norm(x))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
