@@ -1,7 +1,7 @@
 """Estimate the time of a training step on H200s from FLOPs, bytes, link rates and host work.
 
-A micro-batch takes what its matrix products, its attention and its memory-bound kernels take, or what the
-host needs to launch them, whichever is longer. FSDP gathers bf16 weights before the forward and, if they
+A micro-batch takes what its matrix products, its attention and its memory-bound kernels take, or, where it is
+not replayed as a CUDA graph, what the host needs to launch them if that is longer. FSDP gathers bf16 weights before the forward and, if they
 were freed, before the backward, and scatters fp32 gradients; HSDP then sums them over the replicas. This is
 hidden behind the micro-batch except for the embedding's weights and gradients, which come first and last.
 Ranks wait in every micro-batch for the one with the most attention. Every step adds the optimizer and
@@ -23,7 +23,7 @@ GPUS_PER_NODE = 8
 
 # rates of one H200 in training, measured (docs/performance.md, "Scaling")
 _PRODUCT_FLOPS = 750e12
-_ATTENTION_FLOPS = 400e12
+_ATTENTION_FLOPS = 370e12
 _ORTHOGONALIZATION_FLOPS = 560e12
 _MEMORY_BANDWIDTH = 4.3e12
 _NVLINK_BANDWIDTH = 200e9
@@ -37,7 +37,7 @@ _VISIBLE_SHARE, _VISIBLE_EXPONENT = 0.52, -0.3
 # rows of the same text at length 4096, divided by data.loading.global_batch.balance_rows
 _UNBALANCED_SHARE = 0.4
 # reads and writes of each saved element, of each logit and, in bytes, per weight and micro-batch
-_ACTIVATION_PASSES = 5.5
+_ACTIVATION_PASSES = 4.7
 _WEIGHT_BYTES = 40
 # an element-wise optimizer reads weight, gradient and state and writes weight and state, at half of the
 # memory's bandwidth: fused AdamW seven fp32 values per weight
@@ -45,9 +45,9 @@ _OPTIMIZER_PASSES = 2
 # assumed, not measured: SOAP's fp32 products, and its QR decompositions of 10/3 n^3 FLOPs each
 _FP32_FLOPS = 40e12
 _QR_FLOPS = 1e12
-# seconds of host work per layer of a micro-batch, and per step
+# seconds of host work per layer of a micro-batch without CUDA graphs, and per step that nothing hides
 _HOST_SECONDS_PER_LAYER = 3.4e-3
-_HOST_SECONDS_PER_STEP = 15e-3
+_HOST_SECONDS_PER_STEP = 5e-3
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,9 @@ def estimate_step_time(config: RunConfig, model: Qwen3, world_size: int) -> Step
     num_bytes = 2 * _ACTIVATION_PASSES * tokens * elements + _WEIGHT_BYTES * num_weights
     memory_bound = num_bytes / _MEMORY_BANDWIDTH
     busy = products + attention + memory_bound
-    launch_bound = max(0.0, _HOST_SECONDS_PER_LAYER * model.config.dimensions.num_layers - busy)
+    is_replayed = config.training.cuda_graphs and config.training.activation_checkpointing is None
+    launches = 0.0 if is_replayed else _HOST_SECONDS_PER_LAYER * model.config.dimensions.num_layers
+    launch_bound = max(0.0, launches - busy)
     return StepTime(
         products=num_micro_batches * products,
         attention=num_micro_batches * attention,
