@@ -28,3 +28,21 @@ def test_help(command: list[str]) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage: ")
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["data.sample", "--ou", "x"],
+        ["data.train_tokenizer", "--vocab", "300", "--files", "x", "--out", "y"],
+        ["data.shards", "prepare", "--tok", "x", "--files", "x", "--out", "y"],
+        ["data.shards", "info", "x", "--seq", "9"],
+    ],
+    ids=" ".join,
+)
+def test_options_are_not_abbreviated(words: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 2
+    assert "unrecognized arguments" in done.stderr or "arguments are required" in done.stderr

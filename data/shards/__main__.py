@@ -88,10 +88,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m data.shards",
         description=__doc__,
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("prepare", help="tokenize a source into shards, or resume")
+    command = commands.add_parser(
+        "prepare", help="tokenize a source into shards, or resume", allow_abbrev=False
+    )
     command.set_defaults(run=_prepare)
     command.add_argument("--out", type=Path, required=True, help="folder to write to")
     command.add_argument(
@@ -116,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
             "print the counts of the shards, documents by length, and the mean context per token",
         ),
     ):
-        command = commands.add_parser(name, help=text)
+        command = commands.add_parser(name, help=text, allow_abbrev=False)
         command.set_defaults(run=run)
         command.add_argument("folder", type=Path, help="a prepared folder")
         if run is _verify:
