@@ -1,11 +1,12 @@
 """Estimate the time of a training step on H200s from FLOPs, bytes, link rates and host work.
 
-A micro-batch takes what its matrix products, its attention and its memory-bound kernels take, or, where it is
-not replayed as a CUDA graph, what the host needs to launch them if that is longer. FSDP gathers bf16 weights
-before the forward and, if they were freed, before the backward, and scatters fp32 gradients; HSDP then sums
-them over the replicas. This is hidden behind the micro-batch except for the embedding's weights and gradients,
-which come first and last. Ranks wait in every micro-batch for the one with the most attention. Every step adds
-the optimizer and host work that nothing hides. docs/performance.md compares estimates with measurements.
+A micro-batch takes what its matrix products, its attention and its memory-bound kernels take, or, where it
+is not replayed as a CUDA graph, what the host needs to launch them if that is longer. FSDP gathers bf16
+weights before the forward and, if they were freed, before the backward, and scatters fp32 gradients; HSDP
+then sums them over the replicas. This is hidden behind the micro-batch except for the embedding's weights
+and gradients, which come first and last. Ranks wait in every micro-batch for the one with the most
+attention. Every step adds the optimizer and host work that nothing hides. docs/performance.md compares
+estimates with measurements.
 """
 
 from collections.abc import Sequence
