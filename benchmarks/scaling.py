@@ -6,6 +6,8 @@ micro-batch each), and with the same global batch (that of all GPUs, by gradient
 Models are sharded by FSDP2; from 4 GPUs on also by HSDP, in two replicas. Runs on fewer GPUs than there are
 run side by side. Arguments after `--` are overrides of every run.
 
+Rows are written as they are measured; `--resume` measures what the same command has not.
+
 Efficiency is tokens/s per GPU relative to one GPU with one micro-batch. Communication is read from a trace of
 one step: that of the rank that waits least for the others.
 """
@@ -18,13 +20,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import RESULTS, describe, write_result
 from benchmarks.step_trace import read_trace
-from benchmarks.training import WARMUP_STEPS, launch, local_batch_size, medians, read_steps
+from benchmarks.training import WARMUP_STEPS, launch, load_rows, local_batch_size, medians, read_steps
 from errors import UserError, run_command
 from eval.gpus import visible_gpus
 
@@ -109,7 +111,10 @@ def measure(member: Member, gpus: Sequence[str], overrides: Sequence[str]) -> di
 
 
 def measure_all(
-    listed: Sequence[Member], overrides: Sequence[str], save: Callable[[list[dict[str, Any]]], None]
+    listed: Sequence[Member],
+    overrides: Sequence[str],
+    save: Callable[[list[dict[str, Any]]], None],
+    saved: Sequence[dict[str, Any]] = (),
 ) -> tuple[list[dict[str, Any]], list[Member]]:
     """Measure members, those of fewest GPUs first and as many at a time as there are GPUs for.
 
@@ -117,11 +122,13 @@ def measure_all(
         listed: The runs.
         overrides: Overrides of every run.
         save: Called with all rows so far, after each.
+        saved: Rows of members that are not measured again.
 
     Returns:
         The rows in the order of the members, and the members that failed.
     """
-    done: dict[Member, dict[str, Any]] = {}
+    names = [field.name for field in fields(Member)]
+    done = {Member(**{name: row[name] for name in names}): row for row in saved}
     failed: list[Member] = []
     gpus = visible_gpus()
     for count in sorted({member.num_gpus for member in listed}):
@@ -141,7 +148,7 @@ def measure_all(
             save([done[each] for each in listed if each in done])
 
         with ThreadPoolExecutor(free.qsize()) as pool:
-            list(pool.map(run, [member for member in listed if member.num_gpus == count]))
+            list(pool.map(run, [each for each in listed if each.num_gpus == count and each not in done]))
     return [done[each] for each in listed if each in done], failed
 
 
@@ -178,6 +185,9 @@ def main() -> None:
     parser.add_argument("configs", nargs="+", help="config files")
     parser.add_argument("--name", default="scaling", help="name of the JSON file in --out")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the rows that the same command has written before"
+    )
     arguments = sys.argv[1:]
     split = arguments.index("--") if "--" in arguments else len(arguments)
     options, overrides = parser.parse_args(arguments[:split]), arguments[split + 1 :]
@@ -189,12 +199,13 @@ def main() -> None:
         for path in options.configs
         for member in members(path, local_batch_size(path, overrides), max_gpus)
     ]
-    command = "python -m benchmarks.scaling " + shlex.join(arguments)
+    command = "python -m benchmarks.scaling " + shlex.join(each for each in arguments if each != "--resume")
+    saved = load_rows(options.out / f"{options.name}.json", command) if options.resume else []
 
     def save(rows: list[dict[str, Any]]) -> None:
         write_result(options.name, {"command": command, "rows": rows}, options.out)
 
-    rows, failed = measure_all(listed, overrides, save)
+    rows, failed = measure_all(listed, overrides, save, saved)
     print(describe())
     _print_table(rows)
     if failed:
