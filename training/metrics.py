@@ -1,7 +1,5 @@
 """Metrics of a run: metrics.jsonl, progress lines on the console, and optionally TensorBoard and wandb."""
 
-import os
-import secrets
 import sys
 import threading
 import time
@@ -16,10 +14,11 @@ from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 
 from data.progress import format_duration, format_progress
-from disk import DiskFullError, describe_free, write_text
+from disk import DiskFullError, describe_free
 from errors import UserError
 from eval.diagnostics.record import means_of_layers
 from models.run_folder import RunFolder
+from training import wandb_run
 from training.log import logger
 from training.memory import GIB
 from training.metrics_file import JsonlWriter
@@ -120,7 +119,7 @@ class RunMetrics(MetricsProcessor):
             self._guard(jsonl.path.name, lambda: jsonl.write(record))
 
     def _start_wandb(self, name: str, resolved_config: Mapping[str, Any]) -> None:
-        self.wandb_run = _start_wandb(self.folder, name, resolved_config)
+        self.wandb_run = wandb_run.start(self.folder, name, resolved_config)
 
     def _start_tensorboard(self, first_step: int) -> None:
         threading.excepthook = _ignore_tensorboard_thread
@@ -169,35 +168,56 @@ class RunMetrics(MetricsProcessor):
         torch.distributed.broadcast_object_list(names)
         return names[0]
 
-    def reset_throughput(self, start: torch.cuda.Event | None = None) -> None:
-        """Start a new interval of throughput(), which excludes the evaluation or checkpoint before it.
-
-        Args:
-            start: Where the GPU's interval starts; by default where it is now.
-        """
+    def reset_throughput(self) -> None:
+        """Start a new interval of throughput(), which excludes the evaluation or checkpoint before it."""
         self.data_loading_times.clear()
+        self.device_memory_monitor.reset_peak_stats()
+        self._start_interval(None)
+
+    def _start_interval(self, start: torch.cuda.Event | None) -> None:
+        """Start an interval, on a GPU where `start` was, or where it is now."""
         self.time_last_log = time.perf_counter()
         if start is None and torch.cuda.is_available():
             start = torch.cuda.Event(enable_timing=True)
             start.record()
         self._interval_start = start
+
+    def launch_measures(self, graph_bytes: int) -> tuple[float, dict[str, float | None]]:
+        """Measure what the host knows when it has launched a step, and begin with the next one.
+
+        Args:
+            graph_bytes: Memory that CUDA graphs use while they run, which torch counts only at their capture.
+
+        Returns:
+            Seconds of waiting for data, and for metrics.jsonl the peaks of allocated and of reserved memory
+            in GiB (None without a GPU).
+        """
+        seconds = sum(self.data_loading_times)
+        self.data_loading_times.clear()
+        on_gpu = torch.cuda.is_available()
+        peak = max(torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated() + graph_bytes)
+        memory = {
+            "peak_memory_gib": peak / GIB if on_gpu else None,
+            "peak_reserved_gib": torch.cuda.max_memory_reserved() / GIB if on_gpu else None,
+        }
         self.device_memory_monitor.reset_peak_stats()
+        return seconds, memory
 
     def throughput(
-        self, num_tokens: int, flops: float, graph_bytes: int = 0, end: torch.cuda.Event | None = None
+        self, num_tokens: int, flops: float, data_seconds: float, end: torch.cuda.Event | None = None
     ) -> dict[str, float | None]:
         """Measure the step that ends now, and start the next interval.
 
         Args:
             num_tokens: Tokens of the step over all ranks.
             flops: Training FLOPs of the step over all ranks, by the lengths of its documents.
+            data_seconds: From launch_measures.
             end: The end of the step on a GPU, which has been waited for; the host may be further on.
-            graph_bytes: Memory that CUDA graphs use while they run, which torch counts only at their capture.
 
         Returns:
             tokens/s over all ranks; model FLOPs utilization in percent of the bf16 peak, by `flops` and as if
             no documents were masked (None without a GPU); seconds; percentage of the time spent waiting for
-            data; peak of allocated and of reserved memory in GiB (None without a GPU).
+            data.
         """
         now = time.perf_counter()
         seconds = now - self.time_last_log
@@ -207,22 +227,18 @@ class RunMetrics(MetricsProcessor):
         if self._num_steps == 1:
             self._first_step_end = now
         tokens_per_second = num_tokens / seconds
-        on_gpu = torch.cuda.is_available()
         whole_rows = self.num_flops_per_token * tokens_per_second
         # of the peak of all ranks, in percent per FLOP/s
+        on_gpu = torch.cuda.is_available()
         utilization = 100 / (self.gpu_peak_flops * self.world_size) if on_gpu else None
-        peak = max(torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated() + graph_bytes)
-        record = {
+        self._start_interval(end)
+        return {
             "tokens_per_second": tokens_per_second,
             "mfu_percent": utilization and utilization * flops / seconds,
             "mfu_whole_rows_percent": utilization and utilization * whole_rows,
             "step_seconds": seconds,
-            "data_wait_percent": 100 * sum(self.data_loading_times) / seconds,
-            "peak_memory_gib": peak / GIB if on_gpu else None,
-            "peak_reserved_gib": torch.cuda.max_memory_reserved() / GIB if on_gpu else None,
+            "data_wait_percent": 100 * data_seconds / seconds,
         }
-        self.reset_throughput(end)
-        return record
 
     def record_launch(
         self, step: int, *, start: Mapping[str, Any], num_parameters: int, tokenizer_fingerprint: str
@@ -261,7 +277,7 @@ class RunMetrics(MetricsProcessor):
         if self.tensorboard is not None:
             self._guard("tensorboard", lambda: _add_texts(self.tensorboard, step, samples))
         if self.wandb_run is not None:
-            self._guard("wandb", lambda: _log_samples(self.wandb_run, step, samples))
+            self._guard("wandb", lambda: wandb_run.log_samples(self.wandb_run, step, samples))
 
     def record(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Write metrics of a step to every sink.
@@ -345,49 +361,8 @@ def _add_texts(writer: Any, step: int, samples: list[dict[str, str]]) -> None:
         writer.add_text(f"samples/{index}", "    " + text, step)
 
 
-def _log_samples(run: Any, step: int, samples: list[dict[str, str]]) -> None:
-    import wandb
-
-    table = wandb.Table(["step", "prompt", "text"])
-    for sample in samples:
-        table.add_data(step, sample["prompt"], sample["text"])
-    run.log({"step": step, "samples": table})
-
-
 def _ignore_tensorboard_thread(failure: threading.ExceptHookArgs) -> None:
     """Print the traceback of a thread, unless it is TensorBoard's, whose error its next write raises."""
     if type(failure.thread).__module__.startswith("tensorboard.") and failure.exc_type is not SystemExit:
         return
     threading.__excepthook__(failure)
-
-
-def _start_wandb(folder: Path, name: str, resolved_config: Mapping[str, Any]) -> Any:
-    import wandb
-
-    # kept in the run folder: a resumed run continues its wandb run, one that starts over gets a new one
-    id_file = RunFolder(folder).wandb_id_file
-    if id_file.exists() and not id_file.read_text(encoding="utf-8", errors="replace").strip():
-        logger.warning(
-            f"{id_file} is empty: starting a new wandb run; to continue the former, write its id there"
-        )
-        id_file.unlink()
-    if not id_file.exists() or RunFolder(folder).newest_checkpoint() is None:
-        write_text(id_file, secrets.token_hex(4))
-    try:
-        run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "parallax"),
-            name=name,
-            id=id_file.read_text(encoding="utf-8").strip(),
-            resume="allow",
-            dir=str(folder),
-            config=dict(resolved_config),
-        )
-    except wandb.Error as error:
-        raise UserError(
-            f"metrics.wandb is true, but wandb does not start ({' '.join(str(error).split())}); log in with "
-            "`wandb login`, set WANDB_MODE=offline in the environment, or metrics.wandb to false"
-        ) from error
-    # wandb's own steps only increase: it would drop the steps that a resumed run repeats
-    run.define_metric("step")
-    run.define_metric("*", step_metric="step")
-    return run

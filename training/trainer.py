@@ -38,7 +38,7 @@ from training.fall_back import load_or_fall_back
 from training.flops import FlopCounter
 from training.gradient_norm import GradientNorm
 from training.launch_record import command_line, launch_facts
-from training.launched_step import LaunchedStep
+from training.launched_step import LaunchedStep, reads_late
 from training.log import logger
 from training.memory import checkpoint_bytes
 from training.metrics import RunMetrics, check_scalar_names
@@ -110,6 +110,7 @@ class Trainer(TitanTrainer):
         self.checkpointer.checkpoint_bytes = checkpoint_bytes(config, build_meta_model(config), world_size)
         self.micro_batches = MicroBatches(self.model, config.training, self.device)
         self._write_failed = False  # in the background: another checkpoint is due at once
+        self._step_seconds, self._reads_late = 0.0, reads_late(self.device, 0.0)
         self.scalars, self.rank_sums = ScalarRecorder(self.device), RankSums(self.device)
         self.flop_counter = FlopCounter(self.model, config.training.seq_len)
 
@@ -160,6 +161,7 @@ class Trainer(TitanTrainer):
         ) as profiler:
             data = self.batch_generator(self.dataloader)
             self.metrics_processor.reset_throughput()
+            # should a launch fail, the step before it is not on record: a resume repeats both
             while self.step < last_step and not stopped:
                 self.step += 1
                 self.monitor.begin_step(self.step)
@@ -247,7 +249,7 @@ class Trainer(TitanTrainer):
         """Return whether the step just launched is read before the next one is launched."""
         profile_every = self.config.metrics.profile_every
         return (
-            self.device.type == "cpu"  # has computed it
+            not self._reads_late
             or self.step == self.config.training.last_step
             or is_due(self.step, self.config.checkpoint.every)
             or self._write_failed
@@ -280,6 +282,7 @@ class Trainer(TitanTrainer):
                 "loss": self.micro_batches.loss(),
                 "z loss": self.micro_batches.z_loss(),
                 "predicted tokens": num_predicted,
+                "step seconds": self._step_seconds,
                 "flops": sum(self.flop_counter.count(inputs) for inputs, _ in batch),
                 "stop requests": self.stop.requested,
                 "finished writes": self.checkpointer.has_finished_write,
@@ -288,13 +291,15 @@ class Trainer(TitanTrainer):
             self.scalars.totals(),
             self.gradient_norm.last,
         )
+        data_seconds, memory = self.metrics_processor.launch_measures(self.micro_batches.graph_bytes)
         record = {
+            **memory,
             **{f"lr/{name}": rate for name, rate in rates.items()},
             **{f"weight_decay/{name}": decay for name, decay in decays.items()},
             **self.metrics_processor.progress(self.tokens),
             "skipped_documents": sum(self.dataloader.loader.skipped.values()),
         }
-        return LaunchedStep(self.step, sums, self.update_stats.has_spectrum, record)
+        return LaunchedStep(self.step, sums, self.update_stats.has_spectrum, data_seconds, record)
 
     def _accumulate_gradients(self, batch: Sequence[MicroBatch], num_predicted: int) -> None:
         """Run forward and backward of all micro-batches, which have num_predicted targets on this rank."""
@@ -341,6 +346,11 @@ class Trainer(TitanTrainer):
         if norm.is_spike:
             logger.info(f"step {step}  {norm.describe_spike()}")
         check_scalar_names(scalars)
+        throughput = self.metrics_processor.throughput(
+            self.config.tokens_per_step, sums["flops"], launched.data_seconds, launched.sums.copied
+        )
+        self._step_seconds = throughput["step_seconds"] or 0.0
+        self._reads_late = reads_late(self.device, sums["step seconds"] / dist.get_world_size())
         record = {
             "loss": sums["loss"],
             **({"z_loss": sums["z loss"]} if self.config.training.z_loss else {}),
@@ -349,12 +359,7 @@ class Trainer(TitanTrainer):
             "predicted_tokens": int(sums["predicted tokens"]),
             "step_flops": sums["flops"],
             **launched.record,
-            **self.metrics_processor.throughput(
-                self.config.tokens_per_step,
-                sums["flops"],
-                self.micro_batches.graph_bytes,
-                launched.sums.copied,
-            ),
+            **throughput,
         }
         self.metrics_processor.record(step, {**record, **scalars})
         if step == 1 or is_due(step, self.config.metrics.console_every):

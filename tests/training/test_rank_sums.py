@@ -63,7 +63,7 @@ def test_sums_and_means_over_ranks(num_ranks: int, tmp_path: Path) -> None:
 
 
 def test_a_logged_scalar_with_the_name_of_another_metric_is_refused() -> None:
-    trainer = Mock(step=5)
+    trainer = Mock(step=5, device=torch.device("cpu"))
     trainer.config.metrics.console_every = 10
     trainer.metrics_processor.throughput.return_value = {"step_seconds": 1.0}
     trainer.gradient_norm.describe.return_value = StepNorm(1.0, 1.0, False, False)
@@ -76,7 +76,7 @@ def test_a_logged_scalar_with_the_name_of_another_metric_is_refused() -> None:
         "finished writes": 0.0,
         "stop requests": 0.0,
     }
-    launched = LaunchedStep(5, Mock(), False, {"tokens": 1})
+    launched = LaunchedStep(5, Mock(), False, 0.0, {"tokens": 1})
     # those of this record, of others, and of a launch, whose keys a report gives to every record
     names = ["loss", "tokens", "step", "launch", "num_ranks", "samples", "validation_loss", "task_seconds"]
     names += ["update_rms/hidden", "update_sv_min/hidden", "tasks/mean_accuracy", "lr/gate"]
