@@ -29,7 +29,7 @@ def train_all(
 
     Args:
         packs: Runs that are trained at once; packs are begun in this order.
-        gpus: The GPUs, as CUDAVISIBLE_DEVICES names them; without a GPU in the machine, names of processes.
+        gpus: The GPUs, as CUDA_VISIBLE_DEVICES names them; without a GPU in the machine, names of processes.
         report: Called in this process with a run and its outcome as soon as it ends.
         is_compiled: As in train.
 
@@ -110,7 +110,10 @@ class _Workers:
 
     def _fail(self, gpu: str, reason: str) -> None:
         """Note the failure of a GPU's pack; the next one gets a new process."""
-        runs = self._at_work.pop(gpu)
+        runs = self._at_work.pop(gpu, None)
+        if runs is None:  # it had nothing left to do
+            self._processes.pop(gpu).join()
+            return
         recipe, setting = runs[0].recipe, runs[0].setting
         chosen = f"{recipe.attention} {recipe.optimizer} on {setting.task} {setting.name}"
         self.failures.append(f"{chosen} failed on GPU {gpu}")

@@ -9,7 +9,7 @@ from eval.figure import add_legend, label_axes, new_panels, save
 from eval.report.plan_values import ArmRuns
 from eval.report.plots import plot_pairs
 from eval.report.rows import Row
-from eval.report.run_values import Value, average_loss, held_out_loss, loss_before_decay
+from eval.report.run_values import Value, average_held_out_loss, held_out_loss, loss_before_decay
 from eval.report.styles import COLORS, row_styles
 
 _INCHES = 0.2  # of a line
@@ -31,7 +31,7 @@ class _Look(NamedTuple):
 _LOOKS = (
     _Look("Before the decay", loss_before_decay, -1, "o", "#0072B2", "white"),
     _Look("After the last step", held_out_loss, 0, "o", "#D55E00", "#D55E00"),
-    _Look("After it, average of the weights", average_loss, 1, "D", "#009E73", "#009E73"),
+    _Look("After it, average of the weights", average_held_out_loss, 1, "D", "#009E73", "#009E73"),
 )
 
 

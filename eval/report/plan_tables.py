@@ -7,7 +7,7 @@ from eval.report.plan_values import ArmRuns
 from eval.report.run_records import RunRecord
 from eval.report.run_values import (
     Value,
-    average_loss,
+    average_held_out_loss,
     average_loss_before_decay,
     held_out_loss,
     loss_before_decay,
@@ -55,13 +55,13 @@ def arms_table(arms: Sequence[ArmRuns]) -> Table:
         "Seeds": [plain(len(arm.runs), "d") for arm in arms],
         "Before decay": _losses(arms, loss_before_decay),
         "End": _losses(arms, held_out_loss),
-        "Average, end": _losses(arms, average_loss),
+        "Average, end": _losses(arms, average_held_out_loss),
         "Minus": [arm.other for arm in arms],
         "Difference before decay": _gains(arms, loss_before_decay),
         "Difference at the end": _gains(arms, held_out_loss),
         "Change over the decay": [number(change, _DIFFERENCE) for change in changes],
         "Difference of averages before decay": _gains(arms, average_loss_before_decay),
-        "Difference of averages at the end": _gains(arms, average_loss),
+        "Difference of averages at the end": _gains(arms, average_held_out_loss),
     })  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def runs_table(plan: PlanFile, runs: Mapping[str, RunRecord]) -> Table:
         "GPU-hours": [plain(own_device_hours(run), ".3f") for run in found],
         "Loss before decay": [plain(loss_before_decay(run), _LOSS) for run in found],
         "Loss": [plain(held_out_loss(run), _LOSS) for run in found],
-        "Loss of average": [plain(average_loss(run), _LOSS) for run in found],
+        "Loss of average": [plain(average_held_out_loss(run), _LOSS) for run in found],
         "Device": [str(run.steps[-1].get("device", "")) for run in found],
         "Commit": [str(run.steps[-1].get("git_commit") or "")[:9] for run in found],
     })  # fmt: skip

@@ -32,11 +32,6 @@ def held_out_loss(run: RunRecord) -> float | None:
     return _final_held_out(run, "validation_loss")
 
 
-def average_loss(run: RunRecord) -> float | None:
-    """Return the held-out loss of the average of the weights after the last step in nats/token, or None."""
-    return _final_held_out(run, "average_validation_loss")
-
-
 def _before_decay(run: RunRecord, key: str) -> float | None:
     schedule = from_table(
         ScheduleConfig,
@@ -47,7 +42,7 @@ def _before_decay(run: RunRecord, key: str) -> float | None:
     steps = run.config["training.steps"]
     # a branch without a decay phase is compared with the others of its trunk
     start = run.num_trunk_steps or decay_start(schedule, steps)
-    found = [record for record in run.held_out if record["step"] == start < steps]
+    found = [record for record in run.held_out if record["step"] == start < (run.last_step or steps)]
     return found[-1].get(key) if found else None
 
 

@@ -62,7 +62,8 @@ def _reasons(observer: Observer, unfinished: Sequence[Status], launched: Collect
         if num_lost:
             yield (
                 f"stage {stage.name}: {num_lost} members have no checkpoint to start from: work stage "
-                f"{stage.start_from} off in the same folder"
+                f"{stage.start_from} off in the same folder; of members of it that have finished elsewhere, "
+                "delete the folders before"
             )
         num_ready = sum(s.is_ready and s.state in ("waiting", "stopped") for s in left)
         if num_ready:

@@ -1,5 +1,6 @@
 """The cost of a plan before it runs: members with FLOPs and estimated GPU-hours."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from training.branch import branch_step
@@ -117,6 +118,9 @@ def _cost(run: RunConfig, num_gpus: int) -> RunCost:
 
 def _shape(run: RunConfig) -> str:
     """Return what the cost depends on: members that differ in rates and seeds cost the same."""
-    kinds = {name: group.kind for name, group in run.optimizer.groups.items()}
-    shape = (run.model, run.training, run.parallelism, kinds, run.data.mask_documents, branch_step(run))
-    return repr(shape)
+    groups = {
+        name: replace(group, lr=1e-3, weight_decay=0.0, weight_decay_gamma=None, schedule=None)
+        for name, group in run.optimizer.groups.items()
+    }
+    shape = (run.model, run.training, run.parallelism, groups, run.average.decay is None)
+    return repr((*shape, run.data.mask_documents, branch_step(run)))

@@ -7,8 +7,8 @@ from pathlib import Path
 from data.folder_lock import is_held
 from errors import UserError
 from eval.report.run_records import RunRecord, read_run
-from eval.report.run_values import device_hours, held_out_loss
-from models.run_folder import RunFolder
+from eval.report.run_values import held_out_loss, own_device_hours
+from models.run_folder import RunFolder, step_of
 from training.config_differences import config_differences
 from training.run_config import RunConfig
 
@@ -28,6 +28,7 @@ class Progress:
     Attributes:
         step: Completed steps on record.
         last_step: The step that it ends with.
+        first_step: The step that it starts from: 0, or for a branch that of its checkpoint.
         loss: Held-out loss after the last step in nats/token; None before.
         is_finished: Whether the last step and its evaluations are on record.
         is_held: Whether a process has its run folder.
@@ -39,6 +40,7 @@ class Progress:
 
     step: int = 0
     last_step: int
+    first_step: int = 0
     loss: float | None = None
     is_finished: bool = False
     is_held: bool = False
@@ -61,25 +63,29 @@ class Records:
             folder: Its run folder; may be missing.
             config: Its config.
         """
-        last_step = config.training.last_step
+        last_step, start = config.training.last_step, config.checkpoint.start_from
+        first_step = (step_of(Path(start)) or 0) if start is not None else 0
         if not folder.path.is_dir():
-            return Progress(last_step=last_step)
+            return Progress(last_step=last_step, first_step=first_step)
         held, failure = is_held(folder.lock_file), read_failure(folder)
         try:
             differing = _differences(folder, config)
             run = self._read(folder)
         except UserError as error:
-            return Progress(last_step=last_step, is_held=held, failure=failure, problem=str(error))
+            return Progress(
+                last_step=last_step, first_step=first_step, is_held=held, failure=failure, problem=str(error)
+            )
         problem = f"{folder.path} has another config: {'; '.join(differing)}" if differing else None
         seconds = [step["step_seconds"] for step in run.steps[-_RECENT_STEPS:]]
         step = run.steps[-1]["step"] if run.steps else 0
         return Progress(
             step=step,
             last_step=last_step,
+            first_step=first_step,
             loss=held_out_loss(run),
             is_finished=run.is_finished and _is_evaluated(run, config),
             is_held=held,
-            device_hours=(device_hours(run) or 0.0) if run.steps else 0.0,
+            device_hours=(own_device_hours(run) or 0.0) if run.steps else 0.0,
             seconds_left=(last_step - step) * statistics.median(seconds) if len(seconds) > 1 else None,
             failure=failure,
             problem=problem,

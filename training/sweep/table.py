@@ -88,15 +88,15 @@ def seconds_left(overview: Overview, num_slots: int) -> float | None:
         for status in overview.own
         if status.progress.seconds_left and status.progress.step < status.progress.last_step
     ] or [
-        3600 * status.progress.device_hours / status.progress.step
-        for status in overview.own
-        if status.progress.step
+        3600 * progress.device_hours / (progress.step - progress.first_step)
+        for progress in (status.progress for status in overview.own)
+        if progress.step > progress.first_step
     ]
     if not step_seconds:
         return None
     mean = statistics.fmean(step_seconds)
     left = [
-        (status.progress.last_step - status.progress.step) * mean
+        (status.progress.last_step - max(status.progress.step, status.progress.first_step)) * mean
         if status.progress.seconds_left is None
         else status.progress.seconds_left
         for status in overview.own

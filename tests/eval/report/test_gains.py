@@ -19,7 +19,7 @@ from eval.report.plan_report import write_plan_report
 from eval.report.plan_values import arms_of
 from eval.report.run_records import RunRecord, read_run
 from eval.report.run_values import (
-    average_loss,
+    average_held_out_loss,
     average_loss_before_decay,
     held_out_loss,
     loss_before_decay,
@@ -97,9 +97,9 @@ def test_losses_before_the_decay_are_of_its_first_step_or_of_where_a_branch_star
     runs = runs_of(tmp_path / "x", make_plan(tmp_path / "x"))
     run, branch = runs["seeds/parallax_seed1"], runs["no_decay/parallax_seed1"]
     assert (loss_before_decay(run), held_out_loss(run)) == (3.4, 2.98)
-    assert (average_loss_before_decay(run), average_loss(run)) == (3.54, 3.04)
+    assert (average_loss_before_decay(run), average_held_out_loss(run)) == (3.54, 3.04)
     assert (loss_before_decay(branch), held_out_loss(branch)) == (3.4, 2.98 + 0.4)
-    assert average_loss(branch) == pytest.approx(3.24)
+    assert average_held_out_loss(branch) == pytest.approx(3.24)
     assert own_tokens(branch) == (STEPS - BEFORE) * STEP_TOKENS
     hours = own_device_hours(branch)
     assert hours == pytest.approx((STEPS - BEFORE) * 1.8 * 2 / 3600)
