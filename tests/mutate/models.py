@@ -182,7 +182,7 @@ MUTANTS = [
     Mutant("models/kernels/cross_entropy.py", "1.0 + 2.0 * z_loss", "1.0 + z_loss", CROSS_ENTROPY),
     Mutant(
         "models/kernels/cross_entropy.py",
-        "    b_sum *= tl.exp2(b_max * _LOG2_E - b_shift)\n",
+        "    b_sum *= tl.exp2((b_max - b_new) * _LOG2_E)\n",
         "",
         CROSS_ENTROPY,
     ),

@@ -36,7 +36,7 @@ STEP_TIME = "tests/training/test_step_time.py"
 MUTANTS = [
     Mutant("training/average.py", "            module.reshard()", "            pass", AVERAGE),
     Mutant("training/average.py", "            average.copy_(kept)", "            pass", AVERAGE),
-    Mutant("training/average.py", "elif not is_skipped:", "else:", AVERAGE),
+    Mutant("training/average.py", " * (1.0 - is_skipped)", "", AVERAGE),
     Mutant(
         "training/average.py", "return step > self._start_step", "return step >= self._start_step", AVERAGE
     ),
@@ -57,9 +57,21 @@ MUTANTS = [
     Mutant("training/trainer.py", '        torch.set_rng_state(state_dict["rng"]["cpu"])\n', "", STATE),
     Mutant(
         "training/trainer.py",
-        'sums["stop requests"] > 0, write_finished)',
-        'sums["stop requests"] == dist.get_world_size(), write_finished)',
+        'sums["stop requests"] > 0',
+        'sums["stop requests"] == dist.get_world_size()',
         "tests/training/test_stop_of_one_rank.py",
+    ),
+    Mutant(
+        "training/trainer.py",
+        "len(launched) > 1 or stopped or",
+        "len(launched) > 1 or",
+        "tests/training/test_late_reads.py",
+    ),
+    Mutant(
+        "training/rank_sums.py",
+        "{name: row.clone() for",
+        "{name: row for",
+        RANK_SUMS,
     ),
     Mutant(
         "training/signals.py",
@@ -101,9 +113,7 @@ MUTANTS = [
         "",
         CONFIG,
     ),
-    Mutant(
-        "config.py", "        if type(value) is not hint:", "        if not isinstance(value, hint):", CONFIG
-    ),
+    Mutant("config.py", "Any and type(value) is not hint:", "Any and not isinstance(value, hint):", CONFIG),
     Mutant("config.py", "if path.resolve() in chain:", "if path in chain:", CONFIG),
     Mutant("config.py", "in reversed(layers) if", "in layers if", CONFIG),
     Mutant(
