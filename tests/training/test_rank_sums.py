@@ -75,6 +75,7 @@ def test_a_logged_scalar_with_the_name_of_another_metric_is_refused() -> None:
         "predicted tokens": 1.0,
         "finished writes": 0.0,
         "stop requests": 0.0,
+        "step seconds": 0.0,
     }
     launched = LaunchedStep(5, Mock(), False, 0.0, {"tokens": 1})
     # those of this record, of others, and of a launch, whose keys a report gives to every record
