@@ -64,7 +64,8 @@ def job_config(config: RunConfig, *, rows: int, rows_per_step: int, steps: int, 
 
 def model_args(config: RunConfig) -> Qwen3ModelArgs:
     """Return torchtitan's arguments of the softmax model of a run's size."""
-    size = StockSize.of(config)
+    stock = StockSize.of(config)
+    size = stock.size
     return Qwen3ModelArgs(
         dim=size.width,
         n_layers=size.num_layers,
@@ -72,8 +73,8 @@ def model_args(config: RunConfig) -> Qwen3ModelArgs:
         n_kv_heads=size.num_kv_heads,
         head_dim=size.head_dim,
         hidden_dim=size.mlp_width,
-        vocab_size=size.vocab_size,
-        max_seq_len=size.seq_len,
+        vocab_size=stock.vocab_size,
+        max_seq_len=stock.seq_len,
         rope_theta=config.model.rope_theta,
         norm_eps=config.model.norm_eps,
         enable_weight_tying=config.model.tie_embeddings,

@@ -24,7 +24,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -199,7 +199,7 @@ def measure(job: Job, settings: Settings, gpus: Sequence[str]) -> dict[str, Any]
         "first_loss": records[0]["loss"],
         "last_loss": timed[-1]["loss"],
         "final_loss": statistics.fmean(r["loss"] for r in timed[-FINAL_STEPS:]),
-        "size": StockSize.of(config)._asdict(),
+        "size": asdict(StockSize.of(config)),
         "rows": rows,
     }
 

@@ -1,22 +1,16 @@
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from optimizers.kernels.symmetric import symmetric_product
+from tests.interpreter import run_interpreted
 
 INTERPRETED = Path(__file__).with_name("interpreted_kernels.py")
 
 
 def test_kernels_in_interpreter() -> None:
-    # TRITON_INTERPRET must be set before triton is first imported, so this takes another process
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(INTERPRETED)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+    run_interpreted(INTERPRETED)
 
 
 @pytest.mark.gpu

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ SMALL = [
     *("--metrics.tensorboard", "false"),
     *("--metrics.console_every", "1"),
 ]
+LONG = ["--training.steps", "100000", "--data.validation", "none"]
 # numbers of ranks are comparable in fp32 only
 EXACT = ["--optimizer.groups.hidden.dtype", "float32"]
 
@@ -149,3 +151,23 @@ def records(folder: Path) -> list[dict[str, Any]]:
 def losses(folder: Path) -> list[tuple[int, float, float]]:
     """Return (step, loss, gradient norm) of every recorded step."""
     return [(r["step"], r["loss"], r["grad_norm"]) for r in records(folder) if "loss" in r]
+
+
+def start_long(
+    corpus: Path, folder: Path, *, ranks: int = 1, program: Sequence[str] = ("train.py",)
+) -> subprocess.Popen[str]:
+    """Start a long run, and return it after its first step."""
+    process = subprocess.Popen(
+        [*command(ranks), *arguments("debug_parallax_muon", corpus, folder, *LONG, program=program)],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (folder / "metrics.jsonl").exists() or not losses(folder):
+        assert process.poll() is None, process.communicate()[0][-4000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return process

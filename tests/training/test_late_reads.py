@@ -1,15 +1,13 @@
 """A trainer that reads each step one step late, as on a GPU, records what one on a CPU does."""
 
 import signal
-import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.training.launch import ROOT, arguments, command, environment, losses, records, train
+from tests.training.launch import losses, records, start_long, train
 from training.launched_step import LATE_SECONDS, reads_late
 
 LATE = ("-m", "tests.training.late_reads")
@@ -44,21 +42,8 @@ def test_two_ranks_record_the_same(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_a_signal_stops_a_run_whose_steps_are_read_late(corpus: Path, tmp_path: Path) -> None:
-    words = ["--training.steps", "100000", "--data.validation", "none"]
     folder = tmp_path / "run"
-    process = subprocess.Popen(
-        [*command(1), *arguments(CONFIG, corpus, folder, *words, program=LATE)],
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    deadline = time.monotonic() + 120
-    while not (folder / "metrics.jsonl").exists() or not losses(folder):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    process = start_long(corpus, folder, program=LATE)
     process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 0, printed[-4000:]

@@ -6,8 +6,7 @@ import signal
 import subprocess
 from pathlib import Path
 
-from tests.training.launch import losses
-from tests.training.test_stops import start
+from tests.training.launch import losses, start_long
 
 
 def worker_pids(process: subprocess.Popen[str]) -> list[int]:
@@ -19,7 +18,7 @@ def worker_pids(process: subprocess.Popen[str]) -> list[int]:
 
 def test_a_signal_to_one_of_two_ranks_stops_both(corpus: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    process = start(corpus, folder, ranks=2)
+    process = start_long(corpus, folder, ranks=2)
     workers = worker_pids(process)
     assert len(workers) == 2
     os.kill(workers[1], signal.SIGTERM)

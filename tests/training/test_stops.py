@@ -15,30 +15,11 @@ import train as main_program
 from config import load as load_config
 from errors import UserError
 from tests.conftest import write_parquet
-from tests.training.launch import ROOT, arguments, command, environment, losses, records, train
+from tests.training.launch import LONG, ROOT, command, environment, losses, records, start_long, train
 from training.run_config import RunConfig
 from training.titan import to_job_config
 
 ANY_RATE = ("-m", "tests.training.any_rate")
-LONG = ["--training.steps", "100000", "--data.validation", "none"]
-
-
-def start(corpus: Path, folder: Path, ranks: int) -> subprocess.Popen[str]:
-    """Start a long run, and return it after its first step."""
-    process = subprocess.Popen(
-        [*command(ranks), *arguments("debug_parallax_muon", corpus, folder, *LONG)],
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    deadline = time.monotonic() + 120
-    while not (folder / "metrics.jsonl").exists() or not losses(folder):
-        assert process.poll() is None, process.communicate()[0][-4000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    return process
 
 
 @pytest.mark.parametrize(("number", "ranks"), [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)])
@@ -46,7 +27,7 @@ def test_a_signal_writes_a_checkpoint_from_which_the_run_is_resumed(
     number: signal.Signals, ranks: int, corpus: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    process = start(corpus, folder, ranks)
+    process = start_long(corpus, folder, ranks=ranks)
     process.send_signal(number)
     printed, _ = process.communicate(timeout=120)
     # torchrun exits with 1 on a signal, whatever its workers return

@@ -1,6 +1,5 @@
 """What each option of `python -m training.sweep` does."""
 
-import os
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -8,11 +7,12 @@ from pathlib import Path
 
 from data.folder_lock import FolderLock, LockedError, is_held
 from errors import RUN_ERROR_CODE, RunError, UserError
+from eval.gpus import visible_gpus
 from training.sweep.collect import collect
 from training.sweep.member_queue import Queue, Selection
 from training.sweep.overview import Observer, Overview, Status, select
 from training.sweep.sbatch import array_script
-from training.sweep.slots import make_slots, visible_gpus
+from training.sweep.slots import make_slots
 from training.sweep.table import Display, format_table
 
 
@@ -29,7 +29,7 @@ def work(observer: Observer, selection: Selection | None) -> int:
     Raises:
         UserError: Another sweep works in the folder, or the selection is empty.
     """
-    slots = make_slots(observer.plan, visible_gpus(os.environ))
+    slots = make_slots(observer.plan, visible_gpus())
     display = Display(observer.plan, len(slots))
     is_whole = selection is None
     with _only_one(observer) if is_whole else nullcontext():

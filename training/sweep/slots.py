@@ -1,15 +1,12 @@
 """The GPUs of this machine, and how many members run on them at a time; without importing torch."""
 
 import os
-import subprocess
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from errors import UserError
+from eval.gpus import VISIBLE
 from training.sweep.plan import Plan
-
-_VISIBLE = "CUDA_VISIBLE_DEVICES"
-_SECONDS = 60.0
 
 
 class Slot(NamedTuple):
@@ -22,18 +19,6 @@ class Slot(NamedTuple):
 
     number: int
     gpus: tuple[str, ...]
-
-
-def visible_gpus(environment: Mapping[str, str]) -> list[str]:
-    """Return the GPUs that CUDA_VISIBLE_DEVICES has, or where it is not set, all that nvidia-smi lists."""
-    if _VISIBLE in environment:
-        return [gpu.strip() for gpu in environment[_VISIBLE].split(",") if gpu.strip()]
-    command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return done.stdout.split()
 
 
 def make_slots(plan: Plan, gpus: list[str]) -> list[Slot]:
@@ -66,7 +51,7 @@ def slot_environment(environment: Mapping[str, str], slot: Slot, num_slots: int)
     """
     own = {"PYTHONUNBUFFERED": "1"}
     if slot.gpus:
-        own[_VISIBLE] = ",".join(slot.gpus)
+        own[VISIBLE] = ",".join(slot.gpus)
     if "OMP_NUM_THREADS" not in environment:
         own["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // num_slots))
     return {**environment, **own}

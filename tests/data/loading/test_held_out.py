@@ -13,15 +13,18 @@ from data.tokenizer import Tokenizer
 from tests.data.loading.loaders import FILES, TEXTS
 from tokens import IGNORE_INDEX
 
+LAYOUTS: dict[str, Any] = {
+    "lengths": st.lists(st.integers(1, 40), min_size=1, max_size=10),
+    "seq_len": st.integers(1, 13),
+    "world": st.integers(1, 3),
+    "local": st.integers(1, 3),
+}
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789ABCDEF"
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=10),
-    seq_len=st.integers(1, 13),
-    world=st.integers(1, 3),
-    local=st.integers(1, 3),
+    **LAYOUTS,
     mask=st.booleans(),
     prefetch=st.sampled_from([0, 2]),
 )
@@ -79,10 +82,7 @@ def test_labels_of_all_ranks_are_the_documents_tokens_by_number(
 
 @settings(max_examples=60, deadline=None)
 @given(
-    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=10),
-    seq_len=st.integers(1, 13),
-    world=st.integers(1, 3),
-    local=st.integers(1, 3),
+    **LAYOUTS,
     max_tokens=st.integers(1, 300),
 )
 def test_a_limit_takes_evenly_spaced_rows_of_those_without_it_on_any_number_of_ranks(

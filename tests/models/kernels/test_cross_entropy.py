@@ -1,6 +1,3 @@
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +6,7 @@ import torch
 from models.kernels import cross_entropy
 from models.loss import linear_cross_entropy_with_z_loss
 from parallax.testing import assert_within_budget, relative_error
+from tests.interpreter import run_interpreted
 from tests.models.kernels.cross_entropy_cases import CASES, make, plain, truth
 from tokens import IGNORE_INDEX
 
@@ -16,11 +14,7 @@ INTERPRETED = Path(__file__).with_name("interpreted_cross_entropy.py")
 
 
 def test_kernel_in_interpreter() -> None:
-    # TRITON_INTERPRET must be set before triton is first imported, so this takes another process
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(INTERPRETED)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+    run_interpreted(INTERPRETED)
 
 
 @pytest.mark.gpu

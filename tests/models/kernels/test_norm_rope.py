@@ -1,6 +1,3 @@
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,17 +7,14 @@ from torch import nn
 from models.attention.base import normalize_heads
 from models.kernels import norm_rope
 from parallax.testing import assert_within_budget, relative_error
+from tests.interpreter import run_interpreted
 from tests.models.kernels.norm_rope_cases import CASES, Case, make, ours, plain, truth
 
 INTERPRETED = Path(__file__).with_name("interpreted_norm_rope.py")
 
 
 def test_kernels_in_interpreter() -> None:
-    # TRITON_INTERPRET must be set before triton is first imported, so this takes another process
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(INTERPRETED)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+    run_interpreted(INTERPRETED)
 
 
 def test_the_cpu_takes_the_plain_path() -> None:

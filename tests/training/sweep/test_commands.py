@@ -10,6 +10,7 @@ import pytest
 
 import config
 from errors import UserError
+from eval.gpus import visible_gpus
 from models.run_folder import RunFolder
 from tests.training.launch import ROOT
 from tests.training.sweep.plans import observe, rates, run, write_plan
@@ -20,7 +21,7 @@ from training.sweep.collect import collect
 from training.sweep.costs import describe_costs
 from training.sweep.plan import Plan, Stage
 from training.sweep.sbatch import array_script
-from training.sweep.slots import Slot, make_slots, slot_environment, visible_gpus
+from training.sweep.slots import Slot, make_slots, slot_environment
 from training.sweep.table import format_table, seconds_left
 
 
@@ -54,9 +55,10 @@ def test_slots_give_each_gpu_its_members(num_gpus: int, size: int, shared: int) 
     assert len(set(firsts)) == num_used
 
 
-def test_the_gpus_of_a_member_are_those_of_its_slot() -> None:
-    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "3, GPU-ab"}) == ["3", "GPU-ab"]
-    assert visible_gpus({"CUDA_VISIBLE_DEVICES": ""}) == []
+def test_the_gpus_of_a_member_are_those_of_its_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, gpus in (("3, GPU-ab", ["3", "GPU-ab"]), ("", [])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+        assert visible_gpus() == gpus
     own = slot_environment({"CUDA_VISIBLE_DEVICES": "3,GPU-ab", "A": "b"}, Slot(0, ("GPU-ab",)), 2)
     assert own["CUDA_VISIBLE_DEVICES"] == "GPU-ab"
     assert own["A"] == "b"
