@@ -4,7 +4,8 @@
 their numerical corrections, then times all candidates at 32k tokens (T = 4096, 16 query / 8 kv heads, bf16),
 writes the raw times and prints the entries of the table. A candidate whose result differs from the first
 one's is marked wrong. FLOPs count the causal half of each product: 4 forward, 5 for dQ and dR, 6 for dK and
-dV. The fastest portable tile of each kernel is then timed with other options, for example uncorrected.
+dV. The fastest portable tile of each kernel is then timed with other options, for example uncorrected. Heads
+of width 8 have short rows: `--head-dims 8 --num-tokens 127 --batch-size 768 --num-kv-heads 16`.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from parallax.kernels.tiles import KernelName, Tile
 from parallax.reference import parallax_reference
 from parallax.testing import Inputs, make_inputs, output_and_gradients, relative_error
 
-NUM_HEADS, NUM_KV_HEADS = 16, 8
+NUM_HEADS = 16
 PRODUCTS: dict[KernelName, int] = {"forward": 4, "dqdr": 5, "dkdv": 6}
 """Products per tile of each kernel."""
 
@@ -77,6 +78,27 @@ class Candidate:
 
 
 TILES: dict[tuple[KernelName, int], list[tuple[Any, ...]]] = {
+    ("forward", 8): [
+        (64, 64, 4, 3),
+        (64, 64, 4, 2, 0, 4),
+        (32, 64, 2, 1),
+        (64, 64, 4, 1),
+        (64, 64, 4, 3, 0, 8, False, False, False),
+    ],
+    ("dqdr", 8): [
+        (64, 64, 4, 3, 2),
+        (64, 64, 4, 2, 0, 4),
+        (64, 32, 4, 1, 0, 4),
+        (32, 32, 2, 1, 0, 4),
+        (64, 32, 4, 1, 0, 4, False, False, False),
+    ],
+    ("dkdv", 8): [
+        (64, 64, 4, 3),
+        (32, 32, 2, 1),
+        (32, 64, 4, 1),
+        (32, 64, 4, 1, 0, 8, False, False, False),
+        (32, 128, 4, 1, 0, 8, False, False, False),
+    ],
     ("forward", 64): [
         (64, 64, 4, 3),
         (64, 64, 4, 2),
@@ -180,10 +202,13 @@ class Problem:
         head_dim: Head width K.
         num_tokens: Tokens per row T.
         batch_size: Number of rows B.
+        num_kv_heads: Heads of the keys G.
         device: Device of the inputs.
     """
 
-    def __init__(self, head_dim: int, num_tokens: int, batch_size: int, device: str = "cuda") -> None:
+    def __init__(
+        self, head_dim: int, num_tokens: int, batch_size: int, num_kv_heads: int = 8, device: str = "cuda"
+    ) -> None:
         generator = torch.Generator(device).manual_seed(0)
 
         def normal(num_heads: int) -> Tensor:
@@ -191,7 +216,7 @@ class Problem:
             return torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
 
         q, r, do = (normal(NUM_HEADS) for _ in range(3))
-        k, v = (normal(NUM_KV_HEADS) for _ in range(2))
+        k, v = (normal(num_kv_heads) for _ in range(2))
         self.operands = backward.Operands(q, r, k, v, do)
         self.first: dict[KernelName, tuple[Tensor, ...]] = {}
         self.scale = head_dim**-0.5
@@ -257,7 +282,7 @@ def time_all(found: list[Candidate], problems: dict[int, Problem], num_rounds: i
 def accuracy(head_dim: int, is_centred: bool, is_corrected: bool, key_offset: float) -> dict[str, float]:
     """Return relative errors against fp64 at T = 1024."""
     inputs = make_inputs(
-        1, 1024, NUM_HEADS, NUM_KV_HEADS, head_dim, dtype=torch.bfloat16, device="cuda", key_offset=key_offset
+        1, 1024, NUM_HEADS, 8, head_dim, dtype=torch.bfloat16, device="cuda", key_offset=key_offset
     )
     actual = _run(inputs, is_centred, is_corrected)
     truth = output_and_gradients(parallax_reference, inputs.to(torch.float64))
@@ -316,6 +341,7 @@ def main() -> None:
     parser.add_argument("--kernels", nargs="+", default=list(PRODUCTS), choices=list(PRODUCTS), help="(all)")
     parser.add_argument("--num-tokens", type=int, default=4096, help="tokens per row (4096)")
     parser.add_argument("--batch-size", type=int, default=8, help="number of rows (8)")
+    parser.add_argument("--num-kv-heads", type=int, default=8, help="heads of the keys (8)")
     parser.add_argument("--rounds", type=int, default=2, help="timed rounds (2)")
     parser.add_argument("--workers", type=int, default=12, help="processes that compile (12)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
@@ -327,7 +353,9 @@ def main() -> None:
     with ProcessPoolExecutor(args.workers, mp_context=context) as pool:
         compile_all(found, pool)
         errors = check_accuracy([k for k in args.head_dims if k in VARIED])
-        problems = {k: Problem(k, args.num_tokens, args.batch_size) for k in args.head_dims}
+        problems = {
+            k: Problem(k, args.num_tokens, args.batch_size, args.num_kv_heads) for k in args.head_dims
+        }
         time_all(found, problems, args.rounds)
         varied = variants_of(found)
         compile_all(varied, pool)
@@ -344,6 +372,7 @@ def main() -> None:
             "command": shlex.join(["python", "-m", "benchmarks.tune_attention", *sys.argv[1:]]),
             "num_tokens": args.num_tokens,
             "batch_size": args.batch_size,
+            "num_kv_heads": args.num_kv_heads,
             "matmul_tflops": rate,
             "accuracy": errors,
             "candidates": [asdict(c) for c in [*found, *varied]],

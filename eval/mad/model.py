@@ -9,12 +9,10 @@ from typing import get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from errors import UserError
 from eval.mad.settings import Setting
 from models.attention.base import Attention, Rope
-from models.attention.parallax import ParallaxAttention
 from models.config import (
     AttentionConfig,
     LocalLinearConfig,
@@ -25,14 +23,10 @@ from models.config import (
 )
 from models.qwen3 import Block, document_positions
 from models.sizes import ModelSize
-from parallax import parallax_attention
-from parallax.api import cast_under_autocast
 
 WIDTH = 128
 
 _INIT_STD = 0.02
-# the least head width of the kernels of Parallax attention
-_KERNEL_WIDTH = 16
 _ROPE_THETA = 10_000.0
 _NORM_EPS = 1e-5
 _FULL = ModelSize(width=WIDTH, num_layers=2, num_heads=16, num_kv_heads=16, head_dim=8, mlp_width=352)
@@ -46,20 +40,15 @@ _MAMBA2_STATE_SIZE = 16
 def attention_kinds() -> dict[str, AttentionConfig]:
     """Return the attentions that MAD can test, by their kind."""
     configs = {config().kind: config() for config in get_args(AttentionConfig)}
-    ours = {
-        "softmax": SoftmaxConfig(impl="torch"),
-        "mamba2": Mamba2Config(state_size=_MAMBA2_STATE_SIZE),
-    }
-    return configs | ours
+    return configs | {"mamba2": Mamba2Config(state_size=_MAMBA2_STATE_SIZE)}
 
 
 def model_config(kind: str, vocab_size: int) -> ModelConfig:
     """Return the dimensions and the attention of a model of MAD.
 
-    Attentions over all keys have MAD's 16 heads of width 8, of which softmax attention is torch's own (the
-    kernels of this project begin at a width of 16). Attentions with a fixed state have heads such that a
-    layer's state has MAD's 4096 elements: two of 32 x 64 for Gated DeltaNet, four of 16 x 64 for Mamba-2,
-    four of 32 x 32 for others; a second state, such as MesaNet's of the keys, is not counted.
+    Attentions over all keys have MAD's 16 heads of width 8. Attentions with a fixed state have heads such
+    that a layer's state has MAD's 4096 elements: two of 32 x 64 for Gated DeltaNet, four of 16 x 64 for
+    Mamba-2, four of 32 x 32 for others; a second state, such as MesaNet's of the keys, is not counted.
 
     Args:
         kind: The attention, as attention.kind of a config.
@@ -90,32 +79,6 @@ def model_config(kind: str, vocab_size: int) -> ModelConfig:
     )
 
 
-class NarrowParallaxAttention(ParallaxAttention):
-    """Parallax attention of heads narrower than the kernels', which on CUDA get zeros up to that width.
-
-    Zeros change no product with the keys, and the values' are cut off again; the scale is that of the heads.
-    """
-
-    def attend(
-        self,
-        q_BTHK: Tensor,
-        r_BTHK: Tensor | None,
-        k_BTGK: Tensor,
-        v_BTGK: Tensor,
-        cu_seqlens: Tensor | None,
-        max_seqlen: int,
-    ) -> Tensor:
-        """See KeyValueAttention.attend."""
-        if not q_BTHK.is_cuda:
-            return super().attend(q_BTHK, r_BTHK, k_BTGK, v_BTGK, cu_seqlens, max_seqlen)
-        assert r_BTHK is not None
-        width = q_BTHK.shape[-1]
-        # cast first: zeros of 16 bits are half as many bytes
-        heads = cast_under_autocast(q_BTHK, r_BTHK, k_BTGK, v_BTGK)
-        q, r, k, v = (F.pad(x, (0, _KERNEL_WIDTH - width)) for x in heads)
-        return parallax_attention(q, r, k, v, scale=width**-0.5, cu_seqlens=cu_seqlens)[..., :width]
-
-
 class _Encoder(nn.Module):
     """Embedding and blocks."""
 
@@ -124,11 +87,6 @@ class _Encoder(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, WIDTH)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.dimensions.num_layers))
-        if isinstance(config.attention, ParallaxConfig):
-            for layer in self.layers:
-                layer.attention = NarrowParallaxAttention(
-                    config.attention, config.dimensions, config.norm_eps
-                )
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Compute the states of tokens `[B, T]`, `[B, T, D]`."""

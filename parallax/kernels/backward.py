@@ -43,7 +43,7 @@ from parallax.kernels.addressing import (
     with_contiguous_rows,
 )
 from parallax.kernels.row_sums import add_row_sums, round_tile, total_row_sums
-from parallax.kernels.tiles import KernelName, Tile, tile_of
+from parallax.kernels.tiles import KernelName, Tile, num_columns, tile_of
 
 
 @triton.jit
@@ -405,7 +405,7 @@ class Operands(NamedTuple):
     def described(self, tile: Tile) -> list[TensorDescriptor | None]:
         """Return the TMA descriptors that load this tile's rows, None for a missing r."""
         rows = (tile.block_t, tile.block_t, tile.block_s, tile.block_s, tile.block_t)
-        block_k = triton.next_power_of_2(self.q.shape[3])
+        block_k = num_columns(self.q.shape[3])
         pairs = zip(self, rows, strict=True)
         return [None if x is None else describe(x, n, block_k) for x, n in pairs]
 
@@ -456,6 +456,7 @@ def query_gradients(
                 operands.q, operands.k, operands.v, operands.do, o, lse, mask, scale, tile
             )
         return hopper_dqdr.query_gradients(*operands, o, vbar, lse, tbar, mask, scale, tile)
+    use_descriptors = use_descriptors and tile.use_descriptors
     dq, dr = (
         torch.empty((0,) if x is None else o.shape, dtype=o.dtype, device=o.device)
         for x in (operands.q, operands.r)
@@ -471,7 +472,7 @@ def query_gradients(
     )
     q, r, k, v, do = operands.described(tile) if use_descriptors else operands
     r_strides = None if operands.r is None else strides_of(operands.r)
-    block_k = triton.next_power_of_2(head_dim)
+    block_k = num_columns(head_dim)
     dq_out = describe(dq, tile.block_t, block_k) if use_descriptors else dq
     dr_out = describe(dr, tile.block_t, block_k) if use_descriptors and operands.r is not None else dr
     streamed = 2 * mask.reach(num_tokens) * head_dim * o.element_size()
@@ -523,10 +524,11 @@ def key_gradients(
         return hopper_dkdv.key_gradients(*operands, rows, mask, scale, tile=tile)
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (operands.k, operands.v))
     num_programs = batch_size * num_kv_heads
+    use_descriptors = use_descriptors and tile.use_descriptors
     q, r, k, v, do = operands.described(tile) if use_descriptors else operands
     r_strides = None if operands.r is None else strides_of(operands.r)
     constants = TensorDescriptor.from_tensor(rows, [1, 1, tile.block_t]) if use_descriptors else rows
-    block_k = triton.next_power_of_2(head_dim)
+    block_k = num_columns(head_dim)
     dk_out, dv_out = (describe(x, tile.block_s, block_k) if use_descriptors else x for x in (dk, dv))
     streamed = (
         (len(operands.tensors) - 2)

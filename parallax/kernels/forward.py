@@ -44,7 +44,7 @@ from parallax.kernels.addressing import (
     with_contiguous_rows,
 )
 from parallax.kernels.row_sums import add_row_sums, round_tile, total_row_sums
-from parallax.kernels.tiles import Tile, tile_of
+from parallax.kernels.tiles import Tile, num_columns, tile_of
 
 
 @triton.jit
@@ -232,7 +232,8 @@ def forward(
         if r is None:
             return o, vbar, hopper_softmax_forward.forward(q, k, v, mask, scale, o, tile=tile), tbar
         return hopper_forward.forward(q, r, k, v, mask, scale, save_vbar=save_vbar, tile=tile)
-    block_k = triton.next_power_of_2(head_dim)
+    use_descriptors = use_descriptors and tile.use_descriptors
+    block_k = num_columns(head_dim)
     pairs = ((q, tile.block_t), (r, tile.block_t), (k, tile.block_s), (v, tile.block_s))
     q_in, r_in, k_in, v_in = (
         describe(x, n, block_k) if use_descriptors and x is not None else x for x, n in pairs

@@ -18,8 +18,10 @@ _WITH_PROBES: dict[KernelName, KernelName] = {
 }
 """Softmax kernel -> Parallax kernel, whose tile it uses where none was measured: it needs less memory."""
 
-HEAD_DIMS = (16, 64, 96, 128, 256)
-"""Supported head widths; 16, the least of a product, by the plain kernels with the tiles of 64."""
+HEAD_DIMS = (8, 16, 64, 96, 128, 256)
+"""Supported head widths; those below 64 by the plain kernels."""
+
+_MIN_COLUMNS = 16  # of an operand of a product
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Supported dtypes."""
@@ -39,6 +41,7 @@ class Tile(NamedTuple):
         is_specialized: Whether the tile is for the warp-specialized kernel (`hopper_*.py`).
         key_norms: Whether bf16 scores are bounded by key norms, computed in a pass over the keys, so that
             most tiles need no maxima (`hopper_forward`).
+        use_descriptors: Whether TMA descriptors load the operands wherever they can.
     """
 
     block_t: int
@@ -49,6 +52,7 @@ class Tile(NamedTuple):
     sums: int = 8
     is_specialized: bool = False
     key_norms: bool = False
+    use_descriptors: bool = True
 
 
 _HOPPER: dict[tuple[KernelName, int], Tile] = {
@@ -62,6 +66,13 @@ _HOPPER: dict[tuple[KernelName, int], Tile] = {
     ("dkdv", 128): Tile(32, 64, 4, 3, 1),
     ("dkdv", 256): Tile(32, 64, 8, 2),
 }
+
+_HOPPER_NARROW: dict[KernelName, Tile] = {
+    "forward": Tile(64, 64, 4, 3),
+    "dqdr": Tile(64, 32, 4, 1, sums=4),
+    "dkdv": Tile(32, 64, 4, 1, use_descriptors=False),
+}
+"""Takes precedence for widths up to 16; measured at 8, with rows of 127 tokens."""
 
 _HOPPER_SPECIALIZED: dict[tuple[KernelName, int], Tile] = {
     ("forward", 64): Tile(128, 128, 4, 3, sums=4, is_specialized=True, key_norms=True),
@@ -121,6 +132,11 @@ _FP32_HOPPER = _FP32 | {
 """Not tuned: 64 rows, the minimum for warpgroup products, at the width where they fit in registers."""
 
 
+def num_columns(head_dim: int) -> int:
+    """Return the columns of a tile of heads of a width: a power of two, the rest zeros."""
+    return max(_MIN_COLUMNS, 1 << (head_dim - 1).bit_length())
+
+
 def tile_of(kernel: KernelName, x: Tensor, use_descriptors: bool, reach: int) -> Tile:
     """Return the tile of a kernel for inputs like x.
 
@@ -135,9 +151,10 @@ def tile_of(kernel: KernelName, x: Tensor, use_descriptors: bool, reach: int) ->
     plain = _WITH_PROBES.get(kernel, kernel)
     if x.dtype == torch.float32:
         return (_FP32_HOPPER if capability[0] == 9 else _FP32)[plain, width]
+    if capability[0] == 9 and x.shape[3] <= _MIN_COLUMNS:
+        return _HOPPER_NARROW[plain]
     specialized = _HOPPER_SPECIALIZED | (_HOPPER_SHORT if reach <= SHORT else {})
-    is_specialized = x.shape[3] >= 64 and (kernel, width) in specialized
-    if capability[0] == 9 and use_descriptors and is_specialized:
+    if capability[0] == 9 and use_descriptors and (kernel, width) in specialized:
         return specialized[kernel, width]
     return (_HOPPER if capability >= (9, 0) else _AMPERE)[plain, width]
 

@@ -31,6 +31,7 @@ assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_kernels.py"
 DTYPES = [torch.float32, torch.float16]
 
 WIDTHS = [
+    Case("width_8", 70, head_dim=8),
     Case("width_64", 70, head_dim=64),
     Case("width_96", 70, head_dim=96),
     Case("width_128_window", 70, head_dim=128, window_size=20),
@@ -144,11 +145,13 @@ def test_tile_depends_on_gpu_width_and_document_length(width: int, monkeypatch: 
     assert tile((8, 0), tiles.SHORT) == tiles._AMPERE[key]
 
 
-def test_the_narrowest_heads_are_left_to_the_plain_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    x: Any = SimpleNamespace(shape=(1, 127, 16, 16), dtype=torch.bfloat16, device=torch.device("cuda", 0))
+@pytest.mark.parametrize("width", [8, 16])
+def test_narrow_heads_have_tiles_of_the_plain_kernels(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x: Any = SimpleNamespace(shape=(1, 127, 16, width), dtype=torch.bfloat16, device=torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     for kernel, plain in (("forward", "forward"), ("softmax_dq", "dqdr"), ("dkdv", "dkdv")):
-        assert tiles.tile_of(kernel, x, True, 127) == tiles._HOPPER[plain, 64]
+        assert tiles.tile_of(kernel, x, True, 127) == tiles._HOPPER_NARROW[plain]
+        assert not tiles._HOPPER_NARROW[plain].is_specialized
 
 
 def test_document_bounds_are_written_for_every_row_even_if_they_end_early() -> None:

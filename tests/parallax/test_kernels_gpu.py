@@ -44,7 +44,7 @@ DOCUMENTS = [
     Case("packed_window_200_width_64", 847, 4, 2, 64, documents=(1, 5, 64, 777), window_size=200),
 ]
 GROUPS = [Case(f"gqa_{8 // g}", 300, 8, g, 128) for g in (8, 4, 2, 1)]
-WIDTHS = [Case(f"width_{width}", 400, 4, 2, width) for width in (16, 64, 96, 128, 256)]
+WIDTHS = [Case(f"width_{width}", 400, 4, 2, width) for width in tiles.HEAD_DIMS]
 
 
 def case_id(case: Case) -> str:

@@ -42,7 +42,7 @@ DOCUMENTS = [
     Case("packed_long_width_64", 3300, 4, 2, 64, documents=(3000, 300)),
 ]
 GROUPS = [Case(f"gqa_{8 // g}", 300, 8, g, 128) for g in (8, 4, 1)]
-WIDTHS = [Case(f"width_{width}", 400, 4, 2, width) for width in (16, 64, 96, 128, 256)]
+WIDTHS = [Case(f"width_{width}", 400, 4, 2, width) for width in tiles.HEAD_DIMS]
 
 
 def case_id(case: Case) -> str:

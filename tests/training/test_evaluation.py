@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("lm_eval", reason="needs the extra `eval`")
+
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from config import load as load_config

@@ -9,12 +9,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from errors import UnsupportedError
 from models.attention.recurrent.gradient_scale import with_scaled_gradients
 
 FLA_CHUNK_TOKENS = 64
 """Chunk length of fla's kernels."""
+
+# with narrower heads fla's kernels of MesaNet read illegal addresses (0.6.0, Triton 3.6, H200)
+_MIN_MESA_WIDTH = 64
 
 
 class _Fla(NamedTuple):
@@ -116,6 +120,12 @@ def fused_mesa(
     output_final_state: bool,
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Compute MesaNet's recurrence, as mesa."""
+    width = q.shape[-1]
+    if width < _MIN_MESA_WIDTH:
+        # products with zeros change nothing; the ridge of the zeros is anything but zero
+        missing = _MIN_MESA_WIDTH - width
+        q, k, v = (F.pad(x, (0, missing)) for x in (q, k, v))
+        ridge = F.pad(ridge, (0, missing), value=1.0)
 
     def attend(*tensors: Tensor) -> tuple[Tensor, ...]:
         return import_fla(q).chunk_mesa_net(
@@ -128,4 +138,5 @@ def fused_mesa(
 
     # its backward adds 1e-5 to denominators and stores gradients in fp16: those of a mean loss underflow
     o, *states = with_scaled_gradients(attend, q, k, v, g, beta, ridge)
-    return o, tuple(states)
+    states = [None if x is None else x[..., :width, :width] for x in states]
+    return o[..., :width], tuple(states)
