@@ -96,7 +96,7 @@ class MemberOptimizers:
     """
 
     def __init__(self, model: nn.Module, runs: Sequence[Run]) -> None:
-        self.runs = runs
+        self.runs = list(runs)
         self.stacked = dict(named_stacked_parameters(model))
         for parameter in self.stacked.values():
             parameter.grad = torch.zeros_like(parameter)

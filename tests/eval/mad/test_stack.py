@@ -121,6 +121,26 @@ def test_solved_members_end_and_the_others_go_on_as_if_alone(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("optimizer", RATES)
+def test_members_that_end_one_by_one_end_as_if_alone(
+    optimizer: Optimizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = grid(Recipe(attention="softmax", optimizer=optimizer, max_epochs=10), SMALL)
+    num_epochs = 0
+
+    def test(self: Stack) -> torch.Tensor:
+        nonlocal num_epochs
+        num_epochs += 1
+        return torch.tensor([float(runs.index(run) < num_epochs) for run in self.runs], dtype=torch.float64)
+
+    monkeypatch.setattr(Stack, "test", test)
+    together = _train(runs)
+    assert [together[run].num_epochs for run in runs] == [1, 2, 3, 4, 5, 6]
+    for run in runs:
+        num_epochs = 0
+        assert _train([run])[run].loss == pytest.approx(together[run].loss, abs=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", RATES)
 def test_a_smaller_stack_goes_on_as_the_larger_would(optimizer: Optimizer) -> None:
     runs = grid(Recipe(attention="softmax", optimizer=optimizer), SMALL)[:3]
     losses = []
