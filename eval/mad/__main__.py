@@ -4,8 +4,8 @@
 
 Trains six models (three learning rates by two weight decays) for every setting of every task, of which the
 best counts: the six at once, on every GPU in a process of its own. Writes a line for each to DIR/mad.jsonl;
-run again after a kill, it trains what is missing. The table of all scores is printed and written to
-DIR/mad.md, with plots beside it.
+run again after a kill, it trains what is missing. The tables of scores and of solved runs are printed and
+written to DIR/mad.md, with plots beside it.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from eval.mad.results import open_results, read_results
 from eval.mad.runs import MAX_EPOCHS, RATES, Outcome, Recipe, Run, Schedule
 from eval.mad.scores import task_grids
 from eval.mad.settings import TASKS, Level, Task, tasks_of
-from eval.mad.table import score_table
+from eval.mad.table import score_table, solution_table
 from eval.mad.train import Report, train
 from eval.mad.workers import train_all
 from eval.open_model import check_at_least_1
@@ -175,8 +175,9 @@ def _train(
 
 
 def _write(results: Mapping[Run, Outcome], tasks: Sequence[Task], level: Level, folder: Path) -> None:
-    """Print the table of scores and write it and the plots to a folder."""
-    text = "\n".join(score_table(results, tasks, level).markdown())
+    """Print the tables and write them and the plots to a folder."""
+    scores, solutions = (table(results, tasks, level).markdown() for table in (score_table, solution_table))
+    text = "\n".join([*scores, "", "Solved runs, and the fewest epochs of one:", "", *solutions])
     print(text)
     write_text(folder / "mad.md", text + "\n")
     plot_scores(results, tasks, level, folder / "mad.png")

@@ -1,9 +1,9 @@
-"""The table of scores: a line for each task, a column for each attention and optimizer, and the paper's."""
+"""The tables of scores and of solved runs: a line for each task, a column for attention and optimizer."""
 
 from collections.abc import Mapping, Sequence
 
-from eval.mad.runs import Outcome, Run
-from eval.mad.scores import Column, make_columns
+from eval.mad.runs import SOLVED, Outcome, Run
+from eval.mad.scores import Column, make_columns, task_grids
 from eval.mad.settings import Level, Task
 from eval.report.paper_numbers import MAD_SCORES
 from eval.report.seed_statistics import Estimate
@@ -37,6 +37,36 @@ def score_table(results: Mapping[Run, Outcome], tasks: Sequence[Task], level: Le
         if kind in MAD_SCORES
     }
     return Table({"task": [*rows], **ours, **paper})
+
+
+def solution_table(results: Mapping[Run, Outcome], tasks: Sequence[Task], level: Level) -> Table:
+    """Make the table of how many runs were solved, and how soon: where all scores are 1, what still differs.
+
+    Args:
+        results: Outcomes of runs.
+        tasks: Tasks of the table.
+        level: The settings of the tasks.
+
+    Returns:
+        The table. "5 of 6, 13" are the runs that reached a test accuracy of 0.999, of those that are there,
+        and the fewest epochs that one took, as the mean over settings and seeds that have one.
+    """
+    columns = make_columns(results, tasks, level)
+    ours = {column.name: [_solutions(column, results, task, level) for task in tasks] for column in columns}
+    return Table({"task": [*tasks], **ours})
+
+
+def _solutions(column: Column, results: Mapping[Run, Outcome], task: Task, level: Level) -> Cell:
+    num_solved = num_runs = 0
+    fewest: list[int] = []
+    for recipe in column.recipes:
+        for runs in task_grids(recipe, task, level):
+            outcomes = [results[run] for run in runs if run in results]
+            solved = [each.num_epochs for each in outcomes if each.accuracy >= SOLVED]
+            num_runs, num_solved = num_runs + len(outcomes), num_solved + len(solved)
+            fewest += [min(solved)] if solved else []
+    epochs = f", {sum(fewest) / len(fewest):.3g}" if fewest else ""
+    return f"{num_solved} of {num_runs}{epochs}" if num_runs else None
 
 
 def _cells(column: Column, results: Mapping[Run, Outcome], tasks: Sequence[Task], level: Level) -> list[Cell]:

@@ -14,8 +14,8 @@ from eval.mad.plots import difficulties, plot_difficulty, plot_scores
 from eval.mad.results import ResultsFile, open_results, read_results
 from eval.mad.runs import Outcome, Recipe, Run, grid
 from eval.mad.scores import task_grids, task_score
-from eval.mad.settings import TASKS, settings, tasks_of
-from eval.mad.table import score_table
+from eval.mad.settings import TASKS, Task, settings, tasks_of
+from eval.mad.table import score_table, solution_table
 from eval.mad.train import Report
 from eval.mad.workers import train_all
 
@@ -151,6 +151,23 @@ def test_the_table_has_means_over_seeds() -> None:
     assert (
         score_table(results, ["compression"], "baseline").markdown()[2] == "| compression | 0.500 (1 of 2) |"
     )
+
+
+def test_solved_runs_are_counted_with_their_epochs() -> None:
+    (runs,) = task_grids(KDA, "compression", "baseline")
+    others = [replace(run, recipe=replace(KDA, seed=1)) for run in runs[:3]]
+    results = dict.fromkeys(runs, replace(_outcome(0.998), num_epochs=200))
+    results |= {
+        runs[2]: replace(_outcome(0.999), num_epochs=7),
+        runs[4]: replace(_outcome(1.0), num_epochs=3),
+    }
+    tasks: list[Task] = ["compression", "memorization"]
+    assert solution_table(results, tasks, "baseline").markdown()[2:] == [
+        "| compression | 2 of 6, 3 |",
+        "| memorization | - |",
+    ]
+    results |= dict.fromkeys(others, replace(_outcome(1.0), num_epochs=10))
+    assert solution_table(results, tasks, "baseline").markdown()[2] == "| compression | 5 of 9, 6.5 |"
 
 
 def test_plots_are_drawn_where_there_are_scores(tmp_path: Path) -> None:
