@@ -90,8 +90,13 @@ CASES: list[tuple[Setting, Callable[[random.Random, Setting, bool], Row], list[F
 ]
 
 
+def _case_id(value: object) -> str:
+    """Name a setting; addresses of functions would differ between processes."""
+    return f"{value.task} {value.name}" if isinstance(value, Setting) else ""
+
+
 @pytest.mark.parametrize("is_training", [True, False], ids=["training", "testing"])
-@pytest.mark.parametrize(("setting", "literal", "features"), CASES, ids=lambda x: str(x)[14:60])
+@pytest.mark.parametrize(("setting", "literal", "features"), CASES, ids=_case_id)
 def test_rows_have_the_distribution_of_the_literal_rule(
     setting: Setting,
     literal: Callable[[random.Random, Setting, bool], Row],
