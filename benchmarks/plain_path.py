@@ -1,0 +1,125 @@
+"""Losses of the model's kernels beside those of plain PyTorch code, on the same rows.
+
+    python -m benchmarks.plain_path configs/60m_softmax_muon.toml [...] [-- --data.tokenizer DIR ...]
+
+trains each config on one GPU three times for 200 steps: as it is; by plain code in the same precision
+(attention in blocks of PyTorch products, norms, RoPE and loss by PyTorch, nothing compiled or captured); and
+by plain code in fp32. The first two round at other places. If the kernels compute the same, their losses are
+as far from those in fp32 as the plain code's, which are the size of bf16's noise. Writes the losses, and
+draws the differences to fp32.
+"""
+
+import argparse
+import math
+import shlex
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import RESULTS, write_result
+from benchmarks.training import launch, read_steps
+from config import load
+from errors import run_command
+from training.run_config import RunConfig
+
+PATHS: dict[str, list[str]] = {
+    "kernels": ["train.py"],
+    "plain": ["-m", "benchmarks.plain_trainer"],
+    "plain in fp32": ["-m", "benchmarks.plain_trainer"],
+}
+"""Program of each path."""
+
+_TRUTH = "plain in fp32"
+_SMOOTHED = 10
+"""Steps of a mean in the figure."""
+
+
+def losses_of(path: str, name: str, steps: int, overrides: Sequence[str]) -> list[float]:
+    """Train a config and return the training loss of each step.
+
+    Args:
+        path: The TOML file.
+        name: Of PATHS.
+        steps: Number of steps, of one micro-batch.
+        overrides: Overrides as train.py takes them.
+    """
+    rows = str(load(RunConfig, path, overrides).training.local_batch_size)
+    fixed = ["--training.global_batch_size", rows, "--training.stop_at_step", str(steps)]
+    fixed += ["--data.validation", "none", "--eval.every", "none", "--diagnostics.every", "none"]
+    if name == _TRUTH:
+        fixed += ["--training.precision", "float32"]
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["--config", path, *overrides, *fixed, "--run.folder", folder]
+        launch([*PATHS[name], *words], (), 1)
+        return [record["loss"] for record in read_steps(Path(folder))]
+
+
+def differences(losses: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
+    """Compare the losses of each path with those in fp32.
+
+    Args:
+        losses: By name of PATHS.
+
+    Returns:
+        For each other path the root mean square and the mean of the differences, and the mean over the last
+        quarter of the steps, in nats.
+    """
+    found = {}
+    for name, values in losses.items():
+        if name == _TRUTH:
+            continue
+        gaps = [value - truth for value, truth in zip(values, losses[_TRUTH], strict=True)]
+        found[name] = {
+            "rms": math.sqrt(statistics.fmean(gap * gap for gap in gaps)),
+            "mean": statistics.fmean(gaps),
+            "mean_of_last_quarter": statistics.fmean(gaps[-max(1, len(gaps) // 4) :]),
+        }
+    return found
+
+
+def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw the differences to fp32 over the steps, a panel for each config, as PNG and PDF."""
+    from eval.figure import label_axes, new_panels, save  # matplotlib is an extra
+
+    figure, grid = new_panels(len(rows), 1, size=(6.4, 2.8 * len(rows)))
+    for row, (axes,) in zip(rows, grid, strict=True):
+        for name in row["differences"]:
+            gaps = [a - b for a, b in zip(row["losses"][name], row["losses"][_TRUTH], strict=True)]
+            means = [statistics.fmean(gaps[max(0, i - _SMOOTHED + 1) : i + 1]) for i in range(len(gaps))]
+            axes.plot(range(1, len(gaps) + 1), means, label=name, linewidth=1.2)
+        axes.axhline(0.0, color="#999999", linewidth=0.8)
+        axes.set_title(Path(row["config"]).stem, fontsize=11)
+        axes.legend(frameon=False, fontsize=9)
+        label_axes(axes, x="Step", y="Loss minus fp32's (nats)")
+    save(figure, path)
+
+
+def main() -> None:
+    """Run `python -m benchmarks.plain_path`."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("configs", nargs="+", help="config files, of softmax attention or Parallax")
+    parser.add_argument("--steps", type=int, default=200, help="steps of each run (200)")
+    parser.add_argument("--name", default="plain_path", help="name of the JSON file and the figure in --out")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
+    arguments = sys.argv[1:]
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    options, overrides = parser.parse_args(arguments[:split]), arguments[split + 1 :]
+    command = "python -m benchmarks.plain_path " + shlex.join(arguments)
+    rows: list[dict[str, Any]] = []
+    for path in options.configs:
+        losses = {name: losses_of(path, name, options.steps, overrides) for name in PATHS}
+        rows.append({"config": path, "differences": differences(losses), "losses": losses})
+        write_result(options.name, {"command": command, "rows": rows}, options.out)
+        for name, found in rows[-1]["differences"].items():
+            numbers = ", ".join(f"{key} {value:+.5f}" for key, value in found.items())
+            print(f"{Path(path).stem}, {name} minus fp32: {numbers}", flush=True)
+    plot(rows, options.out / f"{options.name}.png")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
