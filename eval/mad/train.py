@@ -23,6 +23,8 @@ from eval.mad.replay import Replayed
 from eval.mad.runs import BATCH, SOLVED, Outcome, Run
 from eval.mad.stack import stack_modules
 from models.attention.base import Attention
+from models.attention.recurrent.base import RecurrentAttention
+from models.attention.recurrent.fla import skip_tuning
 from tokens import IGNORE_INDEX
 
 # below so many steps the time of a compilation is not won back
@@ -77,6 +79,8 @@ class Stack:
     ) -> None:
         self.runs, self._data, self._pool, self._is_compiled = list(runs), data, pool, is_compiled
         device = data.train.inputs_NT.device
+        if device.type == "cuda" and _is_recurrent(runs[0]):
+            skip_tuning()
         models = [build_model(run.recipe.attention, run.setting, run.recipe.seed) for run in runs]
         self.model = stack_modules(models).to(device)
         if is_compiled:
@@ -180,10 +184,19 @@ def _compile_blocks(model: nn.Module) -> None:
         layer.compile(dynamic=False)
 
 
+def _attentions(run: Run) -> list[Attention]:
+    modules = build_model(run.recipe.attention, run.setting, 0).modules()
+    return [module for module in modules if isinstance(module, Attention)]
+
+
 def _can_capture(run: Run) -> bool:
     """Return whether a step never waits for the device."""
-    model = build_model(run.recipe.attention, run.setting, 0)
-    return all(each.supports_cuda_graph for each in model.modules() if isinstance(each, Attention))
+    return all(attention.supports_cuda_graph for attention in _attentions(run))
+
+
+def _is_recurrent(run: Run) -> bool:
+    """Return whether an attention is computed by fla."""
+    return any(isinstance(attention, RecurrentAttention) for attention in _attentions(run))
 
 
 def free_memory() -> None:

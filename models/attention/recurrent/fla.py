@@ -4,7 +4,11 @@ Arguments and results as in the functions for CPU (delta_rule.py, state_space.py
 output_final_state, fla's own option: without it the states are None.
 """
 
+import importlib.util
+import math
+import sys
 import warnings
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -56,6 +60,35 @@ def import_fla(like: Tensor) -> _Fla:
     is_faulty = IS_NVIDIA_HOPPER and TRITON_ABOVE_3_4_0 and not TRITON_ABOVE_3_7_1
     simple_gla = fused_chunk_simple_gla if is_faulty else chunk_simple_gla
     return _Fla(causal_conv1d, chunk_gated_delta_rule, chunk_kda, chunk_mesa_net, simple_gla, is_faulty)
+
+
+def skip_tuning() -> None:
+    """Leave each of fla's kernels one variant, if fla is installed.
+
+    At its first call a kernel's variants, a dozen or more, are compiled and timed. That takes minutes in all:
+    too long for tests, and for models whose training takes no longer.
+    """
+    if importlib.util.find_spec("fla") is None:
+        return
+    import_fla(torch.empty(0))
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fla."):
+            _keep_one_variant(vars(module).values())
+
+
+def _keep_one_variant(kernels: Iterable[Any]) -> None:
+    """Leave kernels that triton.autotune has wrapped, also under other decorators, one config each."""
+    for kernel in list(kernels):
+        while kernel is not None and not hasattr(kernel, "configs"):
+            kernel = getattr(kernel, "fn", None)
+        if kernel is not None and len(kernel.configs) > 1:
+            kernel.configs = [min(kernel.configs, key=_compile_cost)]
+
+
+def _compile_cost(config: Any) -> tuple[int, int, int]:
+    """Order configs of triton.autotune: about four warps, few stages, small blocks; these fit any GPU."""
+    blocks = (value for value in config.kwargs.values() if isinstance(value, int))
+    return abs(config.num_warps - 4), config.num_stages, math.prod(blocks)
 
 
 # fla's kernels cannot be traced
