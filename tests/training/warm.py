@@ -4,10 +4,10 @@
 
 A request is a line of JSON on stdin: train.py or the module that stands for it, the words after it, the
 number of ranks, the environment, files for stdout and stderr. The answer is a line with the process ids of
-the forks, one for each rank, then one with the exit code: 0, or that of the first rank to fail, which ends the
-others. A fork ends as a process of its own does, with the same threads, exit handlers and tracebacks. It has
-imported nothing else and run nothing before. What modules read of the environment at import is the first
-request's.
+the forks, one for each rank, then one with the exit code: 0, or that of the first rank to fail, which ends
+the others. A fork ends as a process of its own does, with the same threads, exit handlers and tracebacks. It
+has imported nothing else and run nothing before. What modules read of the environment at import is that of
+the first request.
 """
 
 import gc
