@@ -7,7 +7,7 @@ NPROC := $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c ^GPU); [ "$${n:-0}" -g
 ROWS := $(shell echo $$((4 * $(NPROC) * ((8 + $(NPROC) - 1) / $(NPROC)))))
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test test-training test-others test-faults test-gpu lint clean
+.PHONY: train test test-half test-rest test-faults test-gpu lint clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -27,16 +27,19 @@ lint: .venv/installed
 
 PYTEST := $(BIN)/pytest -m "not gpu and not multi_gpu and not slow and not network"
 
+# about half of the time of all tests
+HALF := tests/parallax tests/training
+
 # side by side: most tests take one core
 test: lint
 	$(MAKE) --no-print-directory --jobs 2 $(if $(filter output-sync,$(.FEATURES)),--output-sync) \
-		test-training test-others
+		test-half test-rest
 
-test-training: .venv/installed
-	$(PYTEST) tests/training
+test-half: .venv/installed
+	$(PYTEST) $(HALF)
 
-test-others: .venv/installed
-	$(PYTEST) tests --ignore tests/training
+test-rest: .venv/installed
+	$(PYTEST) tests $(HALF:%=--ignore %)
 
 # kills, two launches, damaged checkpoints, full disks: all of tests/faults, the slow ones too
 test-faults: .venv/installed

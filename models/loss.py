@@ -6,6 +6,7 @@ the incoming scalar. On a GPU the gradient of 16-bit logits replaces them, and t
 fp32 by the products themselves.
 """
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -59,8 +60,8 @@ def _chunk_loss(
     return torch.stack((losses.sum(), z_losses.sum())), grad.to(logits_TV.dtype)
 
 
-_compiled_chunk_loss = torch.compile(_chunk_loss)
-_compiled_chunk_token_losses = torch.compile(_chunk_token_losses)
+# the first call imports the compiler, which takes as long as all of torch, and only a GPU needs it
+_compile = functools.cache(torch.compile)
 
 
 def _loss_and_gradient(
@@ -69,7 +70,7 @@ def _loss_and_gradient(
     """Compute `_chunk_loss`, by the kernel in place of the logits where it serves."""
     if kernel.serves(logits_TV):
         return kernel.cross_entropy_(logits_TV, labels_T, z_loss, needs_grad=needs_grad).sum(0), logits_TV
-    chunk_loss = _compiled_chunk_loss if logits_TV.is_cuda else _chunk_loss
+    chunk_loss = _compile(_chunk_loss) if logits_TV.is_cuda else _chunk_loss
     return chunk_loss(logits_TV, labels_T, z_loss)
 
 
@@ -201,7 +202,7 @@ def linear_token_losses(
         Losses in nats, 0 where the label is IGNORE_INDEX, `[B, T]` in fp32 (fp64 for fp64 input).
     """
     x_BTD, weight_VD = cast_under_autocast(x_BTD, weight_VD)
-    token_losses = _compiled_chunk_token_losses if x_BTD.is_cuda else _chunk_token_losses
+    token_losses = _compile(_chunk_token_losses) if x_BTD.is_cuda else _chunk_token_losses
     with autocast_disabled(x_BTD):
         chunks = zip(
             x_BTD.flatten(0, 1).split(chunk_tokens), labels_BT.flatten().split(chunk_tokens), strict=True

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 
 from data.config import DataConfig, ParquetSource
 from data.loading.held_out import HeldOutLoader
 from data.sources.split import is_held_out
 from data.titan import TitanLoader, build_dataloader, build_validation_loader
 from data.tokenizer import Tokenizer
+from tests.ranks import run_ranks
 
 TEXTS = ["x" * 30, "short", None, "a somewhat longer document", "b" * 70, "end"]
 
@@ -91,7 +91,7 @@ def _save_from_two_ranks(rank: int, config: DataConfig, folder: str) -> None:
 
 
 def test_a_checkpoint_of_two_ranks_resumes_on_one_and_on_four(config: DataConfig, tmp_path: Path) -> None:
-    mp.spawn(_save_from_two_ranks, (config, str(tmp_path)), nprocs=2)
+    run_ranks(_save_from_two_ranks, 2, config, str(tmp_path))
     whole = _inputs(_build(config), 20)
     for world in (1, 4):
         loaders = [_build(config, rank, world) for rank in range(world)]

@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch.distributed as dist
-from torch import multiprocessing as mp
 
 pytest.importorskip("lm_eval", reason="needs the extra `eval`")
 
@@ -27,6 +26,7 @@ from eval.scoring.scorer import Scorer, windows
 from eval.task_results import ACCURACIES, NORMALIZED, PAPER
 from models.qwen3 import Qwen3
 from tests.eval.conftest import build
+from tests.ranks import run_ranks
 
 
 class InterruptedModel(Qwen3Model):
@@ -276,7 +276,7 @@ def _evaluate_on_two(rank: int, folder: str, tasks: str, tokenizer: Tokenizer) -
 def test_two_ranks_return_the_results_of_one(
     tasks_folder: Path, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    mp.spawn(_evaluate_on_two, (str(tmp_path), str(tasks_folder), tokenizer), nprocs=2)
+    run_ranks(_evaluate_on_two, 2, str(tmp_path), str(tasks_folder), tokenizer)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
     model = Qwen3Model(build(vocab_size=tokenizer.vocab_size + 4), max_length=96)

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from data.config import DataConfig, ParquetSource
 from data.loading.held_out import HeldOutBatch, HeldOutLoader
@@ -17,6 +16,7 @@ from data.titan import build_validation_loader
 from data.tokenizer import Tokenizer
 from eval.held_out import HeldOutLoss, held_out_loss
 from tests.conftest import write_parquet
+from tests.ranks import run_ranks
 from tokens import IGNORE_INDEX
 
 CPU = torch.device("cpu")
@@ -190,7 +190,7 @@ def test_one_two_and_three_ranks_have_the_same_result(corpus: Path, tmp_path: Pa
     tokenizer = Tokenizer.load(corpus)
     one = [vars(evaluate(source, tokenizer, tmp_path / "kept1", limit)) for limit in (None, 3000)]
     for world in (2, 3):
-        mp.spawn(evaluate_on_rank, (world, source, corpus, tmp_path), nprocs=world)
+        run_ranks(evaluate_on_rank, world, world, source, corpus, tmp_path)
         other = torch.load(tmp_path / f"{world}.pt")
         for found, wanted in zip(other, one, strict=True):
             assert found == pytest.approx(wanted, rel=1e-12)

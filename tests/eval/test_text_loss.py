@@ -13,7 +13,6 @@ import torch.distributed as dist
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders
 from tokenizers.models import BPE
-from torch import multiprocessing as mp
 
 from data.config import JsonlSource, ParquetSource
 from data.loading.held_out import HeldOutLoader
@@ -30,6 +29,7 @@ from eval.text_loss import text_loss
 from models.qwen3 import Qwen3
 from tests.conftest import make_text
 from tests.eval.conftest import build
+from tests.ranks import run_ranks
 
 
 def documents(folder: Path, texts: list[str], tokenizer: Tokenizer) -> DocumentSource:
@@ -276,7 +276,7 @@ def _loss_on_two(rank: int, folder: str, tokenizer: Tokenizer, path: str) -> Non
 
 def test_two_ranks_return_the_loss_of_one(corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = str(corpus / "validation.parquet")
-    mp.spawn(_loss_on_two, (str(tmp_path), tokenizer, path), nprocs=2)
+    run_ranks(_loss_on_two, 2, str(tmp_path), tokenizer, path)
     first, second = ((tmp_path / f"{rank}.txt").read_text() for rank in (0, 1))
     assert first == second
     opened = open_source(

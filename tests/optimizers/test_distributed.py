@@ -1,4 +1,3 @@
-import multiprocessing
 import os
 from itertools import pairwise
 from pathlib import Path
@@ -7,7 +6,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -15,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from optimizers.config import AdamWGroup, MuonGroup, OptimizerConfig, ScheduleConfig
 from optimizers.titan import ParamGroupOptimizers, build_lr_schedulers, build_optimizers
+from tests.ranks import run_ranks
 
 # 5 and 7 rows are sharded unevenly over 2 ranks; of 1 row, one rank has nothing
 WIDTHS = (8, 5, 7, 7, 7, 1)
@@ -150,7 +149,6 @@ def worker(rank: int, num_ranks: int, folder: str) -> None:
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_sharded_training_equals_training_on_one_rank(num_ranks: int, tmp_path: Path) -> None:
     # all ranks share one import of torch
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["optimizers.titan"])
-    mp.start_processes(worker, args=(num_ranks, str(tmp_path)), nprocs=num_ranks, start_method="forkserver")
+    run_ranks(worker, num_ranks, num_ranks, str(tmp_path))
     if num_ranks == 2:
         check_loads_on_one_rank(f"{tmp_path}/checkpoint")

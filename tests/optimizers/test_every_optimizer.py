@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import multiprocessing
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -29,6 +27,7 @@ from tests.optimizers.test_skipped_step import (
     full_tensors,
     sharded_model,
 )
+from tests.ranks import run_ranks
 from training.config_help import describe_config
 from training.dry_run import dry_run
 from training.memory import checkpoint_bytes, estimate_memory
@@ -313,8 +312,7 @@ def test_sharded_steps_equal_those_of_one_rank(num_ranks: int, tmp_path: Path) -
         model = Model()
         train(model, build_optimizers([model], make_config(kind)), range(4))
         torch.save(full_tensors(model), tmp_path / f"{kind}.pt")
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["optimizers.titan"])
-    mp.start_processes(worker, args=(num_ranks, str(tmp_path)), nprocs=num_ranks, start_method="forkserver")
+    run_ranks(worker, num_ranks, num_ranks, str(tmp_path))
 
 
 def test_a_kind_without_a_case_is_not_built() -> None:

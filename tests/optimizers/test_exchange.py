@@ -1,4 +1,3 @@
-import multiprocessing
 import os
 from pathlib import Path
 from typing import Any
@@ -6,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -14,6 +12,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from errors import UnsupportedError
 from optimizers.buckets import plan_buckets
 from optimizers.exchange import Exchange, Layout, check_placements
+from tests.ranks import run_ranks
 
 # mesh, placements, shape: FSDP2 with equal and unequal chunks of rows and with fewer rows than ranks, tensor
 # parallelism by columns, no sharding, HSDP, and FSDP2 with tensor parallelism
@@ -96,8 +95,7 @@ def worker(rank: int, folder: str) -> None:
 
 
 def test_round_trip_from_shards_to_owners_and_back(tmp_path: Path) -> None:
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["optimizers.exchange"])
-    mp.start_processes(worker, args=(str(tmp_path),), nprocs=4, start_method="forkserver")
+    run_ranks(worker, 4, str(tmp_path))
 
 
 def strided_worker(rank: int, folder: str) -> None:
@@ -107,7 +105,7 @@ def strided_worker(rank: int, folder: str) -> None:
 
 
 def test_an_order_of_shards_that_is_not_its_own_inverse(tmp_path: Path) -> None:
-    mp.start_processes(strided_worker, args=(str(tmp_path),), nprocs=6, start_method="forkserver")
+    run_ranks(strided_worker, 6, str(tmp_path))
 
 
 def test_other_placements_are_unsupported() -> None:

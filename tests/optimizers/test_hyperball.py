@@ -1,7 +1,6 @@
 """Fixed norms over every kind of optimizer: the rule, skipped steps, recorded updates, ranks, resume."""
 
 import dataclasses
-import multiprocessing
 import os
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 from torch import nn
 
 from errors import UserError
@@ -26,6 +24,7 @@ from tests.optimizers.test_every_optimizer import (
     train,
 )
 from tests.optimizers.test_skipped_step import Model, check_skipped_steps, full_tensors, sharded_model
+from tests.ranks import run_ranks
 
 
 def make_fixed(kind: str, fixed_norm: bool = True) -> OptimizerConfig:
@@ -156,8 +155,7 @@ def test_sharded_steps_equal_those_of_one_rank(num_ranks: int, tmp_path: Path) -
             start = full_tensors(Model())[name]
             assert name.endswith("bias") or float(p.norm() / start.norm()) == pytest.approx(1.0, abs=1e-6)
         torch.save(full_tensors(model), tmp_path / f"{kind}.pt")
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["optimizers.titan"])
-    mp.start_processes(worker, args=(num_ranks, str(tmp_path)), nprocs=num_ranks, start_method="forkserver")
+    run_ranks(worker, num_ranks, num_ranks, str(tmp_path))
 
 
 def test_vectors_weight_decay_and_large_rates_are_refused() -> None:

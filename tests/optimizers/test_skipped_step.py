@@ -1,7 +1,6 @@
 """NaN or Inf gradients skip a step, and mean squares of updates are those of the weight changes."""
 
 import math
-import multiprocessing
 import os
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -20,6 +18,7 @@ from optimizers.adamw import AdamW
 from optimizers.config import AdamWGroup, MuonGroup, OptimizerConfig, ParameterGroup
 from optimizers.titan import ParamGroupOptimizers, build_optimizers
 from optimizers.update_size import num_replicas
+from tests.ranks import run_ranks
 
 WIDTH = 6
 # 5 elements or rows are sharded unevenly over 2 ranks; of 1, one rank has nothing
@@ -195,8 +194,7 @@ def worker(rank: int, num_ranks: int, folder: str) -> None:
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_several_ranks(num_ranks: int, tmp_path: Path) -> None:
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["optimizers.titan"])
-    mp.start_processes(worker, args=(num_ranks, str(tmp_path)), nprocs=num_ranks, start_method="forkserver")
+    run_ranks(worker, num_ranks, num_ranks, str(tmp_path))
 
 
 @pytest.mark.gpu

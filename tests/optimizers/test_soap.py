@@ -1,6 +1,5 @@
 """SOAP against a plain fp64 statement of its rule and a kept implementation, on ranks, and resumed."""
 
-import multiprocessing
 import os
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -19,6 +17,7 @@ from optimizers.config import OptimizerConfig, SOAPGroup
 from optimizers.eigenbasis import eigenbasis, refresh_basis
 from optimizers.soap import SOAP
 from optimizers.titan import ParamGroupOptimizers, build_optimizers
+from tests.ranks import run_ranks
 
 OPTIONS: dict[str, Any] = {
     **{"beta1": 0.8, "beta2": 0.7, "factor_beta": 0.6, "eps": 1e-6, "refresh_every": 2, "weight_decay": 0.3},
@@ -245,8 +244,7 @@ def test_any_number_of_ranks_trains_and_resumes_through_refreshes(num_ranks: int
     dcp.save(states, checkpoint_id=tmp_path / "one", no_dist=True)
     train(model, optimizers, range(4, 8))
     torch.save(whole(model), tmp_path / "weights.pt")
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["optimizers.titan"])
-    mp.start_processes(worker, args=(num_ranks, str(tmp_path)), nprocs=num_ranks, start_method="forkserver")
+    run_ranks(worker, num_ranks, num_ranks, str(tmp_path))
     sources = [tmp_path / "one", *tmp_path.glob(f"{num_ranks}-*")]
     assert len(sources) == 2 + (num_ranks == 4)
     for source in sources:

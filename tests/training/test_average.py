@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.tensor import DTensor
 
 import config
@@ -19,6 +18,7 @@ from models.init import init_weights
 from models.qwen3 import Qwen3
 from models.run_folder import RunFolder
 from models.sizes import ModelSize
+from tests.ranks import run_ranks
 from tests.training.launch import EXACT, records, train
 from training.average import WeightAverage
 from training.memory import checkpoint_bytes, estimate_memory
@@ -129,7 +129,7 @@ def check_swap(model: Qwen3, average: WeightAverage) -> None:
 def test_the_average_is_that_of_its_rule_and_an_evaluation_changes_no_bit(
     num_ranks: int, tmp_path: Path
 ) -> None:
-    mp.spawn(follow, args=(num_ranks, str(tmp_path / "store")), nprocs=num_ranks)
+    run_ranks(follow, num_ranks, num_ranks, str(tmp_path / "store"))
 
 
 def saved(folder: Path, step: int, prefix: str = "") -> dict[str, torch.Tensor]:

@@ -1,6 +1,5 @@
 """Sums over ranks, with scalars that only some ranks have logged."""
 
-import multiprocessing
 import os
 from pathlib import Path
 from unittest.mock import Mock, patch
@@ -8,9 +7,9 @@ from unittest.mock import Mock, patch
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from errors import UserError
+from tests.ranks import run_ranks
 from training.gradient_norm import StepNorm
 from training.launched_step import LaunchedStep
 from training.rank_sums import RankSums
@@ -58,8 +57,7 @@ def worker(rank: int, num_ranks: int, folder: str) -> None:
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_sums_and_means_over_ranks(num_ranks: int, tmp_path: Path) -> None:
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["training.rank_sums"])
-    mp.start_processes(worker, args=(num_ranks, str(tmp_path)), nprocs=num_ranks, start_method="forkserver")
+    run_ranks(worker, num_ranks, num_ranks, str(tmp_path))
 
 
 def test_a_logged_scalar_with_the_name_of_another_metric_is_refused() -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import multiprocessing as mp
 
 from errors import UserError
 from eval.scoring.groups import Group, Scores, rows_of
@@ -19,6 +18,7 @@ from eval.scoring.saved_results import SavedResults
 from eval.scoring.scorer import Scorer, group_requests, plan_batches, windows
 from models.config import SoftmaxConfig
 from tests.eval.conftest import build, ids
+from tests.ranks import run_ranks
 
 
 class IdModel(LanguageModel):
@@ -192,7 +192,7 @@ def _score_on_two(rank: int, folder: str, wanted: list[Any]) -> None:
 
 def test_two_ranks_share_the_batches_and_return_the_scores_of_one(tmp_path: Path) -> None:
     wanted = requests(50)
-    mp.spawn(_score_on_two, (str(tmp_path), wanted), nprocs=2)
+    run_ranks(_score_on_two, 2, str(tmp_path), wanted)
     one = Scorer(Qwen3Model(build(SoftmaxConfig()), max_length=64), token_budget=100)
     truth = one.log_likelihoods(wanted)
     (first, tokens, batches), (second, _, others) = (torch.load(tmp_path / f"{r}.pt") for r in (0, 1))
@@ -243,7 +243,7 @@ def test_requests_that_differ_are_refused_on_all_ranks_and_saved_results_are_the
 ) -> None:
     SavedResults(tmp_path / "0" / "requests.jsonl", "a").add({"key": 1})
     (tmp_path / "0" / "damaged.jsonl").write_text('["fingerprint", "a"]\nnonsense\n')
-    mp.spawn(_differ_on_two, (str(tmp_path),), nprocs=2)
+    run_ranks(_differ_on_two, 2, str(tmp_path))
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
     key, damaged, *differing, same = first
