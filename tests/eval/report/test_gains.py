@@ -27,7 +27,16 @@ from eval.report.run_values import (
     own_tokens,
 )
 from eval.report.styles import COLORS
-from tests.eval.report.run_folders import STEP_TOKENS, STEPS, cells, launch, make_run, rows_of, training
+from tests.eval.report.run_folders import (
+    STEP_TOKENS,
+    STEPS,
+    cells,
+    held_out,
+    launch,
+    make_run,
+    rows_of,
+    training,
+)
 
 BEFORE = 22  # of 30 steps, the decay of the debug configs takes the last 8
 # softmax and Parallax, at both seeds: before the decay, at the end, and of the average
@@ -106,6 +115,10 @@ def test_losses_before_the_decay_are_of_its_first_step_or_of_where_a_branch_star
     # of a run that never decays, none is before
     constant = make_run(tmp_path / "c", [launch(), *training(3.0)], "--schedule.decay_ratio", "0")
     assert loss_before_decay(read_run(constant)) is None
+    # of one that has stopped before its decay, the last loss is its final one
+    words, records = ("--training.stop_at_step", str(BEFORE)), training(3.0, last=BEFORE)
+    stopped = make_run(tmp_path / "s", [launch(), *records, held_out(BEFORE, 3.5)], *words)
+    assert (loss_before_decay(read_run(stopped)), held_out_loss(read_run(stopped))) == (None, 3.5)
 
 
 def test_gains_are_means_of_differences_at_equal_seeds(tmp_path: Path) -> None:
