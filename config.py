@@ -326,7 +326,7 @@ class _Decoder:
             return value
         if origin is list:
             if not isinstance(value, list):
-                raise wrong
+                raise _TypeMismatchError(f"{wrong}, such as '[{_shown(value)}]'", [key])
             return [self.convert(args[0], v, (*key, i)) for i, v in enumerate(value)]
         if origin is dict or dataclasses.is_dataclass(hint):
             if not isinstance(value, dict):

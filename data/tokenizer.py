@@ -96,7 +96,7 @@ class Tokenizer:
             file = source = _download(str(path))
         if not file.exists():
             raise UserError(
-                f"data.tokenizer {str(path)!r} does not exist: give a folder that holds a {TOKENIZER_FILE} "
+                f"the tokenizer {str(path)!r} does not exist: give a folder that holds a {TOKENIZER_FILE} "
                 "or a model's name on the hub, or train a tokenizer with `python -m data.train_tokenizer` "
                 "(configs/base has the command; for the debug configs run `python -m data.sample --out "
                 ".cache/sample`)"
@@ -106,7 +106,7 @@ class Tokenizer:
             if not file.is_file():
                 names = ", ".join(sorted(entry.name for entry in source.iterdir())[:8]) or "nothing"
                 raise UserError(
-                    f"data.tokenizer {str(path)!r} has no {TOKENIZER_FILE} (it holds {names}): "
+                    f"the tokenizer {str(path)!r} has no {TOKENIZER_FILE} (it holds {names}): "
                     "save the tokenizer in the format of the `tokenizers` library"
                 )
         try:
@@ -232,7 +232,7 @@ def _download(name: str) -> Path:
         )
     except UserError as error:
         raise UserError(
-            f"data.tokenizer {name!r} is not a path, and as a model on the Hugging Face hub: {error}"
+            f"the tokenizer {name!r} is not a path, and as a model on the Hugging Face hub: {error}"
         ) from error
 
 

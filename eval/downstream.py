@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint on downstream tasks of lm-evaluation-harness.
+r"""Evaluate a checkpoint on downstream tasks of lm-evaluation-harness.
 
     python -m eval.downstream --checkpoint RUN --tasks paper [--data DIR] [--limit N] \
         [--num-fewshot N] [--out DIR]

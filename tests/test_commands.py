@@ -1,5 +1,9 @@
 """Every command line explains itself."""
 
+import contextlib
+import io
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +32,7 @@ def test_help(command: list[str]) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage: ")
     assert done.stderr == ""
+    assert not re.search(r"^ {4}python .*\S {3,}\[", done.stdout, flags=re.MULTILINE), "lines run together"
 
 
 @pytest.mark.parametrize(
@@ -46,3 +51,44 @@ def test_options_are_not_abbreviated(words: list[str]) -> None:
     )
     assert done.returncode == 2
     assert "unrecognized arguments" in done.stderr or "arguments are required" in done.stderr
+
+
+def _commands() -> list[tuple[str, list[str]]]:
+    """Return module and words of every `python -m MODULE ...` in an indented block of the documents."""
+    commands = []
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for block in re.findall(r"(?:^ {4}.*\n)+", path.read_text(encoding="utf-8"), flags=re.MULTILINE):
+            for line in block.replace("\\\n", " ").splitlines():
+                for module, words in re.findall(r"python -m ([\w.]+)([^;#]*)", line):
+                    commands.append((module, words.split(" -- ")[0].split()))
+    return commands
+
+
+def _help(words: tuple[str, ...]) -> str:
+    """Return what `python -m WORDS --help` prints, in this process."""
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(sys, "argv", [*words, "--help"])
+        with pytest.raises(SystemExit):
+            runpy.run_module(words[0], run_name="__main__", alter_sys=False)
+    return printed.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_commands_of_the_documents_have_options_that_exist_and_those_that_are_required() -> None:
+    commands = _commands()
+    assert len(commands) > 40
+    texts: dict[tuple[str, ...], str] = {}
+    wrong = []
+    for module, words in commands:
+        is_split = module in ("data.shards", "models.checkpoint", "models.convert")
+        command = (module, words[0]) if is_split else (module,)
+        text = texts[command] if command in texts else texts.setdefault(command, _help(command))
+        known = set(re.findall(r"--[\w-]+", text))
+        usage = re.sub(r"\[[^][]*\]|\([^()]*\)", "", re.sub(r"\[[^][]*\]", "", text.split("\n\n")[0]))
+        given = {word.strip("[]`,") for word in words if word.lstrip("[`").startswith("--")}
+        given = {word for word in given if re.fullmatch(r"--[a-z-]+", word)}  # others are keys of a TOML file
+        wrong += [f"{module}: {option} is unknown" for option in sorted(given - known)]
+        required = set(re.findall(r"--[\w-]+", usage))
+        wrong += [f"{module}: {option} is missing" for option in sorted(required - given)]
+    assert wrong == []

@@ -169,6 +169,7 @@ def test_toml_of_a_run_loads_to_the_same_run(tmp_path: Path) -> None:
         (["--training.seq_len", "0"], ["training.seq_len", "at least 1"]),
         (["--training.global_batch_size", "3"], ["training.global_batch_size", "multiple"]),
         (["--data.train.files", "[1]"], ["data.train.files[0]:", "a string"]),
+        (["--data.train.files", "a.parquet"], ["data.train.files:", "want a list", """'["a.parquet"]'"""]),
         (["--optimizer.groups.all.momentum", "0.9"], ["optimizer.groups.all.momentum:", "unknown key"]),
         (["--checkpoint.keep", "1"], ["checkpoint.keep", "at least 2"]),
         (["--metrics.update_every", "0"], ["metrics.update_every", "at least 1"]),

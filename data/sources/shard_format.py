@@ -148,7 +148,7 @@ def read_manifest(folder: Path) -> Manifest:
         remedy = (
             "run the same `python -m data.shards prepare` again to resume it"
             if is_partial
-            else "correct the folder"
+            else "correct the folder, or make them with `python -m data.shards prepare` (docs/data.md)"
         )
         raise UserError(f"{folder} holds no complete set of shards ({MANIFEST_FILE} is missing): {remedy}")
     table = read_json(path)

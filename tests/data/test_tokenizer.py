@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from data.tokenizer import Tokenizer, _split, check_vocabulary
 from data.tokenizer_content import describe_other_tokenizer, is_older_fingerprint, same_tokenizer
 from data.train_tokenizer import train_byte_level_bpe
+from errors import UserError
 from tests.conftest import make_text
 
 # Qwen3's own normalizer and pre-tokenizer
@@ -340,3 +341,10 @@ def test_qwen3_has_the_published_ids() -> None:
     check_vocabulary(tokenizer, 151_936)
     with pytest.raises(ValueError, match="151669"):
         check_vocabulary(tokenizer, 151_668)
+
+
+def test_a_tokenizer_that_does_not_exist_is_not_blamed_on_a_key_that_was_not_given(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"^the tokenizer '{tmp_path}/none' does not exist: give a folder"):
+        Tokenizer.load(tmp_path / "none")
+    with pytest.raises(UserError, match=rf"^the tokenizer '{tmp_path}' has no tokenizer\.json"):
+        Tokenizer.load(tmp_path)

@@ -1,1 +1,1 @@
-"""Plans: comparisons of many runs as one command; `python -m training.sweep` works them off."""
+"""Plans: comparisons of many runs as one command; `python -m training.sweep` runs them."""

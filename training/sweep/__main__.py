@@ -1,4 +1,4 @@
-"""Work off a plan of runs: on the GPUs of this machine, on CPU, or piece by piece on several machines.
+"""Run all members of a plan: on the GPUs of this machine, on CPU, or piece by piece on several machines.
 
     python -m training.sweep configs/plans/X.toml              # start, or resume after any kind of end
     python -m training.sweep configs/plans/X.toml --dry-run    # members, FLOPs, GPU-hours
@@ -36,13 +36,11 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         nargs="+",
         metavar="N",
-        help="work off these members only, by number; others may run in the same folder",
+        help="run these members only, by number; others may run in the same folder",
     )
+    parser.add_argument("--stage", nargs="+", metavar="NAME", help="run the members of these stages only")
     parser.add_argument(
-        "--stage", nargs="+", metavar="NAME", help="work off the members of these stages only"
-    )
-    parser.add_argument(
-        "--seed", type=int, nargs="+", metavar="N", help="work off the members of these seeds only"
+        "--seed", type=int, nargs="+", metavar="N", help="run the members of these seeds only"
     )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--dry-run", action="store_true", help="print members, FLOPs and GPU-hours and exit")
@@ -88,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _selection(options: argparse.Namespace) -> Selection | None:
-    """Return what selects the members to work off; None for all."""
+    """Return what selects the members to run; None for all."""
     given = {"numbers": options.member, "stages": options.stage, "seeds": options.seed}
     return None if all(value is None for value in given.values()) else partial(select, **given)
 

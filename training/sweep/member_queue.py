@@ -1,4 +1,4 @@
-"""Work a plan off: start members where there is room, look at their records, choose, until all have ended."""
+"""Run a plan: start members where there is room, look at their records, choose, until all have ended."""
 
 import os
 import time

@@ -1,4 +1,4 @@
-"""A SLURM job array that works the ready members of a plan off."""
+"""A SLURM job array that runs the ready members of a plan."""
 
 import shlex
 from collections.abc import Sequence

@@ -343,7 +343,7 @@ def test_the_command_line_ends_a_user_error_in_one_line(
         assert _exit_code([*start, *words]) == 2
         assert message in capsys.readouterr().err
     assert _exit_code(["info", str(tmp_path)]) == 2
-    assert "correct the folder" in capsys.readouterr().err
+    assert "correct the folder, or make them with `python -m data.shards prepare" in capsys.readouterr().err
     words = ["--files", str(tmp_path / "a.jsonl"), "--text-column", "body", "--out", str(tmp_path / "good")]
     assert shards.main([*start, *words]) == 0
 

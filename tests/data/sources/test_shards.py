@@ -344,7 +344,10 @@ def test_a_damaged_or_missing_index_is_named(
 
 
 def test_an_incomplete_folder_is_rejected_with_the_remedy(tmp_path: Path, byte_tokenizer: Tokenizer) -> None:
-    with pytest.raises(ValueError, match=r"holds no complete set of shards .*correct the folder"):
+    remedy = (
+        r"holds no complete set of shards .*correct the folder, or make them with `python -m data\.shards"
+    )
+    with pytest.raises(ValueError, match=remedy):
         _open(tmp_path, byte_tokenizer)
     (tmp_path / "prepare.json").write_text("{}")
     with pytest.raises(ValueError, match="prepare` again to resume"):
