@@ -218,14 +218,17 @@ def _complete(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _count(texts: list[Text], tokenizer: Tokenizer) -> tuple[dict[str, int], Counter[int]]:
-    """Return the sizes of texts, and the number of occurrences of each token id."""
-    counts: Counter[int] = Counter({tokenizer.end_of_document_id: len(texts)})
+    """Return the sizes of texts, and how often each token id is predicted: all but a text's first token."""
+    predicted: Counter[int] = Counter()
+    num_tokens = 0
     for first in range(0, len(texts), _BATCH_DOCUMENTS):
         batch = [text.content for text in texts[first : first + _BATCH_DOCUMENTS]]
         for ids in tokenizer.encode_batch(batch):
-            counts.update(ids)
+            document = [*ids, tokenizer.end_of_document_id]
+            predicted.update(document[1:])
+            num_tokens += len(document)
     num_bytes = sum(len(text.content.encode()) for text in texts)
-    return {"documents": len(texts), "bytes": num_bytes, "tokens": counts.total()}, counts
+    return {"documents": len(texts), "bytes": num_bytes, "tokens": num_tokens}, predicted
 
 
 def _write_parquet(texts: list[Text], path: Path) -> None:

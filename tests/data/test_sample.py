@@ -65,15 +65,17 @@ def test_the_summary_counts_the_content_of_the_files(made: Path) -> None:
     totals: Counter[str] = Counter()
     for name, file in (("train", sample.TRAIN_FILE), ("validation", sample.VALIDATION_FILE)):
         texts = _texts(made / file)
-        ids = [token for text in texts for token in [*tokenizer.encode(text), tokenizer.end_of_document_id]]
+        documents = [[*tokenizer.encode(text), tokenizer.end_of_document_id] for text in texts]
         sizes = {
             "documents": len(texts),
             "bytes": sum(len(text.encode()) for text in texts),
-            "tokens": len(ids),
+            "tokens": sum(map(len, documents)),
         }
         assert summary[name] == sizes
         totals.update(sizes)
     assert {key: summary[key] for key in totals} == totals
+    # as the held-out loss of a run, over the tokens that are predicted
+    ids = [token for document in documents for token in document[1:]]
     counts = Counter(ids)
     entropy = -sum(n / len(ids) * math.log(n / len(ids)) for n in counts.values())
     assert math.isclose(summary["unigram_entropy_nats"], entropy, rel_tol=1e-12)

@@ -17,11 +17,11 @@ from training.sweep.table import Display, format_table
 
 
 def work(observer: Observer, selection: Selection | None) -> int:
-    """Work members off.
+    """Run members.
 
     Args:
         observer: Of the plan.
-        selection: Those to work off; None for all, which no other sweep may do in the folder.
+        selection: Those to run; None for all, which no other sweep may do in the folder.
 
     Returns:
         0 if all of them have finished or a signal has stopped the sweep, else 1.
@@ -61,8 +61,8 @@ def _reasons(observer: Observer, unfinished: Sequence[Status], launched: Collect
         num_lost = sum(s.member.is_known and not s.has_start and s.state == "waiting" for s in left)
         if num_lost:
             yield (
-                f"stage {stage.name}: {num_lost} members have no checkpoint to start from: work stage "
-                f"{stage.start_from} off in the same folder; of members of it that have finished elsewhere, "
+                f"stage {stage.name}: {num_lost} members have no checkpoint to start from: run stage "
+                f"{stage.start_from} in the same folder; of members of it that have finished elsewhere, "
                 "delete the folders before"
             )
         num_ready = sum(s.is_ready and s.state in ("waiting", "stopped") for s in left)
@@ -79,8 +79,8 @@ def _only_one(observer: Observer) -> Iterator[None]:
         lock.acquire()
     except LockedError as holder:
         raise UserError(
-            f"{observer.folder.path} is being worked off by {holder}: look at it with --status, or work some "
-            "of its members off with --member or --stage"
+            f"{observer.folder.path} is being run by {holder}: look at it with --status, or run some of its "
+            "members with --member or --stage"
         ) from holder
     try:
         yield
@@ -93,8 +93,8 @@ def print_status(observer: Observer) -> None:
     overview = observer.look()
     running = sum(status.state == "running" for status in overview.own)
     print(format_table(observer.plan, overview, max(1, running)))
-    is_worked_off = is_held(observer.folder.lock_file)
-    print("a sweep is working it off" if is_worked_off else "no sweep is working it off")
+    is_run = is_held(observer.folder.lock_file)
+    print("a sweep is running it" if is_run else "no sweep is running it")
 
 
 def print_array(observer: Observer, overrides: Sequence[str]) -> None:

@@ -20,12 +20,12 @@ Selection = Callable[[Overview], set[int]]
 
 
 class Queue:
-    """Members of a plan, worked off in order of priority.
+    """Members of a plan, run in order of priority.
 
     Args:
         observer: Of the plan.
         slots: Where members run.
-        selection: The members to work off, of an overview; all of them by default.
+        selection: The members to run, of an overview; all of them by default.
         show: Called with each new overview.
         writes_plan: Whether to write plan.toml: not where several processes work in one folder.
 
@@ -60,7 +60,7 @@ class Queue:
         return self._stop.requested
 
     def run(self) -> Overview:
-        """Work the members off.
+        """Run the members.
 
         Returns:
             The last overview: all selected members have ended, none can be started, or a signal has stopped

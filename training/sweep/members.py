@@ -204,7 +204,7 @@ def _load(plan: Plan, stage: Stage, source: Path, variant: Variant, seed: int, p
 
 @functools.cache
 def _load_file(path: Path, words: tuple[str, ...], origin: str) -> RunConfig:
-    """Load a config once: an edit does not change a plan that is being worked off."""
+    """Load a config once: an edit does not change a plan that is being run."""
     return config.load(RunConfig, path, words, overrides_from=origin)
 
 

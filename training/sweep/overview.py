@@ -154,7 +154,7 @@ def select(
     stages: Collection[str] | None = None,
     seeds: Collection[int] | None = None,
 ) -> set[int]:
-    """Return the members to work off: runs of their own.
+    """Return the members to run: runs of their own.
 
     Args:
         overview: The plan's.

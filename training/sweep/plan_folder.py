@@ -4,7 +4,7 @@ runs/PLAN/
 plan.toml           members, arms and choices, for the report (eval/report/plan_file.py)
 STAGE/NAME/         the run folder of a member (models/run_folder.py)
 configs/STAGE/      NAME.toml: the resolved config that a member is launched with
-sweep.lock          held by the sweep that works the plan off
+sweep.lock          held by the sweep that runs the plan
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,7 @@ class PlanFolder:
 
     @property
     def lock_file(self) -> Path:
-        """The lock of the sweep that works the plan off."""
+        """The lock of the sweep that runs the plan."""
         return self.path / "sweep.lock"
 
     def run(self, member: Member) -> RunFolder:

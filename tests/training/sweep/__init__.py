@@ -1,1 +1,1 @@
-"""Tests of plans: resolved, worked off by a stand-in for train.py, and by train.py itself."""
+"""Tests of plans: resolved, run by a stand-in for train.py, and by train.py itself."""

@@ -79,7 +79,7 @@ def test_branches_run_after_their_trunks(tmp_path: Path) -> None:
 def test_a_stage_of_branches_alone_says_what_it_lacks(tmp_path: Path) -> None:
     path = branched(tmp_path)
     text = run(path, "--stage", "decay", code=1)
-    assert "stage decay: 4 members have no checkpoint to start from: work stage stable off" in text
+    assert "stage decay: 4 members have no checkpoint to start from: run stage stable" in text
     run(path, "--stage", "stable", "decay", "--seed", "2")
     found = states(observe(path).look())
     assert found == ["waiting", "finished"] * 4

@@ -1,4 +1,4 @@
-"""Plans worked off by a stand-in for train.py: order, stages, failures, signals, kills."""
+"""Plans run by a stand-in for train.py: order, stages, failures, signals, kills."""
 
 import os
 import random
@@ -163,14 +163,14 @@ def test_a_second_sweep_is_refused_and_one_of_single_members_is_not(tmp_path: Pa
     path.write_text(path.read_text().replace("steps = 12", "steps = 200"))
     first = start(path, stand_in=True)
     wait_until(lambda: bool(holders(tmp_path / "plan")), first)
-    assert "is being worked off by process" in run(path, code=2)
-    assert "\na sweep is working it off" in run(path, "--status")
+    assert "is being run by process" in run(path, code=2)
+    assert "\na sweep is running it" in run(path, "--status")
     run(path, "--member", "3")
     assert states(observe(path).look())[3] == "finished"
     first.send_signal(signal.SIGTERM)
     assert first.wait(timeout=SECONDS) == 0
     assert not holders(tmp_path / "plan")
-    assert "no sweep is working it off" in run(path, "--status")
+    assert "no sweep is running it" in run(path, "--status")
 
 
 @pytest.mark.parametrize("seed", [0, 1, *(pytest.param(s, marks=pytest.mark.slow) for s in range(2, 12))])

@@ -65,7 +65,7 @@ def check_equal(folder: Path, alone: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def alone(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A plan, and its folder, worked off without a fault."""
+    """A plan, and its folder, run without a fault."""
     folder = tmp_path_factory.mktemp("alone")
     path = write_plan(folder, PLAN, corpus=corpus, head=HEAD)
     run(path, stand_in=False)
