@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from data.sources.count import count_not_held_out
-from data.sources.open import check_data
+from data.sources.open import check_data, check_shards
 from data.tokenizer import Tokenizer, check_vocabulary
 from errors import UserError
 from models.qwen3 import Qwen3
@@ -51,6 +51,7 @@ def check_run(config: RunConfig, world_size: int) -> Tokenizer:
     model = build_meta_model(config)
     check_start(config)
     check_space(config, checkpoint_bytes(config, model, world_size))
+    check_shards(config.data)
     tokenizer = Tokenizer.load(tokenizer_source(config), end_of_document=config.data.end_of_document)
     check_vocabulary(tokenizer, config.model.vocab_size)
     check_data(config.data, tokenizer.fingerprint)

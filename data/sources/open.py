@@ -1,5 +1,7 @@
 """Open the sources of a config's `[data]` table, and check them before a run is built."""
 
+from pathlib import Path
+
 from data.config import (
     DataConfig,
     DatasetsSource,
@@ -21,6 +23,7 @@ from data.sources.jsonl import JsonlDocumentFile
 from data.sources.mixture import MixtureDocuments
 from data.sources.overlap import check_overlap
 from data.sources.parquet import ParquetDocumentFile, local_files
+from data.sources.shard_format import read_manifest
 from data.sources.shards import ShardDocuments
 from data.sources.text import text_files
 from errors import UserError
@@ -106,6 +109,25 @@ def open_source(
         sources = {name: open_leaf(leaf) for name, leaf in source.sources.items()}
         return MixtureDocuments(sources, source.weights)
     return open_leaf(source)
+
+
+def check_shards(config: DataConfig) -> None:
+    """Check that prepared shards are there, which needs no tokenizer: that one may have to be downloaded.
+
+    Args:
+        config: The `[data]` table.
+
+    Raises:
+        UserError: A folder of shards is missing or incomplete; names the table.
+    """
+    for name, source in (("train", config.train), ("validation", config.validation)):
+        leaves = source.sources.values() if isinstance(source, MixtureSource) else (source,)
+        for leaf in leaves:
+            if isinstance(leaf, ShardsSource):
+                try:
+                    read_manifest(Path(leaf.folder))
+                except UserError as error:
+                    raise UserError(f"data.{name}: {error}") from error
 
 
 def check_data(config: DataConfig, tokenizer_fingerprint: str) -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,6 +11,8 @@ from config import load
 from data.config import ParquetSource
 from data.sources.open import open_text
 from data.sources.split import is_held_out
+from data.tokenizer import Tokenizer
+from errors import UserError
 from tests.training.launch import ROOT, arguments
 from training.preflight import check_run, log_validation_documents
 from training.run_config import RunConfig
@@ -58,3 +61,19 @@ def test_a_launch_whose_validation_documents_are_all_held_out_says_nothing_of_th
     caplog.set_level(logging.INFO, logger="parallax")
     log_validation_documents(config)
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize("table", ["train", "validation"])
+def test_missing_shards_are_named_before_a_tokenizer_is_downloaded(
+    table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(*others: Any, **options: Any) -> None:
+        raise AssertionError("the tokenizer was loaded")
+
+    monkeypatch.setattr(Tokenizer, "load", download)
+    words = [f"--data.{table}.kind", "shards", f"--data.{table}.folder", str(tmp_path / "none")]
+    config = load(
+        RunConfig, ROOT / "configs/debug_softmax_adamw.toml", [*words, "--run.folder", str(tmp_path / "run")]
+    )
+    with pytest.raises(UserError, match=rf"^data.{table}: .*none.*data.shards prepare"):
+        check_run(config, 1)
