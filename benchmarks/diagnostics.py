@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import RESULTS, describe, write_result
-from benchmarks.training import WARMUP_STEPS, launch, read_steps
+from benchmarks.training import WARMUP_STEPS, launch, parse_with_overrides, read_steps
 from config import load
 from data.config import ShardsSource
 from errors import run_command
@@ -119,10 +119,8 @@ def main() -> None:
     parser.add_argument("configs", nargs="+", help="config files")
     parser.add_argument("--name", default="diagnostics", help="name of the JSON file in --out")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
-    arguments = sys.argv[1:]
-    split = arguments.index("--") if "--" in arguments else len(arguments)
-    options, overrides = parser.parse_args(arguments[:split]), arguments[split + 1 :]
-    command = "python -m benchmarks.diagnostics " + shlex.join(arguments)
+    options, overrides = parse_with_overrides(parser)
+    command = "python -m benchmarks.diagnostics " + shlex.join(sys.argv[1:])
     rows = []
     for path in options.configs:
         rows.append(measure(path, overrides))

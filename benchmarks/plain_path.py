@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import RESULTS, write_result
-from benchmarks.training import launch, read_steps
+from benchmarks.training import launch, parse_with_overrides, read_steps
 from config import load
 from errors import run_command
 from training.run_config import RunConfig
@@ -106,10 +106,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200, help="steps of each run (200)")
     parser.add_argument("--name", default="plain_path", help="name of the JSON file and the figure in --out")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
-    arguments = sys.argv[1:]
-    split = arguments.index("--") if "--" in arguments else len(arguments)
-    options, overrides = parser.parse_args(arguments[:split]), arguments[split + 1 :]
-    command = "python -m benchmarks.plain_path " + shlex.join(arguments)
+    options, overrides = parse_with_overrides(parser)
+    command = "python -m benchmarks.plain_path " + shlex.join(sys.argv[1:])
     rows: list[dict[str, Any]] = []
     for path in options.configs:
         losses = {name: losses_of(path, name, options.steps, overrides) for name in PATHS}

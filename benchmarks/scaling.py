@@ -26,7 +26,15 @@ from typing import Any
 
 from benchmarks.machine import RESULTS, describe, write_result
 from benchmarks.step_trace import read_trace
-from benchmarks.training import WARMUP_STEPS, launch, load_rows, local_batch_size, medians, read_steps
+from benchmarks.training import (
+    WARMUP_STEPS,
+    launch,
+    load_rows,
+    local_batch_size,
+    medians,
+    parse_with_overrides,
+    read_steps,
+)
 from errors import UserError, run_command
 from eval.gpus import visible_gpus
 
@@ -188,9 +196,7 @@ def main() -> None:
     parser.add_argument(
         "--resume", action="store_true", help="keep the rows that the same command has written before"
     )
-    arguments = sys.argv[1:]
-    split = arguments.index("--") if "--" in arguments else len(arguments)
-    options, overrides = parser.parse_args(arguments[:split]), arguments[split + 1 :]
+    options, overrides = parse_with_overrides(parser)
     max_gpus = len(visible_gpus())
     if not max_gpus:
         raise UserError("this machine has no GPU: the benchmark measures training steps on GPUs")
@@ -199,7 +205,9 @@ def main() -> None:
         for path in options.configs
         for member in members(path, local_batch_size(path, overrides), max_gpus)
     ]
-    command = "python -m benchmarks.scaling " + shlex.join(each for each in arguments if each != "--resume")
+    command = "python -m benchmarks.scaling " + shlex.join(
+        each for each in sys.argv[1:] if each != "--resume"
+    )
     saved = load_rows(options.out / f"{options.name}.json", command) if options.resume else []
 
     def save(rows: list[dict[str, Any]]) -> None:

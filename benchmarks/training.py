@@ -116,6 +116,17 @@ def stock_jobs(configs: Sequence[str], settings: Settings) -> list[Job]:
     ]
 
 
+def parse_with_overrides(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[str]]:
+    """Parse this process's command line, `OPTIONS [-- OVERRIDES]`.
+
+    Returns:
+        The options, and the words after `--`: overrides as train.py takes them.
+    """
+    arguments = sys.argv[1:]
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    return parser.parse_args(arguments[:split]), arguments[split + 1 :]
+
+
 def launch(program: Sequence[str], gpus: Sequence[str], num_ranks: int) -> None:
     """Run a program by torchrun.
 
@@ -306,9 +317,7 @@ def main() -> None:
     parser.add_argument(
         "--resume", action="store_true", help="keep the rows that the same command has written before"
     )
-    arguments = sys.argv[1:]
-    split = arguments.index("--") if "--" in arguments else len(arguments)
-    options, overrides = parser.parse_args(arguments[:split]), arguments[split + 1 :]
+    options, overrides = parse_with_overrides(parser)
     if options.steps <= WARMUP_STEPS:
         raise UserError(
             f"--steps is {options.steps}, must be more than {WARMUP_STEPS}: warm-up steps are not timed"
@@ -319,7 +328,9 @@ def main() -> None:
         rows_per_step=options.rows_per_step,
         overrides=overrides,
     )
-    command = "python -m benchmarks.training " + shlex.join(each for each in arguments if each != "--resume")
+    command = "python -m benchmarks.training " + shlex.join(
+        each for each in sys.argv[1:] if each != "--resume"
+    )
     rows = load_rows(options.out / f"{options.name}.json", command) if options.resume else []
     failed = _measure_all(options, settings, command, rows)
     print(describe())

@@ -246,16 +246,16 @@ class Problem:
         return max(relative_error(*pair) for pair in zip(results, truth, strict=True))
 
 
-def _compile(candidate: Candidate) -> None:
+def _compile(candidate: Candidate, num_kv_heads: int) -> None:
     try:
-        Problem(candidate.head_dim, 128, 1).launch(candidate)
+        Problem(candidate.head_dim, 128, 1, num_kv_heads).launch(candidate)
     except Exception as error:  # compilation errors are reported when the candidate is timed
         print(f"{candidate.label}: {type(error).__name__}", file=sys.stderr)
 
 
-def compile_all(found: list[Candidate], pool: ProcessPoolExecutor) -> None:
+def compile_all(found: list[Candidate], pool: ProcessPoolExecutor, num_kv_heads: int) -> None:
     """Compile candidates into Triton's cache in parallel; kernels do not depend on the length."""
-    list(pool.map(_compile, found))
+    list(pool.map(partial(_compile, num_kv_heads=num_kv_heads), found))
 
 
 def _median_ms(run: Callable[[], object]) -> float:
@@ -351,14 +351,14 @@ def main() -> None:
     found = tile_candidates(args.head_dims, args.kernels)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.workers, mp_context=context) as pool:
-        compile_all(found, pool)
+        compile_all(found, pool, args.num_kv_heads)
         errors = check_accuracy([k for k in args.head_dims if k in VARIED])
         problems = {
             k: Problem(k, args.num_tokens, args.batch_size, args.num_kv_heads) for k in args.head_dims
         }
         time_all(found, problems, args.rounds)
         varied = variants_of(found)
-        compile_all(varied, pool)
+        compile_all(varied, pool, args.num_kv_heads)
     time_all(varied, problems, args.rounds)
     report([*found, *varied], args.num_tokens, args.batch_size)
     x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
