@@ -154,6 +154,10 @@ def test_narrow_heads_have_tiles_of_the_plain_kernels(width: int, monkeypatch: p
         assert not tiles._HOPPER_NARROW[plain].is_specialized
 
 
+def test_a_tile_has_the_next_power_of_two_of_columns_but_at_least_those_of_a_product() -> None:
+    assert [tiles.num_columns(width) for width in tiles.HEAD_DIMS] == [16, 16, 64, 128, 128, 256]
+
+
 def test_document_bounds_are_written_for_every_row_even_if_they_end_early() -> None:
     for bounds in ([0, 3, 3, 7, 10], [0, 3, 3, 7, 8], [1, 3, 3, 7, 9]):
         first, end = document_bounds(torch.tensor(bounds, dtype=torch.int32), 10)
