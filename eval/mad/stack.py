@@ -144,16 +144,18 @@ class _MemberScan:
         return y_BTC.unflatten(2, (self.num_members, -1)).permute(2, 0, 1, 3).flatten(0, 1)
 
     def scan(self, recurrence: Recurrence, streams: tuple[Tensor, ...], *constants: Any) -> Tensor:
-        """See ScanContext.scan: one after another where a recurrence has parameters of its own."""
+        """See ScanContext.scan: members are heads where a recurrence has parameters of its own."""
         if not constants:
             return self.scan_rows.scan(recurrence, streams)
-        num_rows = streams[0].shape[0] // self.num_members
-        outputs = []
-        for first in range(0, streams[0].shape[0], num_rows):
-            own_streams = tuple(x[first : first + num_rows] for x in streams)
-            own_constants = [x[first, 0] if isinstance(x, Tensor) else x for x in constants]
-            outputs.append(self.scan_rows.scan(recurrence, own_streams, *own_constants))
-        return torch.cat(outputs)
+        of_members = [x.unflatten(0, (self.num_members, -1)) for x in streams]
+        as_heads = tuple(x.permute(1, 2, 0, *range(3, x.ndim)).flatten(2, 3) for x in of_members)
+        # a parameter `[N * B, 1, H, ...]` has the same values in all rows of a member
+        own = [
+            x.unflatten(0, (self.num_members, -1))[:, 0, 0].flatten(0, 1) if isinstance(x, Tensor) else x
+            for x in constants
+        ]
+        o = self.scan_rows.scan(recurrence, as_heads, *own).unflatten(2, (self.num_members, -1))
+        return o.permute(2, 0, 1, *range(3, o.ndim)).flatten(0, 1)
 
 
 def stack_modules(members: Sequence[nn.Module]) -> nn.Module:
