@@ -184,7 +184,7 @@ def _train(
 def _write(results: Mapping[Run, Outcome], tasks: Sequence[Task], level: Level, folder: Path) -> None:
     """Print the tables and write them and the plots to a folder."""
     scores, solutions = (table(results, tasks, level).markdown() for table in (score_table, solution_table))
-    text = "\n".join([*scores, "", "Solved runs, and the fewest epochs of one:", "", *solutions])
+    text = "\n".join([*scores, "", "Epoch of the first solved run, and solved runs:", "", *solutions])
     print(text)
     write_text(folder / "mad.md", text + "\n")
     plot_scores(results, tasks, level, folder / "mad.png")

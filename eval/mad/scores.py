@@ -41,13 +41,19 @@ def task_grids(recipe: Recipe, task: Task, level: Level) -> list[list[Run]]:
     return [grid(recipe, setting) for setting in settings(task, level)]
 
 
+def found_grid(results: Mapping[Run, Outcome], recipe: Recipe, setting: Setting) -> list[Run]:
+    """Return the grid of a setting of which more runs are there: trained to the end, or to the first solved."""
+    ways = (replace(recipe, ends_when_solved=early) for early in (False, True))
+    return max((grid(way, setting) for way in ways), key=lambda runs: sum(run in results for run in runs))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Column:
     """An attention with its optimizer, over all seeds that have a run.
 
     Attributes:
         name: What sets it apart from the other columns.
-        recipes: One for each seed.
+        recipes: One for each seed; runs of a grid that ended with the first solved one count as its own.
     """
 
     name: str
@@ -55,7 +61,7 @@ class Column:
 
     def task_estimate(self, results: Mapping[Run, Outcome], task: Task, level: Level) -> Estimate | None:
         """Return the mean score on a task over the seeds that have all runs; None if there is none."""
-        scores = [task_score(results, task_grids(recipe, task, level)).value for recipe in self.recipes]
+        scores = [self._score(results, recipe, settings(task, level)).value for recipe in self.recipes]
         return estimate([score for score in scores if score is not None])
 
     def mean_estimate(
@@ -64,7 +70,7 @@ class Column:
         """Return the mean score over tasks, over the seeds that have all runs of all tasks."""
         means: list[float] = []
         for recipe in self.recipes:
-            scores = [task_score(results, task_grids(recipe, task, level)).value for task in tasks]
+            scores = [self._score(results, recipe, settings(task, level)).value for task in tasks]
             values = [score for score in scores if score is not None]
             if len(values) == len(tasks):
                 means.append(sum(values) / len(values))
@@ -72,21 +78,28 @@ class Column:
 
     def setting_estimate(self, results: Mapping[Run, Outcome], setting: Setting) -> Estimate | None:
         """Return the mean of the best accuracy on one setting over the seeds that have all its runs."""
-        scores = [task_score(results, [grid(recipe, setting)]).value for recipe in self.recipes]
+        scores = [self._score(results, recipe, [setting]).value for recipe in self.recipes]
         return estimate([score for score in scores if score is not None])
 
     def count_runs(self, results: Mapping[Run, Outcome], task: Task, level: Level) -> tuple[int, int]:
         """Return the numbers of runs of a task that are there and that there have to be, of all seeds."""
-        scores = [task_score(results, task_grids(recipe, task, level)) for recipe in self.recipes]
+        scores = [self._score(results, recipe, settings(task, level)) for recipe in self.recipes]
         return sum(score.num_done for score in scores), sum(score.num_runs for score in scores)
+
+    @staticmethod
+    def _score(results: Mapping[Run, Outcome], recipe: Recipe, of: Iterable[Setting]) -> Score:
+        return task_score(results, [found_grid(results, recipe, setting) for setting in of])
 
 
 def make_columns(results: Mapping[Run, Outcome], tasks: Sequence[Task], level: Level) -> list[Column]:
     """Return the columns that have a run of the tasks and level, in the order of the results."""
+    chosen = {setting for task in tasks for setting in settings(task, level)}
+    recipes = dict.fromkeys(
+        replace(run.recipe, ends_when_solved=False) for run in results if run.setting in chosen
+    )
     by_seed: dict[Recipe, list[Recipe]] = {}
-    for recipe in dict.fromkeys(run.recipe for run in results):
-        if any(task_score(results, task_grids(recipe, task, level)).num_done for task in tasks):
-            by_seed.setdefault(replace(recipe, seed=0), []).append(recipe)
+    for recipe in recipes:
+        by_seed.setdefault(replace(recipe, seed=0), []).append(recipe)
     return [Column(name=_name(recipe, [*by_seed]), recipes=recipes) for recipe, recipes in by_seed.items()]
 
 
@@ -95,6 +108,4 @@ def _name(recipe: Recipe, others: Sequence[Recipe]) -> str:
     name = f"{recipe.attention}, {recipe.optimizer}"
     if any(other.schedule != recipe.schedule for other in others):
         name += f", {recipe.schedule}"
-    if any(other.ends_when_solved != recipe.ends_when_solved for other in others):
-        name += ", to the first solved run" if recipe.ends_when_solved else ", all runs"
     return name if recipe.max_epochs == MAX_EPOCHS else f"{name}, {recipe.max_epochs} epochs"

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 
 from eval.mad.runs import SOLVED, Outcome, Run
-from eval.mad.scores import Column, make_columns, task_grids
-from eval.mad.settings import Level, Task
+from eval.mad.scores import Column, found_grid, make_columns
+from eval.mad.settings import Level, Task, settings
 from eval.report.paper_numbers import MAD_SCORES
 from eval.report.seed_statistics import Estimate
 from eval.report.table import Cell, Table, mark_best, number, plain
@@ -48,8 +48,9 @@ def solution_table(results: Mapping[Run, Outcome], tasks: Sequence[Task], level:
         level: The settings of the tasks.
 
     Returns:
-        The table. "5 of 6, 13" are the runs that reached a test accuracy of 0.999, of those that are there,
-        and the fewest epochs that one took, as the mean over settings and seeds that have one.
+        The table. "epoch 13, 5 of 6" are the first epoch after which a run had a test accuracy of 0.999, as
+        the mean over settings and seeds that have one, and the runs that reached it, of those in grids of
+        which all were trained.
     """
     columns = make_columns(results, tasks, level)
     ours = {column.name: [_solutions(column, results, task, level) for task in tasks] for column in columns}
@@ -58,15 +59,16 @@ def solution_table(results: Mapping[Run, Outcome], tasks: Sequence[Task], level:
 
 def _solutions(column: Column, results: Mapping[Run, Outcome], task: Task, level: Level) -> Cell:
     num_solved = num_runs = 0
-    fewest: list[int] = []
-    for recipe in column.recipes:
-        for runs in task_grids(recipe, task, level):
-            outcomes = [results[run] for run in runs if run in results]
-            solved = [each.num_epochs for each in outcomes if each.accuracy >= SOLVED]
+    first: list[int] = []
+    for runs in (found_grid(results, recipe, s) for recipe in column.recipes for s in settings(task, level)):
+        outcomes = [results[run] for run in runs if run in results]
+        solved = [each.num_epochs for each in outcomes if each.accuracy >= SOLVED]
+        first += [min(solved)] if solved else []
+        if not (solved and runs[0].recipe.ends_when_solved):
             num_runs, num_solved = num_runs + len(outcomes), num_solved + len(solved)
-            fewest += [min(solved)] if solved else []
-    epochs = f", {sum(fewest) / len(fewest):.3g}" if fewest else ""
-    return f"{num_solved} of {num_runs}{epochs}" if num_runs else None
+    epochs = [f"epoch {sum(first) / len(first):.3g}"] if first else []
+    counts = [f"{num_solved} of {num_runs}"] if num_runs else []
+    return ", ".join(epochs + counts) or None
 
 
 def _cells(column: Column, results: Mapping[Run, Outcome], tasks: Sequence[Task], level: Level) -> list[Cell]:

@@ -153,6 +153,33 @@ def test_the_table_has_means_over_seeds() -> None:
     )
 
 
+def test_grids_that_end_with_a_solved_run_are_seeds_of_the_same_column() -> None:
+    (runs,) = task_grids(KDA, "compression", "baseline")
+    early = replace(KDA, seed=1, ends_when_solved=True)
+    others = [replace(run, recipe=early) for run in runs]
+    results = dict.fromkeys(runs, replace(_outcome(1.0), num_epochs=20))
+    results |= {run: replace(_outcome(0.1 * i), num_epochs=4) for i, run in enumerate(others)}
+    results[others[3]] = replace(_outcome(1.0), num_epochs=4)
+    lines = score_table(results, ["compression"], "baseline").markdown()
+    assert lines[0] == "| task | kda, adamw |"
+    assert lines[2] == "| compression | 1.000 ± 0.000 |"
+    # which of the others would have been solved nobody knows
+    assert solution_table(results, ["compression"], "baseline").markdown()[2] == (
+        "| compression | epoch 12, 6 of 6 |"
+    )
+    results[others[3]] = _outcome(0.9)
+    assert solution_table(results, ["compression"], "baseline").markdown()[2] == (
+        "| compression | epoch 20, 6 of 12 |"
+    )
+    for run in others[:2]:
+        del results[run]
+    # of one seed, all runs go before those of a grid that ended early
+    results |= {replace(run, recipe=replace(KDA, ends_when_solved=True)): _outcome(0.3) for run in runs[:4]}
+    assert score_table(results, ["compression"], "baseline").markdown()[2] == (
+        "| compression | 1.000 (1 of 2) |"
+    )
+
+
 def test_solved_runs_are_counted_with_their_epochs() -> None:
     (runs,) = task_grids(KDA, "compression", "baseline")
     others = [replace(run, recipe=replace(KDA, seed=1)) for run in runs[:3]]
@@ -163,11 +190,11 @@ def test_solved_runs_are_counted_with_their_epochs() -> None:
     }
     tasks: list[Task] = ["compression", "memorization"]
     assert solution_table(results, tasks, "baseline").markdown()[2:] == [
-        "| compression | 2 of 6, 3 |",
+        "| compression | epoch 3, 2 of 6 |",
         "| memorization | - |",
     ]
     results |= dict.fromkeys(others, replace(_outcome(1.0), num_epochs=10))
-    assert solution_table(results, tasks, "baseline").markdown()[2] == "| compression | 5 of 9, 6.5 |"
+    assert solution_table(results, tasks, "baseline").markdown()[2] == "| compression | epoch 6.5, 5 of 9 |"
 
 
 def test_plots_are_drawn_where_there_are_scores(tmp_path: Path) -> None:
