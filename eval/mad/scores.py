@@ -42,7 +42,7 @@ def task_grids(recipe: Recipe, task: Task, level: Level) -> list[list[Run]]:
 
 
 def found_grid(results: Mapping[Run, Outcome], recipe: Recipe, setting: Setting) -> list[Run]:
-    """Return the grid of a setting of which more runs are there: trained to the end, or to the first solved."""
+    """Return the grid of a setting of which more runs are there: all trained, or to the first solved one."""
     ways = (replace(recipe, ends_when_solved=early) for early in (False, True))
     return max((grid(way, setting) for way in ways), key=lambda runs: sum(run in results for run in runs))
 
