@@ -36,6 +36,8 @@ def break_rank(fault: str, step: int, rank: int) -> None:
         if fault == "slow":
             time.sleep(1.0)  # of two micro-batches
         elif hit and fault in signals:
+            # a rank is last seen where it wrote last: on a fast machine five steps are over before it writes
+            time.sleep(2 * rank_monitor.BEAT_SECONDS)
             os.kill(os.getpid(), signals[fault])
         elif hit and fault == "memory":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
