@@ -13,7 +13,7 @@ Task = Literal[
     "compression",
     "memorization",
 ]
-Level = Literal["baseline", "full", "hard"]
+Level = Literal["baseline", "rows", "full", "hard"]
 
 TASKS: tuple[Task, ...] = get_args(Task)
 NUM_TEST_ROWS = 1280
@@ -110,9 +110,22 @@ _HARD_CHANGES: dict[Task, dict[str, tuple[Any, ...]]] = {
 }
 
 
+def _changes(task: Task, level: Level) -> dict[str, tuple[Any, ...]]:
+    """Return the values of each size that a level changes in a task."""
+    match level:
+        case "baseline":
+            return {}
+        case "rows":
+            return {name: values for name, values in _CHANGES[task].items() if name == "num_train_rows"}
+        case "full":
+            return _CHANGES[task]
+        case "hard":
+            return _HARD_CHANGES.get(task, {})
+
+
 def tasks_of(level: Level) -> list[Task]:
-    """Return the tasks that have settings of a level: all, but at "hard" not memorization."""
-    return [task for task in TASKS if level != "hard" or task in _HARD_CHANGES]
+    """Return the tasks that have settings of a level: all, but at "rows" and "hard" not memorization."""
+    return [task for task in TASKS if level == "baseline" or _changes(task, level)]
 
 
 def settings(task: Task, level: Level) -> list[Setting]:
@@ -120,18 +133,16 @@ def settings(task: Task, level: Level) -> list[Setting]:
 
     Args:
         task: The task.
-        level: "baseline" for the first alone, "full" for MAD's (66 over all tasks), "hard" for larger
-            vocabularies and longer rows than MAD's.
+        level: "baseline" for the first alone, "rows" for it and those with fewer training rows, "full" for
+            MAD's (66 over all tasks), "hard" for larger vocabularies and longer rows than MAD's.
 
     Raises:
-        UserError: The task has no hard settings.
+        UserError: The task has no settings of the level.
     """
-    baseline = next(setting for setting in _BASELINES if setting.task == task)
-    if level == "baseline":
-        return [baseline]
-    if level == "hard" and task not in _HARD_CHANGES:
+    if task not in tasks_of(level):
         tasks = ",".join(tasks_of(level))
-        raise UserError(f"--tasks {task} has no settings at --level hard; want --tasks {tasks}")
-    changes = _HARD_CHANGES[task] if level == "hard" else _CHANGES[task]
+        raise UserError(f"--tasks {task} has no settings at --level {level}; want --tasks {tasks}")
+    baseline = next(setting for setting in _BASELINES if setting.task == task)
+    changes = _changes(task, level)
     changed = [replace(baseline, **{name: value}) for name, values in changes.items() for value in values]
     return changed if level == "hard" else [baseline, *changed]

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from eval.mad.plots import difficulties, plot_difficulty, plot_scores
 from eval.mad.results import ResultsFile, open_results, read_results
 from eval.mad.runs import Outcome, Recipe, Run, grid
 from eval.mad.scores import task_grids, task_score
-from eval.mad.settings import TASKS, Task, settings, tasks_of
+from eval.mad.settings import TASKS, Level, Task, settings, tasks_of
 from eval.mad.table import score_table, solution_table
 from eval.mad.train import Report
 from eval.mad.workers import train_all
@@ -237,8 +238,16 @@ def test_wrong_options_are_named(tmp_path: Path, arguments: list[str], message: 
 
 
 def test_all_tasks_of_a_level_have_settings() -> None:
-    for level in ("baseline", "full", "hard"):
+    for level in get_args(Level):
         assert all(settings(task, level) for task in tasks_of(level))
+
+
+def test_the_level_rows_has_the_baseline_and_fewer_rows_alone() -> None:
+    found = settings("selective-copying", "rows")
+    assert [each.num_train_rows for each in found] == [12800, 6400, 3200, 1600, 800]
+    assert {replace(each, num_train_rows=0) for each in found} == {replace(found[0], num_train_rows=0)}
+    assert set(found) < set(settings("selective-copying", "full"))
+    assert tasks_of("rows") == [task for task in TASKS if task != "memorization"]
 
 
 @pytest.mark.slow
