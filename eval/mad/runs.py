@@ -36,7 +36,8 @@ class Recipe:
         seed: Seed of data, weights and order.
         max_epochs: Epochs, unless the test accuracy reaches 0.999 before.
         ends_when_solved: Whether a grid ends with the first of its runs that reaches 0.999, unlike in MAD:
-            the best of them is then within 0.001 of what it would be.
+            the best of them is then within 0.001 of what it would be. Runs that are trained at once end in
+            the same epoch, those that have not begun are not trained.
     """
 
     attention: str
