@@ -142,7 +142,7 @@ MUTANTS = [
         f"{HARNESS}::test_a_long_prompt_keeps_its_end_for_generation",
     ),
     Mutant(
-        "eval/harness.py",
+        "eval/harness_state.py",
         "        random.setstate(states[0])\n",
         "",
         f"{HARNESS}::test_shuffled_answers_keep_their_order_within_an_evaluation_and_between_processes",
