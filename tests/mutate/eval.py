@@ -51,8 +51,8 @@ MUTANTS = [
     ),
     Mutant(
         "eval/text_loss.py",
-        "self.num_cut += len(text.tokens) > len(self.counts)",
-        "self.num_cut += len(text.tokens) >= len(self.counts)",
+        "self.num_cut += len(text.tokens) > self._max_length + 1",
+        "self.num_cut += len(text.tokens) >= self._max_length + 1",
         f"{TEXT_COUNTS}::test_skipped_rows_and_documents_that_do_not_fit_are_counted",
     ),
     Mutant(
