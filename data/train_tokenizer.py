@@ -17,7 +17,7 @@ from data.sources.base import DocumentSource
 from data.sources.cli import add_source_arguments, source_from
 from data.sources.open import open_text
 from data.tokenizer import Tokenizer
-from errors import UserError, run_command
+from errors import UserError, check_at_least_1, check_out, run_command
 from tokens import END_OF_DOCUMENT, TOKENIZER_FILE
 
 
@@ -79,8 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help=f"folder to write {TOKENIZER_FILE} to")
     options = parser.parse_args(arguments)
-    if options.max_bytes < 1:
-        raise UserError(f"--max-bytes is {options.max_bytes}, must be at least 1")
+    check_out(options.out)
+    check_at_least_1(options, "max_bytes")
     documents = open_text(source_from(options), split="train")
     texts = _truncated(documents, options.max_bytes)
     tokenizer = Tokenizer(train_byte_level_bpe(texts, options.vocab_size))

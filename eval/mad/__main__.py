@@ -17,7 +17,7 @@ from typing import cast, get_args
 import torch
 
 from disk import write_text
-from errors import UserError, run_command
+from errors import UserError, check_at_least_1, check_out, run_command
 from eval.gpus import visible_gpus
 from eval.mad.model import attention_kinds
 from eval.mad.packs import pack
@@ -29,7 +29,7 @@ from eval.mad.settings import TASKS, Level, Task, tasks_of
 from eval.mad.table import score_lines, solution_table
 from eval.mad.train import Report, train
 from eval.mad.workers import train_all
-from eval.open_model import check_at_least_1
+from models.device import check_device
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -94,9 +94,9 @@ def _seeds(words: str) -> list[int]:
 
 
 def _device(name: str | None) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device is cuda, but torch sees no GPU; want cpu")
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(name)
+    return torch.device(name)
 
 
 def _grids(options: argparse.Namespace, kinds: Sequence[str], tasks: Sequence[Task]) -> list[list[Run]]:
@@ -134,6 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         RunError: Runs have failed; the others are trained.
     """
     options = _parser().parse_args(arguments)
+    check_out(options.out)
     check_at_least_1(options, "max_epochs")
     kinds = _some_of("--attention", options.attention, [*attention_kinds()]) if options.attention else []
     chosen = ",".join(tasks_of(options.level)) if options.tasks == "all" else options.tasks

@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import config
-from errors import UserError, check_range
-
-_MAX_SEED = 2**63 - 1
+from errors import MAX_SEED, UserError, check_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +102,7 @@ class Stage:
             )
         if not self.seeds or len({*self.seeds}) < len(self.seeds):
             raise UserError(f"seeds must be at least one and all different, got {self.seeds}")
-        if not all(0 <= seed <= _MAX_SEED for seed in self.seeds):
+        if not all(0 <= seed <= MAX_SEED for seed in self.seeds):
             raise UserError(f"seeds must be at least 0 and at most 2^63 - 1, got {self.seeds}")
         labels = [axis.label for axis in self.axes]
         if len({*labels}) < len(labels):

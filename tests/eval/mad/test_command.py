@@ -330,6 +330,7 @@ def test_difficulty_goes_from_the_baseline_to_the_hardest() -> None:
         (["--attention", "softmax", "--tasks", "memorization", "--level", "hard"], r"no settings at"),
         (["--attention", "softmax", "--max-epochs", "0"], r"--max-epochs is 0"),
         (["--attention", "softmax", "--seeds", "1,x"], r"--seeds is '1,x'"),
+        (["--attention", "softmax", "--seeds", "9" * 23], r"seed must be at least 0 and at most 92"),
         (["--attention", "softmax", "--with", "nowhere"], r"nowhere has no mad\.jsonl"),
     ],
 )
