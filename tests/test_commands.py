@@ -74,6 +74,7 @@ def _main(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, st
         ["eval.downstream", "--checkpoint", "x", "--tasks", "x"],
         ["eval.mad"],
         ["eval.perplexity", "--checkpoint", "x"],
+        ["eval.report", "x"],
         ["models.average", "x"],
         ["models.convert", "from-hf", "x"],
         ["models.convert", "to-hf", "x"],

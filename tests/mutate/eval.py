@@ -206,8 +206,8 @@ MUTANTS = [
     ),
     Mutant(
         "eval/mad/stack.py",
-        "x[first, 0] if isinstance",
-        "x[0, 0] if isinstance",
+        "[:, 0, 0].flatten(0, 1) if isinstance",
+        "[:1, 0, 0].expand(self.num_members, *x.shape[2:]).flatten(0, 1) if isinstance",
         f"{MAD_STACK}::test_a_stack_computes_what_its_members_do",
     ),
     Mutant(
