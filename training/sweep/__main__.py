@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from errors import run_command
+from errors import UserError, run_command
 from training.sweep import commands
 from training.sweep.member_queue import Selection
 from training.sweep.overview import Observer, select
@@ -66,18 +66,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 if the work is done or was stopped by a signal, 1 if members failed or could not be started.
 
     Raises:
-        UserError: The plan or a config is wrong, or another sweep works in the folder.
+        UserError: The plan or a config is wrong, an option has no effect, or another sweep works in the
+            folder.
     """
     options, overrides = _parser().parse_known_args(arguments)
+    if options.status or options.collect:
+        for name in ("member", "stage", "seed"):
+            if getattr(options, name) is not None:
+                mode = "--status" if options.status else "--collect"
+                raise UserError(f"--{name} has no effect with {mode}, which is of all members: leave it out")
     observer = Observer(load_plan(options.plan, options.folder, overrides), options.plan)
+    if not (options.status or options.collect):
+        from training.sweep.check import check_members  # imports torch
+
+        check_members(observer.plan, [status.member for status in observer.look().statuses])
     if options.dry_run:
-        from training.sweep.costs import describe_costs  # imports torch
+        from training.sweep.costs import describe_costs
 
         print(describe_costs(observer.plan, observer.look(), _selection(options)))
     elif options.status:
         commands.print_status(observer)
     elif options.sbatch:
-        commands.print_array(observer, overrides)
+        commands.print_array(observer, overrides, _selection(options))
     elif options.collect:
         commands.bring_together(observer, options.collect)
     else:
