@@ -10,6 +10,7 @@ docs/sweeps.md has the keys of a plan. Each can be given on the command line: --
 """
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -19,7 +20,7 @@ from errors import UserError, run_command
 from training.sweep import commands
 from training.sweep.member_queue import Selection
 from training.sweep.overview import Observer, select
-from training.sweep.plan import load_plan
+from training.sweep.plan import Plan, load_plan
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -69,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         UserError: The plan or a config is wrong, an option has no effect, or another sweep works in the
             folder.
     """
-    options, overrides = _parser().parse_known_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    options, overrides = _parser().parse_known_args(_join_overrides(words))
     if options.status or options.collect:
         for name in ("member", "stage", "seed"):
             if getattr(options, name) is not None:
@@ -93,6 +95,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         return commands.work(observer, _selection(options))
     return 0
+
+
+def _join_overrides(words: Sequence[str]) -> list[str]:
+    """Write "--key value" of a plan's key as "--key=value": argparse takes the value for the plan's file."""
+    keys = {field.name for field in dataclasses.fields(Plan)} - {"folder"}
+    joined: list[str] = []
+    for word in words:
+        key = joined[-1][2:].partition(".")[0] if joined and joined[-1].startswith("--") else ""
+        if key in keys and "=" not in joined[-1] and not word.startswith("--"):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def _selection(options: argparse.Namespace) -> Selection | None:

@@ -123,6 +123,9 @@ def test_a_selection_is_applied_or_refused_and_never_ignored(
     main([str(path), "--sbatch", "--member", "2", "--folder", str(tmp_path / "a b")])
     script = capsys.readouterr().out
     assert "--job-name='a b' --array=2\n" in script
+    # argparse takes the value for the plan
+    main(["--set.training.steps", "15", str(path), "--sbatch"])
+    assert "--set.training.steps=15" in capsys.readouterr().out
     for mode in (["--status"], ["--collect", str(tmp_path)]):
         for option, value in (("--member", "2"), ("--stage", "rates"), ("--seed", "4")):
             with pytest.raises(UserError, match=f"{option} has no effect with {mode[0]}"):
@@ -163,6 +166,8 @@ def test_records_of_another_config_are_not_taken(tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
     with pytest.raises(UserError, match="no such folder"):
         collect(observer, [tmp_path / "nowhere"])
+    with pytest.raises(UserError, match=r"it has no folder of a stage \(rates\)"):
+        collect(observer, [tmp_path / "plan", tmp_path])
 
 
 def test_the_table_fits_a_screen_and_shows_what_matters(tmp_path: Path) -> None:
