@@ -29,7 +29,7 @@ def _num_saves(config: RunConfig, step: int) -> int:
     if last <= step:
         return 0
     tasks_every = config.eval.tasks_every if config.eval.tasks else None
-    intervals = {config.checkpoint.every, tasks_every} - {None}
+    intervals = {every for every in (config.checkpoint.every, tasks_every) if every is not None}
     both = {math.lcm(*intervals)} if len(intervals) == 2 else set()
 
     def count(interval: int) -> int:

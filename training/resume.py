@@ -284,9 +284,7 @@ def _check_unfinished(config: RunConfig, step: int) -> None:
     """
     if step < config.training.last_step:
         return
-    differing = [
-        each for each in _differences_at_end(config, step) if not each.startswith(_WATCHING_TABLES)
-    ]
+    differing = [each for each in _differences_at_end(config, step) if not each.startswith(_WATCHING_TABLES)]
     if differing:
         raise UserError(
             f"{config.run.folder} has finished at step {step} with another config: {'; '.join(differing)}. "

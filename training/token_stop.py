@@ -44,6 +44,6 @@ def check_tokens(config: RunConfig, step: int, tokens: int, checkpoint: Path | N
     if config.training.stop_at_tokens is not None and tokens != step * config.tokens_per_step:
         raise UserError(
             f"training.stop_at_tokens is {config.training.stop_at_tokens}, counted in steps of "
-            f"{config.tokens_per_step} tokens, but the {step} steps of {checkpoint} have {tokens} in all; set "
-            'training.stop_at_step instead, and training.stop_at_tokens to "none"'
+            f"{config.tokens_per_step} tokens, but the {step} steps of {checkpoint} have {tokens} in all; "
+            'set training.stop_at_step instead, and training.stop_at_tokens to "none"'
         )

@@ -57,3 +57,14 @@ def test_steps_that_a_later_launch_repeated_count_as_its_own(tmp_path: Path) -> 
     write_launches(tmp_path / "b", (4, ()), (8, ("--training.stop_at_step", "20")))
     ranges = [(each.first, each.last) for each in step_configs(RunFolder(tmp_path / "b"), 20)]
     assert ranges == [(1, 20)]
+
+
+def test_a_config_edited_by_hand_gave_a_key_error(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    file = RunFolder(tmp_path).config_file
+    for key in ("global_batch_size", "steps", "seq_len"):
+        lines = file.read_text().splitlines(keepends=True)
+        file.write_text("".join(line for line in lines if not line.startswith(f"{key} = ")))
+        run = load(tmp_path, "--training.stop_at_tokens", "100000000")
+        check_start(run)
+        assert resume_warnings(run, 20) == []

@@ -52,8 +52,9 @@ def _check_branch(member: Member, trunk: Member, checked: set[str]) -> None:
     assert checkpoint is not None
     check_branch_step(run, step)
     check_tokens(run, step, step * trunk.config.tokens_per_step, checkpoint)
-    sequences = [(each.training.seq_len, each.data.mask_documents) for each in (run, trunk.config)]
-    if _is_new(f"{_model_key(run)} {_model_key(trunk.config)} {sequences} {run.checkpoint.restart_data}", checked):
+    pair = (run, trunk.config)
+    sequences = [(each.training.seq_len, each.data.mask_documents) for each in pair]
+    if _is_new(f"{[*map(_model_key, pair)]} {sequences} {run.checkpoint.restart_data}", checked):
         check_branch_config(run, to_table(trunk.config), checkpoint)
 
 
