@@ -73,17 +73,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     options, overrides = _parser().parse_known_args(_join_overrides(words))
     if options.status or options.collect:
-        for name in ("member", "stage", "seed"):
-            if getattr(options, name) is not None:
-                mode = "--status" if options.status else "--collect"
-                raise UserError(f"--{name} has no effect with {mode}, which is of all members: leave it out")
+        _refuse_selection(options, "--status" if options.status else "--collect")
     observer = Observer(load_plan(options.plan, options.folder, overrides), options.plan)
     if not (options.status or options.collect):
-        from training.sweep.check import check_members  # imports torch
-
-        check_members(observer.plan, [status.member for status in observer.look().statuses])
+        _check(observer)
     if options.dry_run:
-        from training.sweep.costs import describe_costs
+        from training.sweep.costs import describe_costs  # imports torch
 
         print(describe_costs(observer.plan, observer.look(), _selection(options)))
     elif options.status:
@@ -95,6 +90,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         return commands.work(observer, _selection(options))
     return 0
+
+
+def _check(observer: Observer) -> None:
+    """Check all members, unless all have finished."""
+    statuses = observer.look().statuses
+    if any(status.state != "finished" for status in statuses):
+        from training.sweep.check import check_members  # imports torch
+
+        check_members(observer.plan, [status.member for status in statuses])
+
+
+def _refuse_selection(options: argparse.Namespace, mode: str) -> None:
+    for name in ("member", "stage", "seed"):
+        if getattr(options, name) is not None:
+            raise UserError(f"--{name} has no effect with {mode}, which is of all members: leave it out")
 
 
 def _join_overrides(words: Sequence[str]) -> list[str]:
