@@ -44,10 +44,11 @@ class FixedNorms:
             # replicas multiply all three by their number, which cancels in both quotients
             length = lr * (weight / change).sqrt()
             ratio = (weight / (weight - 2.0 * length * product + length.square() * change)).sqrt()
-            is_changed = (weight > 0.0) & (change > 0.0)
+            # where either is 0, a quotient is 0/0; NaN is no such case and spreads
+            stays = (weight == 0.0) | (change == 0.0)
             for i, (p, old) in enumerate(zip(params, before, strict=True)):
                 moved = (old.double() - length[i] * _change(p, old)) * ratio[i]
-                local(p).copy_(torch.where(is_changed[i], moved, local(p)))
+                local(p).copy_(torch.where(stays[i], old, moved))
 
 
 def _change(p: Tensor, old: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ def test_the_initial_norm_is_kept_over_many_small_steps() -> None:
     assert abs(float(layer.weight.detach().double().norm() / initial) - 1.0) < 1e-6
 
 
-def test_what_does_not_change_stays_and_zeros_stay_zero() -> None:
+def test_what_does_not_change_stays() -> None:
     layer = nn.Linear(3, 3, bias=False)
     group = AdamWGroup(parameters=["weight"], lr=0.1, fixed_norm=True)
     optimizers = build_optimizers([layer], OptimizerConfig(groups={"all": group}))
@@ -109,10 +109,35 @@ def test_what_does_not_change_stays_and_zeros_stay_zero() -> None:
     layer.weight.grad = torch.zeros(3, 3)
     optimizers.step()
     assert torch.equal(layer.weight, before)
-    nn.init.zeros_(layer.weight)
-    layer.weight.grad = torch.ones(3, 3)
+
+
+@each_kind
+def test_a_matrix_of_zeros_stays_zero(kind: str) -> None:
+    model = Model().double()
+    optimizers = build_optimizers([model], make_fixed(kind))
+    nn.init.zeros_(model.get_parameter("layers.1.weight"))
+    before = full_tensors(model)
+    for step in range(3):
+        set_gradients(model, step)
+        optimizers.step()
+    changed = {name for name, p in full_tensors(model).items() if not torch.equal(p, before[name])}
+    assert changed == before.keys() - {"layers.1.weight"}
+
+
+@each_kind
+def test_a_gradient_of_nan_shows_in_the_weights(kind: str) -> None:
+    model = Model().double()
+    optimizers = build_optimizers([model], make_fixed(kind))
+    if kind == "soap":  # whose first step changes no weight
+        set_gradients(model, 0)
+        optimizers.step()
+    set_gradients(model, 1)
+    gradient = model.get_parameter("layers.1.weight").grad
+    assert gradient is not None
+    gradient[0, 0] = torch.nan
     optimizers.step()
-    assert layer.weight.isfinite().all()
+    assert model.get_parameter("layers.1.weight").isnan().any()
+    assert model.get_parameter("layers.0.weight").isfinite().all()
 
 
 @each_kind
