@@ -40,13 +40,13 @@ class AdamW(GroupOptimizer, torch.optim.AdamW):
         beta1, beta2 = group["betas"]
         total = torch.zeros((), device=group["params"][0].device)
         for p in group["params"]:
-            state = self.state.get(p)
-            if not state:
+            if p.grad is None:
                 continue
+            state = self.state[p]
             mean, mean_square = local(state["exp_avg"]), local(state["exp_avg_sq"])
             num_steps = state["step"]
             denominator = mean_square.sqrt().div_((1.0 - beta2**num_steps).sqrt()).add_(group["eps"])
             squared_norm = mean.div(denominator).square_().sum() / (1.0 - beta1**num_steps).square()
-            # 0/0 before the first step
-            total += torch.where(num_steps > 0, squared_norm, 0.0) / num_replicas(p)
-        return total
+            total += squared_norm / num_replicas(p)
+        # 0/0 in a skipped first step
+        return total if self.found_inf is None else torch.where(self.found_inf != 0, 0.0, total)

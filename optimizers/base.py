@@ -46,7 +46,8 @@ class GroupOptimizer(torch.optim.Optimizer, ABC):
     def local_update_squared_norms(self) -> dict[str, torch.Tensor]:
         """Return this rank's part of the squared norm of the last recorded update, by group name.
 
-        The update is the factor of the learning rate, without weight decay.
+        The update is the factor of the learning rate, without weight decay; 0 in a skipped step, and of
+        parameters without a gradient. Called after the step, with its found_inf and its gradients.
 
         Returns:
             fp32 scalars on the device; summed over all ranks, each counts every element once. Groups with a

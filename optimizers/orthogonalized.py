@@ -226,7 +226,7 @@ class OrthogonalizedOptimizer(GroupOptimizer):
         blocks = matrices.view(-1, _block_shape(bucket, group)[0], matrices.shape[2])
         blocks = _ORTHOGONALIZERS[group["orthogonalization"]](blocks, group["num_iterations"], dtype=dtype)
         if self.record_update_stats:
-            self._sampled_blocks.setdefault(_name(group), blocks[0].clone())
+            self._sampled_blocks.setdefault(_name(group), self._unless_skipped(blocks[0].clone()))
         return blocks.view(matrices.shape)
 
     def _apply(self, bucket: Bucket, result: AsyncResult) -> None:
@@ -241,10 +241,15 @@ class OrthogonalizedOptimizer(GroupOptimizer):
         if self.record_update_stats:
             squared_norm = (torch.linalg.vector_norm(updates, dtype=torch.float32) * scale).square()
             squared_norm /= num_replicas(bucket.params[0])
+            squared_norm = self._unless_skipped(squared_norm)
             self._squared_norms[_name(group)] = self._squared_norms.get(_name(group), 0.0) + squared_norm
         params = [local(p) for p in bucket.params]
         decay = 1.0 - lr * group["weight_decay"]
         apply_update(params, updates, decay=decay, alpha=-lr * scale, found_inf=self.found_inf)
+
+    def _unless_skipped(self, value: torch.Tensor) -> torch.Tensor:
+        """Return what is recorded of a step: zeros if it is skipped, for which the update is undefined."""
+        return value if self.found_inf is None else torch.where(self.found_inf != 0, 0.0, value)
 
 
 def _name(group: dict[str, Any]) -> str:

@@ -70,10 +70,12 @@ class ParamGroupOptimizers(OptimizersContainer[GroupOptimizer]):
             change = WeightChange(_compared_groups(optimizer)) if optimizer.record_update_stats else None
             optimizer.found_inf = found_inf
             optimizer.step()
+            if optimizer.record_update_stats and optimizer.measures_updates:
+                self._squared_norms[optimizer] = optimizer.local_update_squared_norms()
             optimizer.found_inf = None
             spheres.apply()
             if change is not None:
-                self._squared_norms[optimizer] = change.local_squared_norms(found_inf)
+                self._squared_norms.setdefault(optimizer, {}).update(change.local_squared_norms())
 
     def record_update_stats(self, enabled: bool) -> None:
         """Enable or disable the statistics of the next steps' updates.
@@ -85,16 +87,16 @@ class ParamGroupOptimizers(OptimizersContainer[GroupOptimizer]):
             optimizer.record_update_stats = enabled
 
     def local_update_mean_squares(self) -> dict[str, torch.Tensor]:
-        """Return this rank's part of the last update's mean square, by group name.
+        """Return this rank's part of the last recorded update's mean square, by group name.
 
         Returns:
             fp32 scalars on the device, for the same groups in the same order on every rank. Summed over all
-            ranks, each is the mean of (update / learning rate)^2 over the group, without weight decay.
+            ranks, each is the mean of (update / learning rate)^2 over the group, without weight decay; 0 for
+            weights that did not move. Nothing if the last step was not recorded.
         """
         mean_squares: dict[str, torch.Tensor] = {}
         for optimizer in self.optimizers:
-            measured = optimizer.local_update_squared_norms() if optimizer.measures_updates else {}
-            squared_norms = {**measured, **self._squared_norms.get(optimizer, {})}
+            squared_norms = self._squared_norms.get(optimizer, {})
             for name in (group["name"] for group in optimizer.param_groups if group["name"] in squared_norms):
                 part = squared_norms[name] / self._num_elements[name]
                 mean_squares[name] = mean_squares.get(name, 0.0) + part

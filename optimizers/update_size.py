@@ -24,22 +24,21 @@ class WeightChange:
         self._groups = [group for group in groups if group["lr"] != 0.0]
         self._before = [[local(p).detach().clone() for p in group["params"]] for group in self._groups]
 
-    def local_squared_norms(self, found_inf: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    def local_squared_norms(self) -> dict[str, torch.Tensor]:
         """Return what GroupOptimizer.local_update_squared_norms describes, after the step.
 
-        Args:
-            found_inf: Of the step: a skipped one has no update.
+        A shard that did not move had no update, nor weight decay: the step was skipped, or left it out.
         """
         norms = {}
         for group, before in zip(self._groups, self._before, strict=True):
             total = torch.zeros((), device=group["params"][0].device)
             for p, old in zip(group["params"], before, strict=True):
-                if p.grad is None:
-                    continue
+                new = local(p).detach()
+                has_moved = (new != old).any()
                 decayed = old.float().mul_(1.0 - group["lr"] * group["weight_decay"])
-                total += decayed.sub_(local(p).detach()).square_().sum() / num_replicas(p)
-            total /= group["lr"] ** 2
-            norms[group["name"]] = total if found_inf is None else torch.where(found_inf != 0, 0.0, total)
+                squared_norm = decayed.sub_(new).square_().sum() / num_replicas(p)
+                total += torch.where(has_moved, squared_norm, 0.0)
+            norms[group["name"]] = total / group["lr"] ** 2
         return norms
 
 

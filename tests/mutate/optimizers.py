@@ -107,7 +107,14 @@ MUTANTS = [
         SCHEDULE,
     ),
     Mutant("optimizers/adamw.py", "(1.0 - beta1**num_steps).square()", "(1.0 - beta1**num_steps)", SKIPPED),
-    Mutant("optimizers/adamw.py", "torch.where(num_steps > 0, squared_norm, 0.0)", "squared_norm", SKIPPED),
+    Mutant("optimizers/adamw.py", "torch.where(self.found_inf != 0, 0.0, total)", "total", SKIPPED),
+    Mutant(
+        "optimizers/update_size.py",
+        "torch.where(has_moved, squared_norm, 0.0)",
+        "squared_norm",
+        EVERY,
+    ),
+    Mutant("optimizers/orthogonalized.py", "torch.where(self.found_inf != 0, 0.0, value)", "value", EVERY),
     Mutant(
         "optimizers/titan.py",
         "            optimizer.found_inf = None\n",

@@ -251,10 +251,13 @@ def check_mean_squares(
             dist.all_reduce(summed)
         after = full_tensors(model)
         # a step that is skipped has no update
+        for p in model.parameters():
+            local_gradient(p).fill_(torch.nan)
         optimizers.step(found_inf=torch.ones(()))
         skipped = optimizers.local_update_mean_squares()
-        if build is build_descent:
-            assert all(square == 0 for square in skipped.values())
+        assert [*skipped] == [*config.groups]
+        assert all(square == 0 for square in skipped.values())
+        assert all(spread == (0, 0, 0) for spread in optimizers.update_singular_values().values())
         for (name, group), square in zip(config.groups.items(), summed, strict=True):
             changes = [
                 (before[n].double() * (1 - group.lr * group.weight_decay) - after[n]) / group.lr
@@ -268,6 +271,27 @@ def check_mean_squares(
 @each_kind
 def test_the_size_of_every_groups_update_is_recorded(kind: str) -> None:
     check_mean_squares(Model, make_config(kind))
+
+
+@each_kind
+def test_weights_that_do_not_move_have_no_update(kind: str) -> None:
+    model = Model()
+    optimizers = build_optimizers([model], make_config(kind))
+    optimizers.record_update_stats(True)
+    unmoved = []
+    for step in range(3):
+        backward(model, step)
+        if step == 2:
+            model.output.weight.grad = None
+        before = full_tensors(model)
+        optimizers.step()
+        has_moved = {name: not torch.equal(p, before[name]) for name, p in full_tensors(model).items()}
+        squares = optimizers.local_update_mean_squares()
+        assert (squares["hidden"] > 0) == has_moved["layers.0.weight"]
+        assert (squares.get("output", 0) > 0) == has_moved["output.weight"]
+        unmoved.append([name for name, moved in has_moved.items() if not moved])
+    assert unmoved[1:] == [[], ["output.weight"]]
+    assert (unmoved[0] != []) == (kind == "soap")
 
 
 def test_updates_that_the_optimizer_does_not_measure_are_measured() -> None:

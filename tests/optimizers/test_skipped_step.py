@@ -201,6 +201,7 @@ def test_several_ranks(num_ranks: int, tmp_path: Path) -> None:
 def test_found_inf_and_mean_squares_do_not_synchronize_with_the_device() -> None:
     model = Model().cuda()
     optimizers = build_optimizers([model], ADAMW)
+    optimizers.record_update_stats(True)
     for factor in (1.0, math.nan):
         (model(torch.ones(4, WIDTH, device="cuda")).sum() * factor).backward()
         norm = clip_grad_norm_(model.parameters(), 1.0, foreach=True)
