@@ -3,8 +3,10 @@
 import runpy
 import sys
 from dataclasses import replace
+from typing import get_args
 
 import pytest
+import torch
 
 from models.config import (
     AttentionConfig,
@@ -15,7 +17,7 @@ from models.config import (
     ParallaxConfig,
     SoftmaxConfig,
 )
-from models.size_table import build_row, parameter_mismatch, size_table
+from models.size_table import SEQ_LEN, build_row, parameter_mismatch, size_table
 from models.sizes import CONTROLS, SIZES, split_size
 
 MATCHED = [size for size in SIZES if split_size(size)[1] is not None]
@@ -106,3 +108,15 @@ def test_the_command_prints_parameters_flops_and_cache(
         "mamba2": "-0.0525%",
     }
     assert {row[0] for row in rows[2:]} == set(SIZES)
+
+
+def test_the_table_has_the_bytes_of_the_allocated_cache() -> None:
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in size_table().splitlines()]
+    printed = {row[1]: row[7] for row in rows if row[0] == "debug"}
+    for config in (attention() for attention in get_args(AttentionConfig)):
+        states = [
+            module.new_state(1, SEQ_LEN, device=torch.device("cpu"), dtype=torch.bfloat16)
+            for module in build_row("debug", config).attention_modules()
+        ]
+        num_bytes = sum(x.untyped_storage().nbytes() for state in states for x in state.values())
+        assert printed[config.kind] == f"{num_bytes / SEQ_LEN:,.0f}", config.kind
