@@ -1,6 +1,7 @@
 """What a user got wrong, and how every command line ends with it: one line, exit code 2."""
 
 import argparse
+import json
 import sys
 import typing
 from collections.abc import Callable, Iterator
@@ -51,6 +52,27 @@ def check_range(config: object, low: float, high: float, *names: str) -> None:
             may_be_none = type(None) in typing.get_args(typing.get_type_hints(type(config))[name])
             none = ', or "none"' if may_be_none else ""
             raise UserError(f"{name} must be at least {low} and at most {high}{none}; got {value}")
+
+
+def check_unread(config: object, reader: str, remedy: str, *names: str) -> None:
+    """Raise if a field that the others leave without effect has another value than its default.
+
+    Args:
+        config: A dataclass.
+        reader: What does not read the fields, for the error message: "a cosine schedule".
+        remedy: What to set instead, if they are to be read: 'kind to "wsd"'.
+        names: The fields.
+
+    Raises:
+        UserError: Names the first such field.
+    """
+    for name in names:
+        value, default = getattr(config, name), getattr(type(config), name)
+        if value != default:
+            shown = json.dumps("none" if default is None else default)
+            raise UserError(
+                f"{name} is {value!r}, which {reader} does not read; set it to {shown}, or {remedy}"
+            )
 
 
 def check_not_empty(config: object, *names: str) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from errors import UserError, check_range
+from errors import UserError, check_range, check_unread
 from models.sizes import SIZES, ModelSize
 
 FREE_KEYS = ("impl", "init_std", "r_gain_init")
@@ -71,6 +71,8 @@ class ParallaxConfig:
         check_range(self, 1, _MAX_DIMENSION, "r_rank")
         check_range(self, -1e4, 1e4, "r_gain_init", "r_scale")
         check_range(self, 0, _MAX_DIMENSION, "num_plain_layers")
+        if not self.r_norm:
+            check_unread(self, "a probe without r_norm", "r_norm to true", "r_gain_init")
 
 
 def _check_probe(config: ParallaxConfig, size: ModelSize) -> None:

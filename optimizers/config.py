@@ -2,10 +2,10 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
-from errors import UserError, check_range
+from errors import UserError, check_range, check_unread
 
 Orthogonalization = Literal["newton_schulz5", "polar_express"]
 UpdateScale = Literal["match_rms_adamw", "spectral", "unit"]
@@ -13,6 +13,14 @@ MuonDtype = Literal["float16", "bfloat16", "float32"]
 
 ScheduleKind = Literal["wsd", "cosine", "constant"]
 DecayShape = Literal["linear", "one_minus_sqrt", "cosine"]
+
+_WSD_KEYS = ("decay_ratio", "decay_steps", "decay_shape")
+UNREAD_KEYS: dict[ScheduleKind, tuple[str, ...]] = {
+    "wsd": (),
+    "cosine": _WSD_KEYS,
+    "constant": (*_WSD_KEYS, "min_lr_ratio"),
+}
+"""Keys of a schedule that its kind does not read."""
 
 DEFAULT_DECAY_RATIO = 0.2
 DEFAULT_ITERATIONS: dict[Orthogonalization, int] = {"newton_schulz5": 5, "polar_express": 8}
@@ -275,7 +283,7 @@ class ScheduleConfig:
         decay_steps: wsd only: steps of the decay, instead of decay_ratio, which must then be None.
         decay_shape: wsd only: 1 - t (linear), 1 - sqrt(t) (one_minus_sqrt) or (1 + cos(pi t)) / 2 (cosine),
             with t from 0 to 1 over the decay.
-        min_lr_ratio: Factor at the end of the decay, in [0, 1].
+        min_lr_ratio: wsd and cosine: factor at the end of the decay, in [0, 1].
     """
 
     KEYS_OF_ALL_KINDS: ClassVar[tuple[str, ...]] = ("warmup_steps", "min_lr_ratio")
@@ -288,14 +296,7 @@ class ScheduleConfig:
     min_lr_ratio: float = 0.0
 
     def __post_init__(self) -> None:
-        wsd_keys = [f.name for f in fields(self) if f.name not in ("kind", *self.KEYS_OF_ALL_KINDS)]
-        for key in wsd_keys if self.kind != "wsd" else ():
-            value = getattr(self, key)
-            if value != getattr(ScheduleConfig, key):
-                raise UserError(
-                    f"{key} is {value!r}, which a {self.kind} schedule does not read; remove it, or set "
-                    'kind to "wsd"'
-                )
+        check_unread(self, f"a {self.kind} schedule", 'kind to "wsd"', *UNREAD_KEYS[self.kind])
         check_range(self, 0, 10**9, "warmup_steps")
         _check_decay(self)
 
@@ -324,6 +325,8 @@ def _check_rates(group: Group) -> None:
     check_range(group, 0.0, 10.0, "lr")
     check_range(group, 0.0, 10_000.0, "weight_decay")
     check_range(group, 0.0, 100.0, "weight_decay_gamma")
+    if group.weight_decay == 0.0:
+        check_unread(group, "a weight_decay of 0", "weight_decay above 0", "weight_decay_gamma")
     if group.lr * group.weight_decay > 1.0:
         raise UserError(
             f"lr ({group.lr}) times weight_decay ({group.weight_decay}) must be at most 1: every step "

@@ -4,30 +4,31 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
-from errors import UserError
-from optimizers.config import DEFAULT_DECAY_RATIO, Group, ScheduleConfig
+from errors import UserError, check_unread
+from optimizers.config import DEFAULT_DECAY_RATIO, UNREAD_KEYS, Group, ScheduleConfig
 
 
 def group_schedule(group: Group, schedule: ScheduleConfig) -> ScheduleConfig:
     """Return the schedule of a parameter group: the run's, with what the group's own table gives.
 
     A decay of the group replaces the run's, whether a ratio or a number of steps; with a kind of its own the
-    group takes over warm-up and minimum alone.
+    group takes over warm-up and, unless it is constant, minimum alone.
 
     Args:
         group: The group.
         schedule: The run's schedule.
 
     Raises:
-        UserError: The group gives a decay, and the kind is not wsd.
+        UserError: The group gives a key that the kind does not read.
     """
     if group.schedule is None:
         return schedule
     given = {name: value for name, value in vars(group.schedule).items() if value is not None}
-    if given.get("kind", schedule.kind) != schedule.kind:
-        schedule = ScheduleConfig(
-            kind=given["kind"], warmup_steps=schedule.warmup_steps, min_lr_ratio=schedule.min_lr_ratio
-        )
+    kind = group.schedule.kind or schedule.kind
+    check_unread(group.schedule, f"a {kind} schedule", 'kind to "wsd"', *UNREAD_KEYS[kind])
+    if kind != schedule.kind:
+        minimum = 0.0 if kind == "constant" else schedule.min_lr_ratio
+        schedule = ScheduleConfig(kind=kind, warmup_steps=schedule.warmup_steps, min_lr_ratio=minimum)
     elif given.keys() & {"decay_ratio", "decay_steps"}:
         schedule = replace(schedule, decay_ratio=None, decay_steps=None)
     return replace(schedule, **given)
@@ -47,18 +48,28 @@ def schedules_by_group(
         Schedules by the name of the group.
 
     Raises:
-        UserError: Warm-up and decay together are longer than the run, or a group's own schedule contradicts
-            itself; names the group that has one.
+        UserError: Warm-up and decay together are longer than the run, a group's own schedule contradicts
+            itself, or a group anneals its weight decay by a constant schedule; names the group.
     """
     decay_start(schedule, total_steps)
     schedules = {}
     for name, group in groups.items():
+        key = f"optimizer.groups.{name}"
         try:
             schedules[name] = group_schedule(group, schedule)
-            decay_start(schedules[name], total_steps)
+            decay_start(schedules[name], total_steps, f"{key}.schedule")
         except UserError as error:
-            raise UserError(f"optimizer.groups.{name}.schedule: {error}") from None
+            raise UserError(f"{key}.schedule: {error}") from None
+        if schedules[name].kind == "constant":
+            _check_no_annealing(group, key)
     return schedules
+
+
+def _check_no_annealing(group: Group, key: str) -> None:
+    try:
+        check_unread(group, "a constant schedule", "choose another kind of schedule", "weight_decay_gamma")
+    except UserError as error:
+        raise UserError(f"{key}.{error}") from None
 
 
 def lr_factor(step: int, config: ScheduleConfig, total_steps: int) -> float:
@@ -116,12 +127,13 @@ def weight_decay_factor(step: int, config: ScheduleConfig, total_steps: int, gam
     return (1.0 - decay_progress(step, config, total_steps)) ** gamma
 
 
-def decay_start(config: ScheduleConfig, total_steps: int) -> int:
+def decay_start(config: ScheduleConfig, total_steps: int, table: str = "schedule") -> int:
     """Return the index of the first step of the decay phase.
 
     Args:
         config: The schedule.
         total_steps: Number of steps of the run.
+        table: The table that gives the decay, for the error message.
 
     Returns:
         N - D of lr_factor; total_steps without a decay phase.
@@ -131,10 +143,12 @@ def decay_start(config: ScheduleConfig, total_steps: int) -> int:
     """
     num_decay_steps = _num_decay_steps(config, total_steps)
     if config.warmup_steps + num_decay_steps > total_steps:
+        # the warm-up is the run's; only wsd has a decay whose length can be chosen
+        decay = f" and the decay ({num_decay_steps} steps)" if num_decay_steps else ""
         length = "decay_ratio" if config.decay_steps is None else "decay_steps"
         raise UserError(
-            f"warmup_steps ({config.warmup_steps}) and the decay ({num_decay_steps} steps) must fit into the "
-            f"{total_steps} steps of the run; lower schedule.warmup_steps or schedule.{length}"
+            f"warmup_steps ({config.warmup_steps}){decay} must fit into the {total_steps} steps of the run; "
+            f"lower schedule.warmup_steps{f' or {table}.{length}' if decay else ''}"
         )
     return total_steps - num_decay_steps
 

@@ -99,14 +99,18 @@ def test_a_child_says_the_decay_in_steps_where_its_base_says_a_ratio(tmp_path: P
     assert "schedule.decay_ratio (0.5) and decay_steps (3) are both given" in message
 
 
-@pytest.mark.parametrize("kind", ["cosine", "constant"])
+@pytest.mark.parametrize(("kind", "minimum"), [("cosine", 0.1), ("constant", 0.0)])
 @pytest.mark.parametrize("base_kind", ['kind = "wsd"\n', ""])
-def test_another_kind_of_schedule_dropped_the_warm_up(tmp_path: Path, kind: str, base_kind: str) -> None:
-    below = f'{base_kind}warmup_steps = 5\ndecay_ratio = 0.5\ndecay_shape = "cosine"\nmin_lr_ratio = 0.1\n'
+def test_another_kind_of_schedule_dropped_the_warm_up(
+    tmp_path: Path, kind: str, minimum: float, base_kind: str
+) -> None:
+    below = (
+        f'{base_kind}warmup_steps = 5\ndecay_ratio = 0.5\ndecay_shape = "cosine"\nmin_lr_ratio = {minimum}\n'
+    )
     path = write(tmp_path, RUN.replace("warmup_steps = 1", below))
     schedule = load(path, ["--schedule.kind", kind]).schedule
     # of the decay of the base nothing stays
-    plain = ScheduleConfig(warmup_steps=5, min_lr_ratio=0.1)
+    plain = ScheduleConfig(warmup_steps=5, min_lr_ratio=minimum)
     assert (schedule.kind, dataclasses.replace(schedule, kind="wsd")) == (kind, plain)
     child = write(tmp_path, f'extends = "run.toml"\n[schedule]\nkind = "{kind}"\n', "child.toml")
     assert load(child).schedule == schedule
@@ -127,6 +131,14 @@ def test_a_key_that_the_kind_of_schedule_does_not_read_was_taken(
     text = RUN.replace("warmup_steps = 1", f'kind = "constant"\n{key} = {value}')
     message = refusal(write(tmp_path, text)).replace("'", '"')
     assert f"schedule.{key} is {value}, which a constant schedule" in message
+
+
+def test_the_minimum_of_a_schedule_without_decay_was_taken(tmp_path: Path) -> None:
+    text = RUN.replace("warmup_steps = 1", "min_lr_ratio = 0.1")
+    message = refusal(write(tmp_path, text), "--schedule.kind=constant")
+    assert "schedule.min_lr_ratio is 0.1, which a constant schedule does not read; set it to 0.0" in message
+    words = ["--schedule.kind=constant", "--schedule.min_lr_ratio=0"]
+    assert load(write(tmp_path, text), words).schedule == ScheduleConfig(kind="constant")
 
 
 def test_another_kind_of_optimizer_lost_the_parameters_and_the_weight_decay(tmp_path: Path) -> None:

@@ -127,6 +127,11 @@ def test_long_lists_of_names_are_truncated() -> None:
             {"weight_decay_gamma": -1.0},
             'weight_decay_gamma must be at least 0.0 .*"none"; got -1.0',
         ),
+        (
+            AdamWGroup,
+            {"weight_decay_gamma": 2.0},
+            'weight_decay_gamma is 2.0, which a weight_decay of 0 does not read; set it to "none"',
+        ),
         (ScheduleConfig, {"min_lr_ratio": -0.1}, "min_lr_ratio must be .* at most 1.0; got -0.1"),
         (OptimizerConfig, {"groups": {}}, "groups is empty"),
     ],

@@ -155,7 +155,7 @@ def group_of(**schedule: Any) -> AdamWGroup:
         ({"decay_steps": 3}, replace(RUN, decay_ratio=None, decay_steps=3)),
         ({"decay_ratio": 0.1, "min_lr_ratio": 0.0}, replace(RUN, decay_ratio=0.1, min_lr_ratio=0.0)),
         ({"kind": "wsd", "decay_ratio": 0.25}, replace(RUN, decay_ratio=0.25)),
-        ({"kind": "constant"}, ScheduleConfig(kind="constant", warmup_steps=4, min_lr_ratio=0.1)),
+        ({"kind": "constant"}, ScheduleConfig(kind="constant", warmup_steps=4)),
         ({"kind": "cosine"}, ScheduleConfig(kind="cosine", warmup_steps=4, min_lr_ratio=0.1)),
     ],
 )
@@ -192,6 +192,14 @@ def test_a_schedule_of_a_group_that_makes_no_sense_is_refused() -> None:
     refused: tuple[tuple[dict[str, Any], str], ...] = (
         ({"decay_steps": 17}, r"optimizer.groups.own.schedule: warmup_steps \(4\) and the decay \(17"),
         ({"kind": "cosine", "decay_ratio": 0.1}, "optimizer.groups.own.schedule: decay_ratio is 0.1"),
+        (
+            {"kind": "cosine", "decay_shape": "linear"},
+            "decay_shape is 'linear', which a cosine schedule does",
+        ),
+        (
+            {"kind": "constant", "min_lr_ratio": 0.0},
+            "min_lr_ratio is 0.0, which a constant schedule does not",
+        ),
     )
     for own, message in refused:
         with pytest.raises(UserError, match=message):
@@ -200,3 +208,39 @@ def test_a_schedule_of_a_group_that_makes_no_sense_is_refused() -> None:
         GroupSchedule(decay_ratio=0.1, decay_steps=2)
     with pytest.raises(UserError, match=r"^warmup_steps"):
         schedules_by_group({"own": group_of(decay_ratio=0.1)}, RUN, 4)
+
+
+def test_the_remedy_names_the_keys_that_help() -> None:
+    def refusal(schedule: ScheduleConfig, total_steps: int, **own: Any) -> str:
+        with pytest.raises(UserError) as error:
+            schedules_by_group({"own": group_of(**own)}, schedule, total_steps)
+        return str(error.value)
+
+    for kind in ("cosine", "constant"):
+        message = refusal(ScheduleConfig(kind=kind, warmup_steps=30), 20)
+        assert message == (
+            "warmup_steps (30) must fit into the 20 steps of the run; lower schedule.warmup_steps"
+        )
+    assert refusal(RUN, 7).endswith("lower schedule.warmup_steps or schedule.decay_ratio")
+    message = refusal(ScheduleConfig(warmup_steps=4, decay_steps=4), 7)
+    assert message.endswith("lower schedule.warmup_steps or schedule.decay_steps")
+    for own in ({"decay_steps": 17}, {"decay_ratio": 0.9}):
+        message = refusal(RUN, 20, **own)
+        assert message.endswith(f"schedule.warmup_steps or optimizer.groups.own.schedule.{[*own][0]}")
+    constant = ScheduleConfig(kind="constant", warmup_steps=18)
+    message = refusal(constant, 20, kind="wsd")
+    assert message.endswith("schedule.warmup_steps or optimizer.groups.own.schedule.decay_ratio")
+
+
+def test_annealing_of_a_group_that_has_no_decay_phase_is_refused() -> None:
+    def groups(**schedule: Any) -> dict[str, AdamWGroup]:
+        return {"own": replace(group_of(**schedule), weight_decay=0.1, weight_decay_gamma=2.0)}
+
+    constant = ScheduleConfig(kind="constant")
+    message = "optimizer.groups.own.weight_decay_gamma is 2.0, which a constant schedule does not read"
+    for own, schedule in (({}, constant), ({"kind": "constant"}, RUN)):
+        with pytest.raises(UserError, match=message):
+            schedules_by_group(groups(**own), schedule, 20)
+    # a group with a decay of its own; and the run that others continue with their decay
+    assert schedules_by_group(groups(kind="wsd"), constant, 20)
+    assert schedules_by_group(groups(), ScheduleConfig(decay_ratio=0.0), 20)

@@ -240,6 +240,7 @@ def test_a_window_limits_the_cache() -> None:
         ({"num_plain_layers": 3}, 'below the 3 layers .* got 3; .* attention.kind to "softmax"'),
         ({"r_scale": float("nan")}, "r_scale must be .* got nan"),
         ({"r_gain_init": float("inf")}, "r_gain_init must be .* got inf"),
+        ({"r_norm": False, "r_gain_init": 3.0}, "r_gain_init is 3.0, .* set it to 0.25, or r_norm to true"),
     ],
 )
 def test_invalid_options_raise(options: dict, message: str) -> None:
