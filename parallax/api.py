@@ -8,7 +8,7 @@ from torch import Tensor
 
 from parallax.ops import eager_attention, triton_attention
 from parallax.reference import parallax_reference
-from parallax.validation import check_cu_seqlens, check_tensors, check_window_size
+from parallax.validation import check_cu_seqlens, check_scale, check_tensors, check_window_size
 
 
 class _Implementation(NamedTuple):
@@ -74,7 +74,8 @@ def parallax_attention(
         Output `[B, T, H, K]` in the dtype of the inputs.
 
     Raises:
-        ValueError: Shapes, devices, `cu_seqlens`, `window_size` or the name of the implementation are wrong.
+        ValueError: Shapes, devices, `scale`, `cu_seqlens`, `window_size` or the name of the implementation
+            are wrong.
         TypeError: Dtypes differ or are not served.
         NotImplementedError: The implementation asked for cannot serve these inputs; names those that can.
     """
@@ -84,6 +85,7 @@ def parallax_attention(
         q, r, k, v = cast_under_autocast(q, r, k, v)
     check_tensors(q, r, k, v)
     check_window_size(window_size)
+    check_scale(scale)
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale

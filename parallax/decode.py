@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from parallax import eager_decode
-from parallax.validation import check_cache_values, check_decode_tensors, check_window_size
+from parallax.validation import check_cache_values, check_decode_tensors, check_scale, check_window_size
 
 
 @torch.library.custom_op("parallax::decode", mutates_args=("out",))
@@ -71,13 +71,15 @@ def parallax_decode(
         Output `[B, T, H, K]` in the dtype of q.
 
     Raises:
-        ValueError: Shapes, devices, `window_size`, the implementation's name, or a value of `cache_seqlens`
-            (longer than the cache) or of `page_table` (no page of the cache) is wrong.
+        ValueError: Shapes, devices, `window_size`, `scale`, the implementation's name, or a value of
+            `cache_seqlens` (negative, or longer than the cache) or of `page_table` (no page of the cache) is
+            wrong.
         TypeError: Dtypes differ or are not served.
         NotImplementedError: impl is "triton", which cannot serve these inputs; the message says why.
     """
     check_decode_tensors(q, r, k_cache, v_cache, cache_seqlens, page_table, out)
     check_window_size(window_size)
+    check_scale(scale)
     is_readable = cache_seqlens.device.type == "cpu" and type(cache_seqlens) is Tensor
     if not torch.compiler.is_compiling() and (check_values or is_readable):
         check_cache_values(cache_seqlens, page_table, k_cache)

@@ -23,7 +23,7 @@ from parallax import eager
 from parallax.conjugate_gradients import conjugate_gradients, residual_tolerance
 from parallax.decode import parallax_decode
 from parallax.ops import eager_attention, triton_attention
-from parallax.validation import check_bounds, check_cu_seqlens, check_tensors, check_window_size
+from parallax.validation import check_bounds, check_cu_seqlens, check_scale, check_tensors, check_window_size
 
 _DIRECT_ELEMENTS = 2**23
 """Elements in a buffer of the direct solver, 32 MiB in fp32; at least the matrices of one query."""
@@ -74,6 +74,7 @@ def local_linear_attention(
     q, k, v = promote(q, k, v)
     check_tensors(q, q, k, v)
     check_window_size(window_size)
+    check_scale(scale)
     check_ridge(ridge)
     check_num_iterations(num_iterations)
     if solver not in ("cg", "direct"):

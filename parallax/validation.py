@@ -93,6 +93,21 @@ def check_window_size(window_size: int | None) -> None:
         )
 
 
+def check_scale(scale: float | None) -> None:
+    """Check the factor of q.k.
+
+    Args:
+        scale: None for the default.
+
+    Raises:
+        ValueError: It is NaN or infinite.
+    """
+    if scale is not None and not -float("inf") < scale < float("inf"):
+        raise ValueError(
+            f"scale is {scale}, wanted a finite factor of q.k; pass None for 1 / sqrt(head width)"
+        )
+
+
 def check_cu_seqlens(cu_seqlens: Tensor, x: Tensor) -> None:
     """Check document bounds, and their values where that needs no device synchronization.
 
@@ -223,12 +238,17 @@ def check_cache_values(cache_seqlens: Tensor, page_table: Tensor | None, k_cache
         k_cache: Keys `[B, S, G, K]`, or pages `[P, page size, G, K]`.
 
     Raises:
-        ValueError: A sequence is longer than the cache, or a page that it needs is not in it.
+        ValueError: A length is negative, a sequence is longer than the cache, or a page that it needs is not
+            in it.
     """
     num_pages, page_size = k_cache.shape[:2]
     capacity = page_size if page_table is None else page_table.shape[1] * page_size
     for row, length in enumerate(cache_seqlens.tolist()):
-        if not 0 <= length <= capacity:
+        if length < 0:
+            raise ValueError(
+                f"cache_seqlens[{row}] is {length}, wanted at least 0: the number of keys of the sequence"
+            )
+        if length > capacity:
             raise ValueError(
                 f"cache_seqlens[{row}] is {length}, the cache holds {capacity} keys per sequence; "
                 "allocate a longer cache, or more pages per sequence"

@@ -198,10 +198,11 @@ class HeadProjections(Attention):
         super().__init__()
         if size.num_heads % size.num_kv_heads:
             raise UserError(
-                f"num_heads ({size.num_heads}) must be a multiple of num_kv_heads ({size.num_kv_heads})"
+                f"model.custom_size.num_heads ({size.num_heads}) must be a multiple of num_kv_heads "
+                f"({size.num_kv_heads})"
             )
         if size.head_dim % 2:
-            raise UserError(f"head_dim must be even for RoPE, got {size.head_dim}")
+            raise UserError(f"model.custom_size.head_dim must be even for RoPE, got {size.head_dim}")
         self.size = size
         width_q, width_kv = size.num_heads * size.head_dim, size.num_kv_heads * size.head_dim
         self.wq = nn.Linear(size.width, width_q, bias=False)

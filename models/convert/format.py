@@ -217,7 +217,7 @@ def from_config_json(table: Table, source: Path | str = "config.json") -> Huggin
         # ours and theirs are the names of the same dimensions
         theirs = {ours: theirs for theirs, ours in _DIMENSIONS.items()} | _OTHER_NAMES
         theirs |= {} if kind == PARALLAX_TYPE else {"window_size": "sliding_window"}
-        pattern = rf"(?:custom_size\.|attention\.)?\b({'|'.join(theirs)})\b"
+        pattern = rf"(?:(?:model\.)?custom_size\.|attention\.)?\b({'|'.join(theirs)})\b"
         message = re.sub(pattern, lambda match: theirs[match[1]], str(error))
         raise UserError(f"{source}: {message}") from None
 

@@ -355,10 +355,13 @@ def test_logits_are_at_least_fp32_whatever_the_dtype_and_autocast() -> None:
         assert torch.equal(build(SoftmaxConfig()).output(x, None), expected)
 
 
-def test_invalid_dimensions_and_inputs_raise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sizes.SIZES, "odd", replace(TINY, num_kv_heads=3))
-    with pytest.raises(UserError, match=r"num_heads \(4\) must be a multiple of num_kv_heads \(3\)"):
-        Qwen3(ModelConfig(size="odd", vocab_size=VOCAB))
+def test_invalid_dimensions_and_inputs_raise() -> None:
+    for size, message in (
+        (replace(TINY, num_kv_heads=3), r"num_heads \(4\) must be a multiple of num_kv_heads \(3\)"),
+        (replace(TINY, head_dim=15), "head_dim must be even for RoPE, got 15"),
+    ):
+        with pytest.raises(UserError, match=f"^model.custom_size.{message}"):
+            Qwen3(ModelConfig(size="custom", custom_size=size, vocab_size=VOCAB))
     model = build(SoftmaxConfig())
     with pytest.raises(UserError, match="at least one token"):
         model(tokens(1, 0))

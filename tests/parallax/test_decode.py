@@ -1,5 +1,6 @@
 """Eager decoding against the reference, argument errors of `parallax_decode`, and its operator."""
 
+import math
 from typing import Any
 
 import pytest
@@ -99,6 +100,12 @@ def test_wrong_input_raises() -> None:
     check_raises(ValueError, r"r has shape \(2, 1, 2, 64\), q", r=x.r[:, :, :2])
     check_raises(ValueError, r"num_heads \(3\) must be a positive multiple", q=x.q[:, :, :3], r=x.r[:, :, :3])
     check_raises(ValueError, r"window_size is 0", window_size=0)
+    check_raises(ValueError, r"scale is nan, wanted a finite factor of q.k", scale=math.nan)
+    check_raises(
+        ValueError,
+        r"cache_seqlens\[1\] is -1, wanted at least 0",
+        cache_seqlens=torch.tensor([5, -1]).int(),
+    )
     check_raises(ValueError, r"impl is 'cute', wanted 'triton', 'eager'", impl="cute")
     check_raises(NotImplementedError, r"impl='triton' needs CUDA, got cpu; use 'eager'", impl="triton")
     check_raises(ValueError, r"out is not contiguous", out=torch.empty(2, 64, 4, 1).transpose(1, 3))

@@ -1,5 +1,6 @@
 """Exact local linear attention against its definition: values, gradients, limits, packing, memory."""
 
+import math
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -233,6 +234,7 @@ def test_compiled_as_one_graph_equals_eager() -> None:
         ({"solver": "qr"}, "solver is 'qr', wanted 'cg' or 'direct'"),
         ({"num_iterations": 0}, "num_iterations is 0, wanted at least 1"),
         ({"window_size": 0}, "window_size is 0"),
+        ({"scale": math.nan}, "scale is nan, wanted a finite factor of q.k"),
         ({"cu_seqlens": torch.tensor([0, 4], dtype=torch.int32)}, "cu_seqlens ends at 4"),
     ],
 )

@@ -105,6 +105,11 @@ def test_published_configs_decode_to_named_or_custom_sizes() -> None:
         ({"quantization_config": {"bits": 4}}, "quantization_config is"),
         ({"num_experts": 8}, "num_experts is not supported"),
         (
+            {"num_key_value_heads": 5},
+            r": num_attention_heads \(16\) must be a multiple of num_key_value_heads \(5\)",
+        ),
+        ({"head_dim": 15}, "config.json: head_dim must be even for RoPE, got 15"),
+        (
             {"attention_bias": True, "num_experts": 8},
             "attention_bias is True.*; num_experts is not supported",
         ),
