@@ -226,7 +226,7 @@ def test_the_remedy_names_the_keys_that_help() -> None:
     assert message.endswith("lower schedule.warmup_steps or schedule.decay_steps")
     for own in ({"decay_steps": 17}, {"decay_ratio": 0.9}):
         message = refusal(RUN, 20, **own)
-        assert message.endswith(f"schedule.warmup_steps or optimizer.groups.own.schedule.{[*own][0]}")
+        assert message.endswith(f"schedule.warmup_steps or optimizer.groups.own.schedule.{next(iter(own))}")
     constant = ScheduleConfig(kind="constant", warmup_steps=18)
     message = refusal(constant, 20, kind="wsd")
     assert message.endswith("schedule.warmup_steps or optimizer.groups.own.schedule.decay_ratio")
