@@ -11,6 +11,9 @@ FREE_KEYS = ("impl", "init_std", "r_gain_init")
 _MAX_DIMENSION = 1_000_000
 _MAX_WINDOW = 2**31 - 1
 _MAX_ITERATIONS = 10_000
+# below it the default number of iterations is off by more than some percent, for inputs of unit variance;
+# decoding has no other solver than conjugate gradients
+MIN_RIDGE = 0.03
 # beyond it there is no correction: softmax attention, or the value average
 _MAX_RIDGE = 1e8
 
@@ -96,7 +99,7 @@ class LocalLinearConfig:
     Attributes:
         kind: "lla".
         window_size: Sliding window: number of keys that a query sees, its own included; None for no window.
-        ridge: Ridge per unit of kernel mass.
+        ridge: Ridge per unit of kernel mass, at least 0.03.
         solver: "cg" for conjugate gradients, "direct" to factorize the matrix of every query.
         num_iterations: Maximum number of iterations of conjugate gradients.
     """
@@ -109,7 +112,7 @@ class LocalLinearConfig:
 
     def __post_init__(self) -> None:
         check_range(self, 1, _MAX_WINDOW, "window_size")
-        check_range(self, 1e-8, _MAX_RIDGE, "ridge")
+        check_range(self, MIN_RIDGE, _MAX_RIDGE, "ridge")
         check_range(self, 1, _MAX_ITERATIONS, "num_iterations")
 
 
@@ -152,7 +155,7 @@ class AffineMesaNetConfig:
 
     Attributes:
         kind: "affine-mesanet".
-        ridge: Ridge per key.
+        ridge: Ridge per key, at least 0.03.
         num_iterations: Maximum number of iterations of conjugate gradients.
     """
 
@@ -161,7 +164,7 @@ class AffineMesaNetConfig:
     num_iterations: int = 32
 
     def __post_init__(self) -> None:
-        check_range(self, 1e-8, _MAX_RIDGE, "ridge")
+        check_range(self, MIN_RIDGE, _MAX_RIDGE, "ridge")
         check_range(self, 1, _MAX_ITERATIONS, "num_iterations")
 
 

@@ -129,7 +129,7 @@ def affine_mesanet(
         q: Queries `[B, T, H, K]`, bf16/fp16/fp32/fp64, any strides.
         k: Keys `[B, T, G, K]`; query head h reads key/value head h // (H / G).
         v: Values `[B, T, G, K]`.
-        ridge: Ridge per key, positive and finite; 10 is the default of LLA.
+        ridge: Ridge per key, as in `local_linear_attention`; 10 is the default of LLA.
         cu_seqlens: Bounds of packed documents `[N + 1]`, int32, rising from 0 to T, on q's device, with
             B == 1; empty documents are allowed. None: each batch row is one document.
         num_iterations: Maximum number of conjugate-gradient iterations; converged rows stop earlier.
@@ -141,9 +141,9 @@ def affine_mesanet(
         ValueError: Shapes, devices or an option are wrong.
         TypeError: Dtypes are not served, or fp64 is mixed with another.
     """
-    check_ridge(ridge)
-    check_num_iterations(num_iterations)
     q_BGRTK, k_BGRTK, v_BGRTK = _prepare(q, k, v, cu_seqlens)
+    check_ridge(ridge, q_BGRTK.dtype)
+    check_num_iterations(num_iterations)
     documents = _documents(q_BGRTK, cu_seqlens)
     tolerance = residual_tolerance(q.dtype, k.dtype)
     r_BGRTK = affine_probe(q_BGRTK, k_BGRTK, *documents, ridge, num_iterations, tolerance)

@@ -25,6 +25,8 @@ from parallax.decode import parallax_decode
 from parallax.ops import eager_attention, triton_attention
 from parallax.validation import check_bounds, check_cu_seqlens, check_scale, check_tensors, check_window_size
 
+MIN_FP32_RIDGE = 1e-3
+"""Below it rounding in fp32 alone can move the output by some percent, for inputs of unit variance."""
 _DIRECT_ELEMENTS = 2**23
 """Elements in a buffer of the direct solver, 32 MiB in fp32; at least the matrices of one query."""
 
@@ -53,7 +55,8 @@ def local_linear_attention(
         q: Queries `[B, T, H, K]`, bf16/fp16/fp32/fp64, any strides.
         k: Keys `[B, T, G, K]`; query head h reads key/value head h // (H / G).
         v: Values `[B, T, G, K]`.
-        ridge: Ridge per unit of kernel mass, positive and finite; 10 in the authors' code.
+        ridge: Ridge per unit of kernel mass, finite and at least MIN_FP32_RIDGE, in fp64 positive; 10 in the
+            authors' code. Ridges below 0.1 take more than the 32 iterations.
         scale: Factor of q.k in the kernel; None for 1 / sqrt(K).
         cu_seqlens: Bounds of packed documents `[N + 1]`, int32, rising from 0 to T, on q's device, with
             B == 1; empty documents are allowed. None: each batch row is one document.
@@ -75,7 +78,7 @@ def local_linear_attention(
     check_tensors(q, q, k, v)
     check_window_size(window_size)
     check_scale(scale)
-    check_ridge(ridge)
+    check_ridge(ridge, q.dtype)
     check_num_iterations(num_iterations)
     if solver not in ("cg", "direct"):
         raise ValueError(f"solver is {solver!r}, wanted 'cg' or 'direct'; 'cg' is the faster one")
@@ -123,10 +126,10 @@ def local_linear_decode(
         ValueError: Shapes, devices or an option are wrong.
         TypeError: Dtypes are not served, or fp64 is mixed with another.
     """
-    check_ridge(ridge)
-    check_num_iterations(num_iterations)
     dtype, input_dtypes = v_cache.dtype, (q.dtype, k_cache.dtype)
     q, k, v = promote(q, k_cache, v_cache)
+    check_ridge(ridge, q.dtype)
+    check_num_iterations(num_iterations)
 
     def attend(r: Tensor | None, values: Tensor) -> Tensor:
         return parallax_decode(
@@ -144,12 +147,15 @@ def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(eager.accumulation_dtype(x.dtype)) if x.is_floating_point() else x for x in tensors)
 
 
-def check_ridge(ridge: float) -> None:
-    """Raise ValueError unless the ridge is positive and finite."""
-    if not 0.0 < ridge < float("inf"):
+def check_ridge(ridge: float, dtype: torch.dtype) -> None:
+    """Raise ValueError unless the ridge is finite and large enough for the dtype of the solve."""
+    is_fp64 = dtype == torch.float64
+    is_large_enough = ridge > 0.0 if is_fp64 else ridge >= MIN_FP32_RIDGE
+    if not (is_large_enough and ridge < float("inf")):
+        wanted = "positive" if is_fp64 else f"at least {MIN_FP32_RIDGE} (in fp64 positive)"
         raise ValueError(
-            f"ridge is {ridge}, wanted positive and finite: the first query of a document has one key and no "
-            "covariance; take a small one for nearly none, softmax attention for an infinite one"
+            f"ridge is {ridge}, wanted {wanted} and finite: the first query of a document has one key and no "
+            "covariance; take softmax attention for an infinite one"
         )
 
 
@@ -348,8 +354,10 @@ def _solve_directly(
         p_ZtRS = s_ZtRS.masked_fill_(hidden_tS[:, None], float("-inf")).softmax(-1)
         a_ZtRKK = _covariances(p_ZtRS, k_ZSK[:, keys])
         a_ZtRKK.diagonal(dim1=-2, dim2=-1).add_(ridge)
-        factor = torch.linalg.cholesky(a_ZtRKK)
-        x_ZTRK[:, start:stop] = torch.cholesky_solve(b_ZTRK[:, start:stop, ..., None], factor).squeeze(-1)
+        factor, info_ZtR = torch.linalg.cholesky_ex(a_ZtRKK)
+        x_ZtRK = torch.cholesky_solve(b_ZTRK[:, start:stop, ..., None], factor).squeeze(-1)
+        # NaN, or indefinite by rounding: the caller sees NaN, as that of conjugate gradients does
+        x_ZTRK[:, start:stop] = x_ZtRK.masked_fill_(info_ZtR[..., None] != 0, float("nan"))
     x_BTGRK = x_ZTRK.unflatten(0, (batch_size, num_kv_heads)).transpose(1, 2)
     return x_BTGRK.flatten(2, 3).contiguous()
 

@@ -15,6 +15,7 @@ from models.attention.base import Attention, Rope, mean_visible_keys
 from models.attention.parallax import ParallaxAttention
 from models.attention.torch_softmax import torch_softmax_attention
 from models.config import (
+    MIN_RIDGE,
     AffineLinearConfig,
     AffineMesaNetConfig,
     AttentionConfig,
@@ -32,6 +33,7 @@ from models.config import (
 from models.convert.format import to_hugging_face
 from models.init import init_weights
 from models.qwen3 import Qwen3
+from parallax import affine_mesanet, local_linear_attention
 
 VOCAB = 97
 TINY = sizes.ModelSize(width=48, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=16, mlp_width=80)
@@ -257,12 +259,26 @@ def test_linear_variants_have_the_parameters_of_softmax() -> None:
 
 def test_invalid_solver_options_raise() -> None:
     for kind in (LocalLinearConfig, AffineMesaNetConfig):
-        with pytest.raises(UserError, match=r"ridge must be at least 1e-08 .* got 0.0"):
+        with pytest.raises(UserError, match=rf"ridge must be at least {MIN_RIDGE} .* got 0.0"):
             kind(ridge=0.0)
         with pytest.raises(UserError, match=r"num_iterations must be at least 1 .* got 0"):
             kind(num_iterations=0)
     with pytest.raises(UserError, match="window_size must be at least 1"):
         LocalLinearConfig(window_size=0)
+
+
+@pytest.mark.parametrize("width", [64, 128])
+def test_the_smallest_ridge_is_solved_to_some_percent(width: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, 60, 1, width, generator=generator).unbind()
+    exact = local_linear_attention(q.double(), k.double(), v.double(), ridge=MIN_RIDGE, solver="direct")
+    num_iterations = LocalLinearConfig().num_iterations
+    o = local_linear_attention(q, k, v, ridge=MIN_RIDGE, num_iterations=num_iterations)
+    assert (o - exact).norm() < 0.05 * exact.norm()
+    exact = affine_mesanet(q.double(), k.double(), v.double(), ridge=MIN_RIDGE, num_iterations=1000)
+    num_iterations = AffineMesaNetConfig().num_iterations
+    o = affine_mesanet(q, k, v, ridge=MIN_RIDGE, num_iterations=num_iterations)
+    assert (o - exact).norm() < 0.05 * exact.norm()
 
 
 def test_initial_loss_is_the_log_of_the_vocabulary_size() -> None:

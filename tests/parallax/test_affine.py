@@ -212,7 +212,7 @@ def test_empty_inputs_give_empty_results(member: Member) -> None:
 
 def test_wrong_inputs_raise() -> None:
     q, _, k, v, _ = make_inputs(1, 5, 2, 1, 4, dtype=torch.float32)
-    with pytest.raises(ValueError, match=r"ridge is -1.0, wanted positive"):
+    with pytest.raises(ValueError, match=r"ridge is -1.0, wanted at least 0.001"):
         affine_mesanet(q, k, v, ridge=-1.0)
     with pytest.raises(ValueError, match="num_iterations is 0"):
         affine_mesanet(q, k, v, num_iterations=0)

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallax import affine_mesanet, local_linear, local_linear_attention, parallax_attention
 from parallax.conjugate_gradients import conjugate_gradients
-from parallax.local_linear import local_linear_decode, local_linear_probe
+from parallax.local_linear import MIN_FP32_RIDGE, local_linear_decode, local_linear_probe
 from parallax.reference import local_linear_reference
 from parallax.testing import CASES, Case, Inputs, cu_seqlens_of, make_inputs, relative_error
 
@@ -229,7 +229,9 @@ def test_compiled_as_one_graph_equals_eager() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ridge": 0.0}, "ridge is 0.0, wanted positive and finite"),
+        ({"ridge": 0.0}, r"ridge is 0.0, wanted at least 0.001 \(in fp64 positive\) and finite"),
+        ({"ridge": 1e-8}, "ridge is 1e-08, wanted at least 0.001"),
+        ({"ridge": math.nan}, "ridge is nan"),
         ({"ridge": float("inf")}, "ridge is inf"),
         ({"solver": "qr"}, "solver is 'qr', wanted 'cg' or 'direct'"),
         ({"num_iterations": 0}, "num_iterations is 0, wanted at least 1"),
@@ -242,6 +244,42 @@ def test_wrong_options_raise(options: dict[str, Any], message: str) -> None:
     q, _, k, v, _ = make_inputs(1, 5, 2, 1, 4, dtype=torch.float32)
     with pytest.raises(ValueError, match=message):
         local_linear_attention(q, k, v, **options)
+
+
+def test_fp64_takes_any_positive_ridge() -> None:
+    q, _, k, v, _ = make_inputs(1, 5, 2, 1, 4, dtype=torch.float64)
+    assert local_linear_attention(q, k, v, ridge=1e-8, num_iterations=100).isfinite().all()
+    with pytest.raises(ValueError, match="ridge is 0.0, wanted positive"):
+        local_linear_attention(q, k, v, ridge=0.0)
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_smallest_ridge_in_fp32_is_solved_to_some_percent(solver: Solver, width: int) -> None:
+    inputs = make_inputs(1, 60, 2, 1, width, dtype=torch.float32)
+    attend = partial(local_linear_attention, ridge=MIN_FP32_RIDGE)
+    truth = output_and_gradients(partial(attend, solver="direct"), inputs.to(torch.float64))
+    actual = output_and_gradients(partial(attend, solver=solver, num_iterations=200), inputs)
+    for name, expected in truth.items():
+        assert relative_error(actual[name], expected) < 0.05, name
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_value_of_nan_gives_nan_and_no_error(solver: Solver) -> None:
+    inputs = make_inputs(1, 12, 2, 1, 4, dtype=torch.float32)
+    inputs.k[0, 6, 0, 1] = math.nan
+    o = local_linear_attention(inputs.q, inputs.k, inputs.v, solver=solver)
+    assert o[:, 6:].isnan().all()
+    gradients = output_and_gradients(partial(local_linear_attention, solver=solver), inputs)
+    assert gradients["dq"][:, 6:].isnan().all()
+
+
+def test_a_matrix_that_rounding_makes_indefinite_gives_nan() -> None:
+    inputs = make_inputs(1, 40, 2, 1, 16, dtype=torch.float32)
+    # of rank one, but for rounding, and far larger than the ridge
+    k = 1e4 * inputs.k[..., :1].expand_as(inputs.k)
+    o = local_linear_attention(inputs.q, k, inputs.v, ridge=MIN_FP32_RIDGE, scale=0.0, solver="direct")
+    assert o.isnan().any()
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
