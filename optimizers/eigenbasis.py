@@ -7,9 +7,10 @@ from torch import Tensor
 def eigenbasis(matrix: Tensor) -> Tensor:
     """Return eigenvectors of X X^T as columns, largest eigenvalue first; computed in fp64.
 
-    What X leaves open gets a definite answer: the null space, of which any basis would do, has the one that
-    Gram-Schmidt makes of the standard basis. Without it, rounding would choose the basis, and runs on
-    different numbers of ranks would differ from their first steps on.
+    The null space, of which any basis would do, has the one that Gram-Schmidt makes of as many first vectors
+    of the standard basis. Without it, rounding would choose the basis, and runs on different numbers of ranks
+    would differ from their first steps on. It still does where those vectors and the column space are
+    dependent, as of a matrix whose only nonzero rows are its first ones.
 
     Args:
         matrix: X, `[rows, cols]`, fp32 or fp64, without NaN and Inf.
