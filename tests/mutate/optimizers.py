@@ -151,5 +151,6 @@ MUTANTS = [
     Mutant("optimizers/soap.py", "index_select(dim, order)", "clone()", SOAP),
     Mutant("optimizers/soap.py", "beta2**num_steps", "beta2 ** (num_steps + 1)", SOAP),
     Mutant("optimizers/soap.py", "range(sum(num_owned[:rank])", "range(sum(num_owned[1:rank])", SOAP),
+    Mutant("optimizers/eigenbasis.py", "(outside < 1e-6)", "(outside < 0.0)", SOAP),
     Mutant("optimizers/eigenbasis.py", "torch.where(is_null, standard[:, order], vectors)", "vectors", SOAP),
 ]

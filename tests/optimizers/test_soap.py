@@ -140,7 +140,9 @@ def test_the_first_step_changes_no_weight_and_a_skipped_one_does_not_count() -> 
 def test_the_basis_of_eigenvectors_is_definite_where_the_gradient_is_not() -> None:
     for seed in range(20):
         low_rank = random(6, 2, seed=seed) @ random(2, 9, seed=seed + 50)
-        for x in (low_rank, low_rank.T, random(5, 5, seed=seed), torch.zeros(4, 3).double()):
+        # standard vectors in the column space
+        few_rows = torch.cat([random(2, 4, seed=seed), torch.zeros(5, 4)]).roll(seed % 7, 0)
+        for x in (low_rank, low_rank.T, few_rows, random(5, 5, seed=seed), torch.zeros(4, 3).double()):
             basis = eigenbasis(x)
             torch.testing.assert_close(basis.T @ basis, torch.eye(len(x)).double(), rtol=0, atol=1e-12)
             inside = basis.T @ x @ x.T @ basis
