@@ -129,7 +129,5 @@ MUTANTS = [
     Mutant(
         "parallax/validation.py", "if not 0 <= page < num_pages:", "if not 0 <= page <= num_pages:", DECODE
     ),
-    Mutant(
-        "parallax/validation.py", "if not 0 <= length <= capacity:", "if not 0 <= length < capacity:", DECODE
-    ),
+    Mutant("parallax/validation.py", "if length > capacity:", "if length >= capacity:", DECODE),
 ]
