@@ -10,6 +10,7 @@ import tokenizers
 
 from data.hub_client import download
 from data.tokenizer_content import tokenizer_fingerprint, without_added_tokens
+from disk import write_text
 from errors import UserError, converting_panics
 from tokens import END_OF_DOCUMENT, TOKENIZER_FILE
 
@@ -203,8 +204,12 @@ class Tokenizer:
         return self.num_bytes(first_token)
 
     def save(self, path: Path) -> None:
-        """Write the tokenizer to a JSON file."""
-        self._backend.save(str(path))
+        """Write the tokenizer to a JSON file, atomically.
+
+        Raises:
+            DiskFullError: The disk is full.
+        """
+        write_text(path, self._backend.to_str(pretty=True))
 
 
 def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> None:

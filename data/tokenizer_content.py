@@ -106,7 +106,7 @@ def without_added_tokens(
 
 
 def _byte_tokens(table: dict[str, Any]) -> dict[str, int]:
-    """Return the bytes that text needs by the token that spells each; none if words are not split to bytes."""
+    """Return the bytes that text needs, by the token that spells each; none of other models."""
     spelled: dict[str, int] = {}
     if _has_byte_level(table["normalizer"]) or _has_byte_level(table["pre_tokenizer"]):
         others = [byte for byte in range(0x100) if byte not in _SPELLED_BYTES]

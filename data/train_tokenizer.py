@@ -20,6 +20,9 @@ from data.tokenizer import Tokenizer
 from errors import UserError, run_command
 from tokens import END_OF_DOCUMENT, TOKENIZER_FILE
 
+# the library reserves memory for all of it at once
+_MAX_VOCAB_SIZE = 1 << 24
+
 
 def train_byte_level_bpe(
     texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = (END_OF_DOCUMENT,)
@@ -34,14 +37,9 @@ def train_byte_level_bpe(
         special_tokens: Tokens that are not split from text; they get the lowest ids.
 
     Raises:
-        UserError: `vocab_size` is less than 256 plus the number of special tokens.
+        UserError: `vocab_size` is out of range.
     """
-    smallest = 256 + len(special_tokens)
-    if vocab_size < smallest:
-        raise UserError(
-            f"vocab_size is {vocab_size}, must be at least {smallest}: 256 bytes and {len(special_tokens)} "
-            "special tokens"
-        )
+    check_vocab_size(vocab_size, len(special_tokens))
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -53,6 +51,24 @@ def train_byte_level_bpe(
     )
     backend.train_from_iterator(texts, trainer)
     return backend
+
+
+def check_vocab_size(vocab_size: int, num_special_tokens: int = 1) -> None:
+    """Check that a vocabulary holds all bytes, and fits into memory.
+
+    Args:
+        vocab_size: Its target size, special tokens included.
+        num_special_tokens: How many there are.
+
+    Raises:
+        UserError: `vocab_size` is less than 256 plus the number of special tokens, or more than 2**24.
+    """
+    smallest = 256 + num_special_tokens
+    if not smallest <= vocab_size <= _MAX_VOCAB_SIZE:
+        raise UserError(
+            f"vocab_size is {vocab_size}, must be at least {smallest} (256 bytes and the special tokens) and "
+            f"at most {_MAX_VOCAB_SIZE}"
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -81,10 +97,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.max_bytes < 1:
         raise UserError(f"--max-bytes is {options.max_bytes}, must be at least 1")
+    check_vocab_size(options.vocab_size)  # before the text is opened
     documents = open_text(source_from(options), split="train")
+    options.out.mkdir(parents=True, exist_ok=True)  # a path that cannot be written shows before the work
     texts = _truncated(documents, options.max_bytes)
     tokenizer = Tokenizer(train_byte_level_bpe(texts, options.vocab_size))
-    options.out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(options.out / TOKENIZER_FILE)
     print(f"{tokenizer.vocab_size} ids in {options.out / TOKENIZER_FILE}")
 

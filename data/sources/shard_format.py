@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from disk import replace
+from disk import write_text
 from errors import UserError
 
 FORMAT = 1
@@ -196,11 +196,12 @@ def write_json(path: Path, value: Any) -> None:
     Args:
         path: The file.
         value: Its content.
+
+    Raises:
+        DiskFullError: The disk is full.
     """
     table = value if isinstance(value, dict) else asdict(value)
-    partial = path.with_name(path.name + PARTIAL)
-    partial.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-    replace(partial, path)
+    write_text(path, json.dumps(table, indent=1) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
