@@ -6,6 +6,7 @@ Held-out documents (data/sources/split.py) are left out.
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ from tokens import END_OF_DOCUMENT, TOKENIZER_FILE
 
 # the library reserves memory for all of it at once
 _MAX_VOCAB_SIZE = 1 << 24
+# the time to train grows with the square of a word's length
+_LONG_WORD = re.compile(r"\S{4096}|\s{4096}")
 
 
 def train_byte_level_bpe(
@@ -49,7 +52,7 @@ def train_byte_level_bpe(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    backend.train_from_iterator((piece for text in texts for piece in _cut_long_words(text)), trainer)
     return backend
 
 
@@ -104,6 +107,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tokenizer = Tokenizer(train_byte_level_bpe(texts, options.vocab_size))
     tokenizer.save(options.out / TOKENIZER_FILE)
     print(f"{tokenizer.vocab_size} ids in {options.out / TOKENIZER_FILE}")
+
+
+def _cut_long_words(text: str) -> Iterator[str]:
+    """Yield a text in pieces, cut within words, or runs of spaces, of more than 4,096 characters."""
+    first = 0
+    for match in _LONG_WORD.finditer(text):
+        yield text[first : match.end()]
+        first = match.end()
+    yield text[first:]
 
 
 def _truncated(documents: DocumentSource, max_bytes: int) -> Iterator[str]:

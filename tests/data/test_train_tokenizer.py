@@ -1,6 +1,7 @@
 import errno
 import os
 import re
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -30,6 +31,21 @@ def test_a_vocabulary_out_of_range_is_rejected(vocab_size: int) -> None:
         ValueError, match=f"vocab_size is {vocab_size}, must be at least 257 .* at most 16777216"
     ):
         train_byte_level_bpe(["x"], vocab_size)
+
+
+def test_words_and_runs_of_spaces_of_any_length_are_trained_on() -> None:
+    started = time.monotonic()
+    long = ["a" + " " * 1_000_000 + "b", "\n" * 1_000_000, "x" * 1_000_000, "ab" * 500_000]
+    tokenizer = Tokenizer(train_byte_level_bpe(long, 300))
+    assert time.monotonic() - started < 60
+    assert all(len(tokenizer.encode(text)) < 20_000 for text in long)
+
+
+def test_only_long_words_are_cut() -> None:
+    words = ["words of text,\n\n  " * 1000, "x" * 10_000, " " * 5000 + "\t", "", "\u4e2d" * 4096]
+    pieces = [list(train_tokenizer._cut_long_words(word)) for word in words]
+    assert ["".join(each) for each in pieces] == words
+    assert [len(each) for each in pieces] == [1, 3, 2, 1, 2]
 
 
 def test_the_command_trains_on_parquet_and_writes_a_tokenizer_that_loads(
