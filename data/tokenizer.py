@@ -160,7 +160,8 @@ class Tokenizer:
         """Encode texts.
 
         A text of more than 262,144 characters is encoded in pieces, split at the end of a line, else before a
-        space, else anywhere. The first two do not change the ids of a byte-level tokenizer.
+        space, else anywhere. The first two do not change the ids of a byte-level tokenizer that adds no space
+        before a text (add_prefix_space).
 
         Raises:
             UserError: A regular expression of the tokenizer backtracks too long on a text.

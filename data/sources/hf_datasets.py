@@ -317,7 +317,9 @@ def _opening(source: DatasetsSource) -> Iterator[None]:
         if "Revision" in reason:
             raise UserError(f"revision is {source.revision!r}: {reason}") from error
         remedy = "check path, and the network and HF_ENDPOINT if it is on the hub"
-        if constants.HF_HUB_OFFLINE:
+        if Path(source.path).is_dir():
+            remedy = "correct its files"
+        elif constants.HF_HUB_OFFLINE:
             remedy = "HF_HUB_OFFLINE is set: prepare it once while online, with streaming off"
         raise UserError(f"cannot open {_name(source)} ({reason}): {remedy}") from error
 
