@@ -199,4 +199,7 @@ def _values(column: pa.Array) -> list[object]:
         return column.to_pylist()
     except UnicodeDecodeError:
         # one row is not UTF-8: return bytes, which are decoded row by row
-        return column.cast(pa.large_binary()).to_pylist()
+        try:
+            return column.cast(pa.large_binary()).to_pylist()
+        except pa.ArrowNotImplementedError:  # of structs or lists, which are no text
+            return [value if value.is_valid else None for value in column]

@@ -1,4 +1,4 @@
-"""`prepare` where it cannot write: a full disk, and paths that are something else."""
+"""`prepare` on a full disk, at paths that are something else, and with options of another source."""
 
 import errno
 import os
@@ -46,6 +46,29 @@ def test_a_full_disk_is_said_in_one_line_and_the_same_command_resumes(
     assert run_command(lambda: shards.main(words)) == 0
     assert problems_of(tmp_path / "out") == []
     assert not [path for path in (tmp_path / "out").rglob("*") if path.suffix in (".tmp", writer.PARTIAL)]
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--folder d --split test",
+        "--folder d --repository foo/bar",
+        "--folder d --streaming",
+        "--files a.parquet --name x",
+        "--files a.parquet --language zh",
+        "--files a.parquet --revision abc",
+        "--files a.parquet --pattern *",
+        "--parts 1 --split test",
+        "--hub-files a.parquet --language zh",
+        "--dataset d --repository foo/bar",
+        "--dataset d --pattern *",
+    ],
+)
+def test_an_option_of_another_source_is_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["prepare", "--tokenizer", "none", "--out", "none", *option.split()]
+    assert run_command(lambda: shards.main(command)) == 2
+    name = option.split()[2]
+    assert re.match(rf"error: {name} given without --\S+", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("out", ["a.jsonl", "a.jsonl/out", "x" * 300])

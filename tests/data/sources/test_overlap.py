@@ -126,10 +126,10 @@ def test_a_local_dataset_is_known_by_its_data_files(
     for train, validation in itertools.permutations([*found.values(), sources["jsonl"]], 2):
         with pytest.raises(ValueError, match=r"but data\.train reads .* too"):
             _check(train, validation, byte_tokenizer)
-    saved = [DatasetsSource(path=f"{folder}_saved") for folder in ("folder", "copy")]
+    saved, saved_copy = (DatasetsSource(path=f"{folder}_saved") for folder in ("folder", "copy"))
     with pytest.raises(ValueError, match=r"but data\.train reads .*copy_saved.* too"):
-        _check(*saved, byte_tokenizer)
-    for other in (sources["parquet"], sources["text"], saved[0]):
+        _check(saved, saved_copy, byte_tokenizer)
+    for other in (sources["parquet"], sources["text"], saved):
         _check(found["shards"], other, byte_tokenizer)
     # of shards alone, what they were made from may be gone
     shutil.rmtree("folder")

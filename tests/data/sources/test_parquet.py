@@ -259,6 +259,15 @@ def test_a_file_with_other_columns_is_skipped_like_a_damaged_one(write_parquet: 
         list(_open(bad, on_damaged_file="skip").read(repeat=False))
 
 
+def test_a_struct_that_holds_text_that_is_not_utf8_is_no_text(write_parquet: WriteParquet) -> None:
+    encoded = pa.array([b"good", b"\xff", None], pa.binary())
+    texts = pa.StringArray.from_buffers(3, *encoded.buffers()[1:], encoded.buffers()[0])
+    column = pa.StructArray.from_arrays([texts], names=["text"], mask=pa.array([False, False, True]))
+    path = write_parquet("a.parquet", column)
+    with pytest.raises(ValueError, match=r"holds no document \(rows skipped: 2 not_text, 1 null"):
+        list(_open(path).read(repeat=False))
+
+
 def test_a_score_that_is_not_utf8_is_a_bad_score(write_parquet: WriteParquet) -> None:
     encoded = pa.array([b"0.5", b"\xff", b"0.1"], pa.binary())
     scores = pa.StringArray.from_buffers(3, *encoded.buffers()[1:])
