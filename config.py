@@ -317,7 +317,9 @@ class _Decoder:
     def convert(self, hint: Any, value: Any, key: Key) -> Any:
         """Return a TOML value as a value of a type."""
         origin, args = get_origin(hint), get_args(hint)
-        wrong = _TypeMismatchError(f"{_dotted(key)}: got {_shown(value)}, want {type_name(hint)}", [key])
+        is_unquoted = type_name(hint).startswith("a string") and not isinstance(value, list | dict)
+        want = type_name(hint) + (f''', such as '"{value}"\'''' if is_unquoted else "")
+        wrong = _TypeMismatchError(f"{_dotted(key)}: got {_shown(value)}, want {want}", [key])
         if _is_union(hint):
             return self._convert_union(hint, value, key, wrong)
         if origin is Literal:
@@ -359,8 +361,7 @@ class _Decoder:
         by_kind = {kind_of(variant): variant for variant in classes}
         kind = value.get("kind")
         if not isinstance(kind, str) or kind not in by_kind:
-            want = ", ".join(map(json.dumps, by_kind))
-            message = f"{_dotted((*key, 'kind'))}: got {kind!r}, want one of {want}"
+            message = f"{_dotted((*key, 'kind'))}: got {kind!r}, want one of {json.dumps([*by_kind])[1:-1]}"
             raise ConfigError(message, [(*key, "kind")])
         return self._build(by_kind[kind], value, key)
 

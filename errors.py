@@ -1,5 +1,6 @@
 """What a user got wrong, and how every command line ends with it: one line, exit code 2."""
 
+import argparse
 import errno
 import os
 import select
@@ -7,6 +8,7 @@ import sys
 import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TextIO
 
 RUN_ERROR_CODE = 1
@@ -14,6 +16,9 @@ USER_ERROR_CODE = 2
 INTERRUPT_CODE = 130
 # as a shell tells it of a program that SIGPIPE ended
 CLOSED_OUTPUT_CODE = 141
+
+# the largest seed that a TOML file and torch's generators hold
+MAX_SEED = 2**63 - 1
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # where `parallax`, which imports nothing of this project, checks the arguments that a config gives it
@@ -64,6 +69,30 @@ def check_not_empty(config: object, *names: str) -> None:
     for name in names:
         if getattr(config, name) == "":
             raise UserError(f'{name} is empty (""): give it a value, or leave the key out')
+
+
+def check_at_least_1(options: argparse.Namespace, name: str) -> None:
+    """Raise unless an option of a command line is at least 1, or was not given.
+
+    Raises:
+        UserError: It is 0 or negative.
+    """
+    value = getattr(options, name)
+    if value is not None and value < 1:
+        raise UserError(f"--{name.replace('_', '-')} is {value}, must be at least 1")
+
+
+def check_out(out: Path | None) -> None:
+    """Raise unless --out can be a folder; None passes.
+
+    Every command calls it before its work, which would be lost.
+
+    Raises:
+        UserError: It, or a part of its path, is a file, or a link that leads nowhere.
+    """
+    for path in () if out is None else (out, *out.parents):
+        if (path.exists() or path.is_symlink()) and not path.is_dir():
+            raise UserError(f"--out is {out}, but {path} is a file; want a folder")
 
 
 def decode_text(data: bytes, name: str, first_line: int = 1) -> str:

@@ -99,14 +99,14 @@ def _run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
         complete_environment(os.environ)  # first: an error is printed by rank
     run_config = config.load(RunConfig, options.config, overrides)
     if options.print_config:
-        print(config.to_toml(run_config), end="", flush=True)
+        print(config.to_toml(run_config), end="")
     elif options.dry_run:
         from training.dry_run import dry_run
         from training.gpus import MEASURED
 
         world_size = 1 if options.world_size is None else options.world_size
         text = dry_run(run_config, world_size, gpu=options.gpu or MEASURED, mfu=options.mfu)
-        print(text, flush=True)
+        print(text)
     else:
         _train(run_config)
 
@@ -134,6 +134,7 @@ def main(arguments: Sequence[str]) -> int:
     options, overrides = _parse(arguments)
     try:
         _run(options, overrides)
+        sys.stdout.flush()  # os._exit does not
     except Exception as error:
         code = exit_code(error)
         if code is None:

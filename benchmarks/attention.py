@@ -31,7 +31,7 @@ from benchmarks.attention_providers import PROVIDERS, missing_module, parse_head
 from benchmarks.attention_table import accuracy_header, accuracy_row, format_tables
 from benchmarks.attention_timing import Cell, LocalRunner, Runner, Shape, draw, measure
 from benchmarks.machine import RESULTS, write_result
-from errors import UserError, run_command
+from errors import UserError, check_out, run_command
 from parallax.kernels import tiles
 from parallax.reference import parallax_reference
 from parallax.testing import Inputs, make_inputs, output_and_gradients, relative_error
@@ -192,6 +192,7 @@ def _parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Run `python -m benchmarks.attention`."""
     args = _parser().parse_args()
+    check_out(args.out)
     names = choose_providers(args.providers, args.authors is not None)
     authors = None if args.authors is None else AuthorsProcess(args.authors)
     bench = Bench(names, authors)

@@ -45,7 +45,7 @@ from benchmarks.backward_variant_kernels import (
     queries_kernel,
 )
 from benchmarks.machine import RESULTS, write_result
-from errors import run_command
+from errors import check_out, run_command
 from parallax.kernels import backward, forward
 from parallax.kernels.addressing import Mask, describe, heads_per_section
 from parallax.kernels.tiles import Tile
@@ -239,6 +239,7 @@ def main() -> int:
         "--out", type=Path, default=RESULTS / "backward_variants.json", help="JSON file of the result"
     )
     args = parser.parse_args()
+    check_out(args.out.parent)
     found = [Candidate(way, option, Tile(*tile)) for way, option, tile in CANDIDATES]
     small, dtype, device, bounds = (1, 1024, *args.shape[2:]), torch.bfloat16, "cuda", BARS
     if args.check:

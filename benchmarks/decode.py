@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.machine import RESULTS, write_result
-from errors import run_command
+from errors import check_out, run_command
 from parallax import parallax_decode
 from parallax.reference import parallax_reference
 from parallax.testing import relative_error
@@ -310,6 +310,7 @@ def main() -> None:
     parser.add_argument("--name", default="decode", help="name of the JSON file in --out")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     options = parser.parse_args()
+    check_out(options.out)
     errors = check_accuracy()
     shapes = [*(Shape(*key) for key in PEERS_US), Shape(16, 8, 16, 4096, 64), Shape(16, 8, 128, 4096, 64)]
     shapes += [Shape(8, 8, *key) for key in PAPER_US]

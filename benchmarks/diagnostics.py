@@ -23,7 +23,7 @@ from benchmarks.machine import RESULTS, describe, write_result
 from benchmarks.training import WARMUP_STEPS, launch, parse_with_overrides, read_steps
 from config import load
 from data.config import ShardsSource
-from errors import run_command
+from errors import check_out, run_command
 from eval.diagnostics.record import read_records
 from models.run_folder import RunFolder
 from training.run_config import RunConfig
@@ -120,6 +120,7 @@ def main() -> None:
     parser.add_argument("--name", default="diagnostics", help="name of the JSON file in --out")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     options, overrides = parse_with_overrides(parser)
+    check_out(options.out)
     command = "python -m benchmarks.diagnostics " + shlex.join(sys.argv[1:])
     rows = []
     for path in options.configs:

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from benchmarks.machine import RESULTS, write_result
-from errors import run_command
+from errors import check_out, run_command
 from models.config import ModelConfig, ParallaxConfig, SoftmaxConfig
+from models.device import check_device
 from models.generation.generate import stream
 from models.init import init_weights
 from models.qwen3 import Qwen3
@@ -71,6 +72,8 @@ def main() -> None:
     parser.add_argument("--name", default="generation", help="name of the JSON file in --out")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     options = parser.parse_args()
+    check_out(options.out)
+    check_device(options.device)
     models = {name: build(options.size, name, options.device) for name in _ATTENTION_CONFIGS}
     prompt = torch.randint(0, 151936, (options.context,), generator=torch.Generator().manual_seed(0)).tolist()
     rounds: list[dict[str, Any]] = [

@@ -18,7 +18,8 @@ from lm_eval.models.huggingface import HFLM
 
 from data.tokenizer import Tokenizer
 from errors import UserError
-from eval.harness import HarnessModel, load_tasks, quiet
+from eval.harness import HarnessModel, load_tasks
+from eval.harness_state import quiet
 from eval.scoring.language_model import LanguageModel, Qwen3Model
 from eval.scoring.scorer import Scorer
 from eval.scoring.transformers_model import TransformersModel

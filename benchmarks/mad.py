@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import RESULTS, write_result
-from errors import UserError, run_command
+from errors import UserError, check_out, run_command
 from eval.mad.model import attention_kinds, build_model
 from eval.mad.runs import BATCH, RATES, Recipe, Run, grid
 from eval.mad.settings import TASKS, Setting, Task, settings
@@ -148,6 +148,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     parser.add_argument("--name", default="mad", help="name of the JSON file in --out")
     options = parser.parse_args()
+    check_out(options.out)
     if not torch.cuda.is_available():
         raise UserError("python -m benchmarks.mad needs a GPU, and torch sees none")
     results: list[dict[str, Any]] = []

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from benchmarks.attention_providers import parse_heads
 from benchmarks.machine import RESULTS, write_result
-from errors import run_command
+from errors import check_out, run_command
 from models import loss
 from models.attention.base import Rope
 from models.kernels import cross_entropy, norm_rope
@@ -305,6 +305,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     parser.add_argument("--name", default="memory_passes", help="name of the JSON file in --out")
     args = parser.parse_args()
+    check_out(args.out)
     result: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "benchmarks.memory_passes", *sys.argv[1:]])
     }

@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from benchmarks.machine import RESULTS, write_result
 from config import load
-from errors import run_command
+from errors import check_out, run_command
 from optimizers.muon import Muon
 from optimizers.orthogonalize import newton_schulz5
 from optimizers.param_groups import assign_parameters
@@ -272,6 +272,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     parser.add_argument("--name", default="muon", help="name of the JSON file in --out")
     args = parser.parse_args()
+    check_out(args.out)
 
     is_main_rank = True
     if "LOCAL_RANK" in os.environ:

@@ -20,7 +20,7 @@ from benchmarks.attention import BARS
 from benchmarks.attention_providers import parse_heads
 from benchmarks.attention_timing import Shape, draw
 from benchmarks.machine import RESULTS, write_result
-from errors import UserError, run_command
+from errors import UserError, check_out, run_command
 from parallax import parallax_attention
 from parallax.reference import parallax_reference
 from parallax.testing import Inputs, cu_seqlens_of, make_inputs, output_and_gradients, relative_error
@@ -151,6 +151,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     parser.add_argument("--name", default="packed_attention", help="name of the JSON file in --out")
     args = parser.parse_args()
+    check_out(args.out)
 
     num_tokens = args.tokens
     if num_tokens % LENGTHS[-1]:

@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks.machine import RESULTS, write_result
 from benchmarks.training import launch, parse_with_overrides, read_steps
 from config import load
-from errors import run_command
+from errors import check_out, run_command
 from training.run_config import RunConfig
 
 PATHS: dict[str, list[str]] = {
@@ -107,6 +107,7 @@ def main() -> None:
     parser.add_argument("--name", default="plain_path", help="name of the JSON file and the figure in --out")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     options, overrides = parse_with_overrides(parser)
+    check_out(options.out)
     command = "python -m benchmarks.plain_path " + shlex.join(sys.argv[1:])
     rows: list[dict[str, Any]] = []
     for path in options.configs:

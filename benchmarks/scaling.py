@@ -35,7 +35,7 @@ from benchmarks.training import (
     parse_with_overrides,
     read_steps,
 )
-from errors import UserError, run_command
+from errors import UserError, check_out, run_command
 from eval.gpus import visible_gpus
 
 # the traced step is not the last one, which writes a checkpoint; the profiler slows the steps around it
@@ -197,6 +197,7 @@ def main() -> None:
         "--resume", action="store_true", help="keep the rows that the same command has written before"
     )
     options, overrides = parse_with_overrides(parser)
+    check_out(options.out)
     max_gpus = len(visible_gpus())
     if not max_gpus:
         raise UserError("this machine has no GPU: the benchmark measures training steps on GPUs")

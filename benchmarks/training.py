@@ -32,7 +32,7 @@ from benchmarks.machine import RESULTS, describe, write_result
 from benchmarks.stock_size import StockSize
 from benchmarks.training_table import format_table
 from config import load
-from errors import UserError, run_command
+from errors import UserError, check_out, run_command
 from eval.gpus import visible_gpus
 from models.run_folder import RunFolder
 from training.run_config import RunConfig
@@ -318,6 +318,7 @@ def main() -> None:
         "--resume", action="store_true", help="keep the rows that the same command has written before"
     )
     options, overrides = parse_with_overrides(parser)
+    check_out(options.out)
     if options.steps <= WARMUP_STEPS:
         raise UserError(
             f"--steps is {options.steps}, must be more than {WARMUP_STEPS}: warm-up steps are not timed"

@@ -26,7 +26,7 @@ from torch import Tensor
 from triton.testing import do_bench
 
 from benchmarks.machine import RESULTS, write_result
-from errors import run_command
+from errors import check_out, run_command
 from parallax.kernels import backward, forward
 from parallax.kernels.addressing import Mask
 from parallax.kernels.tiles import KernelName, Tile
@@ -347,6 +347,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     parser.add_argument("--name", default="tune_attention", help="name of the JSON file in --out")
     args = parser.parse_args()
+    check_out(args.out)
 
     found = tile_candidates(args.head_dims, args.kernels)
     context = multiprocessing.get_context("spawn")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.decode import Operands, Shape, check_accuracy, graph_of, make_operands, time_graphs
 from benchmarks.machine import RESULTS, write_result
-from errors import run_command
+from errors import check_out, run_command
 from parallax.kernels.decode import decode
 from parallax.kernels.decode_tiles import SPLITS, DecodeDevice, DecodeTile, tile_of
 
@@ -129,6 +129,7 @@ def main() -> None:
     parser.add_argument("--name", default="tune_decode", help="name of the JSON file in --out")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     options = parser.parse_args()
+    check_out(options.out)
     compile_all(options.workers)
     errors = check_accuracy()
     rows = []

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from data.ultra_fineweb import PARTS, REPOSITORY, REVISION, part_files
-from errors import UserError, check_not_empty, check_range
+from errors import MAX_SEED, UserError, check_not_empty, check_range
 from tokens import END_OF_DOCUMENT
 
 # documents of a source to keep; data/sources/split.py splits them by content
@@ -321,7 +321,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_not_empty(self, "tokenizer", "end_of_document")
-        check_range(self, 0, 2**63 - 1, "shuffle_seed")
+        check_range(self, 0, MAX_SEED, "shuffle_seed")
         check_range(self, 0, 100_000, "prefetch_batches")
         check_range(self, 1, 1 << 30, "shuffle_window")
         if self.shuffle_window is None:

@@ -26,7 +26,7 @@ from data.sources.split import content_hash, is_held_out
 from data.tokenizer import Tokenizer
 from data.train_tokenizer import check_vocab_size, train_byte_level_bpe
 from disk import replacing, write_text
-from errors import UserError, run_command
+from errors import UserError, check_out, run_command
 from tokens import TOKENIZER_FILE
 
 TRAIN_FILE = "train.parquet"
@@ -185,6 +185,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--max-bytes", type=int, default=10_000_000, help="maximum bytes of text")
     parser.add_argument("--force", action="store_true", help="replace a complete sample too")
     options = parser.parse_args(arguments)
+    check_out(options.out)
     summary = make(
         options.out, vocab_size=options.vocab_size, max_bytes=options.max_bytes, force=options.force
     )

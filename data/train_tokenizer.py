@@ -18,7 +18,7 @@ from data.sources.base import DocumentSource
 from data.sources.cli import add_source_arguments, source_from
 from data.sources.open import open_text
 from data.tokenizer import Tokenizer
-from errors import UserError, run_command
+from errors import UserError, check_at_least_1, check_out, run_command
 from tokens import END_OF_DOCUMENT, TOKENIZER_FILE
 
 # the library reserves memory for all of it at once
@@ -98,8 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help=f"folder to write {TOKENIZER_FILE} to")
     options = parser.parse_args(arguments)
-    if options.max_bytes < 1:
-        raise UserError(f"--max-bytes is {options.max_bytes}, must be at least 1")
+    check_out(options.out)
+    check_at_least_1(options, "max_bytes")
     check_vocab_size(options.vocab_size)  # before the text is opened
     documents = open_text(source_from(options), split="train")
     options.out.mkdir(parents=True, exist_ok=True)  # a path that cannot be written shows before the work

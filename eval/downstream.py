@@ -30,9 +30,9 @@ from pathlib import Path
 
 from data.progress import Progress
 from disk import write_text
-from errors import UserError, run_command
+from errors import UserError, check_at_least_1, check_out, run_command
 from eval.distributed import is_main_rank
-from eval.open_model import add_model_arguments, check_at_least_1, open_model, ranks
+from eval.open_model import add_model_arguments, open_model, ranks
 from eval.task_results import RESULTS_FILE, format_table
 
 _REQUESTS_FILE = "requests.jsonl"
@@ -70,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         UserError: An option, the checkpoint or a task's documents cannot be used.
     """
     options = _parser().parse_args(arguments)
+    check_out(options.out)
     check_at_least_1(options, "limit")
     if options.num_fewshot is not None and options.num_fewshot < 0:
         raise UserError(f"--num-fewshot is {options.num_fewshot}, must be at least 0")

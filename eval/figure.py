@@ -35,8 +35,17 @@ def format_counts(axes: Axes) -> None:
 
 
 def format_log_axis(axes: Axes, name: Literal["x", "y"], values: Sequence[float]) -> None:
-    """Make an axis of values logarithmic, with ticks such as 0.01, 0.02, 0.05."""
-    low, high = min(values), max(values)
+    """Make an axis logarithmic, with ticks such as 0.01, 0.02, 0.05; not where it would hide a value.
+
+    Args:
+        axes: The axes.
+        name: Which axis.
+        values: What is shown on it; with one of 0 or less the axis stays linear.
+    """
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite or min(finite) <= 0:
+        return
+    low, high = min(finite), max(finite)
     axes.set(**{f"{name}scale": "log", f"{name}lim": (low / 1.25, high * 1.25)})
     axis = axes.xaxis if name == "x" else axes.yaxis
     subs = next((subs for ratio, subs in _LOG_TICKS if high / low <= ratio), (1.0,))

@@ -1,19 +1,15 @@
 """Evaluation of our models on tasks of lm-evaluation-harness; the only module that imports it."""
 
 import functools
-import logging
+import inspect
 import math
-import random
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import datasets
-import numpy as np
 from lm_eval import __version__ as harness_version
 from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import mean, perplexity
@@ -25,6 +21,7 @@ from lm_eval.tasks import TaskManager
 from data.progress import Progress
 from data.tokenizer import Tokenizer
 from errors import UnsupportedError, UserError
+from eval.harness_state import quiet, seeded
 from eval.local_tasks import downloading, local_task
 from eval.scoring.language_model import LanguageModel
 from eval.scoring.requests import continuation_start, num_excess
@@ -211,34 +208,6 @@ def _as_list(until: str | Sequence[str] | None) -> list[str]:
     return [end for end in ends if end]
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the log of the harness and the progress bars of datasets, a page per task."""
-    logger = logging.getLogger("lm_eval")
-    level, has_bars = logger.level, datasets.is_progress_bar_enabled()
-    logger.setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        if has_bars:
-            datasets.enable_progress_bars()
-
-
-@contextmanager
-def seeded() -> Iterator[None]:
-    """Seed tasks that shuffle documents or answers with the harness's own seeds, the same on all ranks."""
-    states = random.getstate(), np.random.get_state()
-    random.seed(0)
-    np.random.seed(1234)
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-
-
 @functools.cache
 def _task_manager() -> TaskManager:
     """Index all tasks of the harness, which takes seconds."""
@@ -304,18 +273,35 @@ def _set_up(task: Task, num_fewshot: int | None) -> None:
     is_fixed = own == 0 or task.OUTPUT_TYPE == "loglikelihood_rolling"
     task.set_config(key="num_fewshot", value=(own or 0) if num_fewshot is None or is_fixed else num_fewshot)
     task.set_fewshot_seed(seed=1234)
+    # the dict is the task's own
+    aggregations: dict[str, Any] = task.aggregation() or {}
+    aggregations.update({metric: _or_infinite(each) for metric, each in aggregations.items()})
+
+
+def _or_infinite(aggregate: Callable[[Any], float]) -> Callable[[Any], float]:
+    """Return a metric's mean over documents that is infinite where the harness's own overflows."""
+
+    @functools.wraps(aggregate)
+    def aggregated(items: Any) -> float:
+        try:
+            return aggregate(items)
+        except OverflowError:  # exp of the nats per word, such as of a page without a space
+            return math.inf
+
+    return aggregated
 
 
 def _metrics(task: Task, result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return a task's metrics, with standard errors over its documents where the metric is a mean of them."""
     values: dict[str, float] = {}
+    aggregations = {metric: inspect.unwrap(each) for metric, each in (task.aggregation() or {}).items()}
     for key, value in result.items():
         metric, _, source = key.partition(",")
         if metric.endswith("_stderr") or not source or not isinstance(value, int | float):
             continue
         name = metric if source == "none" else key
         values[name] = float(value)
-        aggregation = (task.aggregation() or {}).get(metric)
+        aggregation = aggregations.get(metric)
         each = [sample[metric] for sample in samples if sample["filter"] == source]
         if aggregation in (mean, perplexity) and len(each) > 1:
             error = statistics.stdev(map(float, each)) / math.sqrt(len(each))

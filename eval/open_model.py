@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from data.tokenizer import Tokenizer, check_vocabulary
 from data.tokenizer_content import describe_other_tokenizer, is_older_fingerprint, same_tokenizer
-from errors import UserError
+from errors import UserError, check_at_least_1
 from eval.distributed import is_main_rank
 from eval.report.run_records import tokenizer_fingerprint
 from eval.scoring.language_model import Qwen3Model
@@ -84,28 +84,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--token-budget", type=int, default=65536, help="most tokens per batch (default %(default)s)"
     )
-
-
-def check_out(out: Path | None) -> None:
-    """Raise unless --out can be a folder.
-
-    Raises:
-        UserError: It, or a part of its path, is a file.
-    """
-    file = next((path for path in (out, *out.parents) if path.is_file()), None) if out is not None else None
-    if file is not None:
-        raise UserError(f"--out is {out}, but {file} is a file; want a folder")
-
-
-def check_at_least_1(options: argparse.Namespace, name: str) -> None:
-    """Raise unless an option is at least 1, or was not given.
-
-    Raises:
-        UserError: It is 0 or negative.
-    """
-    value = getattr(options, name)
-    if value is not None and value < 1:
-        raise UserError(f"--{name.replace('_', '-')} is {value}, must be at least 1")
 
 
 @contextmanager

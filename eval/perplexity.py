@@ -22,9 +22,9 @@ from typing import get_args
 
 from data.progress import Progress
 from disk import write_text
-from errors import UserError, run_command
+from errors import UserError, check_at_least_1, check_out, run_command
 from eval.distributed import is_main_rank
-from eval.open_model import add_model_arguments, check_at_least_1, check_out, open_model, ranks
+from eval.open_model import add_model_arguments, open_model, ranks
 from eval.scored_text import Mode
 from eval.source_options import open_documents, parse_source, source_parser
 from eval.text_loss import TextLoss, format_result, text_loss

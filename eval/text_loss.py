@@ -103,8 +103,10 @@ class _LossSums:
         self.num_bytes = self.num_words = self.num_cut = 0
         self.is_decoded = False
         self.text_nats = 0.0
-        self.nats = np.zeros(max_length + 1)
-        self.counts = np.zeros(max_length + 1, dtype=np.int64)
+        self._max_length = max_length
+        # as long as the longest context that was seen: max_length may be far above the text's
+        self.nats = np.zeros(0)
+        self.counts = np.zeros(0, dtype=np.int64)
         self.document_nats: list[float] = []
         self.document_tokens: list[int] = []
         self.not_greedy: set[int] = set()
@@ -115,7 +117,7 @@ class _LossSums:
         self.num_words += text.num_words
         self.is_decoded |= text.is_decoded
         # the last token is no input
-        self.num_cut += len(text.tokens) > len(self.counts)
+        self.num_cut += len(text.tokens) > self._max_length + 1
         self.document_nats.append(0.0)
         self.document_tokens.append(0)
         return len(self.document_nats) - 1
@@ -130,8 +132,12 @@ class _LossSums:
         """
         nats = -np.asarray(scores.log_probs)
         first = len(window.group.context)
-        self.nats[first : first + len(nats)] += nats
-        self.counts[first : first + len(nats)] += 1
+        end = first + len(nats)
+        if end > len(self.nats):
+            self.nats = np.pad(self.nats, (0, end - len(self.nats)))
+            self.counts = np.pad(self.counts, (0, end - len(self.counts)))
+        self.nats[first:end] += nats
+        self.counts[first:end] += 1
         self.document_nats[document] += float(nats.sum())
         self.document_tokens[document] += len(nats)
         self.text_nats += float(nats[: len(nats) - window.num_end_tokens].sum())
@@ -177,7 +183,8 @@ class _LossSums:
     def _per_position(self) -> list[PositionLoss]:
         """Average over bins of context lengths that grow by a constant factor."""
         edges = [round(2 ** (n / _BINS_PER_OCTAVE)) for n in range(_BINS_PER_OCTAVE * 40)]
-        edges = [edge for edge in dict.fromkeys(edges) if edge < len(self.counts)] + [len(self.counts)]
+        end = self._max_length + 1
+        edges = [edge for edge in dict.fromkeys(edges) if edge < end] + [end]
         return [
             PositionLoss(first=a, last=b - 1, num_tokens=count, loss=float(self.nats[a:b].sum()) / count)
             for a, b in pairwise(edges)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from config import Table, to_table
-from errors import UserError, run_command
+from errors import UserError, check_at_least_1, check_out, run_command
 from models.checkpoint.load import SavedWeights, model_config
 from models.checkpoint.write import write_weights
 from models.config import FREE_KEYS, ModelConfig
@@ -164,8 +164,8 @@ def main() -> None:
         UserError: As newest_checkpoints and average_checkpoints.
     """
     options = _parse()
-    if options.last < 1:
-        raise UserError(f"--last is {options.last}, must be at least 1")
+    check_at_least_1(options, "last")
+    check_out(options.out)
     checkpoints = [each for run in options.runs for each in newest_checkpoints(run, options.last)]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")

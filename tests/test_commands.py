@@ -53,6 +53,52 @@ def test_options_are_not_abbreviated(words: list[str]) -> None:
     assert "unrecognized arguments" in done.stderr or "arguments are required" in done.stderr
 
 
+def _main(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Run `python -m WORDS` in this process; return its exit code and what it prints as errors."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_module(words[0], run_name="__main__", alter_sys=False)
+    assert isinstance(ended.value.code, int)
+    return ended.value.code, capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["data.sample"],
+        ["data.shards", "prepare", "--tokenizer", "x", "--files", "x"],
+        ["data.train_tokenizer", "--vocab-size", "300", "--files", "x"],
+        ["eval.diagnostics", "--checkpoint", "x"],
+        ["eval.downstream", "--checkpoint", "x", "--tasks", "x"],
+        ["eval.mad"],
+        ["eval.perplexity", "--checkpoint", "x"],
+        ["eval.report", "x"],
+        ["models.average", "x"],
+        ["models.convert", "from-hf", "x"],
+        ["models.convert", "to-hf", "x"],
+        ["benchmarks.generation"],
+    ],
+    ids=" ".join,
+)
+def test_out_below_a_file_is_one_line_before_the_work(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("kept")
+    for out in (file, file / "below"):
+        code, errors = _main([*words, "--out", str(out)], capsys)
+        assert (code, errors) == (2, f"error: --out is {out}, but {file} is a file; want a folder\n")
+
+
+def test_benchmarks_check_out_before_they_measure() -> None:
+    texts = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("*.py")}
+    with_out = {name for name, text in texts.items() if re.search(r'add_argument\(\s*"--out"', text)}
+    assert len(with_out) > 10
+    assert [name for name in sorted(with_out) if "check_out(" not in texts[name]] == []
+
+
 def _commands() -> list[tuple[str, list[str]]]:
     """Return module and words of every `python -m MODULE ...` in an indented block of the documents."""
     commands = []

@@ -180,6 +180,9 @@ def test_toml_of_a_run_loads_to_the_same_run(tmp_path: Path) -> None:
         (["--training", "3"], ["training:", "a table"]),
         (["--steps", "3"], ["steps:", "nearest is training.steps"]),
         (["--training.max_grad_norm", "-1"], ["training.max_grad_norm", "at least 1e-06"]),
+        (["--run.name", "2026"], ["run.name: got 2026", "want a string", "such as '\"2026\"'"]),
+        (["--run.name", "2024-01-01"], ["run.name:", "want a string", "such as '\"2024-01-01\"'"]),
+        (["--eval.tasks_data", "7"], ['want a string or "none"', "such as '\"7\"'"]),
         (["--model.init_std", "nan"], ["model.init_std", "at least 1e-08", "got nan"]),
     ],
 )

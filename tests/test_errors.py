@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from errors import RunError, UnsupportedError, UserError, exit_code, run_command
+from errors import RunError, UnsupportedError, UserError, check_out, exit_code, run_command
 from parallax import parallax_attention
 
 
@@ -37,6 +37,18 @@ def test_arguments_that_parallax_refuses_are_one_line_too(capsys: pytest.Capture
     assert run_command(lambda: print(parallax_attention(x, x, x, x, impl="triton"))) == 2
     assert capsys.readouterr().err.startswith("error: impl='triton' needs CUDA")
     assert run_command(lambda: print(parallax_attention(x, x, x, x, window_size=0))) == 2
+
+
+def test_a_folder_to_write_to_can_be_made(tmp_path: Path) -> None:
+    file, link = tmp_path / "file", tmp_path / "link"
+    file.touch()
+    link.symlink_to("nowhere")
+    for out in (None, tmp_path, tmp_path / "new" / "newer", Path("new")):
+        check_out(out)
+    for path in (file, link, Path("/dev/null")):
+        for out in (path, path / "below", path / "below" / "it"):
+            with pytest.raises(UserError, match=f"--out is {out}, but {path} is a file; want a folder"):
+                check_out(out)
 
 
 def test_a_fault_keeps_its_traceback() -> None:

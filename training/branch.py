@@ -7,17 +7,19 @@ data, or longer rows, from their beginning.
 
 from pathlib import Path
 
+from config import Table
 from errors import UserError
 from models.run_folder import RunFolder, is_whole, nearby_checkpoints, step_of
 from optimizers.schedule import decay_start, schedules_by_group
 from training.run_config import RunConfig
 from training.saved_config import (
     check_compatible,
-    check_token_stop,
     data_differences,
     sequence_differences,
     training_differences,
 )
+from training.step_configs import step_configs
+from training.token_stop import check_saved_tokens
 
 
 def checkpoint_step(checkpoint: Path) -> int:
@@ -61,12 +63,53 @@ def check_branch(config: RunConfig, checkpoint: Path) -> None:
             its model or optimizer groups differ, or, without checkpoint.restart_data, its sequence length
             or document masking; or training.stop_at_tokens is set and its steps had other tokens.
     """
-    _check_step(config, checkpoint_step(checkpoint))
+    step = checkpoint_step(checkpoint)
+    check_branch_step(config, step)
+    check_saved_tokens(config, step, checkpoint)
     saved = RunFolder.of_checkpoint(checkpoint).read_config()
-    if saved is None:
-        return
+    if saved is not None:
+        check_branch_config(config, saved, checkpoint)
+
+
+def check_branch_step(config: RunConfig, step: int) -> None:
+    """Raise unless a branch can start after a step.
+
+    Args:
+        config: The branch.
+        step: Step of the checkpoint.
+
+    Raises:
+        UserError: The step is after the start of the branch's decay, or not before its last step.
+    """
+    training = config.training
+    if step >= training.last_step:
+        raise UserError(
+            f"checkpoint.start_from is a checkpoint of step {step}, but this run ends at step "
+            f"{training.last_step}; raise {training.last_step_key}, or start from an earlier checkpoint"
+        )
+    schedules = schedules_by_group(config.optimizer.groups, config.schedule, training.steps)
+    start = min(decay_start(schedule, training.steps) for schedule in schedules.values())
+    if step > start:
+        raise UserError(
+            f"checkpoint.start_from is a checkpoint of step {step}, but the decay of this run begins after "
+            f"step {start} and takes the last {training.steps - start} of {training.steps} steps; start from "
+            "an earlier checkpoint, shorten the decay, or raise training.steps"
+        )
+
+
+def check_branch_config(config: RunConfig, saved: Table, checkpoint: Path) -> None:
+    """Raise unless a branch fits the config that its checkpoint was trained with.
+
+    Args:
+        config: The branch.
+        saved: The config of the other run.
+        checkpoint: The checkpoint, for the message.
+
+    Raises:
+        UserError: Model or optimizer groups differ, or, without checkpoint.restart_data, sequence length or
+            document masking.
+    """
     check_compatible(config, saved, checkpoint, "Start from another checkpoint")
-    check_token_stop(config, saved, checkpoint)
     differing = sequence_differences(config, saved)
     if differing and not config.checkpoint.restart_data:
         raise UserError(
@@ -84,33 +127,17 @@ def branch_warnings(config: RunConfig, checkpoint: Path) -> list[str]:
         checkpoint: The checkpoint that it starts from.
 
     Returns:
-        At most one sentence.
+        A sentence for each config of the other run that differs in the steps that were trained with it.
     """
-    run = RunFolder.of_checkpoint(checkpoint)
-    saved = run.read_config()
-    if saved is None:
+    configs = step_configs(RunFolder.of_checkpoint(checkpoint), checkpoint_step(checkpoint))
+    if not configs:
         return [f"{checkpoint} has no config.toml beside it: its schedule, model and batch were not compared"]
-    differing = [
-        *sequence_differences(config, saved),
-        *training_differences(config, saved, checkpoint_step(checkpoint), run.config_file),
-    ]
-    if config.checkpoint.restart_data:
-        differing += data_differences(config, saved)
-    return [f"the steps before {checkpoint} had another config: {'; '.join(differing)}"] if differing else []
-
-
-def _check_step(config: RunConfig, step: int) -> None:
-    training = config.training
-    if step >= training.last_step:
-        raise UserError(
-            f"checkpoint.start_from is a checkpoint of step {step}, but this run ends at step "
-            f"{training.last_step}; raise {training.last_step_key}, or start from an earlier checkpoint"
-        )
-    schedules = schedules_by_group(config.optimizer.groups, config.schedule, training.steps)
-    start = min(decay_start(schedule, training.steps) for schedule in schedules.values())
-    if step > start:
-        raise UserError(
-            f"checkpoint.start_from is a checkpoint of step {step}, but the decay of this run begins after "
-            f"step {start} and takes the last {training.steps - start} of {training.steps} steps; start from "
-            "an earlier checkpoint, shorten the decay, or raise training.steps"
-        )
+    warnings = []
+    for saved in configs:
+        differing = [*sequence_differences(config, saved.table), *training_differences(config, saved)]
+        if config.checkpoint.restart_data:
+            differing += data_differences(config, saved.table)
+        if differing:
+            steps = "the steps" if len(configs) == 1 else saved.steps
+            warnings.append(f"{steps} before {checkpoint} had another config: {'; '.join(differing)}")
+    return warnings

@@ -7,6 +7,7 @@ from pathlib import Path
 from disk import format_bytes, free_bytes
 from errors import UserError
 from models.run_folder import RunFolder
+from training.branch import branch_step
 from training.log import logger
 from training.run_config import RunConfig
 
@@ -16,11 +17,26 @@ def num_checkpoints(config: RunConfig, step: int = 0) -> int:
 
     Args:
         config: The run.
-        step: Completed steps.
+        step: Step that it starts or resumes from.
     """
-    left = config.training.last_step - step
-    saves = 1 if config.checkpoint.every is None else math.ceil(left / config.checkpoint.every)
+    saves = _num_saves(config, step)
     return saves if config.checkpoint.keep is None else min(saves, config.checkpoint.keep + 1)
+
+
+def _num_saves(config: RunConfig, step: int) -> int:
+    """Return the number of later steps with a checkpoint: due, before tasks, or the last one."""
+    last = config.training.last_step
+    if last <= step:
+        return 0
+    tasks_every = config.eval.tasks_every if config.eval.tasks else None
+    intervals = {every for every in (config.checkpoint.every, tasks_every) if every is not None}
+    both = {math.lcm(*intervals)} if len(intervals) == 2 else set()
+
+    def count(interval: int) -> int:
+        return last // interval - step // interval
+
+    is_last_due = any(last % interval == 0 for interval in intervals)
+    return sum(map(count, intervals)) - sum(map(count, both)) + (not is_last_due)
 
 
 def check_space(config: RunConfig, checkpoint_bytes: int) -> None:
@@ -35,7 +51,7 @@ def check_space(config: RunConfig, checkpoint_bytes: int) -> None:
     """
     run = RunFolder(Path(config.run.folder))
     whole = run.whole_checkpoints()
-    step = max(whole, default=0)
+    step = max(whole, default=branch_step(config))
     if step >= config.training.last_step:
         return
     free = free_bytes(run.checkpoints)

@@ -4,6 +4,7 @@ from disk import format_bytes
 from errors import UserError
 from models.qwen3 import Qwen3
 from optimizers.param_groups import assign_parameters
+from training.branch import branch_step
 from training.disk_space import num_checkpoints
 from training.fit import describe_fit
 from training.gpus import GPUS, MEASURED, Gpu, find_gpu
@@ -42,7 +43,7 @@ def dry_run(config: RunConfig, world_size: int, *, gpu: str = MEASURED, mfu: flo
     memory = estimate_memory(config, model, world_size)
     seq_len, steps, step_tokens = config.training.seq_len, config.training.steps, config.tokens_per_step
     flops = model.num_flops_per_token(seq_len)
-    size, kept = checkpoint_bytes(config, model, world_size), num_checkpoints(config)
+    size, kept = checkpoint_bytes(config, model, world_size), num_checkpoints(config, branch_step(config))
     rows = [
         ("run", f"{config.run.name}: {config.model.size}, {config.model.attention.kind}"),
         *((f"parameters, {part}", f"{count / 1e6:.2f}M") for part, count in counts.items()),

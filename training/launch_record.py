@@ -1,4 +1,4 @@
-"""What is on record of a launch: time, host, code, versions, command line and changes of the config."""
+"""What is on record of a launch: time, host, code, versions, command line, config and its changes."""
 
 import platform
 import socket
@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from config import to_table
 from models.run_folder import RunFolder
 from training.config_differences import config_differences
 from training.run_config import RunConfig
@@ -29,7 +30,7 @@ def launch_facts(config: RunConfig, command: Sequence[str]) -> dict[str, Any]:
     Returns:
         time (UTC, ISO 8601), host, git_commit and git_is_clean (no changes of tracked files, no untracked
         .py files; both None outside a git checkout), versions by package, command, and config_changes: what
-        differs from the launch before, None for the first launch.
+        differs from the launch before, None for the first launch; and config, all of it as tables.
     """
     saved = RunFolder(Path(config.run.folder)).read_config()
     commit = _git("rev-parse", "HEAD")
@@ -41,6 +42,7 @@ def launch_facts(config: RunConfig, command: Sequence[str]) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "command": list(command),
         "config_changes": None if saved is None else config_differences(config, saved),
+        "config": to_table(config),
     }
 
 

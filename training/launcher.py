@@ -24,6 +24,7 @@ _REMEDY = "start it with torchrun, with srun, or with Open MPI's mpirun (docs/tr
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 # below the ports that Linux gives to outgoing connections
 _FIRST_PORT, _NUM_PORTS = 20000, 10000
+_LAST_PORT, _MOST_RANKS = 65535, 1_000_000
 
 
 class _Launcher(NamedTuple):
@@ -49,13 +50,25 @@ def complete_environment(environment: MutableMapping[str, str]) -> None:
 
     Raises:
         UserError: The variables are those of several processes, but do not tell which of them this is, or
-            where the main rank is.
+            where the main rank is; or one of them is no number, or out of range.
     """
     environment.update(ranks_of(environment))
 
 
 def ranks_of(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the five variables of torchrun for a process; see complete_environment."""
+    found = _find_ranks(environment)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+        most = _LAST_PORT if name == "MASTER_PORT" else _MOST_RANKS
+        if not found[name].isdecimal() or int(found[name]) > most:
+            raise UserError(f"{name} is {found[name]!r}, wanted a number from 0 to {most}: {_REMEDY}")
+    if int(found["RANK"]) >= int(found["WORLD_SIZE"]):
+        given = ", ".join(f"{name} is {found[name]!r}" for name in _TORCHRUN[:2])
+        raise UserError(f"{given}, wanted a rank below the number of ranks: {_REMEDY}, or unset them")
+    return found
+
+
+def _find_ranks(environment: Mapping[str, str]) -> dict[str, str]:
     if "RANK" in environment or "WORLD_SIZE" in environment:
         missing = [name for name in _TORCHRUN if not environment.get(name)]
         if missing:
@@ -63,9 +76,6 @@ def ranks_of(environment: Mapping[str, str]) -> dict[str, str]:
             raise UserError(
                 f"the environment has {present}, but not {', '.join(missing)}: {_REMEDY}, or unset them"
             )
-        if _number(environment, "RANK") >= _number(environment, "WORLD_SIZE"):
-            given = ", ".join(f"{name} is {environment[name]!r}" for name in _TORCHRUN[:2])
-            raise UserError(f"{given}, wanted a rank below the number of ranks: {_REMEDY}, or unset them")
         return {name: environment[name] for name in _TORCHRUN}
     # Open MPI first: its daemons, one per node, are the tasks of a SLURM step
     if _number(environment, _OPEN_MPI.num_tasks) > 1:

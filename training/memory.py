@@ -76,11 +76,13 @@ def checkpoint_bytes(config: RunConfig, model: Qwen3, world_size: int) -> int:
         world_size: Number of ranks.
     """
     _, shard = config.parallelism.degrees(world_size)
+    # a tied weight is written under each of its names, its average once
+    weights = list(model.state_dict().values())
+    if config.average.decay is not None:
+        weights += model.unwrapped_parameters().values()
     state = _optimizer_state(config, model)
-    num_copies = 1 if config.average.decay is None else 2
-    num_entries = (num_copies * len(model.unwrapped_parameters()) + len(state)) * shard
-    values = num_copies * FP32 * model.num_parameters()["total"] + sum(tensor.nbytes for tensor in state)
-    return round(values + _ENTRY_BYTES * num_entries)
+    values = FP32 * sum(weight.numel() for weight in weights) + sum(tensor.nbytes for tensor in state)
+    return round(values + _ENTRY_BYTES * (len(weights) + len(state)) * shard)
 
 
 def estimate_memory(config: RunConfig, model: Qwen3, world_size: int) -> MemoryEstimate:

@@ -17,6 +17,7 @@ from data.progress import format_duration, format_progress
 from disk import DiskFullError, describe_free
 from errors import UserError
 from eval.diagnostics.record import means_of_layers
+from eval.report.step_ranges import format_ranges
 from models.run_folder import RunFolder
 from training import wandb_run
 from training.log import logger
@@ -142,7 +143,7 @@ class RunMetrics(MetricsProcessor):
             missing = self.jsonl.missing_steps(first_step, last_step or 0)
             if missing:
                 logger.warning(
-                    f"{self.jsonl.path} has no record of {_format_ranges(missing)}, which were trained: "
+                    f"{self.jsonl.path} has no record of {format_ranges(missing)}, which were trained: "
                     "reports will show a gap; stop now and copy the file back if you have it elsewhere"
                 )
             if self.config.tensorboard:
@@ -340,13 +341,6 @@ class RunMetrics(MetricsProcessor):
             # closed while an exception propagates: mark the run as failed
             exit_code = 0 if sys.exc_info()[0] is None else 1
             self._guard("wandb", lambda: self.wandb_run.finish(exit_code=exit_code))
-
-
-def _format_ranges(ranges: Iterable[tuple[int, int]]) -> str:
-    """Format ranges of steps: "step 3", "steps 1 to 9 and 12 to 14"."""
-    parts = [str(first) if first == last else f"{first} to {last}" for first, last in ranges]
-    plural = "s" if len(parts) > 1 or "to" in parts[0] else ""
-    return f"step{plural} " + " and ".join(parts[:3]) + (", and others" if len(parts) > 3 else "")
 
 
 def _add_scalars(writer: Any, step: int, numbers: Mapping[str, float]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from disk import write_text
+from eval.report.step_ranges import missing_ranges
 from training.log import logger
 
 
@@ -65,16 +66,8 @@ class JsonlWriter:
 
     def missing_steps(self, first: int, last: int) -> list[tuple[int, int]]:
         """Return the ranges (from, to) of training steps, from first to last, that have no record."""
-        recorded = {step for _, step, is_training in self._lines() if is_training}
-        missing: list[tuple[int, int]] = []
-        for step in range(first, last + 1):
-            if step in recorded:
-                continue
-            if missing and missing[-1][1] == step - 1:
-                missing[-1] = missing[-1][0], step
-            else:
-                missing.append((step, step))
-        return missing
+        recorded = {step for _, step, is_training in self._lines() if is_training and step is not None}
+        return missing_ranges(recorded, first, last)
 
     def has_records_after(self, step: int) -> bool:
         """Return whether the file has a record of a later step."""

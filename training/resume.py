@@ -19,10 +19,11 @@ from training.run_config import RunConfig
 from training.saved_config import (
     check_compatible,
     check_model,
-    check_token_stop,
     sequence_differences,
     training_differences,
 )
+from training.step_configs import step_configs
+from training.token_stop import check_saved_tokens
 
 # a run that has finished may be launched with others: what is not on record is made up for
 _WATCHING_TABLES = ("eval.", "diagnostics.")
@@ -86,7 +87,7 @@ def check_start(config: RunConfig) -> None:
         UserError: The run folder can't be a folder; the checkpoint to start from is missing, has another
             architecture or other optimizer groups, names the keys that differ; a branch does not fit the
             schedule; the run folder has checkpoints of a run that started from elsewhere, or of one that has
-            finished with another config.
+            finished with another config; training.stop_at_tokens is set after steps of other tokens.
     """
     folder = Path(config.run.folder)
     if any(path.exists() and not path.is_dir() for path in (folder, *folder.parents)):
@@ -102,9 +103,9 @@ def check_start(config: RunConfig) -> None:
         saved = RunFolder(folder).read_config()
         if saved is not None:
             check_compatible(config, saved, folder, "Give this run another run.folder")
-            check_token_stop(config, saved, folder)
             _check_same_origin(config, saved)
-            _check_unfinished(config, saved, start.step)
+        check_saved_tokens(config, start.step, start.checkpoint)
+        _check_unfinished(config, start.step)
 
 
 def start_warnings(config: RunConfig, start: StartPoint, fingerprint: str) -> list[str]:
@@ -132,8 +133,7 @@ def start_warnings(config: RunConfig, start: StartPoint, fingerprint: str) -> li
 
 def describe_finished(config: RunConfig, step: int) -> str:
     """Describe a run that has nothing left to train, and the keys that its config has otherwise."""
-    saved = RunFolder(Path(config.run.folder)).read_config()
-    differing = [] if saved is None else config_differences(config, saved)
+    differing = _differences_at_end(config, step)
     return (
         f"{config.run.folder} has finished at step {step}; raise {config.training.last_step_key} to "
         f"resume it, or give another run.folder{''.join(f'; {each}' for each in differing)}"
@@ -144,25 +144,25 @@ def resume_warnings(config: RunConfig, step: int) -> list[str]:
     """Return what makes a resumed run differ from one trained with this config from the first step.
 
     Args:
-        config: A run whose folder has a checkpoint and the config of the launch before.
+        config: A run whose folder has a checkpoint and the configs of the launches before.
         step: Step of the checkpoint.
 
     Returns:
-        At most one sentence.
+        A sentence for each of these configs that differs in the steps that were trained with it.
     """
     run = RunFolder(Path(config.run.folder))
-    saved = run.read_config()
-    if saved is None:
+    configs = step_configs(run, step)
+    if not configs:
         return [f"{run.config_file} is missing: the first {step} steps may have had another config"]
-    differing = [
-        *sequence_differences(config, saved),
-        *training_differences(config, saved, step, run.config_file),
-    ]
-    message = (
-        f"the first {step} steps of {run.path} had another config: {'; '.join(differing)}; restore these "
-        "keys unless the change is intended"
-    )
-    return [message] if differing else []
+    warnings = []
+    for saved in configs:
+        differing = [*sequence_differences(config, saved.table), *training_differences(config, saved)]
+        if differing:
+            warnings.append(
+                f"{saved.steps} of {run.path} had another config: {'; '.join(differing)}; restore these keys "
+                "unless the change is intended"
+            )
+    return warnings
 
 
 def tokenizer_source(config: RunConfig) -> str | Path:
@@ -271,14 +271,20 @@ def _check_same_origin(config: RunConfig, saved: Table) -> None:
             )
 
 
-def _check_unfinished(config: RunConfig, saved: Table, step: int) -> None:
+def _differences_at_end(config: RunConfig, step: int) -> list[str]:
+    """Describe the keys that differ from the config that the last of a number of steps had."""
+    configs = step_configs(RunFolder(Path(config.run.folder)), step)
+    return config_differences(config, configs[-1].table) if configs else []
+
+
+def _check_unfinished(config: RunConfig, step: int) -> None:
     """Raise if nothing is left to train, and the steps were trained with another config.
 
     Other keys of [eval] and [diagnostics] are no reason.
     """
     if step < config.training.last_step:
         return
-    differing = [each for each in config_differences(config, saved) if not each.startswith(_WATCHING_TABLES)]
+    differing = [each for each in _differences_at_end(config, step) if not each.startswith(_WATCHING_TABLES)]
     if differing:
         raise UserError(
             f"{config.run.folder} has finished at step {step} with another config: {'; '.join(differing)}. "

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from data.config import DataConfig
 from data.loading.global_batch import gradient_accumulation_steps
-from errors import UserError, check_not_empty, check_range
+from errors import MAX_SEED, UserError, check_not_empty, check_range
 from eval.config import EvalConfig
 from eval.diagnostics.config import DiagnosticsConfig
 from models.config import ModelConfig
@@ -44,7 +44,7 @@ class RunSection:
             )
         if not self.folder or "\0" in self.folder:
             raise UserError(f"folder must be the path of a folder, got {self.folder!r}")
-        check_range(self, 0, 2**63 - 1, "seed")
+        check_range(self, 0, MAX_SEED, "seed")
 
 
 @dataclass(frozen=True, kw_only=True)

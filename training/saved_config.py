@@ -19,6 +19,7 @@ from optimizers.config import OptimizerConfig, ScheduleConfig
 from optimizers.schedule import group_schedule, lr_factor, weight_decay_factor
 from training.config_differences import KeyPath, describe_difference, differences, differences_at
 from training.run_config import RunConfig
+from training.step_configs import StepConfig
 
 # keys that decide what a token of a sequence attends to
 SEQUENCE_KEYS: tuple[KeyPath, ...] = (("training", "seq_len"), ("data", "mask_documents"))
@@ -82,26 +83,6 @@ def check_compatible(config: RunConfig, saved: Table, source: Path, remedy: str)
         )
 
 
-def check_token_stop(config: RunConfig, saved: Table, source: Path) -> None:
-    """Raise if training.stop_at_tokens is set, and the steps so far had other numbers of tokens.
-
-    Args:
-        config: The config of the run that loads a checkpoint.
-        saved: The config of the run that wrote it.
-        source: The checkpoint or its run folder, for the message.
-
-    Raises:
-        UserError: With the remedy.
-    """
-    batch = saved["training"]["global_batch_size"] * saved["training"]["seq_len"]
-    if config.training.stop_at_tokens is not None and batch != config.tokens_per_step:
-        raise UserError(
-            f"training.stop_at_tokens is {config.training.stop_at_tokens}, counted in steps of "
-            f"{config.tokens_per_step} tokens, but {source} has steps of {batch}; set training.stop_at_step "
-            'instead, and training.stop_at_tokens to "none"'
-        )
-
-
 def sequence_differences(config: RunConfig, saved: Table) -> list[str]:
     """Describe the differences in the sequences: their length, and document masking."""
     return differences_at(config, saved, SEQUENCE_KEYS)
@@ -112,14 +93,12 @@ def data_differences(config: RunConfig, saved: Table) -> list[str]:
     return differences_at(config, saved, _DATA_KEYS)
 
 
-def training_differences(config: RunConfig, saved: Table, step: int, source: Path) -> list[str]:
-    """Describe the differences between the steps that a checkpoint has taken and those of this config.
+def training_differences(config: RunConfig, saved: StepConfig) -> list[str]:
+    """Describe the differences between steps that have been taken and those of this config.
 
     Args:
         config: The config.
-        saved: The config that the checkpoint was trained with, of compatible model and optimizers.
-        step: Completed optimizer steps of the checkpoint.
-        source: The file of the saved config, for error messages.
+        saved: The steps and their config, of compatible model and optimizers.
 
     Returns:
         One phrase per key of batch, clipping, precision, validation and optimizer groups; where a learning
@@ -134,10 +113,10 @@ def training_differences(config: RunConfig, saved: Table, step: int, source: Pat
         # check_compatible compares the parameters
         others = (key for key in group if key not in ("parameters", *_RATE_KEYS))
         keys += [("optimizer", "groups", name, key) for key in others]
-    rates = _rate_differences(config, saved, step, source)
-    # a schedule that differs only after the checkpoint changes nothing
-    causes = differences_at(config, saved, _schedule_keys(config)) if rates else []
-    return [*differences_at(config, saved, keys), *causes, *rates]
+    rates = _rate_differences(config, saved)
+    # a schedule that differs only in other steps changes nothing
+    causes = differences_at(config, saved.table, _schedule_keys(config)) if rates else []
+    return [*differences_at(config, saved.table, keys), *causes, *rates]
 
 
 def _schedule_keys(config: RunConfig) -> list[tuple[str, ...]]:
@@ -179,15 +158,17 @@ def _group_kinds(optimizer: Table) -> Table:
     return {name: {key: group.get(key) for key in ("kind", "parameters")} for name, group in groups.items()}
 
 
-def _rate_differences(config: RunConfig, saved: Table, step: int, source: Path) -> list[str]:
+def _rate_differences(config: RunConfig, saved: StepConfig) -> list[str]:
     """Describe, for each group, the first of the steps with another learning rate or weight decay."""
-    schedule = from_table(ScheduleConfig, saved["schedule"], source, "schedule")
-    optimizer = from_table(OptimizerConfig, saved["optimizer"], source, "optimizer")
-    saved_rates = _rates(optimizer, schedule, saved["training"]["steps"], step)
-    rates = _rates(config.optimizer, config.schedule, config.training.steps, step)
+    table, steps = saved.table, range(saved.first - 1, saved.last)
+    schedule = from_table(ScheduleConfig, table["schedule"], saved.source, "schedule")
+    optimizer = from_table(OptimizerConfig, table["optimizer"], saved.source, "optimizer")
+    total_steps = table["training"].get("steps", config.training.steps)
+    saved_rates = _rates(optimizer, schedule, total_steps, steps)
+    rates = _rates(config.optimizer, config.schedule, config.training.steps, steps)
     differing = []
     for name, values in rates.items():
-        pairs = enumerate(zip(saved_rates[name], values, strict=True), start=1)
+        pairs = enumerate(zip(saved_rates[name], values, strict=True), start=saved.first)
         first = next(((s, a, b) for s, (a, b) in pairs if a != b), None)
         if first is not None:
             at_step, before, now = first
@@ -198,10 +179,9 @@ def _rate_differences(config: RunConfig, saved: Table, step: int, source: Path) 
 
 
 def _rates(
-    optimizer: OptimizerConfig, schedule: ScheduleConfig, total_steps: int, num_steps: int
+    optimizer: OptimizerConfig, schedule: ScheduleConfig, total_steps: int, steps: range
 ) -> dict[str, list[float]]:
-    """Return learning rate and weight decay of each group in the first steps of a run."""
-    steps = range(num_steps)
+    """Return learning rate and weight decay of each group in some steps of a run, counted from 0."""
     rates: dict[str, list[float]] = {}
     for name, group in optimizer.groups.items():
         gamma, own = group.weight_decay_gamma or 0.0, group_schedule(group, schedule)

@@ -58,6 +58,7 @@ from training.run_config import RunConfig
 from training.run_lock import RunLock
 from training.signals import StopRequest
 from training.summary import format_summary
+from training.token_stop import check_tokens
 from training.update_stats import UpdateStats, is_due
 
 MicroBatch = tuple[dict[str, torch.Tensor], torch.Tensor]
@@ -189,7 +190,8 @@ class Trainer(TitanTrainer):
             The held-out loss before training, for a launch that starts at step 0.
 
         Raises:
-            UserError: The ranks do not share the run folder, or another launch has taken it.
+            UserError: The ranks do not share the run folder, another launch has taken it, or
+                training.stop_at_tokens is set after steps of other tokens.
         """
         self.stop.install()
         check_shared(self.folder.path)
@@ -236,6 +238,7 @@ class Trainer(TitanTrainer):
             logger.info(f"starting with the weights of {start.checkpoint}")
         elif start.checkpoint is not None:
             start = load_or_fall_back(self.checkpointer, self.config, start)
+        check_tokens(self.config, self.step, self.tokens, start.checkpoint)
         if start.kind == "branch":
             data = ", with data.train from its beginning" if start.restarts_data else ""
             logger.info(f"starting from {start.checkpoint}{data}")

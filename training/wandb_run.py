@@ -43,7 +43,7 @@ def start(folder: Path, name: str, resolved_config: Mapping[str, Any]) -> Any:
             dir=str(folder),
             config=dict(resolved_config),
         )
-    except wandb.Error as error:
+    except (wandb.Error, ValueError) as error:  # a ValueError: of its variables, such as WANDB_MODE
         raise UserError(
             f"metrics.wandb is true, but wandb does not start ({' '.join(str(error).split())}); log in with "
             "`wandb login`, set WANDB_MODE=offline in the environment, or metrics.wandb to false"

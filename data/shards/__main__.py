@@ -31,7 +31,7 @@ from data.sources.files import FileDocuments
 from data.sources.open import open_text
 from data.sources.shard_format import SPLITS, Manifest, read_manifest
 from data.tokenizer import Tokenizer
-from errors import run_command
+from errors import check_out, run_command
 from tokens import END_OF_DOCUMENT
 
 # rows that `info` lays out for the mean context, of the whole set where it is smaller
@@ -138,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _prepare(options: argparse.Namespace) -> int:
     disable_progress_bars()
+    check_out(options.out)
     config = source_from(options)
     tokenizer = Tokenizer.load(options.tokenizer, end_of_document=options.end_of_document)
     source = open_text(config)

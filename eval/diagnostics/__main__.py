@@ -22,14 +22,14 @@ from data.config import DataConfig, Source
 from data.sources.base import DocumentSource
 from data.sources.held_out import open_held_out
 from disk import write_text
-from errors import UserError, run_command
+from errors import UserError, check_out, run_command
 from eval.diagnostics.attention_map import plot_map, prompt_map, token_labels
 from eval.diagnostics.collect import collect, make_record
 from eval.diagnostics.config import DiagnosticsConfig, DiagnosticsSet
 from eval.diagnostics.families import FAMILIES, format_layers
 from eval.diagnostics.record import Record, compact
 from eval.diagnostics.sample import MAX_TOKENS, NUM_QUERIES, QuerySample, draw_queries, num_rows, read_batch
-from eval.open_model import OpenedModel, add_model_arguments, check_out, open_model, ranks
+from eval.open_model import OpenedModel, add_model_arguments, open_model, ranks
 from eval.source_options import open_documents, parse_source, source_parser
 from models.run_folder import RunFolder, step_of
 
@@ -149,6 +149,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.prompt is not None and options.out is None:
         raise UserError("--prompt draws a picture: give --out DIR for it")
     check_out(options.out)
+    if options.max_length is not None and options.max_length > MAX_TOKENS:
+        raise UserError(f"--max-length is {options.max_length}, must be at most {MAX_TOKENS}")
     if options.out is not None:
         _check_plots()
         options.out.mkdir(parents=True, exist_ok=True)

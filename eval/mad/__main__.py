@@ -10,26 +10,26 @@ written to DIR/mad.md, with plots beside it.
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import cast, get_args
 
 import torch
 
 from disk import write_text
-from errors import UserError, run_command
+from errors import UserError, check_at_least_1, check_out, run_command
 from eval.gpus import visible_gpus
 from eval.mad.model import attention_kinds
 from eval.mad.packs import pack
 from eval.mad.plots import plot_difficulty, plot_scores
 from eval.mad.results import open_results, read_results
 from eval.mad.runs import MAX_EPOCHS, RATES, Outcome, Recipe, Run, Schedule
-from eval.mad.scores import task_grids
+from eval.mad.scores import is_complete, task_grids
 from eval.mad.settings import TASKS, Level, Task, tasks_of
-from eval.mad.table import score_table, solution_table
+from eval.mad.table import score_lines, solution_table
 from eval.mad.train import Report, train
 from eval.mad.workers import train_all
-from eval.open_model import check_at_least_1
+from models.device import check_device
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,8 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--end-when-solved",
         action="store_true",
-        help="end the six runs of a setting when one of them is solved: takes less time, moves no score by "
-        "more than 0.001",
+        help="end the six runs of a setting when one of them is solved, but those on another GPU: takes less "
+        "time, moves no score by more than 0.001",
     )
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], help="default: cuda, all GPUs, where there is one"
@@ -94,13 +94,13 @@ def _seeds(words: str) -> list[int]:
 
 
 def _device(name: str | None) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device is cuda, but torch sees no GPU; want cpu")
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(name)
+    return torch.device(name)
 
 
-def _runs(options: argparse.Namespace, kinds: Sequence[str], tasks: Sequence[Task]) -> list[Run]:
-    """Return the runs that the command asks for, task by task."""
+def _grids(options: argparse.Namespace, kinds: Sequence[str], tasks: Sequence[Task]) -> list[list[Run]]:
+    """Return the grids that the command asks for, task by task."""
     recipes = [
         Recipe(
             attention=kind,
@@ -113,13 +113,7 @@ def _runs(options: argparse.Namespace, kinds: Sequence[str], tasks: Sequence[Tas
         for kind in kinds
         for seed in _seeds(options.seeds)
     ]
-    return [
-        run
-        for task in tasks
-        for recipe in recipes
-        for runs in task_grids(recipe, task, options.level)
-        for run in runs
-    ]
+    return [runs for task in tasks for recipe in recipes for runs in task_grids(recipe, task, options.level)]
 
 
 def _describe(run: Run, outcome: Outcome) -> str:
@@ -140,25 +134,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
         RunError: Runs have failed; the others are trained.
     """
     options = _parser().parse_args(arguments)
+    check_out(options.out)
     check_at_least_1(options, "max_epochs")
     kinds = _some_of("--attention", options.attention, [*attention_kinds()]) if options.attention else []
     chosen = ",".join(tasks_of(options.level)) if options.tasks == "all" else options.tasks
     tasks = cast(list[Task], _some_of("--tasks", chosen, TASKS))
     device = _device(options.device)
     others = [read_results(folder) for folder in options.others]
-    runs = _runs(options, kinds, tasks)
+    grid_of = {run: runs for runs in _grids(options, kinds, tasks) for run in runs}
     with open_results(options.out, device) as file:
-        missing = [run for run in runs if run not in file.outcomes]
-        num_done = len(runs) - len(missing)
+
+        def find_missing(runs: Iterable[Run]) -> list[Run]:
+            """Return the runs that have no outcome and need one."""
+            return [
+                run
+                for run in runs
+                if run not in file.outcomes and not is_complete(file.outcomes, grid_of[run])
+            ]
+
+        missing = find_missing(grid_of)
+        num_done = len(grid_of) - len(missing)
+        # asked when a pack is begun: a solved run of an earlier one may have ended its grid
+        packs = (left for runs in pack(missing) if (left := find_missing(runs)))
 
         def report(run: Run, outcome: Outcome) -> None:
             nonlocal num_done
             num_done += 1
             file.add(run, outcome)
-            print(f"{num_done} of {len(runs)}: {_describe(run, outcome)}", flush=True)
+            print(f"{num_done} of {len(grid_of)}: {_describe(run, outcome)}", flush=True)
 
         try:
-            _train(pack(missing), device, report, is_compiled=options.compile)
+            _train(packs, device, report, is_compiled=options.compile)
         finally:
             results: dict[Run, Outcome] = {}
             for each in (*others, file.outcomes):
@@ -167,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _train(
-    packs: Sequence[Sequence[Run]],
+    packs: Iterable[Sequence[Run]],
     device: torch.device,
     report: Report,
     *,
@@ -183,12 +189,20 @@ def _train(
 
 def _write(results: Mapping[Run, Outcome], tasks: Sequence[Task], level: Level, folder: Path) -> None:
     """Print the tables and write them and the plots to a folder."""
-    scores, solutions = (table(results, tasks, level).markdown() for table in (score_table, solution_table))
+    scores, solutions = score_lines(results, tasks, level), solution_table(results, tasks, level).markdown()
     text = "\n".join([*scores, "", "Epoch of the first solved run, and solved runs:", "", *solutions])
     print(text)
     write_text(folder / "mad.md", text + "\n")
-    plot_scores(results, tasks, level, folder / "mad.png")
-    plot_difficulty(results, tasks, folder / "mad_difficulty.png")
+    if not plot_scores(results, tasks, level, folder / "mad.png"):
+        _remove_plot(folder / "mad.png")
+    if not plot_difficulty(results, tasks, folder / "mad_difficulty.png"):
+        _remove_plot(folder / "mad_difficulty.png")
+
+
+def _remove_plot(path: Path) -> None:
+    """Remove the plot of an earlier command, which is not of the tables beside it."""
+    for each in (path, path.with_suffix(".pdf")):
+        each.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

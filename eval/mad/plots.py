@@ -9,7 +9,7 @@ from matplotlib.ticker import NullLocator
 from eval.figure import add_legend, label_axes, new_axes, new_panels, save
 from eval.mad.runs import Outcome, Run
 from eval.mad.scores import Column, make_columns
-from eval.mad.settings import Level, Setting, Task, settings, tasks_of
+from eval.mad.settings import Level, Setting, Task, settings, settings_of, tasks_of
 from eval.report.curves import Curve
 from eval.report.drawing import draw_points
 from eval.report.seed_statistics import Estimate
@@ -66,7 +66,7 @@ def plot_scores(results: Mapping[Run, Outcome], tasks: Sequence[Task], level: Le
     Returns:
         Whether there is a score; without one no file is written.
     """
-    columns = make_columns(results, tasks, level)
+    columns = make_columns(results, settings_of(tasks, level))
     estimates = [[column.task_estimate(results, task, level) for task in tasks] for column in columns]
     if not any(each is not None for line in estimates for each in line):
         return False
@@ -111,30 +111,24 @@ def plot_difficulty(results: Mapping[Run, Outcome], tasks: Sequence[Task], path:
     Returns:
         Whether there is a size with two accuracies; without one no file is written.
     """
-    levels: tuple[Level, ...] = ("full", "hard")
-    columns = {
-        column.name: column
-        for level in levels
-        for column in make_columns(
-            results, [t for t in tasks if level == "full" or t != "memorization"], level
-        )
-    }
+    # of all levels at once: a column of one level may lack seeds or schedules of another
+    columns = make_columns(results, {run.setting for run in results if run.setting.task in tasks})
     panels: list[tuple[Task, str, dict[str, dict[float, Estimate]]]] = []
     for task in tasks:
         for size, steps in difficulties(task).items():
             curves = {
-                name: {
+                column.name: {
                     float(getattr(step, size)): score
                     for step in steps
                     if (score := column.setting_estimate(results, step)) is not None
                 }
-                for name, column in columns.items()
+                for column in columns
             }
             if max((len(points) for points in curves.values()), default=0) > 1:
                 panels.append((task, size, curves))
     if not panels:
         return False
-    styles = _styles([*columns.values()])
+    styles = _styles(columns)
     num_columns = min(4, len(panels))
     num_rows = -(-len(panels) // num_columns)
     figure, grid = new_panels(num_rows, num_columns, size=(_PANEL[0] * num_columns, _PANEL[1] * num_rows))

@@ -56,10 +56,8 @@ def open_results(folder: Path, device: torch.device) -> Iterator[ResultsFile]:
         The results.
 
     Raises:
-        UserError: The folder is a file or in use, or a line cannot be read.
+        UserError: The folder is in use, or a line cannot be read.
     """
-    if folder.is_file():
-        raise UserError(f"--out is {folder}, which is a file; want a folder")
     folder.mkdir(parents=True, exist_ok=True)
     lock = FolderLock(folder / _LOCK)
     try:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from errors import MAX_SEED, check_range
 from eval.mad.settings import Setting
 from optimizers.config import ScheduleConfig
 from optimizers.schedule import lr_factor
@@ -36,7 +37,11 @@ class Recipe:
         seed: Seed of data, weights and order.
         max_epochs: Epochs, unless the test accuracy reaches 0.999 before.
         ends_when_solved: Whether a grid ends with the first of its runs that reaches 0.999, unlike in MAD:
-            the best of them is then within 0.001 of what it would be.
+            the best of them is then within 0.001 of what it would be. Runs that are trained at once end in
+            the same epoch, those that have not begun are not trained.
+
+    Raises:
+        UserError: The seed is out of range.
     """
 
     attention: str
@@ -45,6 +50,9 @@ class Recipe:
     seed: int = 12345
     max_epochs: int = MAX_EPOCHS
     ends_when_solved: bool = False
+
+    def __post_init__(self) -> None:
+        check_range(self, 0, MAX_SEED, "seed")
 
     def epoch_rate(self, rate: float, epoch: int) -> float:
         """Return the learning rate of an epoch, counted from 0, of what begins with `rate`."""

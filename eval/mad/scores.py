@@ -1,9 +1,9 @@
 """Scores of MAD: the best run of a grid, the mean over a task's settings, and the spread over seeds."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from eval.mad.runs import MAX_EPOCHS, Outcome, Recipe, Run, grid
+from eval.mad.runs import MAX_EPOCHS, SOLVED, Outcome, Recipe, Run, grid
 from eval.mad.settings import Level, Setting, Task, settings
 from eval.report.seed_statistics import Estimate, estimate
 
@@ -13,14 +13,21 @@ class Score:
     """The score of an attention on a task.
 
     Attributes:
-        value: Mean over settings of the best accuracy of a grid; None unless all runs are there.
+        value: Mean over settings of the best accuracy of a grid; None unless all grids are complete.
         num_done: Runs that are there.
-        num_runs: Runs of the score.
+        num_runs: Runs of the score: those that are there, and those that have to be trained.
     """
 
     value: float | None
     num_done: int
     num_runs: int
+
+
+def is_complete(results: Mapping[Run, Outcome], runs: Sequence[Run]) -> bool:
+    """Return whether all runs of a grid are there, or a solved one that ends it: others need no training."""
+    found = [results[run].accuracy for run in runs if run in results]
+    is_ended = runs[0].recipe.ends_when_solved and any(accuracy >= SOLVED for accuracy in found)
+    return is_ended or len(found) == len(runs)
 
 
 def task_score(results: Mapping[Run, Outcome], grids: Iterable[Sequence[Run]]) -> Score:
@@ -29,8 +36,9 @@ def task_score(results: Mapping[Run, Outcome], grids: Iterable[Sequence[Run]]) -
     num_done = num_runs = 0
     for runs in grids:
         found = [results[run].accuracy for run in runs if run in results]
-        num_done, num_runs = num_done + len(found), num_runs + len(runs)
-        best.append(max(found) if len(found) == len(runs) else None)
+        has_all = is_complete(results, runs)
+        num_done, num_runs = num_done + len(found), num_runs + len(found if has_all else runs)
+        best.append(max(found) if has_all else None)
     complete = [each for each in best if each is not None]
     value = sum(complete) / len(complete) if len(complete) == len(best) else None
     return Score(value=value, num_done=num_done, num_runs=num_runs)
@@ -42,9 +50,12 @@ def task_grids(recipe: Recipe, task: Task, level: Level) -> list[list[Run]]:
 
 
 def found_grid(results: Mapping[Run, Outcome], recipe: Recipe, setting: Setting) -> list[Run]:
-    """Return the grid of a setting of which more runs are there: all trained, or to the first solved one."""
+    """Return the grid of a setting of which more is there: all trained, or to the first solved one."""
     ways = (replace(recipe, ends_when_solved=early) for early in (False, True))
-    return max((grid(way, setting) for way in ways), key=lambda runs: sum(run in results for run in runs))
+    return max(
+        (grid(way, setting) for way in ways),
+        key=lambda runs: (is_complete(results, runs), sum(run in results for run in runs)),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,14 +71,14 @@ class Column:
     recipes: list[Recipe]
 
     def task_estimate(self, results: Mapping[Run, Outcome], task: Task, level: Level) -> Estimate | None:
-        """Return the mean score on a task over the seeds that have all runs; None if there is none."""
+        """Return the mean score on a task over the seeds with complete grids; None if there is none."""
         scores = [self._score(results, recipe, settings(task, level)).value for recipe in self.recipes]
         return estimate([score for score in scores if score is not None])
 
     def mean_estimate(
         self, results: Mapping[Run, Outcome], tasks: Sequence[Task], level: Level
     ) -> Estimate | None:
-        """Return the mean score over tasks, over the seeds that have all runs of all tasks."""
+        """Return the mean score over tasks, over the seeds with complete grids of all tasks."""
         means: list[float] = []
         for recipe in self.recipes:
             scores = [self._score(results, recipe, settings(task, level)).value for task in tasks]
@@ -77,7 +88,7 @@ class Column:
         return estimate(means)
 
     def setting_estimate(self, results: Mapping[Run, Outcome], setting: Setting) -> Estimate | None:
-        """Return the mean of the best accuracy on one setting over the seeds that have all its runs."""
+        """Return the mean of the best accuracy on one setting over the seeds whose grid is complete."""
         scores = [self._score(results, recipe, [setting]).value for recipe in self.recipes]
         return estimate([score for score in scores if score is not None])
 
@@ -91,9 +102,8 @@ class Column:
         return task_score(results, [found_grid(results, recipe, setting) for setting in of])
 
 
-def make_columns(results: Mapping[Run, Outcome], tasks: Sequence[Task], level: Level) -> list[Column]:
-    """Return the columns that have a run of the tasks and level, in the order of the results."""
-    chosen = {setting for task in tasks for setting in settings(task, level)}
+def make_columns(results: Mapping[Run, Outcome], chosen: Collection[Setting]) -> list[Column]:
+    """Return the columns that have a run on one of the settings, in the order of the results."""
     recipes = dict.fromkeys(
         replace(run.recipe, ends_when_solved=False) for run in results if run.setting in chosen
     )

@@ -1,5 +1,6 @@
 """The settings of MAD: six tasks, each with a baseline from which one size at a time is changed."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -146,3 +147,8 @@ def settings(task: Task, level: Level) -> list[Setting]:
     changes = _changes(task, level)
     changed = [replace(baseline, **{name: value}) for name, values in changes.items() for value in values]
     return changed if level == "hard" else [baseline, *changed]
+
+
+def settings_of(tasks: Iterable[Task], level: Level) -> list[Setting]:
+    """Return the settings of several tasks, as settings does of one."""
+    return [setting for task in tasks for setting in settings(task, level)]

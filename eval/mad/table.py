@@ -4,12 +4,13 @@ from collections.abc import Mapping, Sequence
 
 from eval.mad.runs import SOLVED, Outcome, Run
 from eval.mad.scores import Column, found_grid, make_columns
-from eval.mad.settings import Level, Task, settings
-from eval.report.paper_numbers import MAD_SCORES
+from eval.mad.settings import TASKS, Level, Task, settings, settings_of
+from eval.report.paper_numbers import MAD_SCORES, SOURCE
 from eval.report.seed_statistics import Estimate
 from eval.report.table import Cell, Table, mark_best, number, plain
 
 _SPEC = ".3f"
+_OF_PAPER = ", paper"
 
 
 def score_table(results: Mapping[Run, Outcome], tasks: Sequence[Task], level: Level) -> Table:
@@ -21,22 +22,35 @@ def score_table(results: Mapping[Run, Outcome], tasks: Sequence[Task], level: Le
         level: The settings that a task's score is the mean of.
 
     Returns:
-        The table. A score is the mean over seeds that have all runs, with its standard error; without one it
+        The table. A score is the mean over seeds with complete grids, with its standard error; without one it
         is the number of runs that are there. Behind our columns are the paper's, of MAD's own settings, for
-        the attentions of these columns.
+        the attentions of these columns: at the levels "full" and "baseline", its mean beside all six tasks.
     """
-    columns = make_columns(results, tasks, level)
+    columns = make_columns(results, settings_of(tasks, level))
     cells = [_cells(column, results, tasks, level) for column in columns]
     lines = [mark_best(line, "higher") for line in zip(*cells, strict=True)]
     ours = {column.name: [line[i] for line in lines] for i, column in enumerate(columns)}
+    return Table({"task": [*tasks, "mean"], **ours, **_paper_columns(columns, tasks, level)})
+
+
+def score_lines(results: Mapping[Run, Outcome], tasks: Sequence[Task], level: Level) -> list[str]:
+    """Format the table of scores as Markdown, and say which settings the paper's are means over."""
+    lines = score_table(results, tasks, level).markdown()
+    note = f"The paper's scores ({SOURCE}) are means over MAD's settings, those of --level full."
+    return [*lines, "", note] if _OF_PAPER in lines[0] else lines
+
+
+def _paper_columns(columns: Sequence[Column], tasks: Sequence[Task], level: Level) -> dict[str, list[Cell]]:
+    """Return the paper's scores of the attentions of our columns."""
+    if level not in ("baseline", "full"):
+        return {}
+    last = "mean" if set(tasks) == set(TASKS) else ""
     kinds = dict.fromkeys(column.recipes[0].attention for column in columns)
-    rows = [*tasks, "mean"]
-    paper: dict[str, list[Cell]] = {
-        f"{kind}, paper": [plain(MAD_SCORES[kind].get(row), _SPEC) for row in rows]
+    return {
+        f"{kind}{_OF_PAPER}": [plain(MAD_SCORES[kind].get(row), _SPEC) for row in (*tasks, last)]
         for kind in kinds
         if kind in MAD_SCORES
     }
-    return Table({"task": [*rows], **ours, **paper})
 
 
 def solution_table(results: Mapping[Run, Outcome], tasks: Sequence[Task], level: Level) -> Table:
@@ -50,9 +64,9 @@ def solution_table(results: Mapping[Run, Outcome], tasks: Sequence[Task], level:
     Returns:
         The table. "epoch 13, 5 of 6" are the first epoch after which a run had a test accuracy of 0.999, as
         the mean over settings and seeds that have one, and the runs that reached it, of those in grids of
-        which all were trained.
+        which all were trained to their ends.
     """
-    columns = make_columns(results, tasks, level)
+    columns = make_columns(results, settings_of(tasks, level))
     ours = {column.name: [_solutions(column, results, task, level) for task in tasks] for column in columns}
     return Table({"task": [*tasks], **ours})
 

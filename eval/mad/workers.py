@@ -6,7 +6,7 @@ import queue
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -21,14 +21,14 @@ _POLL_SECONDS = 0.5
 
 
 def train_all(
-    packs: Sequence[Sequence[Run]], gpus: Sequence[str], report: Report, *, is_compiled: bool
+    packs: Iterable[Sequence[Run]], gpus: Sequence[str], report: Report, *, is_compiled: bool
 ) -> None:
     """Train packs of runs, on each GPU in a process of its own that sees no other.
 
     A pack that fails ends its process, not those of other packs.
 
     Args:
-        packs: Runs that are trained at once; packs are begun in this order.
+        packs: Runs that are trained at once; packs are begun in this order, and each is asked for then.
         gpus: The GPUs, as CUDA_VISIBLE_DEVICES names them; without a GPU in the machine, names of processes.
         report: Called in this process with a run and its outcome as soon as it ends.
         is_compiled: As in train.
@@ -49,11 +49,11 @@ def train_all(
 class _Workers:
     """The processes, and what they were given to do."""
 
-    def __init__(self, gpus: Sequence[str], packs: Sequence[Sequence[Run]], is_compiled: bool) -> None:
+    def __init__(self, gpus: Sequence[str], packs: Iterable[Sequence[Run]], is_compiled: bool) -> None:
         self._context = multiprocessing.get_context("spawn")
         self._messages = self._context.Queue()
         self._is_compiled = is_compiled
-        self._waiting = list(packs)
+        self._waiting = iter(packs)
         self._inboxes: dict[str, Any] = {}
         self._processes: dict[str, BaseProcess] = {}
         self._at_work: dict[str, list[Run]] = {}
@@ -66,11 +66,11 @@ class _Workers:
 
     def _give(self, gpu: str) -> None:
         """Give a GPU its next pack, if there is one."""
-        if not self._waiting:
+        runs = list(next(self._waiting, ()))
+        if not runs:
             return
         if gpu not in self._processes:
             self._start(gpu)
-        runs = list(self._waiting.pop(0))
         self._at_work[gpu] = runs
         self._inboxes[gpu].put(runs)
 

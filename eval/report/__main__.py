@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from errors import UserError, run_command
+from errors import UserError, check_out, run_command
 from eval.report.plan_file import is_plan
 
 
@@ -55,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         UserError: A folder is missing, there is nothing to report, or the runs are not comparable.
     """
     options = _parser().parse_args(arguments)
+    check_out(options.out)
     try:
         # matplotlib is an extra: --help does not need it
         from eval.report.plan_report import write_plan_report

@@ -1,6 +1,7 @@
 """Whether runs may be compared: the same data, tokenizer, token budget and held-out documents."""
 
 from collections.abc import Sequence
+from itertools import combinations
 from typing import Any
 
 from data.tokenizer_content import same_tokenizer
@@ -43,34 +44,42 @@ def _tokenizers(a: RunRecord, b: RunRecord) -> str | None:
     return f"data.tokenizer is {first} in {a.folder.name} and {second} in {b.folder.name}"
 
 
+def _difference(key: str, values: Sequence[tuple[RunRecord, Any]]) -> str | None:
+    """Say in which two runs a key first differs, of runs and their values; None if all are equal."""
+    first, value = values[0]
+    differing = next(((run, other) for run, other in values if other != value), None)
+    if differing is None:
+        return None
+    other, its = differing
+    text = f"{key} is {value!r} in {first.folder.name} and {its!r} in {other.folder.name}"
+    if key.startswith("tasks/"):
+        text += f" (from {_origin(first, key)} and {_origin(other, key)})"
+    return text
+
+
 def incomparable(runs: Sequence[RunRecord]) -> list[str]:
     """Find the keys of data, tokenizer and token budget that make runs incomparable.
 
-    The seed of the shuffle may differ.
+    The seed of the shuffle may differ. A number of documents, tokens or few-shot examples is compared among
+    the runs that recorded one.
 
     Args:
-        runs: Runs with training steps; each is compared with the first.
+        runs: Runs with training steps.
 
     Returns:
         One sentence per key; empty if all runs are comparable.
     """
-    found: dict[str, str] = {}
-    first, *others = runs
-    for other in others:
-        documents = _num_documents(first), _num_documents(other)
-        shared = documents[0].keys() & documents[1].keys()
-        one, two = (
-            _compared(run) | {key: found[key] for key in shared}
-            for run, found in zip((first, other), documents, strict=True)
-        )
-        for key in sorted({*one} | {*two}):
-            a, b = one.get(key, "none"), two.get(key, "none")
-            if a != b:
-                text = f"{key} is {a!r} in {first.folder.name} and {b!r} in {other.folder.name}"
-                if key in shared and key.startswith("tasks/"):
-                    text += f" (from {_origin(first, key)} and {_origin(other, key)})"
-                found.setdefault(key, text)
-        text = _tokenizers(first, other)
-        if text is not None:
-            found.setdefault("data.tokenizer", text)
-    return [found[key] for key in sorted(found)]
+    facts = [_compared(run) for run in runs]
+    counts = [_num_documents(run) for run in runs]
+    values: dict[str, list[tuple[RunRecord, Any]]] = {
+        key: [(run, each.get(key, "none")) for run, each in zip(runs, facts, strict=True)]
+        for key in {key for each in facts for key in each}
+    }
+    for run, each in zip(runs, counts, strict=True):
+        for key, value in each.items():
+            values.setdefault(key, []).append((run, value))
+    found = {key: _difference(key, of_runs) for key, of_runs in values.items()}
+    found["data.tokenizer"] = next(
+        (text for a, b in combinations(runs, 2) if (text := _tokenizers(a, b)) is not None), None
+    )
+    return [text for _, text in sorted(found.items()) if text is not None]

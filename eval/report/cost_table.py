@@ -1,12 +1,14 @@
 """The table of throughput, memory and time."""
 
 from collections.abc import Sequence
+from functools import partial
 
+from eval.report.curves import drawn_runs
 from eval.report.result_tables import over_seeds
 from eval.report.rows import Row
 from eval.report.run_records import RunRecord
-from eval.report.run_values import device_hours, hours, median, peak_memory
-from eval.report.table import Table, plain
+from eval.report.run_values import Value, device_hours, hours, median, peak_memory
+from eval.report.table import Number, Table, noted, plain
 
 
 def _counts_whole_rows(run: RunRecord) -> bool:
@@ -16,10 +18,7 @@ def _counts_whole_rows(run: RunRecord) -> bool:
 
 def _launches(row: Row) -> str:
     kinds = {
-        f"{s['num_ranks']} x {s['device']}"
-        for run in row.runs
-        for s in run.steps[run.num_trunk_steps :]
-        if "num_ranks" in s
+        f"{s['num_ranks']} x {s['device']}" for run in row.runs for s in run.own_steps if "num_ranks" in s
     }
     return ", ".join(sorted(kinds))
 
@@ -31,16 +30,27 @@ def _all_hours(row: Row) -> float | None:
     return sum(known) if len(known) == len(found) else None
 
 
+def _while_running(row: Row, value: Value, spec: str) -> Number | None:
+    """Make a number of a value over the runs that a row's curves are of."""
+    drawn = Row(name=row.name, runs=drawn_runs(row))
+    return noted(drawn.over_seeds(value), spec, len(row.runs))
+
+
+def _of_whole(row: Row, value: Value) -> Number | None:
+    """Make a number of the hours of a row's finished runs."""
+    return over_seeds(row, lambda run: value(run) if run.is_finished else None, ",.3f")
+
+
 def cost_table(rows: Sequence[Row]) -> Table:
     """Make the table of throughput, memory and time."""
     return Table({
         "Row": [row.name for row in rows],
         "Ranks": [_launches(row) for row in rows],
-        "Tokens/s": [over_seeds(row, lambda run: median(run, "tokens_per_second"), ",.0f") for row in rows],
-        "MFU (%)": [over_seeds(row, lambda run: median(run, "mfu_percent"), ",.1f") for row in rows],
-        "Peak memory (GiB)": [over_seeds(row, peak_memory, ",.1f") for row in rows],
-        "Hours per run": [over_seeds(row, hours, ",.3f") for row in rows],
-        "Device-hours per run": [over_seeds(row, device_hours, ",.3f") for row in rows],
+        "Tokens/s": [_while_running(row, partial(median, key="tokens_per_second"), ",.0f") for row in rows],
+        "MFU (%)": [_while_running(row, partial(median, key="mfu_percent"), ",.1f") for row in rows],
+        "Peak memory (GiB)": [_while_running(row, peak_memory, ",.1f") for row in rows],
+        "Hours per run": [_of_whole(row, hours) for row in rows],
+        "Device-hours per run": [_of_whole(row, device_hours) for row in rows],
         "Device-hours, all seeds": [plain(_all_hours(row), ",.3f") for row in rows],
     })  # fmt: skip
 
@@ -50,7 +60,9 @@ def cost_notes(rows: Sequence[Row]) -> str:
     notes = (
         "Throughput is the median over steps. Device-hours (GPU-hours on GPUs) are the time of training "
         "steps times ranks. They include the run that a branch started from, but not evaluations, "
-        "checkpoints, and steps that were lost and repeated after a resume."
+        "checkpoints, and steps that were lost and repeated after a resume. Numbers per run are of finished "
+        "runs, (n of m) of m; while none is finished, throughput and memory are of all. Hours of all seeds "
+        "are those so far. Runs with steps that are not on record have no hours."
     )
     old = [row.name for row in rows if any(map(_counts_whole_rows, row.runs))]
     if old:

@@ -4,7 +4,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from eval.report.rows import Row, seed_of
 from eval.report.run_records import RunRecord
@@ -28,12 +28,14 @@ class Curve:
         mean: Means over seeds.
         error: Their standard errors; all 0 for one seed.
         num_seeds: Number of seeds.
+        pairing: Of differences, what they are over, as in seed_statistics.Difference.
     """
 
     x: list[float]
     mean: list[float]
     error: list[float]
     num_seeds: int
+    pairing: str = ""
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
@@ -75,9 +77,9 @@ def drawn_runs(row: Row) -> list[RunRecord]:
     return [run for run in row.runs if run.is_finished] or row.runs
 
 
-def _by_seed(row: Row, series: Callable[[RunRecord], Series]) -> dict[Hashable, Series]:
-    """Return seed -> values of the drawn runs at the numbers of tokens at which all have a finite value."""
-    found = {seed_of(run): series(run) for run in drawn_runs(row)}
+def _by_seed(runs: Sequence[RunRecord], series: Callable[[RunRecord], Series]) -> dict[Hashable, Series]:
+    """Return seed -> values of runs at the numbers of tokens at which all have a finite value."""
+    found = {seed_of(run): series(run) for run in runs}
     finite = [{tokens for tokens, value in each.items() if math.isfinite(value)} for each in found.values()]
     shared = sorted(set.intersection(*finite))
     return {seed: {tokens: each[tokens] for tokens in shared} for seed, each in found.items()}
@@ -106,26 +108,30 @@ def curve(row: Row, series: Callable[[RunRecord], Series], axis: str = "tokens")
         The curve; without points where a run did not record the axis.
     """
     by_tokens = [{step["tokens"]: step[axis] for step in run.steps} for run in drawn_runs(row)]
-    values = [*_by_seed(row, series).values()]
+    values = [*_by_seed(drawn_runs(row), series).values()]
     kept = [tokens for tokens in values[0] if all(each.get(tokens) is not None for each in by_tokens)]
     found = [estimate([each[tokens] for each in values]) for tokens in kept]
     return _curve(found, [statistics.fmean(each[tokens] for each in by_tokens) for tokens in kept])
 
 
 def difference_curve(
-    row: Row, baseline: Row, series: Callable[[RunRecord], Series], *, smoothed: bool = False
+    runs: Sequence[RunRecord],
+    others: Sequence[RunRecord],
+    series: Callable[[RunRecord], Series],
+    *,
+    smoothed: bool = False,
 ) -> Curve:
-    """Compute row - baseline at every number of tokens at which all drawn runs of both have a value.
+    """Compute the difference of runs to others at every number of tokens at which all of them have a value.
 
     Args:
-        row: The row.
-        baseline: The row to subtract.
+        runs: Runs that differ only in their seeds.
+        others: The runs to subtract, likewise.
         series: Returns a run's values by tokens.
         smoothed: Whether to smooth the runs, over the same tokens in all of them.
     """
-    ours, base = (_by_seed(each, series) for each in (row, baseline))
+    ours, base = (_by_seed(each, series) for each in (runs, others))
     shared = sorted(set.intersection(*map(set, (*ours.values(), *base.values()))))
-    window = _window(row.runs[0]) if smoothed else 1
+    window = _window(runs[0]) if smoothed else 1
 
     def smooth(runs: Mapping[Hashable, Series]) -> dict[Hashable, list[float]]:
         return {
@@ -139,4 +145,5 @@ def difference_curve(
         )
         for i in range(len(shared))
     ]
-    return _curve(found, shared)
+    pairing = next((each.pairing for each in found if each is not None), "")
+    return replace(_curve(found, shared), pairing=pairing)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from eval.report.choices import NO_KEY
 from eval.report.names import format_value
 from eval.report.result_tables import AVERAGE, HELD_OUT, TRAINING, difference_cell, over_seeds, result_columns
-from eval.report.rows import Arm, Row, loss_of, rate_key, seed_of
+from eval.report.rows import Arm, Row, loss_of, rate_key
 from eval.report.run_values import Value, held_out_loss
 from eval.report.table import Cell, Number, Table, mark_best, plain
 
@@ -15,7 +15,7 @@ def differences_table(rows: Sequence[Row], baseline: Row) -> Table:
     others = [row for row in rows if row is not baseline]
     columns: dict[str, list[Cell]] = {
         "Row": [row.name for row in others],
-        "Seeds of row / baseline": [_seeds(row, baseline) for row in others],
+        "Seeds of row / baseline": [f"{len(row.runs)} / {len(baseline.runs)}" for row in others],
     }
     for column in result_columns(rows):
         columns[column.heading] = [
@@ -27,15 +27,11 @@ def differences_table(rows: Sequence[Row], baseline: Row) -> Table:
 def differences_note(baseline: str) -> str:
     """Say what the differences are."""
     return (
-        f"Row minus {baseline}. Where both share seeds, at these, as runs of one seed read the same data in "
-        "the same order: ± s / sqrt(n), with the standard deviation s of n differences. Else the difference "
-        "of the means: ± sqrt(s1^2/n1 + s2^2/n2). No standard error where n is 1."
+        f"Row minus {baseline}. Over n pairs: the mean of the differences of runs of equal seeds, which read "
+        "the same data in the same order, ± s / sqrt(n), with the standard deviation s of n differences. "
+        "Unpaired, as fewer than two seeds have a value in both: the difference of the means, "
+        "± sqrt(s1^2/n1 + s2^2/n2). A single run has no standard error, and is paired with that of its seed."
     )
-
-
-def _seeds(row: Row, baseline: Row) -> str:
-    num_shared = len({*map(seed_of, row.runs)} & {*map(seed_of, baseline.runs)})
-    return f"{len(row.runs)} / {len(baseline.runs)}" + (f", {num_shared} shared" if num_shared else "")
 
 
 def _rate(row: Row, key: str, loss: Value) -> str:
@@ -44,10 +40,13 @@ def _rate(row: Row, key: str, loss: Value) -> str:
     return rate if row.over_seeds(loss) is not None else f"{rate} (no loss)"
 
 
-def _best_rate(arm: Arm, key: str) -> Number | None:
-    """Make a number of an arm's best learning rate, noting where it is at the end of those tried."""
+def _best_rate(arm: Arm, key: str, loss: Value) -> Number | None:
+    """Make a number of an arm's best learning rate, noting where it is at the end of those tried.
+
+    None where no rate has a loss.
+    """
     best = arm.best.config.get(key)
-    if best is None:
+    if best is None or arm.best.over_seeds(loss) is None:
         return None
     rates = [row.config[key] for row in arm.rows]
     ends = {max(rates): "the largest tried", min(rates): "the smallest tried"}
@@ -80,7 +79,7 @@ def arms_table(arms: Sequence[Arm], baseline: Row | None) -> Table | None:
             )
             for arm in arms
         ],
-        "Best": [_best_rate(arm, key) for arm in arms],
+        "Best": [_best_rate(arm, key, loss) for arm in arms],
         "Seeds": [plain(len(row.runs), "d") for row in best],
         column.heading: mark_best([over_seeds(row, loss, column.spec) for row in best], column.better),
     }

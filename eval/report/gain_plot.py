@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from eval.figure import add_legend, label_axes, new_panels, save
 from eval.report.plan_values import ArmRuns
-from eval.report.plots import plot_pairs
+from eval.report.plots import plot_loss_differences
 from eval.report.rows import Row
 from eval.report.run_values import Value, average_held_out_loss, held_out_loss, loss_before_decay
 from eval.report.styles import COLORS, row_styles
@@ -38,6 +38,8 @@ _LOOKS = (
 def plot_gains(arms: Sequence[ArmRuns], path: Path) -> bool:
     """Plot the differences of arms to those that they are compared with, grouped by stage.
 
+    A point that is over only n of an arm's m seeds has "n of m" beside it.
+
     Args:
         arms: The arms of all stages, in the order of the plan.
         path: The PNG to write; a PDF is written beside it.
@@ -58,6 +60,12 @@ def plot_gains(arms: Sequence[ArmRuns], path: Path) -> bool:
             (y + _OFFSET * look.place, arm.gain(look.value)) for y, arm in zip(places, drawn, strict=True)
         ]
         points = [(y, each.mean, each.error or 0.0) for y, each in found if each is not None]
+        for (y, each), arm in zip(found, drawn, strict=True):
+            if each is not None and each.num_seeds < len(arm.runs):
+                text, at = f"{each.num_seeds} of {len(arm.runs)}", (each.mean - (each.error or 0.0), y)
+                axes.annotate(
+                    text, at, xytext=(-4, 0), textcoords="offset points", ha="right", va="center", fontsize=6
+                )
         if points:
             ys, xs, errors = zip(*points, strict=True)
             axes.errorbar(
@@ -96,12 +104,12 @@ def plot_gains_over_training(arms: Sequence[ArmRuns], path: Path) -> bool:
     Returns:
         Whether any arm has a difference; without one no file is written.
     """
-    pairs = [
-        (Row(name=arm.name, runs=[*arm.runs.values()]), Row(name=arm.other, runs=[*arm.others.values()]))
+    compared = [
+        (arm.name, [run for run, _ in pairs], [other for _, other in pairs])
         for arm in arms
-        if arm.other is not None and arm.others
+        if (pairs := arm.pairs())
     ]
-    styles = row_styles([row for row, _ in pairs])
+    styles = row_styles([Row(name=name, runs=runs) for name, runs, _ in compared])
     # other learning rates have no others: every row is drawn in full
     styles = {name: replace(style, is_main=True) for name, style in styles.items()}
     if len({style.color for style in styles.values()}) == 1:  # of one model: colors tell the optimizers
@@ -109,4 +117,4 @@ def plot_gains_over_training(arms: Sequence[ArmRuns], path: Path) -> bool:
             name: replace(style, color=COLORS[index % len(COLORS)])
             for index, (name, style) in enumerate(styles.items(), _OWN_COLOR)
         }
-    return plot_pairs(pairs, styles, "Loss minus that of the arm it is compared with", path)
+    return plot_loss_differences(compared, styles, "Loss minus that of the arm it is compared with", path)

@@ -1,7 +1,7 @@
 """The report of a plan: what is missing, the choices, and a report of each stage."""
 
-import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from eval.report.plan_values import ArmRuns, arms_of
 from eval.report.result_tables import AVERAGE, HELD_OUT
 from eval.report.run_records import RunRecord, read_run
 from eval.report.run_values import average_held_out_loss, held_out_loss
-from eval.report.table import Cell, Table, plain
+from eval.report.seed_statistics import estimate
+from eval.report.table import Cell, Number, Table, noted, plain
 from eval.report.writer import PLOT_NOTES, write_figures, write_report
 
 
@@ -187,11 +188,11 @@ def _runs_at(
     ]
 
 
-def _average_loss(stage: PlannedStage, choice: Choice, runs: dict[str, RunRecord]) -> float | None:
-    """Return the held-out loss of the averaged weights at an arm's best values, the mean over seeds."""
+def _average_loss(stage: PlannedStage, choice: Choice, runs: dict[str, RunRecord]) -> Number | None:
+    """Make a number of the held-out loss of the averaged weights at an arm's best values, over seeds."""
     found = [average_held_out_loss(run) for run in _runs_at(stage, choice.arm, choice.values, runs)]
-    losses = [loss for loss in found if loss is not None]
-    return statistics.fmean(losses) if losses else None
+    mean = estimate([loss for loss in found if loss is not None])
+    return None if mean is None else noted(replace(mean, error=None), AVERAGE.spec, len(found))
 
 
 def _choices(stage: PlannedStage, runs: dict[str, RunRecord], out: Path) -> list[str]:
@@ -209,9 +210,7 @@ def _choices(stage: PlannedStage, runs: dict[str, RunRecord], out: Path) -> list
         },
         HELD_OUT.heading: [plain(choice.loss, HELD_OUT.spec) for choice in chosen],
     }
-    averages = [_average_loss(stage, choice, runs) for choice in chosen]
-    if any(loss is not None for loss in averages):
-        columns[AVERAGE.heading] = [plain(loss, AVERAGE.spec) for loss in averages]
+    columns[AVERAGE.heading] = [_average_loss(stage, choice, runs) for choice in chosen]
     columns["Warning"] = [choice.warning for choice in chosen]
     table = Table({heading: list(cells) for heading, cells in columns.items()})
     table.write_csv(path)

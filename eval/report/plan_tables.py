@@ -11,10 +11,11 @@ from eval.report.run_values import (
     average_loss_before_decay,
     held_out_loss,
     loss_before_decay,
+    num_missing_steps,
     own_device_hours,
     own_tokens,
 )
-from eval.report.table import Cell, Number, Table, number, plain
+from eval.report.table import Cell, Number, Table, noted, plain
 
 _LOSS, _DIFFERENCE = ",.4f", "+,.4f"
 
@@ -23,24 +24,16 @@ ARMS_NOTE = (
     "phase (of a branch, the step that it starts from), after the last step, and there with the moving "
     "average of the weights. Differences are to the arm under Minus, run by run of equal seeds, which read "
     "the same data in the same order: ± s / sqrt(n), with the standard deviation s of n differences. No "
-    "standard error where n is 1."
+    "standard error where n is 1. (n of m): only n of the arm's m seeds have that loss, or a pair of it."
 )
 
 
 def _losses(arms: Sequence[ArmRuns], value: Value) -> list[Cell]:
-    return [_noted(arm, value) for arm in arms]
-
-
-def _noted(arm: ArmRuns, value: Value) -> Number | None:
-    """Make a number of a loss, noted "n of m" where only n of the m runs have one."""
-    found = arm.over_seeds(value)
-    if found is None or found.num_seeds == len(arm.runs):
-        return number(found, _LOSS)
-    return number(found, _LOSS, f"{found.num_seeds} of {len(arm.runs)}")
+    return [noted(arm.over_seeds(value), _LOSS, len(arm.runs)) for arm in arms]
 
 
 def _gains(arms: Sequence[ArmRuns], value: Value) -> list[Cell]:
-    return [number(arm.gain(value), _DIFFERENCE) for arm in arms]
+    return [noted(arm.gain(value), _DIFFERENCE, len(arm.runs)) for arm in arms]
 
 
 def arms_table(arms: Sequence[ArmRuns]) -> Table:
@@ -49,7 +42,10 @@ def arms_table(arms: Sequence[ArmRuns]) -> Table:
     Args:
         arms: The arms of a stage.
     """
-    changes = [arm.change_of_gain(loss_before_decay, held_out_loss) for arm in arms]
+    changes: list[Cell] = [
+        noted(arm.change_of_gain(loss_before_decay, held_out_loss), _DIFFERENCE, len(arm.runs))
+        for arm in arms
+    ]
     return Table({
         "Arm": [arm.name for arm in arms],
         "Seeds": [plain(len(arm.runs), "d") for arm in arms],
@@ -59,7 +55,7 @@ def arms_table(arms: Sequence[ArmRuns]) -> Table:
         "Minus": [arm.other for arm in arms],
         "Difference before decay": _gains(arms, loss_before_decay),
         "Difference at the end": _gains(arms, held_out_loss),
-        "Change over the decay": [number(change, _DIFFERENCE) for change in changes],
+        "Change over the decay": changes,
         "Difference of averages before decay": _gains(arms, average_loss_before_decay),
         "Difference of averages at the end": _gains(arms, average_held_out_loss),
     })  # fmt: skip
@@ -80,7 +76,7 @@ def runs_table(plan: PlanFile, runs: Mapping[str, RunRecord]) -> Table:
         "Member": [plain(members[path].number, "d") for path in begun],
         "Steps": [_steps(run) for run in found],
         "Tokens (M)": [plain(own_tokens(run) / 1e6, ",.2f") for run in found],
-        "GPU-hours": [plain(own_device_hours(run), ".3f") for run in found],
+        "GPU-hours": [_hours(run) for run in found],
         "Loss before decay": [plain(loss_before_decay(run), _LOSS) for run in found],
         "Loss": [plain(held_out_loss(run), _LOSS) for run in found],
         "Loss of average": [plain(average_held_out_loss(run), _LOSS) for run in found],
@@ -95,11 +91,20 @@ def _steps(run: RunRecord) -> str:
     return f"{first}{run.steps[-1]['step']:,}{end}"
 
 
+def _hours(run: RunRecord) -> Number | None:
+    """Make a number of a run's own hours, noted where they lack steps."""
+    found, num_missing = own_device_hours(run), num_missing_steps(run)
+    note = f"without {num_missing:,} of its steps" if num_missing else ""
+    return None if found is None else Number(value=found, spec=".3f", note=note)
+
+
 def totals(runs: Mapping[str, RunRecord]) -> str:
     """Say how many runs there are, with their tokens and GPU-hours."""
     begun = [run for run in runs.values() if run.steps]
     hours = [found for run in begun if (found := own_device_hours(run)) is not None]
     of_known = "" if len(hours) == len(begun) else f" ({len(hours)} of them)"
+    num_missing = sum(map(num_missing_steps, begun))
+    of_known += f", without {num_missing:,} steps that are not on record" if num_missing else ""
     finished = sum(run.is_finished for run in begun)
     return (
         f"{len(begun)} runs, {finished} of them finished: {sum(map(own_tokens, begun)) / 1e6:,.1f}M tokens, "

@@ -44,12 +44,18 @@ class ArmRuns:
         one, two = self._differences(before), self._differences(after)
         return estimate([two[seed] - one[seed] for seed in one if seed in two])
 
-    def _differences(self, value: Value) -> dict[int, float]:
-        pairs = ((seed, value(run), value(self.others[seed])) for seed, run in self._paired())
-        return {seed: one - two for seed, one, two in pairs if one is not None and two is not None}
+    def pairs(self) -> list[tuple[RunRecord, RunRecord]]:
+        """Return each run with the one of its seed: of finished ones, or of all if no pair is finished."""
+        found = [(run, self.others[seed]) for seed, run in self.runs.items() if seed in self.others]
+        return [pair for pair in found if all(run.is_finished for run in pair)] or found
 
-    def _paired(self) -> list[tuple[int, RunRecord]]:
-        return [(seed, run) for seed, run in self.runs.items() if seed in self.others]
+    def _differences(self, value: Value) -> dict[int, float]:
+        pairs = (
+            (seed, value(run), value(self.others[seed]))
+            for seed, run in self.runs.items()
+            if seed in self.others
+        )
+        return {seed: one - two for seed, one, two in pairs if one is not None and two is not None}
 
 
 def arms_of(plan: PlanFile, stage: PlannedStage, runs: Mapping[str, RunRecord]) -> list[ArmRuns]:

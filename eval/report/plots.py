@@ -11,6 +11,7 @@ from eval.report.curves import (
     Curve,
     curve,
     difference_curve,
+    drawn_runs,
     held_out_series,
     loss_series,
     smoothed_loss_series,
@@ -26,6 +27,7 @@ from eval.report.drawing import (
     spread,
 )
 from eval.report.rows import Row
+from eval.report.run_records import RunRecord
 from eval.report.styles import Style
 
 AXES = {"tokens": "training tokens", "flops": "training compute", "seconds": "training time"}
@@ -129,32 +131,41 @@ def plot_differences(
         return False
     others = [row for row in rows if row is not baseline and styles[row.name].is_main]
     title = f"Loss minus that of {baseline.name}"
-    return plot_pairs([(row, baseline) for row in others], styles, title, path)
+    base = drawn_runs(baseline)
+    return plot_loss_differences([(row.name, drawn_runs(row), base) for row in others], styles, title, path)
 
 
-def plot_pairs(pairs: Sequence[tuple[Row, Row]], styles: Mapping[str, Style], title: str, path: Path) -> bool:
+def plot_loss_differences(
+    compared: Sequence[tuple[str, Sequence[RunRecord], Sequence[RunRecord]]],
+    styles: Mapping[str, Style],
+    title: str,
+    path: Path,
+) -> bool:
     """Plot the loss of rows minus that of others: lines for training, points for held-out.
 
     Args:
-        pairs: Each row, and the one to subtract.
+        compared: Name of each row, its runs, and the runs to subtract.
         styles: Name of a row -> its style.
         title: Title of the figure.
         path: The PNG to write; a PDF is written beside it.
 
     Returns:
-        Whether any pair has a loss at the same number of tokens; without one no file is written.
+        Whether any row has a loss at the same number of tokens as what is subtracted; without one no file is
+        written.
     """
-    lines = [difference_curve(row, base, loss_series, smoothed=True) for row, base in pairs]
-    points = [difference_curve(row, base, held_out_series) for row, base in pairs]
+    lines = [difference_curve(runs, others, loss_series, smoothed=True) for _, runs, others in compared]
+    points = [difference_curve(runs, others, held_out_series) for _, runs, others in compared]
     if not any(each.x for each in (*lines, *points)):
         return False
     figure, axes = new_axes(title=title, x="Training tokens", y="Difference in loss (nats/token)")
     format_counts(axes)
     axes.axhline(0.0, color="#333333", linewidth=0.8)
     late: list[float] = []
-    for (row, _), line, held_out, place in zip(pairs, lines, points, places(len(pairs)), strict=True):
-        style = styles[row.name]
-        draw_curve(axes, line, style, label=row.name)
+    for (name, _, _), line, held_out, place in zip(
+        compared, lines, points, places(len(compared)), strict=True
+    ):
+        style, pairing = styles[name], line.pairing or held_out.pairing
+        draw_curve(axes, line, style, label=f"{name} ({pairing})" if pairing else name)
         draw_points(axes, spread(held_out, place), style, label=None, line=False)
         late += late_values(line) + late_values(held_out)
     axes.set_xlim(left=0)

@@ -21,7 +21,7 @@ from eval.report.run_values import (
     training_loss,
 )
 from eval.report.seed_statistics import difference
-from eval.report.table import Better, Cell, Number, Table, mark_best, number, plain
+from eval.report.table import Better, Cell, Number, Table, mark_best, noted, number, plain
 
 
 class Column(NamedTuple):
@@ -82,18 +82,13 @@ def result_columns(rows: Sequence[Row]) -> tuple[Column, ...]:
 
 def over_seeds(row: Row, value: Value, spec: str) -> Number | None:
     """Make a number of a value over a row's seeds, noted "n of m" where only n of its m seeds have one."""
-    found = row.over_seeds(value)
-    if found is None or found.num_seeds == len(row.runs):
-        return number(found, spec)
-    return number(found, spec, f"{found.num_seeds} of {len(row.runs)}")
+    return noted(row.over_seeds(value), spec, len(row.runs))
 
 
 def difference_cell(row: Row, baseline: Row, value: Value, spec: str) -> Number | None:
-    """Make a number of row - baseline, noted "n of m / n of m" where not all seeds of either have a value."""
-    ours, base = row.by_seed(value), baseline.by_seed(value)
-    pairs = [(len(ours), len(row.runs)), (len(base), len(baseline.runs))]
-    note = "" if all(n == m for n, m in pairs) else " / ".join(f"{n} of {m}" for n, m in pairs)
-    return number(difference(ours, base), f"+{spec}", note)
+    """Make a number of row - baseline, noted with its number of pairs, or that it is unpaired."""
+    found = difference(row.by_seed(value), baseline.by_seed(value))
+    return None if found is None else number(found, f"+{spec}", found.pairing)
 
 
 def _mean(row: Row, value: Value) -> float | None:
@@ -104,7 +99,7 @@ def _mean(row: Row, value: Value) -> float | None:
 def _counts(row: Row, value: Value) -> Cell:
     """Make a cell of a count that a row's runs share, such as that of documents; of all where they differ."""
     found = sorted({n for run in row.runs if (n := value(run)) is not None})
-    return plain(found[0], ",.0f") if len(found) == 1 else ", ".join(f"{n:,.0f}" for n in found)
+    return plain(found[0], ",.0f") if len(found) == 1 else "; ".join(f"{n:,.0f}" for n in found)
 
 
 def results_table(rows: Sequence[Row]) -> Table:
@@ -161,8 +156,9 @@ def _better(metric: str) -> Better | None:
 
 
 def tasks_table(rows: Sequence[Row]) -> Table | None:
-    """Make the table of every metric of every task; None where no run evaluated tasks."""
-    last = [run.tasks[-1] for row in rows for run in row.runs if run.tasks]
+    """Make the table of every metric of every task; None where no run evaluated tasks after its last step."""
+    evaluated = [run for row in rows for run in row.runs if run.tasks]
+    last = [run.tasks[-1] for run in evaluated if run.tasks[-1]["step"] == run.last_step]
     keys = sorted({key for record in last for key in record if key.startswith("tasks/")})
     if not keys:
         return None

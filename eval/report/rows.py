@@ -1,5 +1,6 @@
 """Rows and arms: runs that differ only in seeds are a row, rows that differ only in learning rates an arm."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -78,10 +79,14 @@ def _group(runs: Sequence[RunRecord], key: Callable[[RunRecord], Hashable]) -> l
     return list(groups.values())
 
 
+def tokenizer_of(run: RunRecord) -> str | None:
+    """Return the fingerprint of a run's tokenizer, or its path where none was recorded."""
+    return run.steps[-1].get("tokenizer_fingerprint") or run.config.get("data.tokenizer")
+
+
 def _chosen(run: RunRecord, *, with_rates: bool) -> str:
     kept = {key: value for key, value in choices(run.config).items() if with_rates or not is_rate(key)}
-    tokenizer = run.steps[-1].get("tokenizer_fingerprint", run.config.get("data.tokenizer"))
-    return repr((sorted(kept.items()), run.budget, tokenizer))
+    return repr((sorted(kept.items()), run.budget, tokenizer_of(run)))
 
 
 def make_rows(runs: Sequence[RunRecord]) -> list[Row]:
@@ -143,7 +148,8 @@ def loss_of(rows: Sequence[Row]) -> Callable[[RunRecord], float | None]:
 
 def _loss_order(row: Row, loss: Callable[[RunRecord], float | None]) -> tuple[bool, float]:
     found = row.over_seeds(loss)
-    return found is None, 0.0 if found is None else found.mean
+    has_loss = found is not None and not math.isnan(found.mean)
+    return not has_loss, found.mean if found is not None and has_loss else 0.0
 
 
 def sort_rows(rows: Sequence[Row], baseline: Row | None) -> list[Row]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from errors import UserError
 from eval.diagnostics.record import compact, read_records
+from eval.report.step_ranges import format_ranges, missing_ranges
 from eval.report.task_records import Record, merge_tasks, read_results
 from models.run_folder import RunFolder, step_of
 
@@ -21,13 +22,15 @@ class RunRecord:
         folder: The run folder.
         config: The resolved config, dotted key -> value; keys that are "none" are left out.
         steps: Training records by step, each with the keys of its launch (num_ranks, flops_per_token, ...)
-            where recorded, "seconds" (of training steps so far), "rank_seconds" (the same times ranks; None
-            where the ranks are unknown) and "flops" (None where unknown).
+            where recorded, "seconds" (of training steps so far; None where earlier steps are not on record),
+            "rank_seconds" (the same times ranks; None where the ranks are unknown too) and "flops" (None
+            where unknown).
         held_out: Records of the held-out loss by step, with "tokens", "flops", "seconds" as in steps.
         tasks: Task records by step, merged by merge_tasks from those of training and of results.json files.
             "origins": task -> path of its results.json, None for training.
         diagnostics: Records of diagnostics by step, as eval.diagnostics.record.compact returns them.
-        num_trunk_steps: Number of steps that the trunk took.
+        num_trunk_steps: Number of steps that the trunk took, also where its records are missing; 0 without
+            one.
         notes: Damaged lines and missing parts, for the report.
     """
 
@@ -47,11 +50,12 @@ class RunRecord:
         if steps is None:
             return None
         stop = self.config.get("training.stop_at_step", steps)
-        tokens = self.config.get("training.stop_at_tokens", steps * self._batch_tokens)
-        return min(steps, stop, -(-tokens // self._batch_tokens))
+        tokens = self.config.get("training.stop_at_tokens", steps * self.batch_tokens)
+        return min(steps, stop, -(-tokens // self.batch_tokens))
 
     @property
-    def _batch_tokens(self) -> int:
+    def batch_tokens(self) -> int:
+        """Tokens per step by the config, which there must be."""
         return self.config["training.global_batch_size"] * self.config["training.seq_len"]
 
     @property
@@ -65,7 +69,12 @@ class RunRecord:
             return None
         taken = [record for record in self.steps if record["step"] <= self.last_step]
         step, tokens = (taken[-1]["step"], taken[-1]["tokens"]) if taken else (0, 0)
-        return tokens + (self.last_step - step) * self._batch_tokens
+        return tokens + (self.last_step - step) * self.batch_tokens
+
+    @property
+    def own_steps(self) -> list[Record]:
+        """The training records of the run itself, without those of its trunk."""
+        return [record for record in self.steps if record["step"] > self.num_trunk_steps]
 
     @property
     def is_finished(self) -> bool:
@@ -102,6 +111,8 @@ def read_metrics(path: Path) -> tuple[list[Record], list[str]]:
         try:
             record = json.loads(line)
             step = record["step"]
+            if not isinstance(step, int):
+                raise TypeError(f"step is {step!r}, want a number")
         except (json.JSONDecodeError, KeyError, TypeError):
             where = "the last line" if number == len(lines) else f"line {number}"
             notes.append(f"{path}: {where} is damaged and was skipped: {line[:60]!r}")
@@ -131,14 +142,22 @@ def _by_step(records: Iterable[Record], key: str) -> list[Record]:
     return [found[step] for step in sorted(found)]
 
 
-def _parent_folder(folder: Path, checkpoint: Path) -> Path:
+def _parent_folder(folder: Path, checkpoint: Path) -> Path | None:
     """Return the folder of the run that wrote a checkpoint; if it has been moved, one of its name.
 
-    That is beside folder, or in a plan's folder, where runs are in folders of their stages.
+    That is in a plan's folder, where runs are in folders of their stages, or beside folder. None where there
+    is none with records but folder itself, which may have its trunk's name.
     """
     parent = RunFolder.of_checkpoint(checkpoint).path
     in_plan = folder.parent.parent / parent.parent.name / parent.name
-    return next((each for each in (parent, in_plan) if each.exists()), folder.parent / parent.name)
+    return next(
+        (
+            each
+            for each in (parent, in_plan, folder.parent / parent.name)
+            if RunFolder(each).metrics_file.exists() and each.resolve() != folder.resolve()
+        ),
+        None,
+    )
 
 
 def _read_folder(folder: Path, seen: tuple[Path, ...] = ()) -> tuple[Record, list[Record], int, list[str]]:
@@ -158,14 +177,16 @@ def _read_folder(folder: Path, seen: tuple[Path, ...] = ()) -> tuple[Record, lis
     parent, step = _parent_folder(folder, checkpoint), step_of(checkpoint)
     if step is None:
         raise UserError(f"{run.config_file}: checkpoint.start_from is {start_from!r}, want a folder step-N")
-    if not RunFolder(parent).metrics_file.exists():
-        notes.append(
-            f"{folder} branched from {start_from}, whose run is missing: its curves and cost begin at "
-            f"step {step + 1}"
-        )
-        return config, own, 0, notes
-    _, earlier, _, parent_notes = _read_folder(parent, (*seen, folder.resolve()))
+    earlier, parent_notes = [], []
+    if parent is not None:
+        _, earlier, _, parent_notes = _read_folder(parent, (*seen, folder.resolve()))
     trunk = [record for record in earlier if record["step"] <= step]
+    if not any("loss" in record for record in trunk):
+        notes.append(
+            f"{folder} branched from {start_from}, whose run is missing: its curves begin at "
+            f"step {step + 1}, its FLOPs and hours are not known"
+        )
+        return config, own, step, notes
     return config, trunk + [r for r in own if r["step"] > step], step, notes + parent_notes
 
 
@@ -178,6 +199,8 @@ def _read_diagnostics(folder: Path, config: Record, seen: tuple[Path, ...] = ())
     if start_from is None or step is None or folder.resolve() in seen:
         return own
     parent = _parent_folder(folder, Path(start_from))
+    if parent is None:
+        return own
     table = RunFolder(parent).read_config()
     earlier = _read_diagnostics(parent, flatten(table or {}), (*seen, folder.resolve()))
     return [r for r in earlier if r["step"] <= step] + [r for r in own if r["step"] > step]
@@ -196,17 +219,19 @@ def find_runs(folders: Iterable[Path]) -> list[Path]:
             hidden folders and links in them are left out.
 
     Returns:
-        Run folders without repetition, those in a folder by name; a folder with none in it is left out.
+        Run folders, each once under its first path, those in a folder by name; a folder with none in it is
+        left out.
 
     Raises:
         UserError: There is no such folder.
     """
-    found: dict[Path, None] = {}
+    found: dict[Path, Path] = {}
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"there is no folder {folder}; want a run folder such as runs/NAME, or runs")
-        found.update(dict.fromkeys(_runs_in(folder)))
-    return [*found]
+        for run in _runs_in(folder):
+            found.setdefault(run.resolve(), run)
+    return [*found.values()]
 
 
 def _runs_in(folder: Path) -> list[Path]:
@@ -232,15 +257,18 @@ def _other_samples(folder: Path, held_out: list[Record]) -> list[str]:
 
 
 def _add_costs(steps: list[Record]) -> None:
-    """Add cumulative seconds, rank-seconds and FLOPs to training records."""
+    """Add cumulative seconds, rank-seconds and FLOPs to training records; None where they are not known."""
     seconds, rank_seconds, flops, tokens = 0.0, 0.0, 0.0, 0
-    known = has_flops = True
-    for record in steps:
+    is_complete = has_ranks = True
+    # tokens before the first record may have cost another number of FLOPs each
+    has_flops = bool(steps) and steps[0]["step"] == 1
+    for number, record in enumerate(steps, 1):
+        is_complete = is_complete and record["step"] == number
+        has_ranks = has_ranks and "num_ranks" in record
         seconds += record["step_seconds"]
-        known = known and "num_ranks" in record
         rank_seconds += record["step_seconds"] * record.get("num_ranks", 0)
-        record["seconds"] = seconds
-        record["rank_seconds"] = rank_seconds if known else None
+        record["seconds"] = seconds if is_complete else None
+        record["rank_seconds"] = rank_seconds if is_complete and has_ranks else None
         # not times all tokens: a branch with longer rows spends more per token than its trunk
         has_flops = has_flops and "flops_per_token" in record
         flops += record.get("flops_per_token", 0) * (record["tokens"] - tokens)
@@ -256,6 +284,29 @@ def _add_progress(records: list[Record], steps: list[Record]) -> None:
         start = {"tokens": 0, "flops": 0.0 if known else None, "seconds": 0.0}
         at = start if record["step"] == 0 else by_step.get(record["step"], {})
         record.update({key: at.get(key, record.get(key)) for key in start})
+
+
+def _missing_steps(folder: Path, steps: list[Record], trunk_step: int) -> list[str]:
+    """Return a note of steps that are not on record; those of a missing trunk have their own."""
+    has_trunk = steps[0]["step"] <= trunk_step
+    first = 1 if has_trunk else trunk_step + 1
+    ranges = missing_ranges([record["step"] for record in steps], first, steps[-1]["step"])
+    if not ranges:
+        return []
+    return [
+        f"{folder} has no record of {format_ranges(ranges)}: its curves have a gap, its hours are not known"
+    ]
+
+
+def _earlier_results(run: RunRecord) -> list[str]:
+    """Return a note for each kind of result that a finished run has of an earlier step alone."""
+    kinds = {"held-out losses": run.held_out, "results of tasks": run.tasks}
+    return [
+        f"{run.folder} has no {kind} of its last step, {run.last_step}; those of step "
+        f"{found[-1]['step']} are left out of the results"
+        for kind, found in kinds.items()
+        if run.is_finished and found and found[-1]["step"] != run.last_step
+    ]
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -281,12 +332,7 @@ def read_run(folder: Path) -> RunRecord:
         for record in records
         if "eval_error" in record
     ]
-    if not steps:
-        notes.append(f"{folder} has no training steps")
-    elif steps[0]["step"] > 1 and not any("branched" in note for note in notes):
-        notes.append(
-            f"{folder}: records begin at step {steps[0]['step']}; time and cost are without earlier steps"
-        )
+    notes += _missing_steps(folder, steps, trunk_step) if steps else [f"{folder} has no training steps"]
     run = RunRecord(
         folder=folder,
         config=config,
@@ -294,9 +340,10 @@ def read_run(folder: Path) -> RunRecord:
         held_out=held_out,
         tasks=tasks,
         diagnostics=_read_diagnostics(folder, config),
-        num_trunk_steps=sum(step["step"] <= trunk_step for step in steps),
+        num_trunk_steps=trunk_step,
         notes=notes,
     )
+    notes += _earlier_results(run)
     if steps and run.last_step is not None and not run.is_finished:
         notes.append(f"{folder} is not finished: step {steps[-1]['step']} of {run.last_step}")
     return run

@@ -67,16 +67,31 @@ def average_loss_before_decay(run: RunRecord) -> float | None:
 
 
 def own_device_hours(run: RunRecord) -> float | None:
-    """Return the time of the run's own training steps times ranks in hours; None where it is unknown."""
-    whole, steps = device_hours(run), run.steps[: run.num_trunk_steps]
-    trunk = steps[-1]["rank_seconds"] if steps else 0.0
-    return None if whole is None or trunk is None else whole - trunk / 3600
+    """Return the time of the run's own recorded steps times ranks in hours; None where ranks are unknown."""
+    if any("num_ranks" not in step for step in run.own_steps):
+        return None
+    return sum(step["step_seconds"] * step["num_ranks"] for step in run.own_steps) / 3600
+
+
+def num_missing_steps(run: RunRecord) -> int:
+    """Return how many of the run's own steps are not on record, up to the last one that is."""
+    last = run.steps[-1]["step"] if run.own_steps else run.num_trunk_steps
+    return last - run.num_trunk_steps - len(run.own_steps)
 
 
 def own_tokens(run: RunRecord) -> int:
-    """Return the number of tokens that the run itself was trained on, without those of its trunk."""
-    trunk = run.steps[run.num_trunk_steps - 1]["tokens"] if run.num_trunk_steps else 0
-    return run.steps[-1]["tokens"] - trunk
+    """Return the number of tokens that the run itself was trained on, without those of its trunk.
+
+    Where the records of the trunk are missing, by the batch of the run's config.
+    """
+    own = run.own_steps
+    if not own:
+        return 0
+    trunk = run.steps[: -len(own)]
+    if trunk:
+        return own[-1]["tokens"] - trunk[-1]["tokens"]
+    first = own[0]["tokens"] - (own[0]["step"] - run.num_trunk_steps) * run.batch_tokens
+    return own[-1]["tokens"] - (first if run.num_trunk_steps else 0)
 
 
 def held_out_error(run: RunRecord) -> float | None:
@@ -129,14 +144,14 @@ def gradient_norms(run: RunRecord) -> list[float]:
 
 
 def num_spikes(run: RunRecord) -> float | None:
-    """Return the number of spikes of the gradient norm so far; None where it was not recorded."""
-    norms = gradient_norms(run)
+    """Return the number of spikes of the gradient norm; None for an unfinished run, or without a record."""
+    norms = gradient_norms(run) if run.is_finished else []
     return float(len(find_spikes(norms))) if norms else None
 
 
 def median(run: RunRecord, key: str) -> float | None:
     """Return the median of a value over the run's own steps; None where none was recorded."""
-    found = [s[key] for s in run.steps[run.num_trunk_steps :] if s.get(key) is not None]
+    found = [s[key] for s in run.own_steps if s.get(key) is not None]
     return statistics.median(found) if found else None
 
 
@@ -146,12 +161,13 @@ def peak_memory(run: RunRecord) -> float | None:
     return max(found) if found else None
 
 
-def hours(run: RunRecord) -> float:
-    """Return the time of training steps in hours."""
-    return run.steps[-1]["seconds"] / 3600
+def hours(run: RunRecord) -> float | None:
+    """Return the time of training steps so far in hours; None where steps are not on record."""
+    seconds = run.steps[-1]["seconds"]
+    return None if seconds is None else seconds / 3600
 
 
 def device_hours(run: RunRecord) -> float | None:
-    """Return the time of training steps times ranks in hours; None where the ranks are unknown."""
+    """Return the time of training steps times ranks in hours, as hours; None where ranks are unknown too."""
     seconds = run.steps[-1]["rank_seconds"]
     return None if seconds is None else seconds / 3600

@@ -1,6 +1,7 @@
 """Spikes of the gradient norm: steps far above the running median."""
 
 import bisect
+import math
 from collections.abc import Sequence
 
 WINDOW = 100
@@ -12,18 +13,24 @@ FACTOR = 3.0
 
 
 def running_medians(values: Sequence[float], window: int = WINDOW) -> list[float | None]:
-    """Compute the median of the `window` values before each one; None for the first MIN_STEPS."""
+    """Compute the median of the `window` values before each one, of those that are not NaN.
+
+    Returns:
+        The medians; None for the first MIN_STEPS, and where all values before are NaN.
+    """
     ordered: list[float] = []
     medians: list[float | None] = []
     for index, value in enumerate(values):
         middle = len(ordered) // 2
         odd = len(ordered) % 2 == 1
         median = None
-        if index >= MIN_STEPS:
+        if index >= MIN_STEPS and ordered:
             median = ordered[middle] if odd else (ordered[middle - 1] + ordered[middle]) / 2
         medians.append(median)
-        bisect.insort(ordered, value)
-        if len(ordered) > window:
+        # NaN is not ordered
+        if not math.isnan(value):
+            bisect.insort(ordered, value)
+        if index >= window and not math.isnan(values[index - window]):
             del ordered[bisect.bisect_left(ordered, values[index - window])]
     return medians
 
@@ -39,7 +46,7 @@ def find_spikes(values: Sequence[float]) -> list[int]:
     """
     spikes: list[list[int]] = []
     for index, (value, median) in enumerate(zip(values, running_medians(values), strict=True)):
-        if median is None or value <= FACTOR * median:
+        if median is None or not value > FACTOR * median:
             continue
         if spikes and spikes[-1][-1] == index - 1:
             spikes[-1].append(index)

@@ -52,6 +52,13 @@ def number(value: Estimate | None, spec: str, note: str = "") -> Number | None:
     return None if value is None else Number(value=value.mean, error=value.error, spec=spec, note=note)
 
 
+def noted(value: Estimate | None, spec: str, num_runs: int) -> Number | None:
+    """Make a number of a mean over seeds, noted "n of m" where only n of the m runs have a value."""
+    if value is None or value.num_seeds == num_runs:
+        return number(value, spec)
+    return number(value, spec, f"{value.num_seeds} of {num_runs}")
+
+
 def plain(value: float | None, spec: str) -> Number | None:
     """Make a number without an error; None without one."""
     return None if value is None else Number(value=value, spec=spec)

@@ -27,7 +27,8 @@ from eval.report.table import Table
 PLOT_NOTES = (
     "Means over seeds; bands and error bars are one standard error. Training losses are running means over "
     f"1/{SMOOTHED_PART} of a run. Color tells the attention, line style and filling the optimizer; learning "
-    "rates other than the best are thin and faint.",
+    "rates other than the best are thin and faint. The legend of differences says how many pairs of runs "
+    "of equal seeds they are over.",
     f"A spike of the gradient norm is a step of more than {FACTOR:g} times the median of the {WINDOW} steps "
     f"before it (adjacent steps are one spike; the first {MIN_STEPS} steps are not judged).",
 )
@@ -115,7 +116,7 @@ def _table_lines(rows: Sequence[Row], baseline: Row | None, out: Path) -> list[s
     """Write each table as CSV, and return the sections of the report with all of them."""
     name = "" if baseline is None else baseline.name
     differing = differing_table(rows)
-    same = () if differing or len(rows) == 1 else ("Only seeds and names.",)
+    same = () if differing or len(rows) == 1 else ("Nothing that changes training but seeds.",)
     minus = None if baseline is None or len(rows) == 1 else differences_table(rows, baseline)
     note = () if minus is None else (differences_note(name),)
     sections: tuple[tuple[str, str, Table | None, Sequence[str]], ...] = (

@@ -12,7 +12,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from errors import run_command
+from errors import check_out, run_command
 from models.convert.from_hf import convert_from_hf
 from models.convert.to_hf import convert_to_hf
 
@@ -62,6 +62,7 @@ def main() -> None:
         UserError: As convert_from_hf and convert_to_hf.
     """
     options = _parse()
+    check_out(options.out)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         print(_convert(options))
@@ -77,7 +78,7 @@ def _convert(options: argparse.Namespace) -> str:
         options.out,
         dtype=options.dtype,
         tokenizer=options.tokenizer,
-        shard_bytes=round(options.shard_gb * 1e9),
+        shard_bytes=options.shard_gb * 1e9,
         average=options.average,
     )
 

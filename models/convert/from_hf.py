@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from errors import UserError
+from errors import MAX_SEED, UserError
 from models.checkpoint.write import write_weights
 from models.config import ModelConfig, ParallaxConfig
 from models.convert.format import from_config_json, to_hugging_face
@@ -55,8 +55,11 @@ def convert_from_hf(
 
     Raises:
         UserError: config.json is not supported; tensors are missing, unexpected, of other shapes or dtypes,
-            NaN or Inf (lists them all); a file leads out of the folder; or out already has a run.
+            NaN or Inf (lists them all); a file leads out of the folder; out already has a run; or the seed is
+            out of range.
     """
+    if not 0 <= seed <= MAX_SEED:
+        raise UserError(f"--seed must be at least 0 and at most {MAX_SEED}, got {seed}")
     run = RunFolder(out)
     if run.config_file.exists() or run.step_folders():
         raise UserError(f"{out} already has a run; give --out another folder")

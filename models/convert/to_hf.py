@@ -1,6 +1,7 @@
 """Conversion of a run folder to a Hugging Face folder, one safetensors file in memory at a time."""
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -27,7 +28,7 @@ def convert_to_hf(
     *,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     tokenizer: Path | None = None,
-    shard_bytes: int = 5_000_000_000,
+    shard_bytes: float = 5e9,
     average: bool = False,
 ) -> str:
     """Convert a run folder to a folder that transformers loads: stock Qwen3, or modeling_parallax.py.
@@ -49,8 +50,8 @@ def convert_to_hf(
     """
     if (out / "config.json").exists() or any(out.glob("*.safetensors")):
         raise UserError(f"{out} already has a model, or a part of one; give --out another folder")
-    if shard_bytes < 1:
-        raise UserError(f"--shard-gb must be positive, got {shard_bytes / 1e9}")
+    if not 1 <= shard_bytes < math.inf:
+        raise UserError(f"--shard-gb must be positive and finite, got {shard_bytes / 1e9:g}")
     checkpoint = find_checkpoint(source)
     run, table = RunFolder.of_checkpoint(checkpoint), read_run_table(checkpoint)
     config = model_config(table, checkpoint)
@@ -108,7 +109,7 @@ def _write_json(path: Path, table: dict[str, Any]) -> None:
 
 
 def _write_weights(
-    weights: SavedWeights, shapes: dict[str, torch.Size], dtype: torch.dtype, out: Path, shard_bytes: int
+    weights: SavedWeights, shapes: dict[str, torch.Size], dtype: torch.dtype, out: Path, shard_bytes: float
 ) -> int:
     """Write all weights, and the index of several files; return the number of files."""
     shards: list[list[str]] = [[]]

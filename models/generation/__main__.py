@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from errors import UserError, decode_text, run_command
+from errors import UserError, check_at_least_1, decode_text, run_command
 from models.checkpoint.load import load_model, model_config
+from models.device import check_device
 from models.generation.generate import stream
 from models.generation.sampling import Sampling
 from models.generation.text_stream import TextStream, stop_at
@@ -60,7 +61,7 @@ def load(options: argparse.Namespace) -> tuple[Qwen3, Tokenizer, int]:
     """Load the model, its tokenizer and the id of the end-of-document token.
 
     Raises:
-        UserError: The checkpoint, the tokenizer or the device is not available.
+        UserError: The checkpoint or the tokenizer is not available.
     """
     checkpoint = find_checkpoint(options.checkpoint)
     table = read_run_table(checkpoint)
@@ -74,9 +75,7 @@ def load(options: argparse.Namespace) -> tuple[Qwen3, Tokenizer, int]:
     end_id = tokenizer.token_to_id(end_of_document)
     if end_id is None:
         raise UserError(f"{file} has no token {end_of_document!r}, the run's data.end_of_document")
-    is_on_gpu = options.device.startswith("cuda")
-    if is_on_gpu and not torch.cuda.is_available():
-        raise UserError(f"--device is {options.device}, but no CUDA device is available; give cpu")
+    is_on_gpu = options.device != "cpu"
     if is_on_gpu and torch.device(options.device).index is not None:
         torch.cuda.set_device(options.device)
     dtype = _DTYPES[options.dtype or ("bfloat16" if is_on_gpu else "float32")]
@@ -91,8 +90,8 @@ def main() -> None:
         UserError: An option is out of range, or as load.
     """
     options = make_parser().parse_args()
-    if options.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens must be at least 1, got {options.max_new_tokens}")
+    check_at_least_1(options, "max_new_tokens")
+    check_device(options.device)
     sampling = Sampling(
         temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed
     )

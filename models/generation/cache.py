@@ -3,11 +3,13 @@
 prefill computes packed prompts into an empty cache; extend appends new tokens to every sequence.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from disk import format_bytes
 from errors import UserError
 from models.attention.base import Rope, State
 from models.qwen3 import Block, Qwen3, document_positions
@@ -38,8 +40,18 @@ class Cache:
             model: The model that will use it.
             batch: Number of sequences B.
             max_seqlen: Maximum length of a sequence.
+
+        Raises:
+            UserError: The device has less memory than the cache takes.
         """
         weight = model.tok_embeddings.weight
+        needed = batch * model.num_cache_elements(max_seqlen) * weight.itemsize
+        if needed > (memory := _memory_bytes(weight.device)):
+            raise UserError(
+                f"the decoding cache of {batch} sequences of up to {max_seqlen:,} tokens takes "
+                f"{format_bytes(needed)}, but {weight.device} has {format_bytes(memory)}: give a smaller "
+                "max_new_tokens"
+            )
         states = [
             attention.new_state(batch, max_seqlen, device=weight.device, dtype=weight.dtype)
             for attention in model.attention_modules()
@@ -61,6 +73,13 @@ class Cache:
             for x in state.values():
                 x.zero_()
         self.lengths_B.zero_()
+
+
+def _memory_bytes(device: torch.device) -> int:
+    """Return the size of a device's memory in bytes, all that is in use included."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _run_blocks(

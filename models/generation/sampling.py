@@ -4,7 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
-from errors import UserError
+from errors import MAX_SEED, UserError, check_range
+
+# 1 / temperature overflows in fp32 below it; far above it all but the most likely token have probability 0
+_MIN_TEMPERATURE = 1e-30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,7 @@ class Sampling:
             raise UserError(f"top_k must be at least 1, or None for all tokens; got {self.top_k}")
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             raise UserError(f"top_p must be above 0 and at most 1, or None for all tokens; got {self.top_p}")
+        check_range(self, 0, MAX_SEED, "seed")
 
 
 def sample_tokens(
@@ -54,7 +58,9 @@ def sample_tokens(
     if sampling.temperature == 0.0:
         tokens_B = logits_BV.argmax(-1)
     else:
-        scaled_BV = logits_BV / sampling.temperature
+        # the largest becomes 0: with a small temperature the others overflow alone, to a probability of 0
+        top_B1 = logits_BV.max(-1, keepdim=True).values
+        scaled_BV = (logits_BV - top_B1) / max(sampling.temperature, _MIN_TEMPERATURE)
         if sampling.top_k is not None and sampling.top_k < scaled_BV.shape[1]:
             smallest_B1 = scaled_BV.topk(sampling.top_k).values[:, -1:]
             scaled_BV = scaled_BV.masked_fill(scaled_BV < smallest_B1, float("-inf"))

@@ -23,7 +23,7 @@ from eval.harness import HarnessModel, evaluate_tasks, load_tasks
 from eval.scoring.groups import Group, Scores
 from eval.scoring.language_model import Qwen3Model
 from eval.scoring.scorer import Scorer, windows
-from eval.task_results import ACCURACIES, NORMALIZED, PAPER
+from eval.task_results import ACCURACIES, NORMALIZED, PAPER, format_table
 from models.qwen3 import Qwen3
 from tests.eval.conftest import build
 from tests.ranks import run_ranks
@@ -200,6 +200,20 @@ def test_the_mean_of_the_paper_s_accuracies_and_standard_errors(
     assert results.metrics["wikitext"]["word_perplexity"] > 1
     assert "word_perplexity_stderr" not in results.metrics["wikitext"]
     assert results.metrics["lambada_openai"]["perplexity_stderr"] > 0
+
+
+def test_a_perplexity_that_overflows_is_infinite_and_leaves_the_other_tasks(
+    tasks_folder: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    # without a space a page is one word, of thousands of nats
+    (tmp_path / "wikitext.jsonl").write_text(json.dumps({"page": "\u8a9e" * 400}) + "\n")
+    (tmp_path / "sciq.jsonl").write_bytes((tasks_folder / "sciq.jsonl").read_bytes())
+    model = Qwen3Model(build(vocab_size=tokenizer.vocab_size + 4), max_length=96)
+    results = evaluate_tasks(model, tokenizer, ["wikitext", "sciq"], data=tmp_path)
+    assert results.metrics["wikitext"]["word_perplexity"] == math.inf
+    assert 0 < results.metrics["wikitext"]["bits_per_byte"] < math.inf
+    assert "acc_stderr" in results.metrics["sciq"]
+    assert " inf " in format_table(results)
 
 
 def test_the_standard_error_of_a_perplexity_is_that_of_its_logarithm_times_itself(

@@ -48,6 +48,11 @@ def test_the_command_reads_the_run_s_held_out_text_or_the_named_one(
     assert (few["limit"], few["max_tokens"], few["num_documents"]) == (3, 100000, 3)
     assert (few["bytes_of"], few["skipped"]) == ("text", {})
     assert f"{few['num_cut_documents']} of 3 documents are longer than max_length" in capsys.readouterr().out
+    # no memory for lengths that no document has
+    main(["--checkpoint", f"{run}", "--limit", "3", "--max-length", str(10**12), "--out", f"{tmp_path}/long"])
+    long = json.loads((tmp_path / "long" / "perplexity.json").read_text())
+    assert (long["num_cut_documents"], long["num_tokens"]) == (0, few["num_tokens"])
+    assert long["per_position"][-1]["first"] > 48
     for option in ("--limit", "--max-tokens"):
         with pytest.raises(UserError, match=f"{option} is 0, must be at least 1"):
             main(["--checkpoint", f"{run}", option, "0"])

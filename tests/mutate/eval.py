@@ -51,8 +51,8 @@ MUTANTS = [
     ),
     Mutant(
         "eval/text_loss.py",
-        "self.num_cut += len(text.tokens) > len(self.counts)",
-        "self.num_cut += len(text.tokens) >= len(self.counts)",
+        "self.num_cut += len(text.tokens) > self._max_length + 1",
+        "self.num_cut += len(text.tokens) >= self._max_length + 1",
         f"{TEXT_COUNTS}::test_skipped_rows_and_documents_that_do_not_fit_are_counted",
     ),
     Mutant(
@@ -142,7 +142,7 @@ MUTANTS = [
         f"{HARNESS}::test_a_long_prompt_keeps_its_end_for_generation",
     ),
     Mutant(
-        "eval/harness.py",
+        "eval/harness_state.py",
         "        random.setstate(states[0])\n",
         "",
         f"{HARNESS}::test_shuffled_answers_keep_their_order_within_an_evaluation_and_between_processes",
@@ -206,8 +206,8 @@ MUTANTS = [
     ),
     Mutant(
         "eval/mad/stack.py",
-        "x[first, 0] if isinstance",
-        "x[0, 0] if isinstance",
+        "[:, 0, 0].flatten(0, 1) if isinstance",
+        "[:1, 0, 0].expand(self.num_members, *x.shape[2:]).flatten(0, 1) if isinstance",
         f"{MAD_STACK}::test_a_stack_computes_what_its_members_do",
     ),
     Mutant(

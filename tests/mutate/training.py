@@ -162,8 +162,8 @@ MUTANTS = [
     ),
     Mutant(
         "training/saved_config.py",
-        "causes = differences_at(config, saved, _schedule_keys(config)) if rates else []",
-        "causes = differences_at(config, saved, _schedule_keys(config))",
+        "causes = differences_at(config, saved.table, _schedule_keys(config)) if rates else []",
+        "causes = differences_at(config, saved.table, _schedule_keys(config))",
         f"{BRANCH} tests/training/test_resume.py",
     ),
     Mutant(

@@ -1,5 +1,8 @@
 """What --help-config prints, and the document made of it."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +30,20 @@ def test_one_table_and_those_below_it() -> None:
     assert "[training]" not in text
     with pytest.raises(UserError, match=r"--help-config modle: no such table, wanted one of run, model,"):
         describe_config("modle")
+
+
+@pytest.mark.parametrize("words", [["--help-config"], ["--help-config", "run"]])
+def test_nothing_of_the_help_is_lost_in_a_pipe(words: list[str]) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        [sys.executable, "train.py", *words],
+        cwd=DOCUMENT.parents[1],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == describe_config(words[1] if words[1:] else None) + "\n"
 
 
 def test_the_document_is_what_is_printed() -> None:

@@ -1,5 +1,6 @@
 """The space that checkpoints need, at the start of a launch."""
 
+import itertools
 import logging
 from pathlib import Path
 
@@ -7,13 +8,15 @@ import pytest
 
 import config
 from errors import UserError
-from models.run_folder import RunFolder
+from models.run_folder import RunFolder, read_run_table
+from tests.training.launch import train
 from training import disk_space
 from training.disk_space import check_space, num_checkpoints
 from training.dry_run import dry_run
 from training.memory import checkpoint_bytes
 from training.preflight import build_meta_model
 from training.run_config import RunConfig
+from training.update_stats import is_due
 
 CONFIG = Path(__file__).parents[2] / "configs" / "debug_softmax_muon.toml"
 MB = 10**6
@@ -30,6 +33,36 @@ def test_one_checkpoint_more_than_are_kept_exists_at_a_time(tmp_path: Path) -> N
     assert num_checkpoints(load(tmp_path, *every, "--checkpoint.keep", "none")) == 10
     assert num_checkpoints(load(tmp_path, *every, "--checkpoint.keep", "none"), step=15) == 3
     assert num_checkpoints(load(tmp_path, "--checkpoint.every", "15", "--checkpoint.keep", "3")) == 2
+
+
+@pytest.mark.parametrize("keep", ["none", "3"])
+@pytest.mark.parametrize("start", [0, 7, 12, 19, 20])
+def test_every_step_that_saves_is_counted_once(tmp_path: Path, keep: str, start: int) -> None:
+    for every, tasks_every in itertools.product((None, 4, 6, 30), (None, 3, 6, 20)):
+        words = [f"--checkpoint.every={every or 'none'}", f"--eval.tasks_every={tasks_every or 'none'}"]
+        run = load(tmp_path, *words, "--checkpoint.keep", keep, "--eval.tasks", '["lambada_openai"]')
+        saves = [s for s in range(start + 1, 21) if s == 20 or is_due(s, every) or is_due(s, tasks_every)]
+        wanted = len(saves) if keep == "none" else min(len(saves), 4)
+        assert num_checkpoints(run, start) == wanted, (every, tasks_every)
+
+
+def test_a_branch_writes_no_checkpoints_before_its_start(tmp_path: Path) -> None:
+    start = ("--checkpoint.start_from", str(tmp_path / "checkpoint" / "step-12"))
+    run = load(tmp_path, *start, "--checkpoint.every", "4", "--checkpoint.keep", "none")
+    assert ", up to 2 at a time: " in dry_run(run, 1)
+
+
+def test_a_tied_weight_is_written_twice(corpus: Path, tmp_path: Path) -> None:
+    words = ["--model.vocab_size", "30000", "--model.tie_embeddings", "true", "--training.stop_at_step", "1"]
+    train("debug_softmax_adamw", corpus, tmp_path, *words)
+    table = read_run_table(RunFolder(tmp_path).checkpoint(1))
+    run = config.from_table(RunConfig, table, tmp_path)
+    model = build_meta_model(run)
+    counts = model.num_parameters()
+    assert counts["embedding"] > 0.5 * counts["total"]
+    files = RunFolder(tmp_path).checkpoint(1).iterdir()
+    written = sum(file.stat().st_size for file in files)
+    assert written == pytest.approx(checkpoint_bytes(run, model, 1), rel=0.02)
 
 
 def test_a_disk_without_room_is_refused_and_one_with_little_is_warned_about(

@@ -294,6 +294,16 @@ def test_steps_that_are_missing_at_a_resume_are_named(
     assert "no record" not in caplog.text
 
 
+def test_a_wrong_variable_of_wandb_is_refused_in_one_line(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "bogus")
+    with pytest.raises(UserError, match=r"wandb does not start \(.*bogus.*set WANDB_MODE=offline") as error:
+        launch(wandb=True)
+    assert "\n" not in str(error.value)
+
+
 def test_an_empty_wandb_id_is_replaced(
     launch: Launch, wandb: FakeWandb, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -185,8 +185,15 @@ def test_a_stop_by_tokens_z_loss_and_gradients_that_are_not_clipped(corpus: Path
     assert lines[0]["z_loss"] == pytest.approx(1e-3 * math.log(300) ** 2, rel=0.02)
     words = ["--training.stop_at_tokens", "2000", "--training.global_batch_size", "16"]
     printed = train("debug_softmax_muon", corpus, tmp_path / "run", *EXACT, *words, code=2)
-    assert "counted in steps of 512 tokens, but" in printed
-    assert "has steps of 256; set training.stop_at_step instead" in printed
+    assert "counted in steps of 512 tokens, but the 3 steps of" in printed
+    assert "have 768 in all; set training.stop_at_step instead" in printed
+    # the config of the last launch is not that of all steps
+    words = ["--training.global_batch_size", "16", "--training.stop_at_step", "4"]
+    train("debug_softmax_muon", corpus, tmp_path / "run", *EXACT, *words)
+    words = ["--training.global_batch_size", "16", "--training.stop_at_tokens", "2000"]
+    printed = train("debug_softmax_muon", corpus, tmp_path / "run", *EXACT, *words, code=2)
+    assert "the 4 steps of" in printed
+    assert "have 1280 in all" in printed
 
 
 def test_tensorboard_and_wandb_offline(corpus: Path, tmp_path: Path) -> None:

@@ -10,16 +10,17 @@ docs/sweeps.md has the keys of a plan. Each can be given on the command line: --
 """
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from errors import run_command
+from errors import UserError, run_command
 from training.sweep import commands
 from training.sweep.member_queue import Selection
 from training.sweep.overview import Observer, select
-from training.sweep.plan import load_plan
+from training.sweep.plan import Plan, load_plan
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,10 +67,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 if the work is done or was stopped by a signal, 1 if members failed or could not be started.
 
     Raises:
-        UserError: The plan or a config is wrong, or another sweep works in the folder.
+        UserError: The plan or a config is wrong, an option has no effect, or another sweep works in the
+            folder.
     """
-    options, overrides = _parser().parse_known_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    options, overrides = _parser().parse_known_args(_join_overrides(words))
+    if options.status or options.collect:
+        _refuse_selection(options, "--status" if options.status else "--collect")
     observer = Observer(load_plan(options.plan, options.folder, overrides), options.plan)
+    if not (options.status or options.collect):
+        _check(observer)
     if options.dry_run:
         from training.sweep.costs import describe_costs  # imports torch
 
@@ -77,12 +84,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif options.status:
         commands.print_status(observer)
     elif options.sbatch:
-        commands.print_array(observer, overrides)
+        commands.print_array(observer, overrides, _selection(options))
     elif options.collect:
         commands.bring_together(observer, options.collect)
     else:
         return commands.work(observer, _selection(options))
     return 0
+
+
+def _check(observer: Observer) -> None:
+    """Check all members, unless all have finished."""
+    statuses = observer.look().statuses
+    if any(status.state != "finished" for status in statuses):
+        from training.sweep.check import check_members  # imports torch
+
+        check_members(observer.plan, [status.member for status in statuses])
+
+
+def _refuse_selection(options: argparse.Namespace, mode: str) -> None:
+    for name in ("member", "stage", "seed"):
+        if getattr(options, name) is not None:
+            raise UserError(f"--{name} has no effect with {mode}, which is of all members: leave it out")
+
+
+def _join_overrides(words: Sequence[str]) -> list[str]:
+    """Write "--key value" of a plan's key as "--key=value": argparse takes the value for the plan's file."""
+    keys = {field.name for field in dataclasses.fields(Plan)} - {"folder"}
+    joined: list[str] = []
+    for word in words:
+        key = joined[-1][2:].partition(".")[0] if joined and joined[-1].startswith("--") else ""
+        if key in keys and "=" not in joined[-1] and not word.startswith("--"):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def _selection(options: argparse.Namespace) -> Selection | None:

@@ -23,11 +23,17 @@ def collect(observer: Observer, sources: Sequence[Path]) -> list[str]:
         A line for each member that was copied or could not be.
 
     Raises:
-        UserError: A folder is missing.
+        UserError: A folder is missing, or is none of this plan.
     """
     for source in sources:
         if not source.is_dir():
             raise UserError(f"--collect {source}: there is no such folder; want another folder of this plan")
+        stages = [stage.name for stage in observer.plan.stages]
+        if not any((source / name).is_dir() for name in stages):
+            raise UserError(
+                f"--collect {source}: it has no folder of a stage ({', '.join(stages)}); want another folder "
+                "of this plan"
+            )
     records, told = Records(), dict[int, str]()
     has_copied = True
     while has_copied:  # members of a later stage are known once those before are here

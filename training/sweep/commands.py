@@ -97,28 +97,33 @@ def print_status(observer: Observer) -> None:
     print("a sweep is running it" if is_run else "no sweep is running it")
 
 
-def print_array(observer: Observer, overrides: Sequence[str]) -> None:
+def print_array(observer: Observer, overrides: Sequence[str], selection: Selection | None) -> None:
     """Print a SLURM job array of the ready members.
 
     Args:
         observer: Of the plan.
         overrides: Words that override keys of the plan.
+        selection: The members to take; None for all.
 
     Raises:
+        UserError: The selection is empty.
         RunError: None is ready.
     """
     overview = observer.look()
+    selected = (selection or select)(overview)
     _write_plan(observer, overview)
     script = array_script(
         observer.plan,
         observer.source,
         overview,
+        selected,
         overrides=overrides,
         python=sys.executable,
         directory=Path.cwd(),
     )
     if script is None:
-        raise RunError("no member can be started: see --status")
+        which = "no member" if selection is None else "none of these members"
+        raise RunError(f"{which} can be started: see --status")
     print(script, end="")
 
 

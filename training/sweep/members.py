@@ -13,7 +13,7 @@ import config
 from errors import UserError
 from models.run_folder import RunFolder
 from training.run_config import RunConfig
-from training.sweep.plan import Axis, Plan, Stage
+from training.sweep.plan import Axis, Plan, Stage, flatten
 
 _LONGEST = 24  # characters of a value in a name
 _OWN_KEYS = {
@@ -129,7 +129,7 @@ def _variants(
     """Yield each variant, and whether what it takes from earlier stages is chosen."""
     for first, is_known in _firsts(plan, stage, source, earlier, chosen):
         for indices in itertools.product(*(range(len(axis.values)) for axis in stage.axes)):
-            variant = replace(first, assignments=first.assignments | _flat(stage.set))
+            variant = replace(first, assignments=first.assignments | flatten(stage.set))
             for axis, index in zip(stage.axes, indices, strict=True):
                 variant = _vary(variant, axis, index)
             yield variant, is_known
@@ -139,7 +139,7 @@ def _firsts(
     plan: Plan, stage: Stage, source: Path, earlier: Sequence[Member], chosen: Chosen
 ) -> Iterable[tuple[Variant, bool]]:
     for file in stage.configs:
-        path, shared = source.parent / file, _flat(plan.set)
+        path, shared = source.parent / file, flatten(plan.set)
         yield Variant(config_file=path, arm=path.stem, name=path.stem, assignments=shared), True
     firsts: dict[tuple[str, str], Member] = {}
     for member in earlier:
@@ -158,7 +158,7 @@ def _vary(variant: Variant, axis: Axis, index: int) -> Variant:
         variant,
         arm=variant.arm if axis.tuned else variant.arm + part,
         name=variant.name + part,
-        assignments=variant.assignments | _flat(axis.assignments(index)),
+        assignments=variant.assignments | flatten(axis.assignments(index)),
         values=variant.values | {axis.label: value},
         tuned=(*variant.tuned, index) if axis.tuned else variant.tuned,
     )
@@ -176,22 +176,13 @@ def _text(value: Any, index: int) -> str:
     return text if 0 < len(text) <= _LONGEST else str(index)
 
 
-def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return dotted key -> value of nested tables."""
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
 def _load(plan: Plan, stage: Stage, source: Path, variant: Variant, seed: int, path: str) -> RunConfig:
     origin = f"{source}, stage {stage.name}"
     for key in variant.assignments:
         if key in _OWN_KEYS:
             raise UserError(f"{origin}: {key} cannot be a key of a plan: {_OWN_KEYS[key]}")
-    # as TOML: JSON's strings, numbers and lists are
-    words = (f"--{key}={json.dumps(v, ensure_ascii=False)}" for key, v in variant.assignments.items())
-    run = _load_file(variant.config_file, tuple(words), origin)
+    words = tuple(_word(key, value, origin) for key, value in variant.assignments.items())
+    run = _load_file(variant.config_file, words, origin)
     if run.data.validation is None:
         raise UserError(f"{origin}: data.validation is none: a plan compares held-out losses, set it")
     shuffle_seed = None if run.data.shuffle_seed is None else seed
@@ -200,6 +191,14 @@ def _load(plan: Plan, stage: Stage, source: Path, variant: Variant, seed: int, p
         run=replace(run.run, name=Path(path).name, folder=str(Path(plan.folder) / path), seed=seed),
         data=replace(run.data, shuffle_seed=shuffle_seed),
     )
+
+
+def _word(key: str, value: Any, origin: str) -> str:
+    """Write a key with its value as on the command line, in TOML: JSON's strings, numbers and lists are."""
+    try:
+        return f"--{key}={json.dumps(value, ensure_ascii=False)}"
+    except TypeError:
+        raise UserError(f"{origin}: {key}: got {value}, which no key takes; as a text, quote it") from None
 
 
 @functools.cache

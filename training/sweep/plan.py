@@ -1,15 +1,36 @@
 """The schema of a plan's TOML file: stages of runs that differ in configs, keys and seeds."""
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import config
-from errors import UserError, check_range
+from errors import MAX_SEED, UserError, check_range
 
-_MAX_SEED = 2**63 - 1
+_MAX_NAME_BYTES = 100
+# training/sweep/plan_folder.py: what lies beside the folders of stages
+_NAMES_IN_FOLDER = ("configs", "plan.toml", "sweep.lock")
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return dotted key -> value of nested tables."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _check_name(key: str, name: str) -> None:
+    """Raise unless a name can be that of a folder, or a part of it."""
+    is_path = "/" in name or name in ("", ".", "..")
+    if is_path or not name.isprintable() or len(name.encode()) > _MAX_NAME_BYTES:
+        raise UserError(
+            f"{key} must be the name of a folder, of 1 to {_MAX_NAME_BYTES} bytes without slashes or control "
+            f"characters, got {name!r}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +63,8 @@ class Axis:
         if any(self.values.count(value) > 1 for value in self.values):
             raise UserError(f"values has an entry twice: {self.values}")
 
+        _check_name("name", self.label)
+
     @property
     def label(self) -> str:
         """The short name."""
@@ -52,6 +75,18 @@ class Axis:
         """Whether the values are numbers, tied ones by their first: only then does it have ends."""
         firsts = [value[0] if len(self.keys) > 1 else value for value in self.values]
         return all(isinstance(first, int | float) and not isinstance(first, bool) for first in firsts)
+
+    def flat_keys(self) -> list[str]:
+        """Return the dotted keys that the values set, those in tables one by one; a tied key each time."""
+        return [
+            each
+            for place, key in enumerate(self.keys)
+            for each in {
+                name
+                for value in self.values
+                for name in flatten({key: value[place] if len(self.keys) > 1 else value})
+            }
+        ]
 
     def assignments(self, index: int) -> dict[str, Any]:
         """Return key -> value for the value of an index."""
@@ -95,8 +130,9 @@ class Stage:
 
     def __post_init__(self) -> None:
         check_range(self, 0, 1e9, "gpu_hours")
-        if "/" in self.name or self.name in ("", ".", "..", "configs"):
-            raise UserError(f'name must be that of a folder, and not "configs", got {self.name!r}')
+        _check_name("name", self.name)
+        if self.name in _NAMES_IN_FOLDER:
+            raise UserError(f"name must be none of {', '.join(_NAMES_IN_FOLDER)}, got {self.name!r}")
         if bool(self.configs) == bool(self.best_of):
             raise UserError(
                 f"configs is {self.configs} and best_of is {self.best_of}: give one of them, the runs to "
@@ -104,11 +140,15 @@ class Stage:
             )
         if not self.seeds or len({*self.seeds}) < len(self.seeds):
             raise UserError(f"seeds must be at least one and all different, got {self.seeds}")
-        if not all(0 <= seed <= _MAX_SEED for seed in self.seeds):
+        if not all(0 <= seed <= MAX_SEED for seed in self.seeds):
             raise UserError(f"seeds must be at least 0 and at most 2^63 - 1, got {self.seeds}")
         labels = [axis.label for axis in self.axes]
         if len({*labels}) < len(labels):
             raise UserError(f"axes of stage {self.name} are called {labels}: give each a name of its own")
+        keys = Counter(key for axis in self.axes for key in axis.flat_keys())
+        for key, count in keys.items():
+            if count > 1:
+                raise UserError(f"axes of stage {self.name} set {key} {count} times: leave it to one of them")
 
 
 @dataclass(frozen=True, kw_only=True)

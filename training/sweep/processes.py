@@ -10,7 +10,7 @@ from pathlib import Path
 
 from models.run_folder import RunFolder
 from training.sweep import with_parent
-from training.sweep.records import FAILED, log_lines
+from training.sweep.records import FAILED, LONGEST_NOTE, log_lines
 from training.sweep.slots import Slot
 
 _TRAIN = Path(__file__).parents[2] / "train.py"
@@ -84,6 +84,7 @@ class MemberProcess:
         return (errors or lines or ["it has printed nothing"])[-1].strip()
 
     def _note(self, text: str) -> None:
+        text = text if len(text) <= LONGEST_NOTE else f"{text[: LONGEST_NOTE - 3]}..."
         log = self._folder.log_file
         # after a line that a killed launch did not end
         is_cut = log.exists() and not _ends_a_line(log)

@@ -16,6 +16,8 @@ FAILED = "sweep: failed with code"
 """How the last line of a member's log begins where its last launch failed."""
 _RECENT_STEPS = 20
 _LOG_BYTES = 4000
+LONGEST_NOTE = 900
+"""Characters of a note in a log, of at most 4 bytes each: _LOG_BYTES hold the whole of the last line."""
 _FREE = ("eval.", *(f"checkpoint.{key}:" for key in ("every", "keep", "fall_back", "async_save")))
 """Keys of a member that may differ from its folder's: they do not change what is trained."""
 _PARTS_IN_PLAN = 4  # STAGE/NAME/checkpoint/step-N
@@ -30,12 +32,14 @@ class Progress:
         last_step: The step that it ends with.
         first_step: The step that it starts from: 0, or for a branch that of its checkpoint.
         loss: Held-out loss after the last step in nats/token; None before.
-        is_finished: Whether the last step and its evaluations are on record.
+        is_finished: Whether the last step and its evaluations are on record; without a checkpoint, the
+            held-out loss suffices.
         is_held: Whether a process has its run folder.
         device_hours: Time of its training steps times ranks.
         seconds_left: Expected time of the steps that are left; None before the second step.
         failure: Why its last launch failed; None if it did not.
         problem: Why it must not be launched: its folder has another config or is damaged; None if it may.
+        note: What a finished member lacks; None for nothing.
     """
 
     step: int = 0
@@ -48,6 +52,7 @@ class Progress:
     seconds_left: float | None = None
     failure: str | None = None
     problem: str | None = None
+    note: str | None = None
 
 
 class Records:
@@ -78,17 +83,21 @@ class Records:
         problem = f"{folder.path} has another config: {'; '.join(differing)}" if differing else None
         seconds = [step["step_seconds"] for step in run.steps[-_RECENT_STEPS:]]
         step = run.steps[-1]["step"] if run.steps else 0
+        has_loss, has_tasks = held_out_loss(run) is not None, _has_tasks(run, config)
+        # the records of another machine came without weights: to evaluate tasks would be to train again
+        is_record_alone = run.is_finished and folder.newest_checkpoint() is None
         return Progress(
             step=step,
             last_step=last_step,
             first_step=first_step,
             loss=held_out_loss(run),
-            is_finished=run.is_finished and _is_evaluated(run, config),
+            is_finished=run.is_finished and has_loss and (has_tasks or is_record_alone),
             is_held=held,
             device_hours=(own_device_hours(run) or 0.0) if run.steps else 0.0,
             seconds_left=(last_step - step) * statistics.median(seconds) if len(seconds) > 1 else None,
             failure=failure,
             problem=problem,
+            note=None if has_tasks else "no results of eval.tasks, and no checkpoint to evaluate",
         )
 
     def _read(self, folder: RunFolder) -> RunRecord:
@@ -141,9 +150,7 @@ def _differences(folder: RunFolder, config: RunConfig) -> list[str]:
     return [each for each in config_differences(config, saved) if not each.startswith(tuple(free))]
 
 
-def _is_evaluated(run: RunRecord, config: RunConfig) -> bool:
-    """Return whether the evaluations after the last step are on record; an error of the tasks is."""
-    if held_out_loss(run) is None:
-        return False
+def _has_tasks(run: RunRecord, config: RunConfig) -> bool:
+    """Return whether the tasks after the last step are on record, if there are any; an error of them is."""
     has_tasks = bool(run.tasks) and run.tasks[-1]["step"] == run.last_step
     return not config.eval.tasks or has_tasks or any("evaluation failed" in note for note in run.notes)

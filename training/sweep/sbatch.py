@@ -1,7 +1,7 @@
 """A SLURM job array that runs the ready members of a plan."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from training.sweep.overview import Overview
@@ -23,6 +23,7 @@ def array_script(
     plan: Plan,
     source: Path,
     overview: Overview,
+    selected: Collection[int],
     *,
     overrides: Sequence[str] = (),
     python: str,
@@ -34,6 +35,7 @@ def array_script(
         plan: The plan.
         source: Its file.
         overview: Its members.
+        selected: Numbers of those to start.
         overrides: Words that override keys of the plan.
         python: The interpreter.
         directory: Where the command runs.
@@ -44,12 +46,14 @@ def array_script(
     ready = [
         status.member.number
         for status in overview.own
-        if status.is_ready and status.state in ("waiting", "stopped", "failed")
+        if status.member.number in selected
+        and status.is_ready
+        and status.state in ("waiting", "stopped", "failed")
     ]
     if not ready:
         return None
     return _SCRIPT.format(
-        name=Path(plan.folder).name,
+        name=shlex.quote(Path(plan.folder).name),
         numbers=_ranges(ready),
         gpus=f" --gpus={plan.gpus_per_member}",
         folder=shlex.quote(plan.folder),

@@ -46,6 +46,8 @@ def _line(status: Status, width: int) -> str:
         parts.append(f"held-out loss {progress.loss:.4f}")
     if status.state in ("running", "stopped") and progress.seconds_left:
         parts.append(f"{format_duration(progress.seconds_left)} left")
+    if status.state == "finished" and progress.note is not None:
+        parts.append(progress.note)
     if status.state in ("failed", "refused"):
         parts.append(progress.failure or "" if status.state == "failed" else progress.problem or "")
     return "  ".join(parts)

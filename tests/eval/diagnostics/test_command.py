@@ -93,6 +93,7 @@ def test_bad_options_are_refused(corpus: Path, tmp_path: Path) -> None:
         (["--prompt", "the"], "give --out DIR"),
         (["--layers", "9"], "has 9, but the model's layers are 0 to 3"),
         (["--out", str(tmp_path / "run" / "config.toml")], "is a file; want a folder"),
+        (["--max-length", str(10**12)], r"--max-length is 1000000000000, must be at most \d+"),
     ):
         with pytest.raises(UserError, match=message):
             main([*run, *words])

@@ -1,24 +1,27 @@
 """`python -m eval.mad`: results that resume, scores and their table."""
 
 import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from errors import RunError, UserError
 from eval.mad import __main__ as command
-from eval.mad import examples
+from eval.mad import examples, plots
 from eval.mad.plots import difficulties, plot_difficulty, plot_scores
 from eval.mad.results import ResultsFile, open_results, read_results
 from eval.mad.runs import Outcome, Recipe, Run, grid
 from eval.mad.scores import task_grids, task_score
 from eval.mad.settings import TASKS, Level, Task, settings, tasks_of
-from eval.mad.table import score_table, solution_table
+from eval.mad.table import score_lines, score_table, solution_table
 from eval.mad.train import Report
 from eval.mad.workers import train_all
+from eval.report.seed_statistics import Estimate
 
 CPU = torch.device("cpu")
 SOFTMAX, PARALLAX = Recipe(attention="softmax"), Recipe(attention="parallax")
@@ -114,10 +117,10 @@ def test_results_of_several_folders_are_in_one_table(
     tmp_path: Path, trained: list[Run], capsys: pytest.CaptureFixture[str]
 ) -> None:
     for kind in ("softmax", "parallax"):
-        command.main(["--attention", kind, "--tasks", "compression", "--out", str(tmp_path / kind)])
+        command.main(["--attention", kind, "--tasks", "selective-copying", "--out", str(tmp_path / kind)])
     capsys.readouterr()
     one, other = str(tmp_path / "softmax"), str(tmp_path / "parallax")
-    command.main(["--attention", "softmax", "--tasks", "compression", "--out", one, "--with", other])
+    command.main(["--attention", "softmax", "--tasks", "selective-copying", "--out", one, "--with", other])
     table = capsys.readouterr().out
     head = "| task | parallax, adamw | softmax, adamw | parallax, paper | softmax, paper |"
     assert table.splitlines()[0] == head
@@ -139,6 +142,31 @@ def test_the_table_shows_missing_runs_the_mean_and_the_paper() -> None:
     assert lines[-1] == "| mean | 0.708 | - | 0.716 |"
     cosine = {replace(run, recipe=replace(KDA, schedule="cosine")): o for run, o in results.items()}
     assert "kda, adamw, constant" in score_table(results | cosine, TASKS, "baseline").markdown()[0]
+
+
+def _all_runs(recipe: Recipe, tasks: Sequence[Task], level: Level, accuracy: float) -> dict[Run, Outcome]:
+    grids = [runs for task in tasks for runs in task_grids(recipe, task, level)]
+    return {run: _outcome(accuracy) for runs in grids for run in runs}
+
+
+def test_the_paper_is_beside_what_its_scores_are_of() -> None:
+    results = _all_runs(SOFTMAX, TASKS, "full", 0.5) | _all_runs(SOFTMAX, tasks_of("hard"), "hard", 0.5)
+    for level in ("baseline", "full"):
+        lines = score_lines(results, TASKS, level)
+        assert lines[0].endswith("| softmax, paper |")
+        assert lines[-3] == "| mean | 0.500 | 0.672 |"
+        assert "means over MAD's settings, those of --level full" in lines[-1]
+        # the paper's mean is of six tasks
+        some = score_lines(results, ["selective-copying", "compression"], level)
+        assert some[2:5] == [
+            "| selective-copying | 0.500 | 0.950 |",
+            "| compression | 0.500 | - |",
+            "| mean | 0.500 | - |",
+        ]
+    for level in ("rows", "hard"):
+        lines = score_lines(results, tasks_of(level), level)
+        assert lines[0] == "| task | softmax, adamw |"
+        assert lines[-1] == "| mean | 0.500 |"
 
 
 def test_the_table_has_means_over_seeds() -> None:
@@ -181,6 +209,48 @@ def test_grids_that_end_with_a_solved_run_are_seeds_of_the_same_column() -> None
     )
 
 
+def test_a_grid_that_a_solved_run_has_ended_is_complete_without_the_others() -> None:
+    early = replace(KDA, ends_when_solved=True)
+    (runs,) = task_grids(early, "compression", "baseline")
+    (all_trained,) = task_grids(KDA, "compression", "baseline")
+    results = {runs[1]: _outcome(0.4), runs[3]: replace(_outcome(0.9995), num_epochs=4)}
+    # a start of the same grid with all runs trained does not count
+    results |= dict.fromkeys(all_trained[:4], _outcome(0.6))
+    assert score_table(results, ["compression"], "baseline").markdown()[2:] == [
+        "| compression | 1.000 |",
+        "| mean | 1.000 |",
+    ]
+    assert solution_table(results, ["compression"], "baseline").markdown()[2] == "| compression | epoch 4 |"
+    results[runs[3]] = _outcome(0.9)
+    assert score_table(results, ["compression"], "baseline").markdown()[2] == "| compression | 4 of 6 runs |"
+
+
+@pytest.mark.parametrize("end", [[], ["--end-when-solved"]], ids=["all are trained", "ends when solved"])
+def test_a_repeated_command_ends_a_grid_whose_solved_run_is_on_file(
+    tmp_path: Path, trained: list[Run], end: list[str]
+) -> None:
+    arguments = ["--attention", "softmax", "--tasks", "compression", *end, "--out", str(tmp_path)]
+    recipe = replace(SOFTMAX, ends_when_solved=bool(end))
+    run = task_grids(recipe, "compression", "baseline")[0][2]
+    with open_results(tmp_path, CPU) as file:
+        file.add(run, _outcome(1.0))
+    command.main(arguments)
+    assert len(trained) == (0 if end else 5)
+
+
+def test_a_solved_run_ends_its_grid_in_packs_that_have_not_begun(tmp_path: Path, trained: list[Run]) -> None:
+    # rows of 2048 tokens: the six runs do not fit at once; the largest rate, in the second pack, is "solved"
+    words = ["--attention", "softmax", "--tasks", "in-context-recall", "--level", "hard", "--end-when-solved"]
+    command.main([*words, "--out", str(tmp_path)])
+    by_setting = Counter(run.setting.name for run in trained)
+    assert by_setting == {"V256 L128 N12800": 6, "V512 L128 N12800": 6, "V16 L2048 N12800": 6}
+    trained.clear()
+    command.main([*words, "--optimizer", "muon", "--out", str(tmp_path)])
+    # with Muon the first pack has solved runs
+    assert Counter(run.setting.name for run in trained)["V16 L2048 N12800"] == 4
+    assert " runs |" not in (tmp_path / "mad.md").read_text()
+
+
 def test_solved_runs_are_counted_with_their_epochs() -> None:
     (runs,) = task_grids(KDA, "compression", "baseline")
     others = [replace(run, recipe=replace(KDA, seed=1)) for run in runs[:3]]
@@ -212,6 +282,38 @@ def test_plots_are_drawn_where_there_are_scores(tmp_path: Path) -> None:
     assert path.exists()
 
 
+def test_difficulty_has_all_seeds_and_schedules_of_all_levels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[str, dict[float, tuple[float, int]]]] = []
+
+    def draw(axes: Any, name: str, points: Mapping[float, Estimate], style: Any, *, line: bool) -> None:
+        drawn.append((name, {x: (round(each.mean, 6), each.num_seeds) for x, each in points.items()}))
+
+    monkeypatch.setattr(plots, "_draw", draw)
+    cosine = replace(KDA, schedule="cosine")
+    results = _all_runs(KDA, ["compression"], "full", 0.4)
+    results |= _all_runs(replace(KDA, seed=1), ["compression"], "full", 0.8)
+    results |= _all_runs(KDA, ["compression"], "hard", 0.2) | _all_runs(cosine, ["compression"], "hard", 0.1)
+    assert plot_difficulty(results, TASKS, tmp_path / "plot.png")
+    both = dict.fromkeys((16.0, 32.0, 64.0, 128.0), (0.6, 2))
+    assert drawn[:2] == [
+        ("kda, adamw, constant", both | dict.fromkeys((256.0, 512.0), (0.2, 1))),
+        ("kda, adamw, cosine", dict.fromkeys((256.0, 512.0), (0.1, 1))),
+    ]
+
+
+def test_a_plot_of_an_earlier_command_does_not_stay_beside_other_tables(
+    tmp_path: Path, trained: list[Run]
+) -> None:
+    out = ["--out", str(tmp_path)]
+    command.main(["--attention", "softmax", "--tasks", "compression", "--level", "full", *out])
+    names = ["mad.pdf", "mad.png", "mad_difficulty.pdf", "mad_difficulty.png"]
+    assert sorted(path.name for path in tmp_path.glob("*.p*")) == names
+    command.main(["--tasks", "memorization", *out])
+    assert list(tmp_path.glob("*.p*")) == []
+
+
 def test_difficulty_goes_from_the_baseline_to_the_hardest() -> None:
     by_size = difficulties("in-context-recall")
     assert [each.vocab_size for each in by_size["vocab_size"]] == [16, 32, 64, 128, 256, 512]
@@ -228,6 +330,7 @@ def test_difficulty_goes_from_the_baseline_to_the_hardest() -> None:
         (["--attention", "softmax", "--tasks", "memorization", "--level", "hard"], r"no settings at"),
         (["--attention", "softmax", "--max-epochs", "0"], r"--max-epochs is 0"),
         (["--attention", "softmax", "--seeds", "1,x"], r"--seeds is '1,x'"),
+        (["--attention", "softmax", "--seeds", "9" * 23], r"seed must be at least 0 and at most 92"),
         (["--attention", "softmax", "--with", "nowhere"], r"nowhere has no mad\.jsonl"),
     ],
 )

@@ -6,6 +6,7 @@ import pytest
 
 from errors import run_command
 from eval.report.__main__ import main
+from eval.report.comparable import incomparable
 from eval.report.run_records import read_run
 from eval.report.writer import write_report
 from tests.eval.report.run_folders import (
@@ -113,3 +114,19 @@ def test_tasks_of_other_numbers_of_few_shot_examples_are_not_compared(tmp_path: 
         report(folders, tmp_path)
     counts = cells(report(folders, tmp_path, allow_different=True), "All tasks", "sciq/num_fewshot")
     assert [*counts.values()][1:] == ["0", "5"]
+
+
+def test_a_run_that_lacks_a_fact_does_not_hide_that_others_differ_in_it(tmp_path: Path) -> None:
+    started = make_run(tmp_path / "a", [launch(tokenizer_fingerprint=None), *training(2.0, last=5)])
+    folders = [started]
+    for name, tokens, num, fingerprint in (("b", 500, 0, "b" * 16), ("c", 999, 5, "c" * 16)):
+        evaluation = {**held_out(STEPS, 2.0), "validation_tokens": tokens}
+        tasks = {"step": STEPS, "tasks/sciq/num_documents": tokens, "tasks/sciq/num_fewshot": num}
+        records = [launch(tokenizer_fingerprint=fingerprint), *training(2.0), evaluation, tasks]
+        folders.append(make_run(tmp_path / name, records))
+    for order in (folders[1:], folders, [folders[1], started, folders[2]]):
+        problems = incomparable([read_run(folder) for folder in order])
+        names = ["data.tokenizer", "tasks/sciq/num_documents", "tasks/sciq/num_fewshot", "validation_tokens"]
+        assert [problem.split(" is ")[0] for problem in problems] == names
+        assert all(" in b" in problem and " in c" in problem for problem in problems)
+    assert incomparable([read_run(folder) for folder in folders[:2]]) == []

@@ -226,8 +226,8 @@ def test_arms_of_one_model_differ_in_color(tmp_path: Path, figures: dict[str, Fi
     assert plot_gains_over_training([parallax, replace(parallax, name="other")], tmp_path / "x.png")
     (axes,) = figures["x.png"].axes
     lines = {line.get_label(): line for line in axes.lines}
-    assert lines["parallax"].get_color() == COLORS[1]
-    assert lines["other"].get_color() != COLORS[1]
+    assert lines["parallax (2 pairs)"].get_color() == COLORS[1]
+    assert lines["other (2 pairs)"].get_color() != COLORS[1]
     points = [each for each in axes.containers if isinstance(each, ErrorbarContainer)]
     assert len(points) == 2
     # softmax has nothing to be compared with

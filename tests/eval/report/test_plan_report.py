@@ -69,7 +69,7 @@ def test_the_baseline_is_its_arm_at_its_best(tmp_path: Path) -> None:
     stage = (tmp_path / "out/rates/report.md").read_text()
     assert "## Difference to Softmax, Muon, lr 0.01" in stage
     difference = cells(stage, "Difference to Softmax, Muon, lr 0.01", "Parallax, Muon, lr 0.02")
-    assert difference["Held-out loss (nats/token)"] == "-0.2000 ± 0.0000"
+    assert difference["Held-out loss (nats/token)"] == "-0.2000 ± 0.0000 (2 pairs)"
     assert len(rows_of(stage, "Results")) == 4
 
 

@@ -272,7 +272,10 @@ def test_an_unfinished_run_of_the_same_losses_is_not_plotted_as_better(
     assert list(series[0].values())[:10] == list(series[1].values())
     rows = make_rows(runs)
     assert plot_differences(rows, row_styles(rows), rows[0], tmp_path / "differences.png")
-    assert list(np.asarray(line_of(figures["differences.png"], rows[1].name).get_ydata())) == [0.0] * 10
+    assert (
+        list(np.asarray(line_of(figures["differences.png"], f"{rows[1].name} (1 pair)").get_ydata()))
+        == [0.0] * 10
+    )
 
 
 def test_a_curve_is_over_the_finished_seeds(tmp_path: Path) -> None:
@@ -301,7 +304,7 @@ def test_the_error_of_a_smoothed_difference_is_that_of_smoothed_runs(tmp_path: P
         base = [launch(), *training(2.0, last=400)]
         folders.append(make_run(tmp_path / f"base{seed}", base, *words, name="debug_softmax_muon"))
     noisy, base = make_rows([read_run(folder) for folder in folders])
-    found = difference_curve(noisy, base, curves.loss_series, smoothed=True)
+    found = difference_curve(noisy.runs, base.runs, curves.loss_series, smoothed=True)
     assert 400 // curves.SMOOTHED_PART % 2 == 0
     assert found.error[100:] == pytest.approx([0.0] * 300, abs=1e-9)
     assert found.mean == pytest.approx([0.0] * 400, abs=1e-9)
@@ -317,3 +320,16 @@ def test_a_held_out_loss_before_training_is_no_point(tmp_path: Path, figures: di
     low, high = axes_of(figures["held_out.png"]).get_ylim()
     assert 1.9 < low < 2.0 < 3.0 < high < 3.1
     assert drawing.late_values(curve(sort_rows(make_rows([read_run(folder)]), None)[0], smoothed_loss_series))
+
+
+def test_a_value_of_0_is_not_hidden_by_a_log_axis(tmp_path: Path, figures: dict[str, Figure]) -> None:
+    rate = "--optimizer.groups.hidden.lr"
+    folders = [seeds(tmp_path, "softmax", (loss,), rate, lr)[0] for lr, loss in (("0.0", 2.5), ("0.01", 2.1))]
+    flat = [{**record, "grad_norm": 0.0} for record in training(2.0)]
+    folders.append(make_run(tmp_path / "flat", [launch(), *flat, held_out(STEPS, 2.0)]))
+    write_report(folders, baseline=None, out=tmp_path / "out")
+    for name, axis in (("learning_rates", "x"), ("gradient_norm", "y")):
+        axes = axes_of(figures[f"{name}.png"])
+        assert (axes.get_xscale() if axis == "x" else axes.get_yscale()) == "linear"
+        low, high = axes.get_xlim() if axis == "x" else axes.get_ylim()
+        assert low <= 0 < high

@@ -52,9 +52,9 @@ def test_means_and_standard_errors_over_seeds_equal_a_calculation_by_hand(tmp_pa
     # of the same seeds: -0.10 and -0.13
     assert cells(text, "Difference to Softmax, Muon", "Parallax, Muon") == {
         "Row": "Parallax, Muon",
-        "Seeds of row / baseline": "2 / 2, 2 shared",
-        TRAINING: "-0.1150 ± 0.0150",
-        HELD_OUT: "-0.1150 ± 0.0150",
+        "Seeds of row / baseline": "2 / 2",
+        TRAINING: "-0.1150 ± 0.0150 (2 pairs)",
+        HELD_OUT: "-0.1150 ± 0.0150 (2 pairs)",
     }
     assert cells(text, "What differs", "Parallax, Muon") == {
         "Row": "Parallax, Muon",
@@ -73,7 +73,9 @@ def test_a_difference_of_other_seeds_has_the_error_of_independent_means(tmp_path
     variances = statistics.variance([2.50, 2.54, 2.51]) / 3, statistics.variance([2.40, 2.41]) / 2
     row = cells(text, "Difference to Softmax, Muon", "Parallax, Muon")
     assert row["Seeds of row / baseline"] == "2 / 3"
-    assert row[HELD_OUT] == f"{2.405 - 7.55 / 3:.4f} ± {math.sqrt(sum(variances)):.4f}"
+    assert (
+        row[HELD_OUT] == f"{2.405 - 7.55 / 3:.4f} ± {math.sqrt(sum(variances)):.4f} (unpaired, 2 and 3 seeds)"
+    )
 
 
 def test_one_seed_has_no_standard_error(tmp_path: Path) -> None:
@@ -81,9 +83,9 @@ def test_one_seed_has_no_standard_error(tmp_path: Path) -> None:
     text = report(folders, tmp_path, baseline="softmax_muon_0")
     assert [*cells(text, "Difference to Softmax, Muon", "Parallax, Muon").values()][1:] == [
         # at the seed that both have
-        *("1 / 2, 1 shared", "-0.1000", "-0.1000")
+        *("1 / 2", "-0.1000 (1 pair)", "-0.1000 (1 pair)")
     ]
-    assert "No standard error where n is 1" in text
+    assert "A single run has no standard error" in text
 
 
 def test_arms_are_compared_at_their_best_learning_rates(tmp_path: Path) -> None:
@@ -114,7 +116,7 @@ def test_arms_are_compared_at_their_best_learning_rates(tmp_path: Path) -> None:
     parallax = cells(text, "Best learning rates", "Parallax, Muon")
     assert parallax["Learning rates"] == "0.01, 0.02, 0.4 (no loss)"
     assert parallax[HELD_OUT] == "**2.4100 ± 0.0100**"
-    assert parallax[base] == "-0.1000 ± 0.0200"
+    assert parallax[base] == "-0.1000 ± 0.0200 (2 pairs)"
     assert "Parallax, AdamW,0.002,0.002,the only one tried" in (
         (tmp_path / "out" / "best_learning_rates.csv").read_text().replace('"', "")
     )
@@ -143,7 +145,7 @@ def test_a_second_run_of_the_same_seeds_is_a_row_of_its_own(tmp_path: Path) -> N
     text = report([first, second], tmp_path)
     assert rows_of(text, "Results") == ["Parallax, Muon (a)", "Parallax, Muon (b)"]
     assert cells(text, "Results", "Parallax, Muon (a)")["Seeds"] == "1"
-    assert "Only seeds and names." in text
+    assert "Nothing that changes training but seeds." in text
 
 
 def test_rows_are_sorted_by_loss_behind_the_baseline_and_the_best_is_bold(tmp_path: Path) -> None:
@@ -312,7 +314,7 @@ def test_a_branch_includes_curves_and_cost_of_its_trunk(tmp_path: Path) -> None:
     lonely.mkdir()
     run = read_run(make_run(lonely / "branch", records, *start))
     assert [record["step"] for record in run.steps] == list(range(21, STEPS + 1))
-    assert "its curves and cost begin at step 21" in run.notes[0]
+    assert "its curves begin at step 21, its FLOPs and hours are not known" in run.notes[0]
 
 
 def test_a_run_without_a_launch_record_has_no_flops_and_no_cost(tmp_path: Path) -> None:
@@ -332,7 +334,7 @@ def test_a_value_of_fewer_seeds_than_the_row_is_marked(tmp_path: Path) -> None:
     assert cells(text, "Results", "Parallax, Muon")[HELD_OUT] == "**2.4050 ± 0.0050 (2 of 3)**"
     assert "of 3)" not in cells(text, "Results", "Parallax, Muon")[TRAINING]
     difference = cells(text, "Difference to Softmax, Muon", "Parallax, Muon")
-    assert difference[HELD_OUT].endswith(" (2 of 3 / 2 of 2)")
+    assert difference[HELD_OUT].endswith(" (2 pairs)")
     assert f'"{HELD_OUT}, note"' in (tmp_path / "out" / "results.csv").read_text()
     assert "over the last 20 steps" in text
 

@@ -35,7 +35,7 @@ def test_results_are_shown_beside_the_paper_s(tmp_path: Path) -> None:
     assert [*cells(text, "All tasks", "sciq/acc").values()][1:] == ["**0.9000**", "**0.9000**"]
     assert "stderr" not in text
     row = cells(text, "Difference to Softmax, Muon", "Parallax, Muon")
-    assert [row[each] for each in ours] == ["+0.00", "+0.00", "+2.00"]
+    assert [row[each] for each in ours] == [f"{each} (1 pair)" for each in ("+0.00", "+0.00", "+2.00")]
     assert "arXiv 2605.29157" in text
 
 

@@ -1,5 +1,6 @@
 """Spikes of the gradient norm are counted by the stated rule."""
 
+import math
 import random
 import statistics
 
@@ -35,3 +36,13 @@ def test_a_norm_that_falls_or_grows_slowly_has_no_spikes() -> None:
 
 def test_a_lasting_rise_is_one_spike() -> None:
     assert find_spikes([1.0] * 200 + [10.0] * 300) == [200]
+
+
+def test_norms_of_nan_are_left_out_of_the_medians_and_are_no_spikes() -> None:
+    values = [1.0] * 400
+    values[30] = values[150] = math.nan
+    values[200] = math.inf
+    medians = running_medians(values)
+    assert medians[MIN_STEPS:] == [1.0] * (400 - MIN_STEPS)
+    assert find_spikes(values) == [200]
+    assert running_medians([math.nan] * 30) == [None] * 30

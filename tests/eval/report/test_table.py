@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.report.seed_statistics import Estimate, difference, estimate
+from eval.report.seed_statistics import Difference, difference, estimate
 from eval.report.table import Number, Table, mark_best, number, plain
 
 
@@ -50,14 +50,20 @@ def test_a_table_has_no_empty_columns_and_escapes_bars(tmp_path: Path) -> None:
 
 def test_a_difference_has_an_error_only_where_both_have_one() -> None:
     two = {1: 1.0, 2: 3.0}
-    assert difference(two, {7: 5.0}) == Estimate(mean=-3.0, error=None, num_seeds=1)
+
+    def single(mean: float, pairing: str) -> Difference:
+        return Difference(mean=mean, error=None, num_seeds=1, pairing=pairing)
+
+    assert difference(two, {7: 5.0}) == single(-3.0, "unpaired, 2 and 1 seeds")
     # at the seeds that both have
-    assert difference(two, {1: 5.0}) == Estimate(mean=-4.0, error=None, num_seeds=1)
-    assert difference(two, {2: 2.0, 1: 4.0, 9: 100.0}) == Estimate(mean=-1.0, error=2.0, num_seeds=2)
-    assert difference({1: 2.0}, {1: 5.0}) == Estimate(mean=-3.0, error=None, num_seeds=1)
+    assert difference(two, {1: 5.0}) == single(-4.0, "1 pair")
+    assert difference(two, {2: 2.0, 1: 4.0, 9: 100.0}) == Difference(
+        mean=-1.0, error=2.0, num_seeds=2, pairing="2 pairs"
+    )
+    assert difference({1: 2.0}, {1: 5.0}) == single(-3.0, "1 pair")
     # three other seeds, of mean 1 and standard error 1
-    assert difference(two, {5: 0.0, 3: 0.0, 4: 3.0}) == Estimate(
-        mean=1.0, error=math.hypot(1, 1), num_seeds=2
+    assert difference(two, {5: 0.0, 3: 0.0, 4: 3.0}) == Difference(
+        mean=1.0, error=math.hypot(1, 1), num_seeds=2, pairing="unpaired, 2 and 3 seeds"
     )
     assert difference(two, {}) is None
     assert difference({}, {}) is None
@@ -97,4 +103,18 @@ def test_one_shared_seed_of_several_is_no_reason_to_drop_the_others() -> None:
     assert found.error == pytest.approx(math.hypot(0.2 / math.sqrt(3), 0.2 / math.sqrt(3)))
     # with a single run on one side, the pair
     single = difference({2: 1.5}, base)
-    assert single == Estimate(mean=-0.5, error=None, num_seeds=1)
+    assert single == Difference(mean=-0.5, error=None, num_seeds=1, pairing="1 pair")
+    assert found.pairing == "unpaired, 3 and 3 seeds"
+
+
+def test_a_mean_of_a_value_that_is_not_finite_has_no_error() -> None:
+    for values in ([math.nan, 1.0], [math.inf, 1.0], [math.inf, -math.inf]):
+        found = estimate(values)
+        assert found is not None
+        assert not math.isfinite(found.mean)
+        assert (found.error, found.num_seeds) == (None, 2)
+    # still a difference of pairs or of means, as with finite values
+    one = difference({0: math.nan, 1: 1.0}, {1: 1.0, 2: 2.0})
+    assert one is not None
+    assert math.isnan(one.mean)
+    assert one.pairing == "unpaired, 2 and 2 seeds"

@@ -1,6 +1,7 @@
 """Conversion of Hugging Face folders to runs and back: same logits, bit-identical weights, errors."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -245,6 +246,9 @@ def test_command_line_and_existing_output_folders(
     assert not [w for w in recwarn if "torch.distributed" in str(w.message)]
     with pytest.raises(UserError, match="--shard-gb must be positive"):
         convert_to_hf(tmp_path / "run", tmp_path / "no", shard_bytes=0)
+    for size in (math.nan, math.inf):
+        with pytest.raises(UserError, match=f"--shard-gb must be positive and finite, got {size}"):
+            convert_to_hf(tmp_path / "run", tmp_path / "no", shard_bytes=size)
 
 
 def test_only_softmax_and_parallax_models_convert(tmp_path: Path) -> None:

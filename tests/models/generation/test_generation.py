@@ -14,6 +14,7 @@ from config import to_table, to_toml
 from errors import UserError
 from models import sizes
 from models.config import AttentionConfig, LinearConfig, ModelConfig, ParallaxConfig, SoftmaxConfig
+from models.device import check_device
 from models.generation import __main__ as command_line
 from models.generation.generate import generate, stream
 from models.generation.sampling import Sampling, sample_tokens
@@ -95,6 +96,16 @@ def test_sampling_follows_temperature_top_k_and_top_p() -> None:
     close(frequencies(temperature=0.0), torch.tensor([1.0, 0, 0, 0, 0, 0]))
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-40, 5e-324])
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.5}], ids=str)
+def test_a_tiny_temperature_gives_the_greedy_token(temperature: float, options: dict[str, Any]) -> None:
+    logits = 30 * torch.randn(50, 64, generator=torch.Generator().manual_seed(1))
+    sampling = Sampling(temperature=temperature, **options)
+    drawn, logprobs = sample_tokens(logits, sampling, torch.Generator().manual_seed(0))
+    assert drawn.tolist() == logits.argmax(-1).tolist()
+    torch.testing.assert_close(logprobs, logits.log_softmax(-1).max(-1).values)
+
+
 def test_sampling_is_reproducible_by_its_seed() -> None:
     model = build(ParallaxConfig())
     prompts = [[1, 2], [3]]
@@ -137,6 +148,22 @@ def test_cuda_without_an_index_is_the_current_device(
     assert command_line.load(command_line.make_parser().parse_args(words))[0] == ("cuda", torch.bfloat16)
 
 
+def test_a_device_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("", "foo", "cuda:", "cuda:x", "cuda:-1", "meta", "cpu:0"):
+        with pytest.raises(UserError, match=f'--device is "{name}", want cuda, cuda:N or cpu'):
+            check_device(name)
+    check_device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="--device is cuda:1, but no CUDA device is available; give cpu"):
+        check_device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in ("cuda", "cuda:0", "cuda:1"):
+        check_device(name)
+    with pytest.raises(UserError, match="--device is cuda:2, but there are 2 GPUs, counted from 0"):
+        check_device("cuda:2")
+
+
 def test_options_out_of_range_raise() -> None:
     model = build(SoftmaxConfig())
     wrong: list[tuple[dict[str, Any], str]] = [
@@ -145,6 +172,8 @@ def test_options_out_of_range_raise() -> None:
         ({"top_k": 0}, "top_k must be at least 1"),
         ({"top_p": 1.5}, "top_p must be above 0 and at most 1"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"max_new_tokens": 10**12}, r"the decoding cache of 1 sequences .* give a smaller max_new_tokens"),
+        ({"seed": 2**63}, "seed must be at least 0 and at most 9223372036854775807"),
     ]
     for options, match in wrong:
         arguments: dict[str, Any] = {"max_new_tokens": 4, **options}
@@ -221,6 +250,8 @@ def test_the_command_line_continues_a_prompt(tmp_path: Path, byte_tokenizer: Tok
     for words, message in (
         (["--checkpoint", str(tmp_path / "nowhere")], b"nowhere is no checkpoint"),
         (["--stop", ""], b"a stop string is empty"),
+        (["--seed", "9" * 23], b"seed must be at least 0 and at most 9223372036854775807"),
+        (["--max-new-tokens", "0"], b"--max-new-tokens is 0, must be at least 1"),
     ):
         wrong = subprocess.run([*command, *words, "--prompt", "a"], **run)
         assert wrong.returncode == 2

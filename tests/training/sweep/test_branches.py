@@ -140,9 +140,9 @@ def test_stages_and_seeds_are_selected(tmp_path: Path) -> None:
 
 def test_keys_of_a_plan_are_overridden(tmp_path: Path) -> None:
     path = write_plan(tmp_path, rates([0.01]))
-    text = run(path, "--set.training.steps", "5", "--members_per_gpu=2", "--set.eval.every", "5")
+    text = run(path, "--set.training.steps", "8", "--members_per_gpu=2", "--set.eval.every", "5")
     assert "2 of 2 finished" in text
-    assert read_run(tmp_path / "plan/rates/debug_softmax_muon_lr0.01_seed0").config["training.steps"] == 5
+    assert read_run(tmp_path / "plan/rates/debug_softmax_muon_lr0.01_seed0").config["training.steps"] == 8
     assert "nearest is set" in run(path, "--sets.training.steps", "5", code=2)
     assert "training.step: unknown key" in run(path, "--set.training.step", "5", code=2)
 

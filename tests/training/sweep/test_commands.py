@@ -17,8 +17,10 @@ from tests.training.sweep.plans import observe, rates, run, write_plan
 from tests.training.sweep.test_queue import all_losses, states
 from training.preflight import build_meta_model
 from training.run_config import RunConfig
+from training.sweep.__main__ import main
 from training.sweep.collect import collect
 from training.sweep.costs import describe_costs
+from training.sweep.overview import select
 from training.sweep.plan import Plan, Stage
 from training.sweep.sbatch import array_script
 from training.sweep.slots import Slot, make_slots, slot_environment
@@ -92,7 +94,10 @@ def test_a_job_array_has_the_members_that_can_be_started(tmp_path: Path) -> None
     path = write_plan(tmp_path, rates([0.01, 0.02]) + later)
     run(path, "--member", "1")
     observer = observe(path)
-    script = array_script(observer.plan, path, observer.look(), python=sys.executable, directory=ROOT)
+    overview = observer.look()
+    script = array_script(
+        observer.plan, path, overview, select(overview), python=sys.executable, directory=ROOT
+    )
     assert script is not None
     assert "--array=0,2-3\n" in script
     # as SLURM starts a task
@@ -103,9 +108,28 @@ def test_a_job_array_has_the_members_that_can_be_started(tmp_path: Path) -> None
     for number in "03":
         run(path, "--member", number)
     assert states(observer.look())[:4] == ["finished"] * 4
-    script = array_script(observer.plan, path, observer.look(), python="python", directory=ROOT)
+    overview = observer.look()
+    script = array_script(observer.plan, path, overview, select(overview), python="python", directory=ROOT)
     assert script is not None
     assert "--array=4-5\n" in script
+
+
+def test_a_selection_is_applied_or_refused_and_never_ignored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_plan(tmp_path, rates([0.01, 0.02], seeds=(3, 4)))
+    main([str(path), "--sbatch", "--seed", "4"])
+    assert "--array=1,3,5,7\n" in capsys.readouterr().out
+    main([str(path), "--sbatch", "--member", "2", "--folder", str(tmp_path / "a b")])
+    script = capsys.readouterr().out
+    assert "--job-name='a b' --array=2\n" in script
+    # argparse takes the value for the plan
+    main(["--set.training.steps", "15", str(path), "--sbatch"])
+    assert "--set.training.steps=15" in capsys.readouterr().out
+    for mode in (["--status"], ["--collect", str(tmp_path)]):
+        for option, value in (("--member", "2"), ("--stage", "rates"), ("--seed", "4")):
+            with pytest.raises(UserError, match=f"{option} has no effect with {mode[0]}"):
+                main([str(path), option, value, *mode])
 
 
 def test_records_of_several_folders_are_brought_together(tmp_path: Path) -> None:
@@ -142,6 +166,8 @@ def test_records_of_another_config_are_not_taken(tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
     with pytest.raises(UserError, match="no such folder"):
         collect(observer, [tmp_path / "nowhere"])
+    with pytest.raises(UserError, match=r"it has no folder of a stage \(rates\)"):
+        collect(observer, [tmp_path / "plan", tmp_path])
 
 
 def test_the_table_fits_a_screen_and_shows_what_matters(tmp_path: Path) -> None:

@@ -110,6 +110,25 @@ LATER = '[[stages]]\nname = "later"\nbest_of = ["one"]\nset.training.step = 5\n'
         (stage(axis([RATE], "[0.12345671, 0.12345672]")), "", ["two members are called", "six digits"]),
         (stage(), 'baseline = "softmax"', ["baseline: got 'softmax'", "debug_softmax_muon"]),
         (stage(), "members_per_gpu = 0", ["members_per_gpu must be at least 1"]),
+        (stage(axis([RATE], "[0.1]", 'name = "a/../../../esc"')), "", ["name must be the name of a folder"]),
+        (stage(axis([RATE], "[0.1]", 'name = "a\\nb"')), "", ["name must be the name of a folder", "a\\nb"]),
+        (stage(axis([RATE], "[0.1]") + axis([RATE], "[1.0]", 'name = "b"')), "", [f"one set {RATE} 2 times"]),
+        (stage(axis(["training.steps"] * 2, "[[5, 6]]")), "", ["one set training.steps 2 times"]),
+        (
+            stage(
+                axis(["model.attention"], '[{kind = "softmax"}]') + axis(["model.attention.kind"], '["x"]')
+            ),
+            "",
+            ["one set model.attention.kind 2 times"],
+        ),
+        (
+            stage().replace('"one"', '"plan.toml"'),
+            "",
+            ["name must be none of configs, plan.toml, sweep.lock"],
+        ),
+        (stage().replace('"one"', '"../one"'), "", ["name must be the name of a folder", "'../one'"]),
+        (stage(axis(["run.name"], "[2026-01-01]")), "", ["run.name cannot be a key"]),
+        (stage(axis(["data.tokenizer"], "[2026-01-01]")), "", ["data.tokenizer: got 2026-01-01, which"]),
         (stage(configs='"no.toml"'), "", ["no.toml: no such config file"]),
         ("", "", ["stages: missing"]),
     ],
