@@ -5,6 +5,7 @@ Every package writes through it: a reader, a crash or a power cut sees the old f
 
 import errno
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,21 +36,39 @@ def replacing(path: Path) -> Iterator[Path]:
         path: The file to replace or create.
 
     Yields:
-        The path to write to. After an error nothing is left there, and the file is as it was.
+        The path to write to, of this call alone: of two writers the last one to end wins, whole. After an
+        error nothing is left there, and the file is as it was.
 
     Raises:
         DiskFullError: The disk is full.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    with naming_full_disk(path):
+        try:
+            yield temporary
+            replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def naming_full_disk(path: Path) -> Iterator[None]:
+    """Convert the error of a full disk, which names no file, to one that says how much is free.
+
+    Args:
+        path: What is written: a file, or a folder of files.
+
+    Raises:
+        DiskFullError: The disk is full.
+    """
     try:
-        yield temporary
-        replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in _FULL:
-            problem = f"{error.strerror}, {describe_free(path)}"
-            raise DiskFullError(f"{path} cannot be written: {problem}; make room for it") from error
-        raise
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        problem = f"{error.strerror}, {describe_free(path)}"
+        raise DiskFullError(f"{path} cannot be written: {problem}; make room for it") from error
 
 
 def write_text(path: Path, text: str) -> None:

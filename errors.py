@@ -1,20 +1,27 @@
 """What a user got wrong, and how every command line ends with it: one line, exit code 2."""
 
 import argparse
+import errno
 import json
+import os
+import select
 import sys
 import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 RUN_ERROR_CODE = 1
 USER_ERROR_CODE = 2
 INTERRUPT_CODE = 130
+# as a shell tells it of a program that SIGPIPE ended
+CLOSED_OUTPUT_CODE = 141
 
 # the largest seed that a TOML file and torch's generators hold
 MAX_SEED = 2**63 - 1
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 # where `parallax`, which imports nothing of this project, checks the arguments that a config gives it
 _ARGUMENT_CHECKS = ("parallax.api", "parallax.validation", "parallax.decode", "parallax.kernels.tiles")
 
@@ -172,8 +179,11 @@ def converting_panics(problem: str) -> Iterator[None]:
 
 
 def is_user_error(error: BaseException) -> bool:
-    """Return whether an error says what the user got wrong; any other is a fault and keeps its traceback."""
-    if isinstance(error, UserError):
+    """Return whether an error says what the user got wrong; any other is a fault and keeps its traceback.
+
+    An error of the operating system that names a path does: the path is missing, not allowed or full.
+    """
+    if isinstance(error, UserError) or (isinstance(error, OSError) and _has_path(error)):
         return True
     if not isinstance(error, ValueError | TypeError | NotImplementedError):
         return False
@@ -187,11 +197,22 @@ def exit_code(error: Exception) -> int | None:
     """Return the exit code of a command that an error ends in one line; None for a fault of the code.
 
     Returns:
-        2 for what the user got wrong, 1 for a RunError.
+        2 for what the user got wrong, 1 for a RunError, 141 if the reader of the output has ended, as `head`
+        does, of which nothing is to be said.
     """
+    if isinstance(error, BrokenPipeError) and any(map(_has_no_reader, (sys.stdout, sys.stderr))):
+        return CLOSED_OUTPUT_CODE
     if isinstance(error, RunError):
         return RUN_ERROR_CODE
     return USER_ERROR_CODE if is_user_error(error) else None
+
+
+def describe_error(error: BaseException) -> str:
+    """Return the line that a command ends with, for an error that has an exit code."""
+    if isinstance(error, OSError) and _has_path(error):
+        remedy = "make room for it" if error.errno in _FULL else "correct the path, or its permissions"
+        return f"cannot use {error.filename} ({error.strerror}): {remedy}"
+    return str(error)
 
 
 def run_command(main: Callable[[], int | None]) -> int:
@@ -204,12 +225,39 @@ def run_command(main: Callable[[], int | None]) -> int:
         main's exit code; that of `exit_code`, after one line on standard error; 130 for Ctrl-C.
     """
     try:
-        return main() or 0
+        code = main() or 0
+        sys.stdout.flush()  # else the interpreter finds out at its end that nobody reads it
+        return code
     except KeyboardInterrupt:
         return INTERRUPT_CODE
     except Exception as error:
         code = exit_code(error)
         if code is None:
             raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        if code == CLOSED_OUTPUT_CODE:
+            _drop_output()
+        else:
+            print(f"error: {describe_error(error)}", file=sys.stderr, flush=True)
         return code
+
+
+def _has_path(error: OSError) -> bool:
+    return error.errno is not None and isinstance(error.filename, str | bytes | os.PathLike)
+
+
+def _has_no_reader(stream: TextIO) -> bool:
+    try:
+        descriptor = stream.fileno()
+    except OSError:  # not a file of the system
+        return False
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def _drop_output() -> None:
+    """Let the interpreter end without another attempt to write what nobody reads."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        if _has_no_reader(stream):
+            os.dup2(nowhere, stream.fileno())

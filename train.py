@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 
 import config
-from errors import INTERRUPT_CODE, exit_code
+from errors import CLOSED_OUTPUT_CODE, INTERRUPT_CODE, describe_error, exit_code
 from training.launcher import complete_environment
 from training.run_config import RunConfig
 from training.signals import StopRequest
@@ -117,7 +117,8 @@ def _report(error: Exception) -> None:
     if rank != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # from torchrun, once the main rank has printed it
         time.sleep(_SECONDS_TO_PRINT)
-    print(f"{'' if rank == '0' else f'rank {rank}: '}error: {error}", file=sys.stderr, flush=True)
+    who = "" if rank == "0" else f"rank {rank}: "
+    print(f"{who}error: {describe_error(error)}", file=sys.stderr, flush=True)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -138,7 +139,8 @@ def main(arguments: Sequence[str]) -> int:
         code = exit_code(error)
         if code is None:
             raise
-        _report(error)
+        if code != CLOSED_OUTPUT_CODE:
+            _report(error)
         return code
     return 0
 

@@ -1,6 +1,7 @@
 """The `[data]` table of a run: the sources of documents, the tokenizer and the packing."""
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -164,6 +165,9 @@ class HubSource(ColumnOptions):
                 f"revision is a commit of {REPOSITORY}, but repository is {self.repository!r}: "
                 "give a commit of that repository"
             )
+        twice = [name for name, count in Counter(self.file_names).items() if count > 1]
+        if twice:
+            raise UserError(f"files of a hub source has {twice[0]!r} twice: name it once")
         others = [name for name in self.file_names if not name.endswith(".parquet")]
         if others:
             raise UserError(f"files of a hub source has {others[0]!r}: want parquet files (.parquet)")

@@ -121,6 +121,9 @@ def _hash(value: Any) -> str:
 
 
 def _file_changes(saved: dict[str, str], current: dict[str, str]) -> list[str]:
+    # a hash is of the name too: these are files of one name in several folders
+    if saved.keys() == current.keys() and sorted(saved.values()) == sorted(current.values()):
+        return ["the files are in another order"]
     groups = {
         "{} changed": [name for name in saved if name in current and saved[name] != current[name]],
         "{} left out": [name for name in saved if name not in current],

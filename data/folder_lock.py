@@ -171,7 +171,7 @@ def try_flock(fd: int, operation: int) -> bool | None:
     """Take a flock without waiting.
 
     Args:
-        fd: Descriptor, open for reading and writing.
+        fd: Descriptor, open for reading and, for LOCK_EX, for writing: NFS asks for it.
         operation: fcntl.LOCK_EX or fcntl.LOCK_SH.
 
     Returns:
@@ -202,7 +202,7 @@ def is_held(path: Path) -> bool:
         renewed in the last WATCH_SECONDS.
     """
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return False
     try:

@@ -11,13 +11,11 @@ import hashlib
 import importlib
 import json
 import math
-import os
 import platform
 import sys
 import sysconfig
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +24,8 @@ import pyarrow.parquet as pq
 
 from data.sources.split import content_hash, is_held_out
 from data.tokenizer import Tokenizer
-from data.train_tokenizer import train_byte_level_bpe
+from data.train_tokenizer import check_vocab_size, train_byte_level_bpe
+from disk import replacing, write_text
 from errors import UserError, check_out, run_command
 from tokens import TOKENIZER_FILE
 
@@ -124,7 +123,9 @@ def make(
         The content of sample.json.
 
     Raises:
-        UserError: There is too little text for a training and a held-out split.
+        UserError: There is too little text for a training and a held-out split, or `vocab_size` is out of
+            range.
+        DiskFullError: The disk is full.
     """
     settings = {
         "format": _FORMAT,
@@ -132,6 +133,7 @@ def make(
         "vocab_size": vocab_size,
         "max_bytes": max_bytes,
     }
+    check_vocab_size(vocab_size)  # before anything is deleted
     if not force and (summary := _complete(out, settings)) is not None:
         return summary
     texts = truncate(collect(Path(sysconfig.get_paths()["stdlib"])), max_bytes)
@@ -145,11 +147,11 @@ def make(
     out.mkdir(parents=True, exist_ok=True)
     # the summary marks the folder complete: it is deleted first and written last
     (out / SUMMARY_FILE).unlink(missing_ok=True)
-    _write(out / TRAIN_FILE, lambda path: _write_parquet(train, path))
-    _write(out / VALIDATION_FILE, lambda path: _write_parquet(validation, path))
-    backend = train_byte_level_bpe((text.content for text in train), vocab_size)
-    _write(out / TOKENIZER_FILE, lambda path: backend.save(str(path)))
-    tokenizer = Tokenizer.load(out)
+    for name, split in ((TRAIN_FILE, train), (VALIDATION_FILE, validation)):
+        with replacing(out / name) as temporary:
+            _write_parquet(split, temporary)
+    tokenizer = Tokenizer(train_byte_level_bpe((text.content for text in train), vocab_size))
+    tokenizer.save(out / TOKENIZER_FILE)
     counts = {"train": _count(train, tokenizer), "validation": _count(validation, tokenizer)}
     summary = {
         "settings": settings,
@@ -159,7 +161,7 @@ def make(
         "unigram_entropy_nats": unigram_entropy(counts["validation"][1]),
         "sha256": {name: _sha256(out / name) for name in (TRAIN_FILE, VALIDATION_FILE, TOKENIZER_FILE)},
     }
-    _write(out / SUMMARY_FILE, lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
+    write_text(out / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
     return summary
 
 
@@ -213,8 +215,8 @@ def _complete(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         summary = json.loads((out / SUMMARY_FILE).read_text())
         has_settings = summary["settings"] == settings
         is_intact = all(_sha256(out / name) == digest for name, digest in summary["sha256"].items())
-    except (OSError, ValueError, KeyError):
-        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # damaged: it is made again
     return summary if has_settings and is_intact else None
 
 
@@ -242,19 +244,6 @@ def _write_parquet(texts: list[Text], path: Path) -> None:
         schema=_SCHEMA,
     )
     pq.write_table(table, path, row_group_size=_ROW_GROUP_ROWS)
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file atomically: to a temporary file, which is then renamed."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    os.close(descriptor)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _sha256(path: Path) -> str:

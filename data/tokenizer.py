@@ -10,6 +10,7 @@ import tokenizers
 
 from data.hub_client import download
 from data.tokenizer_content import tokenizer_fingerprint, without_added_tokens
+from disk import write_text
 from errors import UserError, converting_panics
 from tokens import END_OF_DOCUMENT, TOKENIZER_FILE
 
@@ -159,7 +160,8 @@ class Tokenizer:
         """Encode texts.
 
         A text of more than 262,144 characters is encoded in pieces, split at the end of a line, else before a
-        space, else anywhere. The first two do not change the ids of a byte-level tokenizer.
+        space, else anywhere. The first two do not change the ids of a byte-level tokenizer that adds no space
+        before a text (add_prefix_space).
 
         Raises:
             UserError: A regular expression of the tokenizer backtracks too long on a text.
@@ -203,8 +205,12 @@ class Tokenizer:
         return self.num_bytes(first_token)
 
     def save(self, path: Path) -> None:
-        """Write the tokenizer to a JSON file."""
-        self._backend.save(str(path))
+        """Write the tokenizer to a JSON file, atomically.
+
+        Raises:
+            DiskFullError: The disk is full.
+        """
+        write_text(path, self._backend.to_str(pretty=True))
 
 
 def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> None:

@@ -12,6 +12,10 @@ from errors import UserError
 _PARTS = ("normalizer", "pre_tokenizer", "model", "added_tokens", "post_processor")
 # changes with the ids that `Tokenizer.encode_batch` gives to the same text and the same tokenizer.json
 _ENCODING = "no text gives the id of an added token"
+# bytes that a byte-level vocabulary spells as themselves; it spells the others as characters from 256 on
+_SPELLED_BYTES = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+# bytes that are in no UTF-8 text
+_UNUSED_BYTES = (0xC0, 0xC1, *range(0xF5, 0x100))
 
 
 def tokenizer_fingerprint(backend: tokenizers.Tokenizer, end_of_document: str) -> str:
@@ -69,10 +73,11 @@ def without_added_tokens(
         name: Name of the tokenizer in error messages.
 
     Raises:
-        UserError: Unknown words have the end-of-document token, or a character cannot be written without one
-            of the tokens.
+        UserError: Unknown words have the end-of-document token, or a character or a byte cannot be written
+            without one of the tokens.
     """
     table = json.loads(backend.to_str())
+    byte_tokens = _byte_tokens(table)
     unwanted = {token["content"]: token["id"] for token in table["added_tokens"]}
     unwanted[end_of_document] = backend.token_to_id(end_of_document)
     table["added_tokens"], table["post_processor"] = [], None
@@ -90,7 +95,33 @@ def without_added_tokens(
                 "end_of_document) of that name: rename it in the tokenizer.json, or set data.end_of_document "
                 "to another token"
             )
+        # such a token stands for a byte, not for its character, and text would silently lose that byte
+        if token in byte_tokens and copy.token_to_id(token) is None:
+            raise UserError(
+                f"{name} has no other token for the byte 0x{byte_tokens[token]:02X} than {token!r}, an added "
+                "token or the end_of_document: rename it in the tokenizer.json, or set data.end_of_document "
+                "to another token"
+            )
     return copy
+
+
+def _byte_tokens(table: dict[str, Any]) -> dict[str, int]:
+    """Return the bytes that text needs, by the token that spells each; none of other models."""
+    spelled: dict[str, int] = {}
+    if _has_byte_level(table["normalizer"]) or _has_byte_level(table["pre_tokenizer"]):
+        others = [byte for byte in range(0x100) if byte not in _SPELLED_BYTES]
+        spelled |= {chr(byte): byte for byte in _SPELLED_BYTES}
+        spelled |= {chr(0x100 + index): byte for index, byte in enumerate(others)}
+    if table["model"].get("byte_fallback"):
+        spelled |= {f"<0x{byte:02X}>": byte for byte in range(0x100)}
+    return {token: byte for token, byte in spelled.items() if byte not in _UNUSED_BYTES}
+
+
+def _has_byte_level(part: Any) -> bool:
+    """Return whether a normalizer or a pre-tokenizer, or one of a sequence of them, is ByteLevel."""
+    if isinstance(part, dict):
+        return part.get("type") == "ByteLevel" or any(map(_has_byte_level, part.values()))
+    return isinstance(part, list) and any(map(_has_byte_level, part))
 
 
 def _remove(model: dict[str, Any], ids: set[int]) -> int | None:

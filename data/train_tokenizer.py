@@ -6,6 +6,7 @@ Held-out documents (data/sources/split.py) are left out.
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,11 @@ from data.sources.open import open_text
 from data.tokenizer import Tokenizer
 from errors import UserError, check_at_least_1, check_out, run_command
 from tokens import END_OF_DOCUMENT, TOKENIZER_FILE
+
+# the library reserves memory for all of it at once
+_MAX_VOCAB_SIZE = 1 << 24
+# the time to train grows with the square of a word's length
+_LONG_WORD = re.compile(r"\S{4096}|\s{4096}")
 
 
 def train_byte_level_bpe(
@@ -34,14 +40,9 @@ def train_byte_level_bpe(
         special_tokens: Tokens that are not split from text; they get the lowest ids.
 
     Raises:
-        UserError: `vocab_size` is less than 256 plus the number of special tokens.
+        UserError: `vocab_size` is out of range.
     """
-    smallest = 256 + len(special_tokens)
-    if vocab_size < smallest:
-        raise UserError(
-            f"vocab_size is {vocab_size}, must be at least {smallest}: 256 bytes and {len(special_tokens)} "
-            "special tokens"
-        )
+    check_vocab_size(vocab_size, len(special_tokens))
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -51,8 +52,26 @@ def train_byte_level_bpe(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    backend.train_from_iterator((piece for text in texts for piece in _cut_long_words(text)), trainer)
     return backend
+
+
+def check_vocab_size(vocab_size: int, num_special_tokens: int = 1) -> None:
+    """Check that a vocabulary holds all bytes, and fits into memory.
+
+    Args:
+        vocab_size: Its target size, special tokens included.
+        num_special_tokens: How many there are.
+
+    Raises:
+        UserError: `vocab_size` is less than 256 plus the number of special tokens, or more than 2**24.
+    """
+    smallest = 256 + num_special_tokens
+    if not smallest <= vocab_size <= _MAX_VOCAB_SIZE:
+        raise UserError(
+            f"vocab_size is {vocab_size}, must be at least {smallest} (256 bytes and the special tokens) and "
+            f"at most {_MAX_VOCAB_SIZE}"
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -81,12 +100,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     check_out(options.out)
     check_at_least_1(options, "max_bytes")
+    check_vocab_size(options.vocab_size)  # before the text is opened
     documents = open_text(source_from(options), split="train")
+    options.out.mkdir(parents=True, exist_ok=True)  # a path that cannot be written shows before the work
     texts = _truncated(documents, options.max_bytes)
     tokenizer = Tokenizer(train_byte_level_bpe(texts, options.vocab_size))
-    options.out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(options.out / TOKENIZER_FILE)
     print(f"{tokenizer.vocab_size} ids in {options.out / TOKENIZER_FILE}")
+
+
+def _cut_long_words(text: str) -> Iterator[str]:
+    """Yield a text in pieces, cut within words, or runs of spaces, of more than 4,096 characters."""
+    first = 0
+    for match in _LONG_WORD.finditer(text):
+        yield text[first : match.end()]
+        first = match.end()
+    yield text[first:]
 
 
 def _truncated(documents: DocumentSource, max_bytes: int) -> Iterator[str]:

@@ -180,9 +180,7 @@ class RunFolder:
                 break
             last = kept.read_text(encoding="utf-8")
         if text not in (last, to_toml(config)):
-            temporary = kept.with_name(f"{kept.name}.tmp")
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, kept)
+            write_text(kept, text)
 
     def write_config(self, config: Any) -> None:
         """Write the resolved config, a dataclass or a dict of them by table, atomically."""

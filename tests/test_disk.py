@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,8 @@ def test_a_file_is_synced_before_it_is_renamed_and_its_folder_after(
     monkeypatch.setattr(disk.os, "fsync", recorded_sync)
     monkeypatch.setattr(disk.os, "replace", recorded_rename)
     write_text(tmp_path / "config.toml", "a = 1\n")
-    assert calls == ["config.toml.tmp", "rename", tmp_path.name]
+    assert re.fullmatch(r"config\.toml\.\w+\.tmp", calls[0])
+    assert calls[1:] == ["rename", tmp_path.name]
     assert (tmp_path / "config.toml").read_text() == "a = 1\n"
 
 
@@ -45,6 +47,18 @@ def test_a_full_disk_leaves_the_file_as_it_was(number: int, tmp_path: Path) -> N
     with pytest.raises(DiskFullError, match=rf"{path} cannot be written: .*B are free"):
         write_half(path, OSError(number, os.strerror(number)))
     assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_writers_of_a_file_do_not_mix(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    with replacing(path) as slow, slow.open("w") as file:
+        file.write("slow, ")
+        file.flush()
+        write_text(path, "fast")
+        assert path.read_text() == "fast"
+        file.write("but whole")
+    assert path.read_text() == "slow, but whole"
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -1,5 +1,11 @@
 """How command lines end."""
 
+import errno
+import functools
+import itertools
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -50,6 +56,56 @@ def test_a_fault_keeps_its_traceback() -> None:
         assert exit_code(error) is None
         with pytest.raises(type(error)):
             run_command(lambda error=error: _raise(error))
+
+
+def _use(use: Callable[[Path], object], path: Path) -> None:
+    use(path)
+
+
+def test_a_path_that_cannot_be_used_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    uses: list[Callable[[Path], object]] = [Path.mkdir, Path.read_text, Path.iterdir, Path.touch]
+    paths = ["file", "file/x", "x" * 300, "none/x"]
+    failed = 0
+    for use, name in itertools.product(uses, paths):
+        path = tmp_path / name
+        code = run_command(functools.partial(_use, use, path))
+        failed += code == 2
+        printed = capsys.readouterr().err
+        assert code == 0 or (printed.startswith(f"error: cannot use {path} (") and printed.count("\n") == 1)
+    assert failed > len(uses)
+    assert run_command(lambda: _raise(OSError(errno.ENOSPC, "No space left on device", "/a/b"))) == 2
+    assert "cannot use /a/b (No space left on device): make room" in capsys.readouterr().err
+
+
+def test_an_error_of_the_system_without_a_path_is_a_fault() -> None:
+    with pytest.raises(OSError, match="Input/output error"):
+        run_command(lambda: _raise(OSError(errno.EIO, "Input/output error")))
+
+
+PRINT_MUCH = """
+import sys
+from errors import run_command
+sys.exit(run_command(lambda: [print("x" * 100) for _ in range({lines})] and None))
+"""
+
+
+@pytest.mark.parametrize("lines", [1, 10_000])
+def test_a_reader_that_has_ended_is_not_an_error(lines: int) -> None:
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-c", PRINT_MUCH.format(lines=lines)]
+    process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 141
+    process.stderr.close()
+
+
+def test_a_broken_pipe_to_another_process_is_a_fault() -> None:
+    with pytest.raises(BrokenPipeError):
+        run_command(lambda: _raise(BrokenPipeError(errno.EPIPE, "Broken pipe")))
 
 
 def test_ctrl_c_and_success() -> None:

@@ -66,8 +66,7 @@ class ShardRows:
     def _concatenate(self, documents: "_Documents", start: PackerState) -> Iterator[RowBlock]:
         offset = start.offset
         while True:
-            # one token more than the rows need: the document after the epoch's last one is then known
-            documents.read_tokens(offset + BLOCK_ROWS * self._seq_len + 2)
+            documents.read_rows(offset, self._seq_len)
             lengths, epochs = documents.pending["length"], documents.pending["epoch"]
             if offset >= lengths[0]:
                 raise UserError(
@@ -121,9 +120,6 @@ class _Documents:
     Args:
         source: The documents.
         start: State of the first row.
-
-    Attributes:
-        pending: The documents read and not dropped, of dtype `_PLACED`.
     """
 
     def __init__(self, source: ShardDocuments, start: PackerState) -> None:
@@ -131,12 +127,39 @@ class _Documents:
         self._chunks = source.chunks(start.position, repeat=True)
         self._skipped = dict(start.skipped)
         self._num_damaged = 0
-        self.pending = np.empty(0, dtype=_PLACED)
+        self._last_epoch: int | None = None
+        # joined when they are looked at: a row may hold many epochs of a single document, each a chunk
+        self._read = [np.empty(0, dtype=_PLACED)]
 
-    def read_tokens(self, num_tokens: int) -> None:
-        """Read documents until they hold a number of tokens."""
-        while self.pending["length"].sum() < num_tokens:
-            self._read_chunk()
+    @property
+    def pending(self) -> np.ndarray:
+        """The documents read and not dropped, of dtype `_PLACED`."""
+        if len(self._read) > 1:
+            self._read = [np.concatenate(self._read)]
+        return self._read[0]
+
+    def read_rows(self, offset: int, seq_len: int) -> None:
+        """Read the documents of a block of rows, which ends with the row in which an epoch does.
+
+        Args:
+            offset: Tokens of the first document that precede the first row.
+            seq_len: Tokens per row, T.
+        """
+        ends = np.cumsum(self.pending["length"])
+        num_tokens = int(ends[-1]) if len(ends) else 0
+        epoch_ends = ends[:-1][np.diff(self.pending["epoch"]) > 0].tolist()
+        num_rows = BLOCK_ROWS
+        while True:
+            # a single remaining token is the last label of the previous row
+            rows = [-(-(end - offset - 1) // seq_len) for end in epoch_ends if end > offset + 1]
+            num_rows = min([num_rows, *rows])
+            # one token more than the rows need: the document after the epoch's last one is then known
+            if num_tokens >= offset + num_rows * seq_len + 2:
+                return
+            last_epoch = self._last_epoch
+            chunk_tokens = self._read_chunk()
+            epoch_ends = [] if self._last_epoch == last_epoch else [num_tokens]
+            num_tokens += chunk_tokens
 
     def block(self, num_tokens: int) -> tuple[int, bool]:
         """Read the documents of a block: of so many tokens, or to the epoch's end if fewer would remain.
@@ -153,12 +176,18 @@ class _Documents:
                 return num, False
             if num_same < len(epochs):
                 return num_same, True
-            self._read_chunk()
+            missing = num_tokens - (int(ends[-1]) if num_same else 0)
+            while True:
+                last_epoch = self._last_epoch
+                missing -= self._read_chunk()
+                if missing <= 0 or self._last_epoch != last_epoch:
+                    break
 
     def drop(self, num_documents: int) -> tuple[Position, dict[str, int]]:
         """Drop documents; return the position of the next one, and the number skipped before it."""
-        self.pending = self.pending[num_documents:]
-        self.read_tokens(1)
+        self._read = [self.pending[num_documents:]]
+        while not len(self.pending):
+            self._read_chunk()
         first = self.pending[0]
         skipped = dict(self._skipped)
         if first["skipped"]:
@@ -170,7 +199,8 @@ class _Documents:
         num_documents = self._source.num_documents
         return (num_documents - place) * self._source.num_tokens / num_documents
 
-    def _read_chunk(self) -> None:
+    def _read_chunk(self) -> int:
+        """Read some documents of one epoch, good ones or not; return the tokens of the good ones."""
         chunk = next(self._chunks)
         num_damaged = self._num_damaged + np.cumsum(chunk.is_damaged)
         self._num_damaged += int(chunk.is_damaged.sum())
@@ -179,4 +209,7 @@ class _Documents:
         placed["epoch"], placed["place"] = chunk.epoch, chunk.place + good
         placed["number"], placed["skipped"] = chunk.numbers[good], num_damaged[good]
         placed["length"] = self._source.lengths(chunk.numbers[good])
-        self.pending = np.concatenate([self.pending, placed])
+        self._read.append(placed)
+        if len(placed):
+            self._last_epoch = chunk.epoch
+        return int(placed["length"].sum())

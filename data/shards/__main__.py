@@ -58,7 +58,8 @@ class _ProgressBar:
         seconds = max(time.monotonic() - self._since, 1e-9)
         rate = (progress.tokens - self._first.tokens) / seconds
         self._bar.set_postfix_str(
-            f"{progress.tokens:,} tokens, {progress.documents:,} documents, {progress.shards} shards, "
+            f"{progress.tokens:,} tokens, {progress.documents:,} documents, "
+            f"{progress.shards} shard{'s' * (progress.shards != 1)}, "
             f"{rate:,.0f} tokens/s",
             refresh=False,
         )
@@ -235,7 +236,10 @@ def _description(config: Any, source: FileDocuments) -> dict[str, Any]:
 def _print(folder: Path, manifest: Manifest) -> None:
     settings = manifest.settings
     source, tokenizer = settings["source"], settings["tokenizer"]
-    print(f"{folder}: {len(manifest.shards)} shards of {source['kind']} files")
+    num_shards = len(manifest.shards)
+    # `prepare` of a program may leave the source unnamed
+    kind = f" of {source['kind']} files" if "kind" in source else ""
+    print(f"{folder}: {num_shards} shard{'s' * (num_shards > 1)}{kind}")
     if "revision" in source:
         name = source["repository"] if "repository" in source else source["path"]
         print(f"  {'source':<11}{name} at revision {source['revision'] or 'none'}")

@@ -44,6 +44,7 @@ from data.sources.shard_format import (
     write_json,
 )
 from data.tokenizer import Tokenizer
+from disk import naming_full_disk
 from errors import UserError
 
 _BATCH_CHARACTERS = 1 << 18
@@ -119,10 +120,11 @@ def prepare(
     Raises:
         UserError: The folder was prepared with other settings, another process is preparing it, or the source
             cannot be read or holds no document.
+        DiskFullError: The disk is full; finished shards are kept.
     """
     settings = _settings(source, tokenizer, options, description)
     folder.mkdir(parents=True, exist_ok=True)
-    with _lock(folder):
+    with naming_full_disk(folder), _lock(folder):
         _start(folder, settings)
         if (manifest := _complete_manifest(folder)) is not None:
             return manifest

@@ -44,7 +44,7 @@ def hash_sources(source: FileDocuments, num_files: int) -> dict[str, SourceFile]
     )
     if changes:
         raise UserError(
-            f"{'; '.join(changes)} while it was tokenized: delete the shards, and prepare them again"
+            f"{'; '.join(changes)} while it was tokenized: delete the whole folder, and prepare it again"
         )
     return hashes
 

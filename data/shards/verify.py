@@ -29,6 +29,7 @@ from data.sources.shard_format import (
     read_shard,
     shard_folder,
 )
+from data.sources.shards import SplitReader
 from errors import UserError
 
 _CHUNK_DOCUMENTS = 1 << 20
@@ -76,20 +77,16 @@ def length_histogram(folder: Path, split: ShardSplit) -> list[tuple[int, int, in
     Returns:
         For each power of two p that occurs: p, the number of documents of p to 2p - 1 tokens, and the number
         of their tokens.
+
+    Raises:
+        UserError: The manifest or the index is missing or damaged.
     """
-    summary = read_manifest(folder).splits[split]
+    reader = SplitReader(folder, split)
     documents = np.zeros(64, dtype=np.int64)
     tokens = np.zeros(64, dtype=np.int64)
-    index = _map(index_file(folder, split), INDEX)
-    for first in range(0, summary.documents, _CHUNK_DOCUMENTS):
-        starts = index["start"][first : min(first + _CHUNK_DOCUMENTS, summary.documents) + 1]
-        lengths = np.diff(starts).astype(np.int64)
-        if lengths.min() < 1:
-            path = index_file(folder, split)
-            raise UserError(
-                f"{path} is damaged near document {first + int(lengths.argmin())}: delete it and run the "
-                "same `python -m data.shards prepare` again, which rewrites it"
-            )
+    for first in range(0, reader.num_documents, _CHUNK_DOCUMENTS):
+        numbers = np.arange(first, min(first + _CHUNK_DOCUMENTS, reader.num_documents))
+        lengths = reader.lengths(numbers)
         bins = np.log2(lengths).astype(np.int64)
         documents += np.bincount(bins, minlength=64)
         tokens += np.bincount(bins, weights=lengths, minlength=64).astype(np.int64)

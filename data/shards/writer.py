@@ -31,7 +31,7 @@ from data.sources.shard_format import (
     shard_folder,
     write_json,
 )
-from disk import replace
+from disk import replace, replacing
 
 
 class ShardWriter:
@@ -150,15 +150,13 @@ def write_manifest(
     splits: dict[ShardSplit, SplitSummary] = {}
     for split in SPLITS:
         path = index_file(folder, split)
-        partial = path.with_name(path.name + PARTIAL)
         start = 0
-        with partial.open("wb") as file:
+        with replacing(path) as temporary, temporary.open("wb") as file:
             for number in range(num_shards):
                 documents = np.fromfile(shard_folder(folder, number) / f"{split}.documents", dtype=DOCUMENT)
                 file.write(index_records(documents, start).tobytes())
                 start += int(documents["length"].sum(dtype=np.uint64))
             file.write(np.array((start, 0), dtype=INDEX).tobytes())
-        replace(partial, path)
         splits[split] = SplitSummary(
             documents=sum(shard.splits[split].documents for shard in shards),
             tokens=sum(shard.splits[split].tokens for shard in shards),

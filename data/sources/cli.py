@@ -4,10 +4,20 @@ import argparse
 import re
 
 from data.config import DatasetsSource, HubSource, JsonlSource, ParquetSource, TextKind, TextSource
-from data.ultra_fineweb import REPOSITORY, REVISION
+from data.ultra_fineweb import REPOSITORY
 from errors import UserError
 
 _JSONL_NAME = re.compile(r".*\.(jsonl|json|ndjson)(\.(gz|bz2|zst|zstd|lz4|xz))?", re.DOTALL)
+# kinds of sources that an option belongs to
+_KINDS_OF = {
+    "pattern": ("folder",),
+    "language": ("parts",),
+    "repository": ("parts", "hub_files"),
+    "revision": ("parts", "hub_files", "dataset"),
+    "name": ("dataset",),
+    "split": ("dataset",),
+    "streaming": ("dataset",),
+}
 
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,9 +39,9 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--pattern", help='glob of the files in --folder (default "**/*.txt")')
     group.add_argument(
-        "--language", choices=("en", "zh"), default="en", help="Ultra-FineWeb's language for --parts"
+        "--language", choices=("en", "zh"), help='Ultra-FineWeb\'s language for --parts (default "en")'
     )
-    group.add_argument("--repository", default=REPOSITORY, help="dataset on the hub (default %(default)s)")
+    group.add_argument("--repository", help=f"dataset on the hub of --hub-files (default {REPOSITORY})")
     group.add_argument("--revision", help="its commit (default: one of Ultra-FineWeb, or --dataset's newest)")
     group.add_argument("--name", help="config of --dataset (default: its only or default one)")
     group.add_argument("--split", help='split of --dataset (default "train")')
@@ -61,25 +71,22 @@ def source_from(options: argparse.Namespace) -> TextKind:
     """
     limits = _given(options, "min_characters", "max_characters", "on_damaged_file")
     columns = _given(options, "text_column", "score_column", "min_score")
+    for name, kinds in _KINDS_OF.items():
+        if getattr(options, name) is not None and all(getattr(options, kind) is None for kind in kinds):
+            those = " or ".join(f"--{kind.replace('_', '-')}" for kind in kinds)
+            raise UserError(f"--{name} given without {those}: other sources have none")
     if options.folder is not None:
         if columns:
             raise UserError(f"{', '.join(columns)} given with --folder: text files have no columns")
         return TextSource(folder=options.folder, **_given(options, "pattern"), **limits)
-    dataset = _given(options, "name", "split", "streaming")
     if options.dataset is not None:
-        return DatasetsSource(
-            path=options.dataset, **dataset, **_given(options, "revision"), **limits, **columns
-        )
-    if dataset:
-        raise UserError(f"{', '.join(dataset)} given without --dataset: other sources have none")
-    if options.pattern is not None:
-        raise UserError("--pattern given without --folder: --files takes globs")
+        dataset = _given(options, "name", "split", "streaming", "revision")
+        return DatasetsSource(path=options.dataset, **dataset, **limits, **columns)
     if options.files is None:
-        files = {"language": options.language, "parts": options.parts}
+        files = _given(options, "language", "parts", "repository", "revision")
         if options.hub_files is not None:
-            files = {"files": options.hub_files}
-        repository = {"repository": options.repository, "revision": options.revision or REVISION}
-        return HubSource(**repository, **files, **limits, **columns)
+            files["files"] = options.hub_files
+        return HubSource(**files, **limits, **columns)
     if all(name.endswith(".parquet") for name in options.files):
         return ParquetSource(files=options.files, **limits, **columns)
     if all(_JSONL_NAME.fullmatch(name) for name in options.files):

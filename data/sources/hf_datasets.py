@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +179,24 @@ def dataset_files(source: DatasetsSource) -> list[DocumentFile]:
     return [StreamedShard(dataset, source, identity, index) for index in range(dataset.num_shards)]
 
 
+def local_data_files(source: DatasetsSource) -> list[Path]:
+    """Return the local files that a dataset's split is made of; none of a dataset of the hub.
+
+    Args:
+        source: The source's config.
+
+    Raises:
+        UserError: The folder is no dataset, or has no such split; names the key.
+    """
+    if not Path(source.path).is_dir():
+        return []
+    with _opening(source):
+        if _is_saved(source):
+            return [Path(each["filename"]) for each in _saved(source)[0].cache_files]
+        builder = _builder(source)
+        return [Path(file) for file in _data_files(builder, source)[source.split]]
+
+
 def _is_saved(source: DatasetsSource) -> bool:
     return any((Path(source.path) / name).is_file() for name in _SAVED_FILES)
 
@@ -202,6 +220,26 @@ def _saved(source: DatasetsSource) -> tuple[datasets.Dataset, list[Any]]:
 
 def _loaded(source: DatasetsSource) -> tuple[datasets.Dataset | datasets.IterableDataset, list[Any]]:
     """Open a folder of data files, or a dataset of the hub."""
+    builder = _builder(source)
+    files = _data_files(builder, source)
+    if source.streaming:
+        dataset = builder.as_streaming_dataset(split=source.split)
+    else:
+        builder.download_and_prepare()
+        dataset = builder.as_dataset(split=source.split)
+    assert isinstance(dataset, datasets.Dataset | datasets.IterableDataset), "one split"
+    folder = Path(source.path)
+    if not folder.is_dir():
+        return dataset, [f"{source.path} ({builder.config.name}, {source.split}) at {builder.hash}"]
+    paths = [Path(file) for file in files[source.split]]
+    names = [path.relative_to(folder.resolve()).as_posix() for path in paths]
+    content = json.dumps([names, [content_hash(path) for path in paths]])
+    name = f"folder of data files ({builder.config.name}, {source.split})"
+    return dataset, [name, hashlib.sha256(content.encode()).hexdigest()]
+
+
+def _builder(source: DatasetsSource) -> datasets.DatasetBuilder:
+    """Look up a folder of data files, or a dataset of the hub."""
     folder = Path(source.path)
     is_local = folder.is_dir()
     if not is_local and source.path.count("/") != 1:
@@ -218,24 +256,17 @@ def _loaded(source: DatasetsSource) -> tuple[datasets.Dataset | datasets.Iterabl
             f"revision is {source.revision!r}, which cannot be fetched, and the cache holds "
             f"{builder.hash!r}: correct it, or fetch it once while online"
         )
+    return builder
+
+
+def _data_files(builder: datasets.DatasetBuilder, source: DatasetsSource) -> Mapping[str, Any]:
+    """Return the data files by split; check that there is the source's split."""
     # a dataset of the cache has no data files left, one that is not prepared may have no list of splits
     data_files = builder.config.data_files or {}
     splits = builder.info.splits or data_files
     if source.split not in splits:
         raise UserError(f"split is {source.split!r}, but {source.path} has {sorted(map(str, splits))}")
-    if source.streaming:
-        dataset = builder.as_streaming_dataset(split=source.split)
-    else:
-        builder.download_and_prepare()
-        dataset = builder.as_dataset(split=source.split)
-    assert isinstance(dataset, datasets.Dataset | datasets.IterableDataset), "one split"
-    if not is_local:
-        return dataset, [f"{source.path} ({builder.config.name}, {source.split}) at {builder.hash}"]
-    files = [Path(file) for file in data_files[source.split]]
-    names = [file.relative_to(folder.resolve()).as_posix() for file in files]
-    content = json.dumps([names, [content_hash(file) for file in files]])
-    name = f"folder of data files ({builder.config.name}, {source.split})"
-    return dataset, [name, hashlib.sha256(content.encode()).hexdigest()]
+    return data_files
 
 
 def _needed_columns(columns: list[str], source: DatasetsSource) -> list[str]:
@@ -286,7 +317,9 @@ def _opening(source: DatasetsSource) -> Iterator[None]:
         if "Revision" in reason:
             raise UserError(f"revision is {source.revision!r}: {reason}") from error
         remedy = "check path, and the network and HF_ENDPOINT if it is on the hub"
-        if constants.HF_HUB_OFFLINE:
+        if Path(source.path).is_dir():
+            remedy = "correct its files"
+        elif constants.HF_HUB_OFFLINE:
             remedy = "HF_HUB_OFFLINE is set: prepare it once while online, with streaming off"
         raise UserError(f"cannot open {_name(source)} ({reason}): {remedy}") from error
 

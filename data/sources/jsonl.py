@@ -15,6 +15,7 @@ from data.sources.content import content_hash
 from data.sources.files import RawRow, convert_read_errors
 
 _MAX_LINE_BYTES = 1 << 28
+_COMPRESSED_SUFFIXES = {".gz", ".bz2", ".zst", ".zstd", ".lz4", ".xz"}
 # compression by a file's first bytes, whatever its name
 _MAGIC = {
     b"\x1f\x8b": "gzip",
@@ -53,10 +54,13 @@ class JsonlDocumentFile:
         """Read the file's size.
 
         Raises:
+            DamagedFileError: The file is empty, though its name says that it is compressed.
             UserError: The file is missing.
         """
         with convert_read_errors(self.path):
             self._num_bytes = self.path.stat().st_size
+            if not self._num_bytes and self.path.suffix in _COMPRESSED_SUFFIXES:
+                raise EOFError("it is empty, which no compressed file is")
 
     def read(self, row: int) -> Iterator[RawRow]:
         """Yield lines in order from a given one.
@@ -68,6 +72,7 @@ class JsonlDocumentFile:
             DamagedFileError: The compressed data is damaged or truncated.
             UserError: The file is gone.
         """
+        self.check()
         with convert_read_errors(self.path), _open(self.path) as lines:
             offset = _skip(lines, row)
             while line := lines.readline(_MAX_LINE_BYTES):

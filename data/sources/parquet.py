@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 
 from data.config import ColumnOptions
 from data.sources.content import content_hash
-from data.sources.files import RawRow, convert_read_errors
+from data.sources.files import DamagedFileError, RawRow, convert_read_errors
+from data.sources.folders import check_folders
 from errors import UserError
 
 _BATCH_ROWS = 256
@@ -51,8 +52,8 @@ class ParquetDocumentFile:
         """Read the footer.
 
         Raises:
-            DamagedFileError: The footer is damaged.
-            UserError: The file or a column is missing.
+            DamagedFileError: The footer is damaged, or a column is missing.
+            UserError: The file is missing.
         """
         with self._open() as parquet:
             self.num_rows = parquet.metadata.num_rows
@@ -73,7 +74,7 @@ class ParquetDocumentFile:
                 texts = _values(self._column(batch, self._text_column))
                 scores: list[object] = [None] * len(texts)
                 if self._score_column is not None:
-                    scores = self._column(batch, self._score_column).to_pylist()
+                    scores = _values(self._column(batch, self._score_column))
                 for next_row, (text, score) in enumerate(zip(texts, scores, strict=True), first + 1):
                     yield RawRow(next_row, text, score)
 
@@ -95,9 +96,10 @@ class ParquetDocumentFile:
         for key, column in (("text_column", self._text_column), ("score_column", self._score_column)):
             schema = parquet.schema_arrow
             if column is not None and _column_path(schema, column, self.path) is None:
-                raise UserError(
+                raise DamagedFileError(
                     f"{self.path} has no column {column!r} (it has {', '.join(schema.names) or 'none'}): "
-                    f"set {key} to the one that holds the {key.partition('_')[0]}"
+                    f"set {key} to the one that holds the {key.partition('_')[0]}, or set on_damaged_file to "
+                    '"skip"'
                 )
         return parquet
 
@@ -144,6 +146,7 @@ def local_files(patterns: Sequence[str], kind: str) -> list[Path]:
 
     Raises:
         UserError: A pattern matches no file, or two match the same file.
+        OSError: A folder that may hold matches cannot be read.
     """
     files: list[Path] = []
     found: dict[Path, str] = {}
@@ -155,6 +158,8 @@ def local_files(patterns: Sequence[str], kind: str) -> list[Path]:
             if path.is_file()
             else [Path(match) for match in sorted(glob.glob(pattern, recursive=True))]
         )
+        if not path.is_file():
+            check_folders(Path(), pattern)
         matches = [match for match in matches if match.is_file()]
         if not matches:
             raise UserError(
@@ -194,4 +199,7 @@ def _values(column: pa.Array) -> list[object]:
         return column.to_pylist()
     except UnicodeDecodeError:
         # one row is not UTF-8: return bytes, which are decoded row by row
-        return column.cast(pa.large_binary()).to_pylist()
+        try:
+            return column.cast(pa.large_binary()).to_pylist()
+        except pa.ArrowNotImplementedError:  # of structs or lists, which are no text
+            return [value if value.is_valid else None for value in column]

@@ -15,13 +15,14 @@ writes nothing twice.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from disk import replace
+from disk import write_text
 from errors import UserError
 
 FORMAT = 1
@@ -153,17 +154,31 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(f"{folder} holds no complete set of shards ({MANIFEST_FILE} is missing): {remedy}")
     table = read_json(path)
     try:
-        for key in ("name", "fingerprint", "vocab_size", "end_of_document_id"):
-            _ = table["settings"]["tokenizer"][key]
-        return Manifest(
+        _check_settings(table["settings"])
+        manifest = Manifest(
             settings=table["settings"],
-            skipped=table["skipped"],
-            splits=_splits(table["splits"]),
-            shards=[_splits(shard) for shard in table["shards"]],
-            sources={path: SourceFile(**hashes) for path, hashes in table.get("sources", {}).items()},
+            skipped=_counts(table["skipped"]),
+            splits=_splits(table["splits"], "index"),
+            shards=[_splits(shard, "tokens", "documents") for shard in _typed(table["shards"], list)],
+            sources={
+                name: SourceFile(
+                    num_bytes=_typed(hashes["num_bytes"], int),
+                    sha256=_typed(hashes["sha256"], str),
+                    content=_typed(hashes["content"], str),
+                )
+                for name, hashes in table.get("sources", {}).items()
+            },
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error!r}): delete it and prepare again") from error
+    if not manifest.shards:
+        raise UserError(f"{path} is damaged (it has no shard): delete it and prepare again")
+    if manifest.settings["format"] != FORMAT:
+        raise UserError(
+            f"{folder} was prepared in format {manifest.settings['format']}, and this version reads format "
+            f"{FORMAT}: read it with the version that wrote it, or prepare into another folder"
+        )
+    return manifest
 
 
 def read_shard(folder: Path, number: int) -> ShardSummary:
@@ -180,13 +195,13 @@ def read_shard(folder: Path, number: int) -> ShardSummary:
     table = read_json(path)
     try:
         return ShardSummary(
-            first=table["first"],
-            next=table["next"],
-            is_last=table["is_last"],
-            skipped=table["skipped"],
-            splits=_splits(table["splits"]),
+            first=_typed(table["first"], dict, NoneType),
+            next=_typed(table["next"], dict, NoneType),
+            is_last=_typed(table["is_last"], bool),
+            skipped=_counts(table["skipped"]),
+            splits=_splits(table["splits"], "tokens", "documents"),
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error!r}): delete {path.parent} and prepare again") from error
 
 
@@ -196,11 +211,12 @@ def write_json(path: Path, value: Any) -> None:
     Args:
         path: The file.
         value: Its content.
+
+    Raises:
+        DiskFullError: The disk is full.
     """
     table = value if isinstance(value, dict) else asdict(value)
-    partial = path.with_name(path.name + PARTIAL)
-    partial.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-    replace(partial, path)
+    write_text(path, json.dumps(table, indent=1) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -228,6 +244,37 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _splits(table: dict[str, Any]) -> dict[ShardSplit, SplitSummary]:
-    names = {field.name for field in fields(SplitSummary)}
-    return {split: SplitSummary(**{name: table[split][name] for name in names}) for split in SPLITS}
+def _check_settings(settings: dict[str, Any]) -> None:
+    """Raise KeyError or TypeError unless settings have what readers of shards look up."""
+    _typed(settings["format"], int)
+    tokenizer, source = settings["tokenizer"], settings["source"]
+    for key, kind in (("name", str), ("fingerprint", str), ("vocab_size", int), ("end_of_document_id", int)):
+        _typed(tokenizer[key], kind)
+    kind = _typed(source.get("kind"), str, NoneType)
+    if kind == "hub":
+        _typed(source["repository"], str)
+    elif kind == "datasets":
+        for key, kinds in (("path", (str,)), ("name", (str, NoneType)), ("split", (str,))):
+            _typed(source[key], *kinds)
+
+
+def _splits(table: dict[str, Any], *hashes: str) -> dict[ShardSplit, SplitSummary]:
+    return {
+        split: SplitSummary(
+            documents=_typed(table[split]["documents"], int),
+            tokens=_typed(table[split]["tokens"], int),
+            sha256={suffix: _typed(table[split]["sha256"][suffix], str) for suffix in hashes},
+        )
+        for split in SPLITS
+    }
+
+
+def _counts(table: dict[str, Any]) -> dict[str, int]:
+    return {reason: _typed(count, int) for reason, count in table.items()}
+
+
+def _typed(value: Any, *kinds: type) -> Any:
+    """Return a value of one of some types; raise TypeError for another."""
+    if type(value) not in kinds:
+        raise TypeError(f"{value!r} is no {' or '.join(kind.__name__ for kind in kinds)}")
+    return value

@@ -7,6 +7,7 @@ from typing import Any
 from data.config import TextSource
 from data.sources.content import content_hash
 from data.sources.files import RawRow, convert_read_errors
+from data.sources.folders import check_folders
 from errors import UserError
 
 
@@ -68,12 +69,20 @@ def text_files(source: TextSource) -> list[TextDocumentFile]:
         source: The folder and the pattern.
 
     Raises:
-        UserError: The folder does not exist, or no file in it matches the pattern.
+        UserError: The folder does not exist, the pattern is no glob, or no file in the folder matches it.
+        OSError: A subfolder cannot be read.
     """
     folder = Path(source.folder)
     if not folder.is_dir():
         raise UserError(f"folder of a text source is {source.folder!r}, which is not a folder: correct it")
-    paths = sorted(path for path in folder.glob(source.pattern) if path.is_file())
+    try:
+        paths = sorted(path for path in folder.glob(source.pattern) if path.is_file())
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(
+            f"pattern of a text source is {source.pattern!r} ({error}): want a glob relative to the folder, "
+            'such as "**/*.txt"'
+        ) from error
+    check_folders(folder, source.pattern)
     if not paths:
         raise UserError(
             f"no file in {source.folder!r} matches pattern {source.pattern!r} of a text source: correct it"

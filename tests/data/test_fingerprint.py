@@ -177,3 +177,10 @@ def test_a_position_of_an_earlier_version_is_accepted_with_a_warning(
     assert "of an earlier version: its tokenizer was compared only in part" in caplog.text
     with pytest.raises(ValueError, match="belongs to another tokenizer"):
         loader.load_state_dict({**state, "fingerprint": {**older, "tokenizer": "0123456789abcdef"}})
+
+
+def test_files_of_one_name_that_are_swapped_are_in_another_order() -> None:
+    one, other = ["a.jsonl", "1234"], ["a.jsonl", "5678"]
+    saved, current = fingerprint_files([one, other]), fingerprint_files([other, one])
+    assert describe_changes(saved, current) == ["the files are in another order"]
+    assert describe_changes(saved, fingerprint_files([one, one])) == ["a.jsonl (file 2) changed"]

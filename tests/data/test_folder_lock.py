@@ -248,6 +248,24 @@ def test_a_look_tells_whether_a_lock_is_held_and_does_not_refuse_anyone(tmp_path
         lock.release()
 
 
+def test_a_look_needs_no_permission_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "lock"
+    process = hold(path)
+    wait_for(process, "held")
+    system_open = os.open
+
+    def open_to_read(path: str, flags: int, *more: int) -> int:
+        if flags & (os.O_RDWR | os.O_WRONLY):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return system_open(path, flags, *more)
+
+    monkeypatch.setattr(os, "open", open_to_read)
+    assert is_held(path)
+    process.kill()
+    process.wait()
+    assert not is_held(path)
+
+
 def test_the_record_of_another_host_is_held_while_it_is_renewed(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     path.write_text(

@@ -119,6 +119,18 @@ def test_a_complete_sample_is_not_touched_and_a_damaged_one_is_made_again(
     assert _bytes(made) == whole
     sample.make(made, vocab_size=400, max_bytes=MAX_BYTES, force=True)
     assert len(calls) == 3
+    for damaged in ("[]", "3", '{"settings"', '{"settings": {}, "sha256": []}'):
+        (made / sample.SUMMARY_FILE).write_text(damaged)
+        sample.make(made, vocab_size=400, max_bytes=MAX_BYTES)
+        assert _bytes(made) == whole
+
+
+def test_a_vocabulary_out_of_range_is_refused_before_a_sample_is_touched(made: Path) -> None:
+    whole = _bytes(made)
+    for vocab_size in (10, 10**12):
+        with pytest.raises(ValueError, match=f"vocab_size is {vocab_size}, must be at least 257"):
+            sample.make(made, vocab_size=vocab_size, max_bytes=MAX_BYTES, force=True)
+    assert _bytes(made) == whole
 
 
 def test_an_interrupt_leaves_no_partial_file_and_an_incomplete_sample(

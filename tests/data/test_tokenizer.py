@@ -279,6 +279,41 @@ def test_an_end_that_ordinary_text_needs_is_refused(byte_tokenizer: Tokenizer, t
         Tokenizer(backend, end_of_document="[UNK]").encode("a")
 
 
+# a newline, a space, the first byte of many Chinese characters
+BYTES = {"\u010a": 0x0A, "\u0120": 0x20, "\u00e9": 0xE9}
+
+
+@pytest.mark.parametrize("spelled", BYTES)
+def test_a_token_that_spells_a_byte_of_ordinary_text_cannot_be_the_end_or_added(
+    spelled: str, byte_tokenizer: Tokenizer, qwen3_like: Tokenizer, tmp_path: Path
+) -> None:
+    message = rf"no other token for the byte 0x{BYTES[spelled]:02X} than {spelled!r}"
+    for each in (byte_tokenizer, qwen3_like):
+        each.save(tmp_path / "tokenizer.json")
+        with pytest.raises(ValueError, match=message):
+            Tokenizer.load(tmp_path, end_of_document=spelled).encode("x")
+        backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        backend.add_tokens([spelled])
+        with pytest.raises(ValueError, match=message):
+            Tokenizer(backend).encode("x")
+
+
+def test_a_token_that_spells_a_byte_of_no_text_may_be_the_end(
+    byte_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    byte_tokenizer.save(tmp_path / "tokenizer.json")
+    text = "three\n\nfour \u00ff \u4e2d"
+    tokenizer = Tokenizer.load(tmp_path, end_of_document="\u00ff")  # the byte 0xFF
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_byte_that_only_the_fallback_of_the_end_spells_is_refused() -> None:
+    vocabulary = {"[UNK]": 0, **{f"<0x{byte:02X}>": byte + 1 for byte in range(256)}}
+    model = tokenizers.models.BPE(vocabulary, [], unk_token="[UNK]", byte_fallback=True)
+    with pytest.raises(ValueError, match=r"the byte 0x0A than '<0x0A>'"):
+        Tokenizer(tokenizers.Tokenizer(model), end_of_document="<0x0A>").encode("x")
+
+
 TEXTS_OF_MANY_PIECES = {
     "lines": "Some line of a text, 1234 long.\n\n\tThe next, \u00e9t\u00e9!\n" * 100,
     "words": "words without a line end, and numbers 12 345, " * 100,

@@ -1,3 +1,7 @@
+import errno
+import os
+import re
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,9 +25,27 @@ def test_training_is_deterministic_and_reaches_the_vocabulary_size() -> None:
     assert len(tokenizer.encode(texts[0])) < len(texts[0]) / 2
 
 
-def test_a_vocabulary_of_less_than_257_tokens_is_rejected() -> None:
-    with pytest.raises(ValueError, match="vocab_size is 256, must be at least 257"):
-        train_byte_level_bpe(["x"], 256)
+@pytest.mark.parametrize("vocab_size", [256, 10**12, 10**21])
+def test_a_vocabulary_out_of_range_is_rejected(vocab_size: int) -> None:
+    with pytest.raises(
+        ValueError, match=f"vocab_size is {vocab_size}, must be at least 257 .* at most 16777216"
+    ):
+        train_byte_level_bpe(["x"], vocab_size)
+
+
+def test_words_and_runs_of_spaces_of_any_length_are_trained_on() -> None:
+    started = time.monotonic()
+    long = ["a" + " " * 1_000_000 + "b", "\n" * 1_000_000, "x" * 1_000_000, "ab" * 500_000]
+    tokenizer = Tokenizer(train_byte_level_bpe(long, 300))
+    assert time.monotonic() - started < 60
+    assert all(len(tokenizer.encode(text)) < 20_000 for text in long)
+
+
+def test_only_long_words_are_cut() -> None:
+    words = ["words of text,\n\n  " * 1000, "x" * 10_000, " " * 5000 + "\t", "", "\u4e2d" * 4096]
+    pieces = [list(train_tokenizer._cut_long_words(word)) for word in words]
+    assert ["".join(each) for each in pieces] == words
+    assert [len(each) for each in pieces] == [1, 3, 2, 1, 2]
 
 
 def test_the_command_trains_on_parquet_and_writes_a_tokenizer_that_loads(
@@ -39,6 +61,23 @@ def test_the_command_trains_on_parquet_and_writes_a_tokenizer_that_loads(
     assert len(tokenizer.encode("words")) < 5
     assert run_command(lambda: train_tokenizer.main([*words, "100"])) == 2
     assert "error: vocab_size is 100, must be at least 257" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_the_tokenizer_as_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "some words of text"}\n')
+    words = ["--files", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out"), "--vocab-size"]
+    train_tokenizer.main([*words, "260"])
+    before = (tmp_path / "out" / "tokenizer.json").read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert run_command(lambda: train_tokenizer.main([*words, "262"])) == 2
+    assert re.search(r"tokenizer.json cannot be written: .* are free", capsys.readouterr().err)
+    assert [path.read_bytes() for path in (tmp_path / "out").iterdir()] == [before]
 
 
 def test_the_command_truncates_a_document_that_exceeds_max_bytes(

@@ -1,9 +1,9 @@
 """Rows laid out from document lengths alone, against the packers that read documents one by one."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from data.loading.layout import RowLayout, best_fit_layout, concatenated_layout
 from data.loading.packing import ConcatenatePacker, Document, PackedRow, PackerState, RowBlock
 from data.loading.shard_rows import Packing, ShardRows
 from data.shards.prepare import PrepareOptions, prepare
-from data.sources.shards import ShardDocuments
+from data.sources.shards import DocumentChunk, ShardDocuments
 from data.tokenizer import Tokenizer
 
 START = PackerState(None, 0, {})
@@ -180,6 +180,30 @@ def test_blocks_of_an_epoch_know_roughly_how_many_rows_are_left(
     for before, block in zip(num_rows, epoch, strict=True):
         if not block.ends_epoch:
             assert block.rows_left == pytest.approx(source.num_tokens / 16 - before, abs=20)
+
+
+@pytest.mark.parametrize("packing", get_args(Packing))
+def test_a_row_of_many_epochs_reads_no_more_documents_than_it_holds(
+    packing: Packing, list_source: Any, byte_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    prepare(tmp_path, list_source([["short"]]), byte_tokenizer, PrepareOptions())
+    source = documents_of(tmp_path, byte_tokenizer, 0)
+    num_read = 0
+    chunks = source.chunks
+
+    def counted(*arguments: Any, **options: Any) -> Iterator[DocumentChunk]:
+        nonlocal num_read
+        for chunk in chunks(*arguments, **options):
+            num_read += 1
+            yield chunk
+
+    source.chunks = counted
+    blocks = ShardRows(source, packing=packing, seq_len=60, padding_id=0).blocks(START)
+    for number, block in enumerate(itertools.islice(blocks, 20), 1):
+        assert len(block.rows) == 1
+        # a row of 60 tokens and its last label are of eleven documents of six tokens, and share the last one
+        per_row = 10 if packing == "concatenate" else 1
+        assert num_read <= number * per_row + 2
 
 
 def test_a_row_length_below_one_is_rejected(folder: Path, byte_tokenizer: Tokenizer) -> None:

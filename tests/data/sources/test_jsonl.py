@@ -201,3 +201,13 @@ def test_a_file_without_a_document_is_named_beside_good_ones(
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no file matches .*nowhere\.jsonl' in the files of a jsonl source"):
         _open(tmp_path / "nowhere.jsonl")
+
+
+def test_a_compressed_file_of_no_bytes_is_damaged(tmp_path: Path) -> None:
+    good, cut = _write(tmp_path / "good.jsonl", b'{"text": "a"}\n'), tmp_path / "cut.jsonl.gz"
+    cut.touch()
+    files = [str(good), str(cut)]
+    with pytest.raises(ValueError, match=r"cannot read .*cut\.jsonl\.gz \(it is empty"):
+        open_text(JsonlSource(files=files))
+    rows = list(open_text(JsonlSource(files=files, on_damaged_file="skip")).read(repeat=False))
+    assert [row.text for row in rows if row.text] == ["a"]

@@ -173,6 +173,7 @@ def test_a_hub_source_takes_either_files_or_parts() -> None:
         ({}, "either files or parts"),
         ({"files": ["a.parquet"], "parts": "1"}, "either files or parts"),
         ({"files": []}, r"files of a hub source is \[\]: name at least one"),
+        ({"files": ["a.parquet", "b.parquet", "a.parquet"]}, r"has 'a\.parquet' twice"),
         ({"files": ["a.csv"]}, r"'a\.csv': want parquet"),
         ({"parts": "1", "repository": "own/set"}, "parts names files of openbmb/Ultra-FineWeb"),
         ({"files": ["a.parquet"], "repository": "own/set"}, "give a commit of that repository"),

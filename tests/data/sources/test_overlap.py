@@ -1,14 +1,17 @@
 """Validation on documents that training reads, under any name and also through shards."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import pytest
 
 from data.config import (
     DataConfig,
+    DatasetsSource,
     HubSource,
     JsonlSource,
     LeafSource,
@@ -21,6 +24,7 @@ from data.config import (
 from data.shards import __main__ as shards
 from data.sources.count import count_not_held_out
 from data.sources.open import check_data
+from data.sources.overlap import check_overlap
 from data.sources.shard_format import MANIFEST_FILE
 from data.sources.split import is_held_out
 from data.tokenizer import Tokenizer
@@ -97,6 +101,50 @@ def test_a_copy_of_another_name_is_recognized(
     # a text file is one document, which may occur twice
     shutil.copytree("texts", "more")
     _check(sources["text"], TextSource(folder="more"), byte_tokenizer)
+
+
+def _saved_copy(folder: str) -> None:
+    datasets.Dataset.from_list([{"text": text} for text in TEXTS]).save_to_disk(folder)
+
+
+def test_a_local_dataset_is_known_by_its_data_files(
+    sources: dict[str, LeafSource],
+    byte_tokenizer: Tokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "prepared")
+    datasets.disable_progress_bars()
+    for folder in ("folder", "copy"):
+        Path(folder).mkdir()
+        shutil.copy("d.jsonl", f"{folder}/train.jsonl")
+        _saved_copy(f"{folder}_saved")
+    found: dict[str, LeafSource] = {name: DatasetsSource(path=name) for name in ("folder", "copy")}
+    command = ["prepare", "--tokenizer", "tokenizer.json", "--processes", "0", "--out", "dataset_shards"]
+    assert shards.main([*command, "--dataset", "folder"]) == 0
+    found["shards"] = ShardsSource(folder="dataset_shards")
+    for train, validation in itertools.permutations([*found.values(), sources["jsonl"]], 2):
+        with pytest.raises(ValueError, match=r"but data\.train reads .* too"):
+            _check(train, validation, byte_tokenizer)
+    saved, saved_copy = (DatasetsSource(path=f"{folder}_saved") for folder in ("folder", "copy"))
+    with pytest.raises(ValueError, match=r"but data\.train reads .*copy_saved.* too"):
+        _check(saved, saved_copy, byte_tokenizer)
+    for other in (sources["parquet"], sources["text"], saved):
+        _check(found["shards"], other, byte_tokenizer)
+    # of shards alone, what they were made from may be gone
+    shutil.rmtree("folder")
+    Path("folder").mkdir()
+    _check(found["shards"], sources["jsonl"], byte_tokenizer)
+
+
+def test_a_repository_of_the_hub_is_one_whatever_reads_it() -> None:
+    files = HubSource(repository="some/set", revision="0123abc", files=["a.parquet"])
+    whole, other = DatasetsSource(path="Some/Set"), DatasetsSource(path="another/set")
+    for train, validation in ((files, whole), (whole, files), (whole, whole)):
+        with pytest.raises(ValueError, match=r"but data\.train reads some/set"):
+            check_overlap(DataConfig(tokenizer="given", train=train, validation=validation))
+    for train, validation in ((files, other), (other, files), (whole, other)):
+        check_overlap(DataConfig(tokenizer="given", train=train, validation=validation))
 
 
 def test_shards_of_an_earlier_version_and_of_the_hub_name_their_files(

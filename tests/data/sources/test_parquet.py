@@ -250,6 +250,32 @@ def test_a_missing_column_names_the_file_and_its_columns(write_parquet: WritePar
         _open(good, bad)
 
 
+def test_a_file_with_other_columns_is_skipped_like_a_damaged_one(write_parquet: WriteParquet) -> None:
+    good = write_parquet("good.parquet", ["x"])
+    bad = write_parquet("bad.parquet", ["x"], column="text")
+    rows = list(_open(bad, good, on_damaged_file="skip").read(repeat=False))
+    assert [(row.text, row.skipped) for row in rows] == [(None, "damaged_file"), ("x", None)]
+    with pytest.raises(ValueError, match="holds no document"):
+        list(_open(bad, on_damaged_file="skip").read(repeat=False))
+
+
+def test_a_struct_that_holds_text_that_is_not_utf8_is_no_text(write_parquet: WriteParquet) -> None:
+    encoded = pa.array([b"good", b"\xff", None], pa.binary())
+    texts = pa.StringArray.from_buffers(3, *encoded.buffers()[1:], encoded.buffers()[0])
+    column = pa.StructArray.from_arrays([texts], names=["text"], mask=pa.array([False, False, True]))
+    path = write_parquet("a.parquet", column)
+    with pytest.raises(ValueError, match=r"holds no document \(rows skipped: 2 not_text, 1 null"):
+        list(_open(path).read(repeat=False))
+
+
+def test_a_score_that_is_not_utf8_is_a_bad_score(write_parquet: WriteParquet) -> None:
+    encoded = pa.array([b"0.5", b"\xff", b"0.1"], pa.binary())
+    scores = pa.StringArray.from_buffers(3, *encoded.buffers()[1:])
+    path = write_parquet("a.parquet", ["a", "b", "c"], scores=scores)
+    rows = list(_open(path, min_score=0.3).read(repeat=False))
+    assert [row.skipped for row in rows] == [None, "bad_score", "low_score"]
+
+
 @pytest.mark.parametrize("keep", [0, 3, 100], ids=["empty", "three_bytes", "no_footer"])
 def test_a_truncated_file_is_named_before_anything_is_read(write_parquet: WriteParquet, keep: int) -> None:
     path = write_parquet("cut.parquet", ["some text"] * 50)

@@ -17,10 +17,11 @@ from data.config import ShardsSource, Split
 from data.loading.loader import PackedLoader
 from data.shards.prepare import PrepareOptions, prepare
 from data.sources.mixture import MixtureDocuments
-from data.sources.shard_format import replace, shard_folder, write_json
+from data.sources.shard_format import shard_folder, write_json
 from data.sources.shards import ShardDocuments
 from data.tokenizer import Tokenizer
 from data.train_tokenizer import train_byte_level_bpe
+from disk import replace
 
 TEXTS = [f"{index} " + "abcdefghijk" * (index % 4) for index in range(300)]
 

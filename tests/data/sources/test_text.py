@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 from typing import Any
 
@@ -6,6 +7,7 @@ import pytest
 from data.config import TextSource
 from data.sources.files import FileDocuments
 from data.sources.open import open_text
+from errors import UserError
 
 
 def _open(folder: Path, **options: Any) -> FileDocuments:
@@ -43,6 +45,13 @@ def test_a_missing_folder_or_no_matching_file_is_rejected(tmp_path: Path) -> Non
         _open(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"no file in .* matches pattern '\*\.text'"):
         _open(tmp_path, pattern="*.text")
+
+
+@pytest.mark.parametrize("pattern", ["**.txt", "/tmp/*.txt"])
+def test_a_pattern_that_is_no_relative_glob_is_refused(pattern: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(UserError, match=f"pattern of a text source is {re.escape(repr(pattern))}"):
+        _open(tmp_path, pattern=pattern)
 
 
 def test_a_deleted_file_is_named(tmp_path: Path) -> None:
