@@ -3,7 +3,6 @@
 Every package writes through it: a reader, a crash or a power cut sees the old file or the new one.
 """
 
-import errno
 import os
 import secrets
 import shutil
@@ -11,9 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from errors import UserError
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+from errors import FULL_DISK, UserError
 
 
 class DiskFullError(UserError):
@@ -65,7 +62,7 @@ def naming_full_disk(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno not in FULL_DISK:
             raise
         problem = f"{error.strerror}, {describe_free(path)}"
         raise DiskFullError(f"{path} cannot be written: {problem}; make room for it") from error

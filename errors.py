@@ -6,6 +6,7 @@ import json
 import os
 import select
 import sys
+import traceback
 import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,9 @@ CLOSED_OUTPUT_CODE = 141
 # the largest seed that a TOML file and torch's generators hold
 MAX_SEED = 2**63 - 1
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+
+_ROOT = Path(__file__).parent
 # where `parallax`, which imports nothing of this project, checks the arguments that a config gives it
 _ARGUMENT_CHECKS = ("parallax.api", "parallax.validation", "parallax.decode", "parallax.kernels.tiles")
 
@@ -210,8 +213,8 @@ def exit_code(error: Exception) -> int | None:
 def describe_error(error: BaseException) -> str:
     """Return the line that a command ends with, for an error that has an exit code."""
     if isinstance(error, OSError) and _has_path(error):
-        remedy = "make room for it" if error.errno in _FULL else "correct the path, or its permissions"
-        return f"cannot use {error.filename} ({error.strerror}): {remedy}"
+        remedy = "make room for it" if error.errno in FULL_DISK else "correct the path, or its permissions"
+        return f"cannot use {error.filename} ({error.strerror}): {remedy}{_place(error)}"
     return str(error)
 
 
@@ -239,6 +242,13 @@ def run_command(main: Callable[[], int | None]) -> int:
         else:
             print(f"error: {describe_error(error)}", file=sys.stderr, flush=True)
         return code
+
+
+def _place(error: BaseException) -> str:
+    """Return the innermost line of this project that an error passed, since no traceback tells it."""
+    lines = [(Path(frame.f_code.co_filename), line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    ours = [(file, line) for file, line in lines if file.is_relative_to(_ROOT) and ".venv" not in file.parts]
+    return f" (used at {ours[-1][0].relative_to(_ROOT)}:{ours[-1][1]})" if ours else ""
 
 
 def _has_path(error: OSError) -> bool:

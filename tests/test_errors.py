@@ -75,7 +75,11 @@ def test_a_path_that_cannot_be_used_is_one_line(tmp_path: Path, capsys: pytest.C
         assert code == 0 or (printed.startswith(f"error: cannot use {path} (") and printed.count("\n") == 1)
     assert failed > len(uses)
     assert run_command(lambda: _raise(OSError(errno.ENOSPC, "No space left on device", "/a/b"))) == 2
-    assert "cannot use /a/b (No space left on device): make room" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert (
+        "cannot use /a/b (No space left on device): make room for it (used at tests/test_errors.py:"
+        in printed
+    )
 
 
 def test_an_error_of_the_system_without_a_path_is_a_fault() -> None:
