@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from models.config import MIN_RIDGE, LocalLinearConfig
 from parallax import affine_mesanet, local_linear, local_linear_attention, parallax_attention
 from parallax.conjugate_gradients import conjugate_gradients
 from parallax.local_linear import MIN_FP32_RIDGE, local_linear_decode, local_linear_probe
@@ -244,6 +245,20 @@ def test_wrong_options_raise(options: dict[str, Any], message: str) -> None:
     q, _, k, v, _ = make_inputs(1, 5, 2, 1, 4, dtype=torch.float32)
     with pytest.raises(ValueError, match=message):
         local_linear_attention(q, k, v, **options)
+
+
+def test_the_smallest_ridge_of_a_config_is_solved_to_some_percent() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, 256, 1, 128, generator=generator)
+    num_iterations = LocalLinearConfig().num_iterations
+
+    def error(ridge: float) -> float:
+        exact = local_linear_attention(q.double(), k.double(), v.double(), ridge=ridge, solver="direct")
+        o = local_linear_attention(q, k, v, ridge=ridge, num_iterations=num_iterations)
+        return relative_error(o, exact)
+
+    assert error(MIN_RIDGE) < 0.03
+    assert error(MIN_RIDGE / 3) > 0.06
 
 
 def test_fp64_takes_any_positive_ridge() -> None:
