@@ -27,7 +27,7 @@ from eval.mad.runs import MAX_EPOCHS, RATES, Outcome, Recipe, Run, Schedule
 from eval.mad.scores import is_complete, task_grids
 from eval.mad.settings import TASKS, Level, Task, tasks_of
 from eval.mad.table import score_lines, solution_table
-from eval.mad.train import Report, train
+from eval.mad.train import train
 from eval.mad.workers import train_all
 from models.device import check_device
 
@@ -67,6 +67,14 @@ def _parser() -> argparse.ArgumentParser:
         "--compile",
         action="store_true",
         help="torch.compile the blocks: steps take less time, a grid's start more",
+    )
+    parser.add_argument(
+        "--grids-per-gpu",
+        type=int,
+        default=1,
+        metavar="N",
+        help="train the grids of N shapes on a GPU at a time, each in a process of its own (1); under CUDA's "
+        "MPS they compute at the same time, without it they take turns",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for mad.jsonl and mad.md")
     parser.add_argument(
@@ -136,10 +144,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     check_out(options.out)
     check_at_least_1(options, "max_epochs")
+    check_at_least_1(options, "grids_per_gpu")
     kinds = _some_of("--attention", options.attention, [*attention_kinds()]) if options.attention else []
     chosen = ",".join(tasks_of(options.level)) if options.tasks == "all" else options.tasks
     tasks = cast(list[Task], _some_of("--tasks", chosen, TASKS))
     device = _device(options.device)
+    if options.grids_per_gpu > 1 and device.type != "cuda":
+        raise UserError("--grids-per-gpu has no effect on a CPU: leave it out")
     others = [read_results(folder) for folder in options.others]
     grid_of = {run: runs for runs in _grids(options, kinds, tasks) for run in runs}
     with open_results(options.out, device) as file:
@@ -164,27 +175,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{num_done} of {len(grid_of)}: {_describe(run, outcome)}", flush=True)
 
         try:
-            _train(packs, device, report, is_compiled=options.compile)
+            if device.type == "cuda":
+                gpus = visible_gpus() * options.grids_per_gpu
+                train_all(packs, gpus, report, is_compiled=options.compile)
+            else:
+                for runs in packs:
+                    train(runs, device, report, is_compiled=options.compile)
         finally:
             results: dict[Run, Outcome] = {}
             for each in (*others, file.outcomes):
                 results |= each
             _write(results, tasks, options.level, options.out)
-
-
-def _train(
-    packs: Iterable[Sequence[Run]],
-    device: torch.device,
-    report: Report,
-    *,
-    is_compiled: bool,
-) -> None:
-    """Train packs of runs: on the CPU in this process, on GPUs in one for each."""
-    if device.type == "cuda":
-        train_all(packs, visible_gpus(), report, is_compiled=is_compiled)
-        return
-    for runs in packs:
-        train(runs, device, report, is_compiled=is_compiled)
 
 
 def _write(results: Mapping[Run, Outcome], tasks: Sequence[Task], level: Level, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Sharing the work between GPUs: a process for each, which takes the next runs from a list."""
+"""Sharing the work between GPUs: processes for each, which take the next runs from a list."""
 
 import multiprocessing
 import os
@@ -23,13 +23,14 @@ _POLL_SECONDS = 0.5
 def train_all(
     packs: Iterable[Sequence[Run]], gpus: Sequence[str], report: Report, *, is_compiled: bool
 ) -> None:
-    """Train packs of runs, on each GPU in a process of its own that sees no other.
+    """Train packs of runs, each process with one GPU, of which it sees no other.
 
     A pack that fails ends its process, not those of other packs.
 
     Args:
         packs: Runs that are trained at once; packs are begun in this order, and each is asked for then.
-        gpus: The GPUs, as CUDA_VISIBLE_DEVICES names them; without a GPU in the machine, names of processes.
+        gpus: The GPU of each process, as CUDA_VISIBLE_DEVICES names it; a GPU can have several. Without a GPU
+            in the machine, any names.
         report: Called in this process with a run and its outcome as soon as it ends.
         is_compiled: As in train.
 
@@ -54,35 +55,37 @@ class _Workers:
         self._messages = self._context.Queue()
         self._is_compiled = is_compiled
         self._waiting = iter(packs)
-        self._inboxes: dict[str, Any] = {}
-        self._processes: dict[str, BaseProcess] = {}
-        self._at_work: dict[str, list[Run]] = {}
+        self._gpus = list(gpus)
+        # by place in the list of GPUs
+        self._inboxes: dict[int, Any] = {}
+        self._processes: dict[int, BaseProcess] = {}
+        self._at_work: dict[int, list[Run]] = {}
         self.failures: list[str] = []
-        for gpu in gpus:
-            self._give(gpu)
+        for place in range(len(self._gpus)):
+            self._give(place)
 
     def has_work(self) -> bool:
         return bool(self._at_work)
 
-    def _give(self, gpu: str) -> None:
-        """Give a GPU its next pack, if there is one."""
+    def _give(self, place: int) -> None:
+        """Give a place its next pack, if there is one."""
         runs = list(next(self._waiting, ()))
         if not runs:
             return
-        if gpu not in self._processes:
-            self._start(gpu)
-        self._at_work[gpu] = runs
-        self._inboxes[gpu].put(runs)
+        if place not in self._processes:
+            self._start(place)
+        self._at_work[place] = runs
+        self._inboxes[place].put(runs)
 
-    def _start(self, gpu: str) -> None:
-        """Start a GPU's process, whose only device is "cuda:0": compiled code is kept for a device's name."""
-        self._inboxes[gpu] = self._context.Queue()
-        arguments = (gpu, self._inboxes[gpu], self._messages, self._is_compiled)
-        self._processes[gpu] = self._context.Process(target=_work, args=arguments)
+    def _start(self, place: int) -> None:
+        """Start a process, whose only device is "cuda:0": compiled code is kept for a device's name."""
+        self._inboxes[place] = self._context.Queue()
+        arguments = (place, self._inboxes[place], self._messages, self._is_compiled)
+        self._processes[place] = self._context.Process(target=_work, args=arguments)
         visible = os.environ.get(VISIBLE)
-        os.environ[VISIBLE] = gpu
+        os.environ[VISIBLE] = self._gpus[place]
         try:
-            self._processes[gpu].start()
+            self._processes[place].start()
         finally:
             if visible is None:
                 del os.environ[VISIBLE]
@@ -92,34 +95,34 @@ class _Workers:
     def handle(self, report: Report) -> None:
         """Handle the next message, or the death of processes that send none any more."""
         try:
-            gpu, content = self._messages.get(timeout=_POLL_SECONDS)
+            place, content = self._messages.get(timeout=_POLL_SECONDS)
         except queue.Empty:
-            for gpu, process in list(self._processes.items()):
+            for place, process in list(self._processes.items()):
                 if process.exitcode is not None:
-                    self._fail(gpu, f"the process ended with code {process.exitcode}")
+                    self._fail(place, f"the process ended with code {process.exitcode}")
             return
         if isinstance(content, str):
-            self._fail(gpu, content)
+            self._fail(place, content)
             return
         run, outcome = content
-        self._at_work[gpu].remove(run)
+        self._at_work[place].remove(run)
         report(run, outcome)
-        if not self._at_work[gpu]:
-            del self._at_work[gpu]
-            self._give(gpu)
+        if not self._at_work[place]:
+            del self._at_work[place]
+            self._give(place)
 
-    def _fail(self, gpu: str, reason: str) -> None:
-        """Note the failure of a GPU's pack; the next one gets a new process."""
-        runs = self._at_work.pop(gpu, None)
+    def _fail(self, place: int, reason: str) -> None:
+        """Note the failure of a place's pack; the next one gets a new process."""
+        runs = self._at_work.pop(place, None)
         if runs is None:  # it had nothing left to do
-            self._processes.pop(gpu).join()
+            self._processes.pop(place).join()
             return
         recipe, setting = runs[0].recipe, runs[0].setting
         chosen = f"{recipe.attention} {recipe.optimizer} on {setting.task} {setting.name}"
-        self.failures.append(f"{chosen} failed on GPU {gpu}")
+        self.failures.append(f"{chosen} failed on GPU {self._gpus[place]}")
         print(f"{self.failures[-1]}: {reason}", file=sys.stderr, flush=True)
-        self._processes.pop(gpu).join()
-        self._give(gpu)
+        self._processes.pop(place).join()
+        self._give(place)
 
     def end(self) -> None:
         """End all processes."""
@@ -128,16 +131,16 @@ class _Workers:
             process.join()
 
 
-def _work(gpu: str, inbox: Any, messages: Any, is_compiled: bool) -> None:
-    """Train packs from the inbox, and send (gpu, (run, outcome)), or (gpu, traceback) at a failure."""
+def _work(place: int, inbox: Any, messages: Any, is_compiled: bool) -> None:
+    """Train packs from the inbox, and send (place, (run, outcome)), or (place, traceback) at a failure."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     try:
         while True:
             runs = inbox.get()
-            train(runs, device, lambda *ended: messages.put((gpu, ended)), is_compiled=is_compiled)
+            train(runs, device, lambda *ended: messages.put((place, ended)), is_compiled=is_compiled)
     except Exception:
-        messages.put((gpu, traceback.format_exc()))
+        messages.put((place, traceback.format_exc()))
 
 
 def _exit_with_parent() -> None:

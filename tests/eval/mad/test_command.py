@@ -329,6 +329,8 @@ def test_difficulty_goes_from_the_baseline_to_the_hardest() -> None:
         (["--attention", "softmax", "--tasks", "recall"], r"--tasks has 'recall', want some of in-context"),
         (["--attention", "softmax", "--tasks", "memorization", "--level", "hard"], r"no settings at"),
         (["--attention", "softmax", "--max-epochs", "0"], r"--max-epochs is 0"),
+        (["--attention", "softmax", "--grids-per-gpu", "0"], r"--grids-per-gpu is 0"),
+        (["--attention", "softmax", "--device", "cpu", "--grids-per-gpu", "2"], r"has no effect on a CPU"),
         (["--attention", "softmax", "--seeds", "1,x"], r"--seeds is '1,x'"),
         (["--attention", "softmax", "--seeds", "9" * 23], r"seed must be at least 0 and at most 92"),
         (["--attention", "softmax", "--with", "nowhere"], r"nowhere has no mad\.jsonl"),

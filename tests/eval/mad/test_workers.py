@@ -1,6 +1,8 @@
 """Processes that train packs of runs: which of their deaths matter."""
 
+import os
 import queue
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,12 +24,12 @@ class Process:
     """A process that does nothing until a test lets it die."""
 
     def __init__(self, started: list["Process"], args: tuple[Any, ...]) -> None:
-        self.gpu, self.inbox, self.messages = args[:3]
+        self.place, self.inbox, self.messages = args[:3]
         self.exitcode: int | None = None
         started.append(self)
 
     def start(self) -> None:
-        pass
+        self.gpu = os.environ["CUDA_VISIBLE_DEVICES"]
 
     def join(self) -> None:
         pass
@@ -47,11 +49,13 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Process]:
 
 def end_pack(process: Process) -> None:
     for run in process.inbox.get_nowait():
-        process.messages.put((process.gpu, (run, OUTCOME)))
+        process.messages.put((process.place, (run, OUTCOME)))
 
 
-def run_all(packs: list[list[Run]], started: list[Process], events: list[Any]) -> list[Run]:
-    """Train packs on two GPUs; at each poll without a message the next event happens."""
+def run_all(
+    packs: list[list[Run]], started: list[Process], events: list[Any], gpus: Sequence[str] = ("0", "1")
+) -> list[Run]:
+    """Train packs; at each poll without a message the next event happens."""
     trained: list[Run] = []
     get = queue.Queue.get
 
@@ -62,7 +66,7 @@ def run_all(packs: list[list[Run]], started: list[Process], events: list[Any]) -
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(queue.Queue, "get", poll)
-        workers.train_all(packs, ["0", "1"], lambda run, _: trained.append(run), is_compiled=False)
+        workers.train_all(packs, gpus, lambda run, _: trained.append(run), is_compiled=False)
     return trained
 
 
@@ -84,3 +88,15 @@ def test_the_death_of_a_process_at_work_fails_its_pack_alone(started: list[Proce
         run_all([RUNS[:2], RUNS[2:4], RUNS[4:]], started, events)
     # the next pack got a new process of the same GPU
     assert [process.gpu for process in started] == ["0", "1", "0"]
+
+
+def test_a_gpu_has_several_processes(started: list[Process], capsys: pytest.CaptureFixture[str]) -> None:
+    def die() -> None:
+        started[3].exitcode = -9
+
+    events = [die, lambda: end_pack(started[2]), lambda: end_pack(started[1]), lambda: end_pack(started[0])]
+    packs = [RUNS[:1], RUNS[1:2], RUNS[2:3], RUNS[3:]]
+    with pytest.raises(RunError, match="failed on GPU 1; the same command"):
+        run_all(packs, started, events, gpus=["0", "1", "0", "1"])
+    assert [process.gpu for process in started] == ["0", "1", "0", "1"]
+    assert "the process ended with code -9" in capsys.readouterr().err
