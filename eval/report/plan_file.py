@@ -21,6 +21,7 @@ class PlannedRun:
             not chosen. Members of two stages that are the same run share it.
         compared_with: Path of the run of equal seed that it is compared with in the table of gains; None for
             none.
+        config: Name of its config file, without the ending.
         arm: Its arm: what it is apart from tuned values and seed.
         values: Short name of an axis -> its value.
         seed: Its seed.
@@ -29,6 +30,7 @@ class PlannedRun:
     number: int
     run: str | None = None
     compared_with: str | None = None
+    config: str
     arm: str
     values: dict[str, Any] = field(default_factory=dict)
     seed: int

@@ -19,6 +19,7 @@ from eval.report.run_records import RunRecord, read_run
 from eval.report.run_values import average_held_out_loss, held_out_loss
 from eval.report.seed_statistics import estimate
 from eval.report.table import Cell, Number, Table, noted, plain
+from eval.report.value_plot import plot_gains_by_value
 from eval.report.writer import PLOT_NOTES, write_figures, write_report
 
 
@@ -63,6 +64,9 @@ def write_plan_report(
             *_choices(stage, runs, out),
             *_arms(stage.name, arms[stage.name], out),
         ]
+        drawn = partial(plot_gains_by_value, arms[stage.name])
+        title, file = f"Gains of {stage.name} by value", f"gains_of_{stage.name}.png"
+        lines += _shown(title, drawn, out, file, with_pdf=figures is None)
         if figures is not None and stage.name not in figures:
             continue
         lines += _details(

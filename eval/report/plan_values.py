@@ -1,6 +1,5 @@
 """The arms of a plan with their runs: losses over seeds, and gains over the arms they are compared with."""
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,8 @@ class ArmRuns:
     Attributes:
         stage: Name of the stage.
         name: Name of the arm, with its tuned values.
+        config: Name of its config file.
+        values: Short name of an axis that is not tuned -> its value.
         other: Name of the arm that it is compared with; None for none.
         runs: Seed -> run, of those with training steps.
         others: Seed -> the run of that seed that it is compared with.
@@ -26,6 +27,8 @@ class ArmRuns:
 
     stage: str
     name: str
+    config: str
+    values: Mapping[str, Any]
     other: str | None
     runs: Mapping[int, RunRecord]
     others: Mapping[int, RunRecord]
@@ -73,15 +76,24 @@ def arms_of(plan: PlanFile, stage: PlannedStage, runs: Mapping[str, RunRecord]) 
     groups: dict[tuple[str, str], list[PlannedRun]] = {}
     for member in stage.members:
         groups.setdefault((member.arm, repr(member.values)), []).append(member)
-    num_groups = Counter(arm for arm, _ in groups)
     found = []
     for (arm, _), members in groups.items():
         started = _started({member.seed: member.run for member in members}, runs)
         others = _started({member.seed: member.compared_with for member in members}, runs)
         other = next((arm_of_run[member.compared_with] for member in members if member.compared_with), None)
-        name = arm if num_groups[arm] == 1 else ", ".join([arm, *_named(members[0].values)])
+        values, tuned = members[0].values, _tuned(stage, arm)
         if started:
-            found.append(ArmRuns(stage=stage.name, name=name, other=other, runs=started, others=others))
+            found.append(
+                ArmRuns(
+                    stage=stage.name,
+                    name=", ".join([arm, *(f"{name} {format_value(values[name])}" for name in tuned)]),
+                    config=members[0].config,
+                    values={name: value for name, value in values.items() if name not in tuned},
+                    other=other,
+                    runs=started,
+                    others=others,
+                )
+            )
     return found
 
 
@@ -91,5 +103,7 @@ def _started(paths: Mapping[int, str | None], runs: Mapping[str, RunRecord]) -> 
     return {seed: run for seed, run in found.items() if run.steps}
 
 
-def _named(values: Mapping[str, Any]) -> list[str]:
-    return [f"{name} {format_value(value)}" for name, value in values.items()]
+def _tuned(stage: PlannedStage, arm: str) -> list[str]:
+    """Return the axes on which members of an arm differ."""
+    of_arm = [member.values for member in stage.members if member.arm == arm]
+    return [name for name in of_arm[0] if any(each.get(name) != of_arm[0][name] for each in of_arm)]

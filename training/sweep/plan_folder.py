@@ -78,6 +78,7 @@ def _planned(plan: Plan, member: Member, members: Sequence[Member]) -> PlannedRu
         number=member.number,
         run=member.path if member.is_known else None,
         compared_with=other.path if other is not None and other.is_known else None,
+        config=member.variant.config_file.stem,
         arm=member.variant.arm,
         values=member.variant.values if member.is_known else {},
         seed=member.seed,

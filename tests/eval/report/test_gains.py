@@ -27,6 +27,7 @@ from eval.report.run_values import (
     own_tokens,
 )
 from eval.report.styles import COLORS
+from eval.report.value_plot import plot_gains_by_value
 from tests.eval.report.run_folders import (
     STEP_TOKENS,
     STEPS,
@@ -73,7 +74,14 @@ def make_plan(folder: Path) -> PlanFile:
             )
             other = f"seeds/softmax_seed{seed}" if kind == "parallax" else None
             members.append(
-                PlannedRun(number=len(members), run=f"seeds/{name}", arm=kind, seed=seed, compared_with=other)
+                PlannedRun(
+                    number=len(members),
+                    config="x",
+                    run=f"seeds/{name}",
+                    arm=kind,
+                    seed=seed,
+                    compared_with=other,
+                )
             )
             if seed == 1:
                 start = folder / "seeds" / name / "checkpoint" / f"step-{BEFORE}"
@@ -85,6 +93,7 @@ def make_plan(folder: Path) -> PlanFile:
                 branches.append(
                     PlannedRun(
                         number=4 + len(branches),
+                        config="x",
                         run=f"no_decay/{name}",
                         arm=kind,
                         seed=1,
@@ -232,3 +241,34 @@ def test_arms_of_one_model_differ_in_color(tmp_path: Path, figures: dict[str, Fi
     assert len(points) == 2
     # softmax has nothing to be compared with
     assert not plot_gains_over_training([replace(parallax, other=None, others={})], tmp_path / "y.png")
+
+
+def test_gains_are_drawn_against_the_axis_of_their_stage(tmp_path: Path, figures: dict[str, Figure]) -> None:
+    plan = make_plan(tmp_path / "x")
+    _, arm = arms_of(plan, plan.stages[0], runs_of(tmp_path / "x", plan))
+    one_seed = replace(arm, runs={1: arm.runs[1]})  # a difference of -0.02, over both it is -0.03
+    arms = [
+        replace(each, config=config, values={"length": [value, 64 * 1024 // value], "kind": config})
+        for config, each, value in (
+            ("muon", arm, 8192),
+            ("muon", one_seed, 1024),
+            ("adamw", arm, 1024),
+            ("adamw", arm, 4096),
+            ("soap", arm, 1024),
+        )
+    ]
+    assert plot_gains_by_value(arms, tmp_path / "x.png")
+    (axes,) = figures["x.png"].axes
+    assert axes.get_xlabel() == "length"
+    assert axes.get_xscale() == "log"
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1024", "4096", "8192"]
+    drawn = [each for each in axes.containers if isinstance(each, ErrorbarContainer)]
+    # one value makes no line
+    assert [each.get_label() for each in drawn] == ["muon", "adamw"]
+    assert list(np.asarray(drawn[0].lines[0].get_xdata())) == [1024, 8192]
+    assert list(np.asarray(drawn[0].lines[0].get_ydata())) == [pytest.approx(-0.02), pytest.approx(-0.03)]
+    # an axis of words, a single value, and a stage with two axes have no plot
+    for values in ({"kind": "a"}, {"length": 1}, {}):
+        assert not plot_gains_by_value([replace(arm, values=values)] * 2, tmp_path / "y.png")
+    two = [replace(arm, values={"length": x, "gain": x}) for x in (1, 2)]
+    assert not plot_gains_by_value(two, tmp_path / "y.png")

@@ -72,7 +72,9 @@ def test_a_trunk_without_records_is_missing_too(tmp_path: Path) -> None:
 def test_a_branch_without_its_trunk_has_its_own_steps_in_the_plan(tmp_path: Path) -> None:
     branch_of(tmp_path / "p", with_trunk=False)
     stages = [
-        PlannedStage(name=name, members=[PlannedRun(number=number, run=f"{name}/x", arm="x", seed=1)])
+        PlannedStage(
+            name=name, members=[PlannedRun(number=number, config="x", run=f"{name}/x", arm="x", seed=1)]
+        )
         for number, name in enumerate(("stable", "decay"))
     ]
     PlanFile(stages=stages).write(tmp_path / "p")
@@ -101,7 +103,7 @@ def test_hours_of_a_plan_say_which_steps_they_are_without(tmp_path: Path) -> Non
     (tmp_path / "p" / "s").mkdir(parents=True)
     kept = [record for record in training(2.0) if not 5 < record["step"] < 20]
     make_run(tmp_path / "p" / "s" / "x", [launch(), *kept, held_out(STEPS, 2.0)])
-    stage = PlannedStage(name="s", members=[PlannedRun(number=0, run="s/x", arm="x", seed=1)])
+    stage = PlannedStage(name="s", members=[PlannedRun(number=0, config="x", run="s/x", arm="x", seed=1)])
     PlanFile(stages=[stage]).write(tmp_path / "p")
     text = write_plan_report(tmp_path / "p", out=tmp_path / "out").read_text()
     assert cells(text, "Runs", "s/x")["GPU-hours"] == "0.016 (without 14 of its steps)"

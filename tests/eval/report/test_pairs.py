@@ -31,7 +31,9 @@ def make_runs(folder: Path, losses: Losses, before: Losses | None = None) -> lis
             run, other = f"{folder.name}/{kind}_seed{seed}", f"{folder.name}/softmax_seed{seed}"
             compared = other if kind == "parallax" else None
             members.append(
-                PlannedRun(number=len(members), run=run, arm=kind, seed=seed, compared_with=compared)
+                PlannedRun(
+                    number=len(members), config="x", run=run, arm=kind, seed=seed, compared_with=compared
+                )
             )
     return members
 

@@ -27,7 +27,9 @@ def make_plan(
     for kind, rate in LOSSES:
         for seed in (0, 1):
             run = f"rates/{kind}_lr{rate}_seed{seed}"
-            planned = PlannedRun(number=len(members), run=run, arm=kind, values={"lr": rate}, seed=seed)
+            planned = PlannedRun(
+                number=len(members), config="x", run=run, arm=kind, values={"lr": rate}, seed=seed
+            )
             members.append(planned)
             if run in missing:
                 continue
@@ -42,7 +44,7 @@ def make_plan(
         Choice(arm="softmax", values={"lr": 0.01}, loss=3.005, warning="the best lr is the smallest tried"),
         Choice(arm="parallax", values={"lr": 0.02}, loss=2.805),
     ]
-    later = PlannedRun(number=len(members), arm="softmax", seed=5)
+    later = PlannedRun(number=len(members), config="x", arm="softmax", seed=5)
     stages = [
         PlannedStage(name="rates", members=members, choices=choices),
         PlannedStage(name="seeds", members=[later]),
@@ -105,7 +107,7 @@ def test_a_plan_is_reported_alone(tmp_path: Path) -> None:
 
 
 def test_a_plan_without_steps_has_no_report(tmp_path: Path) -> None:
-    later = PlannedRun(number=0, arm="softmax", seed=5)
+    later = PlannedRun(number=0, config="x", arm="softmax", seed=5)
     PlanFile(stages=[PlannedStage(name="seeds", members=[later])]).write(tmp_path / "x")
     with pytest.raises(UserError, match="no member of the plan has a training step"):
         write_plan_report(tmp_path / "x", out=tmp_path / "out")
