@@ -68,7 +68,8 @@ class DecodeStep:
         self._host.copy_(sampled, non_blocking=True)
         copied = torch.cuda.Event() if self._host.is_pinned() else None
         if copied is not None:
-            copied.record()
+            # not that of the current device, on which the model need not be
+            copied.record(torch.cuda.current_stream(sampled.device))
         if then_advance:
             self.advance()
         if copied is not None:

@@ -38,6 +38,26 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def test_sampled_tokens_are_awaited_on_the_stream_of_the_models_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # an event on the current device's stream would not wait for the copy from another GPU
+    recorded: list[object] = []
+
+    class Event:
+        def record(self, stream: object = None) -> None:
+            recorded.append(stream)
+
+        def synchronize(self) -> None:
+            pass
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"the stream of {device}")
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: True)
+    generate(build(SoftmaxConfig()), [[1, 2, 3]], max_new_tokens=2)
+    assert recorded == ["the stream of cpu"] * 2
+
+
 @pytest.mark.parametrize(
     "attention", [SoftmaxConfig(), ParallaxConfig(), LinearConfig()], ids=lambda a: a.kind
 )
