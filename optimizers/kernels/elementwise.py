@@ -75,8 +75,9 @@ def _apply_update_kernel(
 @triton.jit
 def _multiply_kernel(x, factors, out, num_elements, BLOCK: tl.constexpr):
     """Multiply BLOCK elements of one matrix by its factor."""
-    i_n = tl.program_id(1)
-    o_x = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    num_blocks = tl.cdiv(num_elements, BLOCK)
+    i_n = tl.program_id(0) // num_blocks
+    o_x = tl.program_id(0) % num_blocks * BLOCK + tl.arange(0, BLOCK)
     i_x = tl.cast(i_n, tl.int64) * num_elements
     b_x = tl.load(x + i_x + o_x, mask=o_x < num_elements, other=0.0).to(tl.float32)
     b_x = (b_x * tl.load(factors + i_n)).to(out.dtype.element_ty)
@@ -103,8 +104,10 @@ def launch_multiply(x: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
     """Launch the kernel of `multiply`; same arguments and result."""
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     num_elements = x[0].numel()
+    # one axis: the others of a grid end at 65,535, and blocks of one row may be more
+    grid = (-(-num_elements // _BLOCK) * len(x),)
     with torch.cuda.device_of(x):
-        _multiply_kernel[(-(-num_elements // _BLOCK), len(x))](x, factors, out, num_elements, BLOCK=_BLOCK)
+        _multiply_kernel[grid](x, factors, out, num_elements, BLOCK=_BLOCK)
     return out
 
 

@@ -1,8 +1,10 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from optimizers.kernels import elementwise
 from optimizers.kernels.symmetric import symmetric_product
 from tests.interpreter import run_interpreted
 
@@ -11,6 +13,28 @@ INTERPRETED = Path(__file__).with_name("interpreted_kernels.py")
 
 def test_kernels_in_interpreter() -> None:
     run_interpreted(INTERPRETED)
+
+
+def test_a_batch_of_any_number_of_matrices_fits_into_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    # blocks of one row: the second axis of a grid ends at 65,535
+    grids: list[tuple[int, ...]] = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            grids.append(grid)
+            return lambda *arguments, **options: None
+
+    monkeypatch.setattr(elementwise, "_multiply_kernel", Kernel())
+    x = torch.empty(70_000, 1, 2 * elementwise._BLOCK + 1, dtype=torch.float16)
+    elementwise.launch_multiply(x, torch.ones(len(x)), torch.float16)
+    assert grids == [(3 * len(x),)]
+
+
+@pytest.mark.gpu
+def test_blocks_of_one_row_on_gpu() -> None:
+    x = torch.ones(70_000, 1, 8, device="cuda")
+    factors = torch.arange(70_000, device="cuda").float()
+    assert torch.equal(elementwise.multiply(x, factors, torch.float32), factors[:, None, None].expand_as(x))
 
 
 @pytest.mark.gpu
