@@ -310,6 +310,8 @@ def decode(
     page_size = k_cache.shape[1]
     capacity = page_size if page_table is None else page_table.shape[1] * page_size
     if window_size is not None:
+        # the kernel's differences would overflow for windows near 2^31
+        window_size = min(window_size, capacity)
         capacity = min(capacity, window_size + num_tokens - 1)
     if tile is None:
         device = DecodeDevice.of(torch.cuda.get_device_properties(q.device))

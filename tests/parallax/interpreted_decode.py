@@ -48,6 +48,15 @@ def test_sequence_without_keys_gives_zeros() -> None:
         assert relative_error(out[1], x.expected[1]) < 2e-3
 
 
+def test_windows_near_2_to_the_31_hide_nothing() -> None:
+    x = make_inputs(DecodeCase("", (8, 40), num_new=8), torch.float16)
+    # of the eight queries five see no key
+    x.cache_seqlens[0] = 3
+    expected = run(x, 1, 16)
+    assert expected[0, 5:].any()
+    assert torch.equal(run(replace(x, window_size=2**31 - 1), 1, 16), expected)
+
+
 def test_head_strides_over_2_to_the_31_elements() -> None:
     x = make_inputs(DecodeCase("", (40,), num_heads=3, num_kv_heads=3), torch.float16, spare=0)
     expected = run(x, 1, 32)
