@@ -52,7 +52,7 @@ class Muon(OrthogonalizedOptimizer):
 
     Raises:
         UserError: A parameter is not a matrix, or a value is out of range.
-        UnsupportedError: A parameter has a placement other than Shard and Replicate.
+        UnsupportedError: A parameter has a placement other than Shard and Replicate, or is not contiguous.
     """
 
     def __init__(

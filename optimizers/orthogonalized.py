@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 
-from errors import UserError
+from errors import UnsupportedError, UserError
 from optimizers.base import GroupOptimizer, local
 from optimizers.buckets import Bucket, plan_buckets
 from optimizers.config import DEFAULT_ITERATIONS, Orthogonalization
@@ -70,7 +70,7 @@ class OrthogonalizedOptimizer(GroupOptimizer):
 
     Raises:
         UserError: A parameter is not a matrix, or a value is out of range.
-        UnsupportedError: A parameter has a placement other than Shard and Replicate.
+        UnsupportedError: A parameter has a placement other than Shard and Replicate, or is not contiguous.
     """
 
     measures_updates = True
@@ -115,6 +115,12 @@ class OrthogonalizedOptimizer(GroupOptimizer):
                     "use AdamW for it"
                 )
             check_placements(p)
+            if not local(p).is_contiguous():
+                # the kernels, which address elements in order, would mix them up
+                raise UnsupportedError(
+                    f"{type(self).__name__} updates contiguous matrices, got one of shape {list(p.shape)} and "
+                    f"strides {list(local(p).stride())}; make the parameter of a contiguous tensor"
+                )
             block_rows = group["block_rows"]
             if block_rows is not None and (block_rows < 1 or p.shape[0] % block_rows):
                 raise UserError(
@@ -138,7 +144,8 @@ class OrthogonalizedOptimizer(GroupOptimizer):
 
         Raises:
             UserError: A parameter is not a matrix, or a value is out of range.
-            UnsupportedError: A parameter has a placement other than Shard and Replicate.
+            UnsupportedError: A parameter has a placement other than Shard and Replicate, or is not
+                contiguous.
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]

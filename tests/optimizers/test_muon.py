@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 
-from errors import UserError
+from errors import UnsupportedError, UserError
 from optimizers.muon import Muon
 from optimizers.orthogonalize import newton_schulz5, polar_express
 
@@ -155,6 +155,14 @@ def test_bfloat16_parameters_keep_their_dtype() -> None:
 def test_errors_name_the_value_out_of_range(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Muon([{"params": parameters(), **values}], lr=0.1)
+
+
+def test_transposed_parameters_are_refused() -> None:
+    # the GPU's kernels would add updates to other elements, without an error
+    muon = Muon([torch.nn.Parameter(torch.zeros(4, 4))], lr=0.1)
+    with pytest.raises(UnsupportedError, match=r"contiguous matrices, got .* \[5, 3\] and strides \[1, 5\]"):
+        muon.add_param_group({"params": [torch.nn.Parameter(torch.zeros(3, 5).T)]})
+    assert len(muon.param_groups) == 1
 
 
 @pytest.mark.parametrize("rows", [4, 8])
