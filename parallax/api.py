@@ -15,17 +15,17 @@ class _Implementation(NamedTuple):
     """How to call an implementation, and what it cannot do."""
 
     call: Callable[..., Tensor]
-    refuse: Callable[[Tensor, Tensor, float], str | None]  # (q, k, scale) -> why it cannot serve, or None
+    refuse: Callable[[Tensor, float], str | None]  # (q, scale) -> why it cannot serve, or None
 
 
-def _refuse_nothing(q: Tensor, k: Tensor, scale: float) -> str | None:
+def _refuse_nothing(q: Tensor, scale: float) -> str | None:
     return None
 
 
-def _refuse_by_kernels(q: Tensor, k: Tensor, scale: float) -> str | None:
+def _refuse_by_kernels(q: Tensor, scale: float) -> str | None:
     from parallax.kernels.tiles import refusal
 
-    return refusal(q, k, scale)
+    return refusal(q, scale)
 
 
 _IMPLEMENTATIONS = {
@@ -89,28 +89,28 @@ def parallax_attention(
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    call = _pick(impl, q, k, scale).call
+    call = _pick(impl, q, scale).call
     return call(q, r, k, v, scale=scale, cu_seqlens=cu_seqlens, window_size=window_size)
 
 
-def _pick(impl: str | None, q: Tensor, k: Tensor, scale: float) -> _Implementation:
+def _pick(impl: str | None, q: Tensor, scale: float) -> _Implementation:
     """Return the implementation asked for, or the first preferred one that serves; never another one."""
     if impl is None:
         preferred = _PREFERRED.get(q.device.type, ("eager",))
-        return next(_IMPLEMENTATIONS[name] for name in preferred if _refusal(name, q, k, scale) is None)
+        return next(_IMPLEMENTATIONS[name] for name in preferred if _refusal(name, q, scale) is None)
     if impl not in _IMPLEMENTATIONS:
         names = ", ".join(map(repr, _IMPLEMENTATIONS))
         raise ValueError(f"impl is {impl!r}, wanted one of {names}, or None to pick by device")
-    refusal = _refusal(impl, q, k, scale)
+    refusal = _refusal(impl, q, scale)
     if refusal is not None:
-        able = [name for name in _IMPLEMENTATIONS if _refusal(name, q, k, scale) is None]
+        able = [name for name in _IMPLEMENTATIONS if _refusal(name, q, scale) is None]
         raise NotImplementedError(f"impl={impl!r} {refusal}; use one of {', '.join(map(repr, able))}")
     return _IMPLEMENTATIONS[impl]
 
 
-def _refusal(name: str, q: Tensor, k: Tensor, scale: float) -> str | None:
+def _refusal(name: str, q: Tensor, scale: float) -> str | None:
     """Return why an implementation cannot serve, or None."""
-    return _IMPLEMENTATIONS[name].refuse(q, k, scale)
+    return _IMPLEMENTATIONS[name].refuse(q, scale)
 
 
 def cast_under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -88,7 +88,7 @@ def local_linear_attention(
     iterations = num_iterations if solver == "cg" else None
     tolerance = residual_tolerance(*input_dtypes)
     r = local_linear_probe(q, k, cu_seqlens, scale, ridge, window_size, iterations, tolerance)
-    attend = triton_attention if _kernels_serve(q, k, scale) else eager_attention
+    attend = triton_attention if _kernels_serve(q, scale) else eager_attention
     o = attend(q, r, k, v, scale=scale, cu_seqlens=cu_seqlens, window_size=window_size)
     return o.to(dtype)
 
@@ -267,11 +267,11 @@ class _KeyProducts(NamedTuple):
     differentiate: Callable[[Tensor, Tensor], tuple[Tensor, ...]]  # (do, x) -> dq, dx, dk, dv
 
 
-def _kernels_serve(q: Tensor, k: Tensor, scale: float) -> bool:
+def _kernels_serve(q: Tensor, scale: float) -> bool:
     """Return whether the Triton kernels serve these inputs, instead of `parallax.eager`."""
     from parallax.kernels.tiles import refusal
 
-    return refusal(q, k, scale) is None
+    return refusal(q, scale) is None
 
 
 def _key_products(
@@ -279,7 +279,7 @@ def _key_products(
 ) -> _KeyProducts:
     """Return o(q, x, k, k) and its gradients as functions, by the Triton kernels where they serve."""
     options = (cu_seqlens, scale, window_size)
-    if not _kernels_serve(q, k, scale):
+    if not _kernels_serve(q, scale):
 
         def differentiate_eagerly(do: Tensor, x: Tensor) -> tuple[Tensor, ...]:
             _, lse, tbar = eager.forward(q, x, k, k, *options)

@@ -56,7 +56,7 @@ def _inverse_norms(b_left, b_right, eps, HALF: tl.constexpr):
 
 
 @triton.jit
-def _load_angles(cos, sin, i_b, i_t, m_x, o_p, T, s_table, HALF: tl.constexpr):
+def _load_angles(cos, sin, i_b, i_t, m_x, o_p, s_table, HALF: tl.constexpr):
     """Load the cosines and sines of each token, [BT, BP] fp32."""
     o_table = (i_b * s_table + i_t * HALF)[:, None] + o_p
     return tl.load(cos + o_table, mask=m_x, other=0.0), tl.load(sin + o_table, mask=m_x, other=0.0)
@@ -75,7 +75,7 @@ def norm_rope_forward_kernel(
     p_y = y + o_n.to(tl.int64)[:, None] * (H * 2 * HALF) + o_p
     b_gain_left, b_gain_right = _load_halves(gain + o_p, o_p < HALF, HALF)
     if ROTATE:
-        b_cos, b_sin = _load_angles(cos, sin, i_b, i_t, m_x, o_p, T, s_table, HALF)
+        b_cos, b_sin = _load_angles(cos, sin, i_b, i_t, m_x, o_p, s_table, HALF)
     for _ in range(H):
         b_left, b_right = _load_halves(p_x, m_x, HALF)
         b_inverse = _inverse_norms(b_left, b_right, eps, HALF)
@@ -103,7 +103,7 @@ def norm_rope_backward_kernel(
     p_dy, p_dx = dy + o_y, dx + o_y
     b_gain_left, b_gain_right = _load_halves(gain + o_p, o_p < HALF, HALF)
     if ROTATE:
-        b_cos, b_sin = _load_angles(cos, sin, i_b, i_t, m_x, o_p, T, s_table, HALF)
+        b_cos, b_sin = _load_angles(cos, sin, i_b, i_t, m_x, o_p, s_table, HALF)
     b_sum_left = tl.zeros([BT, BP], tl.float32)
     b_sum_right = tl.zeros([BT, BP], tl.float32)
     for _ in range(H):

@@ -39,7 +39,7 @@ from parallax.kernels.tiles import Tile
 
 @gluon.jit
 def _row_constants(
-    rows_in, rows, i_b, i_h, i_w, T, T_padded, scale, BK: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
+    rows_in, rows, i_b, i_h, i_w, T, T_padded, BK: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
     ROW: tl.constexpr,
 ):  # fmt: skip
     """Return lse in base 2 and T of 64 rows, and store them for the second pass."""
@@ -134,7 +134,7 @@ def _consume(
     while i_work_tile < num_work_tiles:
         i_b, i_h, i_t, num_steps = locate_queries(i_work_tile, schedule, mask, BS, H, PACKED, WINDOW)
         i_w = i_t + WARPGROUP * ROWS
-        b_lse, b_total = _row_constants(rows_in, rows, i_b, i_h, i_w, T, T_padded, scale, BK, H, K, ROW)
+        b_lse, b_total = _row_constants(rows_in, rows, i_b, i_h, i_w, T, T_padded, BK, H, K, ROW)
         o_t = i_w + gl.arange(0, ROWS, ROW)
         b_first, i_last, i_hidden = row_bounds(mask, o_t, i_t, i_w, num_steps, BS, PACKED, WINDOW)
 

@@ -159,12 +159,11 @@ def tile_of(kernel: KernelName, x: Tensor, use_descriptors: bool, reach: int) ->
     return (_HOPPER if capability >= (9, 0) else _AMPERE)[plain, width]
 
 
-def refusal(q: Tensor, k: Tensor, scale: float) -> str | None:
+def refusal(q: Tensor, scale: float) -> str | None:
     """Return why the kernels do not support these inputs, or None if they do.
 
     Args:
         q: Queries `[B, T, H, K]`.
-        k: Keys `[B, T, G, K]`.
         scale: Factor of q.k.
     """
     if not scale > 0:

@@ -30,7 +30,7 @@ def kernels_serve(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
     def refuse(*args, **kwargs):
         raise AssertionError("eager ran where the kernels serve")
 
-    monkeypatch.setattr(tiles, "refusal", lambda q, k, scale: None)
+    monkeypatch.setattr(tiles, "refusal", lambda q, scale: None)
     monkeypatch.setattr(forward, "forward", recorded)
     monkeypatch.setattr(eager, "forward", refuse)
     monkeypatch.setattr(eager, "backward", refuse)
@@ -71,7 +71,7 @@ def test_unsupported_inputs_run_eagerly(monkeypatch: pytest.MonkeyPatch) -> None
         raise AssertionError("a kernel ran")
 
     of_scale = tiles.refusal
-    monkeypatch.setattr(tiles, "refusal", lambda q, k, scale: None if scale > 0 else of_scale(q, k, scale))
+    monkeypatch.setattr(tiles, "refusal", lambda q, scale: None if scale > 0 else of_scale(q, scale))
     monkeypatch.setattr(forward, "forward", refuse)
     q, _, k, v, _ = Case("rows", 20).inputs(torch.float32)
     assert local_linear_attention(q, k, v, scale=0.0).isfinite().all()

@@ -112,7 +112,7 @@ def test_packed_documents_with_a_batch_raise() -> None:
         parallax_attention(q, r, k, v, cu_seqlens=cu_seqlens_of((8,)))
 
 
-def refuse(q: Tensor, k: Tensor, scale: float) -> str:
+def refuse(q: Tensor, scale: float) -> str:
     return f"needs CUDA, got {q.device}"
 
 
@@ -141,11 +141,11 @@ def test_default_is_the_first_preferred_implementation_that_serves(
         return tensors[0]
 
     kernels = api._Implementation(
-        partial(record, "triton"), (lambda q, k, scale: None) if is_served else refuse
+        partial(record, "triton"), (lambda q, scale: None) if is_served else refuse
     )
     monkeypatch.setitem(api._IMPLEMENTATIONS, "triton", kernels)
     monkeypatch.setitem(
-        api._IMPLEMENTATIONS, "eager", api._Implementation(partial(record, "eager"), lambda q, k, scale: None)
+        api._IMPLEMENTATIONS, "eager", api._Implementation(partial(record, "eager"), lambda q, scale: None)
     )
     call_with()
     monkeypatch.setitem(api._PREFERRED, "cpu", ("triton", "eager"))
