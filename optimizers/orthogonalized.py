@@ -118,8 +118,8 @@ class OrthogonalizedOptimizer(GroupOptimizer):
             if not local(p).is_contiguous():
                 # the kernels, which address elements in order, would mix them up
                 raise UnsupportedError(
-                    f"{type(self).__name__} updates contiguous matrices, got one of shape {list(p.shape)} and "
-                    f"strides {list(local(p).stride())}; make the parameter of a contiguous tensor"
+                    f"{type(self).__name__} updates contiguous matrices, got one of shape {list(p.shape)} "
+                    f"and strides {list(local(p).stride())}; make the parameter of a contiguous tensor"
                 )
             block_rows = group["block_rows"]
             if block_rows is not None and (block_rows < 1 or p.shape[0] % block_rows):

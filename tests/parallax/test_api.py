@@ -140,9 +140,7 @@ def test_default_is_the_first_preferred_implementation_that_serves(
         calls.append(name)
         return tensors[0]
 
-    kernels = api._Implementation(
-        partial(record, "triton"), (lambda q, scale: None) if is_served else refuse
-    )
+    kernels = api._Implementation(partial(record, "triton"), (lambda q, scale: None) if is_served else refuse)
     monkeypatch.setitem(api._IMPLEMENTATIONS, "triton", kernels)
     monkeypatch.setitem(
         api._IMPLEMENTATIONS, "eager", api._Implementation(partial(record, "eager"), lambda q, scale: None)
