@@ -25,8 +25,8 @@ class SoftmaxConfig:
     Attributes:
         kind: "softmax".
         window_size: Sliding window: number of keys that a query sees, its own included; None for no window.
-        impl: Implementation of `parallax.parallax_attention`, or "torch" for torch's own kernels; None
-            chooses by device.
+        impl: Implementation of `parallax.parallax_attention`, or "torch" for torch's own kernels; None for
+            "triton" on a GPU whose kernels serve the head width (docs/attention.md), else "eager".
     """
 
     kind: Literal["softmax"] = "softmax"
@@ -54,7 +54,8 @@ class ParallaxConfig:
         rope_on_r: Whether RoPE rotates r, by the query's position.
         gate: Sigmoid gate of r: "token" for one per token, "head" for one per token and query head, or None.
         num_plain_layers: Number of first layers without correction and W_R, that is, with softmax attention.
-        impl: Implementation of `parallax.parallax_attention`; None chooses by device.
+        impl: Implementation of `parallax.parallax_attention`; None for "triton" on a GPU whose kernels serve
+            the head width (docs/attention.md), else "eager".
     """
 
     kind: Literal["parallax"] = "parallax"
