@@ -13,6 +13,10 @@ The cards with HBM3 have 80 to 96 GB (H100, H100 NVL, GH200), those with HBM3e 1
 B200).
 """
 
+LARGE_SHARED_BYTES = 160 << 10
+"""Shared memory per program from which four tiles fit: 163 KB on an A100, 227 KB from Hopper on, but 99 KB on
+GPUs of compute capability 8.6, 8.9 and 12."""
+
 
 class DecodeDevice(NamedTuple):
     """Device properties that determine the tile.
@@ -20,15 +24,20 @@ class DecodeDevice(NamedTuple):
     Attributes:
         num_multiprocessors: Number of streaming multiprocessors.
         has_fast_memory: Whether the memory is HBM3e or later.
+        has_large_shared_memory: Whether a program may have LARGE_SHARED_BYTES.
     """
 
     num_multiprocessors: int
     has_fast_memory: bool
+    has_large_shared_memory: bool = True
 
     @classmethod
     def of(cls, properties: Any) -> "DecodeDevice":
         """Convert from `torch.cuda.get_device_properties`."""
-        return cls(properties.multi_processor_count, properties.total_memory > FAST_MEMORY_BYTES)
+        is_large = properties.shared_memory_per_block_optin >= LARGE_SHARED_BYTES
+        # the memory of small GPUs is slow, however large
+        is_fast = is_large and properties.total_memory > FAST_MEMORY_BYTES
+        return cls(properties.multi_processor_count, is_fast, is_large)
 
 
 class DecodeTile(NamedTuple):
@@ -69,8 +78,9 @@ def tile_of(num_pairs: int, capacity: int, num_rows: int, head_dim: int, device:
     # the same bytes in flight for all head widths
     width = 128 // head_dim
     if not device.has_fast_memory:
-        # a program that is alone on its multiprocessor keeps one more tile in flight
-        return DecodeTile(num_splits, 64 * width, 4, 4 if is_alone else 3)
+        # a program that is alone on its multiprocessor keeps one more tile in flight, if there is room
+        num_stages = 4 if is_alone and device.has_large_shared_memory else 3
+        return DecodeTile(num_splits, 64 * width, 4, num_stages)
     if num_rows > 8:
         # probes in a separate tile: twice the registers
         return DecodeTile(num_splits, 64 * width, 4, 5 if is_alone else 3)

@@ -6,12 +6,16 @@ import pytest
 
 from parallax.kernels.decode_tiles import DecodeDevice, DecodeTile, tile_of
 
-H100 = DecodeDevice.of(
-    SimpleNamespace(name="NVIDIA H100 80GB HBM3", multi_processor_count=132, total_memory=84_900_000_000)
-)
-H200 = DecodeDevice.of(
-    SimpleNamespace(name="NVIDIA H200", multi_processor_count=132, total_memory=150_110_000_000)
-)
+
+def properties(num_multiprocessors: int, memory: int, shared: int = 232_448) -> SimpleNamespace:
+    """Return what `torch.cuda.get_device_properties` has of a GPU, its sizes in bytes."""
+    return SimpleNamespace(
+        multi_processor_count=num_multiprocessors, total_memory=memory, shared_memory_per_block_optin=shared
+    )
+
+
+H100 = DecodeDevice.of(properties(132, 84_900_000_000))
+H200 = DecodeDevice.of(properties(132, 150_110_000_000))
 
 
 def test_h200_is_recognized_by_its_memory() -> None:
@@ -19,8 +23,7 @@ def test_h200_is_recognized_by_its_memory() -> None:
     assert DecodeDevice(132, has_fast_memory=True) == H200
     # an H100 NVL and a GH200 with HBM3
     for memory in (100_000_000_000, 102_000_000_000):
-        properties = SimpleNamespace(multi_processor_count=132, total_memory=memory)
-        assert not DecodeDevice.of(properties).has_fast_memory
+        assert not DecodeDevice.of(properties(132, memory)).has_fast_memory
 
 
 @pytest.mark.parametrize("device", [H100, H200], ids=["h100", "h200"])
@@ -62,3 +65,11 @@ def test_h100_tiles_are_unchanged() -> None:
     assert tile_of(128, 4096, 2, 64, H100) == (1, 128, 4, 4)
     assert tile_of(8192, 128, 2, 128, H100) == (1, 64, 4, 3)
     assert tile_of(8, 4096, 128, 128, H100) == (12, 32, 8, 3)
+
+
+def test_small_gpus_keep_fewer_tiles_in_flight() -> None:
+    # an A100 has room for four; an RTX 4090 and a GB10, of 128 GB, do not
+    a100 = DecodeDevice.of(properties(108, 85_100_000_000, shared=166_912))
+    small = [DecodeDevice.of(properties(128, memory, shared=101_376)) for memory in (25_300_000_000, 2**37)]
+    assert tile_of(8, 4096, 2, 128, a100).num_stages == 4
+    assert [tile_of(8, 4096, 2, 128, device).num_stages for device in small] == [3, 3]
