@@ -69,6 +69,8 @@ def _time_rows(
     time = estimate_step_time(config, model, world_size) if stated is None else None
     if stated is None and time is None:
         kind = config.model.attention.kind
+        if kind in ("softmax", "parallax"):
+            kind += " without our kernels, by attention.impl or head_dim"
         return [("time", f"no estimate for attention.kind {kind}; state an MFU by --mfu PERCENT")]
     flops = config.tokens_per_step * model.num_flops_per_token(config.training.seq_len)
     mfu, origin, parts = stated or 0.0, "as stated", ""

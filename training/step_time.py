@@ -96,12 +96,14 @@ def estimate_step_time(config: RunConfig, model: Qwen3, world_size: int) -> Step
         world_size: Number of H200s, 8 per node.
 
     Returns:
-        The parts; None for attention whose kernels have not been measured.
+        The parts; None for attention whose kernels have not been measured: of another kind, of other
+            implementations than our kernels, or with heads of a width that these do not serve.
 
     Raises:
         UserError: The batch or the degrees of parallelism do not fit the number of ranks.
     """
-    if not isinstance(config.model.attention, SoftmaxConfig | ParallaxConfig):
+    runs_on_kernels = all(module.forward_supports_cuda_graph for module in model.attention_modules())
+    if not (isinstance(config.model.attention, SoftmaxConfig | ParallaxConfig) and runs_on_kernels):
         return None
     num_micro_batches = config.gradient_accumulation_steps(world_size)
     seq_len, tokens = config.training.seq_len, config.tokens_per_micro_batch

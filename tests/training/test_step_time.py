@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from config import load
+from training.dry_run import dry_run
 from training.preflight import build_meta_model
 from training.run_config import RunConfig
 from training.step_time import StepTime, estimate_step_time
@@ -75,9 +76,28 @@ def test_whole_rows_cost_more_attention_and_no_waiting() -> None:
     assert same == masked
 
 
-def test_no_estimate_for_kernels_that_were_not_measured() -> None:
-    config = load(RunConfig, "configs/60m_lla_muon.toml", [])
-    assert estimate_step_time(config, build_meta_model(config), 1) is None
+WIDE = {"width": 512, "num_layers": 16, "num_heads": 8, "num_kv_heads": 4, "head_dim": 80, "mlp_width": 1920}
+
+
+@pytest.mark.parametrize(
+    ("path", "keys", "said"),
+    [
+        ("configs/60m_lla_muon.toml", {}, "no estimate for attention.kind lla; state"),
+        ("configs/60m_softmax_muon.toml", {"attention.impl": "torch"}, "softmax without our kernels"),
+        ("configs/60m_parallax_muon.toml", {"attention.impl": "eager"}, "parallax without our kernels"),
+        (
+            "configs/60m_parallax_muon.toml",
+            {"size": "custom", **{f"custom_size.{name}": value for name, value in WIDE.items()}},
+            "parallax without our kernels, by attention.impl or head_dim",
+        ),
+    ],
+    ids=["kind", "torch", "eager", "width"],
+)
+def test_no_estimate_for_kernels_that_were_not_measured(path: str, keys: dict[str, Any], said: str) -> None:
+    words = [word for key, value in keys.items() for word in (f"--model.{key}", str(value))]
+    run = load(RunConfig, path, words)
+    assert estimate_step_time(run, build_meta_model(run), 1) is None
+    assert said in dry_run(run, 1)
 
 
 def test_a_larger_micro_batch_hides_more_communication() -> None:
