@@ -163,15 +163,16 @@ def normalize_heads(x_BTHK: torch.Tensor, norm: nn.RMSNorm, rope: Rope | None) -
 
     Args:
         x_BTHK: Projected heads `[B, T, H, K]`, any strides.
-        norm: Norm of the K elements of a head, with a gain; one of another kind keeps its own forward.
+        norm: Norm of the K elements of a head; one of another kind, or without an epsilon or a gain, keeps
+            its own forward.
         rope: Rotary embedding of the T positions; None for none.
 
     Returns:
         `[B, T, H, K]`, x's dtype.
     """
-    if type(norm) is nn.RMSNorm and norm_rope.serves(x_BTHK):
+    is_served = type(norm) is nn.RMSNorm and norm.eps is not None and norm.weight is not None
+    if is_served and norm_rope.serves(x_BTHK):
         cos, sin = (None, None) if rope is None else (rope.cos, rope.sin)
-        assert norm.eps is not None
         return norm_rope.norm_rope_forward(x_BTHK, norm.weight, cos, sin, norm.eps)
     x_BTHK = norm(x_BTHK)
     return x_BTHK if rope is None else rope(x_BTHK)

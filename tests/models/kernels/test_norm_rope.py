@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +32,15 @@ def test_a_norm_of_another_kind_keeps_its_own_forward(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(norm_rope, "serves", lambda x: True)
     x, norm = torch.randn(1, 600, 2, 64), Doubled(64)
+    assert torch.equal(normalize_heads(x, norm, None), norm(x))
+
+
+@pytest.mark.parametrize("options", [{}, {"eps": 1e-6, "elementwise_affine": False}], ids=["eps", "gain"])
+def test_a_norm_without_an_epsilon_or_a_gain_keeps_its_own_forward(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(norm_rope, "serves", lambda x: True)
+    x, norm = torch.randn(1, 600, 2, 64), nn.RMSNorm(64, **options)
     assert torch.equal(normalize_heads(x, norm, None), norm(x))
 
 
