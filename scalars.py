@@ -25,7 +25,8 @@ def log_scalar(name: str, value: torch.Tensor | float) -> None:
     metrics.jsonl, TensorBoard and wandb get the mean over the step's calls: of all micro-batches, layers and
     ranks. Outside of a training step, such as in evaluations, nothing happens. It has no gradient and does
     not wait for the device; it costs what the value costs, and two small kernels where the code is not
-    compiled.
+    compiled. Where the forward is replayed as a CUDA graph, a number keeps its value at the capture, and a
+    call that was not made then is never made: give a tensor, in every micro-batch.
 
     Args:
         name: Name of the metric with a group, "gate/mean", the same on all ranks; names without a slash are
