@@ -18,6 +18,15 @@ _MAX_TOKENS_IN_PIECES = 64
 """Above it, one forward over past and new tokens is faster than reading the cache once per piece."""
 
 
+def decode_impl(impl: str | None) -> str | None:
+    """Return the implementation of `parallax_decode` for one of `parallax_attention`.
+
+    The decode kernels serve fewer inputs than those of training: where these are asked for, None uses the
+    decode kernels where they serve. Torch has none of its own.
+    """
+    return "eager" if impl in ("eager", "reference") else None
+
+
 class KeyValueAttention(HeadProjections):
     """An attention module with a KV cache, for attention over whole documents and over the cache."""
 

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from models.attention.base import Rope, State, normalize_heads
-from models.attention.key_values import KeyValueAttention
+from models.attention.key_values import KeyValueAttention, decode_impl
 from models.config import ParallaxConfig
 from models.sizes import ModelSize
 from parallax import parallax_attention, parallax_decode
@@ -87,7 +87,8 @@ class ParallaxAttention(KeyValueAttention):
         self, q_BTHK: torch.Tensor, r_BTHK: torch.Tensor | None, state: State, num_keys_B: torch.Tensor
     ) -> torch.Tensor:
         """See KeyValueAttention.attend_cached."""
-        return parallax_decode(q_BTHK, r_BTHK, state["k"], state["v"], cache_seqlens=num_keys_B)
+        impl = decode_impl(self.config.impl)
+        return parallax_decode(q_BTHK, r_BTHK, state["k"], state["v"], cache_seqlens=num_keys_B, impl=impl)
 
     def product_flops_per_token(self, seq_len: int) -> float:
         """See Attention.product_flops_per_token.

@@ -3,7 +3,7 @@
 import torch
 
 from models.attention.base import State
-from models.attention.key_values import KeyValueAttention
+from models.attention.key_values import KeyValueAttention, decode_impl
 from models.attention.torch_softmax import torch_softmax_attention
 from models.config import SoftmaxConfig
 from models.sizes import ModelSize
@@ -50,7 +50,8 @@ class SoftmaxAttention(KeyValueAttention):
         self, q_BTHK: torch.Tensor, r_BTHK: torch.Tensor | None, state: State, num_keys_B: torch.Tensor
     ) -> torch.Tensor:
         """See KeyValueAttention.attend_cached."""
-        return parallax_decode(q_BTHK, None, state["k"], state["v"], cache_seqlens=num_keys_B)
+        impl = decode_impl(self.config.impl)
+        return parallax_decode(q_BTHK, None, state["k"], state["v"], cache_seqlens=num_keys_B, impl=impl)
 
     def product_flops_per_token(self, seq_len: int) -> float:
         """See Attention.product_flops_per_token: 2 products forward, 4 backward."""

@@ -5,7 +5,8 @@ from typing import Literal
 import pytest
 import torch
 
-from models.config import ModelConfig, SoftmaxConfig
+from models.attention import parallax, softmax
+from models.config import ModelConfig, ParallaxConfig, SoftmaxConfig
 from models.init import init_weights
 from models.qwen3 import Qwen3
 
@@ -42,6 +43,32 @@ def test_our_softmax_equals_torchs(window_size: int | None, packed: bool) -> Non
     torch_loss, torch_gradients = _loss_and_gradients("torch", window_size, packed, "cpu", torch.float64)
     torch.testing.assert_close(loss, torch_loss, rtol=1e-12, atol=0)
     torch.testing.assert_close(gradients, torch_gradients, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("impl", "expected"), [("eager", "eager"), ("reference", "eager"), ("triton", None), (None, None)]
+)
+@pytest.mark.parametrize("kind", [SoftmaxConfig, ParallaxConfig])
+def test_the_chosen_implementation_also_decodes(
+    kind: type[SoftmaxConfig | ParallaxConfig],
+    impl: Literal["eager", "reference", "triton"] | None,
+    expected: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chosen: list[str | None] = []
+
+    def decode(q: torch.Tensor, *others: object, impl: str | None = None, **options: object) -> torch.Tensor:
+        chosen.append(impl)
+        return q
+
+    for module in (softmax, parallax):
+        monkeypatch.setattr(module, "parallax_decode", decode)
+    model = Qwen3(ModelConfig(size="debug", vocab_size=128, attention=kind(impl=impl)))
+    x, num_keys = torch.zeros(1, 1, 4, 16), torch.ones(1, dtype=torch.int32)
+    (attention, *_) = model.attention_modules()
+    assert isinstance(attention, softmax.SoftmaxAttention | parallax.ParallaxAttention)
+    attention.attend_cached(x, x, {"k": x, "v": x}, num_keys)
+    assert chosen == [expected]
 
 
 @pytest.mark.gpu
