@@ -53,6 +53,8 @@ def graph_refusal(model: Qwen3, config: TrainingConfig, device: torch.device) ->
         return "training.activation_checkpointing reads the state of the random generators"
     if not all(module.forward_supports_cuda_graph for module in model.attention_modules()):
         kind = model.config.attention.kind
+        if kind in ("softmax", "parallax"):
+            return f"{kind} runs without our kernels, by attention.impl or head_dim"
         return f"attention.kind {kind} waits for the device, or its shapes follow the documents"
     return None
 

@@ -2,9 +2,10 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 
-from models.config import ModelConfig, ParallaxConfig
+from models.config import LocalLinearConfig, ModelConfig, ParallaxConfig
 from models.init import init_weights
 from models.loss import cross_entropy
 from models.qwen3 import Qwen3
@@ -81,5 +82,11 @@ def test_z_loss_is_minimized_and_is_not_part_of_the_loss_on_record() -> None:
         torch.testing.assert_close(gradient, parameter.grad)
 
 
-def test_a_run_says_why_it_replays_no_graphs() -> None:
+def test_a_run_says_why_it_replays_no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "need a GPU" in str(graph_refusal(make_model(), TRAINING, torch.device("cpu")))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    attention, device = ParallaxConfig(impl="eager"), torch.device("cuda", 0)
+    eager = Qwen3(replace(CONFIG, attention=attention))
+    assert "parallax runs without our kernels" in str(graph_refusal(eager, TRAINING, device))
+    local_linear = Qwen3(replace(CONFIG, attention=LocalLinearConfig()))
+    assert "attention.kind lla waits for the device" in str(graph_refusal(local_linear, TRAINING, device))
