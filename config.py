@@ -1,10 +1,9 @@
 """The codec of configs: TOML and dotted overrides to dataclasses, strictly, and dataclasses to TOML.
 
-The schema is a tree of dataclasses, given by the caller; this file knows none of them.
-`extends = "base/x.toml"` (or a list, later files win) pulls in other files: tables merge, values replace.
-Where the `kind` of a table changes, only the keys that its classes name in KEYS_OF_ALL_KINDS survive. Unknown
-keys, wrong types and bad choices raise ConfigError before anything is built. "none" is None where a key may
-be unset.
+The schema is a tree of dataclasses, given by the caller. `extends = "base/x.toml"` (or a list, later files
+win) adds other files: tables merge, values replace. Where the `kind` of a table changes, only the keys in
+KEYS_OF_ALL_KINDS of its classes survive. Unknown keys, wrong types and bad choices raise ConfigError before
+anything is built. "none" is None where a key may be unset.
 """
 
 import dataclasses
@@ -359,10 +358,11 @@ class _Decoder:
 
     def _build_kind(self, classes: Sequence[type], value: Table, key: Key) -> Any:
         by_kind = {kind_of(variant): variant for variant in classes}
-        kind = value.get("kind")
+        name, kind, allowed = _dotted(key), value.get("kind"), f"one of {json.dumps([*by_kind])[1:-1]}"
+        if kind is None:
+            raise ConfigError(f"{name} has no kind: correct its name, or set kind to {allowed}", [key])
         if not isinstance(kind, str) or kind not in by_kind:
-            message = f"{_dotted((*key, 'kind'))}: got {kind!r}, want one of {json.dumps([*by_kind])[1:-1]}"
-            raise ConfigError(message, [(*key, "kind")])
+            raise ConfigError(f"{_dotted((*key, 'kind'))}: got {kind!r}, want {allowed}", [(*key, "kind")])
         return self._build(by_kind[kind], value, key)
 
     def _build(self, cls: type, value: Table, key: Key) -> Any:

@@ -51,6 +51,11 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--checkpoint", metavar="FOLDER", help="short for --checkpoint.start_from")
     options, overrides = parser.parse_known_args(arguments)
+    known = parser.format_usage().replace("[", " ").replace("]", " ").split()
+    for word in overrides:
+        option = word.partition("=")[0].replace("_", "-")
+        if option.startswith("--") and option in known:
+            parser.error(f"{word} is unknown; write {option}")
     if options.config is None and options.help_config is None:
         parser.error("the following arguments are required: --config")
     if not options.dry_run:

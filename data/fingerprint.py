@@ -73,6 +73,10 @@ def describe_changes(saved: Any, current: Any, key: str = "") -> list[str]:
         return ["the files are in another order" if name == "order" else change]
     if name == "files":
         return _file_changes(saved, current)
+    kinds = _kind(saved), _kind(current)
+    if kinds[0] != kinds[1]:
+        # the other keys of two kinds have nothing in common
+        return [f"{f'{key}.kind' if key else 'kind'} was {kinds[0]!r} and is {kinds[1]!r}"]
     names = {**saved, **current}
     if saved.get("files") != current.get("files"):
         names.pop("order", None)
@@ -114,6 +118,11 @@ def check_fingerprint(part: str, saved: Any, current: Any, *, log: bool) -> None
         "start the new data from its beginning in a branch: another run.folder, checkpoint.start_from, "
         "checkpoint.restart_data = true"
     )
+
+
+def _kind(parts: dict[str, Any]) -> str:
+    """Return the kind of a source by its parts; those of mixtures and shards do not name theirs."""
+    return parts.get("kind", "mixture" if "weights" in parts else "shards")
 
 
 def _hash(value: Any) -> str:

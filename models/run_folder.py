@@ -13,6 +13,7 @@ ranks.lock          shared by its other ranks (training/run_lock.py)
 tensorboard/, profile/, wandb_id
 """
 
+import difflib
 import itertools
 import os
 import re
@@ -232,9 +233,21 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def nearby_checkpoints(path: Path) -> list[Path]:
-    """Return the complete checkpoints in, below and beside a path, to suggest for a mistyped one."""
+    """Return complete checkpoints by step, to suggest for a mistyped path.
+
+    Args:
+        path: A run folder, its folder of checkpoints, or a checkpoint.
+
+    Returns:
+        Those in, below and beside the path; without any, the newest of the runs beside it of similar names.
+    """
     folders = (path, RunFolder(path).checkpoints, path.parent)
-    return [each for folder in folders for each in sorted(folder.glob("step-*")) if is_whole(each)]
+    by_step = (sorted(folder.glob("step-*"), key=lambda each: step_of(each) or 0) for folder in folders)
+    near = [each for found in by_step for each in found if is_whole(each)]
+    beside = {folder.name: folder for folder in path.parent.glob("*/")}
+    alike = difflib.get_close_matches(path.name, beside)
+    newest = (RunFolder(beside[name]).newest_checkpoint() for name in alike)
+    return near or [each for each in newest if each is not None]
 
 
 def read_run_table(checkpoint: Path) -> Table:

@@ -68,7 +68,11 @@ def assign_parameters(
                 described = f"{name} {list(parameter.shape)} ({matching[0]}){misfit.detail}"
                 misfits.setdefault(misfit, []).append(described)
     empty = [group_name for group_name, members in assigned.items() if not members]
-    _raise_if("no group matches these parameters", unmatched, "add a pattern, or freeze them")
+    _raise_if(
+        "no group matches these parameters",
+        unmatched,
+        "add a pattern to `parameters` of a group, or a group of their own",
+    )
     _raise_if("several groups match these parameters", ambiguous, "make the patterns exclude each other")
     for misfit, described in misfits.items():
         _raise_if(misfit.problem, described, misfit.remedy)

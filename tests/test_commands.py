@@ -53,6 +53,13 @@ def test_options_are_not_abbreviated(words: list[str]) -> None:
     assert "unrecognized arguments" in done.stderr or "arguments are required" in done.stderr
 
 
+def test_an_option_with_underscores_is_named_as_it_is_written() -> None:
+    words = [sys.executable, "train.py", "--config", "x.toml", "--dry_run"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert done.stderr.endswith("error: --dry_run is unknown; write --dry-run\n")
+
+
 def _main(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     """Run `python -m WORDS` in this process; return its exit code and what it prints as errors."""
     with pytest.MonkeyPatch.context() as patch:

@@ -169,6 +169,10 @@ def test_toml_of_a_run_loads_to_the_same_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
+        (
+            ["--optimizer.groups.al.lr", "1"],
+            ["command line: optimizer.groups.al has no kind: correct its name"],
+        ),
         (["--training.step", "3"], ["training.step:", "unknown key", "nearest is training.steps"]),
         (["--trainng.steps", "3"], ["trainng:", "nearest is training"]),
         (["--training.steps", "3.5"], ["training.steps:", "3.5", "an integer"]),

@@ -84,13 +84,13 @@ def _time_rows(
             origin, parts = f"{origin} for {GPUS[MEASURED].name}s", ""
     seconds = flops / (mfu / 100 * world_size * gpu.peak_flops)
     hours, speed = config.training.steps * seconds / 3600, config.tokens_per_step / seconds
+    whole = f"{hours:,.1f} hours, {hours * world_size:,.0f} GPU-hours"
+    if hours < 0.1:
+        whole = f"{3600 * hours:,.1f} s"
     gpus = f"{world_size} {gpu.name}" + ("s" if world_size > 1 else "")
     return [
         ("MFU", f"{mfu:.1f}% by whole rows (mfu_whole_rows_percent), {origin}"),
         ("time per step", f"{1e3 * seconds:.0f} ms on {gpus}{parts}"),
         ("speed", f"{speed:,.0f} tokens/s, {speed / world_size:,.0f} per GPU"),
-        (
-            "time of the whole run",
-            f"{hours:,.1f} hours, {hours * world_size:,.0f} GPU-hours, without evaluations and checkpoints",
-        ),
+        ("time of the whole run", f"{whole}, without evaluations and checkpoints"),
     ]

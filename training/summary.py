@@ -12,7 +12,7 @@ def format_summary(
     config: RunConfig,
     step: int,
     loss: float,
-    held_out: Mapping[str, HeldOutLoss | None],
+    held_out: Mapping[str, HeldOutLoss],
     *,
     stopped: str | None,
     skipped: Mapping[str, int],
@@ -23,26 +23,26 @@ def format_summary(
         config: The run.
         step: The last step of the launch.
         loss: Training loss of that step, in nats/token.
-        held_out: Held-out losses "before training" and "after training"; None for one not evaluated.
+        held_out: The launch's held-out losses by when they were measured, "before training" first, then the
+            newest one.
         stopped: What stopped the launch, such as "by a signal"; None if it went to its last step.
         skipped: Number of documents skipped, by reason.
     """
     if stopped is not None:
-        end = f"stopped {stopped} after step {step}"
+        end = f"stopped {stopped} after step {step}; the same command resumes"
     elif step < config.training.steps:
         end = f"stopped after step {step} of {config.training.steps} ({config.training.last_step_key})"
     else:
         end = f"finished after step {step}"
     lines = [end, f"training loss        {loss:.4f} nats/token"]
-    evaluated = {when: each for when, each in held_out.items() if each is not None}
-    for when, each in evaluated.items():
+    for when, each in held_out.items():
         lines.append(f"held-out loss        {each} ({when})")
-    if "after training" in evaluated:
-        after = evaluated["after training"]
-        lines.append(f"measured on          {after.counts}, +/- is the standard error over documents")
-        difference = after.unigram_entropy - after.loss
+    if held_out:
+        newest = [*held_out.values()][-1]
+        lines.append(f"measured on          {newest.counts}, +/- is the standard error over documents")
+        difference = newest.unigram_entropy - newest.loss
         side = f"{difference:.4f} below" if difference >= 0 else f"{-difference:.4f} above"
-        entropy = f"{after.unigram_entropy:.4f} nats/token"
+        entropy = f"{newest.unigram_entropy:.4f} nats/token"
         lines.append(f"unigram entropy      {entropy}; the held-out loss is {side} it")
     counts = ", ".join(f"{count} {reason}" for reason, count in skipped.items() if count)
     if counts:

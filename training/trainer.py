@@ -155,7 +155,9 @@ class Trainer(TitanTrainer):
         if self.step >= last_step:
             return
         logger.info(f"training from step {self.step + 1} to {last_step}")
-        loss, after, stopped = math.nan, None, False
+        loss, stopped = math.nan, False
+        first = {} if before is None else {"before training": before}
+        held_out = first
         launched: deque[LaunchedStep] = deque()
         with maybe_enable_profiling(
             self.job_config.profiling, global_step=self.step, base_folder=self.job_config.job.dump_folder
@@ -174,11 +176,13 @@ class Trainer(TitanTrainer):
                     stopped = stopped or stop_requested
                 if not launched:
                     self.save(is_last=stopped or self.step == last_step)
-                    after = None if stopped else self.evaluator.evaluate(self.step, self.tokens)
+                    found = None if stopped else self.evaluator.evaluate(self.step, self.tokens)
+                    if found is not None:
+                        when = "after training" if self.step == last_step else f"after step {self.step}"
+                        held_out = {**first, when: found}
                 if profiler:
                     self.monitor.enter_slow("profile")
                     profiler.step()
-        held_out = {"before training": before, "after training": after}
         skipped = self.dataloader.loader.skipped
         cause = self.stop.cause if stopped else None
         logger.info(format_summary(self.config, self.step, loss, held_out, stopped=cause, skipped=skipped))

@@ -22,7 +22,9 @@ _KINDS_OF = {
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of a source of text to a parser."""
-    group = parser.add_argument_group("source (one of the first five)")
+    group = parser.add_argument_group(
+        "source (one of --files, --folder, --parts, --hub-files and --dataset is required)"
+    )
     kinds = group.add_mutually_exclusive_group(required=True)
     kinds.add_argument(
         "--files", nargs="+", metavar="GLOB", help="local .parquet or .jsonl[.gz|.zst|..] files"
@@ -57,7 +59,12 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--min-score", type=float, help="skip rows with a lower score")
     group.add_argument("--min-characters", type=int, help="skip shorter documents")
     group.add_argument("--max-characters", type=int, help="skip longer documents")
-    group.add_argument("--on-damaged-file", choices=("stop", "skip"), default="stop")
+    group.add_argument(
+        "--on-damaged-file",
+        choices=("stop", "skip"),
+        default="stop",
+        help="stop with the file's name, or skip the rest of the file (default %(default)s)",
+    )
 
 
 def source_from(options: argparse.Namespace) -> TextKind:

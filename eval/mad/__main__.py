@@ -128,7 +128,8 @@ def _describe(run: Run, outcome: Outcome) -> str:
     recipe, setting = run.recipe, run.setting
     chosen = f"{recipe.attention} {setting.task} {setting.name} {recipe.optimizer} seed {recipe.seed}"
     rates = f"lr {run.lr:g} weight decay {run.weight_decay:g}"
-    return f"{chosen} {rates}: {outcome.accuracy:.3f}, {outcome.num_epochs} epochs, {outcome.seconds:.0f} s"
+    result = f"accuracy {outcome.accuracy:.3f}, {outcome.num_epochs} epochs, {outcome.seconds:.0f} s"
+    return f"{chosen} {rates}: {result}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -45,6 +45,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _files(out: Path) -> dict[Path, int]:
+    """Return the tables and plots in a folder, with the times of their last changes in nanoseconds."""
+    return {p: p.stat().st_mtime_ns for p in sorted(out.glob("*")) if p.suffix in (".csv", ".pdf", ".png")}
+
+
+def _older_files(out: Path, before: dict[Path, int]) -> list[Path]:
+    """Return the tables and plots that a report has left as they were before it."""
+    return [path for path, changed in _files(out).items() if before.get(path) == changed]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `python -m eval.report`.
 
@@ -56,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     options = _parser().parse_args(arguments)
     check_out(options.out)
+    before = _files(options.out)
     try:
         # matplotlib is an extra: --help does not need it
         from eval.report.plan_report import write_plan_report
@@ -87,6 +98,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     print(path.read_text(encoding="utf-8"))
     print(f"wrote {path}")
+    older = _older_files(options.out, before)
+    if older:
+        found = f"{len(older)} tables and plots that are not of this report"
+        print(f"{options.out} also has {found}, such as {older[0]}")
 
 
 if __name__ == "__main__":

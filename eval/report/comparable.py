@@ -79,6 +79,10 @@ def incomparable(runs: Sequence[RunRecord]) -> list[str]:
         for key, value in each.items():
             values.setdefault(key, []).append((run, value))
     found = {key: _difference(key, of_runs) for key, of_runs in values.items()}
+    for table in ("data.train", "data.validation"):
+        if found.get(f"{table}.kind"):
+            # the other keys of two kinds of source have nothing in common
+            found |= {key: None for key in found if key.startswith(f"{table}.") and key != f"{table}.kind"}
     found["data.tokenizer"] = next(
         (text for a, b in combinations(runs, 2) if (text := _tokenizers(a, b)) is not None), None
     )

@@ -104,6 +104,7 @@ def test_a_file_that_is_edited_in_place_is_refused_by_name(
 def test_a_changed_key_is_named_also_in_a_mixture(resume: Callable[..., None], tmp_path: Path) -> None:
     for name in "abcdef":
         _write_jsonl(tmp_path / f"{name}.jsonl", [f"{name} {text}" for text in TEXTS])
+    _write_parquet(tmp_path / "a.parquet", TEXTS)
 
     def files(names: str, **options: Any) -> JsonlSource:
         return JsonlSource(files=[str(tmp_path / f"{name}.jsonl") for name in names], **options)
@@ -119,6 +120,13 @@ def test_a_changed_key_is_named_also_in_a_mixture(resume: Callable[..., None], t
         (files("ab"), files("abc"), 0, r"c\.jsonl added"),
         (files("abc"), files("ac"), 0, r"b\.jsonl left out"),
         (files("a"), files("bcdef"), 0, r"a\.jsonl left out; b\.jsonl, c\.jsonl, d\.jsonl and 2 more added"),
+        (
+            files("a"),
+            ParquetSource(files=[str(tmp_path / "a.parquet")]),
+            0,
+            "kind was 'jsonl' and is 'parquet'",
+        ),
+        (files("a"), mixture(files("a")), 0, "kind was 'jsonl' and is 'mixture'"),
         (mixture(files("a")), mixture(files("a"), 3.0), 0, r"weights\.one was 1\.0 and is 3\.0"),
         (mixture(files("a")), mixture(files("ab")), 0, r"b\.jsonl added"),
         (

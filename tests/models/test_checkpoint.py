@@ -13,6 +13,7 @@ from models.checkpoint.load import find_checkpoint, load_model, load_weights
 from models.config import AttentionConfig, ModelConfig, ParallaxConfig
 from models.init import init_weights
 from models.qwen3 import Qwen3
+from models.run_folder import nearby_checkpoints
 
 
 def save_run(folder: Path, config: ModelConfig, step: int = 3, seed: int = 0) -> Qwen3:
@@ -57,6 +58,18 @@ def test_a_renamed_checkpoint_is_not_the_newest(tmp_path: Path) -> None:
         (tmp_path / "checkpoint" / name).mkdir(parents=True)
         (tmp_path / "checkpoint" / name / ".metadata").touch()
     assert find_checkpoint(tmp_path) == tmp_path / "checkpoint" / "step-9"
+
+
+def test_checkpoints_are_suggested_by_step_and_runs_by_similar_names(tmp_path: Path) -> None:
+    for name in ("tiny/checkpoint/step-4", "tiny/checkpoint/step-12", "other/checkpoint/step-3"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / ".metadata").touch()
+    checkpoints = tmp_path / "tiny" / "checkpoint"
+    by_step = [checkpoints / "step-4", checkpoints / "step-12"]
+    for path in (tmp_path / "tiny", checkpoints, checkpoints / "step-9"):
+        assert nearby_checkpoints(path) == by_step
+    assert nearby_checkpoints(tmp_path / "tinny") == by_step[1:]
+    assert nearby_checkpoints(tmp_path / "absent" / "checkpoint" / "step-4") == []
 
 
 def test_missing_and_other_models_raise(tmp_path: Path) -> None:

@@ -149,11 +149,18 @@ def losses(folder: Path) -> list[tuple[int, float, float]]:
 
 
 def start_long(
-    corpus: Path, folder: Path, *, ranks: int = 1, program: Sequence[str] = ("train.py",)
+    corpus: Path,
+    folder: Path,
+    *overrides: str,
+    ranks: int = 1,
+    program: Sequence[str] = ("train.py",),
 ) -> subprocess.Popen[str]:
     """Start a long run, and return it after its first step."""
     process = subprocess.Popen(
-        [*command(ranks), *arguments("debug_parallax_muon", corpus, folder, *LONG, program=program)],
+        [
+            *command(ranks),
+            *arguments("debug_parallax_muon", corpus, folder, *LONG, *overrides, program=program),
+        ],
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.PIPE,

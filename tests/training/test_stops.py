@@ -39,6 +39,21 @@ def test_a_signal_writes_a_checkpoint_from_which_the_run_is_resumed(
     assert [s for s, *_ in losses(folder)] == list(range(1, step + 3))
 
 
+def test_a_stopped_run_prints_its_newest_held_out_loss(corpus: Path, tmp_path: Path) -> None:
+    folder, validation = tmp_path / "run", corpus / "validation.parquet"
+    words = ("--data.validation", f'{{kind = "parquet", files = ["{validation}"]}}', "--eval.every", "1")
+    process = start_long(corpus, folder, *words)
+    while not any(r["step"] and "validation_loss" in r for r in records(folder)):
+        assert process.poll() is None, process.communicate()[0][-4000:]
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=120)
+    newest = [r for r in records(folder) if "validation_loss" in r][-1]
+    assert "the same command resumes" in printed
+    (line,) = (line for line in printed.splitlines() if f"(after step {newest['step']})" in line)
+    assert f"held-out loss        {newest['validation_loss']:.4f}" in line
+
+
 def test_a_second_signal_exits_at_once() -> None:
     program = (
         "import time; from training import signals; signals.GRACE_SECONDS = 0.2\n"

@@ -50,6 +50,27 @@ def test_different_data_tokenizer_or_budget_is_refused_unless_allowed(
     assert text.index("not comparable") < text.index(key) < text.index("## Runs")
 
 
+def test_of_another_kind_of_source_the_kind_alone_is_named(tmp_path: Path) -> None:
+    first = make_run(tmp_path / "a", [launch(), *training(2.0)])
+    words = ("--data.train.kind", "text", "--data.train.folder", "texts")
+    second = make_run(tmp_path / "b", [launch(), *training(2.0)], *words)
+    problems = incomparable([read_run(first), read_run(second)])
+    assert problems == ["data.train.kind is 'parquet' in a and 'text' in b"]
+
+
+def test_tables_and_plots_of_an_earlier_report_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = make_run(tmp_path / "a", [launch(), *training(2.0)]), tmp_path / "out"
+    main([str(run), "--out", str(out)])
+    main([str(run), "--out", str(out)])
+    assert "not of this report" not in capsys.readouterr().out
+    (out / "old.csv").touch()
+    main([str(run), "--out", str(out)])
+    said = f"{out} also has 1 tables and plots that are not of this report, such as {out / 'old.csv'}"
+    assert capsys.readouterr().out.splitlines()[-1] == said
+
+
 def test_tokenizers_are_compared_by_their_recorded_fingerprints(tmp_path: Path) -> None:
     here = make_run(tmp_path / "a", [launch(), *training(2.0)])
     moved = make_run(tmp_path / "b", [launch(), *training(2.0)], "--data.tokenizer", "moved/tokenizer.json")
