@@ -184,9 +184,12 @@ def converting_panics(problem: str) -> Iterator[None]:
 def is_user_error(error: BaseException) -> bool:
     """Return whether an error says what the user got wrong; any other is a fault and keeps its traceback.
 
-    An error of the operating system that names a path does: the path is missing, not allowed or full.
+    An error of the operating system that names a path does: the path is missing, not allowed or full. So does
+    a package that is not installed.
     """
     if isinstance(error, UserError) or (isinstance(error, OSError) and _has_path(error)):
+        return True
+    if _missing_package(error) is not None:
         return True
     if not isinstance(error, ValueError | TypeError | NotImplementedError):
         return False
@@ -215,6 +218,9 @@ def describe_error(error: BaseException) -> str:
     if isinstance(error, OSError) and _has_path(error):
         remedy = "make room for it" if error.errno in FULL_DISK else "correct the path, or its permissions"
         return f"cannot use {error.filename} ({error.strerror}): {remedy}{_place(error)}"
+    package = _missing_package(error)
+    if package is not None:
+        return f"the package {package} is not installed: pip install -e '.[train,eval]'{_place(error)}"
     return str(error)
 
 
@@ -249,6 +255,13 @@ def _place(error: BaseException) -> str:
     lines = [(Path(frame.f_code.co_filename), line) for frame, line in traceback.walk_tb(error.__traceback__)]
     ours = [(file, line) for file, line in lines if file.is_relative_to(_ROOT) and ".venv" not in file.parts]
     return f" (used at {ours[-1][0].relative_to(_ROOT)}:{ours[-1][1]})" if ours else ""
+
+
+def _missing_package(error: BaseException) -> str | None:
+    """Return the package that an import did not find; None for another error or a module of this project."""
+    name = error.name if isinstance(error, ModuleNotFoundError) else None
+    is_ours = name is not None and any((_ROOT / each).exists() for each in (name, f"{name}.py"))
+    return None if name is None or "." in name or is_ours else name
 
 
 def _has_path(error: OSError) -> bool:

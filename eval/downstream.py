@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from eval.harness import evaluate_tasks, harness_version
     except ModuleNotFoundError as error:
         raise UserError(
-            f"downstream tasks need lm-evaluation-harness ({error}): pip install 'parallax-pretraining[eval]'"
+            f"downstream tasks need lm-evaluation-harness ({error}): pip install -e '.[eval]'"
         ) from error
     with ranks() as device:
         opened = open_model(options, device)

@@ -59,7 +59,7 @@ def _import_plot() -> Callable[[TextLoss, Path, str], None]:
         from eval.text_loss_plot import plot_per_position  # matplotlib is an extra, needed for --out alone
     except ModuleNotFoundError as error:
         raise UserError(
-            f"--out includes a plot ({error}): pip install 'parallax-pretraining[eval]', or leave --out away"
+            f"--out includes a plot ({error}): pip install -e '.[eval]', or leave --out away"
         ) from error
     return plot_per_position
 

@@ -225,6 +225,8 @@ def find_checkpoint(path: Path) -> Path:
     newest = RunFolder(path).newest_checkpoint()
     if newest is None:
         near = ", ".join(map(str, nearby_checkpoints(path)))
+        if (path / "config.json").is_file():
+            near = f"{path} in Hugging Face's format, for `python -m models.convert from-hf`"
         raise UserError(
             f"{path} is no checkpoint: wanted a run folder with checkpoint/step-N/{_METADATA}, or such a "
             f"step-N{f'; nearby: {near}' if near else ''}"

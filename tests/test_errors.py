@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import importlib
 import itertools
 import subprocess
 import sys
@@ -49,6 +50,19 @@ def test_a_folder_to_write_to_can_be_made(tmp_path: Path) -> None:
         for out in (path, path / "below", path / "below" / "it"):
             with pytest.raises(UserError, match=f"--out is {out}, but {path} is a file; want a folder"):
                 check_out(out)
+
+
+def test_a_package_that_is_not_installed_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        importlib.import_module("no_such_package.inner")
+
+    assert run_command(main) == 2
+    said = "error: the package no_such_package is not installed: pip install -e '.[train,eval]' (used at "
+    assert capsys.readouterr().err.startswith(said)
+    # modules of this project, or of a package that is there, are faults
+    for name in ("models.no_such_module", "torch.no_such_module"):
+        with pytest.raises(ModuleNotFoundError):
+            run_command(lambda name=name: importlib.import_module(name) and None)
 
 
 def test_a_fault_keeps_its_traceback() -> None:

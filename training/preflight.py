@@ -117,8 +117,7 @@ def check_tasks(config: RunConfig) -> None:
         from eval.harness import load_tasks
     except ModuleNotFoundError as error:
         raise UserError(
-            f"eval.tasks needs lm-evaluation-harness ({error}): pip install 'parallax-pretraining[eval]', or "
-            "empty eval.tasks"
+            f"eval.tasks needs lm-evaluation-harness ({error}): pip install -e '.[eval]', or empty eval.tasks"
         ) from error
     folder = config.eval.tasks_data
     if folder is not None and not Path(folder).is_dir():

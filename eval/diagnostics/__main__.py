@@ -180,7 +180,7 @@ def _check_plots() -> None:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as error:
         raise UserError(
-            f"--out includes figures ({error}): pip install 'parallax-pretraining[eval]', or leave --out away"
+            f"--out includes figures ({error}): pip install -e '.[eval]', or leave --out away"
         ) from error
 
 

@@ -72,9 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from eval.report.plan_report import write_plan_report
         from eval.report.writer import write_report
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"the report includes plots ({error}): pip install 'parallax-pretraining[eval]'"
-        ) from error
+        raise UserError(f"the report includes plots ({error}): pip install -e '.[eval]'") from error
     if any(map(is_plan, options.runs)):
         if len(options.runs) > 1 or options.baseline is not None:
             raise UserError(

@@ -70,6 +70,9 @@ def test_checkpoints_are_suggested_by_step_and_runs_by_similar_names(tmp_path: P
         assert nearby_checkpoints(path) == by_step
     assert nearby_checkpoints(tmp_path / "tinny") == by_step[1:]
     assert nearby_checkpoints(tmp_path / "absent" / "checkpoint" / "step-4") == []
+    (tmp_path / "config.json").touch()
+    with pytest.raises(UserError, match=r"in Hugging Face's format, for `python -m models\.convert from-hf`"):
+        find_checkpoint(tmp_path)
 
 
 def test_missing_and_other_models_raise(tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def test_tasks_that_cannot_be_evaluated_are_refused_before_training(
     monkeypatch.delitem(sys.modules, "eval.harness")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     check(tmp_path)
-    with pytest.raises(ValueError, match=r"pip install 'parallax-pretraining\[eval\]'"):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[eval\]'"):
         check(tmp_path, *sciq, "--eval.tasks_data", str(documents))
 
 

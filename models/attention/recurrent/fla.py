@@ -55,7 +55,7 @@ def import_fla(like: Tensor) -> _Fla:
     except ImportError as error:
         raise ImportError(
             "the recurrent baselines run on CUDA through flash-linear-attention, and importing it failed: "
-            f"{error}; pip install 'parallax-pretraining[baselines]'"
+            f"{error}; pip install -e '.[baselines]'"
         ) from error
     is_faulty = IS_NVIDIA_HOPPER and TRITON_ABOVE_3_4_0 and not TRITON_ABOVE_3_7_1
     simple_gla = fused_chunk_simple_gla if is_faulty else chunk_simple_gla

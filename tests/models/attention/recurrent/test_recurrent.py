@@ -333,7 +333,7 @@ def test_flops_by_hand() -> None:
 def test_kernels_without_fla_or_in_fp64_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fla.modules.causal_conv1d", None)
     q = torch.zeros(1, 4, 1, 8)
-    with pytest.raises(ImportError, match=r"pip install 'parallax-pretraining\[baselines\]'"):
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[baselines\]'"):
         STATE_SPACE.fused(q, q, q, q[..., 0], cu_seqlens=None, output_final_state=False)
     with pytest.raises(UnsupportedError, match="use the CPU"):
         STATE_SPACE.fused(
