@@ -62,7 +62,7 @@ def test_a_package_that_is_not_installed_is_one_line(capsys: pytest.CaptureFixtu
     # modules of this project, or of a package that is there, are faults
     for name in ("models.no_such_module", "torch.no_such_module"):
         with pytest.raises(ModuleNotFoundError):
-            run_command(lambda name=name: importlib.import_module(name) and None)
+            run_command(lambda name=name: _raise(ModuleNotFoundError(name=name)))
 
 
 def test_a_fault_keeps_its_traceback() -> None:

@@ -17,7 +17,8 @@ _INTRODUCTION = """\
 # Configuration
 
 Every key of a run's TOML file, as `python train.py --help-config` prints it. A key is overridden on the
-command line as `--table.key VALUE`; None in a description is "none" in TOML. NAME is any name you choose."""
+command line as `--table.key VALUE`; None in a description is "none" in TOML. NAME is any name you choose.
+`extends`, a file or a list of files, stands above all tables (docs/training.md, "A config of your own")."""
 _WIDTH = 110
 _ENTRY = re.compile(r"^(?: {4})(\w+): (.*)$")
 

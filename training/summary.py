@@ -12,7 +12,7 @@ def format_summary(
     config: RunConfig,
     step: int,
     loss: float,
-    held_out: Mapping[str, HeldOutLoss],
+    held_out: Mapping[int, HeldOutLoss],
     *,
     stopped: str | None,
     skipped: Mapping[str, int],
@@ -23,8 +23,7 @@ def format_summary(
         config: The run.
         step: The last step of the launch.
         loss: Training loss of that step, in nats/token.
-        held_out: The launch's held-out losses by when they were measured, "before training" first, then the
-            newest one.
+        held_out: The launch's held-out losses by step; that before training and the newest are shown.
         stopped: What stopped the launch, such as "by a signal"; None if it went to its last step.
         skipped: Number of documents skipped, by reason.
     """
@@ -35,10 +34,13 @@ def format_summary(
     else:
         end = f"finished after step {step}"
     lines = [end, f"training loss        {loss:.4f} nats/token"]
-    for when, each in held_out.items():
-        lines.append(f"held-out loss        {each} ({when})")
+    newest_step = max(held_out, default=0)
+    names = {0: "before training", config.training.last_step: "after training"}
+    for measured in sorted({0, newest_step} & held_out.keys()):
+        when = names.get(measured, f"after step {measured}")
+        lines.append(f"held-out loss        {held_out[measured]} ({when})")
     if held_out:
-        newest = [*held_out.values()][-1]
+        newest = held_out[newest_step]
         lines.append(f"measured on          {newest.counts}, +/- is the standard error over documents")
         difference = newest.unigram_entropy - newest.loss
         side = f"{difference:.4f} below" if difference >= 0 else f"{-difference:.4f} above"

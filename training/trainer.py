@@ -156,8 +156,7 @@ class Trainer(TitanTrainer):
             return
         logger.info(f"training from step {self.step + 1} to {last_step}")
         loss, stopped = math.nan, False
-        first = {} if before is None else {"before training": before}
-        held_out = first
+        held_out = {} if before is None else {0: before}
         launched: deque[LaunchedStep] = deque()
         with maybe_enable_profiling(
             self.job_config.profiling, global_step=self.step, base_folder=self.job_config.job.dump_folder
@@ -177,9 +176,7 @@ class Trainer(TitanTrainer):
                 if not launched:
                     self.save(is_last=stopped or self.step == last_step)
                     found = None if stopped else self.evaluator.evaluate(self.step, self.tokens)
-                    if found is not None:
-                        when = "after training" if self.step == last_step else f"after step {self.step}"
-                        held_out = {**first, when: found}
+                    held_out |= {} if found is None else {self.step: found}
                 if profiler:
                     self.monitor.enter_slow("profile")
                     profiler.step()
