@@ -98,8 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"wrote {path}")
     older = _older_files(options.out, before)
     if older:
-        found = f"{len(older)} tables and plots that are not of this report"
-        print(f"{options.out} also has {found}, such as {older[0]}")
+        print(f"{options.out} also has tables or plots of another report, such as {older[0]}")
 
 
 if __name__ == "__main__":

@@ -64,10 +64,10 @@ def test_tables_and_plots_of_an_earlier_report_are_named(
     run, out = make_run(tmp_path / "a", [launch(), *training(2.0)]), tmp_path / "out"
     main([str(run), "--out", str(out)])
     main([str(run), "--out", str(out)])
-    assert "not of this report" not in capsys.readouterr().out
+    assert "of another report" not in capsys.readouterr().out
     (out / "old.csv").touch()
     main([str(run), "--out", str(out)])
-    said = f"{out} also has 1 tables and plots that are not of this report, such as {out / 'old.csv'}"
+    said = f"{out} also has tables or plots of another report, such as {out / 'old.csv'}"
     assert capsys.readouterr().out.splitlines()[-1] == said
 
 
