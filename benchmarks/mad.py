@@ -3,7 +3,8 @@
 `python -m benchmarks.mad` times, for each attention and task at baseline level, a training step of all six
 runs and their test: launched one by one, replayed, and replayed with compiled blocks. The losses of all three
 are compared, after a test of the attention of heads of width 8 against fp64 where it is not a recurrence.
-`grid_seconds` is the time of a whole grid, unless runs are solved before their last epoch.
+`grid_seconds` is the time of a whole grid, unless runs are solved before their last epoch. `step_kernels` and
+`test_kernels` are the largest kernels of a step and of a test, traced after they were timed.
 """
 
 import argparse
@@ -11,12 +12,14 @@ import shlex
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.machine import RESULTS, write_result
 from errors import UserError, check_out, run_command
@@ -30,6 +33,7 @@ from parallax.testing import assert_attention_within_budget, make_inputs
 MODES = ("launched", "replayed", "compiled")
 NUM_STEPS = 20
 NUM_EPOCHS = 3
+NUM_KERNELS = 20
 
 
 def check_attention(kind: str, num_tokens: int) -> None:
@@ -55,12 +59,23 @@ def check_attention(kind: str, num_tokens: int) -> None:
     assert_attention_within_budget(attend, inputs)
 
 
+def largest_kernels(work: Callable[[], object], num_times: int) -> dict[str, float]:
+    """Return the kernels that take longest in ms, of work that does something num_times, for one of these."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        work()
+        torch.cuda.synchronize()
+    found = sorted(profiler.key_averages(), key=lambda each: each.self_device_time_total, reverse=True)
+    return {
+        each.key[:90]: round(each.self_device_time_total / 1e3 / num_times, 4) for each in found[:NUM_KERNELS]
+    }
+
+
 def time_mode(runs: list[Run], mode: str) -> dict[str, Any]:
     """Train a few short epochs of a grid, and time those after the first.
 
     Returns:
         ms of a step and of a test, seconds of the first epoch with all preparation, the mean losses of the
-        first epoch, and the peak of memory in GB.
+        first epoch, the peak of memory in GB, and the largest kernels in ms.
     """
     free_memory()
     torch.cuda.reset_peak_memory_stats()
@@ -79,12 +94,16 @@ def time_mode(runs: list[Run], mode: str) -> dict[str, Any]:
         start = time.perf_counter()
         stack.test().tolist()
         tested = time.perf_counter() - start
+        step_kernels = largest_kernels(lambda: stack.train_epoch(0, [True] * len(runs)), NUM_STEPS)
+        test_kernels = largest_kernels(stack.test, 1)
     return {
         "step_ms": round(1e3 * trained / (NUM_EPOCHS * NUM_STEPS), 3),
         "test_ms": round(1e3 * tested, 1),
         "first_seconds": round(first, 1),
         "losses": losses,
         "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
+        "step_kernels": step_kernels,
+        "test_kernels": test_kernels,
     }
 
 
@@ -126,7 +145,9 @@ def _describe(result: dict[str, Any]) -> str:
         if "error" in found:
             lines.append(f"  {mode}: {found['error']}")
         elif found:
-            lines.append(f"  {mode}: " + ", ".join(f"{k} {v}" for k, v in found.items() if k != "losses"))
+            numbers = {key: value for key, value in found.items() if not isinstance(value, list | dict)}
+            lines.append(f"  {mode}: " + ", ".join(f"{key} {value}" for key, value in numbers.items()))
+            lines += [f"    {ms:.3f} ms a step in {name}" for name, ms in found["step_kernels"].items()]
     return "\n".join(lines)
 
 
