@@ -355,6 +355,22 @@ def test_the_level_rows_has_the_baseline_and_fewer_rows_alone() -> None:
     assert tasks_of("rows") == [task for task in TASKS if task != "memorization"]
 
 
+def test_each_gpu_gets_as_many_processes_as_grids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[list[str]] = []
+
+    def train_on_gpus(packs: object, gpus: list[str], report: Report, *, is_compiled: bool) -> None:
+        given.append(gpus)
+
+    monkeypatch.setattr(command, "train_all", train_on_gpus)
+    monkeypatch.setattr(command, "check_device", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,3")
+    words = ["--attention", "softmax", "--tasks", "memorization", "--device", "cuda", "--out", str(tmp_path)]
+    command.main(words)
+    command.main([*words, "--grids-per-gpu", "2"])
+    assert given == [["0", "3"], ["0", "3", "0", "3"]]
+
+
 @pytest.mark.slow
 def test_workers_train_all_packs_but_the_one_that_fails(capfd: pytest.CaptureFixture[str]) -> None:
     setting = replace(settings("memorization", "baseline")[0], vocab_size=8, seq_len=4)
