@@ -1,11 +1,11 @@
-"""Whether runs may be compared: the same data, tokenizer, token budget and held-out documents."""
+"""Whether runs may be compared, and what they were made by: code, torch, device."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from typing import Any
 
 from data.tokenizer_content import same_tokenizer
-from eval.report.run_records import RunRecord
+from eval.report.run_records import Record, RunRecord
 
 # data keys that do not determine which documents are read
 _FREE_DATA_KEYS = ("data.shuffle_seed", "data.shuffle_window", "data.prefetch_batches", "data.tokenizer")
@@ -87,3 +87,43 @@ def incomparable(runs: Sequence[RunRecord]) -> list[str]:
         (text for a, b in combinations(runs, 2) if (text := _tokenizers(a, b)) is not None), None
     )
     return [text for _, text in sorted(found.items()) if text is not None]
+
+
+def _commit(record: Record) -> str | None:
+    commit = record.get("git_commit")
+    changes = " with changes" if record.get("git_is_clean") is False else ""
+    return None if commit is None else f"{commit[:9]}{changes}"
+
+
+_MADE_BY: dict[str, Callable[[Record], str | None]] = {
+    "commits": _commit,
+    "versions of torch": lambda record: record.get("versions", {}).get("torch"),
+    "devices": lambda record: record.get("device"),
+}
+
+
+def mixed_origins(runs: Sequence[RunRecord]) -> list[str]:
+    """Say where runs were made by several commits, versions of torch or devices.
+
+    They may be compared, but part of their differences may be due to that.
+
+    Args:
+        runs: Runs with training steps; the same run may come several times.
+
+    Returns:
+        One sentence for each of the three that differs; a run that did not record it does not count.
+    """
+    sentences = []
+    for name, made_by in _MADE_BY.items():
+        found: dict[str, list[str]] = {}
+        for run in {run.folder: run for run in runs}.values():
+            values = dict.fromkeys(value for step in run.steps if (value := made_by(step)) is not None)
+            if values:
+                found.setdefault(", then ".join(values), []).append(run.folder.name)
+        if len(found) > 1:
+            parts = (f"{value} ({len(of)} of the runs, such as {of[0]})" for value, of in found.items())
+            sentences.append(
+                f"The runs are of several {name}, to which part of their differences may be due: "
+                f"{', '.join(parts)}."
+            )
+    return sentences

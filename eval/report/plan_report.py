@@ -8,7 +8,7 @@ from typing import Any
 
 from disk import write_text
 from errors import UserError
-from eval.report.comparable import incomparable
+from eval.report.comparable import incomparable, mixed_origins
 from eval.report.gain_plot import plot_gains, plot_gains_over_training
 from eval.report.names import format_value
 from eval.report.plan_file import Choice, PlanFile, PlannedRun, PlannedStage, read_plan
@@ -93,7 +93,8 @@ def _arms(name: str, arms: Sequence[ArmRuns], out: Path) -> list[str]:
         return []
     table = arms_table(arms)
     table.write_csv(path)
-    return [*table.markdown(), ""]
+    notes = mixed_origins([run for arm in arms for run in (*arm.runs.values(), *arm.others.values())])
+    return [*table.markdown(), "", *(line for note in notes for line in (note, ""))]
 
 
 def _details(

@@ -9,7 +9,7 @@ from errors import UserError
 from eval.diagnostics.families import FAMILIES
 from eval.diagnostics.plots import plot_by_context, plot_family
 from eval.report import plots
-from eval.report.comparable import incomparable
+from eval.report.comparable import incomparable, mixed_origins
 from eval.report.cost_table import cost_notes, cost_table
 from eval.report.curves import SMOOTHED_PART
 from eval.report.diagnostics_arms import diagnostics_arms
@@ -70,7 +70,7 @@ def write_report(
     if problems:
         lines += ["**These runs are not comparable** and were compared on request. They differ in:", ""]
         lines += [*(f"* {problem}" for problem in problems), ""]
-    notes = [note for run in runs for note in run.notes]
+    notes = [*mixed_origins(kept), *(note for run in runs for note in run.notes)]
     if notes:
         lines += ["## Notes", "", *(f"* {note}" for note in dict.fromkeys(notes)), ""]
     lines += [*_table_lines(rows, base, out), *_plot_lines(rows, base, out)]

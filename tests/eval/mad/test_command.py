@@ -10,17 +10,16 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from errors import RunError, UserError
+from errors import UserError
 from eval.mad import __main__ as command
 from eval.mad import examples, plots
 from eval.mad.plots import difficulties, plot_difficulty, plot_scores
 from eval.mad.results import ResultsFile, open_results, read_results
-from eval.mad.runs import Outcome, Recipe, Run, grid
+from eval.mad.runs import Outcome, Recipe, Run
 from eval.mad.scores import task_grids, task_score
 from eval.mad.settings import TASKS, Level, Task, settings, tasks_of
 from eval.mad.table import score_lines, score_table, solution_table
 from eval.mad.train import Report
-from eval.mad.workers import train_all
 from eval.report.seed_statistics import Estimate
 
 CPU = torch.device("cpu")
@@ -369,20 +368,6 @@ def test_each_gpu_gets_as_many_processes_as_grids(tmp_path: Path, monkeypatch: p
     command.main(words)
     command.main([*words, "--grids-per-gpu", "2"])
     assert given == [["0", "3"], ["0", "3", "0", "3"]]
-
-
-@pytest.mark.slow
-def test_workers_train_all_packs_but_the_one_that_fails(capfd: pytest.CaptureFixture[str]) -> None:
-    setting = replace(settings("memorization", "baseline")[0], vocab_size=8, seq_len=4)
-    recipes = [Recipe(attention="softmax", seed=seed, max_epochs=1) for seed in range(3)]
-    packs = [grid(recipe, setting)[:2] for recipe in recipes]
-    # runs of two shapes cannot be trained at once
-    packs.insert(1, [packs[0][0], replace(packs[0][1], setting=replace(setting, vocab_size=16))])
-    outcomes: dict[Run, Outcome] = {}
-    with pytest.raises(RunError, match=r"softmax adamw on memorization .* failed on GPU [01]; the same"):
-        train_all(packs, ["0", "1"], lambda run, outcome: outcomes.update({run: outcome}), is_compiled=False)
-    assert outcomes.keys() == {run for index in (0, 2, 3) for run in packs[index]}
-    assert "runs of different shapes" in capfd.readouterr().err
 
 
 def test_without_attention_only_the_table_is_written(

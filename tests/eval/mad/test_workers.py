@@ -3,6 +3,7 @@
 import os
 import queue
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from errors import RunError
 from eval.mad import workers
 from eval.mad.runs import Outcome, Recipe, Run, grid
-from eval.mad.settings import Setting
+from eval.mad.settings import Setting, settings
 
 RUNS = grid(
     Recipe(attention="softmax"),
@@ -100,3 +101,19 @@ def test_a_gpu_has_several_processes(started: list[Process], capsys: pytest.Capt
         run_all(packs, started, events, gpus=["0", "1", "0", "1"])
     assert [process.gpu for process in started] == ["0", "1", "0", "1"]
     assert "the process ended with code -9" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_workers_train_all_packs_but_the_one_that_fails(capfd: pytest.CaptureFixture[str]) -> None:
+    setting = replace(settings("memorization", "baseline")[0], vocab_size=8, seq_len=4)
+    recipes = [Recipe(attention="softmax", seed=seed, max_epochs=1) for seed in range(3)]
+    packs = [grid(recipe, setting)[:2] for recipe in recipes]
+    # runs of two shapes cannot be trained at once
+    packs.insert(1, [packs[0][0], replace(packs[0][1], setting=replace(setting, vocab_size=16))])
+    outcomes: dict[Run, Outcome] = {}
+    with pytest.raises(RunError, match=r"softmax adamw on memorization .* failed on GPU [01]; the same"):
+        workers.train_all(
+            packs, ["0", "1"], lambda run, outcome: outcomes.update({run: outcome}), is_compiled=False
+        )
+    assert outcomes.keys() == {run for index in (0, 2, 3) for run in packs[index]}
+    assert "runs of different shapes" in capfd.readouterr().err

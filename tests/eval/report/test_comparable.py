@@ -6,7 +6,7 @@ import pytest
 
 from errors import run_command
 from eval.report.__main__ import main
-from eval.report.comparable import incomparable
+from eval.report.comparable import incomparable, mixed_origins
 from eval.report.run_records import read_run
 from eval.report.writer import write_report
 from tests.eval.report.run_folders import (
@@ -151,3 +151,29 @@ def test_a_run_that_lacks_a_fact_does_not_hide_that_others_differ_in_it(tmp_path
         assert [problem.split(" is ")[0] for problem in problems] == names
         assert all(" in b" in problem and " in c" in problem for problem in problems)
     assert incomparable([read_run(folder) for folder in folders[:2]]) == []
+
+
+def test_runs_of_several_commits_devices_or_versions_of_torch_are_named(tmp_path: Path) -> None:
+    def run(name: str, *commits: str, **made_by: object) -> Path:
+        records = [
+            {**launch(first - 1), "launch": {**launch()["launch"], "git_commit": commit * 10, **made_by}}
+            for first, commit in zip((1, 11), commits, strict=False)
+        ]
+        return make_run(
+            tmp_path / name, [*records[:1], *training(2.0, last=10), *records[1:], *training(2.0, 11)]
+        )
+
+    a, b = run("a", "a", git_is_clean=True), run("b", "a", "c", git_is_clean=True)
+    other = run("other", "a", git_is_clean=False, device="NVIDIA B200", versions={"torch": "3.0"})
+    silent = make_run(tmp_path / "silent", [launch(device=None), *training(2.0)])
+    found = mixed_origins([read_run(each) for each in (a, b, other, silent, a)])
+    due = "to which part of their differences may be due"
+    assert found == [
+        f"The runs are of several commits, {due}: aaaaaaaaa (1 of the runs, such as a), aaaaaaaaa, then "
+        "ccccccccc (1 of the runs, such as b), aaaaaaaaa with changes (1 of the runs, such as other).",
+        f"The runs are of several devices, {due}: NVIDIA H100 (2 of the runs, such as a), NVIDIA B200 "
+        "(1 of the runs, such as other).",
+    ]
+    text = write_report([a, b], baseline=None, out=tmp_path / "out").read_text()
+    assert "* The runs are of several commits" in text
+    assert mixed_origins([read_run(each) for each in (a, silent)]) == []

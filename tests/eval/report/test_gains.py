@@ -272,3 +272,19 @@ def test_gains_are_drawn_against_the_axis_of_their_stage(tmp_path: Path, figures
         assert not plot_gains_by_value([replace(arm, values=values)] * 2, tmp_path / "y.png")
     two = [replace(arm, values={"length": x, "gain": x}) for x in (1, 2)]
     assert not plot_gains_by_value(two, tmp_path / "y.png")
+
+
+def test_a_stage_says_that_its_runs_or_those_they_are_compared_with_are_of_several_devices(
+    tmp_path: Path,
+) -> None:
+    make_plan(tmp_path / "x")
+    metrics = tmp_path / "x/no_decay/softmax_seed1/metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace("NVIDIA H100", "NVIDIA B200"))
+    text = write_plan_report(tmp_path / "x", out=tmp_path / "out").read_text()
+    seeds, no_decay = text.split("## Stage ")[1:]
+    assert "The runs are of several" not in seeds
+    # the branch's first steps are those of its trunk, on the other device
+    assert (
+        "several devices, to which part of their differences may be due: NVIDIA H100, then NVIDIA B200"
+        in no_decay
+    )
