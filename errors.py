@@ -220,7 +220,8 @@ def describe_error(error: BaseException) -> str:
         return f"cannot use {error.filename} ({error.strerror}): {remedy}{_place(error)}"
     package = _missing_package(error)
     if package is not None:
-        return f"the package {package} is not installed: pip install -e '.[train,eval]'{_place(error)}"
+        remedy = "pip install -e '.[train,eval]' installs what this project's commands need"
+        return f"the package {package} is not installed; {remedy}{_place(error)}"
     return str(error)
 
 
