@@ -57,7 +57,7 @@ def test_a_package_that_is_not_installed_is_one_line(capsys: pytest.CaptureFixtu
         importlib.import_module("no_such_package.inner")
 
     assert run_command(main) == 2
-    said = "error: the package no_such_package is not installed; pip install -e '.[train,eval]' installs what "
+    said = "error: the package no_such_package is not installed; pip install -e '.[train,eval]' installs "
     assert capsys.readouterr().err.startswith(said)
     # modules of this project, or of a package that is there, are faults
     for name in ("models.no_such_module", "torch.no_such_module"):
