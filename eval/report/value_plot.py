@@ -9,6 +9,7 @@ from eval.report.curves import Curve
 from eval.report.drawing import draw_points
 from eval.report.plan_values import ArmRuns
 from eval.report.run_values import held_out_loss
+from eval.report.seed_statistics import Estimate
 from eval.report.styles import COLORS, MARKERS, Style
 
 _OWN_COLOR = 1  # Parallax's, for the first config
@@ -55,24 +56,25 @@ def plot_gains_by_value(arms: Sequence[ArmRuns], path: Path) -> bool:
 
 def _lines(arms: Sequence[ArmRuns], name: str) -> dict[str, Curve]:
     """Return config -> differences by the value of an axis, of those with two values or more."""
-    by_config: dict[str, list[tuple[float, ArmRuns]]] = {}
+    by_config: dict[str, list[tuple[float, Estimate]]] = {}
     for arm in arms:
-        x = _number(arm.values.get(name))
-        if x is not None and arm.gain(held_out_loss) is not None:
-            by_config.setdefault(arm.config, []).append((x, arm))
-    found = {}
-    for config, pairs in by_config.items():
-        if len({x for x, _ in pairs}) < 2:
-            continue
-        pairs.sort(key=lambda pair: pair[0])
-        gains = [gain for _, arm in pairs if (gain := arm.gain(held_out_loss)) is not None]
-        found[config] = Curve(
-            x=[x for x, _ in pairs],
-            mean=[gain.mean for gain in gains],
-            error=[gain.error or 0.0 for gain in gains],
-            num_seeds=max(gain.num_seeds for gain in gains),
-        )
-    return found
+        x, gain = _number(arm.values.get(name)), arm.gain(held_out_loss)
+        if x is not None and gain is not None:
+            by_config.setdefault(arm.config, []).append((x, gain))
+    return {
+        config: _curve(sorted(points, key=lambda point: point[0]))
+        for config, points in by_config.items()
+        if len({x for x, _ in points}) > 1
+    }
+
+
+def _curve(points: Sequence[tuple[float, Estimate]]) -> Curve:
+    return Curve(
+        x=[x for x, _ in points],
+        mean=[gain.mean for _, gain in points],
+        error=[gain.error or 0.0 for _, gain in points],
+        num_seeds=max(gain.num_seeds for _, gain in points),
+    )
 
 
 def _number(value: Any) -> float | None:
