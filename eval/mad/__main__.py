@@ -24,7 +24,7 @@ from eval.mad.packs import pack
 from eval.mad.plots import plot_difficulty, plot_scores
 from eval.mad.results import open_results, read_results
 from eval.mad.runs import MAX_EPOCHS, RATES, Outcome, Recipe, Run, Schedule
-from eval.mad.scores import is_complete, task_grids
+from eval.mad.scores import has_score, task_grids
 from eval.mad.settings import TASKS, Level, Task, tasks_of
 from eval.mad.table import score_lines, solution_table
 from eval.mad.train import train
@@ -153,19 +153,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.grids_per_gpu > 1 and device.type != "cuda":
         raise UserError("--grids-per-gpu has no effect on a CPU: leave it out")
     others = [read_results(folder) for folder in options.others]
-    grid_of = {run: runs for runs in _grids(options, kinds, tasks) for run in runs}
+    asked = [run for runs in _grids(options, kinds, tasks) for run in runs]
     with open_results(options.out, device) as file:
 
         def find_missing(runs: Iterable[Run]) -> list[Run]:
             """Return the runs that have no outcome and need one."""
-            return [
-                run
-                for run in runs
-                if run not in file.outcomes and not is_complete(file.outcomes, grid_of[run])
-            ]
+            return [run for run in runs if run not in file.outcomes and not has_score(file.outcomes, run)]
 
-        missing = find_missing(grid_of)
-        num_done = len(grid_of) - len(missing)
+        missing = find_missing(asked)
+        num_done = len(asked) - len(missing)
         # asked when a pack is begun: a solved run of an earlier one may have ended its grid
         packs = (left for runs in pack(missing) if (left := find_missing(runs)))
 
@@ -173,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             nonlocal num_done
             num_done += 1
             file.add(run, outcome)
-            print(f"{num_done} of {len(grid_of)}: {_describe(run, outcome)}", flush=True)
+            print(f"{num_done} of {len(asked)}: {_describe(run, outcome)}", flush=True)
 
         try:
             if device.type == "cuda":

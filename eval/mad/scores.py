@@ -58,6 +58,13 @@ def found_grid(results: Mapping[Run, Outcome], recipe: Recipe, setting: Setting)
     )
 
 
+def has_score(results: Mapping[Run, Outcome], run: Run) -> bool:
+    """Return whether the grid of a run is complete, or, if a solved run may end it, has all of its runs."""
+    recipe = run.recipe
+    runs = found_grid(results, recipe, run.setting) if recipe.ends_when_solved else grid(recipe, run.setting)
+    return is_complete(results, runs)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Column:
     """An attention with its optimizer, over all seeds that have a run.

@@ -237,6 +237,21 @@ def test_a_repeated_command_ends_a_grid_whose_solved_run_is_on_file(
     assert len(trained) == (0 if end else 5)
 
 
+def test_a_grid_with_all_its_runs_is_not_trained_again_to_the_first_solved_one(
+    tmp_path: Path, trained: list[Run]
+) -> None:
+    arguments = ["--attention", "softmax", "--tasks", "compression", "--out", str(tmp_path)]
+    command.main(arguments)
+    trained.clear()
+    command.main([*arguments, "--end-when-solved"])
+    assert trained == []
+    # the other way round the runs that a solved one has ended are missing
+    command.main([*arguments, "--optimizer", "muon", "--end-when-solved"])
+    trained.clear()
+    command.main([*arguments, "--optimizer", "muon"])
+    assert len(trained) == 6
+
+
 def test_a_solved_run_ends_its_grid_in_packs_that_have_not_begun(tmp_path: Path, trained: list[Run]) -> None:
     # rows of 2048 tokens: the six runs do not fit at once; the largest rate, in the second pack, is "solved"
     words = ["--attention", "softmax", "--tasks", "in-context-recall", "--level", "hard", "--end-when-solved"]
