@@ -71,10 +71,11 @@ FAMILIES = (
     ),
 )
 
-_COLUMNS = {
+SHORT_NAMES = {
     "correction_ratio/median": "ratio",
     "correction_ratio/p95": "p95",
     "probe_norm/mean": "|r|",
+    "gains/r_norm/rms": "gain R",
     "first_mass/mean": "p first",
     "combined_first_mass/mean": "w first",
     "entropy/mean": "entropy",
@@ -88,6 +89,7 @@ _COLUMNS = {
     "weights/wo/stable_rank": "rank O",
     "weights/wr/stable_rank": "rank R",
 }
+"""Headings of the main values in tables."""
 
 
 def shown_names(family: Family, recorded: Collection[str]) -> list[str]:
@@ -102,8 +104,8 @@ def format_layers(layers: dict[int, dict[str, float]]) -> str:
         layers: Index of a layer -> record.layer_values.
     """
     recorded = {name for values in layers.values() for name in values}
-    names = [name for name in _COLUMNS if name in recorded]
-    lines = ["layer" + "".join(f"{_COLUMNS[name]:>10}" for name in names)]
+    names = [name for name in SHORT_NAMES if name in recorded]
+    lines = ["layer" + "".join(f"{SHORT_NAMES[name]:>10}" for name in names)]
     for layer, values in layers.items():
         cells = (f"{values[name]:10.4g}" if name in values else f"{'-':>10}" for name in names)
         lines.append(f"{layer:5}" + "".join(cells))

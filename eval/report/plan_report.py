@@ -9,6 +9,7 @@ from typing import Any
 from disk import write_text
 from errors import UserError
 from eval.report.comparable import incomparable, mixed_origins
+from eval.report.diagnostics_table import DIAGNOSTICS_NOTE, diagnostics_table
 from eval.report.gain_plot import plot_gains, plot_gains_over_training
 from eval.report.names import format_value
 from eval.report.plan_file import Choice, PlanFile, PlannedRun, PlannedStage, read_plan
@@ -55,7 +56,7 @@ def write_plan_report(
     lines += [*_stages_table(plan, runs, out).markdown(), ""]
     drawn = partial(plot_gains, [arm for found in arms.values() for arm in found])
     lines += _shown("Gains", drawn, out, "gains.png", with_pdf=figures is None)
-    notes = (ARMS_NOTE,) if figures is None else (ARMS_NOTE, *PLOT_NOTES)
+    notes = (ARMS_NOTE, DIAGNOSTICS_NOTE) if figures is None else (ARMS_NOTE, DIAGNOSTICS_NOTE, *PLOT_NOTES)
     lines += [line for note in notes for line in (note, "")]
     for stage in plan.stages:
         lines += [
@@ -89,12 +90,24 @@ def _arms(name: str, arms: Sequence[ArmRuns], out: Path) -> list[str]:
     """Return the table of a stage's arms, and write it; nothing where no member has a training step."""
     path = out / f"arms_of_{name}.csv"
     if not arms:
-        path.unlink(missing_ok=True)  # of an earlier report
+        for each in (path, out / f"diagnostics_of_{name}.csv"):
+            each.unlink(missing_ok=True)  # of an earlier report
         return []
     table = arms_table(arms)
     table.write_csv(path)
     notes = mixed_origins([run for arm in arms for run in (*arm.runs.values(), *arm.others.values())])
-    return [*table.markdown(), "", *(line for note in notes for line in (note, ""))]
+    lines = [*table.markdown(), "", *(line for note in notes for line in (note, ""))]
+    return [*lines, *_diagnostics(name, arms, out)]
+
+
+def _diagnostics(name: str, arms: Sequence[ArmRuns], out: Path) -> list[str]:
+    """Return the table of the diagnostics of a stage's arms, and write it; nothing where no run has any."""
+    path, table = out / f"diagnostics_of_{name}.csv", diagnostics_table(arms)
+    if table is None:
+        path.unlink(missing_ok=True)  # of an earlier report
+        return []
+    table.write_csv(path)
+    return [*table.markdown(), ""]
 
 
 def _details(

@@ -103,3 +103,19 @@ def write_results(
     means = {"mean_accuracy": None, "mean_plain_accuracy": None}
     results = {"checkpoint": str(checkpoint), "metrics": found, "num_documents": counts, **means, **more}
     path.write_text(json.dumps(results))
+
+
+def diagnostics_record(step: int, ratio: float | None, entropy: float) -> dict[str, Any]:
+    """Make a record of two layers with two heads each; the second layer's values are 1 larger."""
+    layers = []
+    for layer in (0, 1):
+        heads: dict[str, Any] = {"entropy/mean": [entropy + layer - 0.5, entropy + layer + 0.5]}
+        if ratio is not None:
+            heads["correction_ratio/median"] = [ratio + layer, ratio + layer]
+        context = {"entropy": {"mean": [entropy + layer, None], "stderr": [0.1, None]}}
+        weights = {"wq": {"stable_rank": 40.0 + step, "spectral_norm": 2.0}}
+        layers.append(
+            {"layer": layer, "heads": heads, "by_context": context, "weights": weights, "gains": {}}
+        )
+    bounds = {"bounds": [[1, 16], [17, 32]], "num_queries": [3, 4]}
+    return {"step": step, "tokens": step * STEP_TOKENS, "context": bounds, "layers": layers}

@@ -1,6 +1,7 @@
 """Diagnostics in the report: by layer after the last step, over training, and by context length."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +12,13 @@ from eval.diagnostics import plots
 from eval.diagnostics.families import Family
 from eval.report.curves import Curve
 from eval.report.diagnostics_arms import diagnostics_arms
+from eval.report.diagnostics_table import diagnostics_table
+from eval.report.plan_values import ArmRuns
 from eval.report.rows import make_rows
 from eval.report.run_records import read_run
 from eval.report.styles import COLORS, Style, row_styles
 from eval.report.writer import write_report
-from tests.eval.report.run_folders import STEP_TOKENS, STEPS, launch, make_run, training
-
-
-def record(step: int, ratio: float | None, entropy: float) -> dict[str, Any]:
-    """A record of two layers with two heads each; the second layer's values are 1 larger."""
-    layers = []
-    for layer in (0, 1):
-        heads: dict[str, Any] = {"entropy/mean": [entropy + layer - 0.5, entropy + layer + 0.5]}
-        if ratio is not None:
-            heads["correction_ratio/median"] = [ratio + layer, ratio + layer]
-        context = {"entropy": {"mean": [entropy + layer, None], "stderr": [0.1, None]}}
-        weights = {"wq": {"stable_rank": 40.0 + step, "spectral_norm": 2.0}}
-        layers.append(
-            {"layer": layer, "heads": heads, "by_context": context, "weights": weights, "gains": {}}
-        )
-    bounds = {"bounds": [[1, 16], [17, 32]], "num_queries": [3, 4]}
-    return {"step": step, "tokens": step * STEP_TOKENS, "context": bounds, "layers": layers}
+from tests.eval.report.run_folders import STEP_TOKENS, STEPS, diagnostics_record, launch, make_run, training
 
 
 def write(folder: Path, records: list[dict[str, Any]]) -> None:
@@ -44,10 +31,17 @@ def folders(tmp_path: Path) -> list[Path]:
     made = []
     for name, ratio, words in (("a", 1.0, ()), ("b", 3.0, ("--run.seed", "1"))):
         folder = make_run(tmp_path / name, [launch(), *training(4.0)], *words)
-        write(folder, [record(0, ratio, 2.0), record(20, ratio + 1, 3.0), record(STEPS, ratio + 2, 4.0)])
+        write(
+            folder,
+            [
+                diagnostics_record(0, ratio, 2.0),
+                diagnostics_record(20, ratio + 1, 3.0),
+                diagnostics_record(STEPS, ratio + 2, 4.0),
+            ],
+        )
         made.append(folder)
     made.append(make_run(tmp_path / "s", [launch(), *training(4.1)], name="debug_softmax_muon"))
-    write(made[-1], [record(0, None, 2.0), record(STEPS, None, 1.0)])
+    write(made[-1], [diagnostics_record(0, None, 2.0), diagnostics_record(STEPS, None, 1.0)])
     return made
 
 
@@ -64,6 +58,34 @@ def test_arms_are_means_over_seeds_and_layers(folders: list[Path]) -> None:
     assert softmax.by_layer["entropy/mean"].mean == [1.0, 2.0]
     assert softmax.by_context["entropy"].x == [4.0]
     assert softmax.by_context["entropy"].mean == [1.5]
+
+
+def test_the_table_of_arms_has_means_over_layers_and_seeds(folders: list[Path]) -> None:
+    parallax, softmax = (
+        ArmRuns(stage="x", name=name, config=name, values={}, other=None, runs=runs, others={})
+        for name, runs in (
+            ("parallax", {seed: read_run(folder) for seed, folder in enumerate(folders[:2])}),
+            ("softmax", {0: read_run(folders[2])}),
+        )
+    )
+    assert diagnostics_table([]) is None
+    table = diagnostics_table([parallax, softmax])
+    assert table is not None
+    assert table.markdown() == [
+        "| Arm | Seeds | ratio | entropy | rank Q |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        f"| parallax | 2 | 4.5 ± 1 | 4.5 ± 0 | {40 + STEPS} ± 0 |",
+        f"| softmax | 1 | - | 1.5 | {40 + STEPS} |",
+    ]
+    # a seed whose diagnostics are not there is said, and an arm without any has no line
+    (folders[1] / "diagnostics.jsonl").unlink()
+    (folders[2] / "diagnostics.jsonl").unlink()
+    seeds = {seed: read_run(folder) for seed, folder in enumerate(folders[:2])}
+    table = diagnostics_table(
+        [replace(parallax, runs=seeds), replace(softmax, runs={0: read_run(folders[2])})]
+    )
+    assert table is not None
+    assert table.markdown()[2:] == [f"| parallax | 2 | 3.5 (1 of 2) | 4.5 (1 of 2) | {40 + STEPS} (1 of 2) |"]
 
 
 def test_the_report_shows_them_beside_the_losses(
@@ -100,10 +122,13 @@ def test_the_report_shows_them_beside_the_losses(
 
 def test_a_branch_has_those_of_its_trunk(tmp_path: Path) -> None:
     trunk = make_run(tmp_path / "trunk", [launch(), *training(4.0)])
-    write(trunk, [record(0, 1.0, 1.0), record(10, 2.0, 1.0), record(20, 3.0, 1.0)])
+    write(
+        trunk,
+        [diagnostics_record(0, 1.0, 1.0), diagnostics_record(10, 2.0, 1.0), diagnostics_record(20, 3.0, 1.0)],
+    )
     start = ("--checkpoint.start_from", str(trunk / "checkpoint" / "step-10"))
     branch = make_run(tmp_path / "branch", [launch(10), *training(4.0, first=11)], *start)
-    write(branch, [record(20, 7.0, 1.0), record(STEPS, 8.0, 1.0)])
+    write(branch, [diagnostics_record(20, 7.0, 1.0), diagnostics_record(STEPS, 8.0, 1.0)])
     with (branch / "diagnostics.jsonl").open("a") as file:
         file.write('{"step": 31, "la')
     found = read_run(branch).diagnostics

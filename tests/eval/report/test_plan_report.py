@@ -1,5 +1,6 @@
 """The report of a plan: baseline at its best, choices, and what is missing."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,16 @@ from errors import UserError
 from eval.report import __main__
 from eval.report.plan_file import Choice, PlanFile, PlannedRun, PlannedStage, is_plan, read_plan
 from eval.report.plan_report import write_plan_report
-from tests.eval.report.run_folders import STEPS, cells, held_out, launch, make_run, rows_of, training
+from tests.eval.report.run_folders import (
+    STEPS,
+    cells,
+    diagnostics_record,
+    held_out,
+    launch,
+    make_run,
+    rows_of,
+    training,
+)
 
 RATE = "--optimizer.groups.hidden.lr"
 LOSSES = {("softmax", 0.01): 3.0, ("softmax", 0.02): 3.2, ("parallax", 0.01): 2.9, ("parallax", 0.02): 2.8}
@@ -111,3 +121,16 @@ def test_a_plan_without_steps_has_no_report(tmp_path: Path) -> None:
     PlanFile(stages=[PlannedStage(name="seeds", members=[later])]).write(tmp_path / "x")
     with pytest.raises(UserError, match="no member of the plan has a training step"):
         write_plan_report(tmp_path / "x", out=tmp_path / "out")
+
+
+def test_diagnostics_of_the_arms_stand_in_a_table(tmp_path: Path) -> None:
+    make_plan(tmp_path / "x")
+    file = tmp_path / "x/rates/softmax_lr0.01_seed0/diagnostics.jsonl"
+    file.write_text(json.dumps(diagnostics_record(STEPS, None, 2.0)) + "\n")
+    text = write_plan_report(tmp_path / "x", out=tmp_path / "out").read_text()
+    table = f"| softmax, lr 0.01 | 2 | 2.5 (1 of 2) | {40 + STEPS} (1 of 2) |"
+    assert table in text
+    assert (tmp_path / "out/diagnostics_of_rates.csv").is_file()
+    file.unlink()
+    assert table not in write_plan_report(tmp_path / "x", out=tmp_path / "out").read_text()
+    assert not (tmp_path / "out/diagnostics_of_rates.csv").exists()
