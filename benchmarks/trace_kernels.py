@@ -1,5 +1,10 @@
-"""The GPU kernels of a torch profiler's trace, each with the operators of the host that launched it."""
+"""The GPU kernels of a torch profiler's trace, each with the operators and the step of its launch.
 
+Host and GPU are at different steps at any time: a kernel is of the step in which the host launched it, and a
+step is a time of the GPU.
+"""
+
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -7,6 +12,7 @@ from typing import Any, NamedTuple
 _KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")
 _OPERATORS = ("cpu_op", "user_annotation")
 _LAUNCHES = ("cuda_runtime", "cuda_driver")
+_STEP = "ProfilerStep#"
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::matmul")
 
 
@@ -20,6 +26,8 @@ class Kernel(NamedTuple):
         operators: The host's operators and annotations around its launch, the outermost first. Kernels of a
             CUDA graph have those of the graph's launch.
         sizes: The sizes of the operands if the innermost operators are a matrix product; else empty.
+        step: The number of the profiler's step in which a thread of the host launched it; None for a launch
+            before the trace, or of a trace without steps.
     """
 
     name: str
@@ -27,6 +35,12 @@ class Kernel(NamedTuple):
     end: float
     operators: tuple[str, ...] = ()
     sizes: frozenset[int] = frozenset()
+    step: int | None = None
+
+
+class _Launch(NamedTuple):
+    time: float
+    operators: tuple[Mapping[str, Any], ...] = ()
 
 
 def kernels_of(trace: Mapping[str, Any]) -> list[Kernel]:
@@ -36,40 +50,80 @@ def kernels_of(trace: Mapping[str, Any]) -> list[Kernel]:
         trace: The content of the JSON file.
     """
     events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
-    hosts = _launched_by(event for event in events if event.get("cat") in (*_OPERATORS, *_LAUNCHES))
+    launches = _launches(event for event in events if event.get("cat") in (*_OPERATORS, *_LAUNCHES))
+    steps = _host_steps(events)
     found = []
     for event in events:
         if event.get("cat") in _KERNELS:
-            operators = hosts.get(event.get("args", {}).get("correlation"), ())
-            products = [_sizes(each) for each in operators if each["name"] in _PRODUCTS]
+            launch = launches.get(event.get("args", {}).get("correlation"), _Launch(-math.inf))
+            products = [_sizes(each) for each in launch.operators if each["name"] in _PRODUCTS]
+            # by time: the thread of the backward has no annotation
+            around = (n for n, (start, end) in steps.items() if start <= launch.time <= end)
             found.append(
                 Kernel(
                     name=event["name"],
                     start=event["ts"] / 1e3,
                     end=(event["ts"] + event["dur"]) / 1e3,
-                    operators=tuple(each["name"] for each in operators),
+                    operators=tuple(each["name"] for each in launch.operators),
                     sizes=products[-1] if products else frozenset(),
+                    step=next(around, None),
                 )
             )
     return sorted(found, key=lambda kernel: kernel.start)
 
 
-def step_ms(trace: Mapping[str, Any]) -> float | None:
-    """Return the time from the start of the traced step to that of the next, ms; None where it is missing."""
-    durations = [
-        event["dur"] / 1e3
-        for event in trace["traceEvents"]
-        if event.get("cat") == "user_annotation" and str(event.get("name")).startswith("ProfilerStep#")
+def first_step(trace: Mapping[str, Any]) -> tuple[list[Kernel], float]:
+    """Return the kernels of the first traced step, the first to start first, and how long it lasts, ms.
+
+    It lasts from the start of its first kernel to that of the next step's. Kernels of other steps that run
+    within this time, such as a collective launched ahead, belong to it as far as they do, and its own only as
+    far: kernels are cut at both borders.
+
+    If a single step was traced, it has all later kernels, and lasts as long as for the host, less the time in
+    which the GPU still worked on the step before. If none is marked, the trace is one step.
+
+    Args:
+        trace: The content of the JSON file.
+    """
+    kernels, host_steps = kernels_of(trace), _host_steps(trace["traceEvents"])
+    if not host_steps:
+        return kernels, _span(kernels)
+    starts = {kernel.step: kernel.start for kernel in reversed(kernels) if kernel.step is not None}
+    if not starts:
+        return [], 0.0
+    first, *later = sorted(starts)
+    start, end = starts[first], starts[later[0]] if later else math.inf
+    within = [
+        kernel._replace(start=max(kernel.start, start), end=min(kernel.end, end))
+        for kernel in kernels
+        if kernel.end > start and kernel.start < end
     ]
-    return sum(durations) if durations else None
+    if later:
+        return within, end - start
+    host_start, host_end = host_steps[first]
+    before = [min(kernel.end, start) for kernel in kernels if kernel.start < start]
+    return within, max(_span(within), host_end - max([host_start, *before]))
 
 
-def _launched_by(events: Iterable[Mapping[str, Any]]) -> dict[int, tuple[Mapping[str, Any], ...]]:
-    """Return the operators around each launch by its correlation."""
+def _span(kernels: Sequence[Kernel]) -> float:
+    return max(kernel.end for kernel in kernels) - kernels[0].start if kernels else 0.0
+
+
+def _host_steps(events: Iterable[Mapping[str, Any]]) -> dict[int, tuple[float, float]]:
+    """Return when the host starts and ends each traced step, ms, by its number."""
+    return {
+        int(event["name"].removeprefix(_STEP)): (event["ts"] / 1e3, (event["ts"] + event["dur"]) / 1e3)
+        for event in events
+        if event.get("cat") == "user_annotation" and event["name"].startswith(_STEP)
+    }
+
+
+def _launches(events: Iterable[Mapping[str, Any]]) -> dict[int, _Launch]:
+    """Return time, in ms, and operators around each launch by its correlation."""
     threads = defaultdict[tuple[Any, Any], list[Mapping[str, Any]]](list)
     for event in events:
         threads[event.get("pid"), event.get("tid")].append(event)
-    found: dict[int, tuple[Mapping[str, Any], ...]] = {}
+    found: dict[int, _Launch] = {}
     for thread in threads.values():
         around: list[Mapping[str, Any]] = []
         for event in sorted(thread, key=lambda event: (event["ts"], -event["dur"])):
@@ -78,7 +132,7 @@ def _launched_by(events: Iterable[Mapping[str, Any]]) -> dict[int, tuple[Mapping
             if event["cat"] in _OPERATORS:
                 around.append(event)
             elif "correlation" in event.get("args", {}):
-                found[event["args"]["correlation"]] = tuple(around)
+                found[event["args"]["correlation"]] = _Launch(event["ts"] / 1e3, tuple(around))
     return found
 
 

@@ -1,12 +1,14 @@
-"""The trace of a real training step: every class is found, and almost nothing is left without one."""
+"""The trace of a real training step, launched ahead: its classes, almost nothing without one, its length."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from benchmarks.step_trace import read_trace
+from benchmarks.step_trace import last_trace, read_trace
+from benchmarks.trace_kernels import first_step, kernels_of
 from config import load
 from models.init import init_weights
 from models.qwen3 import Qwen3
@@ -14,6 +16,9 @@ from models.run_folder import RunFolder
 from training.run_config import RunConfig
 
 pytestmark = pytest.mark.gpu
+
+# half a second of an H200, much longer than a step of the model
+_BUSY_CYCLES = 1_000_000_000
 
 
 def test_classes_of_a_traced_step(tmp_path: Path) -> None:
@@ -34,7 +39,6 @@ def test_classes_of_a_traced_step(tmp_path: Path) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        torch.cuda.synchronize()
 
     def write(profiler: profile) -> None:
         folder = run.profile / f"iteration_{profiler.step_num}"
@@ -42,16 +46,28 @@ def test_classes_of_a_traced_step(tmp_path: Path) -> None:
         profiler.export_chrome_trace(str(folder / "rank0_trace.json"))
 
     step()
+    torch.cuda.synchronize()
     with profile(
         activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA],
-        schedule=schedule(wait=0, warmup=1, active=1),
+        schedule=schedule(wait=0, warmup=1, active=2),
         on_trace_ready=write,
         record_shapes=True,
     ) as profiler:
-        for _ in range(2):
-            step()
-            profiler.step()
+        step()
+        # the GPU is a step behind when the trace begins, and computes the first step while the host launches
+        # the second
+        torch.cuda._sleep(_BUSY_CYCLES)
+        profiler.step()
+        step()
+        profiler.step()
+        step()
+        torch.cuda.synchronize()
+        profiler.step()
     trace = read_trace(tmp_path)
+    content = json.loads(last_trace(tmp_path).read_text(encoding="utf-8"))
+    assert {kernel.step for kernel in kernels_of(content)} - {None} == {1, 2}
+    assert {kernel.step for kernel in first_step(content)[0]} == {1}
+    assert trace.step < 200
     roles = {f"matrix products, {role}" for role in ("head", "MLP", "attention projections")}
     others = {"attention, forward", "attention, backward", "norms and RoPE", "SwiGLU", "loss", "optimizer"}
     assert roles | others <= set(trace.by_class)
