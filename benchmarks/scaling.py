@@ -38,7 +38,7 @@ from benchmarks.training import (
 from errors import UserError, check_out, run_command
 from eval.gpus import visible_gpus
 
-# the traced step is not the last one, which writes a checkpoint; the profiler slows the steps around it
+# the last traced step, not that of the run, which writes a checkpoint; the profiler slows the steps around it
 TRACED_STEP = 12
 NUM_STEPS = 20
 

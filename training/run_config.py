@@ -238,8 +238,8 @@ class MetricsConfig:
         console_every: Steps between two progress lines on the console.
         tensorboard: Write TensorBoard files to <run.folder>/tensorboard.
         wandb: Log to Weights & Biases (WANDB_MODE=offline and WANDB_PROJECT are supported).
-        profile_every: Steps between two torch profiler traces in <run.folder>/profile, at least 10; None for
-            no traces.
+        profile_every: Steps between two torch profiler traces in <run.folder>/profile, at least 10; 10 traces
+            steps 9 and 10, 19 and 20 and so on; None for no traces.
         update_every: Steps between two records of update_rms, the root mean square of each group's update
             before learning rate and weight decay; None for no records.
         spectrum_every: Steps between two records of update_sv_min, update_sv_median and update_sv_max,

@@ -251,7 +251,6 @@ class Trainer(TitanTrainer):
 
     def _is_read_at_once(self) -> bool:
         """Return whether the step just launched is read before the next one is launched."""
-        profile_every = self.config.metrics.profile_every
         return (
             not self._reads_late
             or self.step == self.config.training.last_step
@@ -259,8 +258,8 @@ class Trainer(TitanTrainer):
             or self._write_failed
             or self.evaluator.is_due(self.step)
             or self.update_stats.has_spectrum
-            # the profiler's warm-up of three steps, and the step whose trace it writes
-            or (profile_every is not None and -self.step % profile_every < 4)
+            # the second of two traced steps; the first and those before run as without a trace
+            or is_due(self.step, self.config.metrics.profile_every)
         )
 
     def optimizer_step(self, micro_batches: Iterator[MicroBatch]) -> LaunchedStep:
