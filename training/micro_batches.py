@@ -63,7 +63,7 @@ class MicroBatches:
     """Runs forward and backward of micro-batches of one shape; adds up loss and gradients.
 
     Args:
-        model: The model, sharded and on its device.
+        model: The model from models.titan.parallelize, on its device.
         config: The [training] table.
         device: Device of the model.
 
@@ -83,7 +83,7 @@ class MicroBatches:
         self._loss = torch.zeros((), device=device)
         self._z_loss = torch.zeros((), device=device)
         self._num_predicted = torch.zeros((), dtype=torch.int64, device=device)
-        # of the shards: once gathered for an evaluation, the model has others
+        # of the shards: once gathered for an evaluation, a sharded model has others
         self._parameters = list(model.parameters())
         self._sharded_modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
         self._graphs = None if self.refusal else _Graphs(self._parameters, device)
@@ -165,7 +165,7 @@ class _Graphs:
     """CUDA graphs of forward and backward, one for each set of shapes.
 
     Args:
-        parameters: The model's shards, whose gradients the graphs add to.
+        parameters: The model's parameters, perhaps shards, whose gradients the graphs add to.
         device: Device of the model.
 
     Attributes:

@@ -149,12 +149,13 @@ class AverageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelismConfig:
-    """Data parallelism: FSDP2 over all ranks, or HSDP.
+    """Data parallelism: FSDP2 over all ranks, or HSDP; one rank shards nothing.
 
     Attributes:
         replicate: Number of replicas of the sharded model (HSDP); 1 for FSDP.
         shard: Number of ranks that shard one replica; None for all ranks / replicate.
-        reshard_after_forward: Free the gathered weights of a block between its forward and its backward.
+        reshard_after_forward: Free the gathered weights of a block between its forward and its backward; on
+            one rank, which gathers none, its 16-bit casts of them.
         timeout_seconds: How long ranks wait in a step for one that hangs or is gone, before the run ends and
             names it; three mean steps where these are longer. Loading, the first three steps of a launch,
             checkpoints and evaluations may take 30 minutes, data 15.

@@ -2,8 +2,9 @@
 
 Compiled blocks and CUDA graphs hide queries, keys and probes, so this is a forward of its own, eager, without
 gradients: before each attention module runs, a hook computes its heads once more, while FSDP2 has its weights
-gathered. No random generator is used. With the cheap set nothing waits for the device until the end, when all
-results are copied to the host at once and reduced there: a run measures itself every 100 steps.
+gathered or, on one rank, they are cast. No random generator is used. With the cheap set nothing waits for the
+device until the end, when all results are copied to the host at once and reduced there: a run measures itself
+every 100 steps.
 """
 
 from collections.abc import Collection, Mapping, Sequence

@@ -12,6 +12,7 @@ NORM_ROPE = "tests/models/kernels/test_norm_rope.py"
 GENERATION = "tests/models/generation/test_generation.py"
 LOSS = "tests/models/test_loss.py"
 AVERAGE = "tests/models/test_average.py"
+CAST_WEIGHTS = "tests/models/test_cast_weights.py"
 QWEN3 = "tests/models/test_qwen3.py"
 SIZES = "tests/models/test_sizes.py"
 TOKENIZER = "tests/models/convert/test_tokenizer.py"
@@ -41,6 +42,28 @@ MUTANTS = [
         "logits_TV",
         LOSS,
     ),
+    Mutant("models/cast_weights.py", "parameter.grad.add_(gradient)", "pass", CAST_WEIGHTS),
+    Mutant("models/cast_weights.py", "return saved.detach()", "return saved", CAST_WEIGHTS),
+    Mutant(
+        "models/cast_weights.py",
+        "sources.get(saved.untyped_storage().data_ptr())",
+        "sources.get(saved.data_ptr() + 1)",
+        CAST_WEIGHTS,
+    ),
+    Mutant("models/cast_weights.py", ".as_strided(*view)", ".reshape(view[0])", CAST_WEIGHTS),
+    Mutant(
+        "models/titan.py",
+        "reshard_after_forward and not is_recomputed",
+        "reshard_after_forward",
+        CAST_WEIGHTS,
+    ),
+    Mutant(
+        "models/titan.py",
+        "next(m for m in block.modules() if isinstance(m, Block)) if is_recomputed else block",
+        "block",
+        CAST_WEIGHTS,
+    ),
+    Mutant("models/titan.py", "        self._tie_weights()", "        pass", CAST_WEIGHTS),
     Mutant("models/init.py", "init_std / (2 * self", "init_std / (1 * self", QWEN3),
     Mutant(
         "models/attention/parallax.py",

@@ -9,9 +9,9 @@ import sys
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 import train
+from optimizers.base import local, local_gradient
 from training import device
 
 BAD_STEP = 3
@@ -20,7 +20,7 @@ BAD_STEP = 3
 def _state(trainer: Any) -> list[torch.Tensor]:
     state = [value for o in trainer.optimizers for values in o.state.values() for value in values.values()]
     tensors = [*trainer.model.parameters(), *state]
-    return [(t.to_local() if isinstance(t, DTensor) else t).detach().clone() for t in tensors]
+    return [local(t).detach().clone() for t in tensors]
 
 
 def poison() -> None:
@@ -37,8 +37,7 @@ def poison() -> None:
         add(self, *batch)
         if steps[-1] == BAD_STEP and rank == last:
             for parameter in self.model.parameters():
-                assert isinstance(parameter.grad, DTensor)
-                parameter.grad.to_local().mul_(math.nan)
+                local_gradient(parameter).mul_(math.nan)
 
     def compared_step(self: Trainer, *batches: Any) -> LaunchedStep:
         steps.append(self.step)

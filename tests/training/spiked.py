@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 import train
+from optimizers.base import local, local_gradient
 from training import device
 
 SPIKE = 22
@@ -21,7 +21,7 @@ SPIKE = 22
 def _state(trainer: Any) -> list[torch.Tensor]:
     state = [value for o in trainer.optimizers for values in o.state.values() for value in values.values()]
     tensors = [*trainer.model.parameters(), *state, *trainer.average.state_dict().values()]
-    return [(t.to_local() if isinstance(t, DTensor) else t).detach().clone() for t in tensors]
+    return [local(t).detach().clone() for t in tensors]
 
 
 def spike() -> None:
@@ -36,8 +36,7 @@ def spike() -> None:
     def spiked_clip(self: GradientNorm, parameters: Iterable[nn.Parameter]) -> torch.Tensor:
         parameters = list(parameters)
         for parameter in parameters if steps[-1] == SPIKE else ():
-            assert isinstance(parameter.grad, DTensor)
-            parameter.grad.to_local().mul_(1000.0)
+            local_gradient(parameter).mul_(1000.0)
         return clip(self, parameters)
 
     def compared_step(self: Trainer, *batches: Any) -> LaunchedStep:

@@ -161,7 +161,7 @@ class StepScan:
 class RecurrentAttention(Attention):
     """An attention module with a state of fixed size instead of a KV cache, and without RoPE.
 
-    FSDP casts all parameters of a block alike: in a bf16 run the parameters of the gates (a_log, dt_bias,
+    All parameters of a block are cast alike: in a bf16 run the parameters of the gates (a_log, dt_bias,
     ridge) are rounded to bf16 before the gates' fp32 arithmetic. The optimizer's copies stay fp32.
     """
 
