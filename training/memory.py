@@ -29,7 +29,7 @@ class MemoryEstimate:
         gradients: fp32 gradients of this rank's shard during the loss; 0 without gradient accumulation.
         optimizer: Optimizer state of this rank's shard.
         average: fp32 average of this rank's shard of the weights; 0 without [average].
-        gathered: Largest set of weights that is gathered at a time.
+        gathered: Largest set of weights that is gathered, or cast on one rank, at a time.
         activations: Activations saved for the backward.
         loss: Logits of one chunk, twice in fp32 (their gradient replaces 16-bit ones), and the gradients
             computed by the loss.
@@ -104,10 +104,11 @@ def estimate_memory(config: RunConfig, model: Qwen3, world_size: int) -> MemoryE
     element = getattr(torch, config.training.precision).itemsize
     counts = model.num_parameters()
     blocks = counts["total"] - counts["embedding"]
-    # one block computes while the next is prefetched
-    gathered_blocks = 2 * blocks / model.config.dimensions.num_layers
+    # one block computes while the next is prefetched, which one rank has no need of
+    gathered_blocks = (1 if world_size == 1 else 2) * blocks / model.config.dimensions.num_layers
     if not config.parallelism.reshard_after_forward:
         gathered_blocks = float(blocks)
+    has_copies = world_size > 1 or element < FP32
     logits = element * min(CHUNK_TOKENS, config.tokens_per_micro_batch) * config.model.vocab_size
     if element == FP32:
         logits *= 2  # with their gradient
@@ -116,7 +117,7 @@ def estimate_memory(config: RunConfig, model: Qwen3, world_size: int) -> MemoryE
         gradients=FP32 * counts["total"] / shard if accumulates else 0.0,
         optimizer=sum(tensor.nbytes for tensor in _optimizer_state(config, model)) / shard,
         average=0.0 if config.average.decay is None else FP32 * counts["total"] / shard,
-        gathered=element * (counts["embedding"] + gathered_blocks),
+        gathered=element * (counts["embedding"] + gathered_blocks) if has_copies else 0.0,
         activations=_activation_bytes(config, model),
         loss=logits + (FP32 + element) * counts["embedding"],
     )

@@ -3,10 +3,10 @@
 A micro-batch takes what its matrix products, its attention and its memory-bound kernels take, or, where it
 is not replayed as a CUDA graph, what the host needs to launch them if that is longer. FSDP gathers bf16
 weights before the forward and, if they were freed, before the backward, and scatters fp32 gradients; HSDP
-then sums them over the replicas. This is hidden behind the micro-batch except for the embedding's weights
-and gradients, which come first and last. Ranks wait in every micro-batch for the one with the most
-attention. Every step adds the optimizer and host work that nothing hides. docs/performance.md compares
-estimates with measurements.
+then sums them over the replicas; one rank casts its weights instead. This is hidden behind the micro-batch
+except for the embedding's weights and gradients, which come first and last. Ranks wait in every micro-batch
+for the one with the most attention. Every step adds the optimizer and host work that nothing hides.
+docs/performance.md compares estimates with measurements.
 """
 
 from collections.abc import Sequence
@@ -40,6 +40,8 @@ _UNBALANCED_SHARE = 0.4
 # reads and writes of each saved element, of each logit and, in bytes, per weight and micro-batch
 _ACTIVATION_PASSES = 4.7
 _WEIGHT_BYTES = 40
+# counted, on one rank: two casts to 16 bits, and the addition of a 16-bit gradient
+_WEIGHT_BYTES_OF_ONE_RANK = 22
 # an element-wise optimizer reads weight, gradient and state and writes weight and state, at half of the
 # memory's bandwidth: fused AdamW seven fp32 values per weight
 _OPTIMIZER_PASSES = 2
@@ -115,7 +117,8 @@ def estimate_step_time(config: RunConfig, model: Qwen3, world_size: int) -> Step
     products = tokens * product_flops / _PRODUCT_FLOPS
     whole_rows = tokens * attention_flops / _ATTENTION_FLOPS
     attention, waiting = share * whole_rows, excess * whole_rows
-    num_bytes = 2 * _ACTIVATION_PASSES * tokens * elements + _WEIGHT_BYTES * num_weights
+    weight_bytes = _WEIGHT_BYTES_OF_ONE_RANK if world_size == 1 else _WEIGHT_BYTES
+    num_bytes = 2 * _ACTIVATION_PASSES * tokens * elements + weight_bytes * num_weights
     memory_bound = num_bytes / _MEMORY_BANDWIDTH
     busy = products + attention + memory_bound
     is_replayed = config.training.cuda_graphs and config.training.activation_checkpointing is None

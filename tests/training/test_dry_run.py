@@ -142,9 +142,9 @@ def test_memory_of_weights_gradients_and_optimizer_by_hand() -> None:
         4 * (counts["hidden"] + 2 * (counts["embedding"] + counts["vectors"])),
     )
 
-    def memory(*words: str) -> MemoryEstimate:
+    def memory(*words: str, ranks: int = 8) -> MemoryEstimate:
         config = load(RunConfig, path, words)
-        return estimate_memory(config, build_meta_model(config), 8)
+        return estimate_memory(config, build_meta_model(config), ranks)
 
     found = memory("--training.local_batch_size", "8")
     assert (found.weights, found.gradients, found.optimizer) == (weights / 8, weights / 8, states / 8)
@@ -153,6 +153,13 @@ def test_memory_of_weights_gradients_and_optimizer_by_hand() -> None:
     # all blocks, in bf16, stay gathered
     kept = memory("--parallelism.reshard_after_forward", "false")
     assert kept.gathered == weights / 2 > 2 * found.gathered
+    # one rank casts one block at a time, and nothing in fp32
+    num_layers, embedding = 28, 2 * counts["embedding"]
+    alone = memory(ranks=1).gathered
+    assert alone - embedding == pytest.approx((weights / 2 - embedding) / num_layers)
+    assert found.gathered - embedding == pytest.approx(2 * (alone - embedding))
+    assert memory("--parallelism.reshard_after_forward", "false", ranks=1).gathered == kept.gathered
+    assert memory("--training.precision", "float32", ranks=1).gathered == 0.0
     # in fp32 a chunk's logits have twice the bytes, and their gradient is beside them
     vocab_size, width = 151_936, 1024
     assert found.loss == 2 * 4096 * vocab_size + 6 * vocab_size * width

@@ -51,6 +51,14 @@ def test_the_host_bounds_small_micro_batches_without_cuda_graphs() -> None:
     assert replayed.launch_bound == 0.0 < launched.launch_bound
 
 
+def test_one_rank_neither_gathers_weights_nor_scatters_gradients() -> None:
+    words = ["--training.global_batch_size", "64"]
+    one, two = (estimate("configs/0.6b_softmax_adamw.toml", n, words) for n in (1, 2))
+    assert one.communication == 0.0 < two.communication
+    # per micro-batch, of which one rank has twice as many
+    assert one.memory_bound < 2 * two.memory_bound
+
+
 def test_more_gpus_cost_more_gpu_hours_and_less_time() -> None:
     layouts = {8: [], 64: ["--parallelism.replicate", "8"], 128: ["--parallelism.replicate", "16"]}
     seconds = [estimate("configs/0.6b_parallax_muon.toml", n, layout).total for n, layout in layouts.items()]
