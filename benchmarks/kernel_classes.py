@@ -17,6 +17,7 @@ _PRODUCTS = "matrix products"
 _ATTENTION = "attention"
 _FSDP = "copies and casts of FSDP"
 _RESIDUALS = "residuals and casts"
+_COPIES = "copies and casts"
 
 _Classes = dict[str, tuple[str, ...]]
 """Parts of names in lower case; the first class decides one of whose parts occurs."""
@@ -27,6 +28,7 @@ _OWN_KERNELS: _Classes = {
     "loss": ("cross_entropy_kernel",),
     "orthogonalization": ("symmetric_product",),
     "gradient norm": ("lpnorm", "normtwo"),
+    _COPIES: ("copyfunctor",),  # of many tensors at once: casts of weights
     "optimizer": ("multi_tensor", "adam", "update_momentum", "apply_update"),
     _FSDP: ("chunk_cat", "split_with_sizes"),
     _ATTENTION: (
@@ -53,7 +55,7 @@ _FUSED_KERNELS: _Classes = {
 }
 # torch's own, by what they do: in a CUDA graph there are no operators to tell what for
 _TORCH_KERNELS: _Classes = {
-    "copies and casts": ("memcpy", "memset", "copy", "fillfunctor", "catarray"),
+    _COPIES: ("memcpy", "memset", "copy", "fillfunctor", "catarray"),
     "sums": ("functor_add", "functoronself_add", "reduce_kernel"),
 }
 # parts of Inductor's names that do not say what a kernel is for

@@ -41,6 +41,7 @@ FUSED = "triton_per_fused__to_copy"
         (f"{FUSED}__unsafe_view_add_7", "residuals and casts"),
         (f"{FUSED}_bernoulli_7", "other"),
         ("Memcpy DtoD (Device -> Device)", "copies and casts"),
+        ("multi_tensor_apply_kernel<CopyFunctor<c10::BFloat16, float, 2, 1, 1>>", "copies and casts"),
         ("at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>", "sums"),
         ("some_kernel", "other"),
     ],
