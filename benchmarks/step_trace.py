@@ -1,10 +1,10 @@
 """Where the time of a training step goes: kernels by class, idle time, exposed communication.
 
-`python -m benchmarks.step_trace RUN` summarizes the first step of the last trace that a run with
-metrics.profile_every wrote, such as `--metrics.profile_every 12 --training.stop_at_step 20`: step 11, which
-the host launches and leaves as in training, ahead of the GPU; step 12 shows where it ends. The profiler adds
-to the host's work, so idle time is an upper bound. Matrix products have roles by the sizes of their operands,
-which kernels of a CUDA graph do not show.
+`python -m benchmarks.step_trace RUN` summarizes the last step of the last trace that a run with
+metrics.profile_every wrote, such as `--metrics.profile_every 12 --training.stop_at_step 20`: step 12, which
+the host launches as in training, while the GPU computes step 11. The profiler adds to the host's work, so idle
+time is an upper bound. Matrix products have roles by the sizes of their operands, which kernels of a CUDA
+graph do not show.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.kernel_classes import COMMUNICATION, OTHER, ModelSizes, class_of
-from benchmarks.trace_kernels import Kernel, first_step
+from benchmarks.trace_kernels import Kernel, last_step
 from config import from_table
 from errors import UserError, run_command
 from models.config import ModelConfig
@@ -33,10 +33,11 @@ class StepTrace:
     """A traced step of one rank, in ms. The classes and the two kinds of idle time add up to the step.
 
     Attributes:
-        step: From the start of its first kernel to that of the next step's (trace_kernels.first_step).
+        step: From the end of the last kernel of the step before to that of its own (trace_kernels.last_step).
         span: From the start of its first kernel to the end of the last.
         idle: Time within the span without any kernel.
-        idle_between: Time of the step outside the span, from its last kernel to the next step's first.
+        idle_between: Time of the step outside the span: before its first kernel, or of a step that was traced
+            alone after its last one.
         communication: Time with a collective running; it includes waiting for the slowest rank.
         exposed_communication: Time with a collective running and nothing else.
         by_class: Time by class, the longest first. Time with several kernels counts once, for the first to
@@ -76,7 +77,7 @@ def _uncovered(intervals: Iterable[Interval]) -> list[float]:
 
 
 def summarize(trace: Mapping[str, Any], sizes: ModelSizes | None = None) -> StepTrace:
-    """Summarize the first step of a trace of torch's profiler.
+    """Summarize the last step of a trace of torch's profiler.
 
     Args:
         trace: The content of the JSON file.
@@ -85,7 +86,7 @@ def summarize(trace: Mapping[str, Any], sizes: ModelSizes | None = None) -> Step
     Raises:
         UserError: The trace holds no kernels of a step.
     """
-    kernels, step = first_step(trace)
+    kernels, step = last_step(trace)
     if not kernels:
         raise UserError("the trace holds no GPU kernels of a step: trace a run on a GPU that ends later")
     classified = [(kernel, class_of(kernel, sizes)) for kernel in kernels]

@@ -72,12 +72,13 @@ def kernels_of(trace: Mapping[str, Any]) -> list[Kernel]:
     return sorted(found, key=lambda kernel: kernel.start)
 
 
-def first_step(trace: Mapping[str, Any]) -> tuple[list[Kernel], float]:
-    """Return the kernels of the first traced step, the first to start first, and how long it lasts, ms.
+def last_step(trace: Mapping[str, Any]) -> tuple[list[Kernel], float]:
+    """Return the kernels of the last traced step, the first to start first, and how long it lasts, ms.
 
-    It lasts from the start of its first kernel to that of the next step's. Kernels of other steps that run
-    within this time, such as a collective launched ahead, belong to it as far as they do, and its own only as
-    far: kernels are cut at both borders.
+    It lasts from the end of the last kernel of the step before to that of its own. Kernels of other steps that
+    run within this time, such as a late collective, belong to it as far as they do, and its own only as far:
+    kernels are cut at both borders. (The start of the profiler holds up the host, so the first traced step
+    begins on an idle GPU; the second is launched while the GPU computes the first, as in training.)
 
     If a single step was traced, it has all later kernels, and lasts as long as for the host, less the time in
     which the GPU still worked on the step before. If none is marked, the trace is one step.
@@ -88,21 +89,30 @@ def first_step(trace: Mapping[str, Any]) -> tuple[list[Kernel], float]:
     kernels, host_steps = kernels_of(trace), _host_steps(trace["traceEvents"])
     if not host_steps:
         return kernels, _span(kernels)
-    starts = {kernel.step: kernel.start for kernel in reversed(kernels) if kernel.step is not None}
-    if not starts:
+    of_steps = [kernel for kernel in kernels if kernel.step is not None]
+    ends: dict[int | None, float] = {}
+    for kernel in of_steps:
+        ends[kernel.step] = max(kernel.end, ends.get(kernel.step, kernel.end))
+    if not ends:
         return [], 0.0
-    first, *later = sorted(starts)
-    start, end = starts[first], starts[later[0]] if later else math.inf
-    within = [
+    *earlier, last = sorted(number for number in ends if number is not None)
+    if earlier:
+        start, end = ends[earlier[-1]], ends[last]
+        return _between(kernels, start, end), end - start
+    start = of_steps[0].start
+    within = _between(kernels, start, math.inf)
+    host_start, host_end = host_steps[last]
+    before = [min(kernel.end, start) for kernel in kernels if kernel.start < start]
+    return within, max(_span(within), host_end - max([host_start, *before]))
+
+
+def _between(kernels: Sequence[Kernel], start: float, end: float) -> list[Kernel]:
+    """Return the parts of the kernels between two times."""
+    return [
         kernel._replace(start=max(kernel.start, start), end=min(kernel.end, end))
         for kernel in kernels
         if kernel.end > start and kernel.start < end
     ]
-    if later:
-        return within, end - start
-    host_start, host_end = host_steps[first]
-    before = [min(kernel.end, start) for kernel in kernels if kernel.start < start]
-    return within, max(_span(within), host_end - max([host_start, *before]))
 
 
 def _span(kernels: Sequence[Kernel]) -> float:

@@ -77,7 +77,7 @@ def to_job_config(config: RunConfig, world_size: int) -> JobConfig:
             )
         job.profiling.enable_profiling = True
         job.profiling.profile_freq = config.metrics.profile_every
-        job.profiling.profiler_active = 2  # the second shows where the first ends, on a GPU that is not idle
+        job.profiling.profiler_active = 2  # the first begins on an idle GPU
         job.profiling.save_traces_folder = RunFolder(Path(config.run.folder)).profile.name
     return job
 

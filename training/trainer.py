@@ -258,7 +258,7 @@ class Trainer(TitanTrainer):
             or self._write_failed
             or self.evaluator.is_due(self.step)
             or self.update_stats.has_spectrum
-            # the second of two traced steps; the first and those before run as without a trace
+            # the second of two traced steps, launched as without a trace
             or is_due(self.step, self.config.metrics.profile_every)
         )
 

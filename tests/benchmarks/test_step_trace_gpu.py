@@ -8,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from benchmarks.step_trace import last_trace, read_trace
-from benchmarks.trace_kernels import first_step, kernels_of
+from benchmarks.trace_kernels import kernels_of, last_step
 from config import load
 from models.init import init_weights
 from models.qwen3 import Qwen3
@@ -66,12 +66,12 @@ def test_classes_of_a_traced_step(tmp_path: Path) -> None:
     trace = read_trace(tmp_path)
     content = json.loads(last_trace(tmp_path).read_text(encoding="utf-8"))
     assert {kernel.step for kernel in kernels_of(content)} - {None} == {1, 2}
-    assert {kernel.step for kernel in first_step(content)[0]} == {1}
+    assert {kernel.step for kernel in last_step(content)[0]} == {2}
     assert trace.step < 200
     roles = {f"matrix products, {role}" for role in ("head", "MLP", "attention projections")}
     others = {"attention, forward", "attention, backward", "norms and RoPE", "SwiGLU", "loss", "optimizer"}
     assert roles | others <= set(trace.by_class)
     busy = sum(trace.by_class.values())
     assert busy + trace.idle + trace.idle_between == pytest.approx(trace.step)
-    assert trace.idle_between > 0
+    assert trace.idle_between >= 0
     assert trace.by_class.get("other", 0.0) <= 0.05 * busy, trace.largest_other

@@ -1,4 +1,4 @@
-"""The first traced step: which kernels it has, and when it begins and ends, where the host is ahead."""
+"""The last traced step: which kernels it has, and when it begins and ends, where the host is ahead."""
 
 from itertools import count, pairwise
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from benchmarks.step_trace import StepTrace, summarize
-from benchmarks.trace_kernels import first_step, kernels_of
+from benchmarks.trace_kernels import last_step, kernels_of
 from errors import UserError
 
 Event = dict[str, Any]
@@ -79,31 +79,35 @@ def test_kernels_are_of_the_step_in_which_any_thread_launched_them() -> None:
     assert [kernel.step for kernel in kernels] == [None] * 2 + [10] * 7 + [11] * 3
 
 
-def test_the_first_of_two_steps_lasts_to_the_first_kernel_of_the_second() -> None:
+def test_the_second_of_two_steps_lasts_from_the_end_of_the_first_to_its_own() -> None:
     trace = summarize(_trace(*BEFORE, *FIRST, *SECOND))
-    assert (trace.step, trace.span, trace.idle, trace.idle_between) == (93 - 41, 90 - 41, 1 + 1 + 3, 3)
-    assert trace.by_class == {
-        "matrix products": 26,
-        "attention, backward": 9,
-        "communication": 5,
-        "copies and casts": 2,
-        "optimizer": 2,
-    }
-    assert (trace.communication, trace.exposed_communication) == (10, 5)
+    assert (trace.step, trace.span, trace.idle, trace.idle_between) == (140 - 90, 140 - 93, 1 + 1, 3)
+    assert trace.by_class == {"attention, backward": 29, "matrix products": 15, "copies and casts": 1}
     _check_sum(trace)
+    # the class of communication is there where it was, and the step before does not count
+    alone = summarize(_trace(*FIRST, borders=(0, 100)))
+    assert (alone.communication, alone.exposed_communication) == (10, 5)
 
 
 def test_kernels_are_cut_where_the_step_begins_and_ends() -> None:
-    # an all-reduce of the step before that is late, and one of the second step that is early
-    late = _launched(None, ("ncclDevKernel_AllReduce", 38, 43))
-    early = _launched(53, ("ncclDevKernel_AllGather", 89, 96))
-    trace = summarize(_trace(*BEFORE, *late, *FIRST, *early, *SECOND))
-    assert (trace.step, trace.span, trace.idle_between) == (89 - 41, 89 - 41, 0)
+    # an all-gather of the second step that is early, a copy of the first on its way, and one of a third step
+    early = _launched(53, ("ncclDevKernel_AllGather", 86, 96))
+    running = _launched(None, ("ncclDevKernel_AllReduce", 38, 92))
+    third = _launched(None, ("Memcpy DtoD (Device -> Device)", 139, 150))
+    trace = summarize(_trace(*BEFORE, *running, *FIRST, *early, *SECOND, *third))
+    assert (trace.step, trace.span, trace.idle_between) == (140 - 90, 140 - 90, 0)
+    assert trace.largest["ncclDevKernel_AllGather"] == 6
     assert trace.largest["ncclDevKernel_AllReduce"] == 2
-    assert trace.largest["multi_tensor_apply_kernel"] == 1
-    assert "ncclDevKernel_AllGather" not in trace.largest
-    assert trace.exposed_communication == 1 + 5
+    assert trace.largest["Memcpy DtoD (Device -> Device)"] == 1
+    assert "multi_tensor_apply_kernel" not in trace.largest
+    assert trace.exposed_communication == 3 + 1
     _check_sum(trace)
+
+
+def test_of_three_steps_the_last_begins_where_the_second_ends() -> None:
+    third = _launched(142, ("nvjet_1", 144, 150))
+    trace = summarize(_trace(*FIRST, *SECOND, *third, borders=(0, 50, 141, 160)))
+    assert (trace.step, trace.idle_between, trace.by_class) == (10, 4, {"matrix products": 6})
 
 
 def test_a_single_step_of_an_idle_gpu_lasts_as_long_as_for_the_host() -> None:
@@ -124,7 +128,7 @@ def test_a_single_step_starts_when_the_gpu_has_done_the_one_before() -> None:
 
 
 def test_a_trace_that_ends_before_its_steps_is_refused() -> None:
-    assert first_step(_trace(*BEFORE, borders=(0, 0.01))) == ([], 0.0)
+    assert last_step(_trace(*BEFORE, borders=(0, 0.01))) == ([], 0.0)
     with pytest.raises(UserError, match="no GPU kernels of a step"):
         summarize(_trace(*BEFORE, borders=(0, 0.01)))
     with pytest.raises(UserError, match="no GPU kernels of a step"):
