@@ -26,6 +26,7 @@ _PRODUCT_KERNELS = ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk", "tri
 _OWN_KERNELS: _Classes = {
     "norms and RoPE": ("norm_rope",),
     "loss": ("cross_entropy_kernel",),
+    "sums": ("accumulate_kernel",),
     "orthogonalization": ("symmetric_product",),
     "gradient norm": ("lpnorm", "normtwo"),
     _COPIES: ("copyfunctor",),  # of many tensors at once: casts of weights

@@ -2,9 +2,9 @@
 
 `python -m benchmarks.step_trace RUN` summarizes the last step of the last trace that a run with
 metrics.profile_every wrote, such as `--metrics.profile_every 12 --training.stop_at_step 20`: step 12, which
-the host launches as in training, while the GPU computes step 11. The profiler adds to the host's work, so idle
-time is an upper bound. Matrix products have roles by the sizes of their operands, which kernels of a CUDA
-graph do not show.
+the host launches as in training, while the GPU computes step 11. The profiler adds to the host's work, so
+idle time is an upper bound. Matrix products have roles by the sizes of their operands, which kernels of a
+CUDA graph do not show.
 """
 
 import argparse

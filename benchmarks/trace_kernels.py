@@ -75,10 +75,10 @@ def kernels_of(trace: Mapping[str, Any]) -> list[Kernel]:
 def last_step(trace: Mapping[str, Any]) -> tuple[list[Kernel], float]:
     """Return the kernels of the last traced step, the first to start first, and how long it lasts, ms.
 
-    It lasts from the end of the last kernel of the step before to that of its own. Kernels of other steps that
-    run within this time, such as a late collective, belong to it as far as they do, and its own only as far:
-    kernels are cut at both borders. (The start of the profiler holds up the host, so the first traced step
-    begins on an idle GPU; the second is launched while the GPU computes the first, as in training.)
+    It lasts from the end of the last kernel of the step before to that of its own. Kernels of other steps
+    that run within this time, such as a late collective, belong to it as far as they do, and its own only as
+    far: kernels are cut at both borders. (The start of the profiler holds up the host, so the first traced
+    step begins on an idle GPU; the second is launched while the GPU computes the first, as in training.)
 
     If a single step was traced, it has all later kernels, and lasts as long as for the host, less the time in
     which the GPU still worked on the step before. If none is marked, the trace is one step.

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from models.kernels.accumulate import accumulate_
+
 
 class _Cast(torch.autograd.Function):
     """Casts of parameters; gradients of the casts are added to those of the parameters."""
@@ -36,7 +38,7 @@ def _accumulate(parameter: nn.Parameter, gradient: torch.Tensor | None) -> torch
         return None
     if parameter.grad is None:
         return gradient.to(parameter.dtype, memory_format=torch.contiguous_format)
-    parameter.grad.add_(gradient)
+    accumulate_(parameter.grad, gradient)
     return None
 
 

@@ -43,6 +43,7 @@ FUSED = "triton_per_fused__to_copy"
         ("Memcpy DtoD (Device -> Device)", "copies and casts"),
         ("multi_tensor_apply_kernel<CopyFunctor<c10::BFloat16, float, 2, 1, 1>>", "copies and casts"),
         ("at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>", "sums"),
+        ("accumulate_kernel", "sums"),
         ("some_kernel", "other"),
     ],
 )

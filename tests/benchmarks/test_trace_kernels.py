@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from benchmarks.step_trace import StepTrace, summarize
-from benchmarks.trace_kernels import last_step, kernels_of
+from benchmarks.trace_kernels import kernels_of, last_step
 from errors import UserError
 
 Event = dict[str, Any]
