@@ -16,9 +16,9 @@ from training.step_time import StepTime, estimate_step_time
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 MEASURED = {
     name: json.loads((RESULTS / f"{name}_202611.json").read_text(encoding="utf-8"))["rows"]
-    for name in ("training_h200", "scaling_0.6b_graphs_h200x4", "scaling_1.7b_h200x4")
+    for name in ("training_one_rank_h200", "scaling_0.6b_graphs_h200x4", "scaling_1.7b_h200x4")
 }
-STEPS = [row for row in MEASURED["training_h200"] if row["stock_rows"] is None]
+STEPS = [row for row in MEASURED["training_one_rank_h200"] if row["stock_rows"] is None]
 SCALING = MEASURED["scaling_0.6b_graphs_h200x4"] + MEASURED["scaling_1.7b_h200x4"]
 
 

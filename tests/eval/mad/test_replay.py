@@ -84,10 +84,14 @@ def test_replayed_epochs_are_those_launched_one_by_one(
 ) -> None:
     monkeypatch.setattr(training, "BATCH", 64)
     runs = grid(Recipe(attention=kind, optimizer=optimizer), RECALL)
-    losses = []
+    found = []
     with torch.cuda.stream(torch.cuda.Stream()):
-        for pool in (None, torch.cuda.graph_pool_handle()):
+        for pool in (None, None, torch.cuda.graph_pool_handle()):
             stack = Stack(runs, DataSets(runs, torch.device("cuda")), pool)
             epochs = [stack.train_epoch(epoch, [True] * len(runs)).tolist() for epoch in range(5)]
-            losses.append([*epochs, stack.test().tolist()])
-    torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), rtol=0.0, atol=0.02)
+            found.append(torch.tensor([*epochs, stack.test().tolist()]))
+    launched, again, replayed = found
+    # sums of some kernels differ from call to call: MesaNet under Muon ends up to 0.07 apart in accuracy
+    noise = (again - launched).abs().amax(1)
+    assert noise[0] < 0.01
+    assert ((replayed - launched).abs().amax(1) <= (3 * noise).clamp(min=0.02)).all()
