@@ -7,7 +7,7 @@ norms, and adds up their gradients, without rounding them to 16 bits, and the re
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -25,6 +25,8 @@ class _Cast(torch.autograd.Function):
         ctx.parameters = parameters
         casts = [torch.empty_like(parameter, dtype=dtype) for parameter in parameters]
         torch._foreach_copy_(casts, parameters)
+        frozen = (c for c, p in zip(casts, parameters, strict=True) if not p.requires_grad)
+        ctx.mark_non_differentiable(*frozen)
         return tuple(casts)
 
     @staticmethod
@@ -47,7 +49,8 @@ def cast_in_forward(
 ) -> None:
     """Replace a module's forward by one that computes with casts of parameters; each is cast once.
 
-    Loss and gradients are those of FSDP2 on one rank, bit by bit.
+    Loss and gradients are those of FSDP2 on one rank, bit by bit. copy.deepcopy raises TypeError, as with
+    FSDP2: a copy would compute with the weights of the original.
 
     Args:
         module: The module.
@@ -62,10 +65,11 @@ def cast_in_forward(
         (owner, name)
         for root in owners
         for owner in root.modules()
-        for name, _ in owner.named_parameters(recurse=False)
+        for name, _ in owner.named_parameters(recurse=False, remove_duplicate=False)
     ]
 
-    @functools.wraps(forward)
+    # by its attributes a compiled forward would take the place of this one in a compiled caller
+    @functools.wraps(forward, updated=())
     def forward_with_casts(*args: Any, **kwargs: Any) -> Any:
         parameters = [owner.get_parameter(name) for owner, name in places]
         unique = list(dict.fromkeys(parameters))
@@ -75,6 +79,11 @@ def cast_in_forward(
             return forward(*args, **kwargs)
 
     module.forward = forward_with_casts
+    module.__deepcopy__ = _refuse_copy  # pyrefly: ignore [bad-argument-type]
+
+
+def _refuse_copy(memo: dict[int, Any]) -> NoReturn:
+    raise TypeError("a model that casts its weights cannot be copied; build another and load the state dict")
 
 
 @contextmanager

@@ -115,17 +115,18 @@ def parallelize(
         settings = ActivationCheckpoint(mode=activation_checkpointing, selective_ac_option="op")
         apply_ac(model, settings, model_compile_enabled=compile_blocks, op_sac_save_list=_saved_ops())
     is_alone = mesh.size() == 1
+    casts = is_alone and precision != torch.float32
     if compile_blocks:
         for block in model.layers:
             fullgraph = not block.get_submodule("attention").has_graph_breaks
-            if is_alone:
-                # weights are cast around what is compiled
+            if casts:
+                # around what is compiled
                 block.forward = torch.compile(block.forward, fullgraph=fullgraph)
             else:
                 block.compile(fullgraph=fullgraph)
     if not is_alone:
         shard(model, mesh, precision, reshard_after_forward)
-    elif precision != torch.float32:
+    elif casts:
         cast_in_forward(model, _edges(model), precision, recast_in_backward=False)
         for block in model.layers:
             # activation checkpointing repeats what is inside of it, and saves none of it

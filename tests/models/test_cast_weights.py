@@ -1,5 +1,6 @@
 """Training on one rank without FSDP2: the same bits as with it, plain weights, and memory that is freed."""
 
+import copy
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torchtitan.config.job_config import ActivationCheckpoint
 from torchtitan.distributed.activation_checkpoint import apply_ac
 
+from models.cast_weights import cast_in_forward
 from models.checkpoint.load import load_state
 from models.config import AttentionConfig, GatedDeltaNetConfig, ModelConfig, ParallaxConfig, SoftmaxConfig
 from models.init import init_weights
@@ -174,11 +176,59 @@ def test_a_forward_that_fails_leaves_the_parameters() -> None:
     assert all(p is before[name] for name, p in model.named_parameters())
 
 
-def test_in_fp32_nothing_is_cast() -> None:
+class Owner(nn.Module):
+    """A module with a parameter of two names, a frozen and an unused one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = self.same = nn.Parameter(torch.ones(8))
+        self.frozen = nn.Parameter(torch.ones(8), requires_grad=False)
+        self.unused = nn.Parameter(torch.ones(8))
+        self.seen: list[torch.Tensor] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen = [self.gain, self.same, self.frozen]
+        return x * self.gain + self.same * self.frozen
+
+
+def test_a_parameter_of_two_names_is_cast_as_one_and_a_frozen_one_stays_frozen() -> None:
+    module = Owner()
+    cast_in_forward(module, [module], torch.bfloat16, recast_in_backward=True)
+    for _ in range(2):
+        module(torch.ones(8, dtype=torch.bfloat16)).sum().backward()
+    assert module.seen[0] is module.seen[1]
+    assert all(each.dtype == torch.bfloat16 for each in module.seen)
+    assert [each.requires_grad for each in module.seen] == [True, True, False]
+    assert module.gain.grad is not None
+    assert torch.equal(module.gain.grad, torch.full((8,), 4.0))
+    assert module.frozen.grad is None
+    assert module.unused.grad is None
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_a_copy_which_would_compute_with_the_weights_of_the_original_is_refused(is_compiled: bool) -> None:
+    model = build(Case(is_compiled=is_compiled), sharded=False)
+    for module in (model, model.layers[0]):
+        with pytest.raises(TypeError, match="cannot be copied"):
+            copy.deepcopy(module)
+
+
+def test_a_compiled_module_casts_its_weights_also_where_its_caller_is_compiled() -> None:
+    module = nn.Linear(8, 8)
+    module.forward = torch.compile(module.forward, backend="eager")
+    cast_in_forward(module, [module], torch.bfloat16, recast_in_backward=False)
+    x = torch.ones(2, 8, dtype=torch.bfloat16)
+    found = torch.compile(lambda x: module(x), backend="eager")(x)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, module(x))
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_in_fp32_nothing_is_cast(is_compiled: bool) -> None:
     model = Qwen3(ModelConfig(size="custom", custom_size=SIZE, vocab_size=V))
     parallelize(
         model, device_mesh("cpu", 1, 1), precision=torch.float32, activation_checkpointing=None,
-        compile_blocks=False, reshard_after_forward=True,
+        compile_blocks=is_compiled, reshard_after_forward=True,
     )  # fmt: skip
     assert not any("forward" in vars(module) for module in model.modules())
 

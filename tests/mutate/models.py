@@ -42,7 +42,11 @@ MUTANTS = [
         "logits_TV",
         LOSS,
     ),
-    Mutant("models/cast_weights.py", "parameter.grad.add_(gradient)", "pass", CAST_WEIGHTS),
+    Mutant("models/cast_weights.py", "accumulate_(parameter.grad, gradient)", "pass", CAST_WEIGHTS),
+    Mutant("models/cast_weights.py", "ctx.mark_non_differentiable(*frozen)", "pass", CAST_WEIGHTS),
+    Mutant("models/cast_weights.py", ", remove_duplicate=False", "", CAST_WEIGHTS),
+    Mutant("models/cast_weights.py", ", updated=()", "", CAST_WEIGHTS),
+    Mutant("models/titan.py", "is_alone and precision != torch.float32", "is_alone", CAST_WEIGHTS),
     Mutant("models/cast_weights.py", "return saved.detach()", "return saved", CAST_WEIGHTS),
     Mutant(
         "models/cast_weights.py",
