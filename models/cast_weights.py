@@ -38,10 +38,13 @@ def _accumulate(parameter: nn.Parameter, gradient: torch.Tensor | None) -> torch
     """Add a 16-bit gradient to the parameter's in one pass; return it as fp32 if there is none yet."""
     if gradient is None:
         return None
-    if parameter.grad is None:
-        return gradient.to(parameter.dtype, memory_format=torch.contiguous_format)
-    accumulate_(parameter.grad, gradient)
-    return None
+    if parameter.grad is not None:
+        accumulate_(parameter.grad, gradient)
+        return None
+    # not gradient.to(): so the kernel is compiled before a CUDA graph of the next micro-batch is captured
+    first = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+    accumulate_(first, gradient)
+    return first
 
 
 def cast_in_forward(
