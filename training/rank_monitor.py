@@ -235,8 +235,12 @@ class RankMonitor:
         return dict(enumerate(self._states))
 
     def _is_first_to_report(self) -> bool:
-        """Return whether no other rank reports; so it is without a store that could tell."""
+        """Return whether nobody reports yet; no other rank does without a store that could tell."""
         assert self._store is not None
+        if (
+            self._is_reporting
+        ):  # another thread of this rank, while the store may go with the rank that has it
+            return False
         store = self._store
         self._is_reporting = self._ask(lambda: store.add(_REPORTS, 1)) in (1, None)
         return self._is_reporting

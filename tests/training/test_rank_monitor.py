@@ -1,13 +1,20 @@
 """Hung and dead ranks: who is named, and how a run ends."""
 
+import os
 import random
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
+from torch.distributed import HashStore
 
+from config import load
+from training import rank_monitor
+from training.rank_monitor import RankMonitor
 from training.rank_states import RankState, describe_hang, find_missing
+from training.run_config import RunConfig
 
 
 def random_states(draw: random.Random, num_ranks: int) -> dict[int, RankState]:
@@ -31,6 +38,31 @@ def write_again(states: dict[int, RankState], silent: set[int]) -> dict[int, Ran
         rank: state if rank in silent else replace(state, num_writes=state.num_writes + 3)
         for rank, state in states.items()
     }
+
+
+class _StoreThatIsGone:
+    def add(self, *others: Any) -> int:
+        raise RuntimeError("Connection reset by peer")
+
+
+def test_a_rank_whose_store_goes_while_it_reports_says_nothing_more(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def leave(code: int) -> NoReturn:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(rank_monitor, "BEAT_SECONDS", 0.0)
+    monkeypatch.setattr(rank_monitor, "_SECONDS_TO_REPORT", 0.0)
+    monitor = RankMonitor(load(RunConfig, "configs/debug_softmax_adamw.toml", []))
+    monitor._store = HashStore()
+    with pytest.raises(SystemExit):
+        monitor.fail(lambda: "rank 0 did not arrive")
+    # the main thread, whose collective fails as soon as rank 0 has ended
+    monitor._store = _StoreThatIsGone()  # pyrefly: ignore [bad-assignment]
+    with pytest.raises(SystemExit):
+        monitor.fail(lambda: "rank 1 lost a connection")
+    assert capsys.readouterr().err == "error: rank 0 did not arrive\n"
 
 
 @pytest.mark.parametrize("seed", range(30))
