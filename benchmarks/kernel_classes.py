@@ -25,7 +25,7 @@ _Classes = dict[str, tuple[str, ...]]
 _PRODUCT_KERNELS = ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk", "triton_tem", "gemv")
 _OWN_KERNELS: _Classes = {
     "norms and RoPE": ("norm_rope",),
-    "loss": ("cross_entropy_kernel",),
+    "loss": ("cross_entropy_kernel", "scale_kernel"),
     "sums": ("accumulate_kernel",),
     "orthogonalization": ("symmetric_product",),
     "gradient norm": ("lpnorm", "normtwo"),

@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from models.kernels import cross_entropy as kernel
+from models.kernels.scale import scale
 from parallax.api import cast_under_autocast
 from tokens import IGNORE_INDEX
 
@@ -130,11 +131,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             )
         dloss, _ = grad_outputs
         dx, dweight = ctx.saved_tensors
-        # one element, not a scalar, which torch would round to dx's dtype: that biases all gradients alike
-        factor = dloss.reshape(1)
-        scaled_dweight = torch.empty_like(dweight, dtype=ctx.weight_dtype)
-        torch.mul(dweight, factor, out=scaled_dweight)
-        return torch.mul(dx, factor, out=torch.empty_like(dx)), scaled_dweight, None, None, None, None
+        # not dx * dloss: torch would round the scalar to dx's dtype first, which biases all gradients alike
+        return scale(dx, dloss, dx.dtype), scale(dweight, dloss, ctx.weight_dtype), None, None, None, None
 
 
 def linear_cross_entropy(
