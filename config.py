@@ -322,7 +322,7 @@ class _Decoder:
         if _is_union(hint):
             return self._convert_union(hint, value, key, wrong)
         if origin is Literal:
-            if value not in args:
+            if not any(type(value) is type(arg) and value == arg for arg in args):
                 raise wrong
             return value
         if origin is list:

@@ -19,7 +19,7 @@ import torch
 from disk import write_text
 from errors import UserError, check_at_least_1, check_out, run_command
 from eval.gpus import visible_gpus
-from eval.mad.model import attention_kinds
+from eval.mad.model import attention_kinds, canonical_changes
 from eval.mad.packs import pack
 from eval.mad.plots import plot_difficulty, plot_scores
 from eval.mad.results import open_results, read_results
@@ -44,6 +44,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KINDS",
         help=f"some of {','.join(attention_kinds())}; without it nothing is trained",
     )
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+        help="settings of every attention of the command: keys of [model.attention] in a config, head_dim of "
+        "attentions over all keys, or rope=false; such runs have columns of their own",
+    )  # fmt: skip
     parser.add_argument("--tasks", default="all", help=f"all, or some of {','.join(TASKS)} (default: all)")
     parser.add_argument("--level", choices=get_args(Level), default="baseline", help="default: baseline")
     parser.add_argument("--optimizer", choices=[*RATES], default="adamw", help="default: adamw")
@@ -112,6 +117,7 @@ def _grids(options: argparse.Namespace, kinds: Sequence[str], tasks: Sequence[Ta
     recipes = [
         Recipe(
             attention=kind,
+            changes=canonical_changes(kind, options.set),
             optimizer=options.optimizer,
             schedule=options.schedule,
             seed=seed,
@@ -126,7 +132,8 @@ def _grids(options: argparse.Namespace, kinds: Sequence[str], tasks: Sequence[Ta
 
 def _describe(run: Run, outcome: Outcome) -> str:
     recipe, setting = run.recipe, run.setting
-    chosen = f"{recipe.attention} {setting.task} {setting.name} {recipe.optimizer} seed {recipe.seed}"
+    model = " ".join(filter(None, (recipe.attention, recipe.changes)))
+    chosen = f"{model} {setting.task} {setting.name} {recipe.optimizer} seed {recipe.seed}"
     rates = f"lr {run.lr:g} weight decay {run.weight_decay:g}"
     result = f"accuracy {outcome.accuracy:.3f}, {outcome.num_epochs} epochs, {outcome.seconds:.0f} s"
     return f"{chosen} {rates}: {result}"

@@ -4,13 +4,15 @@ Letters: B batch, T tokens, D width, V vocabulary.
 """
 
 import math
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from errors import UserError
+from eval.mad.changes import format_changes, read_changes
 from eval.mad.settings import Setting
 from models.attention.base import Attention, Rope
 from models.config import (
@@ -43,7 +45,18 @@ def attention_kinds() -> dict[str, AttentionConfig]:
     return configs | {"mamba2": Mamba2Config(state_size=_MAMBA2_STATE_SIZE)}
 
 
-def model_config(kind: str, vocab_size: int) -> ModelConfig:
+@dataclass(frozen=True, kw_only=True)
+class MadConfig(ModelConfig):
+    """A model of MAD.
+
+    Attributes:
+        has_rope: Whether RoPE rotates heads; without it all positions are 0.
+    """
+
+    has_rope: bool = True
+
+
+def model_config(kind: str, vocab_size: int, changes: str = "") -> MadConfig:
     """Return the dimensions and the attention of a model of MAD.
 
     Attentions over all keys have MAD's 16 heads of width 8. Attentions with a fixed state have heads such
@@ -53,9 +66,10 @@ def model_config(kind: str, vocab_size: int) -> ModelConfig:
     Args:
         kind: The attention, as attention.kind of a config.
         vocab_size: Vocabulary V.
+        changes: What is different, from canonical_changes.
 
     Raises:
-        UserError: There is no such attention.
+        UserError: There is no such attention, or it does not have such changes.
     """
     kinds = attention_kinds()
     if kind not in kinds:
@@ -68,21 +82,47 @@ def model_config(kind: str, vocab_size: int) -> ModelConfig:
             size = _MAMBA2
         case _:
             size = _GATED_DELTANET if kind == "gated-deltanet" else _RECURRENT
-    return ModelConfig(
+    changed = read_changes(attention, size.head_dim, changes.split())
+    head_dim, has_rope = changed.pop("head_dim", None), changed.pop("rope", True)
+    if head_dim is not None:
+        num_heads = WIDTH // head_dim
+        size = replace(size, num_heads=num_heads, num_kv_heads=num_heads, head_dim=head_dim)
+    return MadConfig(
         size="custom",
         custom_size=size,
         vocab_size=vocab_size,
         tie_embeddings=False,
-        attention=attention,
+        attention=replace(attention, **changed),
         rope_theta=_ROPE_THETA,
         norm_eps=_NORM_EPS,
+        has_rope=has_rope,
     )
+
+
+def canonical_changes(kind: str, words: Sequence[str]) -> str:
+    """Return the one name of changes of an attention: sorted by key, without those to what is so anyway.
+
+    Args:
+        kind: The attention, as attention.kind of a config.
+        words: Such as "head_dim=32": keys of the attention's own table, head_dim where it is over all keys
+            (there are as many heads as fill the width) and rope where it has RoPE.
+
+    Returns:
+        Words with spaces between them, which model_config reads.
+
+    Raises:
+        UserError: There is no such attention, key or value.
+    """
+    config = model_config(kind, 1)
+    changes = format_changes(read_changes(config.attention, config.dimensions.head_dim, words))
+    model_config(kind, 1, changes)
+    return changes
 
 
 class _Encoder(nn.Module):
     """Embedding and blocks."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: MadConfig) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, WIDTH)
@@ -92,6 +132,8 @@ class _Encoder(nn.Module):
         """Compute the states of tokens `[B, T]`, `[B, T, D]`."""
         num_tokens = tokens_BT.shape[1]
         positions = document_positions(num_tokens, None, tokens_BT.device)
+        if not self.config.has_rope:
+            positions = torch.zeros_like(positions)
         rope = Rope(positions, self.config.dimensions.head_dim, self.config.rope_theta)
         x_BTD = self.embedding(tokens_BT)
         for layer in self.layers:
@@ -106,7 +148,7 @@ class LanguageModel(nn.Module):
         config: From model_config.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: MadConfig) -> None:
         super().__init__()
         self.encoder = _Encoder(config)
         self.norm = nn.RMSNorm(WIDTH, eps=config.norm_eps)
@@ -124,7 +166,7 @@ class AutoEncoder(nn.Module):
         config: From model_config.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: MadConfig) -> None:
         super().__init__()
         eps = config.norm_eps
         self.encoder = _Encoder(config)
@@ -159,7 +201,7 @@ def is_autoencoder(setting: Setting) -> bool:
     return setting.task == "compression"
 
 
-def build_model(kind: str, setting: Setting, seed: int) -> LanguageModel | AutoEncoder:
+def build_model(kind: str, setting: Setting, seed: int, changes: str = "") -> LanguageModel | AutoEncoder:
     """Build the model of a setting on the CPU: an autoencoder for compression, else a language model.
 
     As in MAD, embeddings are normal with a standard deviation of 0.02, and so are the matrices of the
@@ -170,11 +212,12 @@ def build_model(kind: str, setting: Setting, seed: int) -> LanguageModel | AutoE
         kind: The attention, as attention.kind of a config.
         setting: The sizes.
         seed: Seed of the weights.
+        changes: What is different, from canonical_changes.
 
     Raises:
-        UserError: There is no such attention.
+        UserError: There is no such attention, or it does not have such changes.
     """
-    config = model_config(kind, setting.vocab_size)
+    config = model_config(kind, setting.vocab_size, changes)
     model = AutoEncoder(config) if is_autoencoder(setting) else LanguageModel(config)
     _init_weights(model, torch.Generator().manual_seed(seed))
     return model

@@ -21,7 +21,7 @@ from optimizers.param_groups import assign_parameters
 _BETA2 = 0.999
 # of what Muon does not update: the largest of AdamW's
 _RATE_BESIDE_MUON = 1e-3
-_HIDDEN = r"encoder\.layers\.\d+\.(attention\.w[qkvorz]|mlp\.(gate|up|down))\.weight"
+_HIDDEN = r"encoder\.layers\.\d+\.(attention\.w([qkvorz]|r_in|r_out)|mlp\.(gate|up|down))\.weight"
 
 
 def parameter_groups(run: Run) -> dict[str, ParameterGroup]:

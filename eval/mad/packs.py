@@ -15,7 +15,7 @@ def shape_of(run: Run) -> Hashable:
     """Return what runs have to have in common to be trained at once."""
     recipe, setting = run.recipe, run.setting
     shape = (setting.vocab_size, setting.num_tokens, setting.num_train_rows, is_autoencoder(setting))
-    return recipe.attention, recipe.optimizer, recipe.schedule, recipe.max_epochs, shape
+    return recipe.attention, recipe.changes, recipe.optimizer, recipe.schedule, recipe.max_epochs, shape
 
 
 def pack(runs: Sequence[Run]) -> list[list[Run]]:

@@ -27,12 +27,13 @@ _PANEL = (2.6, 2.2)
 
 
 def _styles(columns: Sequence[Column]) -> dict[str, Style]:
-    """Return the look of each column: color and marker by attention, line and filling by optimizer."""
-    kinds = dict.fromkeys(["softmax", "parallax", *(column.recipes[0].attention for column in columns)])
+    """Return the look of columns: color, marker by attention and changes, line, filling by optimizer."""
+    chosen = [(column.recipes[0].attention, column.recipes[0].changes) for column in columns]
+    kinds = dict.fromkeys([("softmax", ""), ("parallax", ""), *chosen])
     place = {kind: index for index, kind in enumerate(kinds)}
     styles: dict[str, Style] = {}
-    for column in columns:
-        index = place[column.recipes[0].attention]
+    for column, kind in zip(columns, chosen, strict=True):
+        index = place[kind]
         styles[column.name] = Style(
             color=COLORS[index % len(COLORS)],
             dash=DASHES[0 if column.recipes[0].optimizer == "muon" else 1],

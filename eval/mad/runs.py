@@ -32,6 +32,7 @@ class Recipe:
 
     Attributes:
         attention: The attention, as attention.kind of a config.
+        changes: What is not MAD's of it, from canonical_changes, such as "head_dim=32 rope=false".
         optimizer: "adamw", or "muon" for the matrices of attention and MLP with AdamW for the rest.
         schedule: "constant", which mad-lab's code runs, or "cosine" by epoch down to 1e-6, which it asks for.
         seed: Seed of data, weights and order.
@@ -45,6 +46,7 @@ class Recipe:
     """
 
     attention: str
+    changes: str = ""
     optimizer: Optimizer = "adamw"
     schedule: Schedule = "constant"
     seed: int = 12345
@@ -66,7 +68,7 @@ class Run:
     """One training run of the grid of a setting.
 
     Attributes:
-        recipe: Attention, optimizer, schedule, seed and epochs.
+        recipe: Attention, changes, optimizer, schedule, seed and epochs.
         setting: The sizes.
         lr: Learning rate; with Muon its own, beside AdamW at 1e-3.
         weight_decay: Decoupled weight decay of all parameters.

@@ -67,7 +67,7 @@ def has_score(results: Mapping[Run, Outcome], run: Run) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """An attention with its optimizer, over all seeds that have a run.
+    """An attention with its changes and its optimizer, over all seeds that have a run.
 
     Attributes:
         name: What sets it apart from the other columns.
@@ -121,8 +121,8 @@ def make_columns(results: Mapping[Run, Outcome], chosen: Collection[Setting]) ->
 
 
 def _name(recipe: Recipe, others: Sequence[Recipe]) -> str:
-    """Name a column by its attention and optimizer, and by what else is not the same in all columns."""
-    name = f"{recipe.attention}, {recipe.optimizer}"
+    """Name a column by its attention, optimizer and changes, and by what else differs between columns."""
+    name = ", ".join(filter(None, (recipe.attention, recipe.optimizer, recipe.changes)))
     if any(other.schedule != recipe.schedule for other in others):
         name += f", {recipe.schedule}"
     return name if recipe.max_epochs == MAX_EPOCHS else f"{name}, {recipe.max_epochs} epochs"

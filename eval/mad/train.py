@@ -81,7 +81,7 @@ class Stack:
         device = data.train.inputs_NT.device
         if device.type == "cuda" and _is_recurrent(runs[0]):
             skip_tuning()
-        models = [build_model(run.recipe.attention, run.setting, run.recipe.seed) for run in runs]
+        models = [_build(run, run.recipe.seed) for run in runs]
         self.model = stack_modules(models).to(device)
         if is_compiled:
             _compile_blocks(self.model)
@@ -184,9 +184,12 @@ def _compile_blocks(model: nn.Module) -> None:
         layer.compile(dynamic=False)
 
 
+def _build(run: Run, seed: int) -> nn.Module:
+    return build_model(run.recipe.attention, run.setting, seed, run.recipe.changes)
+
+
 def _attentions(run: Run) -> list[Attention]:
-    modules = build_model(run.recipe.attention, run.setting, 0).modules()
-    return [module for module in modules if isinstance(module, Attention)]
+    return [module for module in _build(run, 0).modules() if isinstance(module, Attention)]
 
 
 def _can_capture(run: Run) -> bool:

@@ -18,7 +18,7 @@ _WITH_PROBES: dict[KernelName, KernelName] = {
 }
 """Softmax kernel -> Parallax kernel, whose tile it uses where none was measured: it needs less memory."""
 
-HEAD_DIMS = (8, 16, 64, 96, 128, 256)
+HEAD_DIMS = (8, 16, 32, 64, 96, 128, 256)
 """Supported head widths; those below 64 by the plain kernels."""
 
 _MIN_COLUMNS = 16  # of an operand of a product
@@ -72,7 +72,7 @@ _HOPPER_NARROW: dict[KernelName, Tile] = {
     "dqdr": Tile(64, 32, 4, 1, sums=4),
     "dkdv": Tile(32, 64, 4, 1, use_descriptors=False),
 }
-"""Takes precedence for widths up to 16; measured at 8, with rows of 127 tokens."""
+"""Takes precedence for widths below 64; measured at 8, with rows of 127 tokens."""
 
 _HOPPER_SPECIALIZED: dict[tuple[KernelName, int], Tile] = {
     ("forward", 64): Tile(128, 128, 4, 3, sums=4, is_specialized=True, key_norms=True),
@@ -151,7 +151,7 @@ def tile_of(kernel: KernelName, x: Tensor, use_descriptors: bool, reach: int) ->
     plain = _WITH_PROBES.get(kernel, kernel)
     if x.dtype == torch.float32:
         return (_FP32_HOPPER if capability[0] == 9 else _FP32)[plain, width]
-    if capability[0] == 9 and x.shape[3] <= _MIN_COLUMNS:
+    if capability[0] == 9 and x.shape[3] < 64:
         return _HOPPER_NARROW[plain]
     specialized = _HOPPER_SPECIALIZED | (_HOPPER_SHORT if reach <= SHORT else {})
     if capability[0] == 9 and use_descriptors and (kernel, width) in specialized:

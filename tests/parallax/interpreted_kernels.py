@@ -32,6 +32,7 @@ DTYPES = [torch.float32, torch.float16]
 
 WIDTHS = [
     Case("width_8", 70, head_dim=8),
+    Case("width_32", 70, head_dim=32),
     Case("width_64", 70, head_dim=64),
     Case("width_96", 70, head_dim=96),
     Case("width_128_window", 70, head_dim=128, window_size=20),
@@ -145,7 +146,7 @@ def test_tile_depends_on_gpu_width_and_document_length(width: int, monkeypatch: 
     assert tile((8, 0), tiles.SHORT) == tiles._AMPERE[key]
 
 
-@pytest.mark.parametrize("width", [8, 16])
+@pytest.mark.parametrize("width", [8, 16, 32])
 def test_narrow_heads_have_tiles_of_the_plain_kernels(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x: Any = SimpleNamespace(shape=(1, 127, 16, width), dtype=torch.bfloat16, device=torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -155,7 +156,7 @@ def test_narrow_heads_have_tiles_of_the_plain_kernels(width: int, monkeypatch: p
 
 
 def test_a_tile_has_the_next_power_of_two_of_columns_but_at_least_those_of_a_product() -> None:
-    assert [tiles.num_columns(width) for width in tiles.HEAD_DIMS] == [16, 16, 64, 128, 128, 256]
+    assert [tiles.num_columns(width) for width in tiles.HEAD_DIMS] == [16, 16, 32, 64, 128, 128, 256]
 
 
 def test_document_bounds_are_written_for_every_row_even_if_they_end_early() -> None:

@@ -19,7 +19,7 @@ def train_literally(
     run: Run, groups: Mapping[str, ParameterGroup], batch: int, num_epochs: int
 ) -> tuple[nn.Module, list[float]]:
     """Train a run; return the model and the mean loss of each epoch."""
-    model = build_model(run.recipe.attention, run.setting, run.recipe.seed)
+    model = build_model(run.recipe.attention, run.setting, run.recipe.seed, run.recipe.changes)
     optimizers = build_group_optimizers(assign_parameters(model.named_parameters(), groups), groups)
     examples, _ = draw_sets(run.setting, run.recipe.seed)
     shuffle = torch.Generator().manual_seed(run.recipe.seed)

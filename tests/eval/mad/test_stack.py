@@ -73,12 +73,21 @@ def test_a_stack_computes_what_its_members_do(kind: str, task: str) -> None:
 
 
 @pytest.mark.parametrize("optimizer", RATES)
-@pytest.mark.parametrize("kind", ["softmax", "parallax", "mamba2"])
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("softmax", ""),
+        ("parallax", ""),
+        ("parallax", "head_dim=32 r_gain_init=1.0 rope=false"),
+        ("parallax", "gate=head head_dim=64"),
+        ("mamba2", ""),
+    ],
+)
 def test_50_steps_are_those_of_single_runs(
-    kind: str, optimizer: Optimizer, monkeypatch: pytest.MonkeyPatch
+    kind: str, changes: str, optimizer: Optimizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "BATCH", ROWS)
-    recipe = Recipe(attention=kind, optimizer=optimizer, schedule="cosine", max_epochs=10)
+    recipe = Recipe(attention=kind, changes=changes, optimizer=optimizer, schedule="cosine", max_epochs=10)
     runs = [grid(recipe, RECALL)[2], grid(replace(recipe, seed=7), RECALL)[5]]
     stack = Stack(runs, DataSets(runs, CPU))
     losses = [stack.train_epoch(epoch, [True] * len(runs)).tolist() for epoch in range(10)]
