@@ -25,7 +25,7 @@ from eval.mad.plots import plot_difficulty, plot_scores
 from eval.mad.results import open_results, read_results
 from eval.mad.runs import MAX_EPOCHS, RATES, Outcome, Recipe, Run, Schedule
 from eval.mad.scores import has_score, task_grids
-from eval.mad.settings import TASKS, Level, Task, tasks_of
+from eval.mad.settings import TASKS, Level, Task, settings_of, tasks_of
 from eval.mad.table import score_lines, solution_table
 from eval.mad.train import train
 from eval.mad.workers import train_all
@@ -51,6 +51,10 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--tasks", default="all", help=f"all, or some of {','.join(TASKS)} (default: all)")
     parser.add_argument("--level", choices=get_args(Level), default="baseline", help="default: baseline")
+    parser.add_argument(
+        "--sizes", metavar="SIZES",
+        help="train only those settings of the level that have one of these sizes, such as N3200,V64 (all)",
+    )  # fmt: skip
     parser.add_argument("--optimizer", choices=[*RATES], default="adamw", help="default: adamw")
     parser.add_argument(
         "--schedule", choices=get_args(Schedule), default="constant", help="default: constant"
@@ -98,6 +102,13 @@ def _some_of(option: str, words: str, known: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(chosen))
 
 
+def _sizes(words: str, tasks: Sequence[Task], level: Level) -> set[str]:
+    """Return sizes that settings of a level have in their names."""
+    names = [setting.name.split() for setting in settings_of(tasks, level)]
+    known = {word for name in names for word in name if word[0] in "VLN"}
+    return {*_some_of("--sizes", words, sorted(known, key=lambda word: (word[0], int(word[1:]))))}
+
+
 def _seeds(words: str) -> list[int]:
     """Split a list of seeds."""
     try:
@@ -127,7 +138,14 @@ def _grids(options: argparse.Namespace, kinds: Sequence[str], tasks: Sequence[Ta
         for kind in kinds
         for seed in _seeds(options.seeds)
     ]
-    return [runs for task in tasks for recipe in recipes for runs in task_grids(recipe, task, options.level)]
+    sizes = None if options.sizes is None else _sizes(options.sizes, tasks, options.level)
+    return [
+        runs
+        for task in tasks
+        for recipe in recipes
+        for runs in task_grids(recipe, task, options.level)
+        if sizes is None or not sizes.isdisjoint(runs[0].setting.name.split())
+    ]
 
 
 def _describe(run: Run, outcome: Outcome) -> str:

@@ -95,6 +95,21 @@ def test_a_second_command_trains_what_is_missing(tmp_path: Path, trained: list[R
     assert {run.recipe.seed for run in trained} == {1}
 
 
+def test_some_sizes_of_a_level_are_trained(tmp_path: Path, trained: list[Run]) -> None:
+    arguments = ["--attention", "softmax", "--tasks", "compression,in-context-recall", "--out", str(tmp_path)]
+    command.main([*arguments, "--level", "full", "--sizes", "N3200,V64"])
+    names = sorted({f"{run.setting.task} {run.setting.name}" for run in trained})
+    assert names == [
+        "compression V16 L32 N3200",
+        "compression V64 L32 N12800",
+        "in-context-recall V16 L128 N3200",
+        "in-context-recall V64 L128 N12800",
+    ]
+    assert len(trained) == 24
+    with pytest.raises(UserError, match="--sizes has 'N3200', want some of L32,L128,N12800,V16"):
+        command.main([*arguments, "--sizes", "N3200"])
+
+
 def test_results_of_several_folders_are_in_one_table(
     tmp_path: Path, trained: list[Run], capsys: pytest.CaptureFixture[str]
 ) -> None:
