@@ -1,4 +1,4 @@
-"""The diagnostics of the arms of a stage: means over layers at the last step that has them."""
+"""The diagnostics of the arms of a stage: means over layers at the end of finished runs."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -10,28 +10,33 @@ from eval.report.run_records import RunRecord
 from eval.report.table import Cell, Table, noted, plain
 
 DIAGNOSTICS_NOTE = (
-    "Diagnostics at the last step that has them (docs/diagnostics.md), means over layers, mean ± standard "
-    "error over seeds: the correction's norm relative to the softmax output (ratio, its median over tokens; "
-    "p95), the norm of the probes |r|, the r-norm's gain (root of its mean square), the mass on the first "
-    "visible key (p first; of the combined weights: w first), entropy (nats) and keys of the base softmax, "
-    "the share of negative combined weights, the largest logit and probe score |t|, and the stable rank of "
-    "the weights."
+    "Diagnostics of finished runs at the last step that has them (docs/diagnostics.md), means over layers, "
+    "mean ± standard error over seeds: the correction's norm relative to the softmax output (ratio, its "
+    "median over tokens; p95), the norm of the probes |r|, the r-norm's gain (root of its mean square), the "
+    "mass on the first visible key (p first; of the combined weights: w first), entropy (nats) and keys of "
+    "the base softmax, the share of negative combined weights, the largest logit and probe score |t|, and "
+    "the stable rank of the weights."
 )
 
 
 def _mean_over_layers(name: str, run: RunRecord) -> float | None:
-    """Return the mean of a value over the layers that have it; None where none has."""
-    layers = by_layer(run.diagnostics[-1]).get(name) if run.diagnostics else None
+    """Return the mean of a value over the layers that have it; None where none has, or before the end."""
+    layers = by_layer(run.diagnostics[-1]).get(name) if _has_ended(run) else None
     return sum(layers.values()) / len(layers) if layers else None
 
 
+def _has_ended(run: RunRecord) -> bool:
+    """Return whether a run has diagnostics and is finished: one that was cut off trained for fewer steps."""
+    return run.is_finished and bool(run.diagnostics)
+
+
 def diagnostics_table(arms: Sequence[ArmRuns]) -> Table | None:
-    """Make the table of the main diagnostics of arms; None where no run has any.
+    """Make the table of the main diagnostics of arms; None where no finished run has any.
 
     Args:
         arms: The arms of a stage.
     """
-    found = [arm for arm in arms if any(run.diagnostics for run in arm.runs.values())]
+    found = [arm for arm in arms if any(map(_has_ended, arm.runs.values()))]
     if not found:
         return None
     values: dict[str, list[Cell]] = {

@@ -88,6 +88,17 @@ def test_the_table_of_arms_has_means_over_layers_and_seeds(folders: list[Path]) 
     assert table.markdown()[2:] == [f"| parallax | 2 | 3.5 (1 of 2) | 4.5 (1 of 2) | {40 + STEPS} (1 of 2) |"]
 
 
+def test_the_table_of_arms_has_finished_runs_alone(folders: list[Path], tmp_path: Path) -> None:
+    cut_off = make_run(tmp_path / "c", [launch(), *training(4.0)[:20]], "--run.seed", "2")
+    write(cut_off, [diagnostics_record(20, 9.0, 9.0)])
+    runs = {seed: read_run(folder) for seed, folder in enumerate([*folders[:2], cut_off])}
+    arm = ArmRuns(stage="x", name="parallax", config="x", values={}, other=None, runs=runs, others={})
+    table = diagnostics_table([arm, replace(arm, name="begun", runs={2: runs[2]})])
+    assert table is not None
+    ends = f"4.5 ± 1 (2 of 3) | 4.5 ± 0 (2 of 3) | {40 + STEPS} ± 0 (2 of 3)"
+    assert table.markdown()[2:] == [f"| parallax | 3 | {ends} |"]
+
+
 def test_the_report_shows_them_beside_the_losses(
     folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
