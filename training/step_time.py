@@ -5,7 +5,7 @@ is not replayed as a CUDA graph, what the host needs to launch them if that is l
 weights before the forward and, if they were freed, before the backward, and scatters fp32 gradients; HSDP
 then sums them over the replicas; one rank casts its weights instead. This is hidden behind the micro-batch
 except for the embedding's weights and gradients, which come first and last. Ranks wait in every micro-batch
-for the one with the most attention. Every step adds the optimizer and host work that nothing hides.
+for the one with the most attention. Every step adds the optimizer. Between steps the host hides its work.
 docs/performance.md compares estimates with measurements.
 """
 
@@ -48,9 +48,8 @@ _OPTIMIZER_PASSES = 2
 # assumed, not measured: SOAP's fp32 products, and its QR decompositions of 10/3 n^3 FLOPs each
 _FP32_FLOPS = 40e12
 _QR_FLOPS = 1e12
-# seconds of host work per layer of a micro-batch without CUDA graphs, and per step that nothing hides
+# seconds of host work per layer of a micro-batch without CUDA graphs
 _HOST_SECONDS_PER_LAYER = 3.4e-3
-_HOST_SECONDS_PER_STEP = 5e-3
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,6 @@ class StepTime:
         waiting: Waiting for the rank with the most attention.
         communication: Collectives that nothing hides.
         optimizer: The optimizer's step, with the exchange of whole matrices, and the average of the weights.
-        host: Work of the host between two steps.
     """
 
     products: float
@@ -75,7 +73,6 @@ class StepTime:
     waiting: float
     communication: float
     optimizer: float
-    host: float
 
     @property
     def total(self) -> float:
@@ -132,7 +129,6 @@ def estimate_step_time(config: RunConfig, model: Qwen3, world_size: int) -> Step
         waiting=num_micro_batches * waiting,
         communication=num_micro_batches * _exposed_seconds(config, model, world_size, busy + launch_bound),
         optimizer=_optimizer_seconds(config, model, world_size),
-        host=_HOST_SECONDS_PER_STEP,
     )
 
 
