@@ -74,7 +74,6 @@ def _train(run_config: RunConfig) -> None:
     from training import device
 
     device.prepare()  # before the first import of torchtitan
-    device.choose_products(run_config.model.dimensions.width)
     import torch.distributed as dist
 
     from training import log

@@ -1,9 +1,9 @@
-"""Time of a layer's matrix products with cuBLAS's workspace and without it.
+"""Time of a model's matrix products with cuBLAS's workspace and without it.
 
-`python -m benchmarks.products` times the products of a layer of our sizes, forward and backward, bf16: each
-twenty times in a CUDA graph. The two ways take turns in processes of their own, since cuBLAS reads
-CUBLAS_WORKSPACE_CONFIG once; each product's time is the median over all replays.
-`training.device.choose_products` decides by what this measures.
+`python -m benchmarks.products configs/0.6b_softmax_adamw.toml ...` times the products of the configs' blocks,
+forward and backward, bf16, at the tokens of a micro-batch: each twenty times in a CUDA graph, the median of
+five replays. The two ways take turns in processes of their own, since cuBLAS reads CUBLAS_WORKSPACE_CONFIG
+once; times are medians over three of these. `training.cublas` follows from what this measures.
 """
 
 import argparse
@@ -13,27 +13,32 @@ import shlex
 import statistics
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from benchmarks.machine import RESULTS, write_result
-from errors import UserError, check_out, run_command
-from models.sizes import SIZES, ModelSize
+from config import load
+from errors import RunError, UserError, check_out, run_command
+from training.preflight import build_meta_model
+from training.run_config import RunConfig
 
 WORKSPACES = {"with": None, "without": ":0:0"}
 """CUBLAS_WORKSPACE_CONFIG of each way; None for cuBLAS's own."""
 
+_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
 _IN_GRAPH, _REPLAYS, _ROUNDS = 20, 5, 3
 
+Times = dict[str, float]
+"""Product, such as "dW 1024 x 1024" -> time in us."""
 
-def matrices(size: ModelSize) -> dict[tuple[int, int], int]:
-    """Return how many weight matrices of each shape (rows, columns) a layer with softmax attention has."""
-    queries, keys = size.num_heads * size.head_dim, size.num_kv_heads * size.head_dim
-    shapes = [(queries, size.width), (keys, size.width), (keys, size.width), (size.width, queries)]
-    shapes += [(size.mlp_width, size.width), (size.mlp_width, size.width), (size.width, size.mlp_width)]
-    return {shape: shapes.count(shape) for shape in shapes}
+
+def matrices(config: RunConfig) -> Counter[tuple[int, int]]:
+    """Count the weight matrices of all blocks by their shapes (rows, columns)."""
+    weights = (p for block in build_meta_model(config).layers for p in block.parameters() if p.ndim == 2)
+    return Counter((p.shape[0], p.shape[1]) for p in weights)
 
 
 def _median_time(product: Callable[[int], torch.Tensor]) -> float:
@@ -58,18 +63,11 @@ def _median_time(product: Callable[[int], torch.Tensor]) -> float:
     return statistics.median(times)
 
 
-def time_products(size: ModelSize, num_tokens: int) -> dict[str, float]:
-    """Time the products of a layer.
-
-    Args:
-        size: The model's.
-        num_tokens: Tokens of a micro-batch.
-
-    Returns:
-        Times in us, of "y", "dx" and "dW" with the weight's shape.
-    """
+def time_products(config: RunConfig) -> Times:
+    """Time "y", "dx" and "dW" of each shape of matrices."""
+    num_tokens = config.tokens_per_micro_batch
     times = {}
-    for rows, columns in matrices(size):
+    for rows, columns in matrices(config):
         weight = torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16)
         x = torch.randn(2, num_tokens, columns, device="cuda", dtype=torch.bfloat16)
         dy = torch.randn(2, num_tokens, rows, device="cuda", dtype=torch.bfloat16)
@@ -80,34 +78,46 @@ def time_products(size: ModelSize, num_tokens: int) -> dict[str, float]:
     return times
 
 
-def _time_in_process(workspace: str | None, size: str, num_tokens: int) -> dict[str, float]:
-    environment = {key: value for key, value in os.environ.items() if key != "CUBLAS_WORKSPACE_CONFIG"}
+def time_in_process(workspace: str | None, path: str) -> Times:
+    """Time the products of a config in a new process.
+
+    Args:
+        workspace: Of WORKSPACES.
+        path: The config file.
+
+    Raises:
+        RunError: The process has failed; its error is printed.
+    """
+    environment = {key: value for key, value in os.environ.items() if key != _VARIABLE}
     if workspace is not None:
-        environment["CUBLAS_WORKSPACE_CONFIG"] = workspace
-    command = [sys.executable, "-m", "benchmarks.products", "--child", size, "--tokens", str(num_tokens)]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        environment[_VARIABLE] = workspace
+    command = [sys.executable, "-m", "benchmarks.products", "--child", path]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise RunError(f"the products of {path} were not measured: {shlex.join(command)} has failed")
     return json.loads(done.stdout)
 
 
-def measure(size: str, num_tokens: int) -> dict[str, dict[str, float]]:
-    """Time the products of a size's layer in both ways, in turns; returns us by way and product."""
-    rounds = {way: [] for way in WORKSPACES}
+def measure(path: str) -> dict[str, Times]:
+    """Time the products of a config in both ways, in turns; returns medians by way."""
+    rounds: dict[str, list[Times]] = {way: [] for way in WORKSPACES}
     for _ in range(_ROUNDS):
         for way, workspace in WORKSPACES.items():
-            rounds[way].append(_time_in_process(workspace, size, num_tokens))
+            rounds[way].append(time_in_process(workspace, path))
     return {
         way: {name: statistics.median(each[name] for each in measured) for name in measured[0]}
         for way, measured in rounds.items()
     }
 
 
-def layer_time(size: ModelSize, times: dict[str, float]) -> float:
-    """Return the time of all products of a layer in us."""
-    return sum(
+def layer_time(config: RunConfig, times: Times) -> float:
+    """Return the time of the products of a block in us, the mean over blocks."""
+    total = sum(
         count * times[f"{kind} {rows} x {columns}"]
-        for (rows, columns), count in matrices(size).items()
+        for (rows, columns), count in matrices(config).items()
         for kind in ("y", "dx", "dW")
     )
+    return total / config.model.dimensions.num_layers
 
 
 def main() -> None:
@@ -117,29 +127,31 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--sizes", nargs="+", default=["60m", "0.6b", "1.7b"], choices=SIZES, metavar="SIZE")
-    parser.add_argument("--tokens", type=int, default=32768, help="of a micro-batch (32768)")
-    parser.add_argument("--child", choices=SIZES, help=argparse.SUPPRESS)
+    parser.add_argument("configs", nargs="*", help="config files")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--name", default="products", help="name of the JSON file in --out")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     options = parser.parse_args()
     if options.child is not None:
-        print(json.dumps(time_products(SIZES[options.child], options.tokens)))
+        print(json.dumps(time_products(load(RunConfig, options.child))))
         return
+    if not options.configs:
+        parser.error("the following arguments are required: configs")
     check_out(options.out)
+    configs = {path: load(RunConfig, path) for path in options.configs}
     if not torch.cuda.is_available():
         raise UserError("this machine has no GPU: the benchmark measures products on one")
     rows = []
-    for size in options.sizes:
-        times = measure(size, options.tokens)
-        layer = {way: layer_time(SIZES[size], each) for way, each in times.items()}
-        rows.append({"size": size, "layer_us": layer, "us": times})
+    for path, config in configs.items():
+        times = measure(path)
+        layer = {way: layer_time(config, each) for way, each in times.items()}
+        rows.append({"config": path, "layer_us": layer, "us": times})
         ratio = layer["without"] / layer["with"]
-        print(f"{size}: a layer takes {layer['with']:.0f} us with a workspace, {ratio:.3f} of it without")
+        print(f"{path}: a block takes {layer['with']:.0f} us with a workspace, {ratio:.3f} of it without")
         for name, time in times["with"].items():
             print(f"    {name:16}  {time:7.1f} us  {times['without'][name] / time:.3f}")
     command = shlex.join(["python", "-m", "benchmarks.products", *sys.argv[1:]])
-    write_result(options.name, {"command": command, "num_tokens": options.tokens, "rows": rows}, options.out)
+    write_result(options.name, {"command": command, "rows": rows}, options.out)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ parameters without the embedding, a size for one GPU.
 At three sizes there are the controls of the comparison (paper, section 3). MLP widths are multiples of 8, so
 that parameters match approximately; `python -m models.size_table` prints all rows with the mismatch.
   _parameter_matched          softmax with more query heads, to match Parallax's parameters
-  _compute_matched            Parallax with half the head width (at 60m half the heads, since the kernels need
-                              a width of 64), to match softmax's FLOPs forward, and a wider MLP, to match
-                              Parallax's parameters
+  _compute_matched            Parallax with half the head width (at 60m half the heads), to match softmax's
+                              FLOPs forward, and a wider MLP, to match Parallax's parameters
+  _half_width                 at 60m alone: _compute_matched with half the head width, as at the other sizes
   _compute_parameter_matched  the same with an MLP that matches softmax's parameters
   _parameter_neutral          Parallax with its whole head width, and an MLP narrower by W_R's parameters, to
                               match softmax's (our choice: the paper has no such control)
@@ -55,6 +55,9 @@ SIZES: dict[str, ModelSize] = {
     ),
     "60m_compute_matched": ModelSize(
         width=512, num_layers=16, num_heads=4, num_kv_heads=2, head_dim=64, mlp_width=2264
+    ),
+    "60m_half_width": ModelSize(
+        width=512, num_layers=16, num_heads=8, num_kv_heads=4, head_dim=32, mlp_width=2264
     ),
     "60m_compute_parameter_matched": ModelSize(
         width=512, num_layers=16, num_heads=4, num_kv_heads=2, head_dim=64, mlp_width=2088
@@ -139,6 +142,7 @@ class Control:
 CONTROLS: dict[str, Control] = {
     "parameter_matched": Control(attention="softmax", reference="parallax"),
     "compute_matched": Control(attention="parallax", reference="parallax"),
+    "half_width": Control(attention="parallax", reference="parallax"),
     "compute_parameter_matched": Control(attention="parallax", reference="softmax"),
     "parameter_neutral": Control(attention="parallax", reference="softmax"),
     "gated-deltanet": Control(attention="gated-deltanet", reference="softmax"),

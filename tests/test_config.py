@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -206,6 +207,21 @@ def test_refusals_name_key_value_and_remedy(tmp_path: Path, overrides: list[str]
     message = refusal(write(tmp_path, RUN), *overrides)
     for part in said:
         assert part in message, message
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Heads:
+    """A table with a choice of integers."""
+
+    width: Literal[1, 2] = 1
+
+
+@pytest.mark.parametrize("word", ["1.0", "true", "3", '"1"'])
+def test_a_choice_of_integers_is_an_integer(tmp_path: Path, word: str) -> None:
+    path = write(tmp_path, "width = 2\n")
+    assert config.load(Heads, path, []).width == 2
+    with pytest.raises(config.ConfigError, match=r"width: got .*, want one of 1, 2"):
+        config.load(Heads, path, ["--width", word])
 
 
 def test_missing_key_missing_file_bad_toml_and_bad_words(tmp_path: Path) -> None:

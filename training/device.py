@@ -17,9 +17,6 @@ from torch.distributed import distributed_c10d
 
 from errors import UserError
 
-_LARGE_WIDTH = 1024
-"""The least width of a model whose products have been measured to take less time without a workspace."""
-
 
 def _cpu_module() -> ModuleType:
     """Return torch.cpu with the functions of an accelerator's module that torchtitan calls."""
@@ -72,18 +69,3 @@ def set_collective_timeouts(timeout: timedelta) -> None:
     for group, (backend, _) in distributed_c10d._world.pg_map.items():
         if backend != "fake":  # torchtitan's, of mesh axes of one rank
             distributed_c10d._set_pg_timeout(timeout, group)
-
-
-def choose_products(width: int) -> None:
-    """Let cuBLAS choose products for a model; call it before the first of them.
-
-    Without a workspace it takes those whose tiles are dealt out beforehand, not by a counter in memory, which
-    is cleared before each product. On an H200 the products of a 0.6B layer take 2 to 4% less time then
-    (benchmarks/results/products_h200_202611.txt). The gradient of a small matrix needs a workspace: its few
-    tiles do not fill a GPU otherwise.
-
-    Args:
-        width: Width of the model.
-    """
-    if width >= _LARGE_WIDTH:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":0:0")

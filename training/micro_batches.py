@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from models.qwen3 import Qwen3
+from training.cublas import limit_workspace
 from training.log import logger
 from training.run_config import TrainingConfig
 
@@ -85,6 +86,7 @@ class MicroBatches:
         self._num_predicted = torch.zeros((), dtype=torch.int64, device=device)
         # of the shards: once gathered for an evaluation, a sharded model has others
         self._parameters = list(model.parameters())
+        limit_workspace(self._parameters)
         self._sharded_modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
         self._graphs = None if self.refusal else _Graphs(self._parameters, device)
 

@@ -5,7 +5,8 @@ is not replayed as a CUDA graph, what the host needs to launch them if that is l
 weights before the forward and, if they were freed, before the backward, and scatters fp32 gradients; HSDP
 then sums them over the replicas; one rank casts its weights instead. This is hidden behind the micro-batch
 except for the embedding's weights and gradients, which come first and last. Ranks wait in every micro-batch
-for the one with the most attention. Every step adds the optimizer. Between steps the host hides its work.
+for the one with the most attention. Every step adds the optimizer. The host's work between steps is hidden,
+as measured on one GPU.
 docs/performance.md compares estimates with measurements.
 """
 
@@ -96,7 +97,8 @@ def estimate_step_time(config: RunConfig, model: Qwen3, world_size: int) -> Step
 
     Returns:
         The parts; None for attention whose kernels have not been measured: of another kind, of other
-            implementations than our kernels, or with heads of a width that these do not serve.
+            implementations than our kernels, or with heads of a width that these do not serve. Heads of other
+            widths than 128 are assumed to take as long per FLOP.
 
     Raises:
         UserError: The batch or the degrees of parallelism do not fit the number of ranks.

@@ -149,12 +149,9 @@ def _grids(options: argparse.Namespace, kinds: Sequence[str], tasks: Sequence[Ta
 
 
 def _describe(run: Run, outcome: Outcome) -> str:
-    recipe, setting = run.recipe, run.setting
-    model = " ".join(filter(None, (recipe.attention, recipe.changes)))
-    chosen = f"{model} {setting.task} {setting.name} {recipe.optimizer} seed {recipe.seed}"
-    rates = f"lr {run.lr:g} weight decay {run.weight_decay:g}"
+    rates = f"seed {run.recipe.seed} lr {run.lr:g} weight decay {run.weight_decay:g}"
     result = f"accuracy {outcome.accuracy:.3f}, {outcome.num_epochs} epochs, {outcome.seconds:.0f} s"
-    return f"{chosen} {rates}: {result}"
+    return f"{run.grid_name} {rates}: {result}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -171,6 +168,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_out(options.out)
     check_at_least_1(options, "max_epochs")
     check_at_least_1(options, "grids_per_gpu")
+    if options.attention is None and (options.set or options.sizes):
+        raise UserError("--set and --sizes have no effect without --attention: nothing is trained")
     kinds = _some_of("--attention", options.attention, [*attention_kinds()]) if options.attention else []
     chosen = ",".join(tasks_of(options.level)) if options.tasks == "all" else options.tasks
     tasks = cast(list[Task], _some_of("--tasks", chosen, TASKS))

@@ -23,7 +23,7 @@ _HEAD_DIM = Literal[2, 4, 8, 16, 32, 64, 128]
 
 
 def _schema(attention: AttentionConfig, head_dim: int) -> type:
-    """Return the dataclass of all that can be changed, whose defaults are what is so anyway."""
+    """Return the dataclass of all that can be changed, with the values without changes as defaults."""
     hints = get_type_hints(type(attention))
     names = [field.name for field in fields(attention) if field.name != "kind"]
     keys = [(name, hints[name], getattr(attention, name)) for name in names]

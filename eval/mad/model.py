@@ -100,7 +100,7 @@ def model_config(kind: str, vocab_size: int, changes: str = "") -> MadConfig:
 
 
 def canonical_changes(kind: str, words: Sequence[str]) -> str:
-    """Return the one name of changes of an attention: sorted by key, without those to what is so anyway.
+    """Return the one name of changes of an attention: sorted by key, without those to the value there is.
 
     Args:
         kind: The attention, as attention.kind of a config.

@@ -32,7 +32,7 @@ class Recipe:
 
     Attributes:
         attention: The attention, as attention.kind of a config.
-        changes: What is not MAD's of it, from canonical_changes, such as "head_dim=32 rope=false".
+        changes: Settings that differ from MAD's, from canonical_changes, such as "head_dim=32 rope=false".
         optimizer: "adamw", or "muon" for the matrices of attention and MLP with AdamW for the rest.
         schedule: "constant", which mad-lab's code runs, or "cosine" by epoch down to 1e-6, which it asks for.
         seed: Seed of data, weights and order.
@@ -78,6 +78,13 @@ class Run:
     setting: Setting
     lr: float
     weight_decay: float
+
+    @property
+    def grid_name(self) -> str:
+        """What the runs of its grid share, as "softmax adamw on memorization V256 L32 N256"."""
+        recipe, setting = self.recipe, self.setting
+        model = " ".join(filter(None, (recipe.attention, recipe.changes)))
+        return f"{model} {recipe.optimizer} on {setting.task} {setting.name}"
 
 
 @dataclass(frozen=True, kw_only=True)

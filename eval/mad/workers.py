@@ -117,9 +117,7 @@ class _Workers:
         if runs is None:  # it had nothing left to do
             self._processes.pop(place).join()
             return
-        recipe, setting = runs[0].recipe, runs[0].setting
-        chosen = f"{recipe.attention} {recipe.optimizer} on {setting.task} {setting.name}"
-        self.failures.append(f"{chosen} failed on GPU {self._gpus[place]}")
+        self.failures.append(f"{runs[0].grid_name} failed on GPU {self._gpus[place]}")
         print(f"{self.failures[-1]}: {reason}", file=sys.stderr, flush=True)
         self._processes.pop(place).join()
         self._give(place)

@@ -20,7 +20,7 @@ DIAGNOSTICS_NOTE = (
 
 
 def _mean_over_layers(name: str, run: RunRecord) -> float | None:
-    """Return the mean of a value over the layers that have it; None where none has, or before the end."""
+    """Return a finished run's mean of a value over the layers that have it; None where none has."""
     layers = by_layer(run.diagnostics[-1]).get(name) if _has_ended(run) else None
     return sum(layers.values()) / len(layers) if layers else None
 

@@ -72,7 +72,7 @@ _HOPPER_NARROW: dict[KernelName, Tile] = {
     "dqdr": Tile(64, 32, 4, 1, sums=4),
     "dkdv": Tile(32, 64, 4, 1, use_descriptors=False),
 }
-"""Takes precedence for widths below 64; measured at 8, with rows of 127 tokens."""
+"""Takes precedence for widths below 64; measured at 8 alone, with rows of 127 tokens."""
 
 _HOPPER_SPECIALIZED: dict[tuple[KernelName, int], Tile] = {
     ("forward", 64): Tile(128, 128, 4, 3, sums=4, is_specialized=True, key_norms=True),

@@ -1,46 +1,79 @@
-"""The products of a layer, with a workspace and without."""
+"""The products of a model, with a workspace and without."""
 
-from collections import Counter
+import json
+import os
+import subprocess
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-import torch
 
 from benchmarks import products
-from benchmarks.products import layer_time, matrices, measure, time_products
-from models.config import ModelConfig, SoftmaxConfig
-from models.qwen3 import Block
-from models.sizes import SIZES
+from benchmarks.products import Times, layer_time, matrices, measure, time_in_process, time_products
+from config import load
+from errors import RunError
+from training.run_config import RunConfig
+
+DEBUG = "configs/debug_softmax_muon.toml"
 
 
-@pytest.mark.parametrize("size", ["60m", "0.6b", "1.7b"])
-def test_matrices_are_those_of_a_layer(size: str) -> None:
-    with torch.device("meta"):
-        block = Block(ModelConfig(size=size, vocab_size=16384, attention=SoftmaxConfig()), 0)
-    weights = (p for p in block.parameters() if p.ndim == 2)
-    assert matrices(SIZES[size]) == Counter(tuple(p.shape) for p in weights)
+def test_matrices_are_those_of_all_blocks() -> None:
+    softmax = matrices(load(RunConfig, "configs/0.6b_softmax_adamw.toml"))
+    assert softmax == {
+        (2048, 1024): 28,
+        (1024, 1024): 56,
+        (1024, 2048): 28,
+        (3072, 1024): 56,
+        (1024, 3072): 28,
+    }
+    # decay and write rates of three heads
+    assert matrices(load(RunConfig, "configs/0.6b_gated-deltanet_muon.toml"))[3, 1024] == 56
 
 
-def test_a_layer_is_the_sum_of_its_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    size = SIZES["debug"]
+def test_a_block_is_the_sum_of_its_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load(RunConfig, DEBUG)
     asked = []
 
-    def time_in_process(workspace: str | None, name: str, num_tokens: int) -> dict[str, float]:
+    def time_in_process(workspace: str | None, path: str) -> Times:
         asked.append(workspace)
         speed = 1.0 if workspace is None else 0.5
         return {
-            f"{kind} {m} x {n}": speed * len(asked) for kind in ("y", "dx", "dW") for m, n in matrices(size)
+            f"{kind} {m} x {n}": speed * len(asked) for kind in ("y", "dx", "dW") for m, n in matrices(config)
         }
 
-    monkeypatch.setattr(products, "_time_in_process", time_in_process)
-    times = measure("debug", 64)
+    monkeypatch.setattr(products, "time_in_process", time_in_process)
+    times = measure(DEBUG)
     assert asked == [None, ":0:0"] * 3
     # the medians of 1, 3, 5 and of half of 2, 4, 6, for three products of each of seven matrices
-    assert layer_time(size, times["with"]) == 21 * 3
-    assert layer_time(size, times["without"]) == 21 * 2
+    assert layer_time(config, times["with"]) == 21 * 3
+    assert layer_time(config, times["without"]) == 21 * 2
+
+
+@pytest.mark.parametrize("workspace", [None, ":0:0"])
+def test_each_way_has_its_own_environment(workspace: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:2")
+    given: dict[str, Any] = {}
+
+    def run(command: list[str], **options: Any) -> SimpleNamespace:
+        given.update(options, command=command)
+        return SimpleNamespace(returncode=0, stdout=json.dumps({"y 1 x 1": 2.0}))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert time_in_process(workspace, DEBUG) == {"y 1 x 1": 2.0}
+    assert given["env"].get("CUBLAS_WORKSPACE_CONFIG") == workspace
+    assert given["env"]["PATH"] == os.environ["PATH"]
+    assert given["command"][1:] == ["-m", "benchmarks.products", "--child", DEBUG]
+
+
+def test_a_failed_process_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stdout=""))
+    with pytest.raises(RunError, match=r"the products of configs/debug_softmax_muon\.toml were not measured"):
+        time_in_process(None, DEBUG)
 
 
 @pytest.mark.gpu
 def test_products_on_a_gpu() -> None:
-    times = time_products(SIZES["debug"], 1024)
-    assert len(times) == 3 * len(matrices(SIZES["debug"]))
+    config = load(RunConfig, DEBUG)
+    times = time_products(config)
+    assert len(times) == 3 * len(matrices(config))
     assert all(time > 0 for time in times.values())

@@ -49,6 +49,15 @@ def test_compute_matched_has_the_forward_flops_of_softmax(size: str) -> None:
         assert size == "60m" or matched.head_dim == 64
 
 
+def test_half_width_has_the_head_width_of_the_other_sizes_controls() -> None:
+    plain, matched, half = (SIZES[size] for size in ("60m", "60m_compute_matched", "60m_half_width"))
+    assert half == replace(plain, head_dim=plain.head_dim // 2, mlp_width=matched.mlp_width)
+    assert (
+        num_parameters("60m_half_width", "parallax")
+        == num_parameters("60m_compute_matched", "parallax") - 16 * 3 * 32
+    )
+
+
 @pytest.mark.parametrize("size", ["60m", "0.6b", "1.7b"])
 def test_parameter_neutral_parallax_has_a_narrower_mlp_and_nothing_else(size: str) -> None:
     plain, neutral = SIZES[size], SIZES[f"{size}_parameter_neutral"]

@@ -23,12 +23,13 @@ MEASURED = {
 }
 STEPS = [
     pytest.param(
-        row, ["--training.global_batch_size", str(rows), *words], id=f"{Path(row['config']).stem}{note}"
+        row, ["--training.global_batch_size", str(rows), *words], most, id=f"{Path(row['config']).stem}{note}"
     )
-    for name, rows, words, note in (
-        ("training_no_workspace_h200", 8, [], ""),
-        ("training_unmasked_h200", 8, ["--data.mask_documents", "false"], "-unmasked"),
-        ("training_1.7b_h200", 16, [], ""),
+    for name, rows, words, most, note in (
+        ("training_no_workspace_h200", 8, [], 1.02, ""),
+        # the rate of attention is that of documents; softmax attention has a higher one in whole rows
+        ("training_unmasked_h200", 8, ["--data.mask_documents", "false"], 1.08, "-unmasked"),
+        ("training_1.7b_h200", 16, [], 1.02, ""),
     )
     for row in MEASURED[name]
     if row["stock_rows"] is None
@@ -43,10 +44,12 @@ def estimate(path: str, world_size: int, overrides: list[str]) -> StepTime:
     return time
 
 
-@pytest.mark.parametrize(("row", "overrides"), STEPS)
-def test_estimates_are_close_to_measured_steps(row: dict[str, Any], overrides: list[str]) -> None:
+@pytest.mark.parametrize(("row", "overrides", "most"), STEPS)
+def test_estimates_are_close_to_measured_steps(
+    row: dict[str, Any], overrides: list[str], most: float
+) -> None:
     time = estimate(row["config"], 1, overrides)
-    assert 0.92 < time.total / row["step_seconds"] < 1.08
+    assert 0.92 < time.total / row["step_seconds"] < most
 
 
 @pytest.mark.parametrize("row", SCALING, ids=lambda row: f"{Path(row['config']).stem}-{row['num_gpus']}")

@@ -145,7 +145,7 @@ def test_a_run_of_the_command_with_changes(
     words += ["--out", str(tmp_path)]
     command.main([*words, "--set", "head_dim=32", "r_gain_init=1", "rope=false"])
     printed = capsys.readouterr().out
-    assert printed.count("parallax head_dim=32 r_gain_init=1.0 rope=false memorization") == 6
+    assert printed.count("parallax head_dim=32 r_gain_init=1.0 rope=false adamw on memorization") == 6
     name = "parallax, adamw, head_dim=32 r_gain_init=1.0 rope=false, 1 epochs"
     assert f"| task | {name} |" in printed
     command.main([*words, "--set", "rope=false", "r_gain_init=1.0", "--set", "head_dim=32"])

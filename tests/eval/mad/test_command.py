@@ -95,6 +95,12 @@ def test_a_second_command_trains_what_is_missing(tmp_path: Path, trained: list[R
     assert {run.recipe.seed for run in trained} == {1}
 
 
+@pytest.mark.parametrize("words", [["--set", "nonsense=1"], ["--sizes", "N3200"]], ids=lambda words: words[0])
+def test_what_is_to_be_trained_needs_an_attention(words: list[str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--set and --sizes have no effect without --attention"):
+        command.main([*words, "--out", str(tmp_path)])
+
+
 def test_some_sizes_of_a_level_are_trained(tmp_path: Path, trained: list[Run]) -> None:
     arguments = ["--attention", "softmax", "--tasks", "compression,in-context-recall", "--out", str(tmp_path)]
     command.main([*arguments, "--level", "full", "--sizes", "N3200,V64"])

@@ -24,6 +24,12 @@ def test_the_factor_is_not_rounded_to_the_tensors_dtype(dtype: torch.dtype) -> N
     assert torch.equal(scale(x, factor, dtype), (x.double() * factor.double()).to(dtype))
 
 
+def test_the_result_has_the_tensors_shape() -> None:
+    assert scale(torch.ones(()), torch.full((1,), 2.0), torch.float32).shape == ()
+    with pytest.raises(AssertionError):
+        scale(torch.ones(4, 8), torch.ones(8), torch.float32)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("asked", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", [(1,), (2047,), (151936, 1024), (2**31 + 5,)], ids=str)
