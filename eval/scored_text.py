@@ -17,10 +17,6 @@ from eval.scoring.scorer import windows
 Mode: TypeAlias = Literal["documents", "wikitext", "last-word"]
 """Which tokens of a document are predicted; `python -m eval.perplexity --help` explains each mode."""
 
-# tokenized at once
-_BATCH_DOCUMENTS = 256
-_BATCH_CHARACTERS = 1 << 18
-
 
 class ScoredText(NamedTuple):
     """A document, its tokens from one index on predicted.
@@ -71,7 +67,7 @@ def read_texts(
     Raises:
         UserError: The documents do not fit the mode, or the source is damaged.
     """
-    for batch in batches(source.read(repeat=False), _BATCH_DOCUMENTS, _BATCH_CHARACTERS):
+    for batch in batches(source.read(repeat=False)):
         texts = _encode([row for row in batch if row.skipped is None], tokenizer, mode)
         for row in batch:
             if row.skipped is not None:

@@ -175,7 +175,8 @@ def linear_cross_entropy_with_z_loss(
         chunk_tokens: Tokens per chunk.
 
     Returns:
-        The sum of both over valid labels, differentiable once, and the z-loss in it, which has no gradient.
+        The sum of both over valid labels in nats, differentiable once, and the z-loss in it, which has no
+        gradient: scalars in fp32 (fp64 for fp64 input).
     """
     x_BTD, weight_VD = cast_under_autocast(x_BTD, weight_VD)
     with autocast_disabled(x_BTD):

@@ -276,8 +276,8 @@ class Qwen3(nn.Module):
             where it is skipped.
 
         Raises:
-            ValueError: T is 0, B > 1 with cu_seqlens, or cu_seqlens is invalid (its values are checked on CPU
-                only).
+            UserError: T is 0.
+            ValueError: B > 1 with cu_seqlens, or cu_seqlens is invalid (its values are checked on CPU only).
         """
         num_tokens = tokens_BT.shape[1]
         if num_tokens == 0:

@@ -52,6 +52,9 @@ class GroupOptimizer(torch.optim.Optimizer, ABC):
         Returns:
             fp32 scalars on the device; summed over all ranks, each counts every element once. Groups with a
             learning rate of 0 may be left out.
+
+        Raises:
+            NotImplementedError: The optimizer does not measure its updates (measures_updates).
         """
         raise NotImplementedError(f"{type(self).__name__} does not measure its updates")
 

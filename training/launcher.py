@@ -56,7 +56,11 @@ def complete_environment(environment: MutableMapping[str, str]) -> None:
 
 
 def ranks_of(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the five variables of torchrun for a process; see complete_environment."""
+    """Return the five variables of torchrun for a process.
+
+    Raises:
+        UserError: See complete_environment.
+    """
     found = _find_ranks(environment)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
         most = _LAST_PORT if name == "MASTER_PORT" else _MOST_RANKS

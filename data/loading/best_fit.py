@@ -181,7 +181,11 @@ class BestFitPacker:
     def pack(
         self, documents: Iterable[Document], state: PackerState
     ) -> Iterator[tuple[PackedRow, PackerState | None]]:
-        """Yield each row with the state of the next one, as `data.loading.packing.Packer.pack` does."""
+        """Yield each row with the state of the next one, as `data.loading.packing.Packer.pack` does.
+
+        Raises:
+            UserError: The documents are not those that the state was saved with.
+        """
         position, first, skipped = state
         for block in self._blocks(documents):
             rows = self._rows(block)

@@ -11,10 +11,6 @@ from data.sources.base import DocumentSource, Position, Row, TokenSequence, batc
 from data.tokenizer import Tokenizer
 from errors import UserError
 
-# large enough for every core to tokenize, small enough that a step does not wait long for the first batch
-_BATCH_CHARACTERS = 1 << 18
-_BATCH_ROWS = 256
-
 
 @dataclass(frozen=True, kw_only=True)
 class StreamState:
@@ -139,7 +135,7 @@ def tokenize(rows: Iterator[Row], tokenizer: Tokenizer) -> Iterator[tuple[Row, T
         rows: Rows of text or of tokens.
         tokenizer: Tokenizes batches of text, in parallel.
     """
-    for batch in batches(rows, _BATCH_ROWS, _BATCH_CHARACTERS):
+    for batch in batches(rows):
         encoded = iter(tokenizer.encode_batch([row.text for row in batch if row.text is not None]))
         for row in batch:
             tokens = row.tokens

@@ -4,7 +4,6 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -12,6 +11,7 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
+from data.parent import exit_with_parent
 from data.sources.shard_format import TOKEN, ShardSplit
 from data.sources.split import is_held_out
 from data.tokenizer import Tokenizer
@@ -91,15 +91,7 @@ def _start_worker(tokenizer: Tokenizer) -> None:
     # one process per core: the library's own threads would oversubscribe the cores
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _tokenizer[:] = [tokenizer]
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    """Exit when the parent dies: a killed parent cannot shut its workers down."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    exit_with_parent()
 
 
 def _encode(texts: list[str]) -> list[EncodedDocument]:

@@ -21,7 +21,7 @@ from data.folder_lock import FolderLock, LockedError
 from data.shards.encode import Encode, EncodedDocument, encoder
 from data.shards.source_files import hash_sources
 from data.shards.writer import ShardWriter, write_manifest
-from data.sources.base import Position, Row, batches
+from data.sources.base import BATCH_ROWS, Position, Row, batches
 from data.sources.files import FileDocuments
 from data.sources.hub import HubDocumentFile
 from data.sources.shard_format import (
@@ -47,8 +47,6 @@ from data.tokenizer import Tokenizer
 from disk import naming_full_disk
 from errors import UserError
 
-_BATCH_CHARACTERS = 1 << 18
-_BATCH_ROWS = 256
 _BATCHES_PER_PROCESS = 4
 
 
@@ -212,7 +210,7 @@ class _Preparation:
             writer.add(document)
             self._num_tokens += len(document.tokens) // TOKEN.itemsize
             self._num_documents += 1
-            if self._num_documents % _BATCH_ROWS == 0:
+            if self._num_documents % BATCH_ROWS == 0:
                 self._report_progress()
             if writer.num_tokens >= self._options.shard_tokens or self._has_max_tokens():
                 return False
@@ -241,9 +239,7 @@ class _Preparation:
         pending: deque[tuple[list[Row], Future[list[EncodedDocument]]]] = deque()
         max_pending = _BATCHES_PER_PROCESS * max(self._options.num_processes, 1)
         try:
-            for batch in batches(
-                self._source.read(self._position, repeat=False), _BATCH_ROWS, _BATCH_CHARACTERS
-            ):
+            for batch in batches(self._source.read(self._position, repeat=False)):
                 pending.append((batch, self._encode([row.text for row in batch if row.text is not None])))
                 if len(pending) >= max_pending:
                     yield from _join(*pending.popleft())

@@ -5,6 +5,9 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
+BATCH_CHARACTERS, BATCH_ROWS = 1 << 18, 256
+"""Of a batch: enough for every core to tokenize, and few enough that a step soon gets its first one."""
+
 # small and plain JSON; its keys are private to the source that returned it
 Position: TypeAlias = dict[str, Any]
 
@@ -69,8 +72,10 @@ class DocumentSource(Protocol):
         ...
 
 
-def batches(rows: Iterator[Row], max_rows: int, max_characters: int) -> Iterator[list[Row]]:
-    """Group rows into batches; a batch ends with the row that reaches either limit.
+def batches(
+    rows: Iterator[Row], max_rows: int = BATCH_ROWS, max_characters: int = BATCH_CHARACTERS
+) -> Iterator[list[Row]]:
+    """Group rows into batches to tokenize; a batch ends with the row that reaches either limit.
 
     Args:
         rows: The rows.

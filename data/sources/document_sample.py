@@ -23,9 +23,6 @@ from errors import UserError
 
 # not that of data/sources/split.py: the split must not decide which of its documents are drawn
 _HASH_KEY = b"held-out sample"
-# tokenized at once
-_BATCH_ROWS = 256
-_BATCH_CHARACTERS = 1 << 18
 
 
 class DocumentSample:
@@ -143,7 +140,7 @@ def draw_sample(
     drawn = _SmallestHashes(max_tokens)
     for index, source in enumerate(sources):
         shards, number = source.fingerprint, 0
-        for batch in batches(source.read(repeat=False), _BATCH_ROWS, _BATCH_CHARACTERS):
+        for batch in batches(source.read(repeat=False)):
             candidates: list[tuple[int, Row]] = []
             for row in batch:
                 number += 1

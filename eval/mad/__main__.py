@@ -17,7 +17,7 @@ from typing import cast, get_args
 import torch
 
 from disk import write_text
-from errors import UserError, check_at_least_1, check_out, run_command
+from errors import MAX_SEED, UserError, check_at_least_1, check_out, run_command
 from eval.gpus import visible_gpus
 from eval.mad.model import attention_kinds, canonical_changes
 from eval.mad.packs import pack
@@ -112,9 +112,13 @@ def _sizes(words: str, tasks: Sequence[Task], level: Level) -> set[str]:
 def _seeds(words: str) -> list[int]:
     """Split a list of seeds."""
     try:
-        return list(dict.fromkeys(int(word) for word in words.split(",")))
+        seeds = list(dict.fromkeys(int(word) for word in words.split(",")))
     except ValueError:
         raise UserError(f"--seeds is {words!r}, want integers with commas, such as 12345,1") from None
+    outside = [seed for seed in seeds if not 0 <= seed <= MAX_SEED]
+    if outside:
+        raise UserError(f"--seeds has {outside[0]}, want integers from 0 to {MAX_SEED}")
+    return seeds
 
 
 def _device(name: str | None) -> torch.device:

@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import queue
 import sys
-import threading
 import traceback
 from collections.abc import Iterable, Sequence
 from multiprocessing.process import BaseProcess
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from data.parent import exit_with_parent
 from errors import RunError
 from eval.gpus import VISIBLE
 from eval.mad.runs import Run
@@ -132,18 +132,10 @@ class _Workers:
 def _work(place: int, inbox: Any, messages: Any, is_compiled: bool) -> None:
     """Train packs from the inbox, and send (place, (run, outcome)), or (place, traceback) at a failure."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    exit_with_parent()
     try:
         while True:
             runs = inbox.get()
             train(runs, device, lambda *ended: messages.put((place, ended)), is_compiled=is_compiled)
     except Exception:
         messages.put((place, traceback.format_exc()))
-
-
-def _exit_with_parent() -> None:
-    """End this process with the one that started it, which may be killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)

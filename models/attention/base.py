@@ -84,7 +84,7 @@ class Attention(nn.Module, ABC):
     ) -> torch.Tensor:
         """Compute forward over packed prompts (B = 1), and store prompt n in row n of an empty state.
 
-        Args and returns as forward; no prompt is empty.
+        Args and returns as forward, and the state from new_state, filled in place; no prompt is empty.
 
         Raises:
             UnsupportedError: The module does not decode.

@@ -55,7 +55,17 @@ class KeyValueAttention(HeadProjections):
     def attend_cached(
         self, q_BTHK: torch.Tensor, r_BTHK: torch.Tensor | None, state: State, num_keys_B: torch.Tensor
     ) -> torch.Tensor:
-        """Compute attention of new tokens, whose keys are the last of num_keys_B in the KV cache."""
+        """Compute attention of new tokens, whose keys are the last of num_keys_B in the KV cache.
+
+        Args:
+            q_BTHK: Queries of T new tokens of each sequence `[B, T, H, K]`.
+            r_BTHK: Probes likewise, or None.
+            state: From new_state: keys and values `[B, S, G, K]`.
+            num_keys_B: Keys of each sequence, those of the new tokens included, int32.
+
+        Returns:
+            The heads' outputs `[B, T, H, K]` in q's dtype.
+        """
 
     def forward(
         self, x_BTD: torch.Tensor, rope: Rope, cu_seqlens: torch.Tensor | None, max_seqlen: int

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from parallax.kernels.addressing import LOG2E
+from parallax.kernels.addressing import LOG2E, strides_of
 from parallax.kernels.decode_tiles import DecodeDevice, DecodeTile, tile_of
 from parallax.kernels.row_sums import add_row_sums
 
@@ -330,7 +330,7 @@ def decode(
     probe = q if r is None else r
     _parallax_decode_kernel[(batch_size * num_splits * num_kv_heads,)](
         q, probe, k_cache, v_cache, page_table, cache_seqlens, out, parts, stats,
-        _strides(q), _strides(probe), _strides(k_cache), _strides(v_cache),
+        strides_of(q), strides_of(probe), strides_of(k_cache), strides_of(v_cache),
         num_splits, 0 if page_table is None else page_table.stride(0), window_size or 0, scale,
         T=num_tokens, G=num_kv_heads, GROUP=group, K=head_dim,
         BM=max(16, triton.next_power_of_2(num_tokens * group)), BS=tile.block_s,
@@ -345,7 +345,3 @@ def decode(
             K=head_dim, BK=MERGE_COLUMNS, BN=triton.next_power_of_2(num_splits), PROBE=has_probe, PDL=use_pdl,
             num_warps=1, **launch,
         )  # fmt: skip
-
-
-def _strides(x: Tensor) -> tuple[int, int, int]:
-    return x.stride(0), x.stride(1), x.stride(2)

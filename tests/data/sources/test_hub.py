@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from data import hub_client
 from data.config import HubSource
 from data.shards.prepare import PrepareOptions, prepare
 from data.shards.verify import verify
+from data.sources.base import batches
 from data.sources.files import FileDocuments
 from data.sources.open import open_text
 from data.sources.shard_format import read_manifest
@@ -269,7 +271,8 @@ def test_a_tokenizer_by_name_is_loaded_from_the_hub(
 def test_preparing_from_the_hub_deletes_downloads_that_are_tokenized(
     hub: HubServer, byte_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data.shards.prepare._BATCH_ROWS", 10)
+    monkeypatch.setattr("data.shards.prepare.BATCH_ROWS", 10)
+    monkeypatch.setattr("data.shards.prepare.batches", partial(batches, max_rows=10))
     kept: list[int] = []
 
     def count(progress: Any) -> None:

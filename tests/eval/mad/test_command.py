@@ -193,7 +193,7 @@ def test_a_plot_of_an_earlier_command_does_not_stay_beside_other_tables(
         (["--attention", "softmax", "--grids-per-gpu", "0"], r"--grids-per-gpu is 0"),
         (["--attention", "softmax", "--device", "cpu", "--grids-per-gpu", "2"], r"has no effect on a CPU"),
         (["--attention", "softmax", "--seeds", "1,x"], r"--seeds is '1,x'"),
-        (["--attention", "softmax", "--seeds", "9" * 23], r"seed must be at least 0 and at most 92"),
+        (["--attention", "softmax", "--seeds", "9" * 23], r"--seeds has 9{23}, want integers from 0 to 92"),
         (["--attention", "softmax", "--with", "nowhere"], r"nowhere has no mad\.jsonl"),
     ],
 )
