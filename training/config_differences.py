@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from config import Table, to_table
+from training.free_keys import is_free
 from training.run_config import RunConfig
 
 KeyPath = tuple[str, ...]
@@ -23,6 +24,11 @@ def config_differences(config: RunConfig, saved: Table) -> list[str]:
         for name, table in (current | {"run": run}).items()
         for line in differences(saved.get(name), table, name, skip_missing=True)
     ]
+
+
+def training_changes(differing: Iterable[str]) -> list[str]:
+    """Return those of config_differences that change what is trained."""
+    return [each for each in differing if not is_free(each.partition(":")[0])]
 
 
 def differences(

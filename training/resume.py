@@ -13,7 +13,7 @@ from models.run_folder import RunFolder, find_checkpoint, read_run_table, step_o
 from models.run_tokenizer import copy_tokenizer, find_tokenizer
 from tokens import END_OF_DOCUMENT, TOKENIZER_FILE
 from training.branch import branch_warnings, check_branch, checkpoint_step
-from training.config_differences import config_differences, describe_difference
+from training.config_differences import config_differences, describe_difference, training_changes
 from training.log import logger
 from training.run_config import RunConfig
 from training.saved_config import (
@@ -24,9 +24,6 @@ from training.saved_config import (
 )
 from training.step_configs import step_configs
 from training.token_stop import check_saved_tokens
-
-# a run that has finished may be launched with others: what is not on record is made up for
-_WATCHING_TABLES = ("eval.", "diagnostics.")
 
 
 @dataclass(frozen=True)
@@ -280,12 +277,12 @@ def _differences_at_end(config: RunConfig, step: int) -> list[str]:
 def _check_unfinished(config: RunConfig, step: int) -> None:
     """Raise if nothing is left to train, and the steps were trained with another config.
 
-    Other keys of [eval] and [diagnostics] are no reason.
+    Keys that do not change what is trained are no reason: evaluations that are not on record are made up for.
     """
     if step < config.training.last_step:
         return
-    differing = [each for each in _differences_at_end(config, step) if not each.startswith(_WATCHING_TABLES)]
-    if differing:
+    differing = _differences_at_end(config, step)
+    if training_changes(differing):
         raise UserError(
             f"{config.run.folder} has finished at step {step} with another config: {'; '.join(differing)}. "
             f"Restore these keys, raise {config.training.last_step_key} to resume it, or give another "

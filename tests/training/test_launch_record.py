@@ -115,6 +115,11 @@ def test_a_finished_run_with_another_config_is_refused_before_anything_is_built(
     check_start(load(tmp_path, "--training.steps", "20"))
     # an evaluation that is not on record may be made up for
     check_start(load(tmp_path, "--training.steps", "20", "--eval.max_tokens", "9"))
+    for key, value in (
+        *(("diagnostics.every", "3"), ("metrics.tensorboard", "true"), ("training.cuda_graphs", "false")),
+        *(("data.prefetch_batches", "0"), ("checkpoint.every", "7"), ("parallelism.timeout_seconds", "9")),
+    ):
+        check_start(load(tmp_path, "--training.steps", "20", f"--{key}", value))
     check_start(load(tmp_path, "--training.steps", "30", "--run.seed", "1"))
     message = r"has finished at step 20 with another config: run\.seed: saved 0, now 1\. Restore"
     with pytest.raises(UserError, match=message):
