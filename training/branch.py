@@ -11,6 +11,7 @@ from config import Table
 from errors import UserError
 from models.run_folder import RunFolder, is_whole, nearby_checkpoints, step_of
 from optimizers.schedule import decay_start, schedules_by_group
+from training.branch_step import branch_step as branch_step
 from training.run_config import RunConfig
 from training.saved_config import (
     check_compatible,
@@ -43,12 +44,6 @@ def checkpoint_step(checkpoint: Path) -> int:
     near = ", ".join(map(str, nearby_checkpoints(checkpoint)))
     near = near or "none near it; wanted one such as runs/stable/checkpoint/step-1000"
     raise UserError(f"checkpoint.start_from is {str(checkpoint)!r}, but {problem}; checkpoints: {near}")
-
-
-def branch_step(config: RunConfig) -> int:
-    """Return the step that a run branches from; 0 for one that is no branch. Its checkpoint may be gone."""
-    start_from = config.checkpoint.start_from
-    return 0 if start_from is None else step_of(Path(start_from)) or 0
 
 
 def check_branch(config: RunConfig, checkpoint: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from disk import format_bytes, free_bytes
 from errors import UserError
 from models.run_folder import RunFolder
-from training.branch import branch_step
+from training.branch_step import branch_step
 from training.log import logger
 from training.run_config import RunConfig
 

@@ -30,7 +30,7 @@ from scalars import ScalarRecorder
 from tokens import IGNORE_INDEX
 from training import titan
 from training.average import WeightAverage
-from training.branch import branch_step
+from training.branch_step import branch_step
 from training.checkpoints import RunCheckpoints
 from training.evaluation import Evaluator
 from training.failures import describe_missing_ranks

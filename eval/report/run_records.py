@@ -5,13 +5,27 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from errors import UserError
 from eval.diagnostics.record import compact, read_records
 from eval.report.step_ranges import format_ranges, missing_ranges
 from eval.report.task_records import Record, merge_tasks, read_results
 from models.run_folder import RunFolder, step_of
+
+
+class Failure(NamedTuple):
+    """An evaluation that failed during training.
+
+    Attributes:
+        step: The step after which it was due.
+        name: What failed, such as "eval.tasks".
+        message: The error.
+    """
+
+    step: int
+    name: str
+    message: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +43,7 @@ class RunRecord:
         tasks: Task records by step, merged by merge_tasks from those of training and of results.json files.
             "origins": task -> path of its results.json, None for training.
         diagnostics: Records of diagnostics by step, as eval.diagnostics.record.compact returns them.
+        failures: Evaluations that failed, in the order of their records.
         num_trunk_steps: Number of steps that the trunk took, also where its records are missing; 0 without
             one.
         notes: Damaged lines and missing parts, for the report.
@@ -40,6 +55,7 @@ class RunRecord:
     held_out: list[Record] = field(default_factory=list)
     tasks: list[Record] = field(default_factory=list)
     diagnostics: list[Record] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
     num_trunk_steps: int = 0
     notes: list[str] = field(default_factory=list)
 
@@ -298,6 +314,12 @@ def _missing_steps(folder: Path, steps: list[Record], trunk_step: int) -> list[s
     ]
 
 
+def _failures(records: Iterable[Record]) -> list[Failure]:
+    """Return the failed evaluations, which training records as "NAME: MESSAGE"."""
+    found = [(r["step"], *r["eval_error"].partition(": ")) for r in records if "eval_error" in r]
+    return [Failure(step, name, message) for step, name, _, message in found]
+
+
 def _earlier_results(run: RunRecord) -> list[str]:
     """Return a note for each kind of result that a finished run has of an earlier step alone."""
     kinds = {"held-out losses": run.held_out, "results of tasks": run.tasks}
@@ -327,10 +349,10 @@ def read_run(folder: Path) -> RunRecord:
     _add_progress(held_out, steps)
     _add_progress(tasks, steps)
     notes += _other_samples(folder, held_out)
+    failures = _failures(records)
     notes += [
-        f"{folder}: at step {record['step']} an evaluation failed: {record['eval_error']}"
-        for record in records
-        if "eval_error" in record
+        f"{folder}: at step {each.step} an evaluation failed: {each.name}: {each.message}"
+        for each in failures
     ]
     notes += _missing_steps(folder, steps, trunk_step) if steps else [f"{folder} has no training steps"]
     run = RunRecord(
@@ -340,6 +362,7 @@ def read_run(folder: Path) -> RunRecord:
         held_out=held_out,
         tasks=tasks,
         diagnostics=_read_diagnostics(folder, config),
+        failures=failures,
         num_trunk_steps=trunk_step,
         notes=notes,
     )

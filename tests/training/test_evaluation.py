@@ -4,8 +4,10 @@ import json
 import pickle
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+import torch
 
 pytest.importorskip("lm_eval", reason="needs the extra `eval`")
 
@@ -14,14 +16,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from config import load as load_config
 from data.tokenizer import Tokenizer
 from eval.config import EvalConfig
+from eval.distributed import EvaluationError
 from eval.harness import evaluate_tasks
+from eval.report.run_records import read_run
 from eval.report.writer import write_report
 from eval.scoring.language_model import Qwen3Model
 from models.checkpoint.load import load_model
 from tests.conftest import make_text
 from tests.training.launch import EXACT, ROOT, losses, records, train
+from training.evaluation import Evaluator
 from training.preflight import check_tasks
 from training.run_config import RunConfig
+from training.sweep.records import FAILURES_OF_TASKS
 
 FAILING = ("-m", "tests.training.failing_tasks")
 NUM_DOCUMENTS = 12
@@ -121,6 +127,18 @@ def test_the_report_reads_the_metrics_of_training(evaluated: Path, tmp_path: Pat
     assert "2 x CPU process" in text
     assert "at step 1 an evaluation failed: eval.tasks: rank 1: RuntimeError: out of memory" in text
     assert (tmp_path / "loss_flops.png").exists()
+
+
+def test_what_failed_has_the_name_by_which_a_sweep_knows_it(evaluated: Path) -> None:
+    (failure,) = read_run(evaluated).failures
+    assert (failure.step, failure.name) == (1, FAILURES_OF_TASKS[0])
+    assert failure.message == "rank 1: RuntimeError: out of memory; checkpoints: ['step-1']"
+    evaluator, recorded = Evaluator.__new__(Evaluator), []
+    evaluator.device, evaluator.monitor, evaluator.metrics = torch.device("cpu"), Mock(), Mock()
+    evaluator._gather_model = Mock(side_effect=EvaluationError("out of memory"))
+    evaluator.metrics.record = lambda step, record: recorded.append(record["eval_error"])
+    evaluator._evaluate_unsharded(2, {}, has_samples=False, has_tasks=True)
+    assert recorded == [f"{FAILURES_OF_TASKS[1]}: out of memory"]
 
 
 def check(tmp_path: Path, *words: str) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import NamedTuple
 
-from training.branch import branch_step
+from training.branch_step import branch_step
 from training.gpus import GPUS, MEASURED
 from training.memory import GIB, estimate_memory
 from training.preflight import build_meta_model

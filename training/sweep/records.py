@@ -8,8 +8,9 @@ from data.folder_lock import is_held
 from errors import UserError
 from eval.report.run_records import RunRecord, read_run
 from eval.report.run_values import held_out_loss, own_device_hours
-from models.run_folder import RunFolder, step_of
-from training.config_differences import config_differences
+from models.run_folder import RunFolder
+from training.branch_step import branch_step
+from training.config_differences import config_differences, training_changes
 from training.run_config import RunConfig
 
 FAILED = "sweep: failed with code"
@@ -18,8 +19,8 @@ _RECENT_STEPS = 20
 _LOG_BYTES = 4000
 LONGEST_NOTE = 900
 """Characters of a note in a log, of at most 4 bytes each: _LOG_BYTES hold the whole of the last line."""
-_FREE = ("eval.", *(f"checkpoint.{key}:" for key in ("every", "keep", "fall_back", "async_save")))
-"""Keys of a member that may differ from its folder's: they do not change what is trained."""
+FAILURES_OF_TASKS = ("eval.tasks", "a copy of the whole model")
+"""What fails in training where tasks get no results."""
 _PARTS_IN_PLAN = 4  # STAGE/NAME/checkpoint/step-N
 
 
@@ -68,8 +69,7 @@ class Records:
             folder: Its run folder; may be missing.
             config: Its config.
         """
-        last_step, start = config.training.last_step, config.checkpoint.start_from
-        first_step = (step_of(Path(start)) or 0) if start is not None else 0
+        last_step, first_step = config.training.last_step, branch_step(config)
         if not folder.path.is_dir():
             return Progress(last_step=last_step, first_step=first_step)
         held, failure = is_held(folder.lock_file), read_failure(folder)
@@ -136,21 +136,24 @@ def log_lines(folder: RunFolder) -> list[str]:
 
 
 def _differences(folder: RunFolder, config: RunConfig) -> list[str]:
-    """Describe the keys that differ from the config in a folder, but for _FREE.
+    """Describe the keys that differ from the config in a folder and change what is trained.
 
     A branch may have been trained in another folder of the plan: its start is compared within that.
     """
     saved = folder.read_config()
     if saved is None:
         return []
-    free = [*_FREE]
+    differing = training_changes(config_differences(config, saved))
     starts = [config.checkpoint.start_from, saved.get("checkpoint", {}).get("start_from")]
     if None not in starts and len({Path(str(start)).parts[-_PARTS_IN_PLAN:] for start in starts}) == 1:
-        free.append("checkpoint.start_from:")
-    return [each for each in config_differences(config, saved) if not each.startswith(tuple(free))]
+        return [each for each in differing if not each.startswith("checkpoint.start_from:")]
+    return differing
 
 
 def _has_tasks(run: RunRecord, config: RunConfig) -> bool:
     """Return whether the tasks after the last step are on record, if there are any; an error of them is."""
-    has_tasks = bool(run.tasks) and run.tasks[-1]["step"] == run.last_step
-    return not config.eval.tasks or has_tasks or any("evaluation failed" in note for note in run.notes)
+    if not config.eval.tasks or (run.tasks and run.tasks[-1]["step"] == run.last_step):
+        return True
+    failed = any(each.step == run.last_step and each.name in FAILURES_OF_TASKS for each in run.failures)
+    # the copy may have been made for samples alone, before the plan had tasks
+    return failed and bool(run.config.get("eval.tasks"))

@@ -9,6 +9,7 @@ import pytest
 
 from config import load
 from models.run_folder import RunFolder
+from tests.eval.report.run_folders import held_out, launch, make_run, step_record
 from tests.training.sweep.plans import observe, rates, run, write_plan
 from training.run_config import RunConfig
 from training.sweep.processes import MemberProcess
@@ -25,6 +26,11 @@ CONFIG = "configs/debug_softmax_muon.toml"
         ("checkpoint.every", "7", False),
         ("checkpoint.keep", "5", False),
         ("eval.every", "9", False),
+        ("diagnostics.every", "5", False),
+        ("metrics.tensorboard", "false", False),
+        ("training.cuda_graphs", "false", False),
+        ("data.prefetch_batches", "1", False),
+        ("training.compile", "true", True),
         ("training.seq_len", "128", True),
         ("checkpoint.initial_weights", "runs/x", True),
     ],
@@ -37,6 +43,35 @@ def test_keys_that_change_nothing_that_is_trained_may_differ(
     config = load(RunConfig, CONFIG, ["--run.folder", str(tmp_path), f"--{word}", value])
     found = Records().progress(folder, config).problem
     assert (found is not None and word in found) == problem, found
+
+
+@pytest.mark.parametrize(
+    ("error", "step", "had_tasks", "is_finished"),
+    [
+        ("eval.tasks: rank 1: RuntimeError: out of memory", 2, True, True),
+        ("a copy of the whole model: CUDA out of memory", 2, True, True),
+        # made for samples, before the plan had tasks
+        ("a copy of the whole model: CUDA out of memory", 2, False, False),
+        ("eval.tasks: rank 1: RuntimeError: out of memory", 1, True, False),
+        ("diagnostics: CUDA out of memory; an evaluation failed: eval.tasks: x", 2, True, False),
+        ("eval.sample_prompts: CUDA out of memory", 2, True, False),
+    ],
+)
+def test_a_member_without_tasks_has_finished_if_they_failed_after_the_last_step(
+    error: str, step: int, *, had_tasks: bool, is_finished: bool, tmp_path: Path
+) -> None:
+    words = ["--eval.tasks", '["piqa"]'] if had_tasks else []
+    records = [launch(), step_record(1, 3.0), step_record(2, 2.0), held_out(2, 2.0)]
+    failure = {"step": step, "eval_error": error}
+    path = make_run(tmp_path / "run", [*records, failure], "--training.stop_at_step", "2", *words)
+    checkpoint = RunFolder(path).checkpoint(2)
+    checkpoint.mkdir(parents=True)
+    (checkpoint / ".metadata").touch()
+    text = RunFolder(path).config_file
+    config = load(RunConfig, text, ["--eval.tasks", '["piqa"]'])
+    progress = Records().progress(RunFolder(path), config)
+    assert progress.problem is None
+    assert progress.is_finished == is_finished
 
 
 def test_a_branch_begins_at_the_step_of_its_checkpoint(tmp_path: Path) -> None:
