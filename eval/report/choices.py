@@ -9,7 +9,7 @@ from typing import Any
 import config
 from models.config import AttentionConfig, ModelConfig
 from models.sizes import split_size
-from optimizers.config import GroupSchedule, ParameterGroup, ScheduleConfig
+from optimizers.config import UNREAD_KEYS, GroupSchedule, ParameterGroup, ScheduleConfig
 
 Config = Mapping[str, Any]
 """A resolved config: dotted key -> value; keys that are "none" are left out."""
@@ -26,7 +26,7 @@ _FREE_PREFIXES = (
 _FREE_KEYS = (
     *(*SEED_KEYS, "data.prefetch_batches", "data.tokenizer", "model.attention.impl"),
     *("training.stop_at_step", "training.stop_at_tokens"),
-    *("training.local_batch_size", "training.compile"),
+    *("training.local_batch_size", "training.compile", "training.cuda_graphs"),
     "training.activation_checkpointing",
 )
 _START_KEYS = ("checkpoint.start_from", "checkpoint.restart_data", "checkpoint.initial_weights")
@@ -59,9 +59,14 @@ def has_key(run: Config, key: str) -> bool:
     schema = _schema(run, table)
     if schema is None:
         return key in run
-    if schema is ScheduleConfig and run.get(f"{table}.kind") != "wsd":
-        return name in ScheduleConfig.KEYS_OF_ALL_KINDS
+    if schema in (ScheduleConfig, GroupSchedule) and name in UNREAD_KEYS.get(_schedule_kind(run, table), ()):
+        return False
     return name in {field.name for field in dataclasses.fields(schema)}
+
+
+def _schedule_kind(run: Config, table: str) -> Any:
+    """Return the kind of a schedule: that of a group without one is the run's."""
+    return run.get(f"{table}.kind") or run.get("schedule.kind", ScheduleConfig.kind)
 
 
 def _default(run: Config, key: str) -> Any:

@@ -6,11 +6,12 @@ import pytest
 
 import config
 from config import to_table
-from eval.report.choices import choices, differing_choices, is_rate
+from eval.report.choices import choices, differing_choices, has_key, is_rate
 from eval.report.names import name_configs
 from eval.report.rows import find_row, make_arms, make_rows, sort_rows
 from eval.report.run_records import flatten, read_run
 from eval.report.styles import COLORS, MARKERS, row_styles
+from optimizers.config import UNREAD_KEYS, ScheduleKind
 from tests.eval.report.run_folders import CONFIGS, STEPS, held_out, launch, make_run, seeds, training
 from training.run_config import RunConfig
 
@@ -94,6 +95,7 @@ def test_what_differs_is_what_was_chosen() -> None:
         **{"--run.name": "other", "--run.folder": "elsewhere", "--run.seed": "3", "--data.shuffle_seed": "4"},
         **{"--data.tokenizer": "moved.json", "--training.local_batch_size": "2", "--eval.every": "7"},
         **{"--checkpoint.every": "9", "--training.compile": "false", "--model.attention.impl": "reference"},
+        **{"--training.cuda_graphs": "false"},
     }
     words = [word for pair in free.items() for word in pair]
     assert differing_choices([flat("60m_parallax_muon"), flat("60m_parallax_muon", *words)]) == {}
@@ -119,6 +121,19 @@ def test_a_schedule_s_keys_are_compared_where_it_reads_them() -> None:
     found = differing_choices([flat("debug_softmax_muon"), flat("debug_softmax_muon", *words)])
     assert found["schedule.kind"] == ["wsd", "cosine"]
     assert found.get("schedule.decay_ratio", [0.25, "-"]) == [0.25, "-"]
+
+
+@pytest.mark.parametrize("table", ["schedule", "optimizer.groups.hidden.schedule"])
+@pytest.mark.parametrize("kind", UNREAD_KEYS)
+def test_a_schedule_has_the_keys_that_its_kind_reads(kind: ScheduleKind, table: str) -> None:
+    # a group without a kind has the run's
+    for run in ({f"{table}.kind": kind, "schedule.kind": kind}, {"schedule.kind": kind}):
+        unread = {key for key in UNREAD_KEYS["constant"] if not has_key(run, f"{table}.{key}")}
+        assert unread == {*UNREAD_KEYS[kind]}
+        assert not has_key(run, f"{table}.no_such_key")
+        assert has_key(run, f"{table}.warmup_steps") == (table == "schedule")
+    other = {f"{table}.kind": kind, "optimizer.groups.hidden.kind": "muon"}
+    assert has_key({"schedule.kind": "constant"} | other, f"{table}.min_lr_ratio") == (kind != "constant")
 
 
 def test_options_of_any_optimizer_and_schedules_of_groups_make_names() -> None:
@@ -149,6 +164,9 @@ def test_seeds_of_other_tokenizers_or_choices_are_no_seeds_of_a_row(tmp_path: Pa
     )
     rows = make_rows([read_run(folder) for folder in (plain, other, clipped, more)])
     assert [[run.folder.name for run in row.runs] for row in rows] == [["a", "d"], ["b"], ["c"]]
+    words = ("--training.cuda_graphs", "false", "--run.seed", "3")
+    launched = make_run(tmp_path / "e", [launch(), *training(2.0)], *words)
+    assert len(make_rows([read_run(plain), read_run(launched)])) == 1
 
 
 def test_an_arm_is_what_differs_in_learning_rates_only(tmp_path: Path) -> None:
