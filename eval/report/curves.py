@@ -6,11 +6,11 @@ import statistics
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from eval.report.gradient_peaks import running_medians
 from eval.report.rows import Row, seed_of
 from eval.report.run_records import RunRecord
 from eval.report.run_values import gradient_norms
 from eval.report.seed_statistics import Estimate, difference, estimate
-from eval.report.spikes import running_medians
 
 SMOOTHED_PART = 50
 """A smoothed loss is the running mean over 1/SMOOTHED_PART of the steps of a run."""

@@ -1,4 +1,4 @@
-"""The plot of gradient norms: running medians, and the spikes above them."""
+"""The plot of gradient norms: running medians, and the peaks above them."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,15 +7,15 @@ from typing import Any
 from eval.figure import add_legend, format_counts, format_log_axis, new_axes, save
 from eval.report.curves import curve, drawn_runs, gradient_norm_series
 from eval.report.drawing import draw_curve, label_grey
+from eval.report.gradient_peaks import find_peaks
 from eval.report.rows import Row
 from eval.report.run_records import RunRecord
 from eval.report.run_values import gradient_norms
-from eval.report.spikes import find_spikes
 from eval.report.styles import Style
 
 
 def plot_gradient_norms(rows: Sequence[Row], styles: Mapping[str, Style], path: Path) -> bool:
-    """Plot the running median of the gradient norm of the main rows, and the spikes of their runs.
+    """Plot the running median of the gradient norm of the main rows, and the peaks of their runs.
 
     Args:
         rows: The rows.
@@ -33,9 +33,9 @@ def plot_gradient_norms(rows: Sequence[Row], styles: Mapping[str, Style], path: 
     shown: list[float] = []
     for row, each in zip(main, curves, strict=True):
         style = styles[row.name]
-        spikes = [spike for run in drawn_runs(row) for spike in _spikes(run)]
-        num = len(spikes)
-        draw_curve(axes, each, style, label=f"{row.name} ({num} {'spike' if num == 1 else 'spikes'})")
+        peaks = [peak for run in drawn_runs(row) for peak in _peaks(run)]
+        num = len(peaks)
+        draw_curve(axes, each, style, label=f"{row.name} ({num} {'peak' if num == 1 else 'peaks'})")
         look: dict[str, Any] = {
             "linestyle": "none",
             "marker": "^",
@@ -43,20 +43,20 @@ def plot_gradient_norms(rows: Sequence[Row], styles: Mapping[str, Style], path: 
             "zorder": 4,
             **style.colors,
         }
-        axes.plot([tokens for tokens, _ in spikes], [norm for _, norm in spikes], **look)
-        shown += [*each.mean, *(norm for _, norm in spikes)]
+        axes.plot([tokens for tokens, _ in peaks], [norm for _, norm in peaks], **look)
+        shown += [*each.mean, *(norm for _, norm in peaks)]
     format_counts(axes)
     format_log_axis(axes, "y", shown)
     axes.set_xlim(left=0)
     label_grey(axes, "Running median")
-    if any(_spikes(run) for row in main for run in drawn_runs(row)):
-        label_grey(axes, "Spike", linestyle="none", marker="^", markersize=5)
+    if any(_peaks(run) for row in main for run in drawn_runs(row)):
+        label_grey(axes, "Peak", linestyle="none", marker="^", markersize=5)
     add_legend(axes)
     save(figure, path)
     return True
 
 
-def _spikes(run: RunRecord) -> list[tuple[int, float]]:
-    """Return the tokens and the gradient norm of each spike."""
+def _peaks(run: RunRecord) -> list[tuple[int, float]]:
+    """Return the tokens and the gradient norm of each peak."""
     norms = gradient_norms(run)
-    return [(run.steps[index]["tokens"], norms[index]) for index in find_spikes(norms)]
+    return [(run.steps[index]["tokens"], norms[index]) for index in find_peaks(norms)]

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
+from eval.report.gradient_peaks import FACTOR
 from eval.report.paper_numbers import SOURCE, PaperRow
 from eval.report.rows import Row
 from eval.report.run_values import (
@@ -16,6 +17,8 @@ from eval.report.run_values import (
     held_out_error,
     held_out_loss,
     held_out_tokens,
+    num_peaks,
+    num_skipped,
     num_spikes,
     task_metric,
     training_loss,
@@ -128,8 +131,22 @@ def results_table(rows: Sequence[Row]) -> Table:
         if column.paper_value is not None:
             stated = [None if paper is None else column.paper_value(paper) for paper in papers]
             columns[f"{column.heading}, paper"] = [plain(value, ",.2f") for value in stated]
-    columns["Gradient spikes"] = [over_seeds(row, num_spikes, ",.1f") for row in rows]
+    for heading, value in _gradient_columns(rows).items():
+        columns[heading] = [over_seeds(row, value, ",.1f") for row in rows]
     return Table(columns)
+
+
+def _gradient_columns(rows: Sequence[Row]) -> dict[str, Value]:
+    """Return what counts steps by their gradient norm: spikes as recorded, peaks where a run lacks these."""
+    runs = [run for row in rows for run in row.runs]
+    columns: dict[str, Value] = {}
+    if any(num_spikes(run) is not None for run in runs):
+        columns["Gradient spikes"] = num_spikes
+    if any(num_skipped(run) for run in runs):
+        columns["Skipped steps"] = num_skipped
+    if any(num_spikes(run) is None and num_peaks(run) is not None for run in runs):
+        columns[f"Gradient peaks above {FACTOR:g} times the median"] = num_peaks
+    return columns
 
 
 def results_notes(rows: Sequence[Row]) -> str:

@@ -1,11 +1,11 @@
-"""Values of a run after its last step: losses, metrics of tasks, spikes, throughput, time."""
+"""Values of a run after its last step: losses, metrics of tasks, gradients, throughput, time."""
 
 import statistics
 from collections.abc import Callable
 
 from config import from_table
+from eval.report.gradient_peaks import find_peaks
 from eval.report.run_records import RunRecord
-from eval.report.spikes import find_spikes
 from optimizers.config import ScheduleConfig
 from optimizers.schedule import decay_start
 
@@ -144,9 +144,24 @@ def gradient_norms(run: RunRecord) -> list[float]:
 
 
 def num_spikes(run: RunRecord) -> float | None:
-    """Return the number of spikes of the gradient norm; None for an unfinished run, or without a record."""
+    """Return the number of steps that are on record as spikes; None where none was judged, or unfinished."""
+    return float(sum("grad_norm_spike" in step for step in run.steps)) if _judges_spikes(run) else None
+
+
+def num_skipped(run: RunRecord) -> float | None:
+    """Return the number of steps that were skipped as spikes; None as in num_spikes."""
+    return float(sum(step.get("is_skipped", False) for step in run.steps)) if _judges_spikes(run) else None
+
+
+def _judges_spikes(run: RunRecord) -> bool:
+    """Return whether a run is finished, and each of its steps was recorded by a version that finds spikes."""
+    return run.is_finished and all("grad_norm_running" in step for step in run.steps)
+
+
+def num_peaks(run: RunRecord) -> float | None:
+    """Return the number of peaks of the gradient norm; None for an unfinished run, or without a record."""
     norms = gradient_norms(run) if run.is_finished else []
-    return float(len(find_spikes(norms))) if norms else None
+    return float(len(find_peaks(norms))) if norms else None
 
 
 def median(run: RunRecord, key: str) -> float | None:

@@ -14,13 +14,13 @@ from eval.report.cost_table import cost_notes, cost_table
 from eval.report.curves import SMOOTHED_PART
 from eval.report.diagnostics_arms import diagnostics_arms
 from eval.report.difference_tables import arms_table, differences_note, differences_table
+from eval.report.gradient_peaks import FACTOR, MIN_STEPS, WINDOW
 from eval.report.gradient_plot import plot_gradient_norms
 from eval.report.rate_plot import plot_rates
 from eval.report.result_tables import results_notes, results_table, tasks_table
 from eval.report.rows import Row, find_row, make_arms, make_rows, sort_rows
 from eval.report.run_records import RunRecord, find_runs, read_run
 from eval.report.run_tables import differing_table, runs_table
-from eval.report.spikes import FACTOR, MIN_STEPS, WINDOW
 from eval.report.styles import row_styles
 from eval.report.table import Table
 
@@ -29,8 +29,9 @@ PLOT_NOTES = (
     f"1/{SMOOTHED_PART} of a run. Color tells the attention, line style and filling the optimizer; learning "
     "rates other than the best are thin and faint. The legend of differences says how many pairs of runs "
     "of equal seeds they are over.",
-    f"A spike of the gradient norm is a step of more than {FACTOR:g} times the median of the {WINDOW} steps "
-    f"before it (adjacent steps are one spike; the first {MIN_STEPS} steps are not judged).",
+    f"A peak of the gradient norm is a step of more than {FACTOR:g} times the median of the {WINDOW} steps "
+    f"before it (adjacent steps are one peak; the first {MIN_STEPS} steps are not judged). A spike is what "
+    "training records as one, by training.spike_ratio.",
 )
 """What the plots show, in sentences."""
 

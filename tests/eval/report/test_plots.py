@@ -132,7 +132,7 @@ def test_color_tells_the_attention_and_line_style_the_optimizer_in_all_plots(
     looks: dict[str, set[tuple[str, str]]] = {}
     for figure in drawn.values():
         for line in axes_of(figure).lines:
-            name = re.sub(r" \(\d+ spikes?\)|, lr .*", "", str(line.get_label()))
+            name = re.sub(r" \(\d+ peaks?\)|, lr .*", "", str(line.get_label()))
             if name.startswith(("Softmax", "Parallax")):
                 looks.setdefault(name, set()).add((str(line.get_color()), str(line.get_linestyle())))
     assert looks == {
@@ -228,17 +228,17 @@ def test_one_spike_does_not_set_the_limits_of_the_loss(tmp_path: Path, figures: 
     assert high < 2.0 + 50 / 8 + 0.5
 
 
-def test_spikes_of_all_seeds_are_marked_and_counted(tmp_path: Path, figures: dict[str, Figure]) -> None:
+def test_peaks_of_all_seeds_are_marked_and_counted(tmp_path: Path, figures: dict[str, Figure]) -> None:
     folders = []
     for seed, at in enumerate(((30,), (40, 50))):
         steps = [{**r, "grad_norm": 7.0 if r["step"] in at else 0.5} for r in training(2.0, last=60)]
         words = ("--training.steps", "60", "--run.seed", str(seed), "--data.shuffle_seed", str(seed))
         folders.append(make_run(tmp_path / str(seed), [launch(), *steps], *words))
     text = write_report(folders, baseline=None, out=tmp_path / "out").read_text()
-    assert cells(text, "Results", "Parallax, Muon")["Gradient spikes"] == "1.5 ± 0.5"
+    assert cells(text, "Results", "Parallax, Muon")["Gradient peaks above 3 times the median"] == "1.5 ± 0.5"
     assert "a step of more than 3 times the median of the 100 steps before it" in text
     figure = figures["gradient_norm.png"]
-    line = line_of(figure, "Parallax, Muon (3 spikes)")
+    line = line_of(figure, "Parallax, Muon (3 peaks)")
     assert set(np.asarray(line.get_ydata())) == {0.5}
     (marks,) = (line for line in axes_of(figure).lines if len(np.asarray(line.get_xdata())) == 3)
     assert list(np.asarray(marks.get_xdata())) == [at * STEP_TOKENS for at in (30, 40, 50)]

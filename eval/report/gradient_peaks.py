@@ -1,4 +1,4 @@
-"""Spikes of the gradient norm: steps far above the running median."""
+"""Peaks of the gradient norm: steps far above the running median. Spikes are what training records."""
 
 import bisect
 import math
@@ -9,7 +9,7 @@ WINDOW = 100
 MIN_STEPS = 20
 """The first steps, which have fewer steps before them, are not judged."""
 FACTOR = 3.0
-"""A spike is more than FACTOR times the median."""
+"""A peak is more than FACTOR times the median."""
 
 
 def running_medians(values: Sequence[float], window: int = WINDOW) -> list[float | None]:
@@ -35,21 +35,21 @@ def running_medians(values: Sequence[float], window: int = WINDOW) -> list[float
     return medians
 
 
-def find_spikes(values: Sequence[float]) -> list[int]:
-    """Find the spikes: values above FACTOR times the median of the WINDOW values before them.
+def find_peaks(values: Sequence[float]) -> list[int]:
+    """Find the peaks: values above FACTOR times the median of the WINDOW values before them.
 
     Args:
         values: Gradient norms of consecutive steps, before clipping.
 
     Returns:
-        The index of the largest value of each spike; adjacent steps are one spike.
+        The index of the largest value of each peak; adjacent steps are one peak.
     """
-    spikes: list[list[int]] = []
+    peaks: list[list[int]] = []
     for index, (value, median) in enumerate(zip(values, running_medians(values), strict=True)):
         if median is None or not value > FACTOR * median:
             continue
-        if spikes and spikes[-1][-1] == index - 1:
-            spikes[-1].append(index)
+        if peaks and peaks[-1][-1] == index - 1:
+            peaks[-1].append(index)
         else:
-            spikes.append([index])
-    return [max(spike, key=lambda index: values[index]) for spike in spikes]
+            peaks.append([index])
+    return [max(peak, key=lambda index: values[index]) for peak in peaks]
