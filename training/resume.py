@@ -131,9 +131,10 @@ def start_warnings(config: RunConfig, start: StartPoint, fingerprint: str) -> li
 def describe_finished(config: RunConfig, step: int) -> str:
     """Describe a run that has nothing left to train, and the keys that its config has otherwise."""
     differing = _differences_at_end(config, step)
+    changed = f"; changed since: {', '.join(differing)}" if differing else ""
     return (
         f"{config.run.folder} has finished at step {step}; raise {config.training.last_step_key} to "
-        f"resume it, or give another run.folder{''.join(f'; {each}' for each in differing)}"
+        f"resume it, or give another run.folder{changed}"
     )
 
 
