@@ -18,6 +18,7 @@ from eval.distributed import is_main_rank, run_on_all_ranks
 from eval.report.task_records import Record
 from models.qwen3 import Qwen3
 from models.run_folder import RunFolder
+from training.due import is_due
 from training.log import logger
 from training.metrics import RunMetrics
 from training.run_config import RunConfig
@@ -51,8 +52,8 @@ class Diagnostics:
 
     def is_due(self, step: int) -> bool:
         """Return whether the attention is measured after a step."""
-        every, is_last = self.config.diagnostics.every, step == self.config.training.last_step
-        return self.config.has_diagnostics and every is not None and (step % every == 0 or is_last)
+        due = step == self.config.training.last_step or is_due(step, self.config.diagnostics.every)
+        return self.config.has_diagnostics and due
 
     def measure(self, step: int, progress: Record) -> None:
         """Measure and record; a collective call.

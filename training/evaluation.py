@@ -31,6 +31,7 @@ from models.qwen3 import Qwen3
 from models.run_folder import RunFolder
 from training.average import WeightAverage
 from training.diagnostics import Diagnostics
+from training.due import is_due
 from training.log import logger
 from training.metrics import RunMetrics
 from training.non_finite import NonFiniteLossError
@@ -84,17 +85,15 @@ class Evaluator:
 
     def are_tasks_due(self, step: int) -> bool:
         """Return whether tasks are evaluated after a step; a checkpoint is written before."""
-        every = self.config.eval.tasks_every
-        is_due = step == self.config.training.last_step or (every is not None and step % every == 0)
-        return bool(self.config.eval.tasks) and step > 0 and is_due
+        due = step == self.config.training.last_step or is_due(step, self.config.eval.tasks_every)
+        return bool(self.config.eval.tasks) and step > 0 and due
 
     def is_due(self, step: int) -> bool:
         """Return whether anything is evaluated after a step."""
         return self._is_loss_due(step) or self.are_tasks_due(step) or self.diagnostics.is_due(step)
 
     def _is_loss_due(self, step: int) -> bool:
-        every, ends = self.config.eval.every, (0, self.config.training.last_step)
-        return step in ends or (every is not None and step % every == 0)
+        return step in (0, self.config.training.last_step) or is_due(step, self.config.eval.every)
 
     def evaluate(self, step: int, tokens: int, recorded: Collection[str] = ()) -> HeldOutLoss | None:
         """Run and record the evaluations that are due after a step; a collective call.
@@ -110,9 +109,9 @@ class Evaluator:
         Raises:
             NonFiniteLossError: The held-out loss is NaN or Inf.
         """
-        is_due = self._is_loss_due(step)  # and that of samples
-        has_loss = is_due and "validation_loss" not in recorded
-        has_samples = is_due and bool(self.config.eval.sample_prompts) and "samples" not in recorded
+        due = self._is_loss_due(step)  # and that of samples
+        has_loss = due and "validation_loss" not in recorded
+        has_samples = due and bool(self.config.eval.sample_prompts) and "samples" not in recorded
         has_tasks = self.are_tasks_due(step) and "task_seconds" not in recorded
         has_diagnostics = self.diagnostics.is_due(step) and LAYERS not in recorded
         if not (has_loss or has_samples or has_tasks or has_diagnostics):

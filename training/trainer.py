@@ -32,6 +32,7 @@ from training import titan
 from training.average import WeightAverage
 from training.branch_step import branch_step
 from training.checkpoints import RunCheckpoints
+from training.due import is_due
 from training.evaluation import Evaluator
 from training.failures import describe_missing_ranks
 from training.fall_back import load_or_fall_back
@@ -59,7 +60,7 @@ from training.run_lock import RunLock
 from training.signals import StopRequest
 from training.summary import format_summary
 from training.token_stop import check_tokens
-from training.update_stats import UpdateStats, is_due
+from training.update_stats import UpdateStats
 
 MicroBatch = tuple[dict[str, torch.Tensor], torch.Tensor]
 

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from optimizers.titan import ParamGroupOptimizers
+from training.due import is_due
 from training.run_config import MetricsConfig
 
 
@@ -54,8 +55,3 @@ class UpdateStats:
             for group, values in self._optimizers.update_singular_values().items()
             for name, value in zip(("min", "median", "max"), values, strict=True)
         }
-
-
-def is_due(step: int, every: int | None) -> bool:
-    """Return whether something is due at a step that is done every so many steps, or never (None)."""
-    return every is not None and step % every == 0

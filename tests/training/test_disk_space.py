@@ -13,10 +13,10 @@ from tests.training.launch import train
 from training import disk_space
 from training.disk_space import check_space, num_checkpoints
 from training.dry_run import dry_run
+from training.due import is_due
 from training.memory import checkpoint_bytes
 from training.preflight import build_meta_model
 from training.run_config import RunConfig
-from training.update_stats import is_due
 
 CONFIG = Path(__file__).parents[2] / "configs" / "debug_softmax_muon.toml"
 MB = 10**6
