@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from models.qwen3 import Qwen3
 from training.cublas import limit_workspace
 from training.log import logger
+from training.replay import graph_refusal, supports_replay
 from training.run_config import TrainingConfig
 
 _MEAN_LENGTHS = (2048, 512, 128, 32, 8, 1)
@@ -44,22 +45,6 @@ def pad_bounds(cu_seqlens: torch.Tensor, num_tokens: int) -> torch.Tensor:
     return nn.functional.pad(cu_seqlens, (0, missing), value=num_tokens)
 
 
-def graph_refusal(model: Qwen3, config: TrainingConfig, device: torch.device) -> str | None:
-    """Return why training does not replay CUDA graphs, or None if it does."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
-        return "they need a GPU of compute capability 8.0"
-    if not config.cuda_graphs:
-        return "training.cuda_graphs is false"
-    if config.activation_checkpointing is not None:
-        return "training.activation_checkpointing reads the state of the random generators"
-    if not all(module.forward_supports_cuda_graph for module in model.attention_modules()):
-        kind = model.config.attention.kind
-        if kind in ("softmax", "parallax"):
-            return f"{kind} runs without our kernels, by attention.impl or head_dim"
-        return f"attention.kind {kind} waits for the device, or its shapes follow the documents"
-    return None
-
-
 class MicroBatches:
     """Runs forward and backward of micro-batches of one shape; adds up loss and gradients.
 
@@ -76,9 +61,7 @@ class MicroBatches:
         self.model, self.seq_len, self.device = model, config.seq_len, device
         self._z_loss_coefficient = config.z_loss
         self.refusal = graph_refusal(model, config, device)
-        self._pads_bounds = device.type == "cuda" and all(
-            module.forward_supports_cuda_graph for module in model.attention_modules()
-        )
+        self._pads_bounds = device.type == "cuda" and supports_replay(model)
         if config.cuda_graphs and self.refusal is not None and device.type == "cuda":
             logger.info(f"no CUDA graphs: {self.refusal}")
         self._loss = torch.zeros((), device=device)

@@ -19,6 +19,7 @@ from optimizers.build import state_by_group
 from optimizers.config import DEFAULT_ITERATIONS, OrthogonalizedGroup, SOAPGroup
 from optimizers.param_groups import assign_parameters
 from training.memory import FP32
+from training.replay import missing_kernels, replay_refusal
 from training.run_config import RunConfig
 
 GPUS_PER_NODE = 8
@@ -103,8 +104,8 @@ def estimate_step_time(config: RunConfig, model: Qwen3, world_size: int) -> Step
     Raises:
         UserError: The batch or the degrees of parallelism do not fit the number of ranks.
     """
-    runs_on_kernels = all(module.forward_supports_cuda_graph for module in model.attention_modules())
-    if not (isinstance(config.model.attention, SoftmaxConfig | ParallaxConfig) and runs_on_kernels):
+    is_measured = isinstance(config.model.attention, SoftmaxConfig | ParallaxConfig)
+    if not is_measured or missing_kernels(model) is not None:
         return None
     num_micro_batches = config.gradient_accumulation_steps(world_size)
     seq_len, tokens = config.training.seq_len, config.tokens_per_micro_batch
@@ -120,7 +121,7 @@ def estimate_step_time(config: RunConfig, model: Qwen3, world_size: int) -> Step
     num_bytes = 2 * _ACTIVATION_PASSES * tokens * elements + weight_bytes * num_weights
     memory_bound = num_bytes / _MEMORY_BANDWIDTH
     busy = products + attention + memory_bound
-    is_replayed = config.training.cuda_graphs and config.training.activation_checkpointing is None
+    is_replayed = replay_refusal(model, config.training) is None
     launches = 0.0 if is_replayed else _HOST_SECONDS_PER_LAYER * model.config.dimensions.num_layers
     launch_bound = max(0.0, launches - busy)
     return StepTime(

@@ -9,7 +9,8 @@ from models.config import LocalLinearConfig, ModelConfig, ParallaxConfig
 from models.init import init_weights
 from models.loss import cross_entropy
 from models.qwen3 import Qwen3
-from training.micro_batches import MicroBatches, graph_refusal, pad_bounds, padded_num_documents
+from training.micro_batches import MicroBatches, pad_bounds, padded_num_documents
+from training.replay import graph_refusal
 from training.run_config import TrainingConfig
 
 CONFIG = ModelConfig(size="debug", vocab_size=50, rope_theta=1e4, attention=ParallaxConfig())
