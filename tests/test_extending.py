@@ -109,7 +109,7 @@ def test_the_dry_run_counts_it_and_the_help_describes_it(extended: Path) -> None
     printed = run(extended, "train.py", "--config", f"configs/{CONFIG}.toml", "--dry-run", "--mfu", "40")
     # 4 layers of q, k, v, o and the gate, each 128 x 256 or 128 x 128
     assert re.search(rf"^parameters, attention +{4 * 4 * 128 * 256 / 1e6:.2f}M$", printed, re.MULTILINE)
-    assert "time of the whole run" in printed
+    assert "time of this run" in printed
     for table, kind in (("model.attention", "gated-softmax"), ("optimizer.groups.NAME", "lion")):
         assert f'kind = "{kind}"' in run(extended, "train.py", "--help-config", table)
 

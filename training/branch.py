@@ -11,7 +11,6 @@ from config import Table
 from errors import UserError
 from models.run_folder import RunFolder, is_whole, nearby_checkpoints, step_of
 from optimizers.schedule import decay_start, schedules_by_group
-from training.branch_step import branch_step as branch_step
 from training.run_config import RunConfig
 from training.saved_config import (
     check_compatible,

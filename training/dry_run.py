@@ -4,12 +4,14 @@ from disk import format_bytes
 from errors import UserError
 from models.qwen3 import Qwen3
 from optimizers.param_groups import assign_parameters
-from training.branch import branch_step
+from training.branch import check_branch_step
+from training.branch_step import branch_step, own_steps
 from training.disk_space import num_checkpoints
 from training.fit import describe_fit
 from training.gpus import GPUS, MEASURED, Gpu, find_gpu
 from training.memory import GIB, checkpoint_bytes, estimate_memory
 from training.preflight import build_meta_model
+from training.replay import missing_kernels
 from training.run_config import RunConfig
 from training.step_time import estimate_step_time
 
@@ -29,7 +31,8 @@ def dry_run(config: RunConfig, world_size: int, *, gpu: str = MEASURED, mfu: flo
 
     Raises:
         UserError: The batch does not fit the ranks, the optimizer groups do not fit the model, the schedule
-            is longer than the run, the GPU is unknown, or the MFU is no percentage.
+            is longer than the run, a branch starts after its decay has or at its last step, the GPU is
+            unknown, or the MFU is no percentage.
     """
     if world_size < 1:
         raise UserError(f"--world-size must be at least 1, got {world_size}")
@@ -38,10 +41,13 @@ def dry_run(config: RunConfig, world_size: int, *, gpu: str = MEASURED, mfu: flo
     planned = find_gpu(gpu)
     accumulation = config.gradient_accumulation_steps(world_size)
     model = build_meta_model(config)
+    if config.checkpoint.start_from is not None:
+        check_branch_step(config, branch_step(config))
     groups = assign_parameters(model.named_parameters(), config.optimizer.groups)
     counts = model.num_parameters()
     memory = estimate_memory(config, model, world_size)
-    seq_len, steps, step_tokens = config.training.seq_len, config.training.steps, config.tokens_per_step
+    seq_len, steps, step_tokens = config.training.seq_len, own_steps(config), config.tokens_per_step
+    tokens = len(steps) * step_tokens
     flops = model.num_flops_per_token(seq_len)
     size, kept = checkpoint_bytes(config, model, world_size), num_checkpoints(config, branch_step(config))
     rows = [
@@ -49,9 +55,10 @@ def dry_run(config: RunConfig, world_size: int, *, gpu: str = MEASURED, mfu: flo
         *((f"parameters, {part}", f"{count / 1e6:.2f}M") for part, count in counts.items()),
         *((f"group {name}", f"{sum(p.numel() for p in ps) / 1e6:.2f}M") for name, ps in groups.items()),
         ("FLOPs per token", f"{flops / 1e9:.3f} GFLOP (training, sequence length {seq_len})"),
-        ("step", f"{step_tokens:,} tokens, {accumulation} micro-batches on each of {world_size} ranks"),
-        ("whole run", f"{steps:,} steps, {steps * step_tokens / 1e9:.3f}B tokens, "
-                      f"{steps * step_tokens * flops:.3e} FLOPs"),
+        ("step", f"{step_tokens:,} tokens, {_count(accumulation, 'micro-batch', 'es')} on "
+                 f"{'each of ' if world_size > 1 else ''}{_count(world_size, 'rank')}"),
+        ("this run", f"{_count(len(steps), 'step')} ({steps[0]:,} to {steps[-1]:,}), "
+                     f"{_digits(tokens / 1e9)}B tokens, {tokens * flops:.3e} FLOPs"),
         *((f"memory, {part}", f"{size / GIB:.2f} GiB") for part, size in vars(memory).items()),
         *_time_rows(config, model, world_size, planned, mfu),
         ("checkpoint", f"{format_bytes(size)}, up to {kept} at a time: {format_bytes(kept * size)} of disk"),
@@ -68,29 +75,49 @@ def _time_rows(
     """Return time and speed of a step and of the run: at a stated MFU, or by the model of a step's time."""
     time = estimate_step_time(config, model, world_size) if stated is None else None
     if stated is None and time is None:
-        kind = config.model.attention.kind
-        if kind in ("softmax", "parallax"):
-            kind += " without our kernels, by attention.impl or head_dim"
-        return [("time", f"no estimate for attention.kind {kind}; state an MFU by --mfu PERCENT")]
+        reason = missing_kernels(model)
+        reason = f"for attention.kind {config.model.attention.kind}" if reason is None else f"({reason})"
+        return [("time", f"no estimate {reason}; state an MFU by --mfu PERCENT")]
     flops = config.tokens_per_step * model.num_flops_per_token(config.training.seq_len)
-    mfu, origin, parts = stated or 0.0, "as stated", ""
+    mfu, origin, parts, losses = stated or 0.0, "as stated", "", []
     if time is not None:
         mfu = 100 * flops / (time.total * world_size * GPUS[MEASURED].peak_flops)
         origin = "by training/step_time.py"
-        parts = ", ".join(f"{name.replace('_', '-')} {1e3 * x:.0f}" for name, x in vars(time).items())
         if gpu is GPUS[MEASURED]:
-            parts = f", compiled: {parts}"
+            each = ", ".join(f"{_dashed(name)} {_digits(1e3 * x)}" for name, x in vars(time).items())
+            share = vars(time)[time.bottleneck] / time.total
+            parts, losses = f", compiled: {each}", [f"{_dashed(time.bottleneck)} {100 * share:.0f}%"]
         else:
-            origin, parts = f"{origin} for {GPUS[MEASURED].name}s", ""
+            origin = f"{origin} for {GPUS[MEASURED].name}s"
     seconds = flops / (mfu / 100 * world_size * gpu.peak_flops)
-    hours, speed = config.training.steps * seconds / 3600, config.tokens_per_step / seconds
-    whole = f"{hours:,.1f} hours, {hours * world_size:,.0f} GPU-hours"
-    if hours < 0.1:
-        whole = f"{3600 * hours:,.1f} s"
-    gpus = f"{world_size} {gpu.name}" + ("s" if world_size > 1 else "")
+    hours, speed = len(own_steps(config)) * seconds / 3600, config.tokens_per_step / seconds
     return [
         ("MFU", f"{mfu:.1f}% by whole rows (mfu_whole_rows_percent), {origin}"),
-        ("time per step", f"{1e3 * seconds:.0f} ms on {gpus}{parts}"),
+        ("time per step", f"{_digits(1e3 * seconds)} ms on {_count(world_size, gpu.name)}{parts}"),
+        *(("largest loss", loss) for loss in losses),
         ("speed", f"{speed:,.0f} tokens/s, {speed / world_size:,.0f} per GPU"),
-        ("time of the whole run", f"{whole}, without evaluations and checkpoints"),
-    ]
+        ("time of this run", f"{_format_hours(hours)}, {_digits(hours * world_size)} GPU-hours, without "
+                             "evaluations and checkpoints"),
+    ]  # fmt: skip
+
+
+def _digits(value: float) -> str:
+    """Format a number of at least 0 with three significant digits, or all before the point if more."""
+    exponent = int(f"{value:.2e}".partition("e")[2])
+    return f"{value:,.{max(0, 2 - exponent)}f}" if value else "0"
+
+
+def _format_hours(hours: float) -> str:
+    """Format a time in hours, or in minutes or seconds if it is shorter."""
+    for unit, per_hour in (("hours", 1), ("minutes", 60)):
+        if hours * per_hour >= 1:
+            return f"{_digits(hours * per_hour)} {unit}"
+    return f"{_digits(hours * 3600)} seconds"
+
+
+def _count(number: int, noun: str, ending: str = "s") -> str:
+    return f"{number:,} {noun}{'' if number == 1 else ending}"
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")

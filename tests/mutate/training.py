@@ -174,6 +174,8 @@ MUTANTS = [
     ),
     Mutant("training/memory.py", "if accumulates else 0.0", "", DRY_RUN),
     Mutant("training/dry_run.py", "mfu / 100 * world_size * gpu", "mfu / 100 * gpu", PLAN),
+    Mutant("training/branch_step.py", "range(branch_step(config) + 1, ", "range(1, ", PLAN),
+    Mutant("training/branch_step.py", "config.training.last_step + 1)", "config.training.steps + 1)", PLAN),
     Mutant("training/fit.py", "if rows_per_rank % n == 0", "", PLAN),
     Mutant("training/rank_sums.py", "if number}", "}", RANK_SUMS),
     Mutant("scalars.py", "            _totals = None\n", "            pass\n", "tests/test_scalars.py"),

@@ -108,12 +108,12 @@ WIDE = {"width": 512, "num_layers": 16, "num_heads": 8, "num_kv_heads": 4, "head
     ("path", "keys", "said"),
     [
         ("configs/60m_lla_muon.toml", {}, "no estimate for attention.kind lla; state"),
-        ("configs/60m_softmax_muon.toml", {"attention.impl": "torch"}, "softmax without our kernels"),
-        ("configs/60m_parallax_muon.toml", {"attention.impl": "eager"}, "parallax without our kernels"),
+        ("configs/60m_softmax_muon.toml", {"attention.impl": "torch"}, "softmax runs without our kernels"),
+        ("configs/60m_parallax_muon.toml", {"attention.impl": "eager"}, "parallax runs without our kernels"),
         (
             "configs/60m_parallax_muon.toml",
             {"size": "custom", **{f"custom_size.{name}": value for name, value in WIDE.items()}},
-            "parallax without our kernels, by attention.impl or head_dim",
+            "parallax runs without our kernels, by attention.impl or head_dim",
         ),
     ],
     ids=["kind", "torch", "eager", "width"],

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import NamedTuple
 
-from training.branch_step import branch_step
+from training.branch_step import branch_step, own_steps
 from training.gpus import GPUS, MEASURED
 from training.memory import GIB, estimate_memory
 from training.preflight import build_meta_model
@@ -109,7 +109,7 @@ def _sum(one: RunCost, other: RunCost) -> RunCost:
 
 
 def _cost(run: RunConfig, num_gpus: int) -> RunCost:
-    model, steps = build_meta_model(run), run.training.last_step - branch_step(run)
+    model, steps = build_meta_model(run), len(own_steps(run))
     flops = model.num_flops_per_token(run.training.seq_len) * run.tokens_per_step * steps
     time = estimate_step_time(run, model, num_gpus)
     memory = estimate_memory(run, model, num_gpus).peak / GIB
