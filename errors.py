@@ -97,14 +97,15 @@ def check_not_empty(config: object, *names: str) -> None:
 
 
 def check_at_least_1(options: argparse.Namespace, name: str) -> None:
-    """Raise unless an option of a command line is at least 1, or was not given.
+    """Raise unless an option of a command line, or each of its values, is at least 1, or was not given.
 
     Raises:
         UserError: It is 0 or negative.
     """
-    value = getattr(options, name)
-    if value is not None and value < 1:
-        raise UserError(f"--{name.replace('_', '-')} is {value}, must be at least 1")
+    found = getattr(options, name)
+    for value in found if isinstance(found, list) else [found]:
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}, must be at least 1")
 
 
 def check_out(out: Path | None) -> None:

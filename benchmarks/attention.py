@@ -30,8 +30,9 @@ from benchmarks.attention_authors import AuthorsProcess, AuthorsRunner
 from benchmarks.attention_providers import PROVIDERS, missing_module, parse_heads
 from benchmarks.attention_table import accuracy_header, accuracy_row, format_tables
 from benchmarks.attention_timing import Cell, LocalRunner, Runner, Shape, draw, measure
-from benchmarks.machine import RESULTS, write_result
-from errors import UserError, check_out, run_command
+from benchmarks.command import make_parser, parse
+from benchmarks.machine import write_result
+from errors import UserError, run_command
 from parallax.kernels import tiles
 from parallax.reference import parallax_reference
 from parallax.testing import Inputs, make_inputs, output_and_gradients, relative_error
@@ -161,9 +162,7 @@ def choose_providers(asked: Sequence[str] | None, has_authors: bool) -> list[str
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser("attention", __doc__, name="attention")
     lengths = [2**i for i in range(10, 16)]
     parser.add_argument(
         "--lengths", type=int, nargs="+", default=lengths, help="tokens per row (1024 to 32768)"
@@ -184,15 +183,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--alone-seconds", type=float, default=1.0, help="duration of each run alone; 0 for none (1.0)"
     )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
-    parser.add_argument("--name", default="attention", help="name of the JSON file in --out")
     return parser
 
 
 def main() -> None:
     """Run `python -m benchmarks.attention`."""
-    args = _parser().parse_args()
-    check_out(args.out)
+    args = parse(_parser())
     names = choose_providers(args.providers, args.authors is not None)
     authors = None if args.authors is None else AuthorsProcess(args.authors)
     bench = Bench(names, authors)

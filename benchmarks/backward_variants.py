@@ -23,14 +23,12 @@ the first. T is a multiple of 128, K is 64 or 128; causal, without windows or pa
 fp32, with atomics for "tma": `TRITON_INTERPRET=1 python -m benchmarks.backward_variants --check`.
 """
 
-import argparse
 import shlex
 import statistics
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,8 +42,9 @@ from benchmarks.backward_variant_kernels import (
     keys_kernel,
     queries_kernel,
 )
-from benchmarks.machine import RESULTS, write_result
-from errors import check_out, run_command
+from benchmarks.command import make_parser, parse
+from benchmarks.machine import write_result
+from errors import run_command
 from parallax.kernels import backward, forward
 from parallax.kernels.addressing import Mask, describe, heads_per_section
 from parallax.kernels.tiles import Tile
@@ -228,18 +227,12 @@ def format_table(found: list[Candidate]) -> str:
 
 def main() -> int:
     """Run `python -m benchmarks.backward_variants`; return 1 if --check refuses a candidate."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser("backward_variants", __doc__, name="backward_variants")
     parser.add_argument("--check", action="store_true", help="only check the gradients, in fp32 on the CPU")
     parser.add_argument(
         "--shape", type=int, nargs=5, default=[8, 4096, 16, 8, 128], help="B T H G K (8 4096 16 8 128)"
     )
-    parser.add_argument(
-        "--out", type=Path, default=RESULTS / "backward_variants.json", help="JSON file of the result"
-    )
-    args = parser.parse_args()
-    check_out(args.out.parent)
+    args = parse(parser)
     found = [Candidate(way, option, Tile(*tile)) for way, option, tile in CANDIDATES]
     small, dtype, device, bounds = (1, 1024, *args.shape[2:]), torch.bfloat16, "cuda", BARS
     if args.check:
@@ -258,7 +251,7 @@ def main() -> int:
     print(format_table(found))
     command = shlex.join(["python", "-m", "benchmarks.backward_variants", *sys.argv[1:]])
     result = {"command": command, "shape": args.shape, "candidates": [asdict(c) for c in found]}
-    print(write_result(args.out.stem, result, args.out.parent))
+    print(write_result(args.name, result, args.out))
     return 0
 
 

@@ -4,7 +4,6 @@ One process reads a checkpoint from the page cache into the same tensors by both
 difference of the fastest of --repeats readings is what the checks cost. CPU seconds are those of all threads.
 """
 
-import argparse
 import shlex
 import sys
 import tempfile
@@ -16,7 +15,9 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 
+from benchmarks.command import make_parser, parse
 from benchmarks.machine import write_result
+from errors import run_command
 from models.checkpoint.reader import CheckpointReader
 
 
@@ -40,10 +41,10 @@ def _seconds(read: Callable[[], None]) -> tuple[float, float]:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser("checkpoint_reading", __doc__, name="checkpoint_reading")
     parser.add_argument("--mebibytes", type=int, default=1024, help="size of the checkpoint (1024)")
     parser.add_argument("--repeats", type=int, default=7, help="readings by each reader (7)")
-    options = parser.parse_args()
+    options = parse(parser)
     warnings.filterwarnings("ignore", "torch.distributed is disabled")
     state = _state(options.mebibytes)
     with tempfile.TemporaryDirectory() as folder:
@@ -75,8 +76,8 @@ def main() -> None:
     for name, (wall, cpu) in best.items():
         print(f"{name:<8} {wall:.2f} s per GiB, {cpu:.2f} CPU seconds")
     print(f"the checks cost {extra[0]:.2f} s per GiB, {extra[1]:.2f} CPU seconds")
-    print(write_result("checkpoint_reading", result))
+    print(write_result(options.name, result, options.out))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -9,7 +9,6 @@ rounds. The shards are then verified, a sample of documents is compared with the
 loader reads them back.
 """
 
-import argparse
 import itertools
 import multiprocessing
 import os
@@ -27,6 +26,7 @@ from typing import Any
 
 import tokenizers
 
+from benchmarks.command import make_parser, parse
 from benchmarks.machine import write_result
 from data.config import ParquetSource, ShardsSource
 from data.loading.loader import PackedLoader
@@ -184,19 +184,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: Command-line arguments; None for sys.argv[1:].
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.data_prepare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("data_prepare", __doc__, name="data_prepare_cpu_202611")
     parser.add_argument("--files", nargs="+", required=True, metavar="GLOB", help="parquet files")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder that holds a tokenizer.json")
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--processes", type=int, default=cores, help="processes that tokenize")
     parser.add_argument("--bare-tokens", type=int, default=8_000_000, help="tokens for the library alone")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--name", default="data_prepare_cpu_202611", help="name of the result file")
-    options = parser.parse_args(arguments)
+    options = parse(parser, arguments)
     tokenizer = Tokenizer.load(options.tokenizer)
     file = options.tokenizer / TOKENIZER_FILE
     source = open_text(ParquetSource(files=options.files))
@@ -232,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "loader_tokens_per_second": read_back,
     }
     print(median)
-    print(write_result(options.name, result))
+    print(write_result(options.name, result, options.out))
 
 
 def _cpu() -> str:

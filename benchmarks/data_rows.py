@@ -9,7 +9,6 @@ that of all threads of the process, to compare on a shared machine. The peak mem
 and arrays, measured in another, shorter run.
 """
 
-import argparse
 import contextlib
 import itertools
 import os
@@ -22,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import make_parser, parse
 from benchmarks.machine import write_result
 from data.config import ParquetSource, ShardsSource
 from data.loading.loader import DEFAULT_WINDOW_BATCHES, PackedLoader
@@ -93,11 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: Command-line arguments; None for sys.argv[1:].
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.data_rows",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("data_rows", __doc__, name="data_rows_cpu_202611")
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument("--files", nargs="+", metavar="GLOB", help="parquet files")
     group.add_argument("--folder", help="a prepared folder")
@@ -105,8 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seq-len", type=int, nargs="+", default=[1024, 4096])
     parser.add_argument("--global-batch", type=int, default=256, help="rows per step of text")
     parser.add_argument("--ranks", type=int, default=8, help="data-parallel ranks, for shards")
-    parser.add_argument("--name", default="data_rows_cpu_202611", help="name of the result file")
-    options = parser.parse_args(arguments)
+    options = parse(parser, arguments)
     tokenizer = Tokenizer.load(options.tokenizer)
     config = ParquetSource(files=options.files) if options.files else ShardsSource(folder=options.folder)
     world = 1 if options.files else options.ranks
@@ -134,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "platform": platform.platform(),
         "cases": found,
     }
-    print(write_result(options.name, result))
+    print(write_result(options.name, result, options.out))
 
 
 if __name__ == "__main__":

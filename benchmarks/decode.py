@@ -14,14 +14,12 @@ by the ratio of cuDNN's times here and there. The shapes of the paper's own tabl
 measured too, and its numbers are printed beside ours.
 """
 
-import argparse
 import shlex
 import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -29,8 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.machine import RESULTS, write_result
-from errors import check_out, run_command
+from benchmarks.command import make_parser, parse
+from benchmarks.machine import write_result
+from errors import run_command
 from parallax import parallax_decode
 from parallax.reference import parallax_reference
 from parallax.testing import relative_error
@@ -302,17 +301,12 @@ def print_table(rows: list[dict[str, Any]], names: list[str]) -> None:
 
 def main() -> None:
     """Run `python -m benchmarks.decode`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser("decode", __doc__, name="decode")
     parser.add_argument("--rounds", type=int, default=15, help="graph replays per provider (15)")
     parser.add_argument(
         "--providers", nargs="+", default=list(PROVIDERS), choices=list(PROVIDERS), help="(all)"
     )
-    parser.add_argument("--name", default="decode", help="name of the JSON file in --out")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
-    options = parser.parse_args()
-    check_out(options.out)
+    options = parse(parser)
     errors = check_accuracy()
     shapes = [*(Shape(*key) for key in PEERS_US), Shape(16, 8, 16, 4096, 64), Shape(16, 8, 128, 4096, 64)]
     shapes += [Shape(8, 8, *key) for key in PAPER_US]

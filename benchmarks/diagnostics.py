@@ -10,7 +10,6 @@ overrides of every run, for example the folder of the data. The measured text is
 shards unless they name another `data.validation`.
 """
 
-import argparse
 import shlex
 import statistics
 import sys
@@ -19,11 +18,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import RESULTS, describe, write_result
-from benchmarks.training import WARMUP_STEPS, launch, parse_with_overrides, read_steps
+from benchmarks.command import make_parser, parse_with_overrides
+from benchmarks.machine import describe, write_result
+from benchmarks.training import WARMUP_STEPS, launch, read_steps
 from config import load
 from data.config import ShardsSource
-from errors import check_out, run_command
+from errors import run_command
 from eval.diagnostics.record import read_records
 from models.run_folder import RunFolder
 from training.run_config import RunConfig
@@ -113,14 +113,9 @@ def measure(path: str, overrides: Sequence[str]) -> dict[str, Any]:
 
 def main() -> None:
     """Run `python -m benchmarks.diagnostics`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser("diagnostics", __doc__, name="diagnostics")
     parser.add_argument("configs", nargs="+", help="config files")
-    parser.add_argument("--name", default="diagnostics", help="name of the JSON file in --out")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     options, overrides = parse_with_overrides(parser)
-    check_out(options.out)
     command = "python -m benchmarks.diagnostics " + shlex.join(sys.argv[1:])
     rows = []
     for path in options.configs:

@@ -15,15 +15,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.command import make_parser, parse
 from benchmarks.machine import write_result
 from errors import UserError, run_command
 from eval.task_results import ACCURACIES
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser("eval_parity", __doc__, name="eval_parity")
     parser.add_argument("--data", type=Path, required=True, help="as in python -m eval.downstream")
     parser.add_argument("--tasks", nargs="+", default=list(ACCURACIES), help='task names, or "paper" (all)')
     parser.add_argument("--limit", type=int, default=200, help="documents per task (200)")
@@ -47,7 +46,6 @@ def _parser() -> argparse.ArgumentParser:
         default=Path(".cache/eval_parity"),
         help="folder of the tokenizer file for transformers (.cache/eval_parity)",
     )
-    parser.add_argument("--name", default="eval_parity", help="name of the JSON file in benchmarks/results")
     return parser
 
 
@@ -60,14 +58,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         UserError: Neither --gguf nor --tokenizer is given, or every batch size is too large for the GPU.
     """
-    options = _parser().parse_args(arguments)
+    options = parse(_parser(), arguments)
     if options.gguf is None and options.tokenizer is None:
         raise UserError("--tokenizer is missing; give the tokenizer of the model, or a model by --gguf")
     from benchmarks.harness_comparison import run_parity  # needs the extra `eval`
 
     result = run_parity(options)
     result = {"command": f"python -m benchmarks.eval_parity {' '.join(arguments or sys.argv[1:])}", **result}
-    path = write_result(options.name, result)
+    path = write_result(options.name, result, options.out)
     print(result["parity"])
     print(
         "errors relative to fp64 where the sides differ most:",

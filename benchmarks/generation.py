@@ -5,18 +5,17 @@ them: each continues a prompt of --context random tokens greedily by --new-token
 reports medians over rounds of the tokens/s after the prefill, including sampling and host overhead.
 """
 
-import argparse
 import shlex
 import statistics
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.machine import RESULTS, write_result
-from errors import check_out, run_command
+from benchmarks.command import make_parser, parse
+from benchmarks.machine import write_result
+from errors import run_command
 from models.config import ModelConfig, ParallaxConfig, SoftmaxConfig
 from models.device import check_device
 from models.generation.generate import stream
@@ -61,18 +60,13 @@ def measure(model: Qwen3, prompt: list[int], num_new: int) -> dict[str, float]:
 
 def main() -> None:
     """Run `python -m benchmarks.generation`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser("generation", __doc__, name="generation")
     parser.add_argument("--size", default="0.6b", help="size of the models (0.6b)")
     parser.add_argument("--context", type=int, default=1024, help="tokens of the prompt (1024)")
     parser.add_argument("--new-tokens", type=int, default=512, help="tokens to generate (512)")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds (5)")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--name", default="generation", help="name of the JSON file in --out")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
-    options = parser.parse_args()
-    check_out(options.out)
+    options = parse(parser)
     check_device(options.device)
     models = {name: build(options.size, name, options.device) for name in _ATTENTION_CONFIGS}
     prompt = torch.randint(0, 151936, (options.context,), generator=torch.Generator().manual_seed(0)).tolist()

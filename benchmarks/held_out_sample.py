@@ -9,7 +9,6 @@ these losses: documents in a random order, cut into rows, of which each sample t
 tokens drawn one by one would give: sqrt((1 - n / N) / n) standard deviations of a token's loss.
 """
 
-import argparse
 import itertools
 import json
 import math
@@ -21,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from benchmarks.command import make_parser, parse
 from benchmarks.machine import write_result
 from config import from_table
 from data.config import DataConfig
@@ -142,11 +142,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: Command-line arguments; None for sys.argv[1:].
     """
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.held_out_sample", description=__doc__)
+    parser = make_parser("held_out_sample", __doc__, name="held_out_sample_cpu_202611")
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--max-tokens", type=int, nargs="+", required=True)
-    parser.add_argument("--name", default="held_out_sample_cpu_202611")
-    options = parser.parse_args(arguments)
+    options = parse(parser, arguments)
     table = read_run_table(find_checkpoint(options.runs[0]))
     data, seq_len = from_table(DataConfig, table["data"], "config", "data"), table["training"]["seq_len"]
     place = find_tokenizer(RunFolder(options.runs[0]), table["data"])
@@ -196,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             }
         result["by_max_tokens"][max_tokens] = found
         print(max_tokens, json.dumps(found))
-    print(write_result(options.name, result))
+    print(write_result(options.name, result, options.out))
 
 
 if __name__ == "__main__":

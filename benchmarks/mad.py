@@ -7,22 +7,21 @@ are compared, after a test of the attention of heads of width 8 against fp64 whe
 `test_kernels` are the largest kernels of a step and of a test, traced after they were timed.
 """
 
-import argparse
 import shlex
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.machine import RESULTS, write_result
-from errors import UserError, check_out, run_command
+from benchmarks.command import make_parser, parse
+from benchmarks.machine import write_result
+from errors import UserError, run_command
 from eval.mad.model import attention_kinds, build_model
 from eval.mad.runs import BATCH, RATES, Recipe, Run, grid
 from eval.mad.settings import TASKS, Setting, Task, settings
@@ -157,19 +156,14 @@ def main() -> None:
     Raises:
         UserError: There is no GPU.
     """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser("mad", __doc__, name="mad")
     parser.add_argument(
         "--attention", nargs="+", default=["softmax", "parallax"], choices=[*attention_kinds()]
     )
     parser.add_argument("--tasks", nargs="+", default=["in-context-recall"], choices=TASKS)
     parser.add_argument("--optimizers", nargs="+", default=["adamw"], choices=[*RATES])
     parser.add_argument("--modes", nargs="+", default=[*MODES], choices=MODES)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
-    parser.add_argument("--name", default="mad", help="name of the JSON file in --out")
-    options = parser.parse_args()
-    check_out(options.out)
+    options = parse(parser)
     if not torch.cuda.is_available():
         raise UserError("python -m benchmarks.mad needs a GPU, and torch sees none")
     results: list[dict[str, Any]] = []

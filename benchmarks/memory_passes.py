@@ -12,7 +12,6 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.attention_providers import parse_heads
-from benchmarks.machine import RESULTS, write_result
-from errors import check_out, run_command
+from benchmarks.command import make_parser, parse
+from benchmarks.machine import write_result
+from errors import run_command
 from models import loss
 from models.attention.base import Rope
 from models.kernels import cross_entropy, norm_rope
@@ -290,9 +290,7 @@ def measure_loss(args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Run `python -m benchmarks.memory_passes`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser("memory_passes", __doc__, name="memory_passes")
     parser.add_argument("--tokens", type=int, default=32768, help="tokens of a micro-batch (32768)")
     parser.add_argument("--seq-len", type=int, default=4096, help="length of a row (4096)")
     parser.add_argument("--heads", default="16/8", help="query/kv heads (16/8)")
@@ -302,10 +300,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20, help="timed rounds (20)")
     parser.add_argument("--tune", action="store_true", help="also time other tiles")
     parser.add_argument("--only", choices=("heads", "loss"), help="one of the two")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
-    parser.add_argument("--name", default="memory_passes", help="name of the JSON file in --out")
-    args = parser.parse_args()
-    check_out(args.out)
+    args = parse(parser)
     result: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "benchmarks.memory_passes", *sys.argv[1:]])
     }

@@ -11,7 +11,6 @@ then sharded over the ranks as by FSDP2. It reports the difference of the result
 runs are bit-identical.
 """
 
-import argparse
 import itertools
 import os
 import shlex
@@ -19,7 +18,6 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,9 +25,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from benchmarks.machine import RESULTS, write_result
+from benchmarks.command import make_parser, parse
+from benchmarks.machine import write_result
 from config import load
-from errors import check_out, run_command
+from errors import run_command
 from optimizers.muon import Muon
 from optimizers.orthogonalize import newton_schulz5
 from optimizers.param_groups import assign_parameters
@@ -260,19 +259,14 @@ def _measure_ours(
 
 def main() -> None:
     """Run `python -m benchmarks.muon`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser("muon", __doc__, name="muon")
     configs = ["configs/0.6b_parallax_muon.toml", "configs/1.7b_parallax_muon.toml"]
     parser.add_argument("--configs", nargs="+", default=configs, help="config files (0.6B and 1.7B Parallax)")
     parser.add_argument(
         "--providers", nargs="+", default=list(PROVIDERS), choices=list(PROVIDERS), help="(all)"
     )
     parser.add_argument("--steps", type=int, default=10, help="timed steps (10)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
-    parser.add_argument("--name", default="muon", help="name of the JSON file in --out")
-    args = parser.parse_args()
-    check_out(args.out)
+    args = parse(parser)
 
     is_main_rank = True
     if "LOCAL_RANK" in os.environ:

@@ -10,7 +10,6 @@ import shlex
 import statistics
 import sys
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +18,9 @@ from torch import Tensor
 from benchmarks.attention import BARS
 from benchmarks.attention_providers import parse_heads
 from benchmarks.attention_timing import Shape, draw
-from benchmarks.machine import RESULTS, write_result
-from errors import UserError, check_out, run_command
+from benchmarks.command import make_parser, parse
+from benchmarks.machine import write_result
+from errors import UserError, run_command
 from parallax import parallax_attention
 from parallax.reference import parallax_reference
 from parallax.testing import Inputs, cu_seqlens_of, make_inputs, output_and_gradients, relative_error
@@ -140,18 +140,13 @@ def check(head_dim: int, is_softmax: bool) -> float:
 
 def main() -> None:
     """Run `python -m benchmarks.packed_attention`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser("packed_attention", __doc__, name="packed_attention")
     parser.add_argument("--tokens", type=int, default=32768, help="batch size times length (32768)")
     parser.add_argument("--head-dim", type=int, default=128, help="head width (128)")
     parser.add_argument("--heads", default="16/8", help="query/kv heads (16/8)")
     parser.add_argument("--softmax", action="store_true", help="softmax attention, without probes")
     parser.add_argument("--rounds", type=int, default=20, help="timed rounds (20)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
-    parser.add_argument("--name", default="packed_attention", help="name of the JSON file in --out")
-    args = parser.parse_args()
-    check_out(args.out)
+    args = parse(parser)
 
     num_tokens = args.tokens
     if num_tokens % LENGTHS[-1]:

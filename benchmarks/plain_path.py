@@ -9,7 +9,6 @@ as far from those in fp32 as the plain code's, which are the size of bf16's nois
 draws the differences to fp32.
 """
 
-import argparse
 import math
 import shlex
 import statistics
@@ -19,10 +18,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import RESULTS, write_result
-from benchmarks.training import launch, parse_with_overrides, read_steps
+from benchmarks.command import make_parser, parse_with_overrides
+from benchmarks.machine import write_result
+from benchmarks.training import launch, read_steps
 from config import load
-from errors import check_out, run_command
+from errors import run_command
 from training.run_config import RunConfig
 
 PATHS: dict[str, list[str]] = {
@@ -99,15 +99,10 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def main() -> None:
     """Run `python -m benchmarks.plain_path`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser("plain_path", __doc__, name="plain_path")
     parser.add_argument("configs", nargs="+", help="config files, of softmax attention or Parallax")
     parser.add_argument("--steps", type=int, default=200, help="steps of each run (200)")
-    parser.add_argument("--name", default="plain_path", help="name of the JSON file and the figure in --out")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     options, overrides = parse_with_overrides(parser)
-    check_out(options.out)
     command = "python -m benchmarks.plain_path " + shlex.join(sys.argv[1:])
     rows: list[dict[str, Any]] = []
     for path in options.configs:

@@ -6,7 +6,6 @@ FILE holds another `Prefetcher`, such as the thread of our own that torchdata's 
 `git show d0b6bee:data/loading/prefetch.py`. Implementations take turns; waits are the median over rounds.
 """
 
-import argparse
 import importlib.util
 import itertools
 import os
@@ -24,6 +23,7 @@ import torchdata
 from torchdata.nodes import IterableWrapper
 from torchdata.nodes import Prefetcher as Node
 
+from benchmarks.command import make_parser, parse
 from benchmarks.machine import write_result
 from data.loading.prefetch import Prefetcher
 from errors import run_command
@@ -124,14 +124,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: Command-line arguments; None for sys.argv[1:].
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.prefetch",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("prefetch", __doc__, name="prefetch_cpu_202611")
     parser.add_argument("--other", type=Path, metavar="FILE", help="another module with a Prefetcher")
-    parser.add_argument("--name", default="prefetch_cpu_202611", help="name of the result file")
-    options = parser.parse_args(arguments)
+    options = parse(parser, arguments)
     makes: dict[str, Make] = {
         "torchdata": lambda items: Node(IterableWrapper(items()), _DEPTH),
         "ours": lambda items: Prefetcher(items, _DEPTH),
@@ -170,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "results": results,
         "rounds": rounds,
     }
-    print(write_result(options.name, result))
+    print(write_result(options.name, result, options.out))
 
 
 if __name__ == "__main__":

@@ -15,13 +15,13 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
-from benchmarks.machine import RESULTS, write_result
+from benchmarks.command import make_parser, parse
+from benchmarks.machine import write_result
 from config import load
-from errors import RunError, UserError, check_out, run_command
+from errors import RunError, UserError, run_command
 from training.preflight import build_meta_model
 from training.run_config import RunConfig
 
@@ -122,22 +122,15 @@ def layer_time(config: RunConfig, times: Times) -> float:
 
 def main() -> None:
     """Run the benchmark as the command line asks."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.products",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("products", __doc__, name="products")
     parser.add_argument("configs", nargs="*", help="config files")
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--name", default="products", help="name of the JSON file in --out")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
-    options = parser.parse_args()
+    options = parse(parser)
     if options.child is not None:
         print(json.dumps(time_products(load(RunConfig, options.child))))
         return
     if not options.configs:
         parser.error("the following arguments are required: configs")
-    check_out(options.out)
     configs = {path: load(RunConfig, path) for path in options.configs}
     if not torch.cuda.is_available():
         raise UserError("this machine has no GPU: the benchmark measures products on one")

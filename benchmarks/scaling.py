@@ -12,7 +12,6 @@ Efficiency is tokens/s per GPU relative to one GPU with one micro-batch. Communi
 one step: that of the rank that waits least for the others.
 """
 
-import argparse
 import queue
 import shlex
 import subprocess
@@ -24,7 +23,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import RESULTS, describe, write_result
+from benchmarks.command import make_parser, parse_with_overrides
+from benchmarks.machine import describe, write_result
 from benchmarks.step_trace import read_trace
 from benchmarks.training import (
     WARMUP_STEPS,
@@ -32,10 +32,9 @@ from benchmarks.training import (
     load_rows,
     local_batch_size,
     medians,
-    parse_with_overrides,
     read_steps,
 )
-from errors import UserError, check_out, run_command
+from errors import UserError, run_command
 from eval.gpus import visible_gpus
 
 # the last traced step, not that of the run, which writes a checkpoint; the profiler slows the steps around it
@@ -187,17 +186,12 @@ def _print_table(rows: Sequence[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Run `python -m benchmarks.scaling`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser("scaling", __doc__, name="scaling")
     parser.add_argument("configs", nargs="+", help="config files")
-    parser.add_argument("--name", default="scaling", help="name of the JSON file in --out")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     parser.add_argument(
         "--resume", action="store_true", help="keep the rows that the same command has written before"
     )
     options, overrides = parse_with_overrides(parser)
-    check_out(options.out)
     max_gpus = len(visible_gpus())
     if not max_gpus:
         raise UserError("this machine has no GPU: the benchmark measures training steps on GPUs")

@@ -7,7 +7,6 @@ idle time is an upper bound. Matrix products have roles by the sizes of their op
 CUDA graph do not show.
 """
 
-import argparse
 import json
 import sys
 from collections import defaultdict
@@ -16,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import make_parser
 from benchmarks.kernel_classes import COMMUNICATION, OTHER, ModelSizes, class_of
 from benchmarks.trace_kernels import Kernel, last_step
 from config import from_table
@@ -183,9 +183,7 @@ def format_table(trace: StepTrace) -> str:
 
 def main() -> None:
     """Run `python -m benchmarks.step_trace`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser("step_trace", __doc__)
     parser.add_argument("folder", type=Path, help="the run folder")
     parser.add_argument("--rank", type=int, default=0, help="rank whose trace to read (0)")
     parser.add_argument("--json", action="store_true", help="print JSON")

@@ -5,11 +5,11 @@
 the config (`benchmarks/stock_trainer.py`) and writes OUT/metrics.jsonl as a run of ours does.
 """
 
-import argparse
 import os
 import sys
 from pathlib import Path
 
+from benchmarks.command import make_parser, parse_with_overrides
 from config import load
 from errors import run_command
 from training.run_config import RunConfig
@@ -17,9 +17,7 @@ from training.run_config import RunConfig
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser("stock", __doc__)
     parser.add_argument("--config", required=True, help="config file whose sizes are taken")
     parser.add_argument("--rows", type=int, required=True, help="rows of a micro-batch")
     parser.add_argument(
@@ -27,10 +25,8 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, required=True, help="optimizer steps")
     parser.add_argument("--folder", type=Path, required=True, help="folder of metrics.jsonl")
-    arguments = sys.argv[1:]
-    split = arguments.index("--") if "--" in arguments else len(arguments)
-    options = parser.parse_args(arguments[:split])
-    config = load(RunConfig, options.config, arguments[split + 1 :])
+    options, overrides = parse_with_overrides(parser)
+    config = load(RunConfig, options.config, overrides)
     from training import device
 
     device.prepare()  # before the first import of torchtitan
@@ -39,10 +35,11 @@ def main() -> None:
     from benchmarks.stock_trainer import train
 
     init_logger()
+    rows, rows_per_step = options.rows, options.rows_per_step
     train(
         config,
-        rows=options.rows,
-        rows_per_step=options.rows_per_step or options.rows * int(os.environ["WORLD_SIZE"]),
+        rows=rows,
+        rows_per_step=rows * int(os.environ["WORLD_SIZE"]) if rows_per_step is None else rows_per_step,
         steps=options.steps,
         folder=options.folder,
     )

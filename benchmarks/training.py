@@ -28,11 +28,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.machine import RESULTS, describe, write_result
+from benchmarks.command import make_parser, parse_with_overrides
+from benchmarks.machine import describe, write_result
 from benchmarks.stock_size import StockSize
 from benchmarks.training_table import format_table
 from config import load
-from errors import UserError, check_out, run_command
+from errors import UserError, run_command
 from eval.gpus import visible_gpus
 from models.run_folder import RunFolder
 from training.run_config import RunConfig
@@ -83,7 +84,7 @@ class Settings:
 
     def rows_of_step(self, rows: int) -> int:
         """Return the rows of a step over all ranks, for micro-batches of so many rows."""
-        return self.rows_per_step or rows * self.num_ranks
+        return rows * self.num_ranks if self.rows_per_step is None else self.rows_per_step
 
     def arguments(self, path: str) -> list[str]:
         """Return train.py's arguments for a config."""
@@ -114,17 +115,6 @@ def stock_jobs(configs: Sequence[str], settings: Settings) -> list[Job]:
         for count in sorted(counts)
         if settings.rows_of_step(count) % (count * settings.num_ranks) == 0
     ]
-
-
-def parse_with_overrides(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[str]]:
-    """Parse this process's command line, `OPTIONS [-- OVERRIDES]`.
-
-    Returns:
-        The options, and the words after `--`: overrides as train.py takes them.
-    """
-    arguments = sys.argv[1:]
-    split = arguments.index("--") if "--" in arguments else len(arguments)
-    return parser.parse_args(arguments[:split]), arguments[split + 1 :]
 
 
 def launch(program: Sequence[str], gpus: Sequence[str], num_ranks: int) -> None:
@@ -192,7 +182,7 @@ def measure(job: Job, settings: Settings, gpus: Sequence[str]) -> dict[str, Any]
         and the rows of a micro-batch.
     """
     config = settings.load(job.config)
-    rows = job.stock_rows or config.training.local_batch_size
+    rows = config.training.local_batch_size if job.stock_rows is None else job.stock_rows
     with tempfile.TemporaryDirectory() as folder:
         program = ["train.py", *settings.arguments(job.config), "--run.folder", folder]
         if job.stock_rows is not None:
@@ -304,21 +294,16 @@ def _measure_all(
 
 def main() -> None:
     """Run `python -m benchmarks.training`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser("training", __doc__, name="training")
     parser.add_argument("configs", nargs="+", help="config files")
     parser.add_argument("--steps", type=int, default=20, help="steps of each run (20)")
     parser.add_argument("--ranks", type=int, default=1, help="processes of each run, one per GPU (1)")
     parser.add_argument("--rows-per-step", type=int, help="rows of a step (one micro-batch per process)")
     parser.add_argument("--stock", action="store_true", help="measure stock torchtitan too")
-    parser.add_argument("--name", default="training", help="name of the JSON file in --out")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     parser.add_argument(
         "--resume", action="store_true", help="keep the rows that the same command has written before"
     )
     options, overrides = parse_with_overrides(parser)
-    check_out(options.out)
     if options.steps <= WARMUP_STEPS:
         raise UserError(
             f"--steps is {options.steps}, must be more than {WARMUP_STEPS}: warm-up steps are not timed"

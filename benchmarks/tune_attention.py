@@ -8,7 +8,6 @@ dV. The fastest portable tile of each kernel is then timed with other options, f
 of width 8 have short rows: `--head-dims 8 --num-tokens 127 --batch-size 768 --num-kv-heads 16`.
 """
 
-import argparse
 import itertools
 import multiprocessing
 import shlex
@@ -17,7 +16,6 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +23,9 @@ import triton
 from torch import Tensor
 from triton.testing import do_bench
 
-from benchmarks.machine import RESULTS, write_result
-from errors import check_out, run_command
+from benchmarks.command import make_parser, parse
+from benchmarks.machine import write_result
+from errors import run_command
 from parallax.kernels import backward, forward
 from parallax.kernels.addressing import Mask
 from parallax.kernels.tiles import KernelName, Tile
@@ -334,9 +333,7 @@ def report(found: list[Candidate], num_tokens: int, batch_size: int) -> None:
 
 def main() -> None:
     """Run `python -m benchmarks.tune_attention`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser("tune_attention", __doc__, name="tune_attention")
     parser.add_argument("--head-dims", type=int, nargs="+", default=[128, 64, 96, 256], help="head widths")
     parser.add_argument("--kernels", nargs="+", default=list(PRODUCTS), choices=list(PRODUCTS), help="(all)")
     parser.add_argument("--num-tokens", type=int, default=4096, help="tokens per row (4096)")
@@ -344,10 +341,7 @@ def main() -> None:
     parser.add_argument("--num-kv-heads", type=int, default=8, help="heads of the keys (8)")
     parser.add_argument("--rounds", type=int, default=2, help="timed rounds (2)")
     parser.add_argument("--workers", type=int, default=12, help="processes that compile (12)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
-    parser.add_argument("--name", default="tune_attention", help="name of the JSON file in --out")
-    args = parser.parse_args()
-    check_out(args.out)
+    args = parse(parser)
 
     found = tile_candidates(args.head_dims, args.kernels)
     context = multiprocessing.get_context("spawn")

@@ -5,21 +5,20 @@ as benchmarks/decode.py times its providers, writes all times, and prints the fa
 with the one in the table. Kernels are compiled first, in --workers processes.
 """
 
-import argparse
 import multiprocessing
 import os
 import shlex
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.command import make_parser, parse
 from benchmarks.decode import Operands, Shape, check_accuracy, graph_of, make_operands, time_graphs
-from benchmarks.machine import RESULTS, write_result
-from errors import check_out, run_command
+from benchmarks.machine import write_result
+from errors import run_command
 from parallax.kernels.decode import decode
 from parallax.kernels.decode_tiles import SPLITS, DecodeDevice, DecodeTile, tile_of
 
@@ -119,17 +118,12 @@ def measure(shape: Shape, rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     """Run `python -m benchmarks.tune_decode`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser("tune_decode", __doc__, name="tune_decode")
     parser.add_argument("--rounds", type=int, default=7, help="graph replays per candidate (7)")
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, help="processes that compile (one per core)"
     )
-    parser.add_argument("--name", default="tune_decode", help="name of the JSON file in --out")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
-    options = parser.parse_args()
-    check_out(options.out)
+    options = parse(parser)
     compile_all(options.workers)
     errors = check_accuracy()
     rows = []

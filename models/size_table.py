@@ -100,7 +100,12 @@ def _cache_bytes(model: Qwen3) -> int:
 
 def main() -> None:
     """Run the command line."""
-    argparse.ArgumentParser(prog="python -m models.size_table", description=__doc__).parse_args()
+    argparse.ArgumentParser(
+        prog="python -m models.size_table",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    ).parse_args()
     print(size_table())
 
 

@@ -1,5 +1,6 @@
 """Every command line explains itself."""
 
+import ast
 import contextlib
 import io
 import re
@@ -11,12 +12,29 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+PACKAGES = ("training", "eval", "models", "optimizers", "data", "parallax", "benchmarks", "tests/mutate")
 MODULES = [
     *("data.sample", "data.shards", "data.train_tokenizer"),
     *("eval.diagnostics", "eval.downstream", "eval.mad", "eval.perplexity", "eval.report"),
     *("models.average", "models.checkpoint", "models.convert", "models.generation", "models.size_table"),
     "training.sweep",
 ]
+BENCHMARKS = sorted(
+    path.stem
+    for path in (ROOT / "benchmarks").glob("*.py")
+    if "make_parser(" in path.read_text(encoding="utf-8") and path.stem != "command"
+)
+# what their command lines cannot do without
+REQUIRED = {
+    **{
+        name: ["x"] for name in ("diagnostics", "plain_path", "products", "scaling", "step_trace", "training")
+    },
+    "data_prepare": ["--files", "x", "--tokenizer", "x"],
+    "data_rows": ["--folder", "x", "--tokenizer", "x"],
+    "eval_parity": ["--data", "x"],
+    "held_out_sample": ["x", "--max-tokens", "1"],
+    "stock": ["--config", "x", "--rows", "1", "--steps", "1", "--folder", "x"],
+}
 
 
 @pytest.mark.parametrize("command", [["train.py"], *(["-m", module] for module in MODULES)], ids=" ".join)
@@ -42,6 +60,7 @@ def test_help(command: list[str]) -> None:
         ["data.train_tokenizer", "--vocab", "300", "--files", "x", "--out", "y"],
         ["data.shards", "prepare", "--tok", "x", "--files", "x", "--out", "y"],
         ["data.shards", "info", "x", "--seq", "9"],
+        ["models.size_table", "--he"],
     ],
     ids=" ".join,
 )
@@ -51,6 +70,18 @@ def test_options_are_not_abbreviated(words: list[str]) -> None:
     )
     assert done.returncode == 2
     assert "unrecognized arguments" in done.stderr or "arguments are required" in done.stderr
+
+
+def test_every_parser_takes_whole_names_alone() -> None:
+    wrong = []
+    for path in (ROOT / "train.py", *(path for each in PACKAGES for path in (ROOT / each).rglob("*.py"))):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                is_parser = node.func.attr in ("ArgumentParser", "add_parser")
+                words = {each.arg: ast.unparse(each.value) for each in node.keywords}
+                if is_parser and words.get("allow_abbrev") != "False":
+                    wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert wrong == []
 
 
 def test_an_option_with_underscores_is_named_as_it_is_written() -> None:
@@ -71,6 +102,51 @@ def _main(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, st
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_options_of_a_benchmark_are_not_abbreviated(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    short = {"step_trace": "--js", "stock": "--rows-per"}.get(name, "--na")
+    code, errors = _main([f"benchmarks.{name}", *REQUIRED.get(name, []), short], capsys)
+    assert code == 2
+    assert errors.startswith(f"usage: python -m benchmarks.{name} ")
+    assert errors.endswith(f"error: unrecognized arguments: {short}\n")
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("name", "option", "values"),
+    [
+        ("training", "--ranks", ["0"]),
+        ("training", "--rows-per-step", ["0"]),
+        ("training", "--steps", ["-1"]),
+        ("attention", "--lengths", ["1024", "0"]),
+        ("checkpoint_reading", "--repeats", ["0"]),
+        ("data_prepare", "--rounds", ["0"]),
+        ("data_rows", "--global-batch", ["0"]),
+        ("decode", "--rounds", ["0"]),
+        ("eval_parity", "--batch-sizes", ["16", "-2"]),
+        ("generation", "--new-tokens", ["0"]),
+        ("held_out_sample", "--max-tokens", ["0"]),
+        ("muon", "--steps", ["0"]),
+        ("packed_attention", "--tokens", ["0"]),
+        ("plain_path", "--steps", ["0"]),
+        ("tune_decode", "--workers", ["0"]),
+    ],
+)
+def test_counts_of_a_benchmark_are_at_least_1(
+    name: str, option: str, values: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, errors = _main([f"benchmarks.{name}", *REQUIRED.get(name, []), option, *values], capsys)
+    assert (code, errors) == (2, f"error: {option} is {values[-1]}, must be at least 1\n")
+
+
+def test_every_benchmark_checks_its_command_line() -> None:
+    texts = {name: (ROOT / "benchmarks" / f"{name}.py").read_text(encoding="utf-8") for name in BENCHMARKS}
+    assert len(texts) > 20
+    # the rank of step_trace starts at 0
+    assert [name for name, text in texts.items() if ".parse_args(" in text] == ["step_trace"]
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 @pytest.mark.parametrize(
     "words",
     [
@@ -85,7 +161,11 @@ def _main(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, st
         ["models.average", "x"],
         ["models.convert", "from-hf", "x"],
         ["models.convert", "to-hf", "x"],
-        ["benchmarks.generation"],
+        *(
+            [f"benchmarks.{name}", *REQUIRED.get(name, [])]
+            for name in BENCHMARKS
+            if name not in ("step_trace", "stock")  # they have no --out
+        ),
     ],
     ids=" ".join,
 )
@@ -97,13 +177,6 @@ def test_out_below_a_file_is_one_line_before_the_work(
     for out in (file, file / "below"):
         code, errors = _main([*words, "--out", str(out)], capsys)
         assert (code, errors) == (2, f"error: --out is {out}, but {file} is a file; want a folder\n")
-
-
-def test_benchmarks_check_out_before_they_measure() -> None:
-    texts = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("*.py")}
-    with_out = {name for name, text in texts.items() if re.search(r'add_argument\(\s*"--out"', text)}
-    assert len(with_out) > 10
-    assert [name for name in sorted(with_out) if "check_out(" not in texts[name]] == []
 
 
 def _commands() -> list[tuple[str, list[str]]]:

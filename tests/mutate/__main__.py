@@ -134,7 +134,7 @@ def _run(package: str, mutants: Sequence[Mutant], folder: Path) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns 1 unless every mutant is caught."""
-    parser = argparse.ArgumentParser(prog="python -m tests.mutate", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.mutate", description=__doc__, allow_abbrev=False)
     parser.add_argument(
         "packages", nargs="*", metavar="PACKAGE", help=f"of {', '.join(PACKAGES)}; all if none"
     )
