@@ -17,7 +17,7 @@ most 1.2 ms, and adds 17 GB of memory traffic with tiles of 64 keys, 7 ms at 2.4
 keys, and 0.6 ms before and after. (c) saves neither products nor shared memory reads: the tensor cores read
 the right operand again for every 64 rows of the left one.
 
-`python -m benchmarks.backward_variants --out FILE.json` compares each gradient with fp64 (T = 1024) and times
+`python -m benchmarks.backward_variants` compares each gradient with fp64 (T = 1024) and times
 the accurate variants in rotating order: medians over CUDA events of each step, with a cold L2 cache before
 the first. T is a multiple of 128, K is 64 or 128; causal, without windows or packed documents. On the CPU, in
 fp32, with atomics for "tma": `TRITON_INTERPRET=1 python -m benchmarks.backward_variants --check`.

@@ -38,7 +38,7 @@ def parse(parser: argparse.ArgumentParser, words: Sequence[str] | None = None) -
         words: The command line; None for this process's.
 
     Raises:
-        UserError: --out cannot be a folder, or an integer, each of which counts something, is less than 1.
+        UserError: --out cannot be a folder, or an integer is less than 1: each counts something.
     """
     options = parser.parse_args(words)
     check_out(getattr(options, "out", None))

@@ -6,7 +6,7 @@ trains each config on one GPU three times for 200 steps: as it is; by plain code
 (attention in blocks of PyTorch products, norms, RoPE and loss by PyTorch, nothing compiled or captured); and
 by plain code in fp32. The first two round at other places. If the kernels compute the same, their losses are
 as far from those in fp32 as the plain code's, which are the size of bf16's noise. Writes the losses, and
-draws the differences to fp32.
+draws the differences to fp32, under the same name.
 """
 
 import math

@@ -1,8 +1,11 @@
 """Parameters, FLOPs, time and memory of a run, from its model on the meta device."""
 
+from pathlib import Path
+
 from disk import format_bytes
 from errors import UserError
 from models.qwen3 import Qwen3
+from models.run_folder import step_of
 from optimizers.param_groups import assign_parameters
 from training.branch import check_branch_step
 from training.branch_step import branch_step, own_steps
@@ -31,8 +34,8 @@ def dry_run(config: RunConfig, world_size: int, *, gpu: str = MEASURED, mfu: flo
 
     Raises:
         UserError: The batch does not fit the ranks, the optimizer groups do not fit the model, the schedule
-            is longer than the run, a branch starts after its decay has or at its last step, the GPU is
-            unknown, or the MFU is no percentage.
+            is longer than the run, a branch starts after its decay has, at its last step or not from a folder
+            step-N, the GPU is unknown, or the MFU is no percentage.
     """
     if world_size < 1:
         raise UserError(f"--world-size must be at least 1, got {world_size}")
@@ -41,7 +44,11 @@ def dry_run(config: RunConfig, world_size: int, *, gpu: str = MEASURED, mfu: flo
     planned = find_gpu(gpu)
     accumulation = config.gradient_accumulation_steps(world_size)
     model = build_meta_model(config)
-    if config.checkpoint.start_from is not None:
+    start_from = config.checkpoint.start_from
+    if start_from is not None:
+        # it need not be here yet
+        if step_of(Path(start_from)) is None:
+            raise UserError(f"checkpoint.start_from is {start_from!r}, but its name is not step-N")
         check_branch_step(config, branch_step(config))
     groups = assign_parameters(model.named_parameters(), config.optimizer.groups)
     counts = model.num_parameters()

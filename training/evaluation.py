@@ -196,16 +196,19 @@ class Evaluator:
             try:
                 model = self._gather_model()
             except EvaluationError as error:
-                self._record_failure(step, "a copy of the whole model", error, progress)
+                for name in work:
+                    self._record_failure(
+                        step, f"eval.{name}", f"no copy of the whole model: {error}", progress
+                    )
                 return
             for name, evaluate in work.items():
                 self.monitor.enter_slow(f"eval.{name}")
                 try:
                     evaluate(model, step, progress)
                 except EvaluationError as error:
-                    self._record_failure(step, f"eval.{name}", error, progress)
+                    self._record_failure(step, f"eval.{name}", str(error), progress)
 
-    def _record_failure(self, step: int, name: str, error: EvaluationError, progress: Record) -> None:
+    def _record_failure(self, step: int, name: str, error: str, progress: Record) -> None:
         # the traceback may keep the copy of the model alive in a cycle, and training collects garbage rarely
         gc.collect()
         self.metrics.record(step, {"eval_error": f"{name}: {error}", **progress})

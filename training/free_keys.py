@@ -12,6 +12,6 @@ def is_free(key: str) -> bool:
     """Return whether a dotted key does not change what is trained.
 
     Those that change rounding are not free, such as training.compile and training.local_batch_size, nor those
-    that change how long is trained.
+    that change how long a run trains.
     """
     return key in _KEYS or key.partition(".")[0] in _TABLES

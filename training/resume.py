@@ -282,8 +282,8 @@ def _check_unfinished(config: RunConfig, step: int) -> None:
     """
     if step < config.training.last_step:
         return
-    differing = _differences_at_end(config, step)
-    if training_changes(differing):
+    differing = training_changes(_differences_at_end(config, step))
+    if differing:
         raise UserError(
             f"{config.run.folder} has finished at step {step} with another config: {'; '.join(differing)}. "
             f"Restore these keys, raise {config.training.last_step_key} to resume it, or give another "

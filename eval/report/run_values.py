@@ -144,7 +144,7 @@ def gradient_norms(run: RunRecord) -> list[float]:
 
 
 def num_spikes(run: RunRecord) -> float | None:
-    """Return the number of steps that are on record as spikes; None where none was judged, or unfinished."""
+    """Return the number of steps that are on record as spikes; None unless all were judged, or unfinished."""
     return float(sum("grad_norm_spike" in step for step in run.steps)) if _judges_spikes(run) else None
 
 

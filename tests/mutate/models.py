@@ -19,10 +19,10 @@ TOKENIZER = "tests/models/convert/test_tokenizer.py"
 
 MUTANTS = [
     Mutant(
-        "models/loss.py",
-        "factor = dloss.reshape(1)",
-        "factor = dloss.reshape(1).to(dx.dtype)",
-        LOSS,
+        "models/kernels/scale.py",
+        "(x.to(factor.dtype) * factor.reshape(())).to(dtype)",
+        "(x * factor.reshape(()).to(x.dtype)).to(dtype)",
+        "tests/models/kernels/test_scale.py",
     ),
     Mutant(
         "models/loss.py",

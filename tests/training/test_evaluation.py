@@ -27,7 +27,7 @@ from tests.training.launch import EXACT, ROOT, losses, records, train
 from training.evaluation import Evaluator
 from training.preflight import check_tasks
 from training.run_config import RunConfig
-from training.sweep.records import FAILURES_OF_TASKS
+from training.sweep.records import FAILURE_OF_TASKS
 
 FAILING = ("-m", "tests.training.failing_tasks")
 NUM_DOCUMENTS = 12
@@ -131,14 +131,15 @@ def test_the_report_reads_the_metrics_of_training(evaluated: Path, tmp_path: Pat
 
 def test_what_failed_has_the_name_by_which_a_sweep_knows_it(evaluated: Path) -> None:
     (failure,) = read_run(evaluated).failures
-    assert (failure.step, failure.name) == (1, FAILURES_OF_TASKS[0])
+    assert (failure.step, failure.name) == (1, FAILURE_OF_TASKS)
     assert failure.message == "rank 1: RuntimeError: out of memory; checkpoints: ['step-1']"
     evaluator, recorded = Evaluator.__new__(Evaluator), []
     evaluator.device, evaluator.monitor, evaluator.metrics = torch.device("cpu"), Mock(), Mock()
     evaluator._gather_model = Mock(side_effect=EvaluationError("out of memory"))
     evaluator.metrics.record = lambda step, record: recorded.append(record["eval_error"])
-    evaluator._evaluate_unsharded(2, {}, has_samples=False, has_tasks=True)
-    assert recorded == [f"{FAILURES_OF_TASKS[1]}: out of memory"]
+    evaluator._evaluate_unsharded(2, {}, has_samples=True, has_tasks=True)
+    failed = "no copy of the whole model: out of memory"
+    assert recorded == [f"eval.sample_prompts: {failed}", f"{FAILURE_OF_TASKS}: {failed}"]
 
 
 def check(tmp_path: Path, *words: str) -> None:

@@ -111,6 +111,8 @@ def test_a_branch_that_no_launch_would_start_is_refused() -> None:
         dry_run(late, 1)
     with pytest.raises(UserError, match="is a checkpoint of step 1000, but this run ends at step 900"):
         dry_run(config(*DECAY, "--training.stop_at_step", "900"), 1)
+    with pytest.raises(UserError, match="is 'runs/stable', but its name is not step-N"):
+        dry_run(config(DECAY[0], DECAY[1], "runs/stable"), 1)
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ _RECENT_STEPS = 20
 _LOG_BYTES = 4000
 LONGEST_NOTE = 900
 """Characters of a note in a log, of at most 4 bytes each: _LOG_BYTES hold the whole of the last line."""
-FAILURES_OF_TASKS = ("eval.tasks", "a copy of the whole model")
-"""What fails in training where tasks get no results."""
+FAILURE_OF_TASKS = "eval.tasks"
+"""Name of the failure in training where tasks get no results."""
 _PARTS_IN_PLAN = 4  # STAGE/NAME/checkpoint/step-N
 
 
@@ -154,6 +154,4 @@ def _has_tasks(run: RunRecord, config: RunConfig) -> bool:
     """Return whether the tasks after the last step are on record, if there are any; an error of them is."""
     if not config.eval.tasks or (run.tasks and run.tasks[-1]["step"] == run.last_step):
         return True
-    failed = any(each.step == run.last_step and each.name in FAILURES_OF_TASKS for each in run.failures)
-    # the copy may have been made for samples alone, before the plan had tasks
-    return failed and bool(run.config.get("eval.tasks"))
+    return any(each.step == run.last_step and each.name == FAILURE_OF_TASKS for each in run.failures)
