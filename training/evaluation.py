@@ -123,7 +123,7 @@ class Evaluator:
             try:
                 self.diagnostics.measure(step, progress)
             except EvaluationError as error:
-                self._record_failure(step, "diagnostics", error, progress)
+                self._record_failure(step, "diagnostics", str(error), progress)
         if has_tasks or has_samples:
             self._evaluate_unsharded(step, progress, has_samples=has_samples, has_tasks=has_tasks)
         self.metrics.reset_throughput()
