@@ -69,7 +69,7 @@ class MicroBatches:
         self._num_predicted = torch.zeros((), dtype=torch.int64, device=device)
         # of the shards: once gathered for an evaluation, a sharded model has others
         self._parameters = list(model.parameters())
-        limit_workspace(self._parameters)
+        limit_workspace(model)
         self._sharded_modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
         self._graphs = None if self.refusal else _Graphs(self._parameters, device)
 

@@ -1,11 +1,14 @@
 """Which runs train without a workspace of cuBLAS."""
 
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import cast
 
 import pytest
 import torch
+from torch import nn
 
 from config import load
 from training import cublas
@@ -13,23 +16,29 @@ from training.micro_batches import MicroBatches
 from training.preflight import build_meta_model
 from training.run_config import RunConfig
 
-VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
+VARIABLE, OF_LT = "CUBLAS_WORKSPACE_CONFIG", "TORCH_CUBLASLT_UNIFIED_WORKSPACE"
 
 
 @pytest.fixture(autouse=True)
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setenv(VARIABLE, "")  # so that it is restored
-    monkeypatch.delenv(VARIABLE)
+    for name in (VARIABLE, OF_LT):
+        monkeypatch.setenv(name, "")  # so that it is restored
+        monkeypatch.delenv(name)
 
 
-def parameters_of(config: str) -> list[torch.Tensor]:
-    """Return what looks like the parameters of a config's model on a GPU."""
-    model = build_meta_model(load(RunConfig, f"configs/{config}.toml"))
-    found = (
-        SimpleNamespace(ndim=p.ndim, shape=p.shape, is_cuda=True, device="cuda") for p in model.parameters()
-    )
-    return [cast(torch.Tensor, p) for p in found]
+def on_gpu(model: nn.Module) -> nn.Module:
+    """Return what looks like the model on a GPU."""
+    fakes = {
+        name: SimpleNamespace(ndim=p.ndim, shape=p.shape, is_cuda=True, device="cuda")
+        for name, p in model.named_parameters()
+    }
+    return cast(nn.Module, SimpleNamespace(named_parameters=fakes.items))
+
+
+def model_of(config: str) -> nn.Module:
+    """Return what looks like a config's model on a GPU."""
+    return on_gpu(build_meta_model(load(RunConfig, f"configs/{config}.toml")))
 
 
 @pytest.mark.parametrize(
@@ -44,27 +53,47 @@ def parameters_of(config: str) -> list[torch.Tensor]:
     ],
 )
 def test_models_of_large_matrices_alone_have_no_workspace(config: str, expected: str | None) -> None:
-    cublas.limit_workspace(parameters_of(config))
+    cublas.limit_workspace(model_of(config))
     assert os.environ.get(VARIABLE) == expected
+    assert os.environ.get(OF_LT) == (None if expected is None else "0")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_models_with_biases_keep_it(bias: bool) -> None:
+    with torch.device("meta"):
+        cublas.limit_workspace(on_gpu(nn.Sequential(nn.Linear(1024, 2048, bias=bias))))
+    assert (VARIABLE in os.environ) != bias
 
 
 def test_a_workspace_that_is_asked_for_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, ":4096:8")
-    cublas.limit_workspace(parameters_of("0.6b_softmax_adamw"))
+    cublas.limit_workspace(model_of("0.6b_softmax_adamw"))
     assert os.environ[VARIABLE] == ":4096:8"
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (10, 0)])
 def test_other_gpus_keep_it(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    cublas.limit_workspace(parameters_of("0.6b_softmax_adamw"))
+    cublas.limit_workspace(model_of("0.6b_softmax_adamw"))
     assert VARIABLE not in os.environ
 
 
 def test_training_asks_before_its_first_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[list[torch.Tensor]] = []
-    monkeypatch.setattr("training.micro_batches.limit_workspace", lambda given: asked.append([*given]))
+    asked: list[nn.Module] = []
+    monkeypatch.setattr("training.micro_batches.limit_workspace", asked.append)
     config = load(RunConfig, "configs/debug_parallax_muon.toml")
     model = build_meta_model(config)
     MicroBatches(model, config.training, torch.device("meta"))
-    assert [len(each) for each in asked] == [len([*model.parameters()])]
+    assert asked == [model]
+
+
+@pytest.mark.gpu
+def test_cublaslt_works_beside_it() -> None:
+    program = """
+import torch
+x, weight, bias = (torch.randn(*shape, device="cuda").bfloat16() for shape in ((64, 128), (256, 128), (256,)))
+y = torch.nn.functional.linear(x, weight, bias)
+torch.testing.assert_close(y, x @ weight.T + bias, atol=0.2, rtol=0.02)
+"""
+    environment = {**os.environ, VARIABLE: ":0:0", OF_LT: "0"}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
