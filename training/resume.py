@@ -282,11 +282,14 @@ def _check_unfinished(config: RunConfig, step: int) -> None:
     """
     if step < config.training.last_step:
         return
-    differing = training_changes(_differences_at_end(config, step))
-    if differing:
+    differing = _differences_at_end(config, step)
+    changes = training_changes(differing)
+    if changes:
+        others = [each for each in differing if each not in changes]
+        free = f" (these may differ: {'; '.join(others)})" if others else ""
         raise UserError(
-            f"{config.run.folder} has finished at step {step} with another config: {'; '.join(differing)}. "
-            f"Restore these keys, raise {config.training.last_step_key} to resume it, or give another "
+            f"{config.run.folder} has finished at step {step} with another config: {'; '.join(changes)}. "
+            f"Restore these keys{free}, raise {config.training.last_step_key} to resume it, or give another "
             "run.folder"
         )
 

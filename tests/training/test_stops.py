@@ -127,7 +127,7 @@ def test_a_finished_run_is_reported_and_keeps_its_metrics(corpus: Path, tmp_path
     (line,) = [line for line in printed.splitlines() if line.startswith("error: ")]
     assert "has finished at step 2 with another config: " in line
     assert "run.seed: saved 0, now 7" in line
-    assert "metrics.update_every: saved 10, now 3" in line
+    assert "Restore these keys (these may differ: metrics.update_every: saved 10, now 3), raise " in line
     assert "Traceback" not in printed
     assert records(folder) == before
     assert (folder / "config.toml").read_text() == saved
