@@ -48,7 +48,10 @@ def dry_run(config: RunConfig, world_size: int, *, gpu: str = MEASURED, mfu: flo
     if start_from is not None:
         # it need not be here yet
         if step_of(Path(start_from)) is None:
-            raise UserError(f"checkpoint.start_from is {start_from!r}, but its name is not step-N")
+            raise UserError(
+                f"checkpoint.start_from is {start_from!r}, but its name is not step-N; want one such as "
+                "runs/stable/checkpoint/step-1000"
+            )
         check_branch_step(config, branch_step(config))
     groups = assign_parameters(model.named_parameters(), config.optimizer.groups)
     counts = model.num_parameters()

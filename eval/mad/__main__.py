@@ -173,7 +173,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_at_least_1(options, "max_epochs")
     check_at_least_1(options, "grids_per_gpu")
     if options.attention is None and (options.set or options.sizes):
-        raise UserError("--set and --sizes have no effect without --attention: nothing is trained")
+        raise UserError(
+            "--set and --sizes have no effect without --attention, which names what is trained: add it"
+        )
     kinds = _some_of("--attention", options.attention, [*attention_kinds()]) if options.attention else []
     chosen = ",".join(tasks_of(options.level)) if options.tasks == "all" else options.tasks
     tasks = cast(list[Task], _some_of("--tasks", chosen, TASKS))
