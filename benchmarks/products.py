@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -78,12 +78,12 @@ def time_products(config: RunConfig) -> Times:
     return times
 
 
-def time_in_process(workspace: str | None, path: str) -> Times:
-    """Time the products of a config in a new process.
+def time_in_process(workspace: str | None, paths: Sequence[str]) -> dict[str, Times]:
+    """Time the products of configs in a new process; returns the times of each path.
 
     Args:
         workspace: Of WORKSPACES.
-        path: The config file.
+        paths: The config files.
 
     Raises:
         RunError: The process has failed; its error is printed.
@@ -91,23 +91,26 @@ def time_in_process(workspace: str | None, path: str) -> Times:
     environment = {key: value for key, value in os.environ.items() if key != _VARIABLE}
     if workspace is not None:
         environment[_VARIABLE] = workspace
-    command = [sys.executable, "-m", "benchmarks.products", "--child", path]
+    command = [sys.executable, "-m", "benchmarks.products", "--child", *paths]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        raise RunError(f"the products of {path} were not measured: {shlex.join(command)} has failed")
+        raise RunError(f"the products were not measured: {shlex.join(command)} has failed")
     return json.loads(done.stdout)
 
 
-def measure(path: str) -> dict[str, Times]:
-    """Time the products of a config in both ways, in turns; returns medians by way."""
-    rounds: dict[str, list[Times]] = {way: [] for way in WORKSPACES}
-    for _ in range(_ROUNDS):
-        for way, workspace in WORKSPACES.items():
-            rounds[way].append(time_in_process(workspace, path))
+def measure(paths: Sequence[str]) -> dict[str, dict[str, Times]]:
+    """Time the products of configs in both ways, in turns; returns medians by path and way."""
+    rounds = [
+        {way: time_in_process(workspace, paths) for way, workspace in WORKSPACES.items()}
+        for _ in range(_ROUNDS)
+    ]
     return {
-        way: {name: statistics.median(each[name] for each in measured) for name in measured[0]}
-        for way, measured in rounds.items()
+        path: {way: _median([each[way][path] for each in rounds]) for way in WORKSPACES} for path in paths
     }
+
+
+def _median(times: Sequence[Times]) -> Times:
+    return {name: statistics.median(each[name] for each in times) for name in times[0]}
 
 
 def layer_time(config: RunConfig, times: Times) -> float:
@@ -124,10 +127,10 @@ def main() -> None:
     """Run the benchmark as the command line asks."""
     parser = make_parser("products", __doc__, name="products")
     parser.add_argument("configs", nargs="*", help="config files")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     options = parse(parser)
     if options.child is not None:
-        print(json.dumps(time_products(load(RunConfig, options.child))))
+        print(json.dumps({path: time_products(load(RunConfig, path)) for path in options.child}))
         return
     if not options.configs:
         parser.error("the following arguments are required: configs")
@@ -135,9 +138,8 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise UserError("this machine has no GPU: the benchmark measures products on one")
     rows = []
-    for path, config in configs.items():
-        times = measure(path)
-        layer = {way: layer_time(config, each) for way, each in times.items()}
+    for path, times in measure(options.configs).items():
+        layer = {way: layer_time(configs[path], each) for way, each in times.items()}
         rows.append({"config": path, "layer_us": layer, "us": times})
         ratio = layer["without"] / layer["with"]
         print(f"{path}: a block takes {layer['with']:.0f} us with a workspace, {ratio:.3f} of it without")

@@ -46,4 +46,34 @@ def refresh_basis(factor: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """
     product = factor @ basis
     order = (basis * product).sum(0).argsort(descending=True, stable=True)
-    return torch.linalg.qr(product.index_select(1, order))[0], order
+    product = product.index_select(1, order)
+    return orthonormalize(product) if product.is_cuda else torch.linalg.qr(product)[0], order
+
+
+def orthonormalize(matrix: Tensor) -> Tensor:
+    """Return Q of a matrix's QR decomposition but for the signs of its columns, by products in fp64.
+
+    On a GPU torch.linalg.qr reflects one column after another and takes most of a step with a refresh. This
+    is shifted CholeskyQR3 (Fukaya et al., arXiv 1809.11085) of the columns at norm 1: three times X <- X R^-1
+    for the Cholesky decomposition R^T R of X^T X, the first time shifted, so that there is one. Where there
+    is none, as for columns of zeros, Q is torch.linalg.qr's; the host waits for the device to know.
+
+    Args:
+        matrix: `[n, n]`, fp32 or fp64.
+
+    Returns:
+        An orthogonal matrix `[n, n]` in the matrix's dtype.
+    """
+    n = len(matrix)
+    columns = torch.nn.functional.normalize(matrix.double(), dim=0, eps=torch.finfo(torch.float64).tiny)
+    for i in range(3):
+        gram = columns.T @ columns
+        if i == 0:
+            # of the article, with the largest sum of a row for the squared norm of X
+            shift = 11.0 * n * (2 * n + 1) * torch.finfo(torch.float64).eps / 2.0 * gram.abs().sum(0).max()
+            gram.diagonal().add_(shift)
+        factor = torch.linalg.cholesky_ex(gram, upper=True).L
+        columns = torch.linalg.solve_triangular(factor, columns, upper=True, left=False)
+    # the last of these products tells whether the decompositions before it were found
+    is_found = (gram - torch.eye(n, dtype=gram.dtype, device=gram.device)).abs().max() < 1e-3
+    return columns.to(matrix.dtype) if is_found else torch.linalg.qr(matrix)[0]

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,22 +32,27 @@ def test_matrices_are_those_of_all_blocks() -> None:
 
 
 def test_a_block_is_the_sum_of_its_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = load(RunConfig, DEBUG)
+    configs = {path: load(RunConfig, path) for path in (DEBUG, "configs/0.6b_softmax_adamw.toml")}
     asked = []
 
-    def time_in_process(workspace: str | None, path: str) -> Times:
+    def time_in_process(workspace: str | None, paths: Sequence[str]) -> dict[str, Times]:
         asked.append(workspace)
-        speed = 1.0 if workspace is None else 0.5
+        time = len(asked) if workspace is None else 0.5 * len(asked)
         return {
-            f"{kind} {m} x {n}": speed * len(asked) for kind in ("y", "dx", "dW") for m, n in matrices(config)
+            path: {
+                f"{kind} {m} x {n}": time for kind in ("y", "dx", "dW") for m, n in matrices(configs[path])
+            }
+            for path in paths
         }
 
     monkeypatch.setattr(products, "time_in_process", time_in_process)
-    times = measure(DEBUG)
+    times = measure(list(configs))
     assert asked == [None, ":0:0"] * 3
+    assert list(times) == list(configs)
     # the medians of 1, 3, 5 and of half of 2, 4, 6, for three products of each of seven matrices
-    assert layer_time(config, times["with"]) == 21 * 3
-    assert layer_time(config, times["without"]) == 21 * 2
+    for path, config in configs.items():
+        assert layer_time(config, times[path]["with"]) == 21 * 3
+        assert layer_time(config, times[path]["without"]) == 21 * 2
 
 
 @pytest.mark.parametrize("workspace", [None, ":0:0"])
@@ -56,10 +62,10 @@ def test_each_way_has_its_own_environment(workspace: str | None, monkeypatch: py
 
     def run(command: list[str], **options: Any) -> SimpleNamespace:
         given.update(options, command=command)
-        return SimpleNamespace(returncode=0, stdout=json.dumps({"y 1 x 1": 2.0}))
+        return SimpleNamespace(returncode=0, stdout=json.dumps({DEBUG: {"y 1 x 1": 2.0}}))
 
     monkeypatch.setattr(subprocess, "run", run)
-    assert time_in_process(workspace, DEBUG) == {"y 1 x 1": 2.0}
+    assert time_in_process(workspace, [DEBUG]) == {DEBUG: {"y 1 x 1": 2.0}}
     assert given["env"].get("CUBLAS_WORKSPACE_CONFIG") == workspace
     assert given["env"]["PATH"] == os.environ["PATH"]
     assert given["command"][1:] == ["-m", "benchmarks.products", "--child", DEBUG]
@@ -67,8 +73,8 @@ def test_each_way_has_its_own_environment(workspace: str | None, monkeypatch: py
 
 def test_a_failed_process_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stdout=""))
-    with pytest.raises(RunError, match=r"the products of configs/debug_softmax_muon\.toml were not measured"):
-        time_in_process(None, DEBUG)
+    with pytest.raises(RunError, match=r"not measured: \S+ -m benchmarks\.products --child \S+ has failed"):
+        time_in_process(None, [DEBUG])
 
 
 @pytest.mark.gpu

@@ -153,4 +153,7 @@ MUTANTS = [
     Mutant("optimizers/soap.py", "range(sum(num_owned[:rank])", "range(sum(num_owned[1:rank])", SOAP),
     Mutant("optimizers/eigenbasis.py", "(outside < 1e-6)", "(outside < 0.0)", SOAP),
     Mutant("optimizers/eigenbasis.py", "torch.where(is_null, standard[:, order], vectors)", "vectors", SOAP),
+    Mutant("optimizers/eigenbasis.py", "range(3)", "range(2)", SOAP),
+    Mutant("optimizers/eigenbasis.py", "if is_found else torch.linalg.qr(matrix)[0]", "", SOAP),
+    Mutant("optimizers/eigenbasis.py", "gram.diagonal().add_(shift)", "pass", SOAP),
 ]

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from optimizers.build import create_missing_state
 from optimizers.config import OptimizerConfig, SOAPGroup
-from optimizers.eigenbasis import eigenbasis, refresh_basis
+from optimizers.eigenbasis import eigenbasis, orthonormalize, refresh_basis
 from optimizers.soap import SOAP
 from optimizers.titan import ParamGroupOptimizers, build_optimizers
 from tests.ranks import run_ranks
@@ -161,6 +161,44 @@ def test_refreshes_converge_to_the_eigenvectors() -> None:
         basis, order = refresh_basis(factor, basis)
     assert order.tolist() == list(range(6))
     torch.testing.assert_close((basis.T @ vectors).abs(), torch.eye(6).double(), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("decades", [0, 3, 6, 9, 12])
+def test_columns_are_orthonormalized_in_their_order(decades: int, device: str) -> None:
+    # eigenvalues over so many decades, of a factor that its basis does not fit: dependent columns
+    n = 40
+    vectors = torch.linalg.qr(random(n, n, seed=0))[0]
+    basis = torch.linalg.qr(vectors + 0.02 * random(n, n, seed=1))[0]
+    product = vectors @ torch.logspace(0, -decades, n).double().diag() @ vectors.T @ basis
+    columns = orthonormalize(product.to(device)).cpu()
+    torch.testing.assert_close(columns.T @ columns, torch.eye(n).double(), rtol=0, atol=1e-14)
+    expected = plain_orthogonalization(product)
+    assert (expected.T @ expected - torch.eye(n)).abs().max() < 1e-14
+    torch.testing.assert_close(columns, expected, rtol=0, atol=10.0 ** (decades - 14))
+    single = orthonormalize(product.to(device, torch.float32)).cpu().double()
+    assert (single.T @ single - torch.eye(n)).abs().max() < 1e-7
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_columns_that_no_product_orthonormalizes_go_through_qr(device: str) -> None:
+    zero, equal = random(7, 7, seed=0), random(7, 7, seed=1)
+    zero[:, 3] = 0.0
+    equal[:, 5] = equal[:, 2]
+    for matrix in (zero, equal, torch.zeros(4, 4).double()):
+        columns = orthonormalize(matrix.to(device)).cpu()
+        torch.testing.assert_close(columns.T @ columns, torch.eye(len(matrix)).double(), rtol=0, atol=1e-14)
+
+
+@pytest.mark.gpu
+def test_refreshes_on_a_gpu_are_those_of_a_cpu() -> None:
+    gradient = random(300, 500, seed=0)
+    factor = gradient @ gradient.T
+    basis = torch.linalg.qr(random(300, 300, seed=1))[0]
+    on_gpu, on_cpu = (refresh_basis(factor.to(device), basis.to(device)) for device in ("cuda", "cpu"))
+    assert torch.equal(on_gpu[1].cpu(), on_cpu[1])
+    signs = (on_gpu[0].cpu() * on_cpu[0]).sum(0).sign()
+    torch.testing.assert_close(on_gpu[0].cpu() * signs, on_cpu[0], rtol=0, atol=1e-6)
 
 
 class Model(nn.Module):
