@@ -6,18 +6,18 @@ import torch
 from torch import nn
 
 _LEAST_SIDE = 1024
-"""Of the smallest matrix whose products have been measured without a workspace: they took no more time."""
+"""Of the smallest matrix whose products took no more time without a workspace."""
 
 
 def limit_workspace(model: nn.Module) -> None:
     """Keep cuBLAS from using a workspace where that saves time; call it before the first matrix product.
 
     Without a workspace it chooses kernels with a static tile scheduler. Those with a dynamic one have a
-    counter in the workspace, which is cleared before each of them: on an H200 the products of a 0.6B layer
-    take 2 to 4% more time (benchmarks/results/products_h200_202611.txt). Split-K needs a workspace too, and
-    the gradient of a smaller matrix than was measured may have too few tiles to fill a GPU without it. So
-    models that have such matrices keep the workspace, and so do GPUs other than Hopper. So do models with
-    biases: torch adds these by cuBLASLt, which stops without a workspace. For others' code that calls it,
+    counter in the workspace, which is cleared before each of them: on an H200 the products of a 0.6B or 1.7B
+    layer take 2% more time (benchmarks/results/products_h200_202612.json). Split-K needs a workspace too:
+    without it the gradient of a matrix of 512 x 512, which has too few tiles to fill a GPU, takes twice the
+    time. So models with matrices below 1024 x 1024 keep the workspace, and so do GPUs other than Hopper,
+    where nothing was measured. So do models with biases: torch adds these by cuBLASLt, which stops without a workspace. For others' code that calls it,
     it gets one of its own.
 
     Args:
