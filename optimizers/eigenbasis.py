@@ -2,6 +2,12 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
+
+_BLOCK = 128
+"""Columns that are orthonormalized at a time."""
+
+_EPS, _TINY = torch.finfo(torch.float64).eps, torch.finfo(torch.float64).tiny
 
 
 def eigenbasis(matrix: Tensor) -> Tensor:
@@ -22,7 +28,7 @@ def eigenbasis(matrix: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(matrix.double() @ matrix.double().T)
     values, vectors = values.flip(0), vectors.flip(1)
     # singular values of X are known to its own precision; these are their squares
-    noise = (rows * torch.finfo(matrix.dtype).eps) ** 2 + rows * torch.finfo(torch.float64).eps
+    noise = (rows * torch.finfo(matrix.dtype).eps) ** 2 + rows * _EPS
     is_null = values <= noise * values[0]
     # squared norms of projections onto the null space: their sum is its dimension, so that enough are large
     outside = 1.0 - vectors.masked_fill(is_null, 0.0).square().sum(1)
@@ -33,47 +39,55 @@ def eigenbasis(matrix: Tensor) -> Tensor:
     return torch.linalg.qr(torch.where(is_null, standard[:, order], vectors))[0].to(matrix.dtype)
 
 
-def refresh_basis(factor: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a basis after one step of orthogonal iteration towards the eigenvectors of a factor.
+def refresh_bases(factors: Tensor, bases: Tensor) -> tuple[Tensor, Tensor]:
+    """Return bases after one step of orthogonal iteration towards the eigenvectors of factors.
 
     Args:
-        factor: Symmetric and positive semi-definite, `[n, n]`.
-        basis: Orthogonal, `[n, n]`.
+        factors: Symmetric and positive semi-definite, `[N, n, n]`.
+        bases: Orthogonal, `[N, n, n]`.
 
     Returns:
-        The new basis `[n, n]`, and the order `[n]` of the old one's columns in it: by their Rayleigh
+        The new bases `[N, n, n]`, and the order `[N, n]` of the old ones' columns in them: by their Rayleigh
         quotients, the largest first.
     """
-    product = factor @ basis
-    order = (basis * product).sum(0).argsort(descending=True, stable=True)
-    product = product.index_select(1, order)
-    return orthonormalize(product) if product.is_cuda else torch.linalg.qr(product)[0], order
+    products = factors @ bases
+    orders = (bases * products).sum(-2).argsort(descending=True, stable=True)
+    products = products.take_along_dim(orders.unsqueeze(-2), -1)
+    return orthonormalize(products) if products.is_cuda else torch.linalg.qr(products)[0], orders
 
 
-def orthonormalize(matrix: Tensor) -> Tensor:
-    """Return Q of a matrix's QR decomposition but for the signs of its columns, by products in fp64.
+def orthonormalize(matrices: Tensor) -> Tensor:
+    """Return Q of matrices' QR decompositions but for the signs of columns, by products in fp64.
 
-    On a GPU torch.linalg.qr reflects one column after another and takes most of a step with a refresh. This
-    is shifted CholeskyQR3 (Fukaya et al., arXiv 1809.11085) of the columns at norm 1: three times X <- X R^-1
-    for the Cholesky decomposition R^T R of X^T X, the first time shifted, so that there is one. Where there
-    is none, as for columns of zeros, Q is torch.linalg.qr's; the host waits for the device to know.
+    On a GPU torch.linalg.qr takes one matrix after another and reflects column after column. This is block
+    Gram-Schmidt, each block of columns three times: what lies in the blocks before it is subtracted, and
+    X <- X R^-1 for the Cholesky decomposition R^T R of X^T X, the first time shifted, so that there is one
+    (Fukaya et al., arXiv 1809.11085). A matrix for which there is none, as with a column of zeros, goes
+    through torch.linalg.qr; the host waits for the device to know.
 
     Args:
-        matrix: `[n, n]`, fp32 or fp64.
+        matrices: `[N, n, n]`, fp32 or fp64.
 
     Returns:
-        An orthogonal matrix `[n, n]` in the matrix's dtype.
+        Orthogonal matrices `[N, n, n]` in the dtype of the matrices.
     """
-    n = len(matrix)
-    columns = torch.nn.functional.normalize(matrix.double(), dim=0, eps=torch.finfo(torch.float64).tiny)
-    for i in range(3):
-        gram = columns.T @ columns
-        if i == 0:
-            # of the article, with the largest sum of a row for the squared norm of X
-            shift = 11.0 * n * (2 * n + 1) * torch.finfo(torch.float64).eps / 2.0 * gram.abs().sum(0).max()
-            gram.diagonal().add_(shift)
-        factor = torch.linalg.cholesky_ex(gram, upper=True).L
-        columns = torch.linalg.solve_triangular(factor, columns, upper=True, left=False)
-    # the last of these products tells whether the decompositions before it were found
-    is_found = (gram - torch.eye(n, dtype=gram.dtype, device=gram.device)).abs().max() < 1e-3
-    return columns.to(matrix.dtype) if is_found else torch.linalg.qr(matrix)[0]
+    columns = matrices.to(torch.float64, copy=True)
+    for start in range(0, columns.shape[-1], _BLOCK):
+        block, before = columns[..., start : start + _BLOCK], columns[..., :start]
+        for is_first in (True, False, False):
+            block = normalize(block - before @ (before.mT @ block), dim=-2, eps=_TINY)
+            gram = block.mT @ block
+            if is_first:
+                # of the article, with the largest sum of a row for the squared norm of X
+                terms = sum(block.shape[-2:]) + 1
+                shift = 11.0 * block.shape[-1] * terms * (_EPS / 2.0) * gram.abs().sum(-2).amax(-1)
+                gram.diagonal(dim1=-2, dim2=-1).add_(shift.unsqueeze(-1))
+            factor = torch.linalg.cholesky_ex(gram, upper=True).L
+            block = torch.linalg.solve_triangular(factor, block, upper=True, left=False)
+        columns[..., start : start + _BLOCK] = block
+    identity = torch.eye(columns.shape[-1], dtype=columns.dtype, device=columns.device)
+    is_lost = ~((columns.mT @ columns - identity).abs().amax((-2, -1)) < 1e-9)
+    result = columns.to(matrices.dtype)
+    if is_lost.any():
+        result[is_lost] = torch.linalg.qr(matrices[is_lost])[0]
+    return result

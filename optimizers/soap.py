@@ -11,7 +11,7 @@ from torch.distributed.tensor import zeros as distributed_zeros
 from errors import UnsupportedError
 from optimizers.base import GroupOptimizer, local, local_gradient
 from optimizers.buckets import Bucket, plan_buckets
-from optimizers.eigenbasis import eigenbasis, refresh_basis
+from optimizers.eigenbasis import eigenbasis, refresh_bases
 from optimizers.exchange import Exchange, Layout
 
 # of the gradients that a rank gathers at a time; with state, copies and square matrices about 1 GiB in fp32
@@ -104,17 +104,19 @@ class SOAP(GroupOptimizer):
         if bucket.layout.num_ranks == 1:
             # in place
             owned = [{name: local(state[name]) for name in names} for state in states]
-            return [_update(*each, group) for each in zip(gradients, owned, steps, strict=True)]
+            return _update_all(gradients, owned, steps, group)
         num_owned, rank = bucket.exchange.num_owned, bucket.layout.rank
         exchanges = {name: Exchange(Layout.of(states[0][name]), num_owned) for name in names}
         sent = [bucket.exchange.to_owners(torch.stack(gradients))]
         sent += [exchanges[name].to_owners(_stack(states, name)) for name in names]
         whole, *values = (result.wait() for result in sent)
-        mine = range(sum(num_owned[:rank]), sum(num_owned[: rank + 1]))
+        first = sum(num_owned[:rank])
+        owned = [
+            {name: value[i] for name, value in zip(names, values, strict=True)} for i in range(len(whole))
+        ]
         updates = torch.empty_like(whole)
-        for i, index in enumerate(mine):
-            state = {name: value[i] for name, value in zip(names, values, strict=True)}
-            updates[i] = _update(whole[i], state, steps[index], group)
+        for i, update in enumerate(_update_all(whole, owned, steps[first : first + len(whole)], group)):
+            updates[i] = update
         has_new_bases = any(_is_refresh(step, group) for step in steps)
         returned = {
             name: exchanges[name].to_shards(value)
@@ -133,8 +135,26 @@ def _is_refresh(num_steps: int, group: dict[str, Any]) -> bool:
     return num_steps % group["refresh_every"] == 0
 
 
+def _update_all(
+    gradients: Iterable[Tensor], states: list[dict[str, Tensor]], steps: list[int], group: dict[str, Any]
+) -> list[Tensor]:
+    """Take a step of whole matrices of one shape: update their states in place, and return U of each."""
+    updates = [_update(*each, group) for each in zip(gradients, states, steps, strict=True)]
+    due = [state for state, step in zip(states, steps, strict=True) if step > 0 and _is_refresh(step, group)]
+    for side, dim in _FACTORS.items():
+        if not due or f"{side}_factor" not in due[0]:
+            continue
+        factors, bases = (
+            torch.stack([state[f"{side}_{name}"] for state in due]) for name in ("factor", "basis")
+        )
+        for state, basis, order in zip(due, *refresh_bases(factors, bases), strict=True):
+            state[f"{side}_basis"].copy_(basis)
+            state["second_moment"].copy_(state["second_moment"].index_select(dim, order))
+    return updates
+
+
 def _update(gradient: Tensor, state: dict[str, Tensor], num_steps: int, group: dict[str, Any]) -> Tensor:
-    """Take a step of a whole matrix: update its state in place, and return U, undefined in the first step."""
+    """Take a step of a whole matrix but for a refresh, in place; return U, undefined in the first step."""
     beta1, beta2 = group["beta1"], group["beta2"]
     factor_beta = beta2 if group["factor_beta"] is None else group["factor_beta"]
     update = gradient
@@ -148,15 +168,11 @@ def _update(gradient: Tensor, state: dict[str, Tensor], num_steps: int, group: d
     for side, dim in _FACTORS.items():
         if f"{side}_factor" not in state:
             continue
-        factor, basis = state[f"{side}_factor"], state[f"{side}_basis"]
+        factor = state[f"{side}_factor"]
         product = gradient @ gradient.T if dim == 0 else gradient.T @ gradient
         factor.lerp_(product, 1.0 - factor_beta)
         if num_steps == 0:
-            basis.copy_(eigenbasis(gradient if dim == 0 else gradient.T))
-        elif _is_refresh(num_steps, group):
-            new_basis, order = refresh_basis(factor, basis)
-            basis.copy_(new_basis)
-            state["second_moment"].copy_(state["second_moment"].index_select(dim, order))
+            state[f"{side}_basis"].copy_(eigenbasis(gradient if dim == 0 else gradient.T))
     return update
 
 

@@ -17,8 +17,8 @@ def limit_workspace(model: nn.Module) -> None:
     layer take 2% more time (benchmarks/results/products_h200_202612.json). Split-K needs a workspace too:
     without it the gradient of a matrix of 512 x 512, which has too few tiles to fill a GPU, takes twice the
     time. So models with matrices below 1024 x 1024 keep the workspace, and so do GPUs other than Hopper,
-    where nothing was measured. So do models with biases: torch adds these by cuBLASLt, which stops without a workspace. For others' code that calls it,
-    it gets one of its own.
+    where nothing was measured. So do models with biases: torch adds these by cuBLASLt, which stops without a
+    workspace. For others' code that calls it, it gets one of its own.
 
     Args:
         model: The model, on its device.

@@ -12,9 +12,10 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from optimizers import eigenbasis as eigenbasis_module
 from optimizers.build import create_missing_state
 from optimizers.config import OptimizerConfig, SOAPGroup
-from optimizers.eigenbasis import eigenbasis, orthonormalize, refresh_basis
+from optimizers.eigenbasis import eigenbasis, orthonormalize, refresh_bases
 from optimizers.soap import SOAP
 from optimizers.titan import ParamGroupOptimizers, build_optimizers
 from tests.ranks import run_ranks
@@ -157,47 +158,65 @@ def test_refreshes_converge_to_the_eigenvectors() -> None:
     vectors = torch.linalg.qr(random(6, 6, seed=0))[0]
     factor = vectors @ torch.tensor([32.0, 16.0, 8.0, 4.0, 2.0, 1.0]).double().diag() @ vectors.T
     basis = torch.eye(6).double()
+    bases = basis.expand(2, -1, -1)
     for _ in range(60):
-        basis, order = refresh_basis(factor, basis)
-    assert order.tolist() == list(range(6))
-    torch.testing.assert_close((basis.T @ vectors).abs(), torch.eye(6).double(), rtol=0, atol=1e-9)
+        bases, orders = refresh_bases(torch.stack([factor, factor.flip(0, 1)]), bases)
+    assert orders.tolist() == [list(range(6))] * 2
+    torch.testing.assert_close((bases[1].T @ vectors.flip(0)).abs(), torch.eye(6).double(), rtol=0, atol=1e-9)
+    torch.testing.assert_close((bases[0].T @ vectors).abs(), torch.eye(6).double(), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("decades", [0, 3, 6, 9, 12])
-def test_columns_are_orthonormalized_in_their_order(decades: int, device: str) -> None:
-    # eigenvalues over so many decades, of a factor that its basis does not fit: dependent columns
-    n = 40
+@pytest.mark.parametrize("block", [1, 16, 40, 64])
+def test_columns_are_orthonormalized_in_their_order(
+    block: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eigenbasis_module, "_BLOCK", block)
+    # eigenvalues over so many decades, of factors that their bases do not fit: dependent columns
+    n, decades = 40, (0, 3, 6, 9, 12)
     vectors = torch.linalg.qr(random(n, n, seed=0))[0]
     basis = torch.linalg.qr(vectors + 0.02 * random(n, n, seed=1))[0]
-    product = vectors @ torch.logspace(0, -decades, n).double().diag() @ vectors.T @ basis
-    columns = orthonormalize(product.to(device)).cpu()
-    torch.testing.assert_close(columns.T @ columns, torch.eye(n).double(), rtol=0, atol=1e-14)
-    expected = plain_orthogonalization(product)
-    assert (expected.T @ expected - torch.eye(n)).abs().max() < 1e-14
-    torch.testing.assert_close(columns, expected, rtol=0, atol=10.0 ** (decades - 14))
-    single = orthonormalize(product.to(device, torch.float32)).cpu().double()
-    assert (single.T @ single - torch.eye(n)).abs().max() < 1e-7
+    products = (
+        torch.stack([vectors @ torch.logspace(0, -d, n).double().diag() @ vectors.T for d in decades]) @ basis
+    )
+    given = products.to(device)
+    found = orthonormalize(given).cpu()
+    assert torch.equal(given.cpu(), products)
+    in_fp32 = orthonormalize(products.to(device, torch.float32)).cpu().double()
+    identity = torch.eye(n).double()
+    for i, product in enumerate(products):
+        torch.testing.assert_close(found[i].T @ found[i], identity, rtol=0, atol=1e-14)
+        expected = plain_orthogonalization(product)
+        assert (expected.T @ expected - identity).abs().max() < 1e-14
+        torch.testing.assert_close(found[i], expected, rtol=0, atol=10.0 ** (decades[i] - 13))
+        assert (in_fp32[i].T @ in_fp32[i] - identity).abs().max() < 1e-7
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_columns_that_no_product_orthonormalizes_go_through_qr(device: str) -> None:
-    zero, equal = random(7, 7, seed=0), random(7, 7, seed=1)
+@pytest.mark.parametrize("block", [2, 128])
+def test_columns_that_no_product_orthonormalizes_go_through_qr(
+    block: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eigenbasis_module, "_BLOCK", block)
+    zero, equal, full = (random(7, 7, seed=seed) for seed in range(3))
     zero[:, 3] = 0.0
     equal[:, 5] = equal[:, 2]
-    for matrix in (zero, equal, torch.zeros(4, 4).double()):
-        columns = orthonormalize(matrix.to(device)).cpu()
-        torch.testing.assert_close(columns.T @ columns, torch.eye(len(matrix)).double(), rtol=0, atol=1e-14)
+    matrices = torch.stack([full, zero, equal, torch.zeros(7, 7).double()])
+    columns = orthonormalize(matrices.to(device)).cpu()
+    torch.testing.assert_close(
+        columns.mT @ columns, torch.eye(7).double().expand(4, -1, -1), rtol=0, atol=1e-14
+    )
+    torch.testing.assert_close(columns[0], plain_orthogonalization(full), rtol=0, atol=1e-12)
 
 
 @pytest.mark.gpu
 def test_refreshes_on_a_gpu_are_those_of_a_cpu() -> None:
-    gradient = random(300, 500, seed=0)
-    factor = gradient @ gradient.T
-    basis = torch.linalg.qr(random(300, 300, seed=1))[0]
-    on_gpu, on_cpu = (refresh_basis(factor.to(device), basis.to(device)) for device in ("cuda", "cpu"))
+    gradients = random(3, 300, 500, seed=0)
+    factors = gradients @ gradients.mT
+    bases = torch.linalg.qr(random(3, 300, 300, seed=1))[0]
+    on_gpu, on_cpu = (refresh_bases(factors.to(device), bases.to(device)) for device in ("cuda", "cpu"))
     assert torch.equal(on_gpu[1].cpu(), on_cpu[1])
-    signs = (on_gpu[0].cpu() * on_cpu[0]).sum(0).sign()
+    signs = (on_gpu[0].cpu() * on_cpu[0]).sum(-2, keepdim=True).sign()
     torch.testing.assert_close(on_gpu[0].cpu() * signs, on_cpu[0], rtol=0, atol=1e-6)
 
 
@@ -228,9 +247,12 @@ def sharded(model: Model, shape: tuple[int, ...]) -> Model:
 
 
 def train(model: Model, optimizers: ParamGroupOptimizers, steps: range) -> None:
-    """Take steps whose gradients are the same on any number of ranks."""
+    """Take steps whose gradients are the same on any number of ranks; the second matrix misses one of them."""
     for step in steps:
         for i, p in enumerate(model.matrices):
+            if (step, i) == (1, 1):
+                p.grad = None
+                continue
             gradient = random(*p.shape, seed=1000 * step + i).float()
             if isinstance(p, DTensor):
                 gradient = distribute_tensor(gradient, p.device_mesh, p.placements)
