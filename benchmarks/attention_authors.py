@@ -1,8 +1,9 @@
 """The authors' kernels (package `parallax-kernel`) for `benchmarks.attention --authors DIR`.
 
 Their package imports as `parallax` too, so it runs in a process of its own, which takes its turns among the
-other providers: this process asks for each of them through a pipe. Helion tunes its kernels at the first call
-of a shape, for as long as HELION_AUTOTUNE_EFFORT says ("quick" where it is not set).
+other providers: this process asks for each of them through a pipe. At the first call of a shape both
+of theirs are tuned: the Triton kernels over 36 configs each, compiled at once here, since one after another
+takes minutes; Helion's for as long as HELION_AUTOTUNE_EFFORT says ("quick" where it is not set).
 """
 
 import io
@@ -10,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import Pipe
@@ -19,6 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton import AsyncCompileMode, Config
+from triton.runtime.autotuner import Autotuner
 
 from benchmarks.attention_timing import LocalRunner, Pair, Provider, Shape, draw
 from errors import UserError
@@ -179,6 +183,23 @@ def _unpack(data: bytes) -> Any:
     return torch.load(io.BytesIO(data), map_location="cpu")
 
 
+def compile_configs_together() -> None:
+    """Let Triton compile all configs of a kernel that it tunes at once, before it times the first one."""
+    prune = Autotuner.prune_configs
+
+    def prune_and_compile(self: Autotuner, kwargs: dict[str, Any]) -> list[Config]:
+        configs = prune(self, kwargs)
+        assert self.nargs is not None
+        given = {name: value for name, value in kwargs.items() if name != "warmup"}
+        # a config that does not compile fails again, by itself, when it is timed
+        with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool, ignore_errors=True):
+            for config in configs:
+                self.fn.warmup(*self.nargs.values(), **given, **config.all_kwargs())
+        return configs
+
+    Autotuner.prune_configs = prune_and_compile
+
+
 def serve(connection: Connection) -> None:
     """Answer calls until the other end closes."""
     server = _Server()
@@ -196,4 +217,5 @@ def serve(connection: Connection) -> None:
 if __name__ == "__main__":
     # before anything imports ours
     sys.path.insert(0, sys.argv[2])
+    compile_configs_together()
     serve(Connection(int(sys.argv[1])))

@@ -1,13 +1,20 @@
 """`benchmarks.attention`: the order of turns, the tables, missing peers, and the process of the authors."""
 
+import os
 from importlib.metadata import version
 from pathlib import Path
+from threading import Barrier
+from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
+from triton.runtime._async_compile import active_mode
+from triton.runtime.autotuner import Autotuner
 
 from benchmarks.attention import ALL_PROVIDERS, Bench, choose_providers
-from benchmarks.attention_authors import AuthorsProcess
+from benchmarks.attention_authors import AuthorsProcess, compile_configs_together
 from benchmarks.attention_providers import missing_module
 from benchmarks.attention_table import accuracy_header, accuracy_row, format_tables
 from benchmarks.attention_timing import Cell, Pair, Provider, Shape, measure
@@ -155,6 +162,48 @@ def test_error_of_the_authors_package_is_that_of_the_provider(authors: AuthorsPr
     with pytest.raises(RuntimeError, match=r"ModuleNotFoundError: No module named 'parallax\.helion'"):
         authors.results("authors_helion", _inputs())
     assert authors.results("authors", _inputs())["o"].shape == (1, 20, 4, 16)
+
+
+@triton.autotune([triton.Config({"TILE": 2**i}, num_warps=2) for i in range(3)], key=["n"])
+@triton.jit
+def _tuned_kernel(x, n, TILE: tl.constexpr):
+    tl.store(x + tl.arange(0, TILE), n)
+
+
+def test_configs_of_a_tuned_kernel_are_compiled_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Autotuner, "prune_configs", Autotuner.prune_configs)
+    compile_configs_together()
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    at_once, compiled = Barrier(3, timeout=30), []
+
+    class Kernel:
+        def warmup(self, *args: Any, grid: Any, **options: Any) -> None:
+            mode = active_mode.get()
+            assert mode is not None
+
+            def compile_config() -> int:
+                at_once.wait()
+                if options["TILE"] == 4:
+                    raise RuntimeError("out of registers")
+                return options["TILE"]
+
+            mode.submit(options["TILE"], compile_config, lambda tile: compiled.append((args, grid, tile)))
+
+    monkeypatch.setattr(_tuned_kernel, "fn", Kernel())
+    monkeypatch.setattr(_tuned_kernel, "nargs", {"x": "data", "n": 5}, raising=False)
+    configs = _tuned_kernel.prune_configs({"grid": (7,), "warmup": False})
+    assert configs == _tuned_kernel.configs
+    assert sorted(compiled) == [(("data", 5), (7,), 1), (("data", 5), (7,), 2)]
+
+
+@pytest.mark.gpu
+def test_tuned_kernels_run_after_their_configs_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Autotuner, "prune_configs", Autotuner.prune_configs)
+    compile_configs_together()
+    x = torch.zeros(4, device="cuda")
+    _tuned_kernel[(1,)](x, 9)
+    assert x[0] == 9
+    assert len(_tuned_kernel.configs_timings) == 3
 
 
 def test_end_of_the_authors_process_is_an_error(authors: AuthorsProcess) -> None:

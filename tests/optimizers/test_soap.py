@@ -247,7 +247,7 @@ def sharded(model: Model, shape: tuple[int, ...]) -> Model:
 
 
 def train(model: Model, optimizers: ParamGroupOptimizers, steps: range) -> None:
-    """Take steps whose gradients are the same on any number of ranks; the second matrix misses one of them."""
+    """Take steps whose gradients are the same on any number of ranks; one matrix misses the second."""
     for step in steps:
         for i, p in enumerate(model.matrices):
             if (step, i) == (1, 1):
