@@ -1,6 +1,6 @@
 """SOAP: Adam in the eigenbasis of Shampoo's factors, for plain tensors and sharded DTensors."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +14,10 @@ from optimizers.buckets import Bucket, plan_buckets
 from optimizers.eigenbasis import eigenbasis, refresh_bases
 from optimizers.exchange import Exchange, Layout
 
-# of the gradients that a rank gathers at a time; with state, copies and square matrices about 1 GiB in fp32
+# of the gradients that a rank updates at a time; with state, copies and square matrices about 2 GiB in fp32
 _MAX_BUCKET_ELEMENTS = 2**24
-_FACTORS = {"left": 0, "right": 1}
+_FACTORS = {"left": False, "right": True}
+"""Side -> whether its factor is that of G^T."""
 
 
 class SOAP(GroupOptimizer):
@@ -64,7 +65,7 @@ class SOAP(GroupOptimizer):
             "momentum": _zeros(p, *p.shape),
             "second_moment": _zeros(p, *p.shape),
         }
-        for side, dim in _FACTORS.items():
+        for dim, side in enumerate(_FACTORS):
             if p.shape[dim] <= group["max_factor_size"]:
                 state[f"{side}_factor"] = _zeros(p, p.shape[dim], p.shape[dim])
                 state[f"{side}_basis"] = _zeros(p, p.shape[dim], p.shape[dim])
@@ -101,26 +102,18 @@ class SOAP(GroupOptimizer):
         names = [name for name in states[0] if name != "step"]
         steps = [int(state["step"]) for state in states]
         gradients = [local_gradient(p).to(states[0]["momentum"].dtype) for p in bucket.params]
-        if bucket.layout.num_ranks == 1:
-            # in place
-            owned = [{name: local(state[name]) for name in names} for state in states]
-            return _update_all(gradients, owned, steps, group)
         num_owned, rank = bucket.exchange.num_owned, bucket.layout.rank
         exchanges = {name: Exchange(Layout.of(states[0][name]), num_owned) for name in names}
         sent = [bucket.exchange.to_owners(torch.stack(gradients))]
         sent += [exchanges[name].to_owners(_stack(states, name)) for name in names]
         whole, *values = (result.wait() for result in sent)
         first = sum(num_owned[:rank])
-        owned = [
-            {name: value[i] for name, value in zip(names, values, strict=True)} for i in range(len(whole))
-        ]
-        updates = torch.empty_like(whole)
-        for i, update in enumerate(_update_all(whole, owned, steps[first : first + len(whole)], group)):
-            updates[i] = update
+        owned = dict(zip(names, values, strict=True))
+        updates = _update_all(whole, owned, steps[first : first + len(whole)], group)
         has_new_bases = any(_is_refresh(step, group) for step in steps)
         returned = {
             name: exchanges[name].to_shards(value)
-            for name, value in zip(names, values, strict=True)
+            for name, value in owned.items()
             if has_new_bases or not name.endswith("_basis")
         }
         shards = bucket.exchange.to_shards(updates).wait()
@@ -136,58 +129,57 @@ def _is_refresh(num_steps: int, group: dict[str, Any]) -> bool:
 
 
 def _update_all(
-    gradients: Iterable[Tensor], states: list[dict[str, Tensor]], steps: list[int], group: dict[str, Any]
-) -> list[Tensor]:
-    """Take a step of whole matrices of one shape: update their states in place, and return U of each."""
-    updates = [_update(*each, group) for each in zip(gradients, states, steps, strict=True)]
-    due = [state for state, step in zip(states, steps, strict=True) if step > 0 and _is_refresh(step, group)]
-    for side, dim in _FACTORS.items():
-        if not due or f"{side}_factor" not in due[0]:
-            continue
-        factors, bases = (
-            torch.stack([state[f"{side}_{name}"] for state in due]) for name in ("factor", "basis")
-        )
-        for state, basis, order in zip(due, *refresh_bases(factors, bases), strict=True):
-            state[f"{side}_basis"].copy_(basis)
-            state["second_moment"].copy_(state["second_moment"].index_select(dim, order))
+    gradients: Tensor, states: dict[str, Tensor], steps: Sequence[int], group: dict[str, Any]
+) -> Tensor:
+    """Take a step of whole matrices `[N, rows, cols]`: update their states `[N, ...]` in place; return U."""
+    updates = torch.empty_like(gradients)
+    for num_steps in sorted(set(steps)):
+        chosen = [i for i, each in enumerate(steps) if each == num_steps]
+        state = {name: value[chosen] for name, value in states.items()}
+        updates[chosen] = _update(gradients[chosen], state, num_steps, group)
+        for name, value in state.items():
+            states[name][chosen] = value
     return updates
 
 
-def _update(gradient: Tensor, state: dict[str, Tensor], num_steps: int, group: dict[str, Any]) -> Tensor:
-    """Take a step of a whole matrix but for a refresh, in place; return U, undefined in the first step."""
+def _update(gradients: Tensor, state: dict[str, Tensor], num_steps: int, group: dict[str, Any]) -> Tensor:
+    """Take the same step of all matrices: replace their state; return U, undefined in the first step."""
     beta1, beta2 = group["beta1"], group["beta2"]
     factor_beta = beta2 if group["factor_beta"] is None else group["factor_beta"]
-    update = gradient
+    updates = gradients
     if num_steps > 0:
         momentum, second_moment = state["momentum"], state["second_moment"]
-        momentum.lerp_(gradient, 1.0 - beta1)
-        second_moment.lerp_(_rotate(gradient, state).square(), 1.0 - beta2)
+        momentum.lerp_(gradients, 1.0 - beta1)
+        second_moment.lerp_(_rotate(gradients, state).square(), 1.0 - beta2)
         denominator = (second_moment / (1.0 - beta2**num_steps)).sqrt_().add_(group["eps"])
-        update = _rotate(momentum, state) / (1.0 - beta1**num_steps) / denominator
-        update = _rotate_back(update, state)
-    for side, dim in _FACTORS.items():
+        updates = _rotate(momentum, state) / (1.0 - beta1**num_steps) / denominator
+        updates = _rotate_back(updates, state)
+    for side, transposed in _FACTORS.items():
         if f"{side}_factor" not in state:
             continue
-        factor = state[f"{side}_factor"]
-        product = gradient @ gradient.T if dim == 0 else gradient.T @ gradient
-        factor.lerp_(product, 1.0 - factor_beta)
+        sides = gradients.mT if transposed else gradients
+        factors = state[f"{side}_factor"].lerp_(sides @ sides.mT, 1.0 - factor_beta)
         if num_steps == 0:
-            state[f"{side}_basis"].copy_(eigenbasis(gradient if dim == 0 else gradient.T))
-    return update
+            state[f"{side}_basis"] = torch.stack([eigenbasis(each) for each in sides])
+        elif _is_refresh(num_steps, group):
+            state[f"{side}_basis"], orders = refresh_bases(factors, state[f"{side}_basis"])
+            order = orders.unsqueeze(-2 if transposed else -1)
+            state["second_moment"] = state["second_moment"].take_along_dim(order, -1 if transposed else -2)
+    return updates
 
 
-def _rotate(matrix: Tensor, state: dict[str, Tensor]) -> Tensor:
+def _rotate(matrices: Tensor, state: dict[str, Tensor]) -> Tensor:
     """Return Q^T X S."""
     if "left_basis" in state:
-        matrix = state["left_basis"].T @ matrix
-    return matrix @ state["right_basis"] if "right_basis" in state else matrix
+        matrices = state["left_basis"].mT @ matrices
+    return matrices @ state["right_basis"] if "right_basis" in state else matrices
 
 
-def _rotate_back(matrix: Tensor, state: dict[str, Tensor]) -> Tensor:
+def _rotate_back(matrices: Tensor, state: dict[str, Tensor]) -> Tensor:
     """Return Q X S^T."""
     if "left_basis" in state:
-        matrix = state["left_basis"] @ matrix
-    return matrix @ state["right_basis"].T if "right_basis" in state else matrix
+        matrices = state["left_basis"] @ matrices
+    return matrices @ state["right_basis"].mT if "right_basis" in state else matrices
 
 
 def _stack(states: list[dict[str, Tensor]], name: str) -> Tensor:

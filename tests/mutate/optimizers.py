@@ -148,7 +148,7 @@ MUTANTS = [
     Mutant("optimizers/hyperball.py", "(weight == 0.0) | (change == 0.0)", "change == 0.0", HYPERBALL),
     Mutant("optimizers/hyperball.py", "- 2.0 * length * product", "", HYPERBALL),
     Mutant("optimizers/hyperball.py", "    if layout.num_ranks > 1:\n", "    if False:\n", HYPERBALL),
-    Mutant("optimizers/soap.py", "index_select(dim, order)", "clone()", SOAP),
+    Mutant("optimizers/soap.py", ".take_along_dim(order, -1 if transposed else -2)", "", SOAP),
     Mutant("optimizers/soap.py", "beta2**num_steps", "beta2 ** (num_steps + 1)", SOAP),
     Mutant("optimizers/soap.py", "first = sum(num_owned[:rank])", "first = sum(num_owned[1:rank])", SOAP),
     Mutant("optimizers/eigenbasis.py", "(outside < 1e-6)", "(outside < 0.0)", SOAP),
