@@ -47,9 +47,9 @@ _WEIGHT_BYTES_OF_ONE_RANK = 22
 # an element-wise optimizer reads weight, gradient and state and writes weight and state, at half of the
 # memory's bandwidth: fused AdamW seven fp32 values per weight
 _OPTIMIZER_PASSES = 2
-# assumed, not measured: SOAP's fp32 products, and its QR decompositions of 10/3 n^3 FLOPs each
+# assumed, not measured: SOAP's products in fp32, and those in fp64 of which a new basis takes 8 n^3 FLOPs
 _FP32_FLOPS = 40e12
-_QR_FLOPS = 1e12
+_FP64_FLOPS = 40e12
 # seconds of host work per layer of a micro-batch without CUDA graphs
 _HOST_SECONDS_PER_LAYER = 3.4e-3
 
@@ -203,6 +203,6 @@ def _soap_seconds(shape: Sequence[int], group: SOAPGroup) -> float:
         if side <= group.max_factor_size:
             # into the basis the gradient and the momentum, back the update, and the factor
             seconds += 4 * 2.0 * rows * cols * side / _FP32_FLOPS
-            refresh = 2.0 * side**3 / _FP32_FLOPS + 10 / 3 * side**3 / _QR_FLOPS
+            refresh = 2.0 * side**3 / _FP32_FLOPS + 8.0 * side**3 / _FP64_FLOPS
             seconds += refresh / group.refresh_every
     return seconds
