@@ -7,7 +7,7 @@ from training.gpus import Gpu
 from training.memory import GIB, estimate_memory
 from training.run_config import RunConfig
 
-# the estimate is within 10% of what is measured, and CUDA, NCCL and fragmentation take some
+# the estimate is within 5% of what softmax and Parallax take, and CUDA, NCCL and fragmentation take some
 _SAFE_SHARE = 0.9
 
 
