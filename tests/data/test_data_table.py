@@ -8,6 +8,7 @@ import pytest
 import config
 from config import to_toml
 from data.config import HubSource, JsonlSource, MixtureSource, ShardsSource, TextSource
+from tests.project_configs import project_configs
 from training.run_config import RunConfig
 
 RUN = """
@@ -98,7 +99,7 @@ def test_a_wrong_source_is_rejected_with_its_key(tmp_path: Path, words: list[str
 
 
 def test_every_config_of_the_project_reads_shards_or_the_sample() -> None:
-    for path in sorted(Path("configs").glob("*.toml")):
+    for path in project_configs():
         data = config.load(RunConfig, path).data
         assert data.train is not None
         assert data.shuffle_seed == 0

@@ -11,12 +11,13 @@ from models.config import ParallaxConfig
 from models.size_table import build_row
 from models.sizes import split_size
 from optimizers.param_groups import assign_parameters
+from tests.project_configs import project_configs
 from training.dry_run import dry_run
 from training.memory import MemoryEstimate, estimate_memory
 from training.preflight import build_meta_model
 from training.run_config import RunConfig
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
+CONFIGS = project_configs()
 
 # width, layers, query heads, kv heads, head width, MLP width, vocabulary
 DIMENSIONS = {

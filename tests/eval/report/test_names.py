@@ -13,6 +13,7 @@ from eval.report.run_records import flatten, read_run
 from eval.report.styles import COLORS, MARKERS, row_styles
 from optimizers.config import UNREAD_KEYS, ScheduleKind
 from tests.eval.report.run_folders import CONFIGS, STEPS, held_out, launch, make_run, seeds, training
+from tests.project_configs import project_configs
 from training.run_config import RunConfig
 
 RATE = "--optimizer.groups.hidden.lr"
@@ -77,7 +78,7 @@ def test_a_name_has_the_choices_that_tell_rows_apart_and_no_others() -> None:
 
 
 def test_every_config_of_the_project_has_a_name_of_its_own() -> None:
-    paths = [path for path in sorted(CONFIGS.glob("60m_*.toml")) if "_decay_" not in path.stem]
+    paths = [path for path in project_configs("60m_*.toml") if "_decay_" not in path.stem]
     found = names(*(flat(path.stem) for path in paths))
     assert len(set(found)) == len(paths) > 20
     assert not any("(" in name for name in found)
@@ -194,7 +195,7 @@ def test_an_arm_is_what_differs_in_learning_rates_only(tmp_path: Path) -> None:
 
 def test_no_two_arms_look_alike(tmp_path: Path) -> None:
     records = [launch(), *training(2.0), held_out(STEPS, 2.0)]
-    paths = [path for path in sorted(CONFIGS.glob("60m_*.toml")) if "_decay_" not in path.stem]
+    paths = [path for path in project_configs("60m_*.toml") if "_decay_" not in path.stem]
     folders = [make_run(tmp_path / path.stem, records, name=path.stem) for path in paths]
     rows = make_rows([read_run(folder) for folder in folders])
     styles = row_styles(rows)

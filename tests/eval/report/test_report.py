@@ -27,6 +27,7 @@ from tests.eval.report.run_folders import (
     step_record,
     training,
 )
+from tests.project_configs import project_configs
 from training.run_config import RunConfig
 
 TRAINING, HELD_OUT = "Training loss (nats/token)", "Held-out loss (nats/token)"
@@ -363,7 +364,7 @@ def test_updates_that_the_paper_has_not_have_no_row(change: list[str]) -> None:
 
 def test_every_config_of_the_paper_has_its_row_and_no_other_config_has_one() -> None:
     found = {}
-    for path in CONFIGS.glob("*.toml"):
+    for path in project_configs():
         row = paper_row(flatten(to_table(config.load(RunConfig, path))))
         if row is not None:
             found[path.stem] = (row.lambada_perplexity, row.mean_accuracy)
