@@ -15,42 +15,23 @@ import types
 import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import tomli_w
 
-from errors import UserError
+from errors import ConfigError, shown
 
 Table = dict[str, Any]
 Key = tuple[str | int, ...]
+Layer = tuple[str, Table]  # a file or the command line, and what it sets
 T = TypeVar("T")
 
 COMMAND_LINE = "command line"
 _MAX_DEPTH = 32
-_LONGEST_SHOWN = 200
-
-
-class ConfigError(UserError):
-    """A config file or an override gives a value that the schema does not allow.
-
-    Attributes:
-        keys: The keys that are to blame, most specific first.
-    """
-
-    def __init__(self, message: str, keys: Sequence[Key] = ()) -> None:
-        super().__init__(message)
-        self.keys = tuple(keys)
 
 
 class _TypeMismatchError(ConfigError):
     """A value of another type than the key's."""
-
-
-class _Layer(NamedTuple):
-    """Tables of one origin: a file, or the command line."""
-
-    source: str
-    table: Table
 
 
 def load(
@@ -74,10 +55,10 @@ def load(
             the nearest valid key.
     """
     path = Path(path)
-    layers = [*_read_layers(path), _Layer(overrides_from, _parse_overrides(overrides, overrides_from))]
+    layers = [*_read_layers(path), (overrides_from, _parse_overrides(overrides, overrides_from))]
     merged: Table = {}
-    for layer in layers:
-        merged = _merge(merged, layer.table, schema)
+    for _, table in layers:
+        merged = _merge(merged, table, schema)
     name_after_file = getattr(schema, "name_after_file", None)
     if name_after_file is not None:
         name_after_file(merged, path)
@@ -130,14 +111,20 @@ def read_toml(path: Path) -> Table:
     Raises:
         ConfigError: It is missing, can't be read, or is not valid TOML.
     """
+    text = ""
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        table = tomllib.loads(text)
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such config file") from None
+        near = difflib.get_close_matches(path.name, [each.name for each in path.parent.glob("*.toml")], n=1)
+        nearest = f"; nearest is {path.parent / near[0]}" if near else ""
+        raise ConfigError(f"{path}: no such config file{nearest}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: can't be read as a config file: {error}") from None
     except (ValueError, RecursionError) as error:  # ValueError itself: an integer of thousands of digits
-        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+        place = re.search(r"at line (\d+)", str(error))
+        line = ": " + shown(text.split("\n")[int(place[1]) - 1].strip()) if place else ""
+        raise ConfigError(f"{path}: not valid TOML: {error}{line}") from None
     _check_values(table, path)
     return table
 
@@ -180,9 +167,17 @@ def _dotted(key: Key) -> str:
     return "".join(parts).removeprefix(".")
 
 
-def _shown(value: Any) -> str:
-    text = json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
+def _likely_meant(hint: Any, value: Any, key: Key) -> str:
+    """Return how a value of a wrong type may have been meant, to follow what is wanted; "" where unknown."""
+    if get_origin(hint) is list:
+        meant = f"[[{_dotted(key)}]]" if isinstance(value, dict) else f"[{shown(value)}]"
+    elif type_name(hint).startswith("a string") and not isinstance(value, list | dict):
+        meant = f'"{value}"'
+    elif isinstance(value, str) and any("kind" in typing.get_type_hints(each) for each in variants(hint)):
+        meant = f"{{ kind = {shown(value)} }}"
+    else:
+        return ""
+    return f", such as '{meant}'"
 
 
 def _check_values(table: Table, source: str | Path) -> None:
@@ -201,7 +196,7 @@ def _check_values(table: Table, source: str | Path) -> None:
             pending += [((*key, name), child) for name, child in children]
 
 
-def _read_layers(path: Path, chain: tuple[Path, ...] = ()) -> list[_Layer]:
+def _read_layers(path: Path, chain: tuple[Path, ...] = ()) -> list[Layer]:
     """Return a file's own table behind those that it extends."""
     if path.resolve() in chain:
         raise ConfigError(f"{path}: extends itself")
@@ -211,7 +206,7 @@ def _read_layers(path: Path, chain: tuple[Path, ...] = ()) -> list[_Layer]:
     if not isinstance(parents, list) or not all(isinstance(p, str) for p in parents):
         raise ConfigError(f"{path}: extends must be a file name or a list of them, got {parents!r}")
     below = [layer for p in parents for layer in _read_layers(path.parent / p, (*chain, path.resolve()))]
-    return [*below, _Layer(str(path), table)]
+    return [*below, (str(path), table)]
 
 
 def _parse_overrides(arguments: Sequence[str], source: str) -> Table:
@@ -278,7 +273,7 @@ def _surviving(hint: Any, below: Table, above: Table) -> Table:
     return {key: value for key, value in below.items() if key in kept}
 
 
-def _blame(layers: Sequence[_Layer], keys: Sequence[Key]) -> str | None:
+def _blame(layers: Sequence[Layer], keys: Sequence[Key]) -> str | None:
     """Return the source of the last layer that sets one of the keys; None where none does."""
 
     def sets(table: Any, key: Key) -> bool:
@@ -288,7 +283,7 @@ def _blame(layers: Sequence[_Layer], keys: Sequence[Key]) -> str | None:
             table = table[part]
         return True
 
-    return next((each.source for each in reversed(layers) if any(sets(each.table, k) for k in keys)), None)
+    return next((source for source, table in reversed(layers) if any(sets(table, k) for k in keys)), None)
 
 
 def _all_keys(hint: Any, prefix: str = "") -> Iterable[str]:
@@ -316,9 +311,8 @@ class _Decoder:
     def convert(self, hint: Any, value: Any, key: Key) -> Any:
         """Return a TOML value as a value of a type."""
         origin, args = get_origin(hint), get_args(hint)
-        is_unquoted = type_name(hint).startswith("a string") and not isinstance(value, list | dict)
-        want = type_name(hint) + (f''', such as '"{value}"\'''' if is_unquoted else "")
-        wrong = _TypeMismatchError(f"{_dotted(key)}: got {_shown(value)}, want {want}", [key])
+        want = type_name(hint) + _likely_meant(hint, value, key)
+        wrong = _TypeMismatchError(f"{_dotted(key)}: got {shown(value)}, want {want}", [key])
         if _is_union(hint):
             return self._convert_union(hint, value, key, wrong)
         if origin is Literal:
@@ -327,7 +321,7 @@ class _Decoder:
             return value
         if origin is list:
             if not isinstance(value, list):
-                raise _TypeMismatchError(f"{wrong}, such as '[{_shown(value)}]'", [key])
+                raise wrong
             return [self.convert(args[0], v, (*key, i)) for i, v in enumerate(value)]
         if origin is dict or dataclasses.is_dataclass(hint):
             if not isinstance(value, dict):
@@ -363,14 +357,14 @@ class _Decoder:
             raise ConfigError(f"{name} has no kind: correct its name, or set kind to {allowed}", [key])
         if not isinstance(kind, str) or kind not in by_kind:
             raise ConfigError(f"{_dotted((*key, 'kind'))}: got {kind!r}, want {allowed}", [(*key, "kind")])
-        return self._build(by_kind[kind], value, key)
+        return self._build(by_kind[kind], value, key, classes)
 
-    def _build(self, cls: type, value: Table, key: Key) -> Any:
+    def _build(self, cls: type, value: Table, key: Key, kinds: Sequence[type] = ()) -> Any:
         hints = typing.get_type_hints(cls)
         fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, cls))}
         for name in value:
             if name not in fields:
-                remedy = self._remedy(name, key, list(fields))
+                remedy = self._remedy(name, key, list(fields), kinds)
                 raise ConfigError(f"{_dotted((*key, name))}: unknown key; {remedy}", [(*key, name)])
         for name, field in fields.items():
             has_default = (field.default, field.default_factory) != (dataclasses.MISSING, dataclasses.MISSING)
@@ -385,8 +379,10 @@ class _Decoder:
             named = [(*key, word) for word in re.findall(r"\w+", str(error)) if word in fields]
             raise ConfigError(".".join(filter(None, [_dotted(key), str(error)])), named) from None
 
-    def _remedy(self, name: str, key: Key, allowed: Sequence[str]) -> str:
-        """Return what to write instead of an unknown key."""
+    def _remedy(self, name: str, key: Key, allowed: Sequence[str], kinds: Sequence[type]) -> str:
+        """Return what to write instead of an unknown key of a table, which might have had other kinds."""
+        if having := [kind_of(each) for each in kinds if name in typing.get_type_hints(each)]:
+            return f"it is a key of kind {' or '.join(map(json.dumps, having))}"
         names = getattr(self.schema, "OTHER_NAMES", {})
         other = names.get(_dotted((*key, name)), names.get(name))
         if other is not None:
@@ -396,5 +392,7 @@ class _Decoder:
             return f"nearest is {_dotted((*key, close[0]))}"
         elsewhere = [k for k in _all_keys(self.schema) if k.rpartition(".")[2] == name]
         if elsewhere:
-            return f"nearest is {elsewhere[0]}"
+            # of most tables in common with the unknown key, then the least deep
+            nearness = {k: (len({*key} & {*k.split(".")}), -k.count(".")) for k in elsewhere}
+            return f"nearest is {max(elsewhere, key=nearness.__getitem__)}"
         return f"want one of {', '.join(allowed)}" if allowed else "no key is allowed here"

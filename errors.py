@@ -8,7 +8,7 @@ import select
 import sys
 import traceback
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -24,6 +24,8 @@ MAX_SEED = 2**63 - 1
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
+_LONGEST_SHOWN = 200
+
 _ROOT = Path(__file__).parent
 # where `parallax`, which imports nothing of this project, checks the arguments that a config gives it
 _ARGUMENT_CHECKS = ("parallax.api", "parallax.validation", "parallax.decode", "parallax.kernels.tiles")
@@ -36,12 +38,30 @@ class UserError(ValueError):
     """
 
 
+class ConfigError(UserError):
+    """A config file or an override gives a value that the schema does not allow.
+
+    Attributes:
+        keys: The keys that are to blame, as tuples of their parts, most specific first.
+    """
+
+    def __init__(self, message: str, keys: Sequence[tuple[str | int, ...]] = ()) -> None:
+        super().__init__(message)
+        self.keys = tuple(keys)
+
+
 class UnsupportedError(UserError, NotImplementedError):
     """A combination that makes sense but that nothing here serves; the message names what works instead."""
 
 
 class RunError(RuntimeError):
     """A run that cannot continue though neither its config nor the code is wrong, such as a loss of NaN."""
+
+
+def shown(value: object) -> str:
+    """Return what was got as JSON, for an error message: its beginning where it is long."""
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 def check_range(config: object, low: float, high: float, *names: str) -> None:

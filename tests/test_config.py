@@ -187,7 +187,28 @@ def test_toml_of_a_run_loads_to_the_same_run(tmp_path: Path) -> None:
         (["--training.global_batch_size", "3"], ["training.global_batch_size", "multiple"]),
         (["--data.train.files", "[1]"], ["data.train.files[0]:", "a string"]),
         (["--data.train.files", "a.parquet"], ["data.train.files:", "want a list", """'["a.parquet"]'"""]),
-        (["--optimizer.groups.all.momentum", "0.9"], ["optimizer.groups.all.momentum:", "unknown key"]),
+        (
+            ["--optimizer.groups.all.momentum", "0.9"],
+            ["optimizer.groups.all.momentum:", 'unknown key; it is a key of kind "muon"'],
+        ),
+        (
+            ["--model.attention.kind=softmax", "--model.attention.r_norm=true"],
+            ["attention.r_norm: unknown key", 'it is a key of kind "parallax"'],
+        ),
+        (
+            ["--data.train.folder", "x"],
+            ["train.folder: unknown key", 'it is a key of kind "text" or "shards"'],
+        ),
+        (
+            ["--optimizer.kind", "adamw"],
+            ["optimizer.kind: unknown key", "nearest is optimizer.groups.NAME.kind"],
+        ),
+        (["--data.folder", "x"], ["data.folder: unknown key", "nearest is data.train.folder"]),
+        (
+            ["--model.attention", "softmax"],
+            ["model.attention:", """a table, such as '{ kind = "softmax" }'"""],
+        ),
+        (["--schedule", "cosine"], ["schedule:", """want a table, such as '{ kind = "cosine" }'"""]),
         (["--checkpoint.keep", "1"], ["checkpoint.keep", "at least 2"]),
         (["--metrics.update_every", "0"], ["metrics.update_every", "at least 1"]),
         (
@@ -228,6 +249,12 @@ def test_missing_key_missing_file_bad_toml_and_bad_words(tmp_path: Path) -> None
     assert "training.steps: missing" in refusal(write(tmp_path, RUN.replace("steps = 10", "", 1)))
     assert "no such config file" in refusal(tmp_path / "absent.toml")
     assert "not valid TOML" in refusal(write(tmp_path, "a = ["))
+    quoteless = "[training]\r\nsteps = 3\r\n  max_grad_norm = none\r\n"
+    assert '(at line 3, column 19): "max_grad_norm = none"' in refusal(write(tmp_path, quoteless))
+    near = tmp_path / "debug_softmax.toml"
+    near.write_text(RUN)
+    assert f"no such config file; nearest is {near}" in refusal(tmp_path / "debug_sofmax.toml")
+    assert f"nearest is {near}" in refusal(write(tmp_path, 'extends = "debug_softmx.toml"'))
     path = write(tmp_path, RUN)
     assert "has no value" in refusal(path, "--training.steps")
     assert "expected an override" in refusal(path, "training.steps=3")
