@@ -177,7 +177,7 @@ def _text(value: Any, index: int) -> str:
 
 
 def _load(plan: Plan, stage: Stage, source: Path, variant: Variant, seed: int, path: str) -> RunConfig:
-    origin = f"{source}, stage {stage.name}"
+    origin = f"{source}, set or axes of stage {stage.name}"
     for key in variant.assignments:
         if key in _OWN_KEYS:
             raise UserError(f"{origin}: {key} cannot be a key of a plan: {_OWN_KEYS[key]}")

@@ -102,7 +102,7 @@ class Observer:
                 choices[stage.name] = [choice for _, choice in found]
             statuses += own
         self._check_baseline(statuses)
-        check_pairs(self.plan, [status.member for status in statuses])
+        check_pairs(self.plan, self.source, [status.member for status in statuses])
         return Overview(statuses, choices)
 
     def _check_baseline(self, statuses: list[Status]) -> None:

@@ -3,12 +3,13 @@
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import config
 from errors import MAX_SEED, UserError, check_range
+from training.run_config import RunConfig
 
 _MAX_NAME_BYTES = 100
 # training/sweep/plan_folder.py: what lies beside the folders of stages
@@ -138,6 +139,8 @@ class Stage:
                 f"configs is {self.configs} and best_of is {self.best_of}: give one of them, the runs to "
                 "vary or the stages whose best is taken"
             )
+        if len({*self.configs}) < len(self.configs):
+            raise UserError(f"configs must be all different, got {self.configs}")
         if not self.seeds or len({*self.seeds}) < len(self.seeds):
             raise UserError(f"seeds must be at least one and all different, got {self.seeds}")
         if not all(0 <= seed <= MAX_SEED for seed in self.seeds):
@@ -167,6 +170,10 @@ class Plan:
             are faster in total where one is launch-bound; their memory must fit.
         stages: The stages.
     """
+
+    OTHER_NAMES: ClassVar[dict[str, str]] = {
+        each.name: f"set.{each.name}: a plan is no run's config" for each in fields(RunConfig)
+    }
 
     folder: str
     baseline: str | None = None

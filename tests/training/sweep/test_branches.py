@@ -171,5 +171,7 @@ def test_pairs_are_of_equal_seeds_and_values_or_of_the_stage_named(tmp_path: Pat
 
 def test_pairs_are_of_the_plans_configs(tmp_path: Path) -> None:
     path = write_plan(tmp_path, STABLE, head='[pairs]\ndebug_parallax_muon = "softmax"\n')
-    with pytest.raises(UserError, match="pairs: got 'softmax', want stems of the plan's configs: debug_soft"):
+    with pytest.raises(
+        UserError, match=r"plan.toml: pairs: got 'softmax', want the plan's configs without .toml: deb"
+    ):
         observe(path).look()

@@ -9,13 +9,13 @@ import pytest
 from config import to_table
 from errors import UserError
 from eval.report.run_records import flatten
-from tests.training.launch import ROOT
+from tests.project_configs import project_configs
 from tests.training.sweep.plans import CONFIGS, RATE, observe, write_plan
 from training.sweep.members import Member
 from training.sweep.plan import load_plan
 
 SOFTMAX = json.dumps(str(CONFIGS / "debug_softmax_muon.toml"))
-PLANS = sorted((ROOT / "configs" / "plans").glob("*.toml"))
+PLANS = project_configs(folder="configs/plans")
 
 
 def members(path: Path) -> list[Member]:
@@ -131,6 +131,11 @@ LATER = '[[stages]]\nname = "later"\nbest_of = ["one"]\nset.training.step = 5\n'
         (stage(axis(["data.tokenizer"], "[2026-01-01]")), "", ["data.tokenizer: got 2026-01-01, which"]),
         (stage(configs='"no.toml"'), "", ["no.toml: no such config file"]),
         ("", "", ["stages: missing"]),
+        (stage(), "training.steps = 5", ["training: unknown key; here it is set.training"]),
+        (stage(more="training.steps = 5"), "", ["stages[0].training: unknown key; here it is set.training"]),
+        (stage(more="set.training.step = 5"), "", ["set or axes of stage one: training.step: unknown key"]),
+        (stage(configs='"a.toml", "a.toml"'), "", ["stages[0].configs must be all different", "a.toml"]),
+        (stage().replace("[[stages]]", "[stages]"), "", ["stages: got", "want a list", "'[[stages]]'"]),
     ],
 )
 def test_refusals_name_stage_key_and_remedy(stages: str, head: str, said: list[str], tmp_path: Path) -> None:
