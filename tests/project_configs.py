@@ -1,4 +1,4 @@
-"""The configs and plans of the project, which the rules of the house are for: not a user's own beside them."""
+"""The configs and plans of the project, which its rules are for: not a user's own beside them."""
 
 import subprocess
 from pathlib import Path
