@@ -82,12 +82,16 @@ def check_branch_step(config: RunConfig, step: int) -> None:
             f"{training.last_step}; raise {training.last_step_key}, or start from an earlier checkpoint"
         )
     schedules = schedules_by_group(config.optimizer.groups, config.schedule, training.steps)
-    start = min(decay_start(schedule, training.steps) for schedule in schedules.values())
+    first = min(schedules.values(), key=lambda schedule: decay_start(schedule, training.steps))
+    start = decay_start(first, training.steps)
     if step > start:
+        remedy = "shorten the decay, or raise training.steps"
+        if first.kind == "cosine":
+            remedy = 'or give schedule.kind "wsd": a cosine decays from the end of the warm-up on'
         raise UserError(
             f"checkpoint.start_from is a checkpoint of step {step}, but the decay of this run begins after "
             f"step {start} and takes the last {training.steps - start} of {training.steps} steps; start from "
-            "an earlier checkpoint, shorten the decay, or raise training.steps"
+            f"an earlier checkpoint, {remedy}"
         )
 
 

@@ -143,12 +143,16 @@ def test_a_checkpoint_after_the_start_of_the_decay_or_the_last_step_is_refused(t
     check_start(branch("--schedule.decay_steps", "40"))
     message = refusal(branch("--schedule.decay_steps", "41"))
     assert "a checkpoint of step 20, but the decay of this run begins after step 19" in message
-    assert "the last 41 of 60 steps" in message
+    assert "the last 41 of 60 steps; start from an earlier checkpoint, shorten the decay, or raise" in message
     message = refusal(branch("--training.steps", "20"))
     assert "a checkpoint of step 20, but this run ends at step 20; raise training.steps" in message
     assert "raise training.stop_at_step" in refusal(branch("--training.stop_at_step", "15"))
     cosine = branch("--schedule.kind", "cosine", "--schedule.warmup_steps", "5")
-    assert "the decay of this run begins after step 5" in refusal(cosine)
+    message = refusal(cosine)
+    assert "the decay of this run begins after step 5" in message
+    # neither more steps nor a shorter decay would help
+    assert 'start from an earlier checkpoint, or give schedule.kind "wsd"' in message
+    assert "raise" not in message
     check_start(branch("--schedule.kind", "constant"))
 
 
