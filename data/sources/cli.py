@@ -99,7 +99,8 @@ def source_from(options: argparse.Namespace) -> TextKind:
     if all(_JSONL_NAME.fullmatch(name) for name in options.files):
         return JsonlSource(files=options.files, **limits, **columns)
     raise UserError(
-        f"--files is {options.files}: want all of them .parquet, or all of them .jsonl[.gz|.zst|..]"
+        f"--files is {options.files}: want all of them .parquet, or all of them .jsonl[.gz|.zst|..]; "
+        "text files are read by --folder and --pattern"
     )
 
 

@@ -63,6 +63,8 @@ def convert_from_hf(
     run = RunFolder(out)
     if run.config_file.exists() or run.step_folders():
         raise UserError(f"{out} already has a run; give --out another folder")
+    if not source.is_dir():
+        raise UserError(f"{source} is no folder; first download a model: hf download NAME --local-dir DIR")
     config_path = file_in(source, "config.json")
     if not config_path.is_file():
         raise UserError(

@@ -334,6 +334,7 @@ def test_the_command_line_ends_a_user_error_in_one_line(
     for words, message in (
         (["--files", str(tmp_path / "none.parquet")], "no file matches"),
         (["--files", "a.parquet", "b.jsonl"], "want all of them"),
+        (["--files", "README.md"], "text files are read by --folder"),
         (["--folder", str(tmp_path / "none")], "not a folder"),
         (["--folder", str(tmp_path), "--min-score", "1"], "min_score given with --folder"),
         (["--files", "a.jsonl", "--pattern", "*"], "--pattern given without"),

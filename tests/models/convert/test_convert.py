@@ -215,6 +215,8 @@ def test_all_wrong_tensors_are_listed(tmp_path: Path) -> None:
         convert_from_hf(tmp_path / "sharded", tmp_path / "run")
     with pytest.raises(UserError, match=r"has no config.json; wanted a folder"):
         convert_from_hf(tmp_path, tmp_path / "run")
+    with pytest.raises(UserError, match=r"Qwen/Qwen3 is no folder; .*: hf download NAME --local-dir DIR"):
+        convert_from_hf(Path("Qwen/Qwen3"), tmp_path / "run")
 
 
 def test_command_line_and_existing_output_folders(
