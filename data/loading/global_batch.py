@@ -28,10 +28,13 @@ def gradient_accumulation_steps(*, global_batch_size: int, local_batch_size: int
             raise UserError(f"training.{name} is {size}, must be at least 1")
     rows = rows_per_micro_step(local_batch_size, num_ranks)
     if global_batch_size % rows:
+        of_rank, rest = divmod(global_batch_size, num_ranks)
+        fitting = max((b for b in range(1, local_batch_size) if not rest and of_rank % b == 0), default=None)
+        smaller = "" if fitting is None else f"; or set training.local_batch_size to {fitting}"
         raise UserError(
             f"training.global_batch_size ({global_batch_size}) must be a multiple of "
             f"training.local_batch_size ({local_batch_size}) * ranks ({num_ranks}) = {rows}: the next one is "
-            f"{(global_batch_size // rows + 1) * rows}"
+            f"{(global_batch_size // rows + 1) * rows}{smaller}"
         )
     return global_batch_size // rows
 

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,6 +36,22 @@ def test_every_row_of_a_step_belongs_to_one_rank_and_micro_step(
 def test_a_global_batch_that_is_not_divisible_is_rejected_with_the_next_multiple() -> None:
     with pytest.raises(UserError, match=r"global_batch_size \(6\) .* ranks \(4\) = 4: the next one is 8"):
         gradient_accumulation_steps(global_batch_size=6, local_batch_size=1, num_ranks=4)
+
+
+@given(local=st.integers(1, 12), ranks=st.integers(1, 12), global_batch=st.integers(1, 200))
+def test_the_local_batch_that_the_message_names_fits(local: int, ranks: int, global_batch: int) -> None:
+    def steps(size: int) -> int:
+        return gradient_accumulation_steps(
+            global_batch_size=global_batch, local_batch_size=size, num_ranks=ranks
+        )
+
+    if global_batch % (local * ranks) == 0:
+        return
+    with pytest.raises(UserError) as error:
+        steps(local)
+    named = re.search(r"; or set training.local_batch_size to (\d+)$", str(error.value))
+    fitting = [size for size in range(1, local) if global_batch % (size * ranks) == 0]
+    assert [int(found) for found in (named.groups() if named else ())] == fitting[-1:]
 
 
 def test_a_rank_beyond_the_number_of_ranks_is_a_fault() -> None:
