@@ -13,6 +13,7 @@ from data.sources.count import count_not_held_out
 from data.sources.open import check_data, check_shards
 from data.tokenizer import Tokenizer, check_vocabulary
 from errors import UserError
+from eval.report.plan_file import is_plan
 from models.qwen3 import Qwen3
 from optimizers.param_groups import assign_parameters
 from optimizers.schedule import schedules_by_group
@@ -37,12 +38,16 @@ def check_run(config: RunConfig, world_size: int) -> Tokenizer:
         The run's tokenizer, whose ids fit the model's vocabulary.
 
     Raises:
-        UserError: The batch size or the degrees of parallelism do not fit the ranks; the optimizer groups do
-            not fit the model, or the schedule the steps; the checkpoint to start from is missing or does not
-            fit; the disk has no room for a checkpoint; the tokenizer is missing or has ids beyond the
-            vocabulary; a data file is missing or has no text column, or shards are of another tokenizer; a
-            task is unknown or has no documents.
+        UserError: The run's folder is a plan's; the batch size or the degrees of parallelism do not fit the
+            ranks; the optimizer groups do not fit the model, or the schedule the steps; the checkpoint to
+            start from is missing or does not fit; the disk has no room for a checkpoint; the tokenizer is
+            missing or has ids beyond the vocabulary; a data file is missing or has no text column, or shards
+            are of another tokenizer; a task is unknown or has no documents.
     """
+    if is_plan(Path(config.run.folder)):
+        raise UserError(
+            f"run.folder ({config.run.folder}) is that of a plan of training.sweep: give another run.name"
+        )
     if os.environ.get("RANK", "0") == "0":
         for sentence in config.unread_keys():
             logger.warning(sentence)

@@ -77,3 +77,12 @@ def test_missing_shards_are_named_before_a_tokenizer_is_downloaded(
     )
     with pytest.raises(UserError, match=rf"^data.{table}: .*none.*data.shards prepare"):
         check_run(config, 1)
+
+
+def test_a_run_does_not_start_in_the_folder_of_a_plan(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "plan.toml").touch()
+    words = ["--run.folder", str(tmp_path / "mine")]
+    config = load(RunConfig, ROOT / "configs/debug_softmax_adamw.toml", words)
+    with pytest.raises(UserError, match=r"run.folder \(.*mine\) is that of a plan .*: give another run.name"):
+        check_run(config, 1)

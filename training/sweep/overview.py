@@ -7,7 +7,7 @@ from typing import Literal
 
 from errors import UserError
 from eval.report.plan_file import Choice
-from models.run_folder import is_whole
+from models.run_folder import RunFolder, is_whole
 from training.sweep.choice import choose
 from training.sweep.members import Member, Variant, stage_members
 from training.sweep.pairs import check_pairs
@@ -68,9 +68,14 @@ class Observer:
     Args:
         plan: The plan.
         source: Its file.
+
+    Raises:
+        UserError: The plan's folder is that of a run.
     """
 
     def __init__(self, plan: Plan, source: Path) -> None:
+        if RunFolder(Path(plan.folder)).config_file.exists():
+            raise UserError(f"{source}: folder {plan.folder} is that of a run; give the plan another folder")
         self.plan = plan
         self.source = source
         self.folder = PlanFolder(Path(plan.folder))

@@ -143,3 +143,12 @@ def test_refusals_name_stage_key_and_remedy(stages: str, head: str, said: list[s
     with pytest.raises(UserError) as error:
         members(path)
     assert [word for word in said if word not in str(error.value)] == [], str(error.value)
+
+
+def test_a_plan_does_not_start_in_the_folder_of_a_run(tmp_path: Path) -> None:
+    path = write_plan(tmp_path, stage())
+    members(path)
+    (tmp_path / "plan").mkdir()
+    (tmp_path / "plan" / "config.toml").touch()
+    with pytest.raises(UserError, match=r"plan.toml: folder .*plan is that of a run; give the plan another"):
+        members(path)
