@@ -54,6 +54,8 @@ def _reasons(observer: Observer, unfinished: Sequence[Status], launched: Collect
             yield f"member {number}: {progress.problem or progress.failure} ({log})"
         elif number in launched:
             yield f"member {number} was stopped from outside at step {progress.step}: start the sweep again"
+    if any(status.state == "refused" for status in unfinished):
+        yield "refused members: restore their keys, give --folder another one, or delete their folders"
     for stage in observer.plan.stages:
         left = [s for s in unfinished if s.member.stage == stage.name and s.member.number not in launched]
         if any(not status.member.is_known and status.state == "waiting" for status in left):

@@ -155,6 +155,7 @@ def test_a_changed_plan_does_not_touch_its_members(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace("steps = 12", "steps = 14"))
     printed = run(path, code=1)
     assert "training.steps: saved 12, now 14" in printed
+    assert "restore their keys, give --folder another one, or delete their folders" in printed
     assert all_losses(tmp_path / "plan") == before
 
 
