@@ -14,7 +14,7 @@ from optimizers.buckets import Bucket, plan_buckets
 from optimizers.eigenbasis import eigenbasis, refresh_bases
 from optimizers.exchange import Exchange, Layout
 
-# of the gradients that a rank updates at a time; with state, copies and square matrices about 2 GiB in fp32
+# of the gradients that a rank updates at a time; with copies of its state and work in fp64 up to 3 GiB
 _MAX_BUCKET_ELEMENTS = 2**24
 _FACTORS = {"left": False, "right": True}
 """Side -> whether its factor is that of G^T."""
