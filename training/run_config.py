@@ -299,7 +299,13 @@ class RunConfig:
 
     @staticmethod
     def name_after_file(table: dict[str, Any], path: Path) -> None:
-        """Set the defaults of run.name and run.folder, in place: the stem of the config file, runs/<name>."""
+        """Set the defaults of run.name and run.folder, in place: the stem of the config file, runs/<name>.
+
+        Raises:
+            UserError: The file is a plan, which has stages.
+        """
+        if "stages" in table:
+            raise UserError(f"{path} is a plan, not a run's config: python -m training.sweep {path} runs it")
         run = table.setdefault("run", {})
         if isinstance(run, dict):
             run.setdefault("name", path.stem)

@@ -181,6 +181,12 @@ def test_what_other_codebases_call_a_key(typed: str, said: str) -> None:
     assert said in message
 
 
+def test_a_plan_is_no_config_of_a_run() -> None:
+    path = "configs/plans/claim_60m.toml"
+    with pytest.raises(UserError, match=rf"{path} is a plan, .*: python -m training\.sweep {path} runs it"):
+        config.load(RunConfig, path)
+
+
 def test_other_names_stand_for_keys_and_are_none_themselves() -> None:
     keys = set(config._all_keys(RunConfig))
     assert {re.split("[,:]", key)[0] for key in OTHER_NAMES.values()} <= keys
