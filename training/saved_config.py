@@ -30,6 +30,8 @@ _TRAINING_KEYS: tuple[KeyPath, ...] = (
     *(("training", "z_loss"), ("training", "spike_ratio"), ("training", "skip_spikes")),
     *(("average", "decay"), ("average", "start_step")),
     *(("run", "seed"), ("data", "validation_documents"), ("eval", "max_tokens"), ("data", "validation")),
+    # the windows after the saved one
+    ("data", "shuffle_window"),
 )
 # of an optimizer group: _rate_differences compares what they make of each step
 _RATE_KEYS = ("lr", "weight_decay", "weight_decay_gamma", "schedule")

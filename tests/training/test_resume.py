@@ -52,6 +52,12 @@ def test_a_moved_decay_did_not_name_the_key_that_moved_it(tmp_path: Path) -> Non
     assert resume_warnings(load(tmp_path, "--training.steps", "20"), 20) == []
 
 
+def test_another_window_of_the_shuffle_changed_the_order_in_silence(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    (warning,) = resume_warnings(load(tmp_path, "--data.shuffle_window", "1024"), 20)
+    assert 'data.shuffle_window: saved "none", now 1024' in warning
+
+
 def test_a_key_that_this_version_no_longer_has_is_a_difference(tmp_path: Path) -> None:
     saved = config.to_table(load(tmp_path))
     check_model(load(tmp_path), saved, tmp_path, "Give another folder")
