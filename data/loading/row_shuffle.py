@@ -84,6 +84,8 @@ class RowShuffle:
         # a window that was saved keeps its size, also where the new run's windows have another
         window = self._window(start.packer_state, num_rows=start.window_rows)
         window.fill(blocks)
+        if start.window_rows:
+            _check_saved(window, start)
         first, state = start.served, start
         while True:
             following = self._window(window.next, expected_rows=window.rows_left)
@@ -174,8 +176,29 @@ class _Window:
         else:
             is_large = len(self) >= self._min_rows and block.rows_left >= _MARGIN * self._min_rows
             self._is_full = is_large or block.ends_epoch
-        if self._is_full and self._num_rows not in (0, len(self)):
-            raise UserError(
-                f"the saved data position is in a window of {self._num_rows} rows, but the window has "
-                f"{len(self)}: the data or the code that reads it changed since the checkpoint"
-            )
+
+
+def _check_saved(window: _Window, start: StreamState) -> None:
+    """Raise unless a window that was made again has the rows of the one that was saved.
+
+    Rows that are skipped, a damaged document of shards for example, shift all that follow them: tokens of the
+    window would be served twice, and others never.
+    """
+    num_rows, skipped = len(window), dict(start.window_skipped)
+    if (num_rows, window.skipped) == (start.window_rows, skipped):
+        return
+    was, now = (
+        ("", "")
+        if window.skipped == skipped
+        else (f" (skipped: {_describe(skipped)})", f" (skipped: {_describe(window.skipped)})")
+    )
+    raise UserError(
+        f"the saved data position is in a window of {start.window_rows} rows{was}, but the window has "
+        f"{num_rows}{now}: the data or the code that reads it changed since the checkpoint; restore files "
+        "(shards with `python -m data.shards prepare`) and on_damaged_file, or start the data from its "
+        "beginning in a branch: another run.folder, checkpoint.start_from, checkpoint.restart_data = true"
+    )
+
+
+def _describe(skipped: dict[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items())) or "none"

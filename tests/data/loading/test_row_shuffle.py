@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,17 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.config import ShardsSource
+from data.config import JsonlSource, MixtureSource, ShardsSource
 from data.loading.packing import PackedRow, PackerState, RowBlock
 from data.loading.row_shuffle import RowShuffle
 from data.loading.rows import open_rows
-from data.loading.shard_rows import Packing, ShardRows
+from data.loading.shard_rows import BLOCK_ROWS, Packing, ShardRows
 from data.loading.stream import StreamState
 from data.shards.prepare import PrepareOptions, prepare
 from data.sources.base import DocumentSource
 from data.sources.mixture import MixtureDocuments
+from data.sources.open import open_source
 from data.sources.shards import ShardDocuments
 from data.tokenizer import Tokenizer
+from errors import UserError
 from tests.data.loading.test_shard_rows import first_token
 
 SEQ_LEN = 16
@@ -274,6 +277,68 @@ def test_a_window_of_another_size_than_the_saved_one_is_rejected() -> None:
     _, state = _served(CountedRows(8), 3)[-1]
     with pytest.raises(ValueError, match=r"window of 40 rows, but the window has 42: the data .* changed"):
         _served(CountedRows(7), 1, state)
+
+
+def test_a_window_with_other_skipped_rows_than_the_saved_one_mixed_two_layouts_in_silence(
+    folder: Path, byte_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    shutil.copytree(folder, tmp_path / "shards")
+    files = sorted((tmp_path / "shards").rglob("train.tokens"))
+    source = ShardsSource(folder=str(tmp_path / "shards"), on_damaged_file="skip")
+
+    def rows() -> RowShuffle:
+        documents = ShardDocuments(
+            source, tokenizer_fingerprint=byte_tokenizer.fingerprint, split="train", shuffle_seed=None
+        )
+        layout = ShardRows(documents, packing="concatenate", seq_len=SEQ_LEN, padding_id=0)
+        return RowShuffle(layout, packing="", seed=0, window_rows=BLOCK_ROWS)
+
+    _, state = next(rows().rows(StreamState()))
+    _, following = next(rows().rows(state))
+    assert (following.window_rows, following.served) == (state.window_rows, 2)
+    content = bytearray(files[0].read_bytes())
+    content[0] ^= 1
+    files[0].write_bytes(content)
+    with pytest.raises(
+        UserError, match=r"rows \(skipped: none\), .* \(skipped: 1 damaged_document\): .*prepare"
+    ):
+        next(rows().rows(state))
+    # a run that begins with the damage resumes as long as it is there
+    _, state = next(rows().rows(StreamState()))
+    next(rows().rows(state))
+    content[0] ^= 1
+    files[0].write_bytes(content)
+    with pytest.raises(UserError, match=r"rows \(skipped: 1 damaged_document\), .* \(skipped: none\)"):
+        next(rows().rows(state))
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("is_mixture", [False, True], ids=["plain", "mixture"])
+def test_a_window_with_skipped_rows_resumes_at_any_row(
+    packing: Packing, is_mixture: bool, byte_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    files = []
+    for seed in range(3):
+        lines = [json.dumps({"text": text}) for text in long_texts(seed, 60)]
+        files.append(tmp_path / f"{seed}.jsonl")
+        files[-1].write_text("\n".join([*lines[:20], "{not JSON", *lines[20:], '{"text": null}']))
+    first, *others = (JsonlSource(files=[str(file)], min_characters=10) for file in files)
+    mixture = MixtureSource(sources={"a": first, "b": others[0]}, weights={"a": 1.0, "b": 2.0})
+    config = mixture if is_mixture else JsonlSource(files=[str(file) for file in files], min_characters=10)
+
+    def rows() -> Any:
+        fingerprint = byte_tokenizer.fingerprint
+        source = open_source(config, tokenizer_fingerprint=fingerprint, split="all", shuffle_seed=3)
+        return shuffled(source, byte_tokenizer, packing, window_rows=30)
+
+    whole = list(itertools.islice(rows().rows(StreamState()), 2000))
+    resumed = range(0, len(whole) - 1, 29)
+    assert any(whole[index][1].window_skipped for index in resumed)
+    for index in resumed:
+        row, after = next(rows().rows(whole[index][1]))
+        expected_row, expected = whole[index + 1]
+        assert row.tokens.tolist() == expected_row.tokens.tolist()
+        assert after == expected
 
 
 def test_rows_skipped_are_counted_in_proportion_to_the_rows_served() -> None:
