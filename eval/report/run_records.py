@@ -14,6 +14,10 @@ from eval.report.task_records import Record, merge_tasks, read_results
 from models.run_folder import RunFolder, step_of
 
 
+# key of a kind of record -> its numbers, without which it counts for nothing; NaN is one
+_NEEDED = {"loss": ("loss", "tokens", "step_seconds"), "validation_loss": ("validation_loss",)}
+
+
 class Failure(NamedTuple):
     """An evaluation that failed during training.
 
@@ -129,6 +133,7 @@ def read_metrics(path: Path) -> tuple[list[Record], list[str]]:
             step = record["step"]
             if not isinstance(step, int):
                 raise TypeError(f"step is {step!r}, want a number")
+            _check_numbers(record)
         except (json.JSONDecodeError, KeyError, TypeError):
             where = "the last line" if number == len(lines) else f"line {number}"
             notes.append(f"{path}: {where} is damaged and was skipped: {line[:60]!r}")
@@ -139,6 +144,14 @@ def read_metrics(path: Path) -> tuple[list[Record], list[str]]:
             continue
         records.append({**launch, **record})
     return records, notes
+
+
+def _check_numbers(record: Record) -> None:
+    """Raise KeyError or TypeError if a record of a step or of a held-out loss lacks a number it needs."""
+    for key, needed in _NEEDED.items():
+        for name in needed if key in record else ():
+            if not isinstance(record[name], int | float):
+                raise TypeError(f"{name} is {record[name]!r}, want a number")
 
 
 def _last_fingerprint(records: Sequence[Record]) -> str | None:

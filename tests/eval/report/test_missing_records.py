@@ -194,3 +194,28 @@ def test_a_line_without_a_number_of_its_step_is_damaged(tmp_path: Path) -> None:
     run = read_run(folder)
     assert len(run.steps) == STEPS
     assert sum("is damaged and was skipped" in note for note in run.notes) == 3
+
+
+@pytest.mark.parametrize("value", [None, "3.1"])
+@pytest.mark.parametrize("key", ["loss", "step_seconds", "tokens"])
+def test_a_step_without_its_loss_time_or_tokens_is_damaged(
+    tmp_path: Path, key: str, value: str | None
+) -> None:
+    records = training(2.0)
+    folder = make_run(tmp_path / "a", [launch(), *records[:-1], {**records[-1], key: value}])
+    run = read_run(folder)
+    assert len(run.steps) == STEPS - 1
+    assert sum("is damaged and was skipped" in note for note in run.notes) == 1
+
+
+def test_a_step_of_its_loss_alone_is_damaged(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "a", [launch(), *training(2.0), {"step": STEPS + 1, "loss": 3.0}]))
+    assert len(run.steps) == STEPS
+    assert sum("is damaged and was skipped" in note for note in run.notes) == 1
+
+
+def test_a_held_out_loss_that_is_no_number_is_damaged(tmp_path: Path) -> None:
+    last = {**held_out(STEPS, 2.0), "validation_loss": None}
+    run = read_run(make_run(tmp_path / "a", [launch(), *training(2.0), last]))
+    assert run.held_out == []
+    assert sum("is damaged and was skipped" in note for note in run.notes) == 1
