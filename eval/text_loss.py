@@ -54,7 +54,8 @@ class TextLoss:
         loss: Their mean loss in nats/token, each token weighted equally.
         standard_error: Standard error of the loss over documents in nats/token; None for a single document.
         perplexity: exp(loss).
-        bits_per_byte: Loss of the predicted tokens that are text, in bits per byte of their UTF-8.
+        bits_per_byte: Loss of the predicted tokens that are text, in bits per byte of their UTF-8; None where
+            only end-of-document tokens are predicted.
         num_bytes: Those bytes.
         bytes_of: "text" for the text as written; "tokens" where shards hold only tokens, for the text that
             they decode to, which a normalizer may have changed.
@@ -73,7 +74,7 @@ class TextLoss:
     loss: float
     standard_error: float | None
     perplexity: float
-    bits_per_byte: float
+    bits_per_byte: float | None
     num_bytes: int
     bytes_of: Literal["text", "tokens"]
     word_perplexity: float | None
@@ -170,7 +171,7 @@ class _LossSums:
                 torch.tensor(self.document_nats, dtype=torch.float64), torch.tensor(self.document_tokens)
             ),
             perplexity=perplexity(loss),
-            bits_per_byte=self.text_nats / math.log(2) / max(self.num_bytes, 1),
+            bits_per_byte=self.text_nats / math.log(2) / self.num_bytes if self.num_bytes else None,
             num_bytes=self.num_bytes,
             bytes_of="tokens" if self.is_decoded else "text",
             word_perplexity=perplexity(self.text_nats / self.num_words) if self.num_words else None,
@@ -269,9 +270,10 @@ def format_result(result: TextLoss) -> str:
     """Format a result in a few lines."""
     loss = format_loss(result.loss, result.standard_error)
     decoded = " of the decoded tokens" if result.bytes_of == "tokens" else ""
+    bits = "" if result.bits_per_byte is None else f", {result.bits_per_byte:.4f} bits/byte{decoded}"
     lines = [
-        f"{loss}, perplexity {result.perplexity:.3f}, {result.bits_per_byte:.4f} "
-        f"bits/byte{decoded} ({result.num_tokens:,} tokens of {result.num_documents:,} documents)"
+        f"{loss}, perplexity {result.perplexity:.3f}{bits} "
+        f"({result.num_tokens:,} tokens of {result.num_documents:,} documents)"
     ]
     if result.word_perplexity is not None:
         lines.append(f"word perplexity {result.word_perplexity:.3f}")

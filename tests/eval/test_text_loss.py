@@ -25,7 +25,7 @@ from eval.scored_text import Mode, read_texts
 from eval.scoring.groups import Group, Scores
 from eval.scoring.language_model import Qwen3Model
 from eval.standard_error import ratio_standard_error
-from eval.text_loss import text_loss
+from eval.text_loss import format_result, text_loss
 from models.qwen3 import Qwen3
 from tests.conftest import make_text
 from tests.eval.conftest import build
@@ -73,6 +73,13 @@ def test_bits_per_byte_count_the_predicted_bytes(tmp_path: Path, tokenizer: Toke
     bits = float(nats[:-1].sum()) / math.log(2)
     assert found.bits_per_byte == pytest.approx(bits / (len(text.encode()) - len(first)), rel=1e-5)
     assert found.word_perplexity is None
+
+
+def test_without_a_predicted_byte_there_are_no_bits_per_byte(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    source = documents(tmp_path, ["a"], tokenizer)
+    found = text_loss(Qwen3Model(build(), max_length=64), tokenizer, source)
+    assert (found.num_tokens, found.num_bytes, found.bits_per_byte) == (1, 0, None)
+    assert "bits/byte" not in format_result(found)
 
 
 def test_bits_per_byte_count_the_bytes_of_a_character_of_several_tokens(
