@@ -101,12 +101,14 @@ def _common_config(checkpoints: Sequence[Path]) -> ModelConfig:
     """Return the architecture of all checkpoints."""
     configs = [model_config(read_run_table(path), path) for path in checkpoints]
     for path, config in zip(checkpoints, configs, strict=True):
-        differing = sorted(_architecture(config).items() ^ _architecture(configs[0]).items())
+        here, first = _architecture(config), _architecture(configs[0])
+        differing = [key for key in here.keys() | first.keys() if here.get(key) != first.get(key)]
         if differing:
-            key, value = differing[0]
+            # the kind before what follows from it
+            key = min(differing, key=lambda each: (each != "attention.kind", each))
             raise UserError(
-                f"{path} has another architecture than {checkpoints[0]}: one has model.{key} = {value}; "
-                "average checkpoints of one architecture"
+                f"{path} has another architecture than {checkpoints[0]}: model.{key} = {here.get(key)}, "
+                f"there {first.get(key)}; average checkpoints of one architecture"
             )
     return configs[0]
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -181,7 +182,11 @@ def test_what_cannot_be_averaged_is_refused(corpus: Path, tmp_path: Path) -> Non
     config = other / "config.toml"
     text = config.read_text()
     config.write_text(text.replace("rope_theta = 10000.0", "rope_theta = 500000.0"))
-    with pytest.raises(UserError, match=r"other.*another architecture than .*run.*model.rope_theta"):
+    with pytest.raises(UserError, match=r"other.*another .* than .*run.*rope_theta = 500000.0.*10000.0"):
+        average_checkpoints([first, other / "checkpoint" / "step-1"], tmp_path / "out")
+    softmax = re.sub(r"(?<=\[model\.attention\]\n)[^\[]*", 'kind = "softmax"\n', text)
+    config.write_text(softmax)
+    with pytest.raises(UserError, match=r"model.attention.kind = 'softmax'.*'parallax'"):
         average_checkpoints([first, other / "checkpoint" / "step-1"], tmp_path / "out")
     # how the attention is computed and what it started from may differ
     config.write_text(text.replace("r_gain_init = 0.25", "r_gain_init = 0.0"))
