@@ -235,9 +235,11 @@ def load_tasks(names: Sequence[str], data: Path | None, num_fewshot: int | None 
     if unknown or not wanted:
         close = [get_close_matches(name, manager.all_tasks, n=1) for name in unknown]
         nearest = f"nearest is {', '.join(each[0] for each in close if each)}; " if any(close) else ""
+        spaces = "separate names by spaces; " if any("," in name for name in unknown) else ""
         raise UserError(
             f"lm-evaluation-harness {harness_version} has no task "
-            f'{", ".join(unknown) or "(none was named)"}; {nearest}"paper" stands for the ten of the paper'
+            f'{", ".join(unknown) or "(none was named)"}; {spaces or nearest}"paper" stands for the ten of the '
+            "paper"
         )
     if data is None:
         downloaded: dict[str, Task] = {}

@@ -351,6 +351,8 @@ def test_a_damaged_arrow_file_and_an_unknown_task_are_named(tmp_path: Path, toke
         evaluate_tasks(model, tokenizer, ["sciq"], data=tmp_path)
     with pytest.raises(ValueError, match=r"has no task hellaswagg; nearest is hellaswag; "):
         evaluate_tasks(model, tokenizer, ["hellaswagg"], data=tmp_path)
+    with pytest.raises(UserError, match=r"has no task piqa,sciq; .*separate names by spaces"):
+        evaluate_tasks(model, tokenizer, ["piqa,sciq"], data=tmp_path)
 
 
 def test_a_few_shot_task_needs_examples(tmp_path: Path, tokenizer: Tokenizer) -> None:
