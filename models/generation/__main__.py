@@ -42,8 +42,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt", action="append", help="repeatable; stdin by default")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="per prompt (128)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (0)")
-    parser.add_argument("--top-k", type=int, help="sample from the k most likely tokens")
-    parser.add_argument("--top-p", type=float, help="nucleus sampling")
+    parser.add_argument("--top-k", type=int, help="sample from the k most likely tokens, at a temperature")
+    parser.add_argument("--top-p", type=float, help="nucleus sampling, at a temperature")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (0)")
     parser.add_argument(
         "--stop", action="append", default=[], help="a string that ends the continuation; repeatable"

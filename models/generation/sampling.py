@@ -22,7 +22,7 @@ class Sampling:
         seed: Seed of the generator, which all sequences of a batch share.
 
     Raises:
-        UserError: An option is out of range.
+        UserError: An option is out of range, or top_k or top_p is given at temperature 0.
     """
 
     temperature: float = 0.0
@@ -37,6 +37,9 @@ class Sampling:
             raise UserError(f"top_k must be at least 1, or None for all tokens; got {self.top_k}")
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             raise UserError(f"top_p must be above 0 and at most 1, or None for all tokens; got {self.top_p}")
+        for name in ("top_k", "top_p"):
+            if self.temperature == 0.0 and getattr(self, name) is not None:
+                raise UserError(f"{name} has no effect on greedy decoding: give a temperature above 0 too")
         check_range(self, 0, MAX_SEED, "seed")
 
 

@@ -116,6 +116,12 @@ def test_sampling_follows_temperature_top_k_and_top_p() -> None:
     close(frequencies(temperature=0.0), torch.tensor([1.0, 0, 0, 0, 0, 0]))
 
 
+@pytest.mark.parametrize("options", [{"top_k": 3}, {"top_p": 0.5}], ids=str)
+def test_an_option_of_sampling_without_a_temperature_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=f"{next(iter(options))} has no effect.*temperature"):
+        Sampling(**options)
+
+
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-40, 5e-324])
 @pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.5}], ids=str)
 def test_a_tiny_temperature_gives_the_greedy_token(temperature: float, options: dict[str, Any]) -> None:
