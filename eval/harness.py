@@ -238,8 +238,8 @@ def load_tasks(names: Sequence[str], data: Path | None, num_fewshot: int | None 
         spaces = "separate names by spaces; " if any("," in name for name in unknown) else ""
         raise UserError(
             f"lm-evaluation-harness {harness_version} has no task "
-            f'{", ".join(unknown) or "(none was named)"}; {spaces or nearest}"paper" stands for the ten of the '
-            "paper"
+            f'{", ".join(unknown) or "(none was named)"}; {spaces or nearest}"paper" stands for the ten of '
+            "the paper"
         )
     if data is None:
         downloaded: dict[str, Task] = {}

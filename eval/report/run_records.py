@@ -13,7 +13,6 @@ from eval.report.step_ranges import format_ranges, missing_ranges
 from eval.report.task_records import Record, merge_tasks, read_results
 from models.run_folder import RunFolder, step_of
 
-
 # key of a kind of record -> its numbers, without which it counts for nothing; NaN is one
 _NEEDED = {"loss": ("loss", "tokens", "step_seconds"), "validation_loss": ("validation_loss",)}
 
