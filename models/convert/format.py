@@ -148,7 +148,8 @@ def to_config_json(
         "rope_theta": config.rope_theta,
         "initializer_range": config.init_std,
         "torch_dtype": dtype,
-        "use_cache": True,
+        # of a window of one key transformers' cache keeps all keys
+        "use_cache": getattr(config.attention, "window_size", None) != 1,
     }
     table |= {} if num_positions is None else {"max_position_embeddings": num_positions}
     # no pad_token_id: transformers would give that row of the embedding no gradient

@@ -57,7 +57,8 @@ def convert_to_hf(
     config = model_config(table, checkpoint)
     num_positions = table.get("training", {}).get("seq_len")
     data: Table = table.get("data", {})
-    to_config_json(config, dtype=dtype, num_positions=None, eos_token_id=None)  # raises early
+    # raises early
+    uses_cache = to_config_json(config, dtype=dtype, num_positions=None, eos_token_id=None)["use_cache"]
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in Qwen3(config).named_parameters()}
     weights = SavedWeights(checkpoint, average=average)
@@ -76,7 +77,8 @@ def convert_to_hf(
         # any token may pad the end of a shorter text in generated batches
         pad = special.eos if special.pad is None else special.pad
         ids = {"bos_token_id": special.bos, "eos_token_id": special.eos, "pad_token_id": pad}
-        _write_json(out / "generation_config.json", ids)
+        # generate reads it here alone
+        _write_json(out / "generation_config.json", {**ids, "use_cache": uses_cache})
     files = _write_weights(weights, shapes, getattr(torch, dtype), out, shard_bytes)
     if isinstance(config.attention, ParallaxConfig):
         for name in PARALLAX_FILES:

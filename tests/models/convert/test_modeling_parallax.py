@@ -100,6 +100,17 @@ def test_logits_and_greedy_decoding_equal_ours(attention: ParallaxConfig, tmp_pa
     assert written[:, 11:].tolist() == [greedy(ours, prompt, 8) for prompt in prompts]
 
 
+@pytest.mark.parametrize("attention", [SoftmaxConfig(window_size=1), ParallaxConfig(window_size=1)], ids=str)
+@torch.no_grad()
+def test_a_window_of_one_key_is_generated_without_a_cache(
+    attention: ParallaxConfig | SoftmaxConfig, tmp_path: Path
+) -> None:
+    ours, theirs = export(tmp_path, attention)
+    (prompt,) = tokens(11)
+    written = theirs.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=PAD)
+    assert written[0, 11:].tolist() == greedy(ours, prompt, 12)
+
+
 @variants
 def test_the_exported_folder_converts_back_to_the_same_run(attention: ParallaxConfig, tmp_path: Path) -> None:
     ours, theirs = export(tmp_path, attention)

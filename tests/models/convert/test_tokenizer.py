@@ -9,7 +9,7 @@ import pytest
 from config import to_table, to_toml
 from data.tokenizer import Tokenizer
 from errors import UserError
-from models.config import ModelConfig
+from models.config import ModelConfig, SoftmaxConfig
 from models.convert.from_hf import convert_from_hf
 from models.convert.to_hf import convert_to_hf
 from models.convert.tokenizer import export_tokenizer
@@ -56,6 +56,17 @@ def test_a_local_tokenizer_converts_both_ways(corpus: Path, tmp_path: Path) -> N
     (tmp_path / "again").rename(tmp_path / "moved")
     convert_to_hf(tmp_path / "moved", tmp_path / "hf2")
     assert exported_ids(tmp_path / "hf2") == ours.encode(TEXT)
+
+
+@pytest.mark.parametrize(("window_size", "has_cache"), [(None, True), (2, True), (1, False)])
+def test_generate_reads_beside_a_tokenizer_whether_to_cache(
+    window_size: int | None, has_cache: bool, corpus: Path, tmp_path: Path
+) -> None:
+    config = ModelConfig(size="debug", vocab_size=301, attention=SoftmaxConfig(window_size=window_size))
+    save_run_with_data(tmp_path / "run", config, {"tokenizer": str(corpus / "tokenizer.json")})
+    convert_to_hf(tmp_path / "run", tmp_path / "hf")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert model.config.use_cache == model.generation_config.use_cache == has_cache
 
 
 def test_a_model_without_a_free_row_gets_no_pad_token(corpus: Path, tmp_path: Path) -> None:
