@@ -24,7 +24,8 @@ def work(observer: Observer, selection: Selection | None) -> int:
         selection: Those to run; None for all, which no other sweep may do in the folder.
 
     Returns:
-        0 if all of them have finished or a signal has stopped the sweep, else 1.
+        0 if all of them have finished or a signal has stopped the sweep, else 1; none is started beside
+        members that are refused.
 
     Raises:
         UserError: Another sweep works in the folder, or the selection is empty.
@@ -33,6 +34,9 @@ def work(observer: Observer, selection: Selection | None) -> int:
     display = Display(observer.plan, len(slots))
     is_whole = selection is None
     with _only_one(observer) if is_whole else nullcontext():
+        if refused := _refused(observer.look()):
+            print("\n".join(_reasons(observer, refused, ())), file=sys.stderr)
+            return RUN_ERROR_CODE
         queue = Queue(observer, slots, selection=selection or select, show=display.show, writes_plan=is_whole)
         overview = queue.run()
     display.finish(overview)
@@ -45,6 +49,11 @@ def work(observer: Observer, selection: Selection | None) -> int:
     return RUN_ERROR_CODE if unfinished else 0
 
 
+def _refused(overview: Overview) -> list[Status]:
+    """Return members whose folders have other keys than the plan: others beside them were of another."""
+    return [status for status in overview.own if status.state == "refused"]
+
+
 def _reasons(observer: Observer, unfinished: Sequence[Status], launched: Collection[int]) -> Iterator[str]:
     """Yield a line for each reason why members have not finished."""
     for status in unfinished:
@@ -55,7 +64,10 @@ def _reasons(observer: Observer, unfinished: Sequence[Status], launched: Collect
         elif number in launched:
             yield f"member {number} was stopped from outside at step {progress.step}: start the sweep again"
     if any(status.state == "refused" for status in unfinished):
-        yield "refused members: restore their keys, give --folder another one, or delete their folders"
+        yield (
+            "no member is started beside refused ones: restore their keys, give --folder another one, or "
+            "delete their folders"
+        )
     for stage in observer.plan.stages:
         left = [s for s in unfinished if s.member.stage == stage.name and s.member.number not in launched]
         if any(not status.member.is_known and status.state == "waiting" for status in left):
@@ -109,10 +121,12 @@ def print_array(observer: Observer, overrides: Sequence[str], selection: Selecti
 
     Raises:
         UserError: The selection is empty.
-        RunError: None is ready.
+        RunError: None is ready, or a member is refused.
     """
     overview = observer.look()
     selected = (selection or select)(overview)
+    if refused := _refused(overview):
+        raise RunError("; ".join(_reasons(observer, refused, ())))
     _write_plan(observer, overview)
     script = array_script(
         observer.plan,

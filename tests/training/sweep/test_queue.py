@@ -159,6 +159,20 @@ def test_a_changed_plan_does_not_touch_its_members(tmp_path: Path) -> None:
     assert all_losses(tmp_path / "plan") == before
 
 
+def test_no_member_of_a_changed_plan_trains_beside_those_of_the_old_one(tmp_path: Path) -> None:
+    path = write_plan(tmp_path, rates([0.01, 0.02]))
+    run(path, "--member", "0")
+    changed = ["--set.optimizer.groups.hidden.momentum", "0.5"]
+    for selection in ([], ["--member", "1"], ["--sbatch"]):
+        printed = run(path, *selection, *changed, code=1)
+        assert "member 0: " in printed
+        assert "optimizer.groups.hidden.momentum: saved 0.95, now 0.5" in printed
+        assert "no member is started beside refused ones" in printed
+    assert states(observe(path).look()) == ["finished"] + ["waiting"] * 3
+    run(path)
+    assert states(observe(path).look()) == ["finished"] * 4
+
+
 def test_a_second_sweep_is_refused_and_one_of_single_members_is_not(tmp_path: Path) -> None:
     path = write_plan(tmp_path, rates([0.01, 0.02]))
     path.write_text(path.read_text().replace("steps = 12", "steps = 200"))
