@@ -50,20 +50,20 @@ def work(observer: Observer, selection: Selection | None) -> int:
 
 
 def _refused(overview: Overview) -> list[Status]:
-    """Return members whose folders have other keys than the plan: others beside them were of another."""
-    return [status for status in overview.own if status.state == "refused"]
+    """Return members whose folders are damaged or of another plan, also where another sweep runs them."""
+    return [status for status in overview.own if status.progress.problem is not None]
 
 
 def _reasons(observer: Observer, unfinished: Sequence[Status], launched: Collection[int]) -> Iterator[str]:
     """Yield a line for each reason why members have not finished."""
     for status in unfinished:
         number, progress = status.member.number, status.progress
-        if status.state in ("failed", "refused"):
+        if status.state == "failed" or progress.problem is not None:
             log = observer.folder.run(status.member).log_file
             yield f"member {number}: {progress.problem or progress.failure} ({log})"
         elif number in launched:
             yield f"member {number} was stopped from outside at step {progress.step}: start the sweep again"
-    if any(status.state == "refused" for status in unfinished):
+    if any(status.progress.problem is not None for status in unfinished):
         yield (
             "no member is started beside refused ones: restore their keys, give --folder another one, or "
             "delete their folders"

@@ -77,8 +77,10 @@ class Records:
             differing = _differences(folder, config)
             run = self._read(folder)
         except UserError as error:
+            # a run that begins has not written everything yet
+            damage = None if held else str(error)
             return Progress(
-                last_step=last_step, first_step=first_step, is_held=held, failure=failure, problem=str(error)
+                last_step=last_step, first_step=first_step, is_held=held, failure=failure, problem=damage
             )
         problem = f"{folder.path} has another config: {'; '.join(differing)}" if differing else None
         seconds = [step["step_seconds"] for step in run.steps[-_RECENT_STEPS:]]

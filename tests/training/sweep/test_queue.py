@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from data.folder_lock import FolderLock
 from eval.report.plan_file import read_plan
 from eval.report.run_records import read_run
 from tests.training.launch import ROOT, environment
@@ -169,6 +170,13 @@ def test_no_member_of_a_changed_plan_trains_beside_those_of_the_old_one(tmp_path
         assert "optimizer.groups.hidden.momentum: saved 0.95, now 0.5" in printed
         assert "no member is started beside refused ones" in printed
     assert states(observe(path).look()) == ["finished"] + ["waiting"] * 3
+    # the same where it runs
+    observer = observe(path)
+    lock = FolderLock(observer.folder.run(observer.look().own[0].member).lock_file)
+    lock.acquire()
+    assert states(observer.look()) == ["running"] + ["waiting"] * 3
+    assert "no member is started beside refused ones" in run(path, "--member", "1", *changed, code=1)
+    lock.release()
     run(path)
     assert states(observe(path).look()) == ["finished"] * 4
 
