@@ -1,6 +1,7 @@
 """SOAP: Adam in the eigenbasis of Shampoo's factors, for plain tensors and sharded DTensors."""
 
 from collections.abc import Iterable, Sequence
+from itertools import compress
 from typing import Any
 
 import torch
@@ -82,12 +83,14 @@ class SOAP(GroupOptimizer):
                 if not self.state[p]:
                     self.create_state(p, group)
             updates = self._update_state(bucket, group)
-            decay = 1.0 - group["lr"] * group["weight_decay"]
-            for p, update in zip(bucket.params, updates, strict=True):
+            for p in bucket.params:
                 self.state[p]["step"] += 1
-                if self.state[p]["step"] > 1:
-                    weight = local(p)
-                    weight.copy_(weight * decay - group["lr"] * update)
+            is_moved = [int(self.state[p]["step"]) > 1 for p in bucket.params]
+            weights = [local(p) for p in compress(bucket.params, is_moved)]
+            if weights:
+                moved = torch._foreach_mul(weights, 1.0 - group["lr"] * group["weight_decay"])
+                torch._foreach_sub_(moved, torch._foreach_mul(list(compress(updates, is_moved)), group["lr"]))
+                torch._foreach_copy_(weights, moved)
 
     def _buckets(self) -> list[Bucket]:
         """Return the buckets of a step; they change with the parameters that have gradients."""
@@ -118,8 +121,7 @@ class SOAP(GroupOptimizer):
         }
         shards = bucket.exchange.to_shards(updates).wait()
         for name, result in returned.items():
-            for state, value in zip(states, result.wait().unbind(), strict=True):
-                local(state[name]).copy_(value)
+            torch._foreach_copy_([local(state[name]) for state in states], result.wait().unbind())
         return list(shards.unbind())
 
 
@@ -132,6 +134,8 @@ def _update_all(
     gradients: Tensor, states: dict[str, Tensor], steps: Sequence[int], group: dict[str, Any]
 ) -> Tensor:
     """Take a step of whole matrices `[N, rows, cols]`: update their states `[N, ...]` in place; return U."""
+    if len(set(steps)) == 1:
+        return _update(gradients, states, steps[0], group)
     updates = torch.empty_like(gradients)
     for num_steps in sorted(set(steps)):
         chosen = [i for i, each in enumerate(steps) if each == num_steps]

@@ -11,6 +11,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from optimizers import eigenbasis as eigenbasis_module
 from optimizers.build import create_missing_state
@@ -218,6 +219,37 @@ def test_refreshes_on_a_gpu_are_those_of_a_cpu() -> None:
     assert torch.equal(on_gpu[1].cpu(), on_cpu[1])
     signs = (on_gpu[0].cpu() * on_cpu[0]).sum(-2, keepdim=True).sign()
     torch.testing.assert_close(on_gpu[0].cpu() * signs, on_cpu[0], rtol=0, atol=1e-6)
+
+
+class NumOperators(TorchDispatchMode):
+    """Number of operators that write tensors of a device's: all but views and the counts of steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        is_matrix = isinstance(result, torch.Tensor) and result.ndim > 0
+        self.value += not func.is_view and (is_matrix or "_foreach" in str(func))
+        return result
+
+
+@pytest.mark.parametrize("num_steps", [2, 3])  # the next one refreshes the bases, and does not
+def test_as_many_operators_update_many_matrices_as_few(num_steps: int) -> None:
+    counts = []
+    for num_matrices in (2, 6):
+        matrices = [nn.Parameter(random(4, 6, seed=i)) for i in range(num_matrices)]
+        optimizer = SOAP([{"params": matrices, **OPTIONS}], lr=LR)
+        for step in range(num_steps + 1):
+            for i, p in enumerate(matrices):
+                p.grad = random(4, 6, seed=10 * step + i)
+            with NumOperators() as count:
+                optimizer.step()
+        counts.append(count.value)
+    assert 0 < counts[0] == counts[1]
 
 
 class Model(nn.Module):
