@@ -31,7 +31,7 @@ from benchmarks.attention_providers import PROVIDERS, missing_module, parse_head
 from benchmarks.attention_table import accuracy_header, accuracy_row, format_tables
 from benchmarks.attention_timing import Cell, LocalRunner, Runner, Shape, draw, measure
 from benchmarks.command import make_parser, parse
-from benchmarks.machine import write_result
+from benchmarks.machine import versions, write_result
 from errors import UserError, run_command
 from parallax.kernels import tiles
 from parallax.reference import parallax_reference
@@ -204,6 +204,7 @@ def main() -> None:
         print(", ".join(f"{c.provider} {c.sum_ms:.2f}" for c in found if c.shape == shape), shape, flush=True)
         result = {
             "command": shlex.join(["python", "-m", "benchmarks.attention", *sys.argv[1:]]),
+            "peers": versions("flash-attn-4", "nvidia-cutlass-dsl", "flash-linear-attention"),
             "authors": authors and authors.describe(),
             "accuracy": errors,
             "cells": [asdict(c) | {"shape": c.shape._asdict()} for c in found],

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,6 +24,7 @@ from triton import AsyncCompileMode, Config
 from triton.runtime.autotuner import Autotuner
 
 from benchmarks.attention_timing import LocalRunner, Pair, Provider, Shape, draw
+from benchmarks.machine import versions
 from errors import UserError
 
 
@@ -158,19 +158,11 @@ class _Server:
         return self._runner(name, shape).run_alone(num_runs)
 
     def describe(self) -> dict[str, str | None]:
-        packages = ("parallax-kernel", "helion", "torch", "triton")
-        return {**{package: _version(package) for package in packages}, _EFFORT: os.environ[_EFFORT]}
+        return {**versions("parallax-kernel", "helion", "torch", "triton"), _EFFORT: os.environ[_EFFORT]}
 
     def results(self, name: str, inputs: bytes, device: str) -> bytes:
         tensors = [x.to(device) for x in _unpack(inputs)]
         return _pack({key: x.cpu() for key, x in LocalRunner(PROVIDERS[name], tensors).results().items()})
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _pack(tensors: Any) -> bytes:

@@ -1,6 +1,7 @@
 """The command line of a benchmark."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,3 +61,14 @@ def parse_with_overrides(parser: argparse.ArgumentParser) -> tuple[argparse.Name
     arguments = sys.argv[1:]
     split = arguments.index("--") if "--" in arguments else len(arguments)
     return parse(parser, arguments[:split]), arguments[split + 1 :]
+
+
+def add_resume(parser: argparse.ArgumentParser) -> None:
+    """Add the option --resume, for a benchmark that writes what it has measured so far."""
+    parser.add_argument("--resume", action="store_true", help="keep what the same command has written before")
+
+
+def command_without_resume(module: str) -> str:
+    """Return this process's command line without --resume, as the result of a benchmark names it."""
+    words = shlex.join(each for each in sys.argv[1:] if each != "--resume")
+    return f"python -m benchmarks.{module} {words}"

@@ -3,6 +3,7 @@
 import json
 import platform
 import subprocess
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,11 +14,13 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def versions(*packages: str) -> dict[str, str | None]:
+    """Return the installed version of each package, None for one that is not installed."""
+    found: dict[str, str | None] = dict.fromkeys(packages)
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def describe() -> dict[str, Any]:
@@ -31,8 +34,7 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "triton": _version("triton"),
-        "torchtitan": _version("torchtitan"),
+        **versions("triton", "torchtitan"),
         "commit": git.stdout.strip() or None,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -5,12 +5,12 @@
 trains each config on one GPU three times for 200 steps: as it is; by plain code in the same precision
 (attention in blocks of PyTorch products, norms, RoPE and loss by PyTorch, nothing compiled or captured); and
 by plain code in fp32. The first two round at other places. If the kernels compute the same, their losses are
-as far from those in fp32 as the plain code's, which are the size of bf16's noise. Writes the losses, and
-draws the differences to fp32, under the same name.
+as far from those in fp32 as the plain code's, which are the size of bf16's noise. Writes the losses of each
+run, and draws the differences to fp32, under the same name. Interrupted, the same command with --resume
+trains only what is missing.
 """
 
 import math
-import shlex
 import statistics
 import sys
 import tempfile
@@ -18,9 +18,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.command import make_parser, parse_with_overrides
+from benchmarks.command import add_resume, command_without_resume, make_parser, parse_with_overrides
 from benchmarks.machine import write_result
-from benchmarks.training import launch, read_steps
+from benchmarks.training import launch, load_rows, read_steps
 from config import load
 from errors import run_command
 from training.run_config import RunConfig
@@ -102,14 +102,23 @@ def main() -> None:
     parser = make_parser("plain_path", __doc__, name="plain_path")
     parser.add_argument("configs", nargs="+", help="config files, of softmax attention or Parallax")
     parser.add_argument("--steps", type=int, default=200, help="steps of each run (200)")
+    add_resume(parser)
     options, overrides = parse_with_overrides(parser)
-    command = "python -m benchmarks.plain_path " + shlex.join(sys.argv[1:])
-    rows: list[dict[str, Any]] = []
+    command = command_without_resume("plain_path")
+    rows = load_rows(options.out / f"{options.name}.json", command) if options.resume else []
+    by_config = {row["config"]: row for row in rows}
     for path in options.configs:
-        losses = {name: losses_of(path, name, options.steps, overrides) for name in PATHS}
-        rows.append({"config": path, "differences": differences(losses), "losses": losses})
+        if path not in by_config:
+            by_config[path] = {"config": path, "losses": {}}
+            rows.append(by_config[path])
+        row = by_config[path]
+        for name in PATHS:
+            if name not in row["losses"]:
+                row["losses"][name] = losses_of(path, name, options.steps, overrides)
+                write_result(options.name, {"command": command, "rows": rows}, options.out)
+        row["differences"] = differences(row["losses"])
         write_result(options.name, {"command": command, "rows": rows}, options.out)
-        for name, found in rows[-1]["differences"].items():
+        for name, found in row["differences"].items():
             numbers = ", ".join(f"{key} {value:+.5f}" for key, value in found.items())
             print(f"{Path(path).stem}, {name} minus fp32: {numbers}", flush=True)
     plot(rows, options.out / f"{options.name}.png")

@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import queue
-import shlex
 import statistics
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.command import make_parser, parse_with_overrides
+from benchmarks.command import add_resume, command_without_resume, make_parser, parse_with_overrides
 from benchmarks.machine import describe, write_result
 from benchmarks.stock_size import StockSize
 from benchmarks.training_table import format_table
@@ -300,9 +299,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=1, help="processes of each run, one per GPU (1)")
     parser.add_argument("--rows-per-step", type=int, help="rows of a step (one micro-batch per process)")
     parser.add_argument("--stock", action="store_true", help="measure stock torchtitan too")
-    parser.add_argument(
-        "--resume", action="store_true", help="keep the rows that the same command has written before"
-    )
+    add_resume(parser)
     options, overrides = parse_with_overrides(parser)
     if options.steps <= WARMUP_STEPS:
         raise UserError(
@@ -314,9 +311,7 @@ def main() -> None:
         rows_per_step=options.rows_per_step,
         overrides=overrides,
     )
-    command = "python -m benchmarks.training " + shlex.join(
-        each for each in sys.argv[1:] if each != "--resume"
-    )
+    command = command_without_resume("training")
     rows = load_rows(options.out / f"{options.name}.json", command) if options.resume else []
     failed = _measure_all(options, settings, command, rows)
     print(describe())

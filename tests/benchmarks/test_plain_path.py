@@ -1,5 +1,6 @@
 """`benchmarks.plain_path`: the differences it prints, and its program without kernels."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -41,19 +42,33 @@ def test_the_plain_program_has_overrides_of_every_config(config: str) -> None:
     assert not run.training.cuda_graphs
 
 
-def test_all_paths_are_trained_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_paths_are_trained_once_through_an_interruption_and_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trained: list[tuple[str, str]] = []
 
     def losses_of(path: str, name: str, steps: int, overrides: list[str]) -> list[float]:
         assert overrides == ["--run.seed", "3"]
         trained.append((path, name))
+        if len(trained) == 5:
+            raise KeyboardInterrupt
         return [5.0 + len(name) / 100 - step / steps for step in range(steps)]
 
     monkeypatch.setattr(plain_path, "losses_of", losses_of)
     words = ["one.toml", "two.toml", "--steps", "8", "--out", str(tmp_path), "--", "--run.seed", "3"]
     monkeypatch.setattr(sys, "argv", ["plain_path.py", *words])
+    with pytest.raises(KeyboardInterrupt):
+        plain_path.main()
+    monkeypatch.setattr(sys, "argv", ["plain_path.py", "--resume", *words])
     plain_path.main()
-    assert trained == [(path, name) for path in ("one.toml", "two.toml") for name in plain_path.PATHS]
+    all_runs = [(path, name) for path in ("one.toml", "two.toml") for name in plain_path.PATHS]
+    assert trained == [*all_runs[:5], *all_runs[4:]]
+    result = json.loads((tmp_path / "plain_path.json").read_text())
+    assert result["command"] == "python -m benchmarks.plain_path " + " ".join(words)
+    for row in result["rows"]:
+        assert set(row["losses"]) == set(plain_path.PATHS)
+        assert {len(losses) for losses in row["losses"].values()} == {8}
+        assert set(row["differences"]) == {"kernels", "plain"}
     assert {file.name for file in tmp_path.iterdir()} == {
         "plain_path.json",
         "plain_path.png",
