@@ -182,7 +182,7 @@ def test_out_below_a_file_is_one_line_before_the_work(
 def _commands() -> list[tuple[str, list[str]]]:
     """Return module and words of every `python -m MODULE ...` in an indented block of the documents."""
     commands = []
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))):
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))):
         for block in re.findall(r"(?:^ {4}.*\n)+", path.read_text(encoding="utf-8"), flags=re.MULTILINE):
             for line in block.replace("\\\n", " ").splitlines():
                 for module, words in re.findall(r"python -m ([\w.]+)([^;#]*)", line):

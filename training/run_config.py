@@ -71,7 +71,7 @@ class TrainingConfig:
             reduction and optimizer state are fp32.
         compile: Compile each block with torch.compile.
         cuda_graphs: On a GPU, replay forward and backward as CUDA graphs where the attention allows it, which
-            saves the host's work per kernel and changes no bit (docs/performance.md, "CUDA graphs").
+            saves the host's work per kernel and changes no bit (docs/performance/training.md, "CUDA graphs").
         activation_checkpointing: What the backward recomputes: "selective" all but matrix products and
             attention, "full" all but the inputs of the blocks, None nothing.
     """

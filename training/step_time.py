@@ -7,7 +7,7 @@ then sums them over the replicas; one rank casts its weights instead. This is hi
 except for the embedding's weights and gradients, which come first and last. Ranks wait in every micro-batch
 for the one with the most attention. Every step adds the optimizer. The host's work between steps is hidden,
 as measured on one GPU.
-docs/performance.md compares estimates with measurements.
+docs/performance/scaling.md compares estimates with measurements.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from training.run_config import RunConfig
 
 GPUS_PER_NODE = 8
 
-# rates of one H200 in training, measured (docs/performance.md, "Scaling")
+# rates of one H200 in training, measured (docs/performance/scaling.md)
 _PRODUCT_FLOPS = 750e12
 _ATTENTION_FLOPS = 370e12
 _ORTHOGONALIZATION_FLOPS = 560e12
