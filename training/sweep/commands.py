@@ -124,7 +124,7 @@ def print_array(observer: Observer, overrides: Sequence[str], selection: Selecti
         RunError: None is ready, or a member is refused.
     """
     overview = observer.look()
-    selected = (selection or select)(overview)
+    selected = overview.runs((selection or select)(overview))
     if refused := _refused(overview):
         raise RunError("; ".join(_reasons(observer, refused, ())))
     _write_plan(observer, overview)

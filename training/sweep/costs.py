@@ -43,21 +43,22 @@ def describe_costs(plan: Plan, overview: Overview, selection: Selection | None =
         selection: The members to count; None for all.
 
     Returns:
-        A line for each member, a sum for each stage and for the plan.
+        A line for each member, a sum for each stage and for the plan. A run that several of the members are
+        is counted with the first of them.
 
     Raises:
         UserError: The batch of a member does not fit its GPUs, or its optimizer groups its model.
     """
     costs: dict[str, RunCost] = {}
     lines: list[str] = []
-    total, num_runs = RunCost(0.0, 0.0, 0.0), 0
+    total, counted = RunCost(0.0, 0.0, 0.0), set[int]()
     selected = (selection or select)(overview)
     for stage in plan.stages:
-        of_stage = RunCost(0.0, 0.0, 0.0)
+        of_stage = in_budget = RunCost(0.0, 0.0, 0.0)
         members = [
             status.member
             for status in overview.statuses
-            if status.member.stage == stage.name and _run_of(status.member) in selected
+            if status.member.stage == stage.name and status.member.number in selected
         ]
         if not members:
             continue
@@ -66,10 +67,12 @@ def describe_costs(plan: Plan, overview: Overview, selection: Selection | None =
             if key not in costs:
                 costs[key] = _cost(member.config, plan.gpus_per_member)
             lines.append(_line(member, costs[key], plan.gpus_per_member))
-            if member.same_as is None:
-                num_runs += 1
+            if member.run_number not in counted:
+                counted.add(member.run_number)
                 of_stage = _sum(of_stage, costs[key])
-        hours = None if of_stage.hours is None else of_stage.hours * plan.gpus_per_member
+            if member.same_as is None:
+                in_budget = _sum(in_budget, costs[key])
+        hours = None if in_budget.hours is None else in_budget.hours * plan.gpus_per_member
         limit = "" if stage.gpu_hours is None else f", budget {stage.gpu_hours:g}"
         lines.append(
             f"stage {stage.name}: {len(members)} members, {_format(of_stage, plan.gpus_per_member)}{limit}"
@@ -77,7 +80,7 @@ def describe_costs(plan: Plan, overview: Overview, selection: Selection | None =
         if hours is not None and stage.gpu_hours is not None and hours > stage.gpu_hours:
             lines.append(f"warning: stage {stage.name} is estimated to need more than its budget")
         total = _sum(total, of_stage)
-    lines += [f"plan: {num_runs} runs, {_format(total, plan.gpus_per_member)}", _NOTE]
+    lines += [f"plan: {len(counted)} runs, {_format(total, plan.gpus_per_member)}", _NOTE]
     gpu, memory = GPUS[MEASURED], total.memory_gib * plan.members_per_gpu
     lines.append(
         f"memory: up to {total.memory_gib:.1f} GiB per member and GPU, with {plan.members_per_gpu} on each "
@@ -86,10 +89,6 @@ def describe_costs(plan: Plan, overview: Overview, selection: Selection | None =
     if memory > gpu.memory_gib:
         lines.append("warning: they do not fit: lower members_per_gpu or training.local_batch_size")
     return "\n".join(lines)
-
-
-def _run_of(member: Member) -> int:
-    return member.number if member.same_as is None else member.same_as
 
 
 def _line(member: Member, cost: RunCost, num_gpus: int) -> str:

@@ -25,12 +25,12 @@ class Queue:
     Args:
         observer: Of the plan.
         slots: Where members run.
-        selection: The members to run, of an overview; all of them by default.
+        selection: The members whose runs to do, of an overview; all of them by default.
         show: Called with each new overview.
         writes_plan: Whether to write plan.toml: not where several processes work in one folder.
 
     Attributes:
-        selected: Numbers of the members, those of the same runs in earlier stages among them.
+        selected: Numbers of their runs, which may be of earlier stages.
         launched: Numbers of those that were started here.
     """
 
@@ -52,7 +52,8 @@ class Queue:
         self._processes: dict[int, MemberProcess] = {}
         self.launched: set[int] = set()
         self.selected: set[int] = set()
-        self.selected = selection(self._look())
+        overview = self._look()
+        self.selected = overview.runs(selection(overview))
 
     @property
     def is_stopped(self) -> bool:

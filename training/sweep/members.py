@@ -78,6 +78,11 @@ class Member:
         start_from = self.config.checkpoint.start_from
         return None if start_from is None else Path(start_from)
 
+    @property
+    def run_number(self) -> int:
+        """Number of the member whose run it is: its own, or that of the same run in an earlier stage."""
+        return self.number if self.same_as is None else self.same_as
+
 
 Chosen = Mapping[tuple[str, str], Variant]
 """(stage, arm) -> the variant of the best tuned values; arms without one are left out."""

@@ -61,6 +61,10 @@ class Overview:
         """The members that are runs of their own, and not those of an earlier stage."""
         return [status for status in self.statuses if status.member.same_as is None]
 
+    def runs(self, numbers: Collection[int]) -> set[int]:
+        """Return the numbers of the runs that members are: their own, or those of earlier stages."""
+        return {self.statuses[number].member.run_number for number in numbers}
+
 
 class Observer:
     """Looks at a plan's folder.
@@ -130,11 +134,10 @@ class Observer:
             progress = Progress(last_step=member.config.training.last_step)
             return Status(member, progress, "waiting" if is_open else "blocked")
         progress = self._records.progress(self.folder.run(member), member.config)
-        number = member.number if member.same_as is None else member.same_as
         state: State = "waiting" if progress.step == 0 else "stopped"
-        if progress.failure is not None and number not in retried:
+        if progress.failure is not None and member.run_number not in retried:
             state = "failed"
-        if number in running or progress.is_held:
+        if member.run_number in running or progress.is_held:
             state = "running"
         elif progress.problem is not None:
             state = "refused"
@@ -159,7 +162,7 @@ def select(
     stages: Collection[str] | None = None,
     seeds: Collection[int] | None = None,
 ) -> set[int]:
-    """Return the members to run: runs of their own.
+    """Return the numbers of members, of those too that are the same runs as members of earlier stages.
 
     Args:
         overview: The plan's.
@@ -189,4 +192,4 @@ def select(
     ]
     if not found:
         raise UserError("--member, --stage and --seed: no member is of all of them")
-    return {member.number if member.same_as is None else member.same_as for member in found}
+    return {member.number for member in found}

@@ -35,7 +35,7 @@ def array_script(
         plan: The plan.
         source: Its file.
         overview: Its members.
-        selected: Numbers of those to start.
+        selected: Numbers of the runs to start.
         overrides: Words that override keys of the plan.
         python: The interpreter.
         directory: Where the command runs.

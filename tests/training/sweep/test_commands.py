@@ -132,6 +132,36 @@ def test_a_selection_is_applied_or_refused_and_never_ignored(
                 main([str(path), option, value, *mode])
 
 
+def test_a_selection_has_its_own_members_alone_and_each_run_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shared = rates([0.01], seeds=(3, 4, 5)).replace('"rates"', '"shared"')
+    again = rates([0.01], seeds=(5,)).replace('"rates"', '"again"\ngpu_hours = 0')
+    path = write_plan(tmp_path, rates([0.01], seeds=(3, 4)) + shared + again)
+    for words, members, counts in (
+        ([], range(12), ["stage rates: 4", "stage shared: 6", "stage again: 2", "plan: 6"]),
+        (["--stage", "rates"], range(4), ["stage rates: 4", "plan: 4"]),
+        (["--stage", "shared", "again"], range(4, 12), ["stage shared: 6", "stage again: 2", "plan: 6"]),
+        (["--stage", "again"], (10, 11), ["stage again: 2", "plan: 2"]),
+        (["--seed", "3"], (0, 2, 4, 7), ["stage rates: 2", "stage shared: 2", "plan: 2"]),
+        (["--member", "7"], (7,), ["stage shared: 1", "plan: 1"]),
+    ):
+        main([str(path), "--dry-run", *words])
+        text = capsys.readouterr().out
+        flops = {int(n): float(f) for n, f in re.findall(r"^ +(\d+) .* (\S+) FLOPs", text, flags=re.M)}
+        assert [*flops] == [*members], words
+        totals = re.findall(r"^(stage \w+: \d+|plan: \d+) \w+, (\S+) FLOPs", text, flags=re.M)
+        assert [name for name, _ in totals] == counts, words
+        # members 4, 5, 7, 8, 10 and 11 are the same runs as others
+        runs = {{4: 0, 5: 1, 7: 2, 8: 3, 10: 6, 11: 9}.get(n, n): each for n, each in flops.items()}
+        assert float(totals[-1][1]) == pytest.approx(sum(runs.values()), rel=1e-3), words
+        assert sum(float(each) for _, each in totals[:-1]) == pytest.approx(sum(runs.values()), rel=1e-3)
+        # the runs are of the budget of the stage before
+        assert "warning" not in text, words
+    main([str(path), "--sbatch", "--member", "4", "9"])
+    assert "--array=0,9\n" in capsys.readouterr().out
+
+
 def test_records_of_several_folders_are_brought_together(tmp_path: Path) -> None:
     later = '[[stages]]\nname = "seeds"\nbest_of = ["rates"]\nseeds = [1]\n'
     path = write_plan(tmp_path, rates([0.01, 2.0]) + later, head="members_per_gpu = 4")
