@@ -225,7 +225,7 @@ def _parse_overrides(arguments: Sequence[str], source: str) -> Table:
             f"{key}{text}".encode()
         except UnicodeEncodeError:
             raise ConfigError(f"{source}: {key!a}: got {text!a}, which is not UTF-8") from None
-        value = _parse_value(text)
+        value = parse_value(text)
         for part in reversed(key.split(".")):
             value = {part: value}
         # all overrides belong together: a kind among them drops none of their keys
@@ -234,7 +234,8 @@ def _parse_overrides(arguments: Sequence[str], source: str) -> Table:
     return table
 
 
-def _parse_value(text: str) -> Any:
+def parse_value(text: str) -> Any:
+    """Return the value of an override: as in TOML, else the bare string."""
     try:
         parsed = tomllib.loads(f"value = {text}")
     except (ValueError, RecursionError):

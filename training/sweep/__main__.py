@@ -11,6 +11,7 @@ docs/sweeps.md has the keys of a plan. Each can be given on the command line: --
 
 import argparse
 import dataclasses
+import json
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -20,7 +21,7 @@ from errors import UserError, run_command
 from training.sweep import commands
 from training.sweep.member_queue import Selection
 from training.sweep.overview import Observer, select
-from training.sweep.plan import Plan, load_plan
+from training.sweep.plan import Plan, PlanSource, load_plan
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -74,7 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, overrides = _parser().parse_known_args(_join_overrides(words))
     if options.status or options.collect:
         _refuse_selection(options, "--status" if options.status else "--collect")
-    observer = Observer(load_plan(options.plan, options.folder, overrides), options.plan)
+    folder = [] if options.folder is None else [f"--folder={json.dumps(options.folder)}"]
+    words = [*folder, *overrides]
+    observer = Observer(load_plan(options.plan, words), PlanSource(options.plan, words))
     if not (options.status or options.collect):
         _check(observer)
     if options.dry_run:

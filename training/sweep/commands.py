@@ -130,7 +130,7 @@ def print_array(observer: Observer, overrides: Sequence[str], selection: Selecti
     _write_plan(observer, overview)
     script = array_script(
         observer.plan,
-        observer.source,
+        observer.source.file,
         overview,
         selected,
         overrides=overrides,

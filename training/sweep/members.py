@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import config
-from errors import UserError
+from errors import ConfigError, UserError
 from models.run_folder import RunFolder
 from training.run_config import RunConfig
-from training.sweep.plan import Axis, Plan, Stage, flatten
+from training.sweep.plan import Axis, Plan, PlanSource, Stage, flatten
 
 _LONGEST = 24  # characters of a value in a name
 _OWN_KEYS = {
@@ -89,14 +89,14 @@ Chosen = Mapping[tuple[str, str], Variant]
 
 
 def stage_members(
-    plan: Plan, stage: Stage, source: Path, earlier: Sequence[Member], chosen: Chosen
+    plan: Plan, stage: Stage, source: PlanSource, earlier: Sequence[Member], chosen: Chosen
 ) -> list[Member]:
     """Make the members of a stage.
 
     Args:
         plan: The plan.
         stage: One of its stages.
-        source: The plan's file, which the paths of configs are relative to.
+        source: Where its keys were set; the paths of configs are relative to its file.
         earlier: The members of the stages before.
         chosen: The best variants of these.
 
@@ -129,7 +129,7 @@ def stage_members(
 
 
 def _variants(
-    plan: Plan, stage: Stage, source: Path, earlier: Sequence[Member], chosen: Chosen
+    plan: Plan, stage: Stage, source: PlanSource, earlier: Sequence[Member], chosen: Chosen
 ) -> Iterable[tuple[Variant, bool]]:
     """Yield each variant, and whether what it takes from earlier stages is chosen."""
     for first, is_known in _firsts(plan, stage, source, earlier, chosen):
@@ -141,10 +141,10 @@ def _variants(
 
 
 def _firsts(
-    plan: Plan, stage: Stage, source: Path, earlier: Sequence[Member], chosen: Chosen
+    plan: Plan, stage: Stage, source: PlanSource, earlier: Sequence[Member], chosen: Chosen
 ) -> Iterable[tuple[Variant, bool]]:
     for file in stage.configs:
-        path, shared = source.parent / file, flatten(plan.set)
+        path, shared = source.file.parent / file, flatten(plan.set)
         yield Variant(config_file=path, arm=path.stem, name=path.stem, assignments=shared), True
     firsts: dict[tuple[str, str], Member] = {}
     for member in earlier:
@@ -181,15 +181,23 @@ def _text(value: Any, index: int) -> str:
     return text if 0 < len(text) <= _LONGEST else str(index)
 
 
-def _load(plan: Plan, stage: Stage, source: Path, variant: Variant, seed: int, path: str) -> RunConfig:
-    origin = f"{source}, set or axes of stage {stage.name}"
+def _load(plan: Plan, stage: Stage, source: PlanSource, variant: Variant, seed: int, path: str) -> RunConfig:
+    origin, options = f"{source.file}, set or axes of stage {stage.name}", source.options(variant.assignments)
     for key in variant.assignments:
         if key in _OWN_KEYS:
-            raise UserError(f"{origin}: {key} cannot be a key of a plan: {_OWN_KEYS[key]}")
-    words = tuple(_word(key, value, origin) for key, value in variant.assignments.items())
-    run = _load_file(variant.config_file, words, origin)
+            place = options.get(key, origin)
+            raise UserError(f"{place}: {key} cannot be a key of a plan: {_OWN_KEYS[key]}")
+    words = tuple(_word(key, value, options.get(key, origin)) for key, value in variant.assignments.items())
+    try:
+        run = _load_file(variant.config_file, words, origin)
+    except ConfigError as error:
+        option = _option_of(options, error.keys)
+        if option is None:
+            raise
+        run = _load_file(variant.config_file, words, option)  # raises it with the option
     if run.data.validation is None:
-        raise UserError(f"{origin}: data.validation is none: a plan compares held-out losses, set it")
+        place = options.get("data.validation", origin)
+        raise UserError(f"{place}: data.validation is none: a plan compares held-out losses, set it")
     shuffle_seed = None if run.data.shuffle_seed is None else seed
     return replace(
         run,
@@ -210,6 +218,16 @@ def _word(key: str, value: Any, origin: str) -> str:
 def _load_file(path: Path, words: tuple[str, ...], origin: str) -> RunConfig:
     """Load a config once: an edit does not change a plan that is being run."""
     return config.load(RunConfig, path, words, overrides_from=origin)
+
+
+def _option_of(options: Mapping[str, str], keys: Sequence[tuple[str | int, ...]]) -> str | None:
+    """Return the option that sets one of the keys to blame, or a part of one; None where none does."""
+    for parts in keys:
+        blamed = [part for part in parts if isinstance(part, str)]
+        for key, option in options.items():
+            if all(one == other for one, other in zip(key.split("."), blamed, strict=False)):
+                return option
+    return None
 
 
 def _trunk(stage: Stage, variant: Variant, seed: int, earlier: Sequence[Member]) -> Member | None:

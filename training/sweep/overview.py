@@ -11,7 +11,7 @@ from models.run_folder import RunFolder, is_whole
 from training.sweep.choice import choose
 from training.sweep.members import Member, Variant, stage_members
 from training.sweep.pairs import check_pairs
-from training.sweep.plan import Plan
+from training.sweep.plan import Plan, PlanSource
 from training.sweep.plan_folder import PlanFolder
 from training.sweep.records import Progress, Records
 
@@ -71,15 +71,16 @@ class Observer:
 
     Args:
         plan: The plan.
-        source: Its file.
+        source: Where its keys were set.
 
     Raises:
         UserError: The plan's folder is that of a run.
     """
 
-    def __init__(self, plan: Plan, source: Path) -> None:
+    def __init__(self, plan: Plan, source: PlanSource) -> None:
         if RunFolder(Path(plan.folder)).config_file.exists():
-            raise UserError(f"{source}: folder {plan.folder} is that of a run; give the plan another folder")
+            origin = source.of("folder")
+            raise UserError(f"{origin}: folder {plan.folder} is that of a run; give the plan another folder")
         self.plan = plan
         self.source = source
         self.folder = PlanFolder(Path(plan.folder))
@@ -117,9 +118,8 @@ class Observer:
     def _check_baseline(self, statuses: list[Status]) -> None:
         arms = dict.fromkeys(status.member.variant.arm for status in statuses)
         if self.plan.baseline is not None and self.plan.baseline not in arms:
-            raise UserError(
-                f"{self.source}: baseline: got {self.plan.baseline!r}, want one of {', '.join(arms)}"
-            )
+            origin = self.source.of("baseline")
+            raise UserError(f"{origin}: baseline: got {self.plan.baseline!r}, want one of {', '.join(arms)}")
 
     def _status(
         self,

@@ -1,29 +1,29 @@
 """Which member each is compared with in the report's table of gains, by the plan's `pairs`."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from errors import UserError
 from training.sweep.members import Member
-from training.sweep.plan import Plan
+from training.sweep.plan import Plan, PlanSource
 
 
-def check_pairs(plan: Plan, source: Path, members: Sequence[Member]) -> None:
+def check_pairs(plan: Plan, source: PlanSource, members: Sequence[Member]) -> None:
     """Raise unless the plan's pairs are of its configs.
 
     Args:
         plan: The plan.
-        source: The plan's file, for the error message.
+        source: Where its keys were set, for the error message.
         members: All of its members.
 
     Raises:
         UserError: Names the entry of `pairs`.
     """
     known = dict.fromkeys(member.variant.config_file.stem for member in members)
-    for name in (*plan.pairs, *plan.pairs.values()):
-        if name not in known:
-            wanted = f"want the plan's configs without .toml: {', '.join(known)}"
-            raise UserError(f"{source}: pairs: got {name!r}, {wanted}")
+    for pair in plan.pairs.items():
+        for name in pair:
+            if name not in known:
+                wanted = f"want the plan's configs without .toml: {', '.join(known)}"
+                raise UserError(f"{source.of(f'pairs.{pair[0]}')}: pairs: got {name!r}, {wanted}")
 
 
 def partner(plan: Plan, member: Member, members: Sequence[Member]) -> Member | None:

@@ -1,6 +1,5 @@
 """The schema of a plan's TOML file: stages of runs that differ in configs, keys and seeds."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -210,16 +209,50 @@ class Plan:
         table.setdefault("folder", f"runs/{path.stem}")
 
 
-def load_plan(path: Path, folder: str | None = None, overrides: Sequence[str] = ()) -> Plan:
+class PlanSource:
+    """Where the keys of a plan were set, for error messages.
+
+    Args:
+        file: The plan's file.
+        overrides: Words of the command line such as "--set.training.steps=100".
+
+    Attributes:
+        file: The plan's file.
+    """
+
+    def __init__(self, file: Path, overrides: Sequence[str] = ()) -> None:
+        self.file = file
+        self._overridden: dict[str, tuple[str, Any]] = {}  # dotted key -> option, value
+        for word in overrides:
+            option, _, text = word.partition("=")
+            for key, value in flatten({option.removeprefix("--"): config.parse_value(text)}).items():
+                self._overridden[key] = f"command line, {option}", value
+
+    def of(self, key: str) -> str:
+        """Return the option that sets a key of the plan, else the file."""
+        return self._overridden.get(key, (str(self.file), None))[0]
+
+    def options(self, assignments: Mapping[str, Any]) -> dict[str, str]:
+        """Return key -> option of those assignments of a member that an option of the plan's `set` makes.
+
+        Args:
+            assignments: Dotted key of the config -> value.
+        """
+        return {
+            key: found[0]
+            for key, value in assignments.items()
+            if (found := self._overridden.get(f"set.{key}")) is not None and found[1] == value
+        }
+
+
+def load_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
     """Read a plan.
 
     Args:
         path: The TOML file.
-        folder: Another folder than the plan's own; None for that.
-        overrides: Words such as "--set.data.tokenizer", "X": keys of the plan.
+        overrides: Words such as "--set.data.tokenizer=X": keys of the plan.
 
     Raises:
-        UserError: Names the file, the key, what was got and what is allowed.
+        UserError: Names the file or the command line, the key, what was got and what is allowed.
     """
-    words = [] if folder is None else [f"--folder={json.dumps(folder)}"]
-    return config.load(Plan, path, [*words, *overrides])
+    return config.load(Plan, path, overrides)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.training.launch import ROOT, environment
 from training.sweep.overview import Observer
-from training.sweep.plan import load_plan
+from training.sweep.plan import PlanSource, load_plan
 
 CONFIGS = ROOT / "configs"
 RATE = "optimizer.groups.hidden.lr"
@@ -59,7 +59,8 @@ def write_plan(folder: Path, stages: str, *, corpus: Path | str = "nowhere", hea
 
 
 def observe(path: Path, folder: Path | None = None) -> Observer:
-    return Observer(load_plan(path, None if folder is None else str(folder)), path)
+    words = [] if folder is None else [f"--folder={json.dumps(str(folder))}"]
+    return Observer(load_plan(path, words), PlanSource(path, words))
 
 
 def start(

@@ -11,6 +11,7 @@ from errors import UserError
 from eval.report.run_records import flatten
 from tests.project_configs import project_configs
 from tests.training.sweep.plans import CONFIGS, RATE, observe, write_plan
+from training.sweep.__main__ import main
 from training.sweep.members import Member
 from training.sweep.plan import load_plan
 
@@ -32,7 +33,7 @@ def axis(keys: list[str], values: str, more: str = "") -> str:
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
 def test_every_plan_resolves(path: Path, tmp_path: Path) -> None:
-    plan = load_plan(path, str(tmp_path))
+    plan = load_plan(path, [f"--folder={json.dumps(str(tmp_path))}"])
     found = [status.member for status in observe(path, tmp_path).look().statuses]
     assert len(found) >= 16
     assert {member.stage for member in found} == {stage.name for stage in plan.stages}
@@ -143,6 +144,56 @@ def test_refusals_name_stage_key_and_remedy(stages: str, head: str, said: list[s
     with pytest.raises(UserError) as error:
         members(path)
     assert [word for word in said if word not in str(error.value)] == [], str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "stages", "said"),
+    [
+        (["--set.training.stepz=5"], stage(), "command line, --set.training.stepz: training.stepz: unknown"),
+        (["--set.training={stepz = 5}"], stage(), "command line, --set.training: training.stepz: unknown"),
+        (["--set.training=5"], stage(), "command line, --set.training: training: got 5, want a table"),
+        (["--set.training.steps=x"], stage(), 'command line, --set.training.steps: training.steps: got "x"'),
+        (["--set.training.steps=0"], stage(), "command line, --set.training.steps: training.steps must be"),
+        (["--set.training.steps=2026-01-01"], stage(), "command line, --set.training.steps: training.steps"),
+        (["--set.run.seed=1"], stage(), "command line, --set.run.seed: run.seed cannot be a key of a plan"),
+        (["--set.data.validation=none"], stage(), "command line, --set.data.validation: data.validation is"),
+        (["--members_per_gpu=x"], stage(), 'command line: members_per_gpu: got "x"'),
+        (["--baseline=x"], stage(), "command line, --baseline: baseline: got 'x'"),
+        (["--pairs.x=y"], stage(), "command line, --pairs.x: pairs: got 'x'"),
+        # of the file, beside options that are right or that a stage is over
+        (
+            ["--set.training.steps=5"],
+            stage(more="set.training.stepz = 5"),
+            "FILE, set or axes of stage one: ",
+        ),
+        (
+            ["--set.training.steps=5"],
+            stage(more='set.training.steps = "x"'),
+            "FILE, set or axes of stage one",
+        ),
+        (
+            ["--set.training.steps=5"],
+            stage(axis(["training.steps"], "[0]")),
+            "FILE, set or axes of stage one",
+        ),
+        (["--members_per_gpu=2"], stage(axis([RATE], "[]")), "FILE: stages[0].axes[0].keys and values"),
+    ],
+)
+def test_a_mistake_is_of_the_option_or_of_the_file_that_has_it(
+    words: list[str], stages: str, said: str, tmp_path: Path
+) -> None:
+    path = write_plan(tmp_path, stages)
+    with pytest.raises(UserError) as error:
+        main([str(path), "--status", *words])
+    assert str(error.value).startswith(said.replace("FILE", str(path))), str(error.value)
+
+
+def test_a_folder_of_a_run_is_of_the_option_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").touch()
+    with pytest.raises(
+        UserError, match=r"^command line, --folder: folder .* is that of a run; give the plan"
+    ):
+        main([str(write_plan(tmp_path, stage())), "--status", "--folder", str(tmp_path)])
 
 
 def test_a_plan_does_not_start_in_the_folder_of_a_run(tmp_path: Path) -> None:
