@@ -8,7 +8,7 @@ import select
 import sys
 import traceback
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -25,6 +25,9 @@ MAX_SEED = 2**63 - 1
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 _LONGEST_SHOWN = 200
+
+# key of a config -> the option of a command line that is in its place
+_options: dict[str, str] = {}
 
 _ROOT = Path(__file__).parent
 # where `parallax`, which imports nothing of this project, checks the arguments that a config gives it
@@ -64,6 +67,27 @@ def shown(value: object) -> str:
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
+def called(key: str) -> str:
+    """Return how an error message calls a key of a config: by its option within `calling_options`."""
+    return _options.get(key, key)
+
+
+@contextmanager
+def calling_options(options: Mapping[str, str]) -> Iterator[None]:
+    """Let error messages name options of a command line in the place of keys of a config, in all threads.
+
+    Args:
+        options: Key -> option, such as "text_column" -> "--text-column".
+    """
+    before = dict(_options)
+    _options.update(options)
+    try:
+        yield
+    finally:
+        _options.clear()
+        _options.update(before)
+
+
 def check_range(config: object, low: float, high: float, *names: str) -> None:
     """Raise unless fields of a config lie in the range in which a run makes sense.
 
@@ -80,8 +104,9 @@ def check_range(config: object, low: float, high: float, *names: str) -> None:
         value = getattr(config, name)
         if value is not None and not low <= value <= high:
             may_be_none = type(None) in typing.get_args(typing.get_type_hints(type(config))[name])
-            none = ', or "none"' if may_be_none else ""
-            raise UserError(f"{name} must be at least {low} and at most {high}{none}; got {value}")
+            # an option is left out instead
+            none = ', or "none"' if may_be_none and called(name) == name else ""
+            raise UserError(f"{called(name)} must be at least {low} and at most {high}{none}; got {value}")
 
 
 def check_unread(config: object, reader: str, remedy: str, *names: str) -> None:
@@ -113,7 +138,7 @@ def check_not_empty(config: object, *names: str) -> None:
     """
     for name in names:
         if getattr(config, name) == "":
-            raise UserError(f'{name} is empty (""): give it a value, or leave the key out')
+            raise UserError(f'{called(name)} is empty (""): give it a value, or leave it out')
 
 
 def check_at_least_1(options: argparse.Namespace, name: str) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from data.ultra_fineweb import PARTS, REPOSITORY, REVISION, part_files
-from errors import MAX_SEED, UserError, check_not_empty, check_range
+from errors import MAX_SEED, UserError, called, check_not_empty, check_range
 from tokens import END_OF_DOCUMENT
 
 # documents of a source to keep; data/sources/split.py splits them by content
@@ -34,9 +34,10 @@ class TextOptions:
         check_range(self, 0, _MAX_CHARACTERS, "min_characters")
         check_range(self, 1, _MAX_CHARACTERS, "max_characters")
         if self.max_characters is not None and self.max_characters < (self.min_characters or 0):
+            low, high = called("min_characters"), called("max_characters")
             raise UserError(
-                f"min_characters is {self.min_characters} and max_characters {self.max_characters}: want "
-                'min_characters <= max_characters, or "none"'
+                f"{low} is {self.min_characters} and {high} {self.max_characters}: want {low} <= {high}, or "
+                "leave one of them out"
             )
 
 
@@ -63,7 +64,7 @@ class ColumnOptions(TextOptions):
 
 def _check_files(kind: str, files: list[str]) -> None:
     if not all(files) or not files:
-        raise UserError(f"files of a {kind} source is {files}: name at least one path or glob")
+        raise UserError(f"{called('files')} of a {kind} source is {files}: name at least one path or glob")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,19 +159,22 @@ class HubSource(ColumnOptions):
             _check_files(self.kind, self.files)
         elif self.repository != REPOSITORY:
             raise UserError(
-                f"parts names files of {REPOSITORY}, but repository is {self.repository!r}: give files"
+                f"{called('parts')} names files of {REPOSITORY}, but {called('repository')} is "
+                f"{self.repository!r}: give {called('files')}"
             )
         if self.repository != REPOSITORY and self.revision == REVISION:
             raise UserError(
-                f"revision is a commit of {REPOSITORY}, but repository is {self.repository!r}: "
-                "give a commit of that repository"
+                f"{called('revision')} is a commit of {REPOSITORY}, but {called('repository')} is "
+                f"{self.repository!r}: give a commit of that repository"
             )
         twice = [name for name, count in Counter(self.file_names).items() if count > 1]
         if twice:
-            raise UserError(f"files of a hub source has {twice[0]!r} twice: name it once")
+            raise UserError(f"{called('files')} of a hub source has {twice[0]!r} twice: name it once")
         others = [name for name in self.file_names if not name.endswith(".parquet")]
         if others:
-            raise UserError(f"files of a hub source has {others[0]!r}: want parquet files (.parquet)")
+            raise UserError(
+                f"{called('files')} of a hub source has {others[0]!r}: want parquet files (.parquet)"
+            )
 
     @property
     def file_names(self) -> list[str]:
@@ -217,8 +221,9 @@ class DatasetsSource(ColumnOptions):
         check_not_empty(self, "path", "name", "revision")
         if self.path.rstrip("/").lower() == REPOSITORY.lower():
             raise UserError(
-                f"path of a datasets source is {self.path!r}, whose tens of thousands of files the library "
-                'would list first: use kind = "hub" and parts, such as "1-20"'
+                f"{called('path')} of a datasets source is {self.path!r}, whose tens of thousands of files "
+                f'the library would list first: use {called("parts")} of a source of kind "hub", such as '
+                '"1-20"'
             )
         if not re.fullmatch(r"\w[\w.-]*", self.split) or self.split == "all":
             raise UserError(

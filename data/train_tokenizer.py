@@ -15,7 +15,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from data.sources.base import DocumentSource
-from data.sources.cli import add_source_arguments, source_from
+from data.sources.cli import add_source_arguments, naming_options, source_from
 from data.sources.open import open_text
 from data.tokenizer import Tokenizer
 from errors import UserError, check_at_least_1, check_out, run_command
@@ -101,10 +101,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_out(options.out)
     check_at_least_1(options, "max_bytes")
     check_vocab_size(options.vocab_size)  # before the text is opened
-    documents = open_text(source_from(options), split="train")
-    options.out.mkdir(parents=True, exist_ok=True)  # a path that cannot be written shows before the work
-    texts = _truncated(documents, options.max_bytes)
-    tokenizer = Tokenizer(train_byte_level_bpe(texts, options.vocab_size))
+    with naming_options(options):
+        documents = open_text(source_from(options), split="train")
+        options.out.mkdir(parents=True, exist_ok=True)  # a path that cannot be written shows before the work
+        texts = _truncated(documents, options.max_bytes)
+        tokenizer = Tokenizer(train_byte_level_bpe(texts, options.vocab_size))
     tokenizer.save(options.out / TOKENIZER_FILE)
     print(f"{tokenizer.vocab_size} ids in {options.out / TOKENIZER_FILE}")
 

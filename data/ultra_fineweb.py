@@ -7,7 +7,7 @@ here instead. Columns: content (string), score (a number, of a dtype that differ
 
 import re
 
-from errors import UserError
+from errors import UserError, called
 
 REPOSITORY = "openbmb/Ultra-FineWeb"
 REVISION = "02c85641e3d19a854be2e09139c25adaa9518063"
@@ -27,18 +27,20 @@ def part_files(language: str, parts: str) -> list[str]:
     Raises:
         UserError: `parts` is malformed, names a part twice, or one that does not exist.
     """
-    total = PARTS[language]
+    total, name = PARTS[language], called("parts")
     width = len(str(total))
     numbers: list[int] = []
     for part in parts.split(","):
         found = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part.strip())
         if found is None:
-            raise UserError(f'parts is {parts!r}: want part numbers such as "1-20" or "1-4,9"')
+            raise UserError(f'{name} is {parts!r}: want part numbers such as "1-20" or "1-4,9"')
         first, last = int(found[1]), int(found[2] or found[1])
         if not 1 <= first <= last <= total:
-            raise UserError(f"parts is {parts!r}: want numbers from 1 to {total} for {language!r}, ascending")
+            raise UserError(
+                f"{name} is {parts!r}: want numbers from 1 to {total} for {language!r}, ascending"
+            )
         numbers.extend(range(first, last + 1))
     if len(set(numbers)) < len(numbers):
-        raise UserError(f"parts is {parts!r}: want no number twice")
+        raise UserError(f"{name} is {parts!r}: want no number twice")
     stem = f"data/ultrafineweb_{language}/ultrafineweb-{language}-part"
     return [f"{stem}-{number:0{width}}-of-{total}.parquet" for number in numbers]

@@ -26,7 +26,7 @@ from data.shards.encode import num_cores
 from data.shards.prepare import PrepareOptions, Progress, prepare
 from data.shards.source_files import verify_sources
 from data.shards.verify import length_histogram, verify
-from data.sources.cli import add_source_arguments, source_from
+from data.sources.cli import add_source_arguments, naming_options, source_from
 from data.sources.files import FileDocuments
 from data.sources.open import open_text
 from data.sources.shard_format import SPLITS, Manifest, read_manifest
@@ -139,9 +139,10 @@ def _parser() -> argparse.ArgumentParser:
 def _prepare(options: argparse.Namespace) -> int:
     disable_progress_bars()
     check_out(options.out)
-    config = source_from(options)
-    tokenizer = Tokenizer.load(options.tokenizer, end_of_document=options.end_of_document)
-    source = open_text(config)
+    with naming_options(options):
+        config = source_from(options)
+        tokenizer = Tokenizer.load(options.tokenizer, end_of_document=options.end_of_document)
+        source = open_text(config)
     prepare_options = PrepareOptions(
         shard_tokens=options.shard_tokens,
         max_tokens=options.max_tokens,
@@ -149,7 +150,7 @@ def _prepare(options: argparse.Namespace) -> int:
         delete_downloads=options.delete_downloads,
     )
     try:
-        with contextlib.closing(_ProgressBar()) as bar:
+        with contextlib.closing(_ProgressBar()) as bar, naming_options(options):
             manifest = prepare(
                 options.out,
                 source,

@@ -2,10 +2,12 @@
 
 import argparse
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from data.config import DatasetsSource, HubSource, JsonlSource, ParquetSource, TextKind, TextSource
 from data.ultra_fineweb import REPOSITORY
-from errors import UserError
+from errors import UserError, called, calling_options
 
 _JSONL_NAME = re.compile(r".*\.(jsonl|json|ndjson)(\.(gz|bz2|zst|zstd|lz4|xz))?", re.DOTALL)
 # kinds of sources that an option belongs to
@@ -67,6 +69,19 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+@contextmanager
+def naming_options(options: argparse.Namespace) -> Iterator[None]:
+    """Let errors name the options of a command line in the place of a config's keys.
+
+    Args:
+        options: Parsed by a parser that was passed to `add_source_arguments`.
+    """
+    names = {key: f"--{key.replace('_', '-')}" for key in vars(options)}
+    names |= {"path": "--dataset", "files": "--hub-files" if options.files is None else "--files"}
+    with calling_options(names):
+        yield
+
+
 def source_from(options: argparse.Namespace) -> TextKind:
     """Build the source that command-line options describe.
 
@@ -84,7 +99,8 @@ def source_from(options: argparse.Namespace) -> TextKind:
             raise UserError(f"--{name} given without {those}: other sources have none")
     if options.folder is not None:
         if columns:
-            raise UserError(f"{', '.join(columns)} given with --folder: text files have no columns")
+            names = ", ".join(map(called, columns))
+            raise UserError(f"{names} given with --folder: text files have no columns")
         return TextSource(folder=options.folder, **_given(options, "pattern"), **limits)
     if options.dataset is not None:
         dataset = _given(options, "name", "split", "streaming", "revision")

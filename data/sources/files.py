@@ -25,7 +25,7 @@ from data.fingerprint import fingerprint_files, join_parts
 from data.permutation import Permutation
 from data.sources.base import Position, Row
 from data.sources.filters import DEFECTS, Filter
-from errors import UserError
+from errors import UserError, called
 
 logger = logging.getLogger(__name__)
 
@@ -276,13 +276,14 @@ class FileDocuments:
         if not has_columns or not counts or any(reason not in DEFECTS for reason in counts):
             return
         if self._options.on_damaged_file == "stop":
-            raise UserError(self._no_document(str(file), counts, ' or set on_damaged_file to "skip"'))
+            remedy = f' or set {called("on_damaged_file")} to "skip"'
+            raise UserError(self._no_document(str(file), counts, remedy))
         if self._log_skipped:
             logger.warning("%s holds no document: its %d rows were skipped", file, counts.total())
 
     def _no_document(self, name: str, counts: Counter[str | None], remedy: str) -> str:
         column = getattr(self._options, "text_column", None)
-        column_hint = "" if column is None else f"; text_column is {column!r}"
+        column_hint = "" if column is None else f"; {called('text_column')} is {column!r}"
         return (
             f"{name} holds no document (rows skipped: {_listed(counts)}{column_hint}): name other files or "
             f"another column,{remedy}"
@@ -333,7 +334,7 @@ def convert_read_errors(name: Path | str) -> Iterator[None]:
             raise UserError(f"cannot read {name} ({reason}): the file is gone or unreachable") from error
         raise DamagedFileError(
             f"cannot read {name} ({reason}): the file is damaged; download or write it again, or set "
-            'on_damaged_file to "skip"'
+            f'{called("on_damaged_file")} to "skip"'
         ) from error
 
 

@@ -28,7 +28,7 @@ from data.config import DatasetsSource
 from data.permutation import Permutation
 from data.sources.content import content_hash
 from data.sources.files import DamagedFileError, DocumentFile, RawRow
-from errors import UserError
+from errors import UserError, called
 
 _BATCH_ROWS = 64
 _SAVED_FILES = ("state.json", "dataset_dict.json")
@@ -244,8 +244,8 @@ def _builder(source: DatasetsSource) -> datasets.DatasetBuilder:
     is_local = folder.is_dir()
     if not is_local and source.path.count("/") != 1:
         raise UserError(
-            f"path is {source.path!r}, which is neither a folder nor the name of a dataset on the hub, such "
-            'as "HuggingFaceFW/fineweb-edu": correct it'
+            f"{called('path')} is {source.path!r}, which is neither a folder nor the name of a dataset on "
+            'the hub, such as "HuggingFaceFW/fineweb-edu": correct it'
         )
     if is_local and source.revision is not None:
         raise UserError(f"revision is {source.revision!r}, but path is the folder {source.path}: remove it")
@@ -277,7 +277,7 @@ def _needed_columns(columns: list[str], source: DatasetsSource) -> list[str]:
         if column not in columns:
             raise UserError(
                 f"{_name(source)} has no column {column!r} (it has {', '.join(columns) or 'none'}): "
-                f"set {key} to the one that holds the {key.partition('_')[0]}"
+                f"set {called(key)} to the one that holds the {key.partition('_')[0]}"
             )
     return list(needed.values())
 
@@ -335,7 +335,7 @@ def _reading(file: IndexedDataset | StreamedShard) -> Iterator[None]:
         is_damaged = isinstance(error, (pa.ArrowException, UnicodeDecodeError)) or type(error) is OSError
         if is_damaged and not getattr(error, "errno", None):
             raise DamagedFileError(
-                f"cannot read {file} ({reason}): it is damaged; write it again, or set on_damaged_file to "
-                '"skip"'
+                f"cannot read {file} ({reason}): it is damaged; write it again, or set "
+                f'{called("on_damaged_file")} to "skip"'
             ) from error
         raise UserError(f"cannot read {file} ({reason}): it is gone or unreachable") from error

@@ -12,7 +12,7 @@ from data.config import ColumnOptions
 from data.sources.content import content_hash
 from data.sources.files import DamagedFileError, RawRow, convert_read_errors
 from data.sources.folders import check_folders
-from errors import UserError
+from errors import UserError, called
 
 _BATCH_ROWS = 256
 _BATCH_BYTES = 1 << 26
@@ -98,8 +98,8 @@ class ParquetDocumentFile:
             if column is not None and _column_path(schema, column, self.path) is None:
                 raise DamagedFileError(
                     f"{self.path} has no column {column!r} (it has {', '.join(schema.names) or 'none'}): "
-                    f"set {key} to the one that holds the {key.partition('_')[0]}, or set on_damaged_file to "
-                    '"skip"'
+                    f"set {called(key)} to the one that holds the {key.partition('_')[0]}, or set "
+                    f'{called("on_damaged_file")} to "skip"'
                 )
         return parquet
 
@@ -163,15 +163,16 @@ def local_files(patterns: Sequence[str], kind: str) -> list[Path]:
         matches = [match for match in matches if match.is_file()]
         if not matches:
             raise UserError(
-                f"no file matches {pattern!r} in the files of a {kind} source (searched from {Path.cwd()}): "
-                "correct the path; `python -m data.sample --out .cache/sample` makes the debug configs' files"
+                f"no file matches {pattern!r} in {called('files')} of a {kind} source (searched from "
+                f"{Path.cwd()}): correct the path; `python -m data.sample --out .cache/sample` makes the "
+                "debug configs' files"
             )
         for match in matches:
             resolved = match.resolve()
             if resolved in found:
                 raise UserError(
-                    f"{match} is named twice in the files of a {kind} source, by {found[resolved]!r} and by "
-                    f"{pattern!r}: name it once"
+                    f"{match} is named twice in {called('files')} of a {kind} source, by {found[resolved]!r} "
+                    f"and by {pattern!r}: name it once"
                 )
             found[resolved] = pattern
             files.append(match)

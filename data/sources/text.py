@@ -8,7 +8,7 @@ from data.config import TextSource
 from data.sources.content import content_hash
 from data.sources.files import RawRow, convert_read_errors
 from data.sources.folders import check_folders
-from errors import UserError
+from errors import UserError, called
 
 
 class TextDocumentFile:
@@ -74,17 +74,20 @@ def text_files(source: TextSource) -> list[TextDocumentFile]:
     """
     folder = Path(source.folder)
     if not folder.is_dir():
-        raise UserError(f"folder of a text source is {source.folder!r}, which is not a folder: correct it")
+        raise UserError(
+            f"{called('folder')} of a text source is {source.folder!r}, which is not a folder: correct it"
+        )
     try:
         paths = sorted(path for path in folder.glob(source.pattern) if path.is_file())
     except (ValueError, NotImplementedError) as error:
         raise UserError(
-            f"pattern of a text source is {source.pattern!r} ({error}): want a glob relative to the folder, "
-            'such as "**/*.txt"'
+            f"{called('pattern')} of a text source is {source.pattern!r} ({error}): want a glob relative to "
+            'the folder, such as "**/*.txt"'
         ) from error
     check_folders(folder, source.pattern)
     if not paths:
         raise UserError(
-            f"no file in {source.folder!r} matches pattern {source.pattern!r} of a text source: correct it"
+            f"no file in {source.folder!r} matches {called('pattern')} {source.pattern!r} of a text source: "
+            "correct it"
         )
     return [TextDocumentFile(path, folder) for path in paths]

@@ -336,7 +336,7 @@ def test_the_command_line_ends_a_user_error_in_one_line(
         (["--files", "a.parquet", "b.jsonl"], "want all of them"),
         (["--files", "README.md"], "text files are read by --folder"),
         (["--folder", str(tmp_path / "none")], "not a folder"),
-        (["--folder", str(tmp_path), "--min-score", "1"], "min_score given with --folder"),
+        (["--folder", str(tmp_path), "--min-score", "1"], "--min-score given with --folder"),
         (["--files", "a.jsonl", "--pattern", "*"], "--pattern given without"),
         (["--parts", "0-3"], "want numbers from 1 to 2048"),
         (["--files", str(tmp_path / "a.jsonl")], "holds no document"),

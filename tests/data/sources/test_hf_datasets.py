@@ -250,7 +250,7 @@ def test_a_folder_may_move_and_other_files_are_another_dataset(tmp_path: Path) -
 
 def test_ultra_fineweb_is_refused_before_any_request(hub: HubServer) -> None:
     for path in (DATASET, DATASET.lower() + "/"):
-        with pytest.raises(ValueError, match=r'use kind = "hub" and parts, such as "1-20"'):
+        with pytest.raises(ValueError, match=r'use parts of a source of kind "hub", such as "1-20"'):
             DatasetsSource(path=path)
     assert not hub.log
 

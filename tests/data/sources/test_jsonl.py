@@ -199,7 +199,7 @@ def test_a_file_without_a_document_is_named_beside_good_ones(
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no file matches .*nowhere\.jsonl' in the files of a jsonl source"):
+    with pytest.raises(ValueError, match=r"no file matches .*nowhere\.jsonl' in files of a jsonl source"):
         _open(tmp_path / "nowhere.jsonl")
 
 
