@@ -182,7 +182,8 @@ def test_no_member_of_a_changed_plan_trains_beside_those_of_the_old_one(tmp_path
 
 
 def test_a_second_sweep_is_refused_and_one_of_single_members_is_not(tmp_path: Path) -> None:
-    path = write_plan(tmp_path, rates([0.01, 0.02]))
+    # so many that the first one is still at work when the others have ended
+    path = write_plan(tmp_path, rates([0.01 * i for i in range(1, 13)]))
     path.write_text(path.read_text().replace("steps = 12", "steps = 200"))
     first = start(path, stand_in=True)
     wait_until(lambda: bool(holders(tmp_path / "plan")), first)
