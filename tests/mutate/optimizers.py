@@ -151,6 +151,8 @@ MUTANTS = [
     Mutant("optimizers/soap.py", ".take_along_dim(order, -1 if transposed else -2)", "", SOAP),
     Mutant("optimizers/soap.py", "beta2**num_steps", "beta2 ** (num_steps + 1)", SOAP),
     Mutant("optimizers/soap.py", "first = sum(num_owned[:rank])", "first = sum(num_owned[1:rank])", SOAP),
+    Mutant("optimizers/soap.py", "if len(set(steps)) == 1:", "if True:", SOAP),
+    Mutant("optimizers/soap.py", 'self.state[p]["step"]) > 1', 'self.state[p]["step"]) > 0', SOAP),
     Mutant("optimizers/eigenbasis.py", "(outside < 1e-6)", "(outside < 0.0)", SOAP),
     Mutant("optimizers/eigenbasis.py", "torch.where(is_null, standard[:, order], vectors)", "vectors", SOAP),
     Mutant("optimizers/eigenbasis.py", "(True, False, False)", "(True, False)", SOAP),
