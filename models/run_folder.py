@@ -159,7 +159,9 @@ class RunFolder:
             table = read_toml(self.config_file)
         except UserError as error:
             raise UserError(f"{error}; {remedy}") from error
-        wanted = _TRAINING_TABLES if "optimizer" in table else _WEIGHTS_TABLES
+        # a file that was cut between two tables has lost its optimizer too
+        is_trained = "optimizer" in table or self.metrics_file.exists()
+        wanted = _TRAINING_TABLES if is_trained else _WEIGHTS_TABLES
         missing = [f"[{name}]" for name in wanted if not isinstance(table.get(name), dict)]
         if missing:
             raise UserError(f"{self.config_file} is damaged, it has no {' and no '.join(missing)}; {remedy}")

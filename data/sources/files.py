@@ -283,9 +283,10 @@ class FileDocuments:
 
     def _no_document(self, name: str, counts: Counter[str | None], remedy: str) -> str:
         column = getattr(self._options, "text_column", None)
-        column_hint = "" if column is None else f"; {called('text_column')} is {column!r}"
+        hint = "" if column is None else f"; {called('text_column')} is {column!r}"
+        hint += "; malformed are lines that are no JSON object" if counts["malformed"] else ""
         return (
-            f"{name} holds no document (rows skipped: {_listed(counts)}{column_hint}): name other files or "
+            f"{name} holds no document (rows skipped: {_listed(counts)}{hint}): name other files or "
             f"another column,{remedy}"
         )
 

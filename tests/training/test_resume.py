@@ -77,6 +77,18 @@ def test_a_config_that_was_cut_gave_a_traceback(kept: float, tmp_path: Path) -> 
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("table", ["[model]", "[model.attention]", "[schedule]", "[training]", "[data]"])
+def test_a_config_that_was_cut_at_the_end_of_a_line_is_damaged(table: str, tmp_path: Path) -> None:
+    write_run(tmp_path)
+    run = RunFolder(tmp_path)
+    run.metrics_file.touch()
+    text = run.config_file.read_text()
+    end = text.index("\n", text.index(f"\n{table}") + 1)
+    run.config_file.write_text(text[: text.index("\n", end + 1) + 1])
+    with pytest.raises(UserError, match=r"config\.toml is damaged, .* no (\[.*)?\[checkpoint\]; restore it"):
+        run.read_config()
+
+
 def test_each_table_that_is_missing_in_a_config_is_named(tmp_path: Path) -> None:
     write_run(tmp_path)
     file = RunFolder(tmp_path).config_file

@@ -180,13 +180,15 @@ def test_a_file_without_a_document_is_named_beside_good_ones(
     bad = {
         "key.jsonl": (b'{"content": "text"}\n' * 3, "3 null"),
         "zip.jsonl": (b"PK\x03\x04\n\xff\xfe\n", "1 .*, 1 .*"),
+        "array.jsonl": (b'[{"text": "one"},\n{"text": "two"}]\n', "2 malformed"),
         "blank.jsonl": (b"\n\n", "2 empty"),
     }
     limits: dict[str, Any] = {"min_characters": 3}
     for name, (data, skipped) in bad.items():
         files = [str(good), str(empty), str(short), str(_write(tmp_path / name, data))]
         source = open_text(JsonlSource(files=files, **limits), shuffle_seed=seed)
-        message = rf"{name} holds no document \(rows skipped: {skipped}; text_column is 'text'\)"
+        hint = "; malformed are lines that are no JSON object" if name in ("zip.jsonl", "array.jsonl") else ""
+        message = rf"{name} holds no document \(rows skipped: {skipped}; text_column is 'text'{hint}\)"
         with pytest.raises(ValueError, match=message):
             list(source.read(repeat=False))
         caplog.clear()
