@@ -67,6 +67,9 @@ def test_a_tokenizer_that_has_changed_since_the_training_is_refused_unless_it_is
     make_run(run, corpus, other)
     launches = [{"step": 0, "launch": {"tokenizer_fingerprint": tokenizer.fingerprint}}, {"step": 2}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in launches))
+    # a folder with metrics has the config of a training
+    with (run / "config.toml").open("a") as config:
+        config.write("[run]\n[optimizer]\n[schedule]\n[checkpoint]\n")
     train_byte_level_bpe(["other text of other letters"], 260).save(str(other))
     found = Tokenizer.load(other)
     message = f"{other} has fingerprint {found.fingerprint}, but {run} was .*{tokenizer.fingerprint}"
