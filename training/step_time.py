@@ -47,9 +47,9 @@ _WEIGHT_BYTES_OF_ONE_RANK = 22
 # an element-wise optimizer reads weight, gradient and state and writes weight and state, at half of the
 # memory's bandwidth: fused AdamW seven fp32 values per weight
 _OPTIMIZER_PASSES = 2
-# assumed, not measured: SOAP's products in fp32, and those in fp64 of which a new basis takes 8 n^3 FLOPs
+# SOAP's products in fp32 (assumed), and those in fp64 of which a new basis takes 8 n^3 FLOPs
 _FP32_FLOPS = 40e12
-_FP64_FLOPS = 40e12
+_FP64_FLOPS = 13e12
 # seconds of host work per layer of a micro-batch without CUDA graphs
 _HOST_SECONDS_PER_LAYER = 3.4e-3
 
