@@ -9,7 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from data.sources.count import count_not_held_out
+from data.sources.base import WORTHWHILE_EPOCHS
+from data.sources.count import count_epochs, count_not_held_out
 from data.sources.open import check_data, check_shards
 from data.tokenizer import Tokenizer, check_vocabulary
 from errors import UserError
@@ -63,6 +64,7 @@ def check_run(config: RunConfig, world_size: int) -> Tokenizer:
     # before the process group exists, and by one rank: it reads documents
     if os.environ.get("RANK", "0") == "0":
         log_validation_documents(config)
+        log_epochs(config)
     check_tasks(config)
     return tokenizer
 
@@ -84,6 +86,27 @@ def log_validation_documents(config: RunConfig) -> None:
             f"{num_trained} of {num_counted} documents of data.validation are not held out by their content: "
             "where data.train has the same documents, it trains on them"
         )
+
+
+def log_epochs(config: RunConfig) -> None:
+    """Log how often the run reads its training shards, as a warning where that is more than four times.
+
+    Args:
+        config: The run.
+
+    Raises:
+        UserError: A folder holds no complete set of shards.
+    """
+    num_tokens = config.training.steps * config.tokens_per_step
+    for folder, (size, epochs) in count_epochs(config.data.train, num_tokens).items():
+        said = f"{folder} has {size:,} training tokens, which {config.training.steps:,} steps read"
+        if epochs <= WORTHWHILE_EPOCHS:
+            logger.info(f"{said} {epochs:.2f} times")
+        else:
+            logger.warning(
+                f"{said} {epochs:.1f} times; more than {WORTHWHILE_EPOCHS} times teaches little: prepare "
+                "more documents, or train fewer steps"
+            )
 
 
 def build_meta_model(config: RunConfig) -> Qwen3:

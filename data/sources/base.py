@@ -8,6 +8,9 @@ import numpy as np
 BATCH_CHARACTERS, BATCH_ROWS = 1 << 18, 256
 """Of a batch: enough for every core to tokenize, and few enough that a step soon gets its first one."""
 
+WORTHWHILE_EPOCHS = 4
+"""Data read as often is almost as good as new, and soon after teaches nothing (arXiv 2305.16264)."""
+
 # small and plain JSON; its keys are private to the source that returned it
 Position: TypeAlias = dict[str, Any]
 

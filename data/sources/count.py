@@ -1,9 +1,9 @@
-"""Count the validation documents that are not held out from training, and may be trained on."""
+"""Count the validation documents that a run may train on, and how often it reads its training data."""
 
 import itertools
 from pathlib import Path
 
-from data.config import JsonlSource, ParquetSource, ShardsSource, Source, TextSource
+from data.config import JsonlSource, MixtureSource, ParquetSource, ShardsSource, Source, TextSource
 from data.sources.open import open_text
 from data.sources.overlap import leaves
 from data.sources.shard_format import read_manifest
@@ -39,3 +39,28 @@ def count_not_held_out(source: Source) -> tuple[int, int]:
             num_trained += len(held_out) - sum(held_out)
             num_counted += len(held_out)
     return num_trained, num_counted
+
+
+def count_epochs(source: Source, num_tokens: int) -> dict[str, tuple[int, float]]:
+    """Count how often a run reads the shards of its training source.
+
+    Args:
+        source: The training source. Text has no number of tokens, and is left out.
+        num_tokens: Tokens of the run.
+
+    Returns:
+        By folder its training tokens and the number of times that they are read; in a mixture by the shares
+        of its weights.
+
+    Raises:
+        UserError: A folder holds no complete set of shards.
+    """
+    leaves_of = source.sources if isinstance(source, MixtureSource) else {"": source}
+    weights = source.weights if isinstance(source, MixtureSource) else {"": 1.0}
+    found = {}
+    for name, leaf in leaves_of.items():
+        if not isinstance(leaf, ShardsSource):
+            continue
+        if size := read_manifest(Path(leaf.folder)).splits["train"].tokens:
+            found[leaf.folder] = size, weights[name] / sum(weights.values()) * num_tokens / size
+    return found

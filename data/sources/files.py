@@ -23,7 +23,7 @@ import pyarrow as pa
 from data.config import ColumnOptions, Split, TextOptions
 from data.fingerprint import fingerprint_files, join_parts
 from data.permutation import Permutation
-from data.sources.base import Position, Row
+from data.sources.base import WORTHWHILE_EPOCHS, Position, Row
 from data.sources.filters import DEFECTS, Filter
 from errors import UserError, called
 
@@ -213,6 +213,7 @@ class FileDocuments:
             if not repeat:
                 return
             epoch, first_file = epoch + 1, 0
+            self._log_repetition(epoch)
 
     def progress(self, position: Position | None) -> float:
         """Return the approximate fraction of the first epoch that precedes a position, from 0 to 1."""
@@ -299,6 +300,18 @@ class FileDocuments:
             skipped = _listed(counts)
             logger.warning(
                 "epoch %d of %s: %d documents, rows skipped: %s", epoch, self, num_documents, skipped
+            )
+
+    def _log_repetition(self, num_epochs: int) -> None:
+        """Log that the source begins again, after 1, 2, 4, 8, ... epochs."""
+        if not self._log_skipped or num_epochs & (num_epochs - 1):
+            return
+        said = f"{self} has been read {'once' if num_epochs == 1 else f'{num_epochs} times'}"
+        if num_epochs < WORTHWHILE_EPOCHS:
+            logger.info("%s, and is read again", said)
+        else:
+            logger.warning(
+                "%s, and reading it again teaches little: give more documents, or train fewer steps", said
             )
 
 

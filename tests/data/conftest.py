@@ -52,6 +52,7 @@ def make_list_source(
     options: TextOptions | None = None,
     split: Split = "all",
     shuffle_seed: int | None = None,
+    log_skipped: bool = True,
 ) -> FileDocuments:
     """A source of lists, each in place of a file."""
     damage = {} if damaged_at is None else {damaged_at[0]: damaged_at[1]}
@@ -61,6 +62,7 @@ def make_list_source(
         description="a list",
         split=split,
         shuffle_seed=shuffle_seed,
+        log_skipped=log_skipped,
     )
 
 

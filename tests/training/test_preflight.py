@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from data.sources.split import is_held_out
 from data.tokenizer import Tokenizer
 from errors import UserError
 from tests.training.launch import ROOT, arguments
-from training.preflight import check_run, log_validation_documents
+from training.preflight import check_run, log_epochs, log_validation_documents
 from training.run_config import RunConfig
 
 
@@ -61,6 +62,24 @@ def test_a_launch_whose_validation_documents_are_all_held_out_says_nothing_of_th
     caplog.set_level(logging.INFO, logger="parallax")
     log_validation_documents(config)
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("steps", "level", "said"),
+    [(80, "INFO", "80 steps read 4.00 times"), (90, "WARNING", "90 steps read 4.5 times;")],
+)
+def test_a_launch_says_how_often_shards_are_read(
+    steps: int, level: str, said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = ["--data.train.kind", "shards", "--data.train.folder", "x", "--training.steps", str(steps)]
+    config = load(RunConfig, ROOT / "configs/debug_softmax_adamw.toml", words)
+    manifest = SimpleNamespace(splits={"train": SimpleNamespace(tokens=20 * config.tokens_per_step)})
+    monkeypatch.setattr("data.sources.count.read_manifest", lambda folder: manifest)
+    caplog.set_level(logging.INFO, logger="parallax")
+    log_epochs(config)
+    (record,) = caplog.records
+    assert record.levelname == level
+    assert said in record.message
 
 
 @pytest.mark.parametrize("table", ["train", "validation"])

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 from collections import Counter
 from typing import Any
 
@@ -79,6 +80,21 @@ def test_epochs_and_seeds_have_different_orders(list_source: Any) -> None:
     firsts = [[text.partition("-")[0] for text in order[::50] if text] for order in orders]
     assert len({tuple(first) for first in firsts}) == 4
     assert orders[0][:50] not in files
+
+
+def test_a_source_says_how_often_it_was_read(list_source: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    list(list_source([["a", "b"]]).read(repeat=False))
+    list(itertools.islice(list_source([["a", "b"]], log_skipped=False).read(repeat=True), 20))
+    assert caplog.records == []
+    list(itertools.islice(list_source([["a", "b"]]).read(repeat=True), 2 * 17 + 1))
+    assert [(record.levelname, record.message.partition(",")[0]) for record in caplog.records] == [
+        ("INFO", "a list has been read once"),
+        ("INFO", "a list has been read 2 times"),
+        ("WARNING", "a list has been read 4 times"),
+        ("WARNING", "a list has been read 8 times"),
+        ("WARNING", "a list has been read 16 times"),
+    ]
 
 
 def test_a_block_ends_with_the_row_that_reaches_its_size(

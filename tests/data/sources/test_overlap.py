@@ -22,10 +22,10 @@ from data.config import (
     TextSource,
 )
 from data.shards import __main__ as shards
-from data.sources.count import count_not_held_out
+from data.sources.count import count_epochs, count_not_held_out
 from data.sources.open import check_data
 from data.sources.overlap import check_overlap
-from data.sources.shard_format import MANIFEST_FILE
+from data.sources.shard_format import MANIFEST_FILE, read_manifest
 from data.sources.split import is_held_out
 from data.tokenizer import Tokenizer
 
@@ -167,6 +167,15 @@ def test_shards_of_an_earlier_version_and_of_the_hub_name_their_files(
     with pytest.raises(ValueError, match=r"part-0003-of-2048\.parquet too"):
         _check(sources["jsonl_shards"], HubSource(parts="3-5"), byte_tokenizer)
     _check(sources["jsonl_shards"], HubSource(parts="4-5"), byte_tokenizer)
+
+
+def test_epochs_of_shards_are_counted(sources: dict[str, LeafSource]) -> None:
+    size = read_manifest(Path("jsonl_shards")).splits["train"].tokens
+    assert count_epochs(sources["jsonl_shards"], 3 * size) == {"jsonl_shards": (size, 3.0)}
+    both = {name: sources[name] for name in ("jsonl", "jsonl_shards")}
+    mixture = MixtureSource(weights={"jsonl": 3.0, "jsonl_shards": 1.0}, sources=both)
+    assert count_epochs(mixture, 2 * size) == {"jsonl_shards": (size, 0.5)}
+    assert count_epochs(sources["jsonl"], size) == {}
 
 
 def test_validation_documents_that_are_not_held_out_are_counted(
