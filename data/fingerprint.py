@@ -15,6 +15,12 @@ logger = logging.getLogger(__name__)
 _MAX_ENTRIES = 1024
 # names in a message
 _MAX_NAMES = 3
+# the keys of a config that decide each part
+_KEYS = {
+    "source": "data.train and data.shuffle_seed",
+    "tokenizer": "data.tokenizer",
+    "packing": "data.packing, data.shuffle_seed and training.seq_len",
+}
 
 
 def join_parts(parts: Mapping[str, Any]) -> str:
@@ -91,7 +97,7 @@ def check_fingerprint(part: str, saved: Any, current: Any, *, log: bool) -> None
     """Check that a saved data position belongs to this run's data; logs a warning about one that cannot tell.
 
     Args:
-        part: "source", "tokenizer" or another part of a position's fingerprint.
+        part: A part of a position's fingerprint: "source", "tokenizer" or "packing".
         saved: Its fingerprint when the position was saved.
         current: Its fingerprint in this run.
         log: Whether this process logs the warning.
@@ -114,8 +120,8 @@ def check_fingerprint(part: str, saved: Any, current: Any, *, log: bool) -> None
             logger.warning("the checkpoint is of an earlier version: its %s was compared only in part", part)
         return
     raise UserError(
-        f"the saved data position belongs to another {part} ({'; '.join(changes)}): restore the {part}, or "
-        "start the new data from its beginning in a branch: another run.folder, checkpoint.start_from, "
+        f"the saved data position belongs to another {part} ({'; '.join(changes)}): restore {_KEYS[part]}, "
+        "or start the new data from its beginning in a branch: another run.folder, checkpoint.start_from, "
         "checkpoint.restart_data = true"
     )
 

@@ -94,7 +94,7 @@ def test_a_file_that_is_edited_in_place_is_refused_by_name(
     ]
     for source, path, change, name in kinds:
         size = path.stat().st_size
-        message = rf"belongs to another source \({name} changed\): restore the source, or start the new data"
+        message = rf"another source \({name} changed\): restore data.train and data.shuffle_seed, or start"
         with pytest.raises(ValueError, match=message):
             resume(source, change=change)
         assert path.stat().st_size == size
