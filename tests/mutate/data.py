@@ -9,6 +9,7 @@ HELD_OUT_ROWS = "tests/data/loading/test_held_out.py"
 HELD_OUT = "tests/data/sources/test_held_out.py"
 JSONL = "tests/data/sources/test_jsonl.py"
 MIXTURE = "tests/data/sources/test_mixture.py"
+OVERLAP = "tests/data/sources/test_overlap.py"
 PACKING = "tests/data/loading/test_packing.py"
 PERMUTATION = "tests/data/test_permutation.py"
 PREPARE = "tests/data/shards/test_prepare.py"
@@ -146,4 +147,7 @@ MUTANTS = [
         SHARDS,
     ),
     Mutant("data/sources/shards.py", " or zlib.crc32(data) != crc32", "", SHARDS),
+    Mutant("data/sources/count.py", "weights[name] / sum(weights.values()) * ", "", OVERLAP),
+    Mutant("data/sources/files.py", " or num_epochs & (num_epochs - 1):", ":", FILES),
+    Mutant("data/sources/files.py", "if num_epochs < WORTHWHILE", "if num_epochs <= WORTHWHILE", FILES),
 ]

@@ -29,6 +29,7 @@ CONFIG = "tests/test_config.py tests/training/test_config_values.py"
 DRY_RUN = "tests/training/test_dry_run.py"
 METRICS = "tests/training/test_metrics.py"
 PLAN = "tests/training/test_plan.py"
+PREFLIGHT = "tests/training/test_preflight.py"
 RANK_SUMS = "tests/training/test_rank_sums.py"
 STATE = "tests/training/test_state.py"
 STEP_TIME = "tests/training/test_step_time.py"
@@ -188,4 +189,5 @@ MUTANTS = [
         STEP_TIME,
     ),
     Mutant("training/step_time.py", "max(0.0, total - edges - micro_batch)", "total - edges", STEP_TIME),
+    Mutant("training/preflight.py", "if epochs <= WORTHWHILE", "if epochs < WORTHWHILE", PREFLIGHT),
 ]
