@@ -30,7 +30,8 @@ PYTEST := $(BIN)/pytest -m "not gpu and not multi_gpu and not slow and not netwo
 # about half of the time of all tests
 HALF := tests/parallax tests/training
 
-# side by side: most tests take one core
+# side by side: most tests take one core, and two runs of two threads each on two cores wait for each other
+test-half test-rest: export OMP_NUM_THREADS := 1
 test: lint
 	$(MAKE) --no-print-directory --jobs 2 $(if $(filter output-sync,$(.FEATURES)),--output-sync) \
 		test-half test-rest

@@ -27,7 +27,7 @@ from data.sources.base import WORTHWHILE_EPOCHS, Position, Row
 from data.sources.filters import DEFECTS, Filter
 from errors import UserError, called
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("parallax")
 
 BLOCK_ROWS = 8192
 BLOCK_CHARACTERS = 1 << 26

@@ -95,6 +95,8 @@ def test_a_source_says_how_often_it_was_read(list_source: Any, caplog: pytest.Lo
         ("WARNING", "a list has been read 8 times"),
         ("WARNING", "a list has been read 16 times"),
     ]
+    # the logger whose progress a run prints
+    assert {record.name for record in caplog.records} == {"parallax"}
 
 
 def test_a_block_ends_with_the_row_that_reaches_its_size(
