@@ -1,6 +1,7 @@
 """Count the validation documents that a run may train on, and how often it reads its training data."""
 
 import itertools
+from collections import defaultdict
 from pathlib import Path
 
 from data.config import JsonlSource, MixtureSource, ParquetSource, ShardsSource, Source, TextSource
@@ -55,12 +56,11 @@ def count_epochs(source: Source, num_tokens: int) -> dict[str, tuple[int, float]
     Raises:
         UserError: A folder holds no complete set of shards.
     """
-    leaves_of = source.sources if isinstance(source, MixtureSource) else {"": source}
+    sources = source.sources if isinstance(source, MixtureSource) else {"": source}
     weights = source.weights if isinstance(source, MixtureSource) else {"": 1.0}
-    found = {}
-    for name, leaf in leaves_of.items():
-        if not isinstance(leaf, ShardsSource):
-            continue
-        if size := read_manifest(Path(leaf.folder)).splits["train"].tokens:
-            found[leaf.folder] = size, weights[name] / sum(weights.values()) * num_tokens / size
-    return found
+    shares = defaultdict[str, float](float)  # two sources of a mixture may read one folder
+    for name, leaf in sources.items():
+        if isinstance(leaf, ShardsSource):
+            shares[leaf.folder] += weights[name] / sum(weights.values())
+    sizes = {folder: read_manifest(Path(folder)).splits["train"].tokens for folder in shares}
+    return {folder: (size, shares[folder] * num_tokens / size) for folder, size in sizes.items() if size}

@@ -147,7 +147,7 @@ MUTANTS = [
         SHARDS,
     ),
     Mutant("data/sources/shards.py", " or zlib.crc32(data) != crc32", "", SHARDS),
-    Mutant("data/sources/count.py", "weights[name] / sum(weights.values()) * ", "", OVERLAP),
+    Mutant("data/sources/count.py", "+= weights[name] / sum", "= weights[name] / sum", OVERLAP),
     Mutant("data/sources/files.py", " or num_epochs & (num_epochs - 1):", ":", FILES),
     Mutant("data/sources/files.py", "if num_epochs < WORTHWHILE", "if num_epochs <= WORTHWHILE", FILES),
 ]

@@ -175,6 +175,10 @@ def test_epochs_of_shards_are_counted(sources: dict[str, LeafSource]) -> None:
     both = {name: sources[name] for name in ("jsonl", "jsonl_shards")}
     mixture = MixtureSource(weights={"jsonl": 3.0, "jsonl_shards": 1.0}, sources=both)
     assert count_epochs(mixture, 2 * size) == {"jsonl_shards": (size, 0.5)}
+    twice = MixtureSource(
+        weights={"a": 3.0, "b": 1.0}, sources=dict.fromkeys(("a", "b"), sources["jsonl_shards"])
+    )
+    assert count_epochs(twice, 2 * size) == {"jsonl_shards": (size, 2.0)}
     assert count_epochs(sources["jsonl"], size) == {}
 
 
